@@ -1,0 +1,37 @@
+# Two commands matter: `make demo` and `make test`. Each does all of its own set-up.
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.PHONY: help setup demo test test-all lint format clean
+
+help:
+	@echo "make demo   A*PO from start to end on this machine's CPU: sweep, training, evaluation, export (runs/demo)"
+	@echo "make test   the test suite; 'make test ARGS=\"tests/test_config.py -k base\"' runs a part of it"
+	@echo "Others: setup, test-all (slow ones too), lint, format, clean"
+
+setup:
+	@.ci/setup
+
+demo: setup
+	$(PYTHON) examples/quickstart.py $(ARGS)
+
+test: setup
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest $(ARGS)
+
+test-all: setup
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "" $(ARGS)
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+format: setup
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+# Keeps .venv and runs/: they took time to make.
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +

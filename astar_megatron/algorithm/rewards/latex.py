@@ -1,0 +1,75 @@
+"""The reward of the MATH benchmark: the last \\boxed{...} of a response equals the answer, as normalised LaTeX.
+
+The rules are those of the benchmark's own scorer (Hendrycks et al., arXiv 2103.03874), written anew: text is
+rewritten, nothing is computed, so "2" is not "1+1". Two repairs: an escaped brace does not count as a brace, and
+`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. No end-of-text string is asked for. Linear in the response.
+"""
+
+import re
+
+_REMOVED = ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character counts as none
+_SHORT_FRACTION = re.compile(r"\\frac([^{\\])(?:([^{\\])|(?=\{))")  # \frac12, \frac1{72}
+_SHORT_ROOT = re.compile(r"\\sqrt([^{\[\\])")  # \sqrt3
+_SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
+
+
+def math(response: str, answer: str) -> float:
+    """Return 1.0 where the last \\boxed{...} of `response` equals the answer after normalisation, else 0.0.
+
+    `answer` is the bare LaTeX or a whole solution with a \\boxed{...}. Raises ValueError where it holds none.
+    """
+    gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
+    if gold is None or not gold.strip():
+        raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
+    found = last_boxed(response)
+    return float(found is not None and normalised(found) == normalised(gold))
+
+
+def last_boxed(text: str) -> str | None:
+    """Return what the last \\boxed (else the last \\fbox) of `text` holds; None where there is none or it isn't closed.
+
+    "\\boxed 5" without braces holds what follows up to the next "$".
+    """
+    start = text.rfind("\\boxed")
+    name = "\\boxed" if start >= 0 else "\\fbox"
+    start = start if start >= 0 else text.rfind(name)
+    if start < 0:
+        return None
+    inside = start + len(name)
+    while inside < len(text) and text[inside].isspace():
+        inside += 1
+    if inside < len(text) and text[inside] != "{":
+        return text[inside:].partition("$")[0] if text[inside - 1].isspace() else None
+    depth = 0
+    for brace in _BRACE.finditer(text, inside):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return text[inside + 1 : brace.start()]
+    return None
+
+
+def normalised(latex: str) -> str:
+    """Return `latex` in the benchmark's normal form: two answers are equal where their normal forms are."""
+    text = latex.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+    for removed in _REMOVED:
+        text = text.replace(removed, "")
+    text = text.partition("\\text{ ")[0]  # units on the right
+    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    if text.startswith("."):
+        text = "0" + text
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:  # "k = 3"
+        text = right
+    text = text.replace(" ", "")
+    text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
+    text = _SHORT_FRACTION.sub(_long_fraction, text)
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    slash = _SLASH.fullmatch(text)
+    return f"\\frac{{{slash[1]}}}{{{slash[2]}}}" if slash else text
+
+
+def _long_fraction(match: re.Match[str]) -> str:
+    return f"\\frac{{{match[1]}}}" + (f"{{{match[2]}}}" if match[2] else "")

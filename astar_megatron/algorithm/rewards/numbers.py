@@ -1,0 +1,69 @@
+"""Rewards whose answer is a number: `last_number` and the two GSM8K rules.
+
+Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". An answer without
+a number raises ValueError: such a reward could only ever be 0.
+"""
+
+import re
+from decimal import Decimal
+
+# A sign directly behind a digit or letter is a hyphen ("5-3", "A-4"). "1,234" is one number, "1, 2" and "1,2" are two.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)-\$?)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
+)
+_OFFICIAL = re.compile(r"-?[0-9.,]+")
+_OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+
+
+def last_number(response: str, answer: str) -> float:
+    """Return 1.0 where the last number of `response` equals `answer`, else 0.0; "7", "7.0" and "$7.00" are equal."""
+    found = next(reversed(_NUMBER.findall(_plain_minus(response))), None)
+    if found is None:
+        _decimal(answer)  # refuses an answer that is no number, whatever the response
+        return 0.0
+    return float(_decimal(found) == _decimal(answer))
+
+
+def gsm8k_strict(response: str, answer: str) -> float:
+    """Return 1.0 where what follows the first "#### " of `response` is the answer, else 0.0.
+
+    The official rule: `#### (\\-?[0-9\\.\\,]+)`, commas removed, exact match of the text ("42." is not "42").
+    `answer` is "42" or a GSM8K solution that ends in "#### 42".
+    """
+    gold = _gold(answer)
+    match = _OFFICIAL_STRICT.search(response)
+    return float(match is not None and _bare(match[1]) == gold)
+
+
+def gsm8k_flexible(response: str, answer: str) -> float:
+    """Return 1.0 where the last number of `response` is the answer, else 0.0; `answer` as in gsm8k_strict.
+
+    The official rule's last `\\-?[0-9\\.\\,]+`, with two repairs: commas go ("1,000" is "1000"), and so does the full
+    stop that ends a sentence. Exact match of the text, so "42.0" is not "42".
+    """
+    gold = _gold(answer)
+    found = next((text for text in reversed(_OFFICIAL.findall(response)) if text.strip("-.,")), None)
+    return float(found is not None and _bare(found).rstrip(".") == gold)
+
+
+def _gold(answer: str) -> str:
+    gold = _bare(answer.rpartition("####")[2]).strip()
+    if re.search("[0-9]", gold) is None:
+        raise ValueError(f'answer: expected a number or a solution that ends in "#### number", got {answer[-80:]!r}')
+    return gold
+
+
+def _decimal(text: str) -> Decimal:
+    bare = _bare(_plain_minus(text)).strip()
+    if re.fullmatch(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)", bare) is None:
+        raise ValueError(f"answer: expected a number, got {text[:80]!r}; for LaTeX answers take the reward `math`")
+    return Decimal(bare)
+
+
+def _bare(text: str) -> str:
+    return text.replace(",", "").replace("$", "")
+
+
+def _plain_minus(text: str) -> str:
+    return text.replace("\N{MINUS SIGN}", "-")

@@ -1,0 +1,1 @@
+"""Ray: start or attach, and the group of Megatron rank actors."""

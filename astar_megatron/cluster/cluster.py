@@ -1,0 +1,116 @@
+"""Ray: started on this machine when no address is given, joined when one is; actors are placed here and nowhere else.
+
+Leaves out what only several nodes need: placement by node, replacement of dead actors.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+
+from astar_megatron.config import ClusterConfig
+
+OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
+_LOOPBACK = "127.0.0.1"
+
+
+class ClusterError(RuntimeError):
+    """An actor that did not start, died or did not answer in time; the message names it and what it last said."""
+
+
+class Cluster:
+    """The Ray session of a run. A context manager: what it started ends with it."""
+
+    def __init__(self, cfg: ClusterConfig) -> None:
+        self._cfg = cfg
+        self._actors: list[tuple[str, Any]] = []
+        self.num_nodes, self.num_gpus = 0, 0
+
+    def __enter__(self) -> Self:
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+        if self._cfg.address:
+            try:
+                ray.init(address=self._cfg.address, **common)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ClusterError(
+                    f"cluster.address: no Ray cluster answers at {self._cfg.address!r} ({error}); "
+                    "start one with `ray start --head`, or leave the key out to start one here"
+                ) from None
+        else:
+            # Ray listens on all interfaces; since 2.60 it turns token authentication on by itself for such a session.
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+        self.num_nodes = sum(node["Alive"] for node in ray.nodes())
+        if self.num_nodes > 1:
+            ray.shutdown()
+            raise ClusterError(
+                f"cluster.address: the Ray cluster has {self.num_nodes} nodes; weights go to the engines through one "
+                "machine's shared memory so far: join a cluster of one node"
+            )
+        self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for _, actor in self._actors:
+            with contextlib.suppress(RayActorError):
+                ray.kill(actor)
+        self._actors.clear()
+        ray.shutdown()
+
+    @property
+    def address(self) -> str:
+        """Where actors of this run reach each other: loopback, unless there are several nodes."""
+        return _LOOPBACK if self.num_nodes == 1 else ray.util.get_node_ip_address()
+
+    @property
+    def timeout_seconds(self) -> float:
+        return self._cfg.start_timeout_seconds
+
+    def threads(self, actors_on_this_side: int) -> int:
+        """CPU threads of one actor: `cluster.threads`, or the machine's cores shared among the actors of a side.
+
+        Policy and engines take turns, so each side may use all cores.
+        """
+        return self._cfg.threads or max(1, (os.cpu_count() or 1) // actors_on_this_side)
+
+    def actor(
+        self,
+        name: str,
+        cls: type,
+        *,
+        env: Mapping[str, str],
+        num_gpus: int,
+        concurrency: int | None = None,
+        **init: Any,
+    ) -> Any:
+        """Start an actor of `cls` and return its handle at once; `name` stands in error messages.
+
+        It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
+        """
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "runtime_env": {"env_vars": dict(env)}}
+        if concurrency:
+            options["max_concurrency"] = concurrency
+        handle = ray.remote(cls).options(**options).remote(**init)
+        self._actors.append((name, handle))
+        return handle
+
+    def wait(self, what: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
+        """Return the results of actor calls; raises ClusterError that says `what` failed and why."""
+        try:
+            return ray.get(list(references), timeout=timeout_seconds)
+        except GetTimeoutError:
+            raise ClusterError(
+                f"{what}: no answer in {timeout_seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine"
+            ) from None
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, ValueError):  # a wrong input that only the actor could see: its message says it all
+                raise cause from None
+            raise ClusterError(f"{what}: {error}") from None
+        except (ActorDiedError, RayActorError) as error:
+            raise ClusterError(f"{what}: the process ended ({error})") from None

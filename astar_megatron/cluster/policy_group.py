@@ -1,0 +1,105 @@
+"""The Megatron ranks as one object: a Ray actor a rank, every call made on all of them at once.
+
+The ranks' class is named, not imported: the driver needs neither megatron nor its six seconds of imports.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import OptimConfig, ParallelConfig
+from astar_megatron.model.backend import environment
+from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from conversion.tiles import ParallelLayout
+
+_RANK_CLASS = ("astar_megatron.model.policy", "PolicyRank")
+
+
+class _RankActor:
+    """Forwards calls to a rank object that is built in the actor's own thread, where the CPU shim must be installed."""
+
+    def __init__(self, **init: Any) -> None:
+        module, name = _RANK_CLASS
+        self._rank = getattr(importlib.import_module(module), name)(**init)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._rank, method)(*args, **kwargs)
+
+
+class PolicyGroup:
+    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        model_path: str,
+        dtype: str,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        seed: int,
+    ) -> None:
+        self.parallel, self.dtype = parallel, dtype
+        self.layout = ParallelLayout(
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            data=parallel.data,
+            fused_norms=cluster.num_gpus > 0,  # Transformer Engine's layers hold the norms inside their linears
+        )
+        self._cluster = cluster
+        env = environment(
+            num_gpus=cluster.num_gpus, threads=cluster.threads(parallel.world_size), num_nodes=cluster.num_nodes
+        )
+        self._ranks = [
+            cluster.actor(
+                f"policy rank {rank}",
+                _RankActor,
+                env=env,
+                num_gpus=1 if cluster.num_gpus else 0,
+                rank=rank,
+                model_path=model_path,
+                dtype=dtype,
+                parallel=parallel,
+                optim=optim,
+                seed=seed,
+            )
+            for rank in range(parallel.world_size)
+        ]
+
+    def start(self) -> str:
+        """Build and load all ranks; returns in words what they run on."""
+        host = self._cluster.address
+        timeout = self._cluster.timeout_seconds
+        (port,) = self._cluster.wait("policy rank 0", [self._ranks[0].call.remote("listen", host)], timeout)
+        return self._all("start", host, port, timeout_seconds=timeout)[0]
+
+    def step(self, batch: RolloutBatch, options: StepOptions) -> StepStats:
+        """Train on one batch and return its statistics."""
+        return next(stats for stats in self._all("step", batch, options) if stats is not None)
+
+    def logprobs(self, *args: Any) -> list[list[float]]:
+        """Return each response token's log-prob under the policy (nats)."""
+        return next(rows for rows in self._all("logprobs", *args) if rows is not None)
+
+    def open_publish(self, engine_tensor: int, folder: str) -> None:
+        self._all("open_publish", engine_tensor, folder)
+
+    def publish(self) -> None:
+        self._all("publish")
+
+    def save(self, folder: Path, progress: dict[str, Any]) -> None:
+        self._all("save", str(folder), progress)
+
+    def load(self, folder: Path, version: int) -> None:
+        self._all("load", str(folder), version)
+
+    def export(self, folder: Path, transfer_folder: str) -> None:
+        self._all("export", str(folder), transfer_folder)
+
+    def close(self) -> None:
+        self._all("close")
+
+    def _all(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
+        calls = [rank.call.remote(method, *args) for rank in self._ranks]
+        return self._cluster.wait(f"policy: {method}", calls, timeout_seconds)

@@ -1,0 +1,286 @@
+"""RunConfig: every key of a run, with its default, unit and cross-checks.
+
+One YAML file (with at most one `base:` file below it) plus `key=value` overrides give one RunConfig. Unknown keys,
+wrong types and impossible combinations are refused here, before anything starts. Leaves out: what only a running
+machine knows (memory, GPUs, what a model folder holds) - doctor.py and model/ check that.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+type Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+class ConfigError(ValueError):
+    """A configuration that can't run; the message names the key, what it holds and what would do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=True)
+
+
+class ModelConfig(Section):
+    """The Hugging Face folder that the policy starts from, which is also the frozen reference."""
+
+    path: str
+    dtype: Dtype = "auto"  # compute type; master weights are always fp32. auto: bfloat16 where the hardware has it
+
+
+class DataConfig(Section):
+    """Prompts: a JSONL file, one object a line."""
+
+    path: str
+    prompt_field: str = "question"
+    answer_field: str = "answer"
+    suffix: str = ""  # appended to the prompt's text
+    max_prompt_tokens: int = Field(default=256, ge=1)
+    eval_path: str | None = None  # evaluation prompts; none: those of `path`
+
+
+class RewardConfig(Section):
+    """ONE rule for sweep, training and evaluation: a name of algorithm/rewards or `package.module:function`."""
+
+    name: str
+
+
+class SamplingConfig(Section):
+    """How responses are drawn, the same in both stages."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_response_tokens: int = Field(default=1024, ge=1)
+
+
+class SweepConfig(Section):
+    """Stage 1: where the rewards of the reference's samples are kept, and how many a prompt."""
+
+    table: str | None = None  # folder; none: <run_dir>/v_star
+    num_samples: int = Field(default=8, ge=1)
+
+
+class AstarConfig(Section):
+    """The two temperatures of A*PO: beta1 of V*, beta2 of the regression."""
+
+    beta1: float = Field(default=0.5, gt=0.0)
+    beta2: float = Field(default=1e-3, gt=0.0)
+
+
+class TrainConfig(Section):
+    num_steps: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=256, ge=1)  # prompts a step, one rollout each
+    mini_batch_size: int | None = Field(default=None, ge=1)  # sequences an optimiser step; none: batch_size
+    micro_batch_tokens: int = Field(
+        default=16384, ge=1
+    )  # at most so many tokens a forward pass; a longer sequence goes alone
+
+
+class OptimConfig(Section):
+    """AdamW, constant learning rate after `warmup_steps`."""
+
+    lr: float = Field(default=1e-6, gt=0.0)
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    adam_eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    clip_grad: float = Field(default=1.0, ge=0.0)  # global norm; 0: no clipping
+    warmup_steps: int = Field(default=0, ge=0)
+
+
+class ParallelConfig(Section):
+    """Megatron ranks: world = tensor * pipeline * data."""
+
+    tensor: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
+    data: int = Field(default=1, ge=1)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class RolloutConfig(Section):
+    """The vLLM pool: `num_engines` engines of `tensor` workers each."""
+
+    num_engines: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)  # sequences an engine decodes at once
+    kv_cache_gib: int = Field(default=1, ge=1)  # on CPU, GiB of host memory an engine
+    gpu_memory_utilization: float = Field(default=0.5, gt=0.0, lt=1.0)  # on GPU, share of the device
+    eager: bool = True  # False compiles the model: 40-60 s at start on CPU, faster decoding on GPU
+
+
+class ClusterConfig(Section):
+    """Ray: joined at `address`, or started locally when there is none."""
+
+    address: str | None = None
+    threads: int | None = Field(default=None, ge=1)  # CPU threads an actor; none: shared evenly among a side's actors
+    start_timeout_seconds: float = Field(default=300.0, gt=0.0)
+
+
+class CheckpointConfig(Section):
+    interval: int = Field(default=50, ge=1)  # steps; the last step is always saved
+    keep: int = Field(default=2, ge=1)  # newest checkpoints kept
+
+
+class EvalConfig(Section):
+    """Greedy evaluation with the pool and the reward of training."""
+
+    max_prompts: int | None = Field(default=None, ge=1)
+
+
+class RunConfig(Section):
+    """Every key of a run. `run_dir` gets metrics, checkpoints, the V* table and the export."""
+
+    run_dir: str
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig
+    sampling: SamplingConfig = SamplingConfig()
+    sweep: SweepConfig = SweepConfig()
+    astar: AstarConfig = AstarConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        mini = self.mini_batch_size
+        if self.train.batch_size % mini:
+            raise ValueError(
+                f"train.mini_batch_size: {mini} does not divide train.batch_size {self.train.batch_size}; "
+                f"take a divisor, for example {_nearest_divisor(self.train.batch_size, mini)}"
+            )
+        if mini % self.parallel.data:
+            raise ValueError(
+                f"parallel.data: {self.parallel.data} ranks can't share {mini} sequences an optimiser step evenly; "
+                f"take a divisor of it, for example {_nearest_divisor(mini, self.parallel.data)}"
+            )
+        return self
+
+    @property
+    def mini_batch_size(self) -> int:
+        return self.train.mini_batch_size or self.train.batch_size
+
+    @property
+    def table_dir(self) -> Path:
+        return Path(self.sweep.table) if self.sweep.table else Path(self.run_dir) / "v_star"
+
+    @property
+    def export_dir(self) -> Path:
+        return Path(self.run_dir) / "hf"
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence of the run, prompt and response."""
+        return self.data.max_prompt_tokens + self.sampling.max_response_tokens
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does (PyYAML follows 1.1 and would give a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the RunConfig of a YAML file and `a.b=value` overrides (values are read as YAML).
+
+    Raises ConfigError, with the key's path and the nearest valid name.
+    """
+    tree = _read_yaml(Path(path))
+    if (base := tree.pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"base: expected a file name beside {path}, got {base!r}")
+        below = _read_yaml(Path(path).parent / base)
+        if "base" in below:
+            raise ConfigError(f"base: {base} has a base of its own; one level is allowed, merge the two files")
+        tree = _merge(below, tree)
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> RunConfig:
+    """Return the RunConfig of a tree of plain values; raises ConfigError listing every problem, one a line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type[Section]]:
+    """Return every key path of the configuration with the section that owns it, in file order."""
+    found: dict[str, type[Section]] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = section
+    return found
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; the ones that ship are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(tree).__name__}")
+    return tree
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=1e-6")
+    try:
+        tree: Any = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
+    for name in reversed(key.strip().split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, keys(), n=1, cutoff=0.0)
+        same_leaf = difflib.get_close_matches(path.rpartition(".")[2], [key.rpartition(".")[2] for key in keys()], n=1)
+        if same_leaf:
+            near = difflib.get_close_matches(path, [k for k in keys() if k.endswith(same_leaf[0])], n=1, cutoff=0.0)
+        return f"{path}: no such key; the nearest is {near[0]}"
+    if problem["type"] == "missing":
+        return f"{path}: this key is required"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

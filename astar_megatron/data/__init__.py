@@ -1,0 +1,1 @@
+"""Prompts, the contract under which rewards are comparable, and the V* table on disk."""

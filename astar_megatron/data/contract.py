@@ -1,0 +1,133 @@
+"""What must be equal for V* and training to be comparable: model, tokens, sampling, limits, end of a response, reward.
+
+Stage 1 estimates V* of the reference under one rule; stage 2 regresses on r - V* and evaluation reads the same r. Any
+difference between them is a bias that no metric shows, so the contract is stored with every table and compared field
+by field. Leaves out what does not change the distribution or the reward: seeds, sample counts, engines, parallelism,
+and which prompts (each row carries its prompt's uid).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.config import RunConfig
+from astar_megatron.data.prompts import TokenizerError, stop_token_ids, tokenizer
+
+type Value = str | int | float | list[int]  # what a field is in JSON
+
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_BLOCKS, _BLOCK_BYTES = 16, 4096  # sampled from each weight file
+
+
+class ContractError(ValueError):
+    """Two things made under different contracts were to be used together, or a contract can't be formed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contract:
+    """The conditions under which a reward was drawn. Digests are SHA-256, hexadecimal."""
+
+    model_digest: str  # see _model_digest for what it covers
+    tokenizer_digest: str  # of the tokenizer's files
+    template_digest: str  # of the chat template and data.suffix
+    temperature: float
+    top_p: float
+    max_prompt_tokens: int
+    max_response_tokens: int
+    stop_token_ids: tuple[int, ...]
+    reward: str  # rewards.version
+
+    def fields(self) -> dict[str, Value]:
+        """Return the fields as JSON has them."""
+        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the fields, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
+
+    def difference(
+        self, other: "Contract | Mapping[str, Value]", names: tuple[str, str] = ("this", "the other")
+    ) -> list[str]:
+        """Return the fields that differ, one line each in words; `other` may be the stored fields of a contract."""
+        mine = self.fields()
+        theirs = other.fields() if isinstance(other, Contract) else dict(other)
+        return [
+            f"{name.replace('_', ' ')}: {names[0]} has {_shown(mine, name)}, {names[1]} {_shown(theirs, name)}"
+            for name in [*mine, *(name for name in theirs if name not in mine)]
+            if name not in mine or name not in theirs or mine[name] != theirs[name]
+        ]
+
+
+def contract_of(cfg: RunConfig) -> Contract:
+    """Return the contract of a run. Reads the model folder; raises ContractError or TokenizerError."""
+    tok = tokenizer(cfg.model.path)
+    return Contract(
+        model_digest=_model_digest(Path(cfg.model.path)),
+        tokenizer_digest=_tokenizer_digest(Path(cfg.model.path)),
+        template_digest=hashlib.sha256(json.dumps([tok.get_chat_template(), cfg.data.suffix]).encode()).hexdigest(),
+        temperature=cfg.sampling.temperature,
+        top_p=cfg.sampling.top_p,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        max_response_tokens=cfg.sampling.max_response_tokens,
+        stop_token_ids=stop_token_ids(cfg.model.path),
+        reward=rewards.version(cfg.reward.name),
+    )
+
+
+def _model_digest(folder: Path) -> str:
+    """Return a digest of the model folder that takes milliseconds at any size.
+
+    It covers config.json and each safetensors file's name, size, header (names, shapes, types) and sixteen blocks of
+    4 KiB spread over its weights. It does not read whole files: a change to a few weights elsewhere goes unseen.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ContractError(f"model.path: no *.safetensors in {folder}; save the model with safe_serialization=True")
+    digest = hashlib.sha256()
+    try:
+        config = (folder / "config.json").read_bytes()
+        digest.update(len(config).to_bytes(8, "little") + config)
+        for path in files:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{path.name}\0{size}\0".encode())
+                header_bytes = 8 + int.from_bytes(file.read(8), "little")
+                if size < 8 or header_bytes > size:
+                    raise ContractError(f"{path}: not a whole safetensors file ({size} bytes); copy the model again")
+                file.seek(0)
+                digest.update(file.read(header_bytes))
+                for block in range(_BLOCKS):
+                    file.seek(header_bytes + (size - header_bytes) * block // _BLOCKS)
+                    digest.update(file.read(_BLOCK_BYTES))
+    except OSError as error:
+        raise ContractError(f"model.path: can't read {folder}: {error}; check the folder and its rights") from error
+    return digest.hexdigest()
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
+        raise TokenizerError(f"model.path: no tokenizer file in {folder}; add the model's tokenizer.json")
+    for path in found:
+        data = path.read_bytes()
+        digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
+
+
+def _shown(fields: Mapping[str, Value], name: str) -> str:
+    value = fields.get(name, "nothing recorded")
+    return value[:12] + "..." if isinstance(value, str) and name.endswith("_digest") else str(value)

@@ -1,0 +1,59 @@
+"""Files that are either whole or absent, whatever stops the process while it writes them."""
+
+import errno
+import os
+import secrets
+from pathlib import Path
+
+
+class StorageError(OSError, ValueError):
+    """The file system refused; the message names the path, the reason and what to change."""
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, replacing what is there: temporary file beside it, fsync, rename, fsync of the folder.
+
+    Raises StorageError (full disk, read-only folder, missing folder); `path` is then as it was before.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(f"{path}: can't write {len(data)} bytes", error) from error
+
+
+def make_folder(path: str | Path) -> None:
+    """Create `path` and its parents where absent. Raises StorageError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(f"{path}: can't create the folder", error) from error
+
+
+def storage_error(what: str, error: OSError) -> StorageError:
+    """Return a StorageError that adds to `what` the system's reason and what to change."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "free some space there and run the same command again: what was written before is kept"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "make the folder writable for this user or choose another one"
+    else:
+        advice = "choose another folder"
+    return StorageError(f"{what}: {error.strerror or error}; {advice}")
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it a crash of the machine can forget the rename although the file's bytes are on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

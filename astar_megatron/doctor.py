@@ -1,0 +1,347 @@
+"""PROGRAM: what this machine has and lacks, and why, in words; and whether a run fits it, before anything starts.
+
+Memory of a run on a machine without accelerators, with P parameters, c bytes a number of the compute type (2 or 4), d
+data-parallel ranks, E engines:
+
+    policy     d * (c + 4) * P     weights and fp32 gradients of every replica
+             + 8 * P               Adam's two moments, sharded over the replicas
+             + 4 * P if c = 2      fp32 master weights, sharded; at c = 4 the weights are their own master
+             + d * c * P           the reference
+    engines    E * (c * P + kv_cache_gib)
+    shared     2 * c * P + 256 MiB the published weights, an export on its way to disk, Ray's object store
+    processes  the Python, torch, Megatron, vLLM and Ray of each process, as measured
+
+It is the least a run needs: activations come on top, and with accelerators all but `shared` and `processes` lie there.
+Leaves out: the memory of accelerators and the time of a step, which are for `astar plan`.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from astar_megatron.config import RunConfig
+
+GIB = 1 << 30
+OBJECT_STORE_BYTES = 256 << 20  # as in cluster/cluster.py, which needs Ray to import
+RANK_BYTES = GIB * 3 // 4  # a Megatron process without its tensors
+ENGINE_BYTES = 2 * GIB  # an engine's actor and its core without weights and cache
+DRIVER_BYTES = GIB * 3 // 4  # the driver and Ray's own processes
+DEMO_BYTES = 10 * GIB  # `make demo` at work
+DEMO_SHARED_BYTES = GIB + OBJECT_STORE_BYTES
+DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
+_OWN_NAME = "astar-megatron"
+_PYTHONS = ((3, 12), (3, 15))  # from, below
+
+type Level = Literal["ok", "warn", "fail"]
+
+
+class ResourceError(ValueError):
+    """This machine is too small for the run; the message names what is needed, what is free and what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One fact about the machine. `warn`: it works, but slowly or not for everything; `fail`: it can't work."""
+
+    what: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a run can use, measured now."""
+
+    memory_bytes: int
+    shared_bytes: int  # free in /dev/shm
+    native_bfloat16: bool
+    num_accelerators: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """The least host memory of a run, by the formula above."""
+
+    policy_bytes: int
+    engines_bytes: int
+    shared_bytes: int
+    processes_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.policy_bytes + self.engines_bytes + self.shared_bytes + self.processes_bytes
+
+
+def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
+    """Return what the run needs of the host; `model_bytes` are the weights in fp32, 4 bytes a parameter. Pure."""
+    accelerated = machine.num_accelerators > 0
+    is_bfloat16 = cfg.model.dtype == "bfloat16" or (
+        cfg.model.dtype == "auto" and (accelerated or machine.native_bfloat16)
+    )
+    num_parameters = model_bytes // 4
+    weights = (2 if is_bfloat16 else 4) * num_parameters
+    replicas, engines = cfg.parallel.data, cfg.rollout.num_engines
+    optimizer = (12 if is_bfloat16 else 8) * num_parameters
+    policy = replicas * (2 * weights + 4 * num_parameters) + optimizer
+    return Needs(
+        policy_bytes=0 if accelerated else policy,
+        engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
+        shared_bytes=2 * weights + OBJECT_STORE_BYTES,
+        processes_bytes=DRIVER_BYTES + cfg.parallel.world_size * RANK_BYTES + engines * ENGINE_BYTES,
+    )
+
+
+def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) -> None:
+    """Raise ResourceError if this machine can't hold the run; `model_bytes` as in `needs`.
+
+    A run that joins a Ray cluster (`cluster.address`) lies on other machines, which are not checked from here.
+    """
+    if cfg.cluster.address is not None:
+        return
+    machine = machine or measure()
+    need = needs(cfg, model_bytes, machine)
+    if need.shared_bytes > machine.shared_bytes:
+        raise ResourceError(
+            f"/dev/shm: this run needs {_size(need.shared_bytes)} (weights on their way to the engines and to disk, "
+            f"Ray's object store), {_size(machine.shared_bytes)} are free; remove old files there or enlarge it "
+            "(mount -o remount,size=..., or docker run --shm-size=...), or take a smaller model"
+        )
+    if need.memory_bytes > machine.memory_bytes:
+        raise ResourceError(
+            f"memory: this run needs at least {_size(need.memory_bytes)} (policy, optimiser and reference "
+            f"{_size(need.policy_bytes)}, engines {_size(need.engines_bytes)}, shared {_size(need.shared_bytes)}, "
+            f"processes {_size(need.processes_bytes)}; activations come on top), {_size(machine.memory_bytes)} are "
+            "available; close other programs, lower rollout.kv_cache_gib, rollout.num_engines or parallel.data, or "
+            "take a smaller model"
+        )
+
+
+def measure() -> Machine:
+    """Return what this machine has free now."""
+    return Machine(
+        memory_bytes=available_memory_bytes(),
+        shared_bytes=free_bytes(Path("/dev/shm")),
+        native_bfloat16=bool(native_bfloat16()),
+        num_accelerators=len(accelerators() or ()),
+    )
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Return the memory that new processes can have: the system's, or less where a control group limits it."""
+    system = int(_field(root / "proc/meminfo", "MemAvailable") or 0) * 1024
+    group = root / "sys/fs/cgroup"
+    limit = _text(group / "memory.max").strip()
+    if not limit.isdigit():  # "max", or no such file: no limit
+        return system
+    used = int(_text(group / "memory.current") or 0)
+    cache = int(_field(group / "memory.stat", "inactive_file") or 0)  # given back when needed
+    return min(system, max(0, int(limit) - used + cache))
+
+
+def available_cores(root: Path = Path("/")) -> float:
+    """Return the cores this process may use; a fraction where a control group gives a share of one."""
+    cores = float(len(os.sched_getaffinity(0)))
+    quota, _, period = _text(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
+    return min(cores, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else cores
+
+
+def native_bfloat16(root: Path = Path("/")) -> list[str]:
+    """Return the CPU's instructions that multiply bfloat16, by the kernel's names; none: it is emulated."""
+    cpuinfo = root / "proc/cpuinfo"
+    flags = (_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split()
+    return [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
+
+
+def accelerators() -> list[str] | None:
+    """Return the names of the accelerators that torch sees; None where torch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.accelerator.is_available():
+        return []
+    device = torch.get_device_module()
+    return [device.get_device_name(index) for index in range(torch.accelerator.device_count())]
+
+
+def report() -> list[Finding]:
+    """Return what this machine has and lacks for a run."""
+    requirements = _own_requirements()
+    lanes = _installed_lanes(requirements, _version)
+    return [
+        _python(),
+        *packages(requirements, _version),
+        _accelerator(accelerators(), lanes),
+        *_processor(available_cores(), native_bfloat16()),
+        _space("memory", available_memory_bytes(), DEMO_BYTES, "close other programs; `make demo` needs it"),
+        _space(
+            "/dev/shm",
+            free_bytes(Path("/dev/shm")),
+            DEMO_SHARED_BYTES,
+            "remove old files there or enlarge it (docker run --shm-size=2g); weights reach the engines through it",
+        ),
+        _space("disk", free_bytes(Path.cwd()), DISK_BYTES, "free some space; an environment takes 7 GiB"),
+    ]
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes free in `folder`; 0 where it does not exist."""
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+
+def packages(requirements: Sequence[str], version: Callable[[str], str | None]) -> list[Finding]:
+    """Return whether one lane is installed, with the versions this project is tested with.
+
+    `requirements` are this project's own, as its metadata lists them; `version` gives a package's version or None.
+    """
+    if not requirements:
+        found = f"{_OWN_NAME} runs from its folder and is not installed: versions are not compared"
+        return [Finding(what="packages", level="warn", found=found, remedy="run `make setup`")]
+    lanes = _installed_lanes(requirements, version)
+    if not lanes:
+        found = "no lane is installed: there is no vLLM"
+        return [Finding(what="packages", level="fail", found=found, remedy="run `make setup`, or install one extra")]
+    if len(lanes) > 1:
+        found = f"the lanes {' and '.join(lanes)} are both installed, and both own the module vllm"
+        return [Finding(what="packages", level="fail", found=found, remedy="make a fresh environment with one of them")]
+    findings = []
+    for name, wanted in _pins(requirements, lanes[0]):
+        got = version(name)
+        remedy = f"install {name}=={wanted}, which this version is tested with; `make setup` does"
+        if got is None:
+            findings.append(Finding(what=name, level="fail", found="not installed", remedy=remedy))
+        elif got.partition("+")[0] != wanted:
+            findings.append(Finding(what=name, level="warn", found=f"{got}, expected {wanted}", remedy=remedy))
+        else:
+            findings.append(Finding(what=name, level="ok", found=f"{got} (lane {lanes[0]})"))
+    return findings
+
+
+def main() -> int:
+    """Print the report; returns 1 if something can't work."""
+    findings = report()
+    show(findings, Console())
+    return int(any(finding.level == "fail" for finding in findings))
+
+
+def show(findings: Iterable[Finding], console: Console) -> None:
+    """Print findings: a table on a terminal, else a line each."""
+    if not console.is_terminal:
+        for finding in findings:
+            remedy = f"; {finding.remedy}" if finding.remedy else ""
+            console.print(f"{finding.level:<4}  {finding.what}: {finding.found}{remedy}", markup=False, soft_wrap=True)
+        return
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    table = Table("", "what", box=None)
+    table.add_column("found", overflow="fold")
+    table.add_column("what to do", overflow="fold")
+    for finding in findings:
+        level = f"[{colours[finding.level]}]{finding.level}[/]"
+        table.add_row(level, finding.what, finding.found, finding.remedy)
+    console.print(table)
+
+
+def _python() -> Finding:
+    have = sys.version_info[:2]
+    found = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
+    if not _PYTHONS[0] <= have < _PYTHONS[1]:
+        return Finding(what="python", level="fail", found=found, remedy="use Python 3.12, 3.13 or 3.14")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        remedy = "the pinned packages have binaries for Linux on x86_64; elsewhere they may have to be compiled"
+        return Finding(what="python", level="warn", found=found, remedy=remedy)
+    return Finding(what="python", level="ok", found=found)
+
+
+def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
+    what = "accelerator"
+    if names is None:
+        found = "not known: torch is not installed"
+        return Finding(what=what, level="warn", found=found, remedy="run `make setup`")
+    if names and lanes == ["cpu"]:
+        found = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
+        return Finding(what=what, level="warn", found=found, remedy="make an environment with the GPU extra")
+    if names:
+        return Finding(what=what, level="ok", found=", ".join(names))
+    if Path("/dev/nvidia0").exists() or (lanes and lanes != ["cpu"]):
+        found = "torch sees none, though the device or the GPU lane is there"
+        return Finding(what=what, level="warn", found=found, remedy="look at nvidia-smi: the driver may be too old")
+    return Finding(what=what, level="ok", found="none: policy and engines run on the CPU, for small models")
+
+
+def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
+    remedy = "" if cores >= 2 else "give it two: policy and engine take turns, but the driver works beside them"
+    findings = [Finding(what="cores", level="ok" if cores >= 2 else "warn", found=f"{cores:g}", remedy=remedy)]
+    if bfloat16:
+        found = f"multiplied natively ({', '.join(bfloat16)}); model.dtype auto computes in it"
+        return [*findings, Finding(what="bfloat16", level="ok", found=found)]
+    found = "emulated on this CPU (no amx_bf16, no avx512_bf16); model.dtype auto computes in float32 without a GPU"
+    return [*findings, Finding(what="bfloat16", level="warn", found=found, remedy="nothing to do; steps are slower")]
+
+
+def _space(what: str, free: int, wanted: int, remedy: str) -> Finding:
+    found = f"{_size(free)} free"
+    if free >= wanted:
+        return Finding(what=what, level="ok", found=found)
+    level: Level = "warn" if free else "fail"
+    return Finding(what=what, level=level, found=f"{found}, {_size(wanted)} wanted", remedy=remedy)
+
+
+def _own_requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires(_OWN_NAME) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str | None]) -> list[str]:
+    """Return the extras whose vLLM is installed: each lane has a package of its own for it."""
+    found = []
+    for requirement in requirements:
+        match = re.match(r"(vllm[\w-]*)==.*extra == ['\"](\w+)['\"]", requirement)
+        if match and version(match[1]) is not None:
+            found.append(match[2])
+    return found
+
+
+def _pins(requirements: Iterable[str], lane: str) -> list[tuple[str, str]]:
+    pattern = re.compile(rf"([\w.-]+)==([\w.]+)\s*;.*extra == ['\"]{lane}['\"]")
+    return [(match[1], match[2]) for match in map(pattern.match, requirements) if match]
+
+
+def _field(path: Path, name: str) -> str | None:
+    """Return what follows `name` in a file of the kernel's, such as `MemAvailable:  123 kB`; without its unit."""
+    match = re.search(rf"^{name}\s*:?[ \t]*(.*?)(?: kB)?$", _text(path), re.MULTILINE)
+    return match[1] if match else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

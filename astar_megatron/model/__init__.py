@@ -1,0 +1,1 @@
+"""Megatron-Core: the only folder that knows ranks and devices."""

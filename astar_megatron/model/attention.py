@@ -1,0 +1,114 @@
+"""Attention and rotary positions of the CPU lane, for packs of sequences that may share one prefix.
+
+A pack is one stream of T tokens: [prefix P | own part of sequence 0 | own part of sequence 1 | ...]; sequence b is the
+prefix followed by its own part. Megatron's local attention knows neither packs nor shared prefixes; these two modules
+replace its core attention and its rotary embedding. On a GPU Transformer Engine's own are used, without sharing.
+Leaves out: context parallelism, attention dropout.
+
+Shapes: T packed tokens, P prefix tokens, B sequences, S longest own part, h heads, g key-value heads, d head size.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_MAX_PADDING = 2.0  # one padded call for all sequences while it computes at most so many times their tokens
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Where the sequences of a pack lie. Its format is not "thd": megatron then leaves [T, 1, h, d] tensors alone."""
+
+    qkv_format: Any = "sbhd"
+    position_ids: Any = None  # [T] within the sequence
+    prefix_tokens: int = 0
+    lengths: tuple[int, ...] = field(default_factory=tuple)  # own parts
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """Rotary embedding by each token's own position instead of its place in the stream."""
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        packed = kwargs.get("packed_seq_params", args[-1])
+        return packed.position_ids
+
+    def forward(self, positions: Tensor, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return [T, 1, 1, d] angles of the [T] positions."""
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention inside each sequence of a pack, over torch's scaled_dot_product_attention."""
+
+    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        """Return [T, 1, h*d] of query [T, 1, h, d], key and value [T, 1, g, d]; `packed_seq_params` says the pack."""
+        packed: PackedSequences = kwargs["packed_seq_params"]
+        streams = [tensor.squeeze(1) for tensor in (query, key, value)]
+        if packed.prefix_tokens:
+            out = self._with_prefix(streams, packed.prefix_tokens, packed.lengths)
+        else:
+            out = self._own_parts(streams, packed.lengths)
+        return out.reshape(out.size(0), 1, -1)
+
+    def _with_prefix(self, streams: list[Tensor], num_prefix: int, lengths: tuple[int, ...]) -> Tensor:
+        heads = [stream[:num_prefix] for stream in streams]
+        tails = [stream[num_prefix:] for stream in streams]
+        prefix = self._attend([head.unsqueeze(0) for head in heads], causal=True).squeeze(0)
+        pad = _Padding(lengths, tails[0].device)
+        query, key, value = (pad.spread(tail) for tail in tails)  # [B, S, ., d]
+        batch = query.size(0)
+        key, value = (
+            torch.cat((head.unsqueeze(0).expand(batch, -1, -1, -1), own), dim=1)
+            for head, own in zip(heads[1:], (key, value), strict=True)
+        )  # [B, P + S, g, d]
+        size = query.size(1)
+        mask = torch.ones(size, num_prefix + size, dtype=torch.bool, device=query.device).tril(num_prefix)
+        return torch.cat((prefix, pad.gather(self._attend([query, key, value], mask=mask))))
+
+    def _own_parts(self, streams: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
+        if len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths):
+            pad = _Padding(lengths, streams[0].device)
+            return pad.gather(self._attend([pad.spread(stream) for stream in streams], causal=True))
+        parts = zip(*(stream.split(lengths) for stream in streams), strict=True)
+        return torch.cat([self._attend([x.unsqueeze(0) for x in part], causal=True).squeeze(0) for part in parts])
+
+    def _attend(self, tensors: list[Tensor], *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Return [B, S, h, d]. Padding comes after the real tokens, so a causal mask hides it from them."""
+        query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
+        grouped = query.size(1) != key.size(1)
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {}
+
+
+class _Padding:
+    """Between a stream of sequences [sum(lengths), ...] and the same padded to [B, S, ...]."""
+
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.shape = (len(lengths), max(lengths))
+        sizes = torch.tensor(lengths, device=device)
+        slots = torch.arange(self.shape[1], device=device).expand(self.shape)
+        self.places = (slots < sizes[:, None]).flatten().nonzero().squeeze(1)  # where each stream token lies
+
+    def spread(self, stream: Tensor) -> Tensor:
+        padded = stream.new_zeros((self.shape[0] * self.shape[1], *stream.shape[1:]))
+        return padded.index_copy(0, self.places, stream).unflatten(0, self.shape)
+
+    def gather(self, padded: Tensor) -> Tensor:
+        return padded.flatten(0, 1).index_select(0, self.places)

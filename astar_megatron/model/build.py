@@ -1,0 +1,81 @@
+"""Builds Megatron's GPTModel from a conversion.families Model; the one file that knows GPTModel's arguments.
+
+GPTModel is deprecated in megatron-core 0.19 in favour of HybridModel; when it goes, this file changes.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from astar_megatron.model.attention import PackedAttention, PackedRotaryEmbedding
+from astar_megatron.model.backend import Backend
+from conversion.families import Model
+from conversion.tiles import ParallelLayout
+
+_ACTIVATIONS = {"silu": torch.nn.functional.silu}
+
+
+def transformer_config(model: Model, layout: ParallelLayout, dtype: torch.dtype, backend: Backend) -> TransformerConfig:
+    """Return megatron's description of `model` split by `layout`, computing in `dtype` on `backend`."""
+    architecture = dict(model.transformer_config())
+    architecture["activation_func"] = _ACTIVATIONS[architecture.pop("activation")]
+    return TransformerConfig(
+        **architecture,
+        **backend.transformer_options(),
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        # Micro-batches differ in length; with that megatron demands the alltoall dispatcher, even without experts.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+    )
+
+
+def build(model: Model, config: TransformerConfig, backend: Backend) -> GPTModel:
+    """Return this rank's part of the model on the backend's device, with megatron's random weights.
+
+    Collective over the ranks of parallel_state, which must be initialised.
+    """
+    options = model.gpt_options()
+    options["vocab_size"] = model.padded_vocab_size(config.tensor_model_parallel_size)
+    part = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(backend),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        position_embedding_type="rope",
+        **options,
+    )
+    if not backend.uses_transformer_engine:
+        part.rotary_pos_emb = PackedRotaryEmbedding(
+            kv_channels=config.kv_channels or 0,
+            rotary_percent=options["rotary_percent"],
+            rotary_base=options["rotary_base"],
+            use_cpu_initialization=True,
+        )
+    return part.to(backend.device)
+
+
+def in_compute_type(part: GPTModel, config: TransformerConfig) -> Any:
+    """Return `part` as the schedule runs it: in bfloat16 behind megatron's casts, or itself in float32."""
+    return Float16Module(config, part) if config.bf16 else part
+
+
+def _layer_spec(backend: Backend) -> Any:
+    if backend.uses_transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec

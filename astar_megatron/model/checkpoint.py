@@ -1,0 +1,115 @@
+"""Distributed checkpoints of policy, optimizer, schedule and random state, through megatron's dist_checkpointing.
+
+A checkpoint is a folder step_<n>; it is written beside as a temporary folder, synced and renamed, so a folder with
+that name is whole. What is not a tensor (step, prompt cursor, contract) is a JSON file in it. Tensors are stored by
+their global shapes: another layout can load them.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+PROGRESS_FILE = "progress.json"
+
+
+def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[str, Any]) -> None:
+    """Write a checkpoint to `folder`, which must not exist yet; collective over all ranks.
+
+    `progress` is JSON-able: what the driver needs to go on.
+    """
+    temporary = folder.with_name(folder.name + ".incomplete")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        text = json.dumps({**progress, "layout": _layout()}, indent=1) + "\n"
+        (temporary / PROGRESS_FILE).write_text(text, encoding="utf-8")
+    dist.barrier()
+    dist_checkpointing.save(_state(part, optimizer, schedule, loading=False), str(temporary))
+    if dist.get_rank() == 0:
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    dist.barrier()
+
+
+def load(folder: Path, part: Any, optimizer: Any, schedule: Any) -> None:
+    """Restore a checkpoint into a built model and optimizer; collective over all ranks.
+
+    In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
+    """
+    saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _fill_adam_state(inner.optimizer)
+    state = _state(part, optimizer, schedule, loading=True)
+    if saved["layout"] != _layout():
+        del state["random"]
+    loaded: Any = dist_checkpointing.load(state, str(folder))
+    part.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    schedule.load_state_dict(loaded["schedule"])
+    if "random" in loaded:
+        torch.set_rng_state(loaded["random"]["torch"])
+        _tracker().set_states(loaded["random"]["tracker"])
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def _state(part: Any, optimizer: Any, schedule: Any, *, loading: bool) -> dict[str, Any]:
+    """Return the sharded state. megatron's default optimizer sharding raises with gloo and torch's AdamW."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = part.sharded_state_dict(metadata=metadata)
+    tensor, pipeline = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    return {
+        "model": model,
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "schedule": schedule.state_dict(),
+        "random": ShardedObject(
+            "random",
+            {"torch": torch.get_rng_state(), "tracker": _tracker().get_states()},
+            (_layout()["pipeline"], _layout()["tensor"]),
+            (pipeline, tensor),
+            replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        ),
+    }
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()
+
+
+def _fill_adam_state(adam: Any) -> None:
+    """Give a fresh torch AdamW its state: megatron's state_dict() asserts that every parameter has a `step`."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(1.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

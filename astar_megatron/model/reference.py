@@ -1,0 +1,41 @@
+"""The frozen reference: the policy's own model class, kernels and precision, with the weights it started from."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from astar_megatron.algorithm.packing import PackedBatch
+from astar_megatron.model.backend import Backend
+from astar_megatron.model.build import build, in_compute_type
+from astar_megatron.model.forward import run_scoring, sequence_sums
+from conversion.families import Model
+
+
+class Reference:
+    """A second copy of this rank's part of the model; its weights never change after construction."""
+
+    def __init__(
+        self, model: Model, config: TransformerConfig, weights: Mapping[str, Tensor], backend: Backend
+    ) -> None:
+        self._model, self._backend = model, backend
+        part = build(model, config, backend)
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                parameter.copy_(weights[name])
+        # requires_grad stays on, although nothing asks for a gradient: megatron and torch.matmul take other kernels for
+        # a frozen weight, and the log-ratio at step 0 would be 1e-5 instead of exactly 0.
+        self._module: Any = in_compute_type(part, config)
+
+    def score(self, packs: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        """Return for each pack the [B] sums of its responses' log-probs (nats) on the last stage, else nothing."""
+        logprobs = run_scoring(
+            self._module,
+            packs,
+            vocab_size=self._model.vocab_size,
+            temperature=temperature,
+            backend=self._backend,
+        )
+        return [sequence_sums(packed, values) for packed, values in zip(packs, logprobs, strict=False)]

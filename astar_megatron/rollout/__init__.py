@@ -1,0 +1,1 @@
+"""vLLM: engines as Ray actors, and the pool that generates with them."""

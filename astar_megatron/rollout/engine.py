@@ -1,0 +1,199 @@
+"""One vLLM engine: AsyncLLM inside a Ray actor, updated in place through vLLM's own weight-transfer API.
+
+Requests name their own seed, so any subset of them reproduces whatever else runs beside it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from astar_megatron.config import RolloutConfig, SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to draw. `tag` comes back with it."""
+
+    tag: int
+    token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """What an engine drew: the response's tokens with its EOS, if it ended by itself.
+
+    `logprob` sums the sampled tokens' log-probs after temperature and top-p (nats); `version` is of the weights.
+    """
+
+    tag: int
+    token_ids: tuple[int, ...]
+    truncated: bool
+    logprob: float
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What every engine of a pool has in common. `threads` is of CPU engines; `max_tokens` of prompt and response."""
+
+    model_path: str
+    dtype: str
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    rollout: RolloutConfig
+    on_gpu: bool
+
+
+class Engine:
+    """An AsyncLLM with the weights of `model_path` until the first update. Wrapped by pool.py as an async Ray actor."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._version = 0
+        self._count = 0
+        self._llm: Any = None
+
+    async def start(self) -> None:
+        """Load the model; returns when the engine can generate."""
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(self._options)))
+
+    async def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, greedy: bool
+    ) -> AsyncIterator[list[Response]]:
+        """Yield responses as they finish, a few at a time; every request is answered once.
+
+        `greedy` takes the likeliest token instead of drawing one.
+        """
+        pending = {asyncio.ensure_future(self._generate(request, sampling, greedy)) for request in requests}
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                if pending:  # what ends in the same step of the engine travels together
+                    more, pending = await asyncio.wait(pending, timeout=0.05)
+                    done |= more
+                yield [task.result() for task in done]
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def _generate(self, request: Request, sampling: SamplingConfig, greedy: bool) -> Response:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0 if greedy else sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_response_tokens,
+            seed=request.seed,
+            stop_token_ids=list(self._options.stop_token_ids),
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._finish(request.token_ids, params)
+        completion = output.outputs[0]
+        token_ids = tuple(completion.token_ids)
+        logprob = sum(row[token].logprob for token, row in zip(token_ids, completion.logprobs, strict=True))
+        return Response(
+            tag=request.tag,
+            token_ids=token_ids,
+            truncated=completion.finish_reason == "length",
+            logprob=logprob,
+            version=self._version,
+        )
+
+    async def greedy(self, token_ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[float]]:
+        """Return a greedy continuation and the log-probs of the prompt's own tokens from the second on (nats)."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, prompt_logprobs=0, ignore_eos=True)
+        output = await self._finish(token_ids, params)
+        rows = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[1:]
+        return list(output.outputs[0].token_ids), [row[token].logprob for token, row in rows]
+
+    async def _finish(self, token_ids: Sequence[int], params: Any) -> Any:
+        self._count += 1
+        last = None
+        async for output in self._llm.generate({"prompt_token_ids": list(token_ids)}, params, str(self._count)):
+            last = output
+        return last
+
+    async def open_update(self, init_info: dict[str, Any]) -> None:
+        """Prepare for updates; `init_info` is of conversion.vllm."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def update(self, version: int) -> None:
+        """Take over the weights that the policy has put in place, in this order and no other.
+
+        Requests in flight freeze and go on with the new weights; the prefix cache, which vLLM does not reset by
+        itself, is dropped. After a failed update the engine is half loaded and must be replaced.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.pause_generation(mode="keep", clear_cache=True)
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
+        await self._llm.finish_weight_update(weight_version=str(version))
+        self._version = version
+        await self._llm.resume_generation()
+
+    async def close(self) -> None:
+        """End vLLM's own processes before this actor ends."""
+        if self._llm is not None:
+            with contextlib.suppress(Exception):
+                self._llm.shutdown()
+
+
+def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    """The engine's one device function: vLLM's arguments on CPU and on GPU."""
+    rollout = options.rollout
+    arguments: dict[str, Any] = {
+        "model": options.model_path,
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "max_model_len": options.max_tokens,
+        "max_num_seqs": rollout.max_num_seqs,
+        "tensor_parallel_size": rollout.tensor,
+        "enforce_eager": rollout.eager,
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # the folder's own sampling defaults would change the behaviour policy
+        "worker_extension_cls": "conversion.vllm.WorkerExtension",
+        "weight_transfer_config": {"backend": "astar_tiles"},
+    }
+    if options.on_gpu:
+        return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    return arguments | {
+        # A seeded request that chunked prefill splits raises on CPU, so the longest prompt must fit one pass.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, options.max_tokens),
+        # The smallest block the CPU kernels take: samples of a short prompt still share its full blocks.
+        "block_size": 32,
+    }
+
+
+def environment(*, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int) -> dict[str, str]:
+    """Return the environment variables that vLLM reads before it is imported."""
+    common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if on_gpu:
+        return common
+    bind = "nobind" if tensor == 1 else "|".join(str(worker) for worker in range(tensor))
+    return common | {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": bind,
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin while the other side computes slow both three-fold.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+    }

@@ -1,0 +1,162 @@
+"""The pool: engines as Ray actors, prompts in, rollouts out.
+
+Every response has a seed of its own, a digest of (run, prompt, sample or step), so any subset of a sweep reproduces
+and no two prompts share their random numbers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import ray
+
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import RolloutConfig, SamplingConfig
+from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Response, environment
+from astar_megatron.types import Prompt, Rollout
+
+
+class Detokenize(Protocol):
+    def __call__(self, token_ids: Sequence[int]) -> str: ...
+
+
+def seed_of(run_seed: int, *what: object) -> int:
+    """Return the 63-bit seed of one response; `what` names it, for example (uid, "sweep", sample)."""
+    text = "\x00".join(str(part) for part in (run_seed, *what))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class EnginePool:
+    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        rollout: RolloutConfig,
+        *,
+        model_path: str,
+        dtype: str,
+        max_tokens: int,
+        stop_token_ids: tuple[int, ...],
+        detokenize: Detokenize,
+        seed: int,
+    ) -> None:
+        on_gpu = cluster.num_gpus > 0
+        self.tensor = rollout.tensor
+        self._cluster, self._detokenize = cluster, detokenize
+        env = environment(
+            on_gpu=on_gpu,
+            threads=cluster.threads(rollout.num_engines * rollout.tensor),
+            tensor=rollout.tensor,
+            kv_cache_gib=rollout.kv_cache_gib,
+        )
+        options = EngineOptions(
+            model_path=model_path,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            stop_token_ids=stop_token_ids,
+            seed=seed,
+            rollout=rollout,
+            on_gpu=on_gpu,
+        )
+        self._engines = [
+            cluster.actor(
+                f"engine {index}",
+                Engine,
+                env=env,
+                num_gpus=rollout.tensor if on_gpu else 0,
+                concurrency=1000,
+                options=options,
+            )
+            for index in range(rollout.num_engines)
+        ]
+        self._starting = [engine.start.remote() for engine in self._engines]
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def start(self) -> None:
+        """Wait until every engine can generate."""
+        self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
+
+    def generate(
+        self, work: Sequence[tuple[Prompt, int, int]], sampling: SamplingConfig, *, greedy: bool = False
+    ) -> Iterator[list[tuple[int, Rollout]]]:
+        """Yield (index in `work`, rollout) as they finish, every one once; `work` is (prompt, sample, seed) each.
+
+        Samples of one prompt go to one engine, which computes their common prefix once.
+        """
+        shares = _share(work, len(self._engines))
+        streams: dict[Any, Any] = {}
+        for engine, share in zip(self._engines, shares, strict=True):
+            if share:
+                requests = [Request(tag=tag, token_ids=work[tag][0].token_ids, seed=work[tag][2]) for tag in share]
+                stream = engine.generate.options(num_returns="streaming").remote(requests, sampling, greedy)
+                streams[stream] = engine
+        while streams:
+            ready, _ = ray.wait(list(streams), num_returns=1)
+            for stream in ready:
+                try:
+                    reference = next(stream)  # pyright: ignore[reportArgumentType]
+                except StopIteration:
+                    del streams[stream]
+                    continue
+                (responses,) = self._cluster.wait("engines: generate", [reference])
+                yield [(response.tag, self._rollout(work[response.tag], response)) for response in responses]
+
+    def draw(
+        self,
+        work: Sequence[tuple[Prompt, int, int]],
+        sampling: SamplingConfig,
+        *,
+        greedy: bool = False,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> list[Rollout]:
+        """Return the rollouts of `work` in its order; `advance` hears how many more have finished."""
+        rollouts: dict[int, Rollout] = {}
+        for finished in self.generate(work, sampling, greedy=greedy):
+            rollouts.update(finished)
+            advance(len(finished))
+        return [rollouts[index] for index in range(len(work))]
+
+    def _rollout(self, item: tuple[Prompt, int, int], response: Response) -> Rollout:
+        prompt, sample, seed = item
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            seed=seed,
+            token_ids=response.token_ids,
+            text=self._detokenize(response.token_ids),
+            truncated=response.truncated,
+            logprob=response.logprob,
+            version=response.version,
+        )
+
+    def greedy(self, token_ids: Sequence[int], max_tokens: int, engine: int = 0) -> tuple[list[int], list[float]]:
+        """Return a greedy continuation and the prompt's log-probs from its second token on (nats)."""
+        call = self._engines[engine].greedy.remote(list(token_ids), max_tokens)
+        return self._cluster.wait(f"engine {engine}: greedy", [call])[0]
+
+    def open_update(self, init_info: dict[str, Any]) -> None:
+        """Prepare every engine for `update`."""
+        self._all("open_update", init_info)
+
+    def update(self, version: int) -> None:
+        """Make every engine take over the weights that lie ready."""
+        self._all("update", version)
+
+    def close(self) -> None:
+        self._all("close")
+
+    def _all(self, method: str, *args: Any) -> None:
+        calls = [getattr(engine, method).remote(*args) for engine in self._engines]
+        self._cluster.wait(f"engines: {method}", calls)
+
+
+def _share(work: Sequence[tuple[Prompt, int, int]], num_engines: int) -> list[list[int]]:
+    """Return each engine's indices of `work`: prompts in turn, all samples of a prompt together."""
+    engine_of: dict[str, int] = {}
+    shares: list[list[int]] = [[] for _ in range(num_engines)]
+    for index, (prompt, _, _) in enumerate(work):
+        shares[engine_of.setdefault(prompt.uid, len(engine_of) % num_engines)].append(index)
+    return shares

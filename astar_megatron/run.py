@@ -1,0 +1,111 @@
+"""What every program of a run opens first: the checks that cost nothing, then Ray, then the engines.
+
+`prepare` reads everything that a user can have got wrong and refuses it before a process is started.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.config import RunConfig
+from astar_megatron.data.contract import Contract, contract_of
+from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
+from astar_megatron.doctor import check_run
+from astar_megatron.model.backend import resolve_dtype
+from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.types import Prompt
+from conversion.families import Model, read_model
+from conversion.tiles import ParallelLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a run reads before it starts: prompts, reward, model tables; all of it checked."""
+
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    reward: rewards.Reward
+    contract: Contract
+    model: Model
+
+
+def prepare(cfg: RunConfig) -> Inputs:
+    """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change."""
+    model = read_model(cfg.model.path)
+    model.vllm_tiles(cfg.rollout.tensor)
+    model.megatron_tiles(
+        ParallelLayout(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, data=cfg.parallel.data)
+    )
+    limit = model.gpt_options()["max_sequence_length"]
+    if cfg.max_tokens > limit:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_response_tokens: {cfg.max_tokens} exceeds the {limit} positions "
+            f"of {cfg.model.path}; lower one of them"
+        )
+    contract = contract_of(cfg)
+    prompts = read_prompts(cfg.data, cfg.model.path)
+    evaluated = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts
+    reward = rewards.get(cfg.reward.name)
+    rewards.check(reward, [*prompts, *(evaluated if cfg.data.eval_path else ())])
+    check_run(cfg, model_bytes=4 * model.num_parameters())
+    return Inputs(
+        prompts=prompts,
+        eval_prompts=evaluated[: cfg.eval.max_prompts],
+        reward=reward,
+        contract=contract,
+        model=model,
+    )
+
+
+def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
+    """Return the name of the type that policy and engines compute in, and why."""
+    dtype, reason = resolve_dtype(cfg.model.dtype, cluster.num_gpus)
+    return str(dtype).removeprefix("torch."), reason
+
+
+def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = None) -> EnginePool:
+    """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it."""
+    path = model_path or cfg.model.path
+    return EnginePool(
+        cluster,
+        cfg.rollout,
+        model_path=path,
+        dtype=compute_type(cfg, cluster)[0],
+        max_tokens=cfg.max_tokens,
+        stop_token_ids=stop_token_ids(cfg.model.path),
+        detokenize=detokenizer(cfg.model.path),
+        seed=cfg.seed,
+    )
+
+
+def start_policy(cfg: RunConfig, cluster: Cluster) -> PolicyGroup:
+    """Begin to start the Megatron ranks; `.start()` waits for them."""
+    return PolicyGroup(
+        cluster,
+        model_path=cfg.model.path,
+        dtype=compute_type(cfg, cluster)[0],
+        parallel=cfg.parallel,
+        optim=cfg.optim,
+        seed=cfg.seed,
+    )
+
+
+@contextmanager
+def engines_of(cfg: RunConfig, model_path: str | None = None) -> Iterator[EnginePool]:
+    """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`."""
+    with Cluster(cfg.cluster) as cluster:
+        engines = start_engines(cfg, cluster, model_path)
+        engines.start()
+        try:
+            yield engines
+        finally:
+            engines.close()
+
+
+def detokenizer(model_path: str) -> Callable[..., str]:
+    """Return the function from response tokens to the text that the reward reads, special tokens removed."""
+    tok = tokenizer(model_path)
+    return lambda token_ids: str(tok.decode(list(token_ids), skip_special_tokens=True))

@@ -1,0 +1,135 @@
+"""Metrics out: one JSON line a step always, timed spans, progress on the screen, the reward curve.
+
+On a terminal progress is drawn by rich; elsewhere it is plain lines.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Clock:
+    """Seconds spent in named spans of a step; `total` runs from its making."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def stop(self) -> dict[str, float]:
+        """Return the spans and their `total`, the time since this clock was made."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}
+
+
+class Tracker:
+    """Writes `<run_dir>/metrics.jsonl` and talks to the person who started the run."""
+
+    def __init__(self, run_dir: str | Path, console: Console | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.console = console or Console(highlight=False)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run_dir: can't make {self.run_dir}: {error.strerror}; choose another folder") from None
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.run_dir / METRICS_FILE
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def begin(self, step: int) -> None:
+        """Drop the lines of steps from `step` on: a resumed run writes them again."""
+        kept = [line for line in read_metrics(self.run_dir) if line["step"] < step]
+        temporary = self.metrics_path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.metrics_path)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append one line; it is on disk on return. Values that JSON can't hold (NaN, Inf) become null."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(metrics)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Any]:
+        """Yield `advance(count, note="")` for a task of `total` pieces."""
+        if not self.console.is_terminal:
+            start = time.perf_counter()
+            yield lambda count, note="": None
+            self.say(f"{label}: {total} in {time.perf_counter() - start:.1f} s")
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=False) as bar:
+            task = bar.add_task(label, total=total, note="")
+            yield lambda count, note="": bar.update(task, advance=count, note=note)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Show two columns under a title."""
+        table = Table(title=title, show_header=False, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics; a last line that a crash cut is left out."""
+    path = Path(run_dir) / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON; repair or remove the file") from None
+    return found
+
+
+def plot_rewards(run_dir: str | Path, baseline: float | None = None) -> Path:
+    """Draw mean reward by step to `<run_dir>/reward.png` and return its path; `baseline` is the reference's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(run_dir)
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=120)
+    axes.plot([line["step"] for line in lines], [line["reward_mean"] for line in lines], marker="o", color="#2a6f97")
+    if baseline is not None:
+        axes.axhline(baseline, linestyle="--", color="#888888", label=f"reference, {baseline:.2f}")
+        axes.legend(loc="lower right", frameon=False)
+    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path = Path(run_dir) / "reward.png"
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

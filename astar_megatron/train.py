@@ -1,0 +1,131 @@
+"""Stage 2 of A*PO: regress beta2 * ln(pi / pi_ref) on r - V*, one on-policy rollout a prompt (arXiv 2505.20686).
+
+The driver is one plain process; Megatron ranks and vLLM engines are Ray actors. The same command run again continues
+from the newest checkpoint.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+
+import torch
+
+from astar_megatron.algorithm.rewards import score
+from astar_megatron.checkpoints import Checkpoints
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.config import RunConfig
+from astar_megatron.data.prompts import PromptStream
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.rollout.pool import EnginePool, seed_of
+from astar_megatron.run import Inputs, compute_type, prepare, start_engines, start_policy
+from astar_megatron.tracking import Clock, Tracker
+from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepOptions, StepStats
+from astar_megatron.weights import TransferFolder, WeightSync
+
+
+def main(cfg: RunConfig) -> None:
+    """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
+    inputs = prepare(cfg)
+    VStarTable.open(cfg.table_dir, inputs.contract).estimate(cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples)
+    with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
+        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
+        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
+        tracker = Tracker(cfg.run_dir)
+        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
+        with tracker.progress("starting engines and policy", 1):
+            engines.start()
+            policy.start()
+        train(cfg, inputs, policy, engines, tracker)
+
+
+def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:
+    """Train with a started policy and pool, and export; leaves the final weights in the engines."""
+    v_star = VStarTable.open(cfg.table_dir, inputs.contract).estimate(
+        cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples
+    )
+    prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
+    checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract)
+    options = StepOptions(
+        beta2=cfg.astar.beta2,
+        temperature=cfg.sampling.temperature,
+        mini_batch_size=cfg.mini_batch_size,
+        micro_batch_tokens=cfg.train.micro_batch_tokens,
+    )
+    first = checkpoints.resume(policy, prompts)
+    tracker.begin(first)
+    with TransferFolder() as folder:
+        weights = WeightSync(policy, engines, inputs.model, folder.path)
+        for step in range(first, cfg.train.num_steps):
+            clock = Clock()
+            with clock.span("publish"):
+                weights.publish(version=step)
+            with clock.span("generate"):
+                drawn = engines.draw(_work(prompts.take(), cfg.seed, step), cfg.sampling)
+            with clock.span("score"):
+                rollouts = score(inputs.reward, drawn)
+            stats = policy.step(_batch(rollouts, v_star, step), options)
+            metrics = _metrics(step, rollouts, v_star, stats, clock.stop())
+            tracker.log(metrics)
+            tracker.say(_line(metrics, cfg.train.num_steps))
+            if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
+                checkpoints.save(policy, step + 1, prompts)
+        weights.publish(version=cfg.train.num_steps)
+        policy.export(cfg.export_dir, str(folder.path))
+    tracker.say(f"exported to {cfg.export_dir}")
+
+
+def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
+    """One rollout a prompt. A prompt that a batch across two epochs holds twice gets two samples."""
+    seen: Counter[str] = Counter()
+    work = []
+    for prompt in prompts:
+        sample = seen[prompt.uid]
+        seen[prompt.uid] += 1
+        work.append((prompt, sample, seed_of(seed, "train", step, prompt.uid, sample)))
+    return work
+
+
+def _batch(rollouts: Sequence[Rollout], v_star: dict[str, float], version: int) -> RolloutBatch:
+    """The rollouts as the policy needs them; all must come from the weights it has now."""
+    stale = {rollout.version for rollout in rollouts} - {version}
+    if stale:
+        raise AssertionError(f"rollouts of versions {sorted(stale)} in a step of version {version}")
+    return RolloutBatch(
+        token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
+        prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
+        reward=torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64),
+        v_star=torch.tensor([v_star[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64),
+        version=version,
+    )
+
+
+def _metrics(
+    step: int, rollouts: Sequence[Rollout], v_star: dict[str, float], stats: StepStats, seconds: dict[str, float]
+) -> dict[str, object]:
+    count = len(rollouts)
+    return {
+        "step": step,
+        "version": step,
+        "reward_mean": sum(rollout.reward or 0.0 for rollout in rollouts) / count,
+        "v_star_mean": sum(v_star[rollout.prompt.uid] for rollout in rollouts) / count,
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "logratio_mean": stats.logratio_mean,
+        "logratio_std": stats.logratio_std,
+        "logratio_max": stats.logratio_max,
+        "engine_gap": stats.logprob_mean - sum(rollout.logprob for rollout in rollouts) / count,
+        "truncated": sum(rollout.truncated for rollout in rollouts) / count,
+        "tokens": stats.tokens,
+        "response_tokens": stats.response_tokens,
+        "seconds": {**stats.seconds, **seconds},
+    }
+
+
+def _line(metrics: dict[str, object], num_steps: int) -> str:
+    seconds: dict[str, float] = metrics["seconds"]  # type: ignore[assignment]
+    spans = " ".join(f"{name} {seconds[name]:.1f}" for name in ("generate", "reference", "policy", "publish"))
+    return (
+        f"step {metrics['step']:>3} of {num_steps}  reward {metrics['reward_mean']:.3f}  loss {metrics['loss']:.4f}  "
+        f"log-ratio {metrics['logratio_mean']:+.2f}  {seconds['total']:.1f} s ({spans})"
+    )

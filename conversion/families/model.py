@@ -1,0 +1,167 @@
+"""`Model`: one architecture at one size, and its tiles in every layout."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from conversion.families.config import Family
+from conversion.families.rows import Dimensions, Row, Shape, Shard, rounded_up
+from conversion.tiles import ParallelLayout, Tile, share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What an HF configuration describes. Pure: no weights, no torch.
+
+    `config` is the plain dict of config.json; a process that gets it as JSON rebuilds an equal model from it.
+    """
+
+    family: Family
+    config: dict[str, Any]
+    dims: Dimensions
+
+    @property
+    def architecture(self) -> str:
+        """HF's class name."""
+        return self.family.architecture
+
+    @property
+    def tied(self) -> bool:
+        """True if the LM head is the embedding."""
+        return self.dims.tied
+
+    @property
+    def num_layers(self) -> int:
+        return self.dims.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.dims.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.dims.vocab_size
+
+    def padded_vocab_size(self, tensor: int) -> int:
+        """The vocabulary Megatron's embedding and head are built with at this tensor size."""
+        return rounded_up(self.dims.vocab_size, tensor)
+
+    def parameters(self) -> dict[str, Shape]:
+        """HF names and shapes; a tied head is absent."""
+        shapes = {}
+        for row in self.family.rows:
+            for i in range(self.num_layers) if row.stage == "every layer" else (0,):
+                shapes |= {hf.replace("{i}", str(i)): shape for hf, shape in row.hf_shapes(self.dims).items()}
+        return shapes
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, a tied head counted once."""
+        return sum(math.prod(shape) for shape in self.parameters().values())
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Keyword arguments of Megatron's TransformerConfig that describe the architecture and nothing else.
+
+        `activation` is the exception: the name of the activation function, for the caller to look up.
+        """
+        dims = self.dims
+        return {
+            "num_layers": dims.num_layers,
+            "hidden_size": dims.hidden_size,
+            "num_attention_heads": dims.num_heads,
+            "num_query_groups": dims.num_kv_heads,
+            "kv_channels": dims.head_dim,
+            "ffn_hidden_size": dims.intermediate_size,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": float(self.config["rms_norm_eps"]),
+            "gated_linear_unit": True,
+            "activation": "silu",
+            "add_bias_linear": False,
+            "add_qkv_bias": self.family.add_qkv_bias,
+            "rotary_interleaved": False,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+
+    def gpt_options(self) -> dict[str, Any]:
+        """Keyword arguments of Megatron's GPTModel; `vocab_size` is unpadded: see `padded_vocab_size`."""
+        theta = self.family.rope_theta(self.config)
+        return {
+            "vocab_size": self.dims.vocab_size,
+            "max_sequence_length": self.config["max_position_embeddings"],
+            "share_embeddings_and_output_weights": self.tied,
+            "rotary_base": int(theta) if theta.is_integer() else theta,
+            "rotary_percent": 1.0,
+        }
+
+    def hf_tiles(self) -> list[Tile]:
+        """The trivial tiling: every parameter whole, on rank 0, under its own name."""
+        return [
+            Tile(0, name, name, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None)
+            for name, shape in self.parameters().items()
+        ]
+
+    def megatron_tiles(self, layout: ParallelLayout) -> list[Tile]:
+        """The tiles of all ranks of `layout`, data-parallel replicas included."""
+        tiles = []
+        for t, p in itertools.product(range(layout.tensor), range(layout.pipeline)):
+            held = list(self._megatron_shards(layout, t, p))
+            for d in range(layout.data):
+                rank = layout.rank(t, p, d)
+                for name, layer, shard in held:
+                    tiles += _placed(rank, name, layer, shard)
+        return sorted(tiles, key=lambda tile: tile.rank)
+
+    def megatron_shapes(self, layout: ParallelLayout, rank: int) -> dict[str, Shape]:
+        """Names and full local shapes, padding included, of what `rank` holds."""
+        tensor, pipeline, _ = layout.coordinates(rank)
+        return {name: shard.shape for name, _, shard in self._megatron_shards(layout, tensor, pipeline)}
+
+    def vllm_tiles(self, tensor: int) -> list[Tile]:
+        """The tiles of all workers of one vLLM engine; a tied head is the embedding's storage and has none."""
+        tiles = []
+        for t in range(tensor):
+            for name, layer, shard in self._vllm_shards(tensor, t):
+                tiles += _placed(t, name, layer, shard)
+        return tiles
+
+    def vllm_shapes(self, tensor: int, rank: int) -> dict[str, Shape]:
+        """Names and full local shapes, padding included, of what worker `rank` holds."""
+        return {name: shard.shape for name, _, shard in self._vllm_shards(tensor, rank)}
+
+    def _megatron_shards(self, layout: ParallelLayout, t: int, p: int) -> Iterator[tuple[str, int, Shard]]:
+        """(local name, layer in the model, shard) of tensor rank t in stage p."""
+        layers = range(*share(self.num_layers, layout.pipeline, p, "num_hidden_layers", "pipeline"))
+        for row in self.family.rows:
+            if not self._is_in_stage(row, layout, p):
+                continue
+            shard = row.megatron_shard(self.dims, layout.tensor, t)
+            name = (layout.fused_norms and row.megatron_fused_norms) or row.megatron
+            for n, i in enumerate(layers) if row.stage == "every layer" else [(0, 0)]:
+                yield name.replace("{n}", str(n)), i, shard
+
+    def _is_in_stage(self, row: Row, layout: ParallelLayout, p: int) -> bool:
+        if row.tied_to and self.tied and layout.pipeline == 1:
+            return False  # the head is the embedding itself; on a last stage of its own it is a second copy
+        last = layout.pipeline - 1
+        return row.stage == "every layer" or p == (0 if row.stage == "first" else last)
+
+    def _vllm_shards(self, tensor: int, t: int) -> Iterator[tuple[str, int, Shard]]:
+        for row in self.family.rows:
+            if row.tied_to and self.tied:
+                continue
+            shard = row.vllm_shard(self.dims, tensor, t)
+            for i in range(self.num_layers) if row.stage == "every layer" else (0,):
+                yield row.vllm.replace("{i}", str(i)), i, shard
+
+
+def model_of(family: Family, config: Mapping[str, Any]) -> Model:
+    """The model `config` describes, which `family` must be the family of. UnsupportedModelError as `Family.check`."""
+    family.check(config)
+    return Model(family=family, config=dict(config), dims=family.dimensions(config))
+
+
+def _placed(rank: int, name: str, layer: int, shard: Shard) -> list[Tile]:
+    i = str(layer)
+    return [Tile(rank, name, b.hf.replace("{i}", i), b.rows, b.cols, b.row0, b.col0) for b in shard.blocks]

@@ -1,0 +1,197 @@
+"""A plan: every overlap of a source tiling with a target tiling, in HF coordinates. Pure and deterministic.
+
+HF import, HF export, trainer -> engine sync and checkpoint reshape differ only in the two tilings. Where several source
+ranks hold the same rectangle (data-parallel replicas, norms on every tensor rank, tied copies) one is chosen, so that
+the bytes spread over the replicas. Every target tile is covered exactly once, or there is no plan.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from conversion.tiles import Span, Tile
+
+WIRE_ALIGNMENT_BYTES = 64  # a cache line; also what the widest vector loads and DMA engines like
+
+Rectangle = tuple[int, int, int, int]  # row start, row stop, column start, column stop; a 1-D parameter is one column
+
+
+class PlanError(ValueError):
+    """A target tile that the source does not cover exactly once; the message names parameter and part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A rectangle of a local tensor: `name[index]` on `rank`, with one (start, stop) per dimension."""
+
+    rank: int
+    name: str
+    index: tuple[Span, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.index)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """`index`, to subscript a tensor with."""
+        return tuple(slice(start, stop) for start, stop in self.index)
+
+    @property
+    def num_elements(self) -> int:
+        n = 1
+        for start, stop in self.index:
+            n *= stop - start
+        return n
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """`target` receives the values of `source`; the two have the same shape."""
+
+    source: Piece
+    target: Piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireLayout:
+    """Where the pieces one source rank sends lie in its flat buffer: byte offsets, and the size of the whole."""
+
+    offsets: dict[Piece, int]
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightPlan:
+    """All copies, in the order of the target's tiles."""
+
+    copies: tuple[Copy, ...]
+
+    def from_rank(self, rank: int) -> tuple[Copy, ...]:
+        """The copies that read from this source rank."""
+        return tuple(copy for copy in self.copies if copy.source.rank == rank)
+
+    def to_rank(self, rank: int) -> tuple[Copy, ...]:
+        """The copies that write to this target rank."""
+        return tuple(copy for copy in self.copies if copy.target.rank == rank)
+
+    def wire(self, source_rank: int, itemsize: int) -> WireLayout:
+        """The layout of what `source_rank` sends, at `itemsize` bytes an element: each distinct piece once, aligned."""
+        offsets: dict[Piece, int] = {}
+        end = 0
+        for copy in self.from_rank(source_rank):
+            if copy.source not in offsets:
+                offsets[copy.source] = end
+                end += -(-copy.source.num_elements * itemsize // WIRE_ALIGNMENT_BYTES) * WIRE_ALIGNMENT_BYTES
+        return WireLayout(offsets=offsets, total_bytes=end)
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlap:
+    """The part of a target tile that the holders of one source rectangle can give."""
+
+    target: Tile
+    rectangle: Rectangle
+    holders: tuple[Tile, ...]
+
+    @property
+    def key(self) -> tuple[str, Rectangle, Rectangle]:
+        """Equal for the overlaps that want the same piece, which must come from the same holder."""
+        return self.target.hf, self.rectangle, _rectangle(self.holders[0])
+
+
+def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
+    """The plan that fills every target tile from the source. PlanError if one is not covered exactly once."""
+    holders: dict[str, dict[Rectangle, list[Tile]]] = defaultdict(lambda: defaultdict(list))
+    for tile in source:
+        holders[tile.hf][_rectangle(tile)].append(tile)
+    held = {
+        hf: [(rectangle, tuple(tiles)) for rectangle, tiles in rectangles.items()] for hf, rectangles in holders.items()
+    }
+    overlaps: list[_Overlap] = []
+    for tile in target:
+        overlaps += _cover(tile, held.get(tile.hf, []))
+    chosen = _choose(overlaps)
+    return WeightPlan(
+        copies=tuple(
+            Copy(source=_piece(chosen[o.key], o.rectangle), target=_piece(o.target, o.rectangle)) for o in overlaps
+        )
+    )
+
+
+def _cover(target: Tile, held: Sequence[tuple[Rectangle, tuple[Tile, ...]]]) -> list[_Overlap]:
+    """The overlaps of one target tile with the source, proven to cover it exactly."""
+    wanted = _rectangle(target)
+    overlaps: list[_Overlap] = []
+    missing = [wanted]
+    for rectangle, tiles in held:
+        common = _intersection(wanted, rectangle)
+        if common is None:
+            continue
+        if (tiles[0].cols is None) != (target.cols is None):
+            raise PlanError(
+                f"{target.hf}: {_dimensions(tiles[0])} in the source and {_dimensions(target)} in the target"
+            )
+        overlaps.append(_Overlap(target, common, tiles))
+        missing = [rest for hole in missing for rest in _difference(hole, common)]
+    where = f"for {target.name} on target rank {target.rank}"
+    if missing:
+        raise PlanError(f"{target.hf}: the source does not hold {_described(missing[0], target)}, {where}")
+    if sum(_area(o.rectangle) for o in overlaps) != _area(wanted):
+        raise PlanError(f"{target.hf}: source tiles overlap in part within {_described(wanted, target)}, {where}")
+    return overlaps
+
+
+def _choose(overlaps: Sequence[_Overlap]) -> dict[tuple[str, Rectangle, Rectangle], Tile]:
+    """One holder for every distinct piece: of its holders the one with least to send so far, largest pieces first."""
+    sent: dict[int, int] = defaultdict(int)
+    chosen: dict[tuple[str, Rectangle, Rectangle], Tile] = {}
+    distinct = {overlap.key: overlap for overlap in overlaps}
+    for key, overlap in sorted(distinct.items(), key=lambda item: -_area(item[1].rectangle)):
+        holder = min(overlap.holders, key=lambda tile: (sent[tile.rank], tile.rank))
+        sent[holder.rank] += _area(overlap.rectangle)
+        chosen[key] = holder
+    return chosen
+
+
+def _piece(tile: Tile, part: Rectangle) -> Piece:
+    """The place of an HF rectangle in the tile that holds it."""
+    row, col = tile.row0 - tile.rows[0], tile.col0
+    rows = (part[0] + row, part[1] + row)
+    if tile.cols is None:
+        return Piece(rank=tile.rank, name=tile.name, index=(rows,))
+    col -= tile.cols[0]
+    return Piece(rank=tile.rank, name=tile.name, index=(rows, (part[2] + col, part[3] + col)))
+
+
+def _rectangle(tile: Tile) -> Rectangle:
+    c0, c1 = tile.cols or (0, 1)
+    return tile.rows[0], tile.rows[1], c0, c1
+
+
+def _area(r: Rectangle) -> int:
+    return (r[1] - r[0]) * (r[3] - r[2])
+
+
+def _intersection(a: Rectangle, b: Rectangle) -> Rectangle | None:
+    both = (max(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), min(a[3], b[3]))
+    return both if both[0] < both[1] and both[2] < both[3] else None
+
+
+def _difference(a: Rectangle, b: Rectangle) -> list[Rectangle]:
+    """The rectangles that are left of `a` without `b`: above, below, left, right."""
+    common = _intersection(a, b)
+    if common is None:
+        return [a]
+    r0, r1, c0, c1 = common
+    rest = [(a[0], r0, a[2], a[3]), (r1, a[1], a[2], a[3]), (r0, r1, a[2], c0), (r0, r1, c1, a[3])]
+    return [r for r in rest if r[0] < r[1] and r[2] < r[3]]
+
+
+def _described(r: Rectangle, tile: Tile) -> str:
+    rows = f"rows {r[0]}:{r[1]}"
+    return rows if tile.cols is None else f"{rows}, columns {r[2]}:{r[3]}"
+
+
+def _dimensions(tile: Tile) -> str:
+    return "a vector" if tile.cols is None else "a matrix"

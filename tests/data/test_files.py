@@ -1,0 +1,55 @@
+"""Files that are whole or absent, and the data that the project makes itself."""
+
+import json
+import re
+import resource
+from pathlib import Path
+
+import pytest
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
+from astar_megatron.data.files import StorageError, write_atomic
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for data in (b"old", b"new"):
+        write_atomic(tmp_path / "file", data)
+        assert (tmp_path / "file").read_bytes() == data
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "file", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(StorageError, match=r"file: can't write 100 bytes: .*free some space"):
+            write_atomic(tmp_path / "file", b"x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_a_folder_that_refuses_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"none/file: can't write 1 bytes: No such file") as caught:
+        write_atomic(tmp_path / "none" / "file", b"x")
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, OSError)
+    with pytest.raises(StorageError):
+        write_atomic("/proc/astar", b"x")
+
+
+def test_the_one_digit_additions_are_all_64_and_right() -> None:
+    rows = one_digit_additions()
+    assert len({row["question"] for row in rows}) == 64
+    for row in rows:
+        numbers = re.fullmatch(r"What is (\d) \+ (\d)\? Answer with just the number\.", row["question"])
+        assert numbers is not None
+        assert int(numbers[1]) + int(numbers[2]) == int(row["answer"])
+        assert rewards.get("last_number")(f"It is {row['answer']}.", row["answer"]) == 1
+
+
+def test_rows_are_written_one_a_line(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "new" / "data.jsonl", [{"question": "é?", "answer": "1"}, {"question": "b"}])
+    lines = (tmp_path / "new" / "data.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"question": "é?", "answer": "1"}, {"question": "b"}]

@@ -1,0 +1,295 @@
+"""The V* table: append, reopen, resume, damage, other contracts, storage that refuses."""
+
+import dataclasses
+import json
+import logging
+import math
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from astar_megatron.algorithm.value import v_star
+from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.files import StorageError
+from astar_megatron.data.v_star import FORMAT, MissingTableError, TableError, VStarTable
+from astar_megatron.types import Prompt, Rollout
+
+type MakeRollout = Callable[..., Rollout]
+
+
+def _reward(prompt: int, sample: int) -> float:
+    return float((prompt + sample) % 3 == 0)
+
+
+def _fill(table: VStarTable, prompts: list[Prompt], samples: range, rollout: MakeRollout) -> None:
+    for sample in samples:  # one shard a sample index
+        table.append([rollout(prompt, sample, _reward(i, sample)) for i, prompt in enumerate(prompts)])
+
+
+def test_rows_are_there_after_reopening(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path / "t", contract)
+    _fill(table, prompts, range(4), rollout)
+    reopened = VStarTable.open(tmp_path / "t", contract)
+    expected = {prompt.uid: [_reward(i, s) for s in range(4)] for i, prompt in enumerate(prompts)}
+    assert table.rewards() == reopened.rewards() == expected
+    assert table.summary() == reopened.summary()
+    assert (table.summary().prompts, table.summary().samples, table.summary().response_tokens) == (6, 24, 72)
+
+
+def test_a_shard_holds_everything_about_a_rollout(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 3, 1.0)])
+    (shard,) = tmp_path.glob("shard-000001-*.parquet")
+    assert pq.read_table(shard).to_pylist() == [
+        {
+            "uid": "uid-0",
+            "sample": 3,
+            "reward": 1.0,
+            "response": [5, 6, 7],
+            "response_tokens": 3,
+            "truncated": False,
+            "seed": 1003,
+            "logprob": -1.5,
+        }
+    ]
+
+
+def test_missing_is_what_a_sweep_has_still_to_draw(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    assert table.missing(prompts[:2], 2) == [(prompts[0], 0), (prompts[0], 1), (prompts[1], 0), (prompts[1], 1)]
+    table.append([rollout(prompts[1], 0), rollout(prompts[1], 7), rollout(prompts[5], 1)])
+    assert table.missing([prompts[1], prompts[5]], 2) == [(prompts[1], 1), (prompts[5], 0)]
+    assert table.missing([], 8) == []
+    table.append([rollout(prompt, s) for prompt, s in table.missing(prompts, 4)])
+    assert table.missing(prompts, 4) == []
+    assert len(table.missing(prompts, 6)) == 12  # more samples buy only the difference
+
+
+def test_estimate_is_v_star_of_the_first_samples_for_any_beta1(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    _fill(table, prompts, range(5), rollout)
+    table.append([rollout(prompts[0], 5, 1.0)])  # prompts with different numbers of samples
+    for beta1 in (0.01, 0.5, 3.0):
+        for num_samples in (None, 1, 3, 5):
+            estimate = table.estimate(beta1, num_samples=num_samples)
+            for uid, values in table.rewards().items():
+                expected = v_star(torch.tensor(values[:num_samples]), beta1)
+                assert estimate[uid] == pytest.approx(float(expected), abs=1e-12)
+    chosen = table.estimate(0.5, prompts=[prompts[4], prompts[2]])
+    assert list(chosen) == ["uid-4", "uid-2"]
+
+
+def test_estimate_names_how_many_prompts_lack_rows(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    assert table.estimate(0.5) == {}
+    _fill(table, prompts[:4], range(2), rollout)
+    with pytest.raises(MissingTableError, match="2 of 6 prompts have less than 1 samples; run `astar sweep`"):
+        table.estimate(0.5, prompts)
+    with pytest.raises(MissingTableError, match="4 of 4 prompts have less than 8 samples"):
+        table.estimate(0.5, num_samples=8)
+    with pytest.raises(TableError, match="at least 1, got 0"):
+        table.estimate(0.5, num_samples=0)
+
+
+def test_a_sample_that_was_appended_twice_counts_once(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    table.append([rollout(prompts[0], 0, 1.0)])
+    table.append([rollout(prompts[0], 1, 0.0), rollout(prompts[0], 0, 0.0)])
+    assert table.rewards() == VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0, 0.0]}
+
+
+def test_two_writers_of_one_folder_lose_nothing(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    one, two = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
+    one.append([rollout(prompts[0], 0, 1.0)])
+    two.append([rollout(prompts[1], 0, 0.5)])
+    one.append([rollout(prompts[2], 0, 0.0)])
+    assert VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0], "uid-1": [0.5], "uid-2": [0.0]}
+
+
+def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    assert math.isnan(table.summary().mean_reward)
+    table.append(
+        [
+            rollout(prompts[i], s, r)
+            for i, pair in enumerate([(0, 0), (1, 1), (0, 1), (0, 0.1)])
+            for s, r in enumerate(pair)
+        ]
+    )
+    summary = table.summary()
+    assert (summary.all_wrong, summary.all_right, summary.mean_reward) == (0.25, 0.25, pytest.approx(3.1 / 8))
+
+
+def _torn(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _empty(data: bytes) -> bytes:
+    return b""
+
+
+def _zeroed(data: bytes) -> bytes:
+    return data[:4] + bytes(60) + data[64:]
+
+
+@pytest.mark.parametrize("check_whole_bytes", [1 << 20, 0], ids=["whole", "by page"])
+@pytest.mark.parametrize("damage", [_torn, _empty, _zeroed])
+def test_a_damaged_shard_is_set_aside_and_its_rows_are_missing_again(
+    tmp_path: Path,
+    contract: Contract,
+    prompts: list[Prompt],
+    rollout: MakeRollout,
+    check_whole_bytes: int,
+    damage: Callable[[bytes], bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _fill(VStarTable.create_or_open(tmp_path, contract), prompts, range(3), rollout)
+    (second,) = tmp_path.glob("shard-000002-*")
+    second.write_bytes(damage(second.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        table = VStarTable.open(tmp_path, contract, check_whole_bytes)
+    assert "damaged shard set aside" in caplog.text and second.name in caplog.text
+    assert table.missing(prompts, 3) == [(prompt, 1) for prompt in prompts]
+    assert second.with_suffix(".damaged").exists() and not second.exists()
+    table.append([rollout(prompt, 1, _reward(i, 1)) for i, prompt in enumerate(prompts)])
+    assert VStarTable.open(tmp_path, contract).missing(prompts, 3) == []
+
+
+def test_one_flipped_bit_anywhere_is_detected(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0, 1.0)])
+    (shard,) = tmp_path.glob("shard-*")
+    data = shard.read_bytes()
+    for position in np.random.default_rng(0).integers(len(data), size=20):
+        shard.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        assert VStarTable.open(tmp_path, contract).missing(prompts[:1], 1) == [(prompts[0], 0)]
+
+
+def test_what_a_killed_writer_leaves_is_ignored(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    table.append([rollout(prompts[0], 0)])
+    (tmp_path / ".shard-000002-0123456789abcdef.parquet.77.ab.tmp").write_bytes(b"half")
+    assert VStarTable.create_or_open(tmp_path, contract).rewards() == {"uid-0": [0.0]}
+
+
+def test_another_contract_is_refused_field_by_field(tmp_path: Path, contract: Contract) -> None:
+    VStarTable.create_or_open(tmp_path, contract)
+    other = dataclasses.replace(contract, temperature=0.7, reward="math/1", model_digest="f" * 64)
+    for opened in (VStarTable.open, VStarTable.create_or_open):
+        with pytest.raises(ContractError) as caught:
+            opened(tmp_path, other)
+        message = str(caught.value)
+        assert "temperature: this run has 0.7, the table 1.0" in message
+        assert "reward: this run has math/1, the table last_number/1" in message
+        assert "model digest: this run has ffffffffffff..., the table aaaaaaaaaaaa..." in message
+        assert "top p" not in message and "astar sweep" in message
+
+
+def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path, contract: Contract) -> None:
+    with pytest.raises(ValueError, match="run `astar sweep`") as caught:
+        VStarTable.open(tmp_path / "none", contract)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("", "not the header of a V\\* table"),
+        ("[]", "not the header of a V\\* table"),
+        ('{"format": 1}', "not the header of a V\\* table"),
+        (json.dumps({"format": FORMAT + 1, "contract": {}}), f"has format {FORMAT + 1}, .* reads up to {FORMAT}"),
+    ],
+)
+def test_a_foreign_or_newer_header_is_refused(tmp_path: Path, contract: Contract, header: str, message: str) -> None:
+    (tmp_path / "header.json").write_text(header)
+    with pytest.raises(TableError, match=message):
+        VStarTable.create_or_open(tmp_path, contract)
+    assert (tmp_path / "header.json").read_text() == header
+
+
+def test_shards_without_a_header_are_not_adopted(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0)])
+    (tmp_path / "header.json").unlink()
+    with pytest.raises(TableError, match=r"shards without header\.json"):
+        VStarTable.create_or_open(tmp_path, contract)
+
+
+@pytest.mark.parametrize("reward", [None, math.nan, math.inf])
+def test_a_rollout_without_a_finite_reward_is_refused(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout, reward: float | None
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    with pytest.raises(TableError, match=f"sample 4 of prompt uid-0 is {reward}"):
+        table.append([rollout(prompts[1], 0), rollout(prompts[0], 4, reward)])
+    assert table.rewards() == {} and not list(tmp_path.glob("shard-*"))
+
+
+def test_values_that_do_not_fit_are_refused(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    with pytest.raises(TableError, match="sample is uint32"):
+        table.append([rollout(prompts[0], -1)])
+    with pytest.raises(TableError, match="seed is int64"):
+        table.append([dataclasses.replace(rollout(prompts[0], 0), seed=2**64)])
+    table.append([])
+    assert table.summary().samples == 0
+
+
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    _fill(table, prompts, range(2), rollout)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # files above 100 bytes fail, as on a full disk
+    try:
+        with pytest.raises(StorageError, match="free some space"):
+            _fill(table, prompts, range(2, 3), rollout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert len(table.missing(prompts, 3)) == 6
+    _fill(table, prompts, range(2, 3), rollout)  # the same table goes on once there is space
+    assert VStarTable.open(tmp_path, contract).missing(prompts, 3) == []
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path, contract: Contract) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/t: can't create the folder.*choose another"):
+        VStarTable.create_or_open(tmp_path / "file" / "t", contract)
+
+
+def test_a_hundred_thousand_rows_open_quickly(tmp_path: Path, contract: Contract, rollout: MakeRollout) -> None:
+    many = [Prompt(uid=f"{i:032x}", token_ids=(1,), text="", answer="") for i in range(12_500)]
+    table = VStarTable.create_or_open(tmp_path, contract)
+    table.append([rollout(prompt, s, float(s % 2)) for prompt in many for s in range(8)])
+    reopened = VStarTable.open(tmp_path, contract)
+    assert reopened.missing(many, 8) == []
+    assert len(reopened.estimate(0.5, many, num_samples=8)) == 12_500

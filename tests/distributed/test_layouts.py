@@ -1,0 +1,177 @@
+"""Megatron's numbers are transformers' numbers, and no layout changes them (fp32, real Megatron over gloo)."""
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks as work
+import torch
+from ranks import Job
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from astar_megatron.types import RolloutBatch
+
+MODELS = ["tied_llama", "untied_qwen2"]
+LAYOUTS = {
+    "TP2": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "PP3": {"pipeline": 3},
+    "TP2 PP2": {"tensor": 2, "pipeline": 2},
+}
+
+
+def sequences(seed: int, count: int, shared: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Ragged sequences that begin with `shared` common tokens, and their prompt lengths."""
+    rng = random.Random(seed)
+    head = [rng.randrange(3, 200) for _ in range(shared)]
+    token_ids, prompt_tokens = [], []
+    for _ in range(count):
+        prompt = head + [rng.randrange(3, 200) for _ in range(rng.randrange(1, 7))]
+        response = [rng.randrange(3, 200) for _ in range(rng.randrange(1, 12))]
+        token_ids.append((*prompt, *response))
+        prompt_tokens.append(len(prompt))
+    return tuple(token_ids), tuple(prompt_tokens)
+
+
+def batch(seed: int, count: int = 8, version: int = 0, shared: int = 5) -> RolloutBatch:
+    token_ids, prompt_tokens = sequences(seed, count, shared)
+    generator = torch.Generator().manual_seed(seed)
+    return RolloutBatch(
+        token_ids=token_ids,
+        prompt_tokens=prompt_tokens,
+        reward=torch.rand(count, generator=generator, dtype=torch.float64),
+        v_star=torch.rand(count, generator=generator, dtype=torch.float64),
+        version=version,
+    )
+
+
+def run_gradients(ranks: Any, tmp_path: Path, job: Job, data: RolloutBatch, name: str) -> tuple[dict[str, Any], Any]:
+    shared = tmp_path / f"shared-{name}"
+    shared.mkdir()
+    found = ranks.run(
+        work.gradients,
+        job.world_size,
+        job=job,
+        batch=data,
+        folder=str(tmp_path / name),
+        shared=str(shared),
+    )
+    stats = next(one for one in found if one is not None)
+    folder = tmp_path / name / "model.safetensors"
+    return (load_file(folder) if folder.exists() else {}), stats
+
+
+def expected_step(folder: Path, data: RolloutBatch) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss and its gradient by the formula, sequence by sequence, with plain transformers at step 0."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses = []
+    for ids, prompt, reward, value in zip(data.token_ids, data.prompt_tokens, data.reward, data.v_star, strict=True):
+        logits = model(torch.tensor([ids])).logits[0] / 0.8
+        rows = logits.log_softmax(-1)[torch.arange(prompt - 1, len(ids) - 1), torch.tensor(ids[prompt:])]
+        logprob = rows.sum()
+        losses.append((0.05 * (logprob - logprob.detach()) - (reward - value).float()) ** 2)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return float(loss), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("shared", [0, 5])
+def test_token_logprobs_equal_transformers(kind: str, shared: int, ranks: Any, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(kind)
+    token_ids, prompt_tokens = sequences(1, 9, shared)
+    (found,) = ranks.run(work.logprobs, 1, job=Job(str(folder)), token_ids=token_ids, prompt_tokens=prompt_tokens)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for ids, prompt, row in zip(token_ids, prompt_tokens, found, strict=True):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = [float(logprobs[t - 1, ids[t]]) for t in range(prompt, len(ids))]
+        assert row == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradient_equal_the_formula(
+    kind: str, ranks: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    data = batch(2)
+    found, stats = run_gradients(ranks, tmp_path, Job(str(folder)), data, "one")
+    loss, wanted = expected_step(folder, data)
+    assert stats.loss == pytest.approx(loss, abs=1e-6)
+    assert set(found) == set(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_is_equal_for_every_layout_and_every_split(
+    kind: str, ranks: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Property (vi): the layout, the micro-batches and the packing are no part of the method."""
+    one = Job(str(request.getfixturevalue(kind)))
+    data = batch(3)
+    wanted, base = run_gradients(ranks, tmp_path, one, data, "base")
+    assert max(float(gradient.abs().max()) for gradient in wanted.values()) > 1e-3
+    jobs = {name: dataclasses.replace(one, **layout) for name, layout in LAYOUTS.items()}
+    jobs["one sequence a micro-batch"] = dataclasses.replace(one, micro_batch_tokens=1)
+    jobs["one micro-batch"] = dataclasses.replace(one, micro_batch_tokens=10_000)
+    for name, job in jobs.items():
+        found, stats = run_gradients(ranks, tmp_path, job, data, name.replace(" ", "-"))
+        assert stats.loss == pytest.approx(base.loss, abs=1e-6), name
+        worst = max((found[key] - wanted[key]).abs().max().item() for key in wanted)
+        assert worst <= 1e-6, f"{name}: {worst}"
+
+
+@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "tensor": 2}, {"data": 2, "pipeline": 2}])
+def test_data_parallel_ranks_take_the_same_step(
+    layout: dict[str, int], ranks: Any, untied_qwen2: Path, tmp_path: Path
+) -> None:
+    one = Job(str(untied_qwen2))
+    data = batch(4)
+    _, wanted = run_gradients(ranks, tmp_path, one, data, "base")
+    _, found = run_gradients(ranks, tmp_path, dataclasses.replace(one, **layout), data, "found")
+    assert found.loss == pytest.approx(wanted.loss, abs=1e-6)
+    assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}])
+def test_every_logratio_is_exactly_zero_at_step_0(
+    layout: dict[str, int], ranks: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    data = batch(5)
+    _, stats = run_gradients(ranks, tmp_path, Job(str(tied_llama), **layout), data, "step0")
+    assert stats.logratio_max == 0.0
+    assert stats.loss == pytest.approx(float((data.v_star - data.reward).square().mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}])
+def test_training_continues_exactly_from_a_checkpoint(
+    layout: dict[str, int], ranks: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    """Same layout: bitwise the same losses. Another layout: the same to rounding, which Adam amplifies."""
+    one = Job(str(tied_llama))
+    batches = [batch(10 + version, version=version) for version in range(4)]
+    checkpoint = str(tmp_path / "step_00000002")
+    whole = ranks.run(work.steps, 1, job=one, batches=batches, load=None, save=None)[0]
+    ranks.run(work.steps, 1, job=one, batches=batches[:2], load=None, save=checkpoint)
+    job = dataclasses.replace(one, **layout)
+    rest = next(
+        one
+        for one in ranks.run(work.steps, job.world_size, job=job, batches=batches[2:], load=checkpoint, save=None)
+        if one[0] is not None
+    )
+    wanted, found = [stats.loss for stats in whole[2:]], [stats.loss for stats in rest]
+    assert whole[3].logratio_max > 0.01  # the steps did move the policy
+    if layout:
+        assert found == pytest.approx(wanted, rel=1e-4)
+    else:
+        assert found == wanted
+
+
+def test_stale_rollouts_are_refused(ranks: Any, tied_llama: Path) -> None:
+    job = Job(str(tied_llama))
+    with pytest.raises(AssertionError, match="rollouts of version 3 for weights of version 0"):
+        ranks.run(work.steps, 1, job=job, batches=[batch(1, version=3)], load=None, save=None)

@@ -1,0 +1,123 @@
+"""Sweep, train, export and generate again with the real Ray, vLLM and Megatron-Core, on a tiny model."""
+
+import json
+import math
+import subprocess
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from astar_megatron import config
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.run import prepare, start_engines, start_policy
+from astar_megatron.sweep import sweep
+from astar_megatron.tracking import Tracker, read_metrics
+from astar_megatron.train import train
+
+METRICS = {
+    "step",
+    "version",
+    "reward_mean",
+    "v_star_mean",
+    "loss",
+    "grad_norm",
+    "logratio_mean",
+    "logratio_std",
+    "logratio_max",
+    "engine_gap",
+    "truncated",
+    "tokens",
+    "response_tokens",
+    "seconds",
+}
+SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}
+
+
+def test_sweep_train_export_and_the_engine_holds_what_was_exported(
+    run_tree: Any, untied_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    cfg = config.validate(run_tree(untied_qwen2))
+    inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+    sequence = list(range(3, 33))
+    with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
+        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
+        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
+        engines.start()
+        policy.start()
+        _, first_logprobs = engines.greedy(sequence, 6)
+        table = sweep(cfg, inputs, engines, tracker)
+        assert table.summary().samples == 24
+        assert table.missing(inputs.prompts, 2) == []
+
+        train(cfg, inputs, policy, engines, tracker)
+        tokens, logprobs = engines.greedy(sequence, 6)
+        (megatron,) = policy.logprobs([sequence], [1])
+        engines.close()
+        fresh = stack.enter_context(closing(start_engines(cfg, cluster, str(cfg.export_dir))))
+        fresh.start()
+        fresh_tokens, fresh_logprobs = fresh.greedy(sequence, 6)
+
+    moved = max(abs(a - b) for a, b in zip(logprobs, first_logprobs, strict=True))
+    assert moved > 1e-2  # the updates did reach the engine
+    assert tokens == fresh_tokens
+    assert logprobs == pytest.approx(fresh_logprobs, abs=1e-5)
+    assert logprobs == pytest.approx(megatron, abs=1e-3)
+
+    model = AutoModelForCausalLM.from_pretrained(cfg.export_dir, dtype=torch.float32)
+    with torch.no_grad():
+        rows = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
+    plain = [float(rows[t - 1, sequence[t]]) for t in range(1, len(sequence))]
+    assert megatron == pytest.approx(plain, abs=1e-4)
+
+    steps = read_metrics(cfg.run_dir)
+    assert [step["step"] for step in steps] == [step["version"] for step in steps] == [0, 1, 2]
+    for step in steps:
+        assert set(step) == METRICS
+        assert set(step["seconds"]) == SECONDS
+        assert abs(step["engine_gap"]) < 1e-3 * step["response_tokens"]
+        assert all(math.isfinite(value) for name, value in step.items() if name != "seconds")
+    assert not list(Path("/dev/shm").glob(f"astar-{__import__('os').getpid()}-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(
+    run_tree: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after step 2 of 4, the same command again: losses and rewards are those of an uninterrupted run."""
+    tree = run_tree(tied_llama) | {"checkpoint": {"interval": 1}}
+    tree["train"]["num_steps"] = 4
+
+    def command(name: str, run: str, steps: int) -> list[dict[str, Any]]:
+        file = tmp_path / f"{run}.yaml"
+        file.write_text(yaml.safe_dump(tree | {"run_dir": str(tmp_path / run)}))
+        arguments = [sys.executable, "-m", "astar_megatron.cli", name, "--config", str(file)]
+        with subprocess.Popen(arguments, cwd=Path(__file__).parent, start_new_session=True) as process:
+            while process.poll() is None:
+                if name == "train" and len(read_metrics(tmp_path / run)) == steps < 4:
+                    process.kill()
+                    break
+                try:
+                    process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    continue
+        return read_metrics(tmp_path / run)
+
+    for run in ("whole", "killed"):
+        command("sweep", run, 0)
+        assert VStarTable.open(tmp_path / run / "v_star", prepare(config.validate(tree)).contract).summary().samples == 24
+    whole = command("train", "whole", 4)
+    command("train", "killed", 2)
+    killed = command("train", "killed", 4)
+    assert len(whole) == len(killed) == 4
+    for one, other in zip(whole, killed, strict=True):
+        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+    exported = json.loads((tmp_path / "killed" / "hf" / "config.json").read_text())
+    assert exported["architectures"] == ["LlamaForCausalLM"]

