@@ -274,7 +274,10 @@ def _explain(problem: Any) -> str:
         same_leaf = difflib.get_close_matches(path.rpartition(".")[2], [key.rpartition(".")[2] for key in keys()], n=1)
         if same_leaf:
             near = difflib.get_close_matches(path, [k for k in keys() if k.endswith(same_leaf[0])], n=1, cutoff=0.0)
-        return f"{path}: no such key; the nearest is {near[0]}"
+        section = path.rpartition(".")[0]
+        siblings = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]
+        known = f"; {section} has {', '.join(siblings)}" if section and siblings else ""
+        return f"{path}: no such key; the nearest is {near[0]}{known}"
     if problem["type"] == "missing":
         return f"{path}: this key is required"
     if problem["type"] == "value_error":

@@ -22,5 +22,5 @@ def main(cfg: RunConfig, destination: Path) -> None:
     with Cluster(cfg.cluster) as cluster, closing(start_policy(cfg, cluster)) as policy, TransferFolder() as folder:
         policy.start()
         step = checkpoints.resume(policy, PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed))
-        policy.export(destination, str(folder.path))
+        policy.export(destination, folder.path)
     tracker.say(f"step {step} exported to {destination}")

@@ -71,7 +71,8 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
                 checkpoints.save(policy, step + 1, prompts)
         weights.publish(version=cfg.train.num_steps)
-        policy.export(cfg.export_dir, str(folder.path))
+    with TransferFolder() as folder:
+        policy.export(cfg.export_dir, folder.path)
     tracker.say(f"exported to {cfg.export_dir}")
 
 
@@ -96,6 +97,7 @@ def _batch(rollouts: Sequence[Rollout], v_star: dict[str, float], version: int) 
         prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
         reward=torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64),
         v_star=torch.tensor([v_star[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64),
+        rollout_logprob=torch.tensor([rollout.logprob for rollout in rollouts], dtype=torch.float64),
         version=version,
     )
 
@@ -114,7 +116,7 @@ def _metrics(
         "logratio_mean": stats.logratio_mean,
         "logratio_std": stats.logratio_std,
         "logratio_max": stats.logratio_max,
-        "engine_gap": stats.logprob_mean - sum(rollout.logprob for rollout in rollouts) / count,
+        "engine_gap": stats.engine_gap,
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,
         "response_tokens": stats.response_tokens,

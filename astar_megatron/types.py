@@ -42,14 +42,15 @@ class Rollout:
 class RolloutBatch:
     """The sequences of one step as the policy needs them.
 
-    `token_ids[b]` is prompt + response of sequence b; `prompt_tokens[b]` how many of them are prompt. `reward` and
-    `v_star` are [B] float64. All rollouts have the same `version`.
+    `token_ids[b]` is prompt + response of sequence b; `prompt_tokens[b]` how many of them are prompt. `reward`,
+    `v_star` and `rollout_logprob` are [B] float64. All rollouts have the same `version`.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     prompt_tokens: tuple[int, ...]
     reward: torch.Tensor  # [B]
     v_star: torch.Tensor  # [B]
+    rollout_logprob: torch.Tensor  # [B], the engine's, nats
     version: int
 
     def __len__(self) -> int:
@@ -81,8 +82,8 @@ class StepStats:
     grad_norm: float
     logratio_mean: float
     logratio_std: float
-    logratio_max: float  # of |D|: exactly 0 at step 0
-    logprob_mean: float  # the policy's ln pi of a whole response, before the update
+    logratio_max: float  # of |D|: exactly 0 before the first optimiser step
+    engine_gap: float  # mean of ln pi by the policy minus by the engine, over the first mini-batch: the same weights
     tokens: int
     response_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)

@@ -62,7 +62,9 @@ def main(overrides: list[str]) -> None:
 def answer(cfg: RunConfig, question: str) -> str:
     """Return what plain transformers says with the exported folder."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = str(cfg.export_dir)
     tok: Any = tokenizer(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 torch.set_num_threads(1)  # tiny tensors: waking threads costs more than they do
 
 # No two sizes are equal, six layers divide into two and three stages, the vocabularies are odd.
-SIZES = {
+SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -29,9 +30,9 @@ TEMPLATE = "{% for message in messages %}<user>{{ message.content }}{% endfor %}
 
 @pytest.fixture(scope="session")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 123k parameters with a tied head, heads of 16 and 263 tokens."""
+    """A Llama with a tied head, heads of 32 and 263 tokens."""
     torch.manual_seed(3)
-    config = LlamaConfig(**SIZES, head_dim=16, vocab_size=263, tie_word_embeddings=True)
+    config = LlamaConfig(**SIZES, head_dim=32, vocab_size=263, tie_word_embeddings=True)
     return _write(LlamaForCausalLM(config), tmp_path_factory.mktemp("tied_llama"))
 
 
@@ -39,7 +40,8 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untied_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 with a head of its own, biases on q, k and v that are not zero, and 271 tokens."""
     torch.manual_seed(4)
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, vocab_size=271, tie_word_embeddings=False))
+    sizes: Any = SIZES | {"hidden_size": 192}  # Qwen2's heads fill it, and vLLM's CPU attention takes none below 32
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=271, tie_word_embeddings=False))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

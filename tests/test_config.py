@@ -146,7 +146,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(
 ) -> None:
     message = refusal(tmp_path, wrong)
     assert message.startswith(f"{path}: no such key; the nearest is {nearest}")
-    assert message.removeprefix(f"{path}: no such key; the nearest is ") in KEYS
+    assert message.removeprefix(f"{path}: no such key; the nearest is ").partition(";")[0] in KEYS
 
 
 @pytest.mark.parametrize(

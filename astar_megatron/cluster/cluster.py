@@ -6,11 +6,13 @@ Leaves out what only several nodes need: placement by node, replacement of dead 
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray._private.worker import global_worker
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from astar_megatron.config import ClusterConfig
@@ -36,8 +38,9 @@ class Cluster:
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if self._cfg.address:
             try:
+                _knock(self._cfg.address)
                 ray.init(address=self._cfg.address, **common)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"cluster.address: no Ray cluster answers at {self._cfg.address!r} ({error}); "
                     "start one with `ray start --head`, or leave the key out to start one here"
@@ -111,6 +114,18 @@ class Cluster:
             cause = error.cause
             if isinstance(cause, ValueError):  # a wrong input that only the actor could see: its message says it all
                 raise cause from None
-            raise ClusterError(f"{what}: {error}") from None
+            raise ClusterError(f"{what}: {error}\nThe output of its processes lies in {_log_folder()}") from None
         except (ActorDiedError, RayActorError) as error:
-            raise ClusterError(f"{what}: the process ended ({error})") from None
+            raise ClusterError(f"{what}: the process ended ({error}); its output lies in {_log_folder()}") from None
+
+
+def _log_folder() -> str:
+    node = global_worker.node
+    return node.get_logs_dir_path() if node else "the logs of Ray's session"
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()

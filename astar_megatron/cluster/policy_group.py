@@ -94,8 +94,8 @@ class PolicyGroup:
     def load(self, folder: Path, version: int) -> None:
         self._all("load", str(folder), version)
 
-    def export(self, folder: Path, transfer_folder: str) -> None:
-        self._all("export", str(folder), transfer_folder)
+    def export(self, folder: Path, transfer_folder: Path) -> None:
+        self._all("export", str(folder), str(transfer_folder))
 
     def close(self) -> None:
         self._all("close")

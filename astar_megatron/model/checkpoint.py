@@ -76,7 +76,10 @@ def _state(part: Any, optimizer: Any, schedule: Any, *, loading: bool) -> dict[s
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = part.sharded_state_dict(metadata=metadata)
-    tensor, pipeline = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    tensor, pipeline = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
     return {
         "model": model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),

@@ -139,7 +139,7 @@ class PolicyRank:
         clock = time.perf_counter()
         groups = [list(self._micro_batches(batch, indices, options)) for indices in _mini_batches(batch, options)]
         references = [self._reference.score([pack for _, pack in group], options.temperature) for group in groups]
-        record = StepRecord(batch, self.backend.device)
+        record = StepRecord(batch, options.mini_batch_size, self.backend.device)
         record.seconds["reference"] = time.perf_counter() - clock
         clock = time.perf_counter()
         for group, reference in zip(groups, references, strict=True):

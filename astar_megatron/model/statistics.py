@@ -18,8 +18,8 @@ _LOGPROB, _REFERENCE, _LOSS = range(3)
 class StepRecord:
     """Rows of one step, filled on the last stage while its losses are computed."""
 
-    def __init__(self, batch: RolloutBatch, device: torch.device) -> None:
-        self._batch, self._device = batch, device
+    def __init__(self, batch: RolloutBatch, mini_batch_size: int, device: torch.device) -> None:
+        self._batch, self._mini_batch_size, self._device = batch, mini_batch_size, device
         self._rows = torch.zeros(len(batch), 3, dtype=torch.float64)
         self.grad_norms: list[float] = []
         self.seconds: dict[str, float] = {}
@@ -49,7 +49,7 @@ class StepRecord:
             logratio_mean=float(logratio.mean()),
             logratio_std=float(logratio.std(correction=0)),
             logratio_max=float(logratio.abs().max()),
-            logprob_mean=float(rows[:, _LOGPROB].mean()),
+            engine_gap=float((rows[:, _LOGPROB] - batch.rollout_logprob)[: self._mini_batch_size].mean()),
             tokens=sum(len(ids) for ids in batch.token_ids),
             response_tokens=batch.response_tokens(),
             seconds=dict(self.seconds),

@@ -188,6 +188,9 @@ def environment(*, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int) -
     common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     if on_gpu:
         return common
+    if tensor == 1:
+        # One process for engine core and worker: two would wait for each other by spinning, on the worker's cores.
+        common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     bind = "nobind" if tensor == 1 else "|".join(str(worker) for worker in range(tensor))
     return common | {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),

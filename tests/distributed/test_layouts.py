@@ -44,6 +44,7 @@ def batch(seed: int, count: int = 8, version: int = 0, shared: int = 5) -> Rollo
         prompt_tokens=prompt_tokens,
         reward=torch.rand(count, generator=generator, dtype=torch.float64),
         v_star=torch.rand(count, generator=generator, dtype=torch.float64),
+        rollout_logprob=torch.zeros(count, dtype=torch.float64),
         version=version,
     )
 
@@ -64,7 +65,7 @@ def run_gradients(ranks: Any, tmp_path: Path, job: Job, data: RolloutBatch, name
     return (load_file(folder) if folder.exists() else {}), stats
 
 
-def expected_step(folder: Path, data: RolloutBatch) -> tuple[float, dict[str, torch.Tensor]]:
+def expected_step(folder: Path, data: RolloutBatch) -> tuple[float, dict[str, Any]]:
     """The loss and its gradient by the formula, sequence by sequence, with plain transformers at step 0."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from contextlib import ExitStack, closing
@@ -82,15 +83,13 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     for step in steps:
         assert set(step) == METRICS
         assert set(step["seconds"]) == SECONDS
-        assert abs(step["engine_gap"]) < 1e-3 * step["response_tokens"]
+        assert abs(step["engine_gap"]) < 1e-3
         assert all(math.isfinite(value) for name, value in step.items() if name != "seconds")
-    assert not list(Path("/dev/shm").glob(f"astar-{__import__('os').getpid()}-*"))
+    assert not list(Path("/dev/shm").glob(f"astar-{os.getpid()}-*"))
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_and_ends_with_the_same_numbers(
-    run_tree: Any, tied_llama: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(run_tree: Any, tied_llama: Path, tmp_path: Path) -> None:
     """SIGKILL after step 2 of 4, the same command again: losses and rewards are those of an uninterrupted run."""
     tree = run_tree(tied_llama) | {"checkpoint": {"interval": 1}}
     tree["train"]["num_steps"] = 4
@@ -112,7 +111,9 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(
 
     for run in ("whole", "killed"):
         command("sweep", run, 0)
-        assert VStarTable.open(tmp_path / run / "v_star", prepare(config.validate(tree)).contract).summary().samples == 24
+        assert (
+            VStarTable.open(tmp_path / run / "v_star", prepare(config.validate(tree)).contract).summary().samples == 24
+        )
     whole = command("train", "whole", 4)
     command("train", "killed", 2)
     killed = command("train", "killed", 4)

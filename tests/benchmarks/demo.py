@@ -1,0 +1,106 @@
+"""Stage 1 and a training step of the demo, beside TRL's A2PO trainer and beside vLLM alone, one after the other.
+
+    make demo                                                                  # once: model and prompts
+    .venv/bin/uv pip install --target runs/trl --no-deps trl==1.16.0           # the peer
+    .venv/bin/python tests/benchmarks/demo.py --trl runs/trl --steps 4 [--trl-steps 1]
+
+All three do the same work: 64 prompts, 8 rollouts each in stage 1, at most 24 response tokens; one update of 64
+sequences a step. Nothing else should run meanwhile. Writes tests/benchmarks/results/demo.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+def ours(steps: int) -> dict[str, Any]:
+    """Start-up, stage 1 and the median step of astar-megatron, seconds."""
+    from astar_megatron import config
+    from astar_megatron.cluster.cluster import Cluster
+    from astar_megatron.run import compute_type, prepare, start_engines, start_policy
+    from astar_megatron.sweep import sweep
+    from astar_megatron.tracking import Tracker, read_metrics
+    from astar_megatron.train import train
+
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, ExitStack() as stack:
+        cfg = config.load(ROOT / "configs/demo.yaml", [f"run_dir={folder}", f"train.num_steps={steps}"])
+        tracker, start = Tracker(cfg.run_dir), time.perf_counter()
+        inputs = prepare(cfg)
+        cluster = stack.enter_context(Cluster(cfg.cluster))
+        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
+        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
+        engines.start()
+        policy.start()
+        started = time.perf_counter()
+        sweep(cfg, inputs, engines, tracker)
+        swept = time.perf_counter()
+        train(cfg, inputs, policy, engines, tracker)
+        seconds = [line["seconds"] for line in read_metrics(folder)]
+        parts = ("generate", "score", "reference", "policy", "publish")
+        return {
+            "dtype": compute_type(cfg, cluster)[0],
+            "start_up": started - start,
+            "stage_1": swept - started,
+            "step": median(one["total"] for one in seconds),
+            "step_parts": {part: median(one[part] for one in seconds) for part in parts},
+            "driver_share": median(1 - sum(one[part] for part in parts) / one["total"] for one in seconds),
+            "steps": [one["total"] for one in seconds],
+        }
+
+
+def peer(trl: Path, steps: int) -> dict[str, Any]:
+    """Stage 1 and the median step of TRL's A2PO trainer (fp32, its own settings on CPU), seconds."""
+    lines = _run([str(HERE / "trl_a2po.py"), str(steps)], PYTHONPATH=str(trl))
+    stage_1 = next(float(line.split()[1]) for line in lines if line.startswith("stage1"))
+    return {"dtype": "float32", "stage_1": stage_1, "step": median(_step(line) for line in lines if "step " in line)}
+
+
+def floor(dtype: str) -> dict[str, Any]:
+    """Stage 1's generation by vLLM alone, in-process, second of two passes, seconds."""
+    lines = _run([str(HERE / "vllm_floor.py"), dtype])
+    return {"dtype": dtype, "stage_1": float(lines[-1].split()[1])}
+
+
+def _step(line: str) -> float:
+    return float(line.split()[2])
+
+
+def _run(arguments: list[str], **env: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return [line for line in done.stdout.splitlines() if line.startswith(("stage1", "step ", "floor"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, help="folder with trl; none: the peer is left out")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--trl-steps", type=int, default=1)
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"astar_megatron": ours(arguments.steps)}
+    found["vllm_alone"] = floor(found["astar_megatron"]["dtype"])
+    if arguments.trl:
+        found["trl_a2po"] = peer(arguments.trl.resolve(), arguments.trl_steps)
+        found["ratios"] = {key: found["trl_a2po"][key] / found["astar_megatron"][key] for key in ("stage_1", "step")}
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{cpu} "]
+    found["machine"] = {"cores": os.cpu_count(), "flags": flags, "kernel": platform.machine()}
+    (HERE / "results" / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

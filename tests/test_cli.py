@@ -1,0 +1,144 @@
+"""What a user can get wrong ends as one message that names it, before Ray or an engine is started."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from astar_megatron import cli, doctor
+
+
+@pytest.fixture
+def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs `astar NAME --config <tree> ...` and gives exit status and what stderr says."""
+
+    def run(name: str, tree: dict[str, Any], *more: str) -> tuple[int, str]:
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        monkeypatch.setattr(sys, "argv", ["astar", *name.split(), "--config", str(file), *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not ray.is_initialized()
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def tree(tmp_path: Path, tied_llama: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"question": "What is 1 + 1?", "answer": "2"}) + "\n")
+    model = tmp_path / "model"
+    shutil.copytree(tied_llama, model)
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(model)},
+        "data": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 30},
+        "reward": {"name": "last_number"},
+        "sampling": {"max_response_tokens": 8},
+    }
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_missing_model_folder_is_named(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("sweep", tree, "--set", "model.path=/no/such/folder")
+    assert status == 2
+    assert "/no/such/folder" in error and "Traceback" not in error
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(command: Any, tree: dict[str, Any]) -> None:
+    edit_json(Path(tree["model"]["path"]) / "config.json", architectures=["MambaForCausalLM"], model_type="mamba")
+    status, error = command("train", tree)
+    assert status == 2
+    assert "MambaForCausalLM" in error and "LlamaForCausalLM" in error and "Qwen2ForCausalLM" in error
+
+
+def test_a_tokenizer_without_chat_template_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    model = Path(tree["model"]["path"])
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    status, error = command("sweep", tree)
+    assert status == 2
+    assert "chat template" in error
+
+
+def test_a_tokenizer_without_eos_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    edit_json(Path(tree["model"]["path"]) / "tokenizer_config.json", eos_token=None)
+    status, error = command("sweep", tree)
+    assert status == 2
+    assert "EOS" in error
+
+
+def test_prompts_over_the_limit_are_refused_with_their_number(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("sweep", tree, "--set", "data.max_prompt_tokens=5")
+    assert status == 2
+    assert "data.max_prompt_tokens" in error and "1 of 1 prompts" in error
+
+
+def test_a_run_longer_than_the_model_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("sweep", tree, "--set", "sampling.max_response_tokens=1000")
+    assert status == 2
+    assert "1030" in error and "160" in error
+
+
+def test_a_reward_that_returns_nan_is_named_with_its_prompt(
+    command: Any, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_reward.py").write_text("def reward(response, answer):\n    return float('nan')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, error = command("sweep", tree, "--set", "reward.name=broken_reward:reward")
+    assert status == 2
+    assert "broken_reward" in error and "nan" in error and "What is 1 + 1?" in error
+
+
+def test_too_little_memory_or_shared_memory_is_refused(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = doctor.measure()
+    for field, word in (("memory_bytes", "memory"), ("shared_bytes", "/dev/shm")):
+        small = dataclasses.replace(machine, **{field: 1000})
+        monkeypatch.setattr(doctor, "measure", lambda small=small: small)
+        status, error = command("sweep", tree)
+        assert status == 2
+        assert error.startswith(f"astar: {word}")
+
+
+def test_a_layout_that_does_not_divide_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    for key, number in (("parallel.pipeline", 4), ("parallel.tensor", 5), ("rollout.tensor", 5)):
+        status, error = command("train", tree, "--set", f"{key}={number}")
+        assert status == 2, key
+        assert str(number) in error and ("divide" in error or "choose tensor <= 2" in error), error
+
+
+def test_training_without_a_table_says_to_sweep_first(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("train", tree)
+    assert status == 2
+    assert "astar sweep" in error
+
+
+def test_evaluation_without_a_model_says_so(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("eval", tree)
+    assert status == 2
+    assert "astar train" in error
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("sweep", tree, "--set", "optim.learning_rate=1")
+    assert status == 2
+    assert "optim.learning_rate" in error and "optim has lr, adam_beta1" in error
+
+
+def test_a_cluster_that_does_not_answer_is_named(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("sweep", tree, "--set", "cluster.address=127.0.0.1:1")
+    assert status == 1
+    assert "cluster.address" in error and "127.0.0.1:1" in error
