@@ -40,7 +40,8 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untied_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 with a head of its own, biases on q, k and v that are not zero, and 271 tokens."""
     torch.manual_seed(4)
-    sizes: Any = SIZES | {"hidden_size": 192}  # Qwen2's heads fill it, and vLLM's CPU attention takes none below 32
+    sizes: Any = SIZES | {"hidden_size": 192, "initializer_range": 0.05}
+    # Qwen2's heads fill the hidden size, and vLLM's CPU attention takes no head below 32.
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=271, tie_word_embeddings=False))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

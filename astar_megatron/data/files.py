@@ -24,7 +24,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -50,9 +50,10 @@ def storage_error(what: str, error: OSError) -> StorageError:
     return StorageError(f"{what}: {error.strerror or error}; {advice}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to disk."""
     # Without it a crash of the machine can forget the rename although the file's bytes are on disk.
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

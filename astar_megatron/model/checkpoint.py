@@ -6,7 +6,6 @@ their global shapes: another layout can load them.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from astar_megatron.data.files import sync
 
 PROGRESS_FILE = "progress.json"
 
@@ -35,9 +36,9 @@ def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[
     dist_checkpointing.save(_state(part, optimizer, schedule, loading=False), str(temporary))
     if dist.get_rank() == 0:
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            sync(path)
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     dist.barrier()
 
 
@@ -108,11 +109,3 @@ def _fill_adam_state(adam: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

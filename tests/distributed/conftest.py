@@ -1,32 +1,51 @@
-"""Four processes that stay for the session: starting Megatron costs more than a tiny layout's work."""
+"""Rank processes, new for every layout: gloo threads of a group that has ended spin on in a process that lives."""
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 from ranks import serve
 
-NUM_RANKS = 4
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ANSWER_SECONDS = 240
 
 
 class Ranks:
-    """Runs a function of ranks.py on the first `world` processes at once and returns their results by rank."""
+    """Runs a function of ranks.py on `world` new processes at once and returns their results by rank.
 
-    def __init__(self, pipes: list[Any]) -> None:
-        self._pipes = pipes
+    The fork server imports Megatron once; its children start with that done.
+    """
+
+    def __init__(self) -> None:
+        os.environ.update(ENVIRONMENT)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["ranks", "astar_megatron.model.policy"])
 
     def run(self, function: Callable[..., Any], world: int, **arguments: Any) -> list[Any]:
-        first, *others = self._pipes[:world]
-        first.send((function.__name__, 0, None, arguments))
-        port = _answer(first)
-        for rank, pipe in enumerate(others, start=1):
-            pipe.send((function.__name__, rank, port, arguments))
-        return [_answer(pipe) for pipe in (first, *others)]
+        pipes, processes = [], []
+        for rank in range(world):
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=serve, args=(there, function.__name__, rank, arguments))
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        try:
+            port = _answer(pipes[0])
+            for pipe in pipes[1:]:
+                pipe.send(port)
+            return [_answer(pipe) for pipe in pipes]
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                process.kill()
 
 
-def _answer(pipe: Any) -> Any:
+def _answer(pipe: Connection) -> Any:
+    assert pipe.poll(ANSWER_SECONDS), f"no answer from a rank in {ANSWER_SECONDS} s"
     answer = pipe.recv()
     if isinstance(answer, str) and answer.startswith("Traceback"):
         raise AssertionError(answer)
@@ -34,25 +53,5 @@ def _answer(pipe: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    environment = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for _ in range(NUM_RANKS):
-        here, there = context.Pipe()
-        process = context.Process(target=serve, args=(there,), daemon=False)
-        process.start()
-        there.close()
-        pipes.append(here)
-        processes.append(process)
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-    yield Ranks(pipes)
-    for pipe in pipes:
-        pipe.send(None)
-    for process in processes:
-        process.join(timeout=30)
-        if process.is_alive():
-            process.kill()
+def ranks() -> Ranks:
+    return Ranks()

@@ -21,14 +21,13 @@ class Job:
         return self.tensor * self.pipeline * self.data
 
 
-def serve(pipe: Any) -> None:
-    """Answer calls until None comes."""
-    while (call := pipe.recv()) is not None:
-        name, rank, port, arguments = call
-        try:
-            pipe.send(globals()[name](pipe, rank, port, **arguments))
-        except BaseException:
-            pipe.send(traceback.format_exc())
+def serve(pipe: Any, name: str, rank: int, arguments: dict[str, Any]) -> None:
+    """Run one function of this file as `rank`; rank 0 first tells the port of the rendezvous, the others hear it."""
+    try:
+        port = None if rank == 0 else pipe.recv()
+        pipe.send(globals()[name](pipe, rank, port, **arguments))
+    except BaseException:
+        pipe.send(traceback.format_exc())
 
 
 def _start(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
