@@ -15,6 +15,7 @@ from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
+from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
@@ -28,10 +29,12 @@ def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
     VStarTable.open(cfg.table_dir, inputs.contract).estimate(cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples)
-    with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
+    tracker = Tracker(cfg.run_dir)
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
+        cluster = stack.enter_context(Cluster(cfg.cluster))
         engines = stack.enter_context(closing(start_engines(cfg, cluster)))
         policy = stack.enter_context(closing(start_policy(cfg, cluster)))
-        tracker = Tracker(cfg.run_dir)
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         with tracker.progress("starting engines and policy", 1):
             engines.start()

@@ -6,19 +6,22 @@ Leaves out what only several nodes need: placement by node, replacement of dead 
 import contextlib
 import logging
 import os
+import re
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray._private.worker import global_worker
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
 _LOOPBACK = "127.0.0.1"
+_CLOSE_SECONDS = 20.0
 
 
 class ClusterError(RuntimeError):
@@ -81,6 +84,11 @@ class Cluster:
         """
         return self._cfg.threads or max(1, (os.cpu_count() or 1) // actors_on_this_side)
 
+    def close(self, what: str, references: Sequence[Any]) -> None:
+        """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""
+        with contextlib.suppress(ClusterError, ValueError):
+            self.wait(what, references, _CLOSE_SECONDS)
+
     def actor(
         self,
         name: str,
@@ -103,20 +111,38 @@ class Cluster:
         return handle
 
     def wait(self, what: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
-        """Return the results of actor calls; raises ClusterError that says `what` failed and why."""
+        """Return the results of actor calls; raises ClusterError that says `what` failed and why.
+
+        The first failure ends the wait: the other ranks may hang in a collective that can't complete any more.
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        pending = list(references)
         try:
-            return ray.get(list(references), timeout=timeout_seconds)
-        except GetTimeoutError:
-            raise ClusterError(
-                f"{what}: no answer in {timeout_seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine"
-            ) from None
+            while pending:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                done, pending = ray.wait(pending, timeout=left)
+                if not done:
+                    raise ClusterError(
+                        f"{what}: no answer in {timeout_seconds:.0f} s; raise cluster.start_timeout_seconds on a slow "
+                        f"machine. The output of its processes lies in {_log_folder()}"
+                    )
+                ray.get(done)
+            return ray.get(list(references))
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ValueError):  # a wrong input that only the actor could see: its message says it all
                 raise cause from None
-            raise ClusterError(f"{what}: {error}\nThe output of its processes lies in {_log_folder()}") from None
+            raise ClusterError(
+                f"{what}: {_plain(error)}\nThe output of its processes lies in {_log_folder()}"
+            ) from None
         except (ActorDiedError, RayActorError) as error:
-            raise ClusterError(f"{what}: the process ended ({error}); its output lies in {_log_folder()}") from None
+            raise ClusterError(
+                f"{what}: the process ended ({_plain(error)}); its output lies in {_log_folder()}"
+            ) from None
+
+
+def _plain(error: Exception) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
 def _log_folder() -> str:

@@ -98,7 +98,7 @@ class PolicyGroup:
         self._all("export", str(folder), str(transfer_folder))
 
     def close(self) -> None:
-        self._all("close")
+        self._cluster.close("policy: close", [rank.call.remote("close") for rank in self._ranks])
 
     def _all(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
         calls = [rank.call.remote(method, *args) for rank in self._ranks]

@@ -1,8 +1,11 @@
 """Files that are either whole or absent, whatever stops the process while it writes them."""
 
 import errno
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -48,6 +51,17 @@ def storage_error(what: str, error: OSError) -> StorageError:
     else:
         advice = "choose another folder"
     return StorageError(f"{what}: {error.strerror or error}; {advice}")
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; a lock ends with its process. Raises StorageError if it is held."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{path}: {what} is running; wait for its end or choose another run_dir") from None
+        yield
 
 
 def sync(path: Path) -> None:

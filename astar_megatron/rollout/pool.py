@@ -146,7 +146,7 @@ class EnginePool:
         self._all("update", version)
 
     def close(self) -> None:
-        self._all("close")
+        self._cluster.close("engines: close", [engine.close.remote() for engine in self._engines])
 
     def _all(self, method: str, *args: Any) -> None:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]

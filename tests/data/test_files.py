@@ -9,7 +9,7 @@ import pytest
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
-from astar_megatron.data.files import StorageError, write_atomic
+from astar_megatron.data.files import StorageError, exclusive, write_atomic
 
 
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -53,3 +53,12 @@ def test_rows_are_written_one_a_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "new" / "data.jsonl", [{"question": "é?", "answer": "1"}, {"question": "b"}])
     lines = (tmp_path / "new" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [{"question": "é?", "answer": "1"}, {"question": "b"}]
+
+
+def test_a_lock_is_held_by_one_and_free_after_it(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    with exclusive(lock, "another run"):
+        with pytest.raises(StorageError, match="another run is running"), exclusive(lock, "another run"):
+            pass
+    with exclusive(lock, "another run"):
+        pass

@@ -1,0 +1,64 @@
+"""Actors that fail, hang or end are named at once (real Ray)."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astar_megatron.cluster.cluster import Cluster, ClusterError
+from astar_megatron.config import ClusterConfig
+
+
+class Worker:
+    """Does as it is told."""
+
+    def obey(self, order: str) -> str:
+        if order == "hang":
+            time.sleep(600)
+        if order == "end":
+            os._exit(3)
+        if order == "refuse":
+            raise ValueError("data.path: no such file")
+        if order == "break":
+            raise KeyError("weights")
+        return order
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(ClusterConfig()) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def workers(cluster: Cluster) -> list[Any]:
+    env = {"PYTHONPATH": str(Path(__file__).parent)}
+    return [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+
+
+def test_results_come_in_the_order_of_the_calls(cluster: Cluster, workers: list[Any]) -> None:
+    assert cluster.wait("work", [w.obey.remote(str(i)) for i, w in enumerate(workers)], 60) == ["0", "1"]
+
+
+def test_a_failure_ends_the_wait_although_another_rank_hangs(cluster: Cluster, workers: list[Any]) -> None:
+    calls = [workers[0].obey.remote("hang"), workers[1].obey.remote("break")]
+    with pytest.raises(ClusterError, match=r"(?s)work: .*weights.*output of its processes lies in"):
+        cluster.wait("work", calls, 60)
+
+
+def test_a_wrong_input_that_only_the_actor_could_see_keeps_its_message(cluster: Cluster, workers: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"^data\.path: no such file$"):
+        cluster.wait("work", [workers[0].obey.remote("refuse")], 60)
+
+
+def test_an_ended_process_is_named(cluster: Cluster, workers: list[Any]) -> None:
+    with pytest.raises(ClusterError, match="work: the process ended"):
+        cluster.wait("work", [workers[0].obey.remote("end")], 60)
+
+
+def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
+    with pytest.raises(ClusterError, match=r"work: no answer in 1 s; raise cluster\.start_timeout_seconds"):
+        cluster.wait("work", [workers[0].obey.remote("hang")], 1)
