@@ -41,11 +41,12 @@ METRICS = {
 SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}
 
 
+@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
 def test_sweep_train_export_and_the_engine_holds_what_was_exported(
-    run_tree: Any, untied_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, run_tree: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    cfg = config.validate(run_tree(untied_qwen2))
+    cfg = config.validate(run_tree(request.getfixturevalue(kind)))
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
     sequence = list(range(3, 33))
     with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
