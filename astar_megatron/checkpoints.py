@@ -60,5 +60,6 @@ class Checkpoints:
             shutil.rmtree(folder)
         policy.save(folder, {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()})
         write_atomic(self._folder / "latest", folder.name.encode())
-        for old in sorted(self._folder.glob("step_????????"))[: -self._keep]:
+        others = sorted(path for path in self._folder.glob("step_????????") if path != folder)
+        for old in others[: len(others) + 1 - self._keep]:
             shutil.rmtree(old, ignore_errors=True)

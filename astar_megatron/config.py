@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -52,7 +52,7 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     """How responses are drawn, the same in both stages."""
 
-    temperature: float = Field(default=1.0, gt=0.0)
+    temperature: float = Field(default=1.0, ge=0.01)  # vLLM would raise a lower one to 0.01 in silence
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     max_response_tokens: int = Field(default=1024, ge=1)
 

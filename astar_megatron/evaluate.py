@@ -13,6 +13,8 @@ from astar_megatron.data.files import write_atomic
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.run import Inputs, engines_of, prepare
 from astar_megatron.tracking import Tracker
+from conversion import hf
+from conversion.families import read_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     path = Path(model_path) if model_path else cfg.export_dir
     if not path.is_dir():
         raise ValueError(f"{path}: no model to evaluate; run `astar train` first, or name a folder with --model")
+    hf.check(path, read_model(path).parameters())
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
     with engines_of(cfg, str(path)) as engines:

@@ -17,6 +17,7 @@ from astar_megatron.doctor import check_run
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.types import Prompt
+from conversion import hf
 from conversion.families import Model, read_model
 from conversion.tiles import ParallelLayout
 
@@ -45,6 +46,7 @@ def prepare(cfg: RunConfig) -> Inputs:
             f"data.max_prompt_tokens + sampling.max_response_tokens: {cfg.max_tokens} exceeds the {limit} positions "
             f"of {cfg.model.path}; lower one of them"
         )
+    hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path)
     evaluated = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts

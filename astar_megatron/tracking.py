@@ -100,10 +100,16 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            metrics = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON; repair or remove the file") from None
+            if number == len(lines):
+                break
+            metrics = None
+        if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
+            raise ValueError(
+                f"{path}, line {number}: expected the metrics of a step as JSON; repair or remove the file"
+            )
+        found.append(metrics)
     return found
 
 

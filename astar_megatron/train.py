@@ -20,7 +20,7 @@ from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.run import Inputs, compute_type, prepare, start_engines, start_policy
-from astar_megatron.tracking import Clock, Tracker
+from astar_megatron.tracking import Clock, Tracker, read_metrics
 from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 from astar_megatron.weights import TransferFolder, WeightSync
 
@@ -30,6 +30,7 @@ def main(cfg: RunConfig) -> None:
     inputs = prepare(cfg)
     VStarTable.open(cfg.table_dir, inputs.contract).estimate(cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples)
     tracker = Tracker(cfg.run_dir)
+    read_metrics(tracker.run_dir)  # damaged ones are refused here
     with ExitStack() as stack:
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(Cluster(cfg.cluster))

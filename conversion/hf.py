@@ -42,6 +42,12 @@ class CheckpointError(ValueError):
     """An HF folder that is incomplete, damaged or not the model the plan describes; the message names the file."""
 
 
+def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the folder holds exactly the parameters `shapes`; reads headers, no weights."""
+    folder = Path(folder)
+    _check(folder, _weight_files(folder), shapes)
+
+
 @torch.no_grad()
 def load(folder: str | Path, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor]) -> None:
     """Fills the local tensors of target rank `rank` from an HF folder, cast to their dtype.

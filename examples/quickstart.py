@@ -13,11 +13,11 @@ import torch
 from smollm2 import ensure_model
 
 from astar_megatron import config
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, ClusterError
 from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.data.prompts import tokenizer
-from astar_megatron.doctor import ResourceError
+from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import evaluate
 from astar_megatron.run import compute_type, prepare, start_engines, start_policy
 from astar_megatron.sweep import show, sweep
@@ -31,6 +31,7 @@ def main(overrides: list[str]) -> None:
     ensure_model(Path(cfg.model.path))
     write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
+    VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
     with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         engines = stack.enter_context(closing(start_engines(cfg, cluster)))
@@ -78,5 +79,5 @@ def answer(cfg: RunConfig, question: str) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ResourceError, config.ConfigError) as error:
+    except (ValueError, OSError, ClusterError) as error:
         sys.exit(f"demo: {error}")

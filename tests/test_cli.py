@@ -11,7 +11,11 @@ import pytest
 import ray
 import yaml
 
-from astar_megatron import cli, doctor
+from astar_megatron import cli, config, doctor
+from astar_megatron.data.contract import contract_of
+from astar_megatron.data.prompts import read_prompts
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.types import Rollout
 
 
 @pytest.fixture
@@ -52,6 +56,36 @@ def test_a_missing_model_folder_is_named(command: Any, tree: dict[str, Any]) -> 
     status, error = command("sweep", tree, "--set", "model.path=/no/such/folder")
     assert status == 2
     assert "/no/such/folder" in error and "Traceback" not in error
+
+
+def test_truncated_weights_are_named_before_anything_starts(command: Any, tree: dict[str, Any]) -> None:
+    weights = Path(tree["model"]["path"]) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    status, error = command("sweep", tree)
+    assert status == 2
+    assert str(weights) in error and "truncated" in error
+
+
+def test_damaged_metrics_are_named_with_their_line(command: Any, tree: dict[str, Any]) -> None:
+    cfg = config.validate(tree)
+    prompts = read_prompts(cfg.data, cfg.model.path)
+    table = VStarTable.create_or_open(cfg.table_dir, contract_of(cfg))
+    rollout = Rollout(
+        prompt=prompts[0],
+        sample=0,
+        seed=0,
+        token_ids=(5, 2),
+        text="",
+        truncated=False,
+        logprob=-1.0,
+        version=0,
+        reward=1.0,
+    )
+    table.append([dataclasses.replace(rollout, sample=sample) for sample in range(cfg.sweep.num_samples)])
+    (Path(tree["run_dir"]) / "metrics.jsonl").write_text('{"step": 0}\n5\n{"step": 1}\n')
+    status, error = command("train", tree)
+    assert status == 2
+    assert "metrics.jsonl, line 2" in error
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(command: Any, tree: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ class Cluster:
 
         Policy and engines take turns, so each side may use all cores.
         """
-        return self._cfg.threads or max(1, (os.cpu_count() or 1) // actors_on_this_side)
+        return self._cfg.threads or max(1, len(os.sched_getaffinity(0)) // actors_on_this_side)
 
     def close(self, what: str, references: Sequence[Any]) -> None:
         """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""

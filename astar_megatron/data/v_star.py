@@ -96,11 +96,17 @@ class VStarTable:
         """Return the table at `folder`, made empty where there is none. Raises StorageError and what `open` raises."""
         folder = Path(folder)
         make_folder(folder)
+        shards = any(folder.glob("shard-*"))
         if not (folder / "header.json").exists():
-            if any(folder.glob("shard-*")):
+            if shards:
                 raise TableError(f"{folder}: shards without header.json; restore it or choose another sweep.table")
-            header = {"format": FORMAT, "contract": contract.fields(), "contract_digest": contract.digest()}
-            write_atomic(folder / "header.json", json.dumps(header, indent=1).encode())
+            _write_header(folder, contract)
+        try:
+            return cls.open(folder, contract)
+        except ContractError:
+            if shards:
+                raise
+        _write_header(folder, contract)  # of a sweep that never drew: it binds nobody
         return cls.open(folder, contract)
 
     @classmethod
@@ -234,6 +240,11 @@ class VStarTable:
         rows = self._rows()
         counts = np.bincount(rows.prompt, minlength=len(self._uids))
         return rows, np.cumsum(counts) - counts, counts
+
+
+def _write_header(folder: Path, contract: Contract) -> None:
+    header = {"format": FORMAT, "contract": contract.fields(), "contract_digest": contract.digest()}
+    write_atomic(folder / "header.json", json.dumps(header, indent=1).encode())
 
 
 def _check_header(folder: Path, contract: Contract) -> None:

@@ -54,12 +54,23 @@ def load(folder: Path, part: Any, optimizer: Any, schedule: Any) -> None:
     if saved["layout"] != _layout():
         del state["random"]
     loaded: Any = dist_checkpointing.load(state, str(folder))
+    _take_learning_rates(loaded["optimizer"], optimizer.param_groups[0])
     part.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     if "random" in loaded:
         torch.set_rng_state(loaded["random"]["torch"])
         _tracker().set_states(loaded["random"]["tracker"])
+
+
+def _take_learning_rates(saved: Any, current: dict[str, Any]) -> None:
+    """Write the configuration's learning rates into a saved optimizer: megatron finds its groups by them."""
+    for name, value in saved.items():
+        if name == "param_groups":
+            for group in value:
+                group |= {key: current[key] for key in ("max_lr", "min_lr") if key in group}
+        elif isinstance(value, dict):
+            _take_learning_rates(value, current)
 
 
 def _layout() -> dict[str, int]:

@@ -103,7 +103,11 @@ class PolicyRank:
         self._part = part
         self._module = DistributedDataParallel(
             config=config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                check_for_nan_in_grad=True,  # raises before the optimizer's step could spoil the weights
+            ),
             module=in_compute_type(part, config),
         )
         optim = self._optim
@@ -291,4 +295,6 @@ def _constant_schedule(optimizer: Any, optim: OptimConfig) -> OptimizerParamSche
         end_wd=optim.weight_decay,
         wd_incr_steps=1,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run takes the learning rate of its configuration
     )

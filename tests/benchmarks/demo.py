@@ -1,4 +1,4 @@
-"""Stage 1 and a training step of the demo, beside TRL's A2PO trainer and beside vLLM alone, one after the other.
+r"""Stage 1 and a training step of the demo, beside TRL's A2PO trainer and beside vLLM alone, one after the other.
 
     make demo                                                                  # once: model and prompts
     .venv/bin/uv pip install --target runs/trl --no-deps trl==1.16.0 datasets==5.2.0 accelerate==1.15.0 \

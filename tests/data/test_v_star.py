@@ -195,8 +195,8 @@ def test_what_a_killed_writer_leaves_is_ignored(
     assert VStarTable.create_or_open(tmp_path, contract).rewards() == {"uid-0": [0.0]}
 
 
-def test_another_contract_is_refused_field_by_field(tmp_path: Path, contract: Contract) -> None:
-    VStarTable.create_or_open(tmp_path, contract)
+def test_another_contract_is_refused_field_by_field(tmp_path: Path, contract: Contract, prompts: list[Prompt]) -> None:
+    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0, 1.0)])
     other = dataclasses.replace(contract, temperature=0.7, reward="math/1", model_digest="f" * 64)
     for opened in (VStarTable.open, VStarTable.create_or_open):
         with pytest.raises(ContractError) as caught:
@@ -293,3 +293,11 @@ def test_a_hundred_thousand_rows_open_quickly(tmp_path: Path, contract: Contract
     reopened = VStarTable.open(tmp_path, contract)
     assert reopened.missing(many, 8) == []
     assert len(reopened.estimate(0.5, many, num_samples=8)) == 12_500
+
+
+def test_a_table_without_rows_takes_a_new_contract(tmp_path: Path, contract: Contract) -> None:
+    VStarTable.create_or_open(tmp_path, contract)
+    other = dataclasses.replace(contract, temperature=contract.temperature / 2)
+    VStarTable.create_or_open(tmp_path, other)
+    with pytest.raises(ContractError):
+        VStarTable.open(tmp_path, contract)

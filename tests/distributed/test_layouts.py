@@ -172,6 +172,28 @@ def test_training_continues_exactly_from_a_checkpoint(
         assert found == wanted
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(ranks: Any, tied_llama: Path) -> None:
+    data = batch(1)
+    broken = dataclasses.replace(data, reward=torch.full_like(data.reward, float("nan")))
+    with pytest.raises(AssertionError, match=r"(?is)nan.*grad|grad.*nan"):
+        ranks.run(work.steps, 1, job=Job(str(tied_llama)), batches=[broken], load=None, save=None)
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_its_configuration(
+    ranks: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    one = Job(str(tied_llama))
+    batches = [batch(20 + version, version=version) for version in range(3)]
+    checkpoint = str(tmp_path / "step_00000001")
+    ranks.run(work.steps, 1, job=one, batches=batches[:1], load=None, save=checkpoint)
+    moved = []
+    for lr in (1e-3, 1e-9):
+        job = dataclasses.replace(one, lr=lr)
+        (found,) = ranks.run(work.steps, 1, job=job, batches=batches[1:], load=checkpoint, save=None)
+        moved.append(found[1].loss - found[0].loss)
+    assert moved[0] != moved[1]
+
+
 def test_stale_rollouts_are_refused(ranks: Any, tied_llama: Path) -> None:
     job = Job(str(tied_llama))
     with pytest.raises(AssertionError, match="rollouts of version 3 for weights of version 0"):

@@ -21,7 +21,7 @@ def run_tree(tmp_path: Path) -> MakeTree:
         return {
             "run_dir": str(tmp_path / "run"),
             "model": {"path": str(model), "dtype": "float32"},
-            "data": {"path": str(prompts), "max_prompt_tokens": 40},
+            "data": {"path": str(prompts), "max_prompt_tokens": 100},
             "reward": {"name": "length_reward:reward"},
             "sampling": {"max_response_tokens": 9},
             "sweep": {"num_samples": 2},

@@ -21,6 +21,7 @@ from astar_megatron.run import prepare, start_engines, start_policy
 from astar_megatron.sweep import sweep
 from astar_megatron.tracking import Tracker, read_metrics
 from astar_megatron.train import train
+from astar_megatron.types import Prompt
 
 METRICS = {
     "step",
@@ -55,6 +56,8 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         engines.start()
         policy.start()
         _, first_logprobs = engines.greedy(sequence, 6)
+        long = Prompt(uid="long", token_ids=tuple(range(3, 83)), text="", answer="")
+        (first_long,) = engines.draw([(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
         table = sweep(cfg, inputs, engines, tracker)
         assert table.summary().samples == 24
         assert table.missing(inputs.prompts, 2) == []
@@ -62,6 +65,8 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         train(cfg, inputs, policy, engines, tracker)
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
+        (drawn_long,) = engines.draw([(long, 0, 1)], cfg.sampling)
+        (megatron_long,) = policy.logprobs([long.token_ids + drawn_long.token_ids], [len(long.token_ids)])
         engines.close()
         fresh = stack.enter_context(closing(start_engines(cfg, cluster, str(cfg.export_dir))))
         fresh.start()
@@ -69,6 +74,8 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
 
     moved = max(abs(a - b) for a, b in zip(logprobs, first_logprobs, strict=True))
     assert moved > 1e-2  # the updates did reach the engine
+    assert (first_long.version, drawn_long.version) == (0, 3)
+    assert drawn_long.logprob == pytest.approx(sum(megatron_long), abs=1e-3)  # blocks of old weights would show here
     assert tokens == fresh_tokens
     assert logprobs == pytest.approx(fresh_logprobs, abs=1e-5)
     assert logprobs == pytest.approx(megatron, abs=1e-3)
