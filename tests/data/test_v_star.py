@@ -195,7 +195,9 @@ def test_what_a_killed_writer_leaves_is_ignored(
     assert VStarTable.create_or_open(tmp_path, contract).rewards() == {"uid-0": [0.0]}
 
 
-def test_another_contract_is_refused_field_by_field(tmp_path: Path, contract: Contract, prompts: list[Prompt]) -> None:
+def test_another_contract_is_refused_field_by_field(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
     VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0, 1.0)])
     other = dataclasses.replace(contract, temperature=0.7, reward="math/1", model_digest="f" * 64)
     for opened in (VStarTable.open, VStarTable.create_or_open):
