@@ -91,16 +91,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--trl-steps", type=int, default=1)
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"astar_megatron": ours(arguments.steps)}
-    found["vllm_alone"] = floor(found["astar_megatron"]["dtype"])
+    found: dict[str, Any] = {"machine": machine(), "astar_megatron": ours(arguments.steps)}
+    write(found)
     if arguments.trl:
         found["trl_a2po"] = peer(arguments.trl.resolve(), arguments.trl_steps)
         found["ratios"] = {key: found["trl_a2po"][key] / found["astar_megatron"][key] for key in ("stage_1", "step")}
+        write(found)
+    found["vllm_alone"] = floor(found["astar_megatron"]["dtype"])
+    write(found)
+    print(json.dumps(found, indent=1))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{cpu} "]
-    found["machine"] = {"cores": os.cpu_count(), "flags": flags, "kernel": platform.machine()}
+    return {"cores": os.cpu_count(), "flags": flags, "kind": platform.machine()}
+
+
+def write(found: dict[str, Any]) -> None:
+    """Keep what is measured so far: the parts take minutes each."""
+    (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
