@@ -2,7 +2,7 @@ r"""Stage 1 and a training step of the demo, beside TRL's A2PO trainer and besid
 
     make demo                                                                  # once: model and prompts
     .venv/bin/uv pip install --target runs/trl --no-deps trl==1.16.0 datasets==5.2.0 accelerate==1.15.0 \
-        multiprocess==0.70.19 pandas==3.1.1                                    # the peer
+        multiprocess==0.70.19 pandas==3.1.1 xxhash==4.1.0 dill==0.4.1          # the peer
     .venv/bin/python tests/benchmarks/demo.py --trl runs/trl --steps 4 [--trl-steps 1]
 
 All three do the same work: 64 prompts, 8 rollouts each in stage 1, at most 24 response tokens; one update of 64
