@@ -5,7 +5,6 @@ Everything that depends on the device and is not the engine's is decided here on
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -49,15 +48,6 @@ class Backend:
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
         }
-
-    def peak_memory_bytes(self) -> int:
-        """Return the largest memory this process has held: of the GPU, or resident on CPU."""
-        if self.name == "cuda":
-            return torch.cuda.max_memory_allocated()
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return 0
 
 
 @cache
