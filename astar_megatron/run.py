@@ -39,6 +39,11 @@ def prepare(cfg: RunConfig) -> Inputs:
     """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change."""
     model = read_model(cfg.model.path)
     model.vllm_tiles(cfg.rollout.tensor)
+    if model.dims.num_experts and cfg.parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.tensor={cfg.parallel.tensor}: megatron trains experts on several tensor ranks with sequence "
+            f"parallelism only, which is not there yet; for {model.architecture} set parallel.tensor=1"
+        )
     model.megatron_tiles(
         ParallelLayout(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, data=cfg.parallel.data)
     )

@@ -106,7 +106,8 @@ class Place:
 def share(n: int, parts: int, i: int, what: str = "size", axis: str = "parts") -> Span:
     """The i-th of `parts` equal shares of range(n). ValueError, naming `what` and `axis`, if n does not divide."""
     if n % parts:
-        raise ValueError(f"{what}={n} does not divide by {axis}={parts}")
+        fitting = ", ".join(str(size) for size in range(1, 65) if n % size == 0)
+        raise ValueError(f"{what}={n} does not divide by {axis}={parts}; of the sizes up to 64 it does by {fitting}")
     if not 0 <= i < parts:
         raise ValueError(f"share {i} of {axis}={parts} does not exist")
     size = n // parts

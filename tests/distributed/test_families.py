@@ -9,6 +9,8 @@ import numpy
 import pytest
 import ranks as work
 import torch
+from ranks import Job
+from test_layouts import batch, expected_step, run_gradients
 from transformers import AutoModelForCausalLM
 
 from conversion.tiles import ParallelLayout
@@ -84,3 +86,43 @@ def test_interleaved_stages_hold_the_chunks_the_tiles_say(ranks: Any, tiny_famil
 def test_experts_tensor_and_pipeline_ranks_together(ranks: Any, tiny_family: Callable[..., Path]) -> None:
     layout = ParallelLayout(tensor=2, pipeline=2, data=2, expert=2)
     assert_logits(ranks, [tiny_family("qwen3_moe")], layout, packs_of_sequences(2))
+
+
+def unfused(gradients: dict[str, Any]) -> dict[str, Any]:
+    """By the names of files: transformers fuses experts in memory."""
+    found = {}
+    for name, gradient in gradients.items():
+        place, _, kind = name.partition(".experts.")
+        for expert in range(len(gradient) if kind else 0):
+            halves = gradient[expert].chunk(2) if kind == "gate_up_proj" else (gradient[expert],)
+            for part, half in zip(("gate", "up") if len(halves) == 2 else ("down",), halves, strict=True):
+                found[f"{place}.experts.{expert}.{part}_proj.weight"] = half
+        if not kind:
+            found[name] = gradient
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama3"])
+def test_gradients_are_those_of_transformers(
+    family: str, ranks: Any, tiny_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_family(family, tie_word_embeddings=family == "llama3")
+    data = batch(2)
+    loss, gradients = expected_step(folder, data)
+    wanted = unfused(gradients)
+    for name, job in {"one": Job(str(folder)), "stages": Job(str(folder), pipeline=2)}.items():
+        found, stats = run_gradients(ranks, tmp_path, job, data, name)
+        assert stats.loss == pytest.approx(loss, abs=1e-6)
+        assert stats.logratio_max == 0.0
+        assert set(found) == set(wanted)
+        for key, gradient in wanted.items():
+            worst = (found[key] - gradient).abs().max().item()
+            assert worst <= 1e-5 + 1e-4 * gradient.abs().max().item(), f"{name}, {key}: {worst}"
+
+
+def test_experts_are_the_same_on_replicas(ranks: Any, tiny_family: Callable[..., Path], tmp_path: Path) -> None:
+    folder, data = tiny_family("qwen3_moe"), batch(4)
+    _, wanted = run_gradients(ranks, tmp_path, Job(str(folder)), data, "one")
+    _, found = run_gradients(ranks, tmp_path, Job(str(folder), data=2), data, "two")
+    assert found.loss == pytest.approx(wanted.loss, abs=1e-6)
+    assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
