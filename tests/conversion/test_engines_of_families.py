@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_live_engine import assert_live_equals_fresh, published
 from tiny_models import config, random_weights, write_folder
 from transformers import AutoModelForCausalLM
 
 from conversion.families import model_from_config
+from conversion.tiles import ParallelLayout
 
 PROGRAM = Path(__file__).with_name("engine_holds.py")
 # vLLM's CPU kernels take heads of 32 and more, and experts of hidden sizes that 32 divides.
@@ -21,7 +23,6 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3": {"tie_word_embeddings": True},
     "mistral": {},
     "qwen3": {"tie_word_embeddings": True},
-    "qwen3_moe": {},
 }
 UNNORMED = {"norm_topk_prob": False, "num_experts_per_tok": 3, "tie_word_embeddings": True}
 
@@ -56,7 +57,14 @@ def assert_engines_hold(folders: list[Path], tensor: int, place: Path) -> None:
             assert found["logprobs"][: len(wanted)] == pytest.approx(wanted, abs=1e-4), folder
 
 
-def test_engines_hold_their_tiles_and_agree_with_transformers(tmp_path: Path) -> None:
+def test_an_engine_with_experts_holds_its_tiles_and_agrees_with_transformers(tmp_path: Path) -> None:
+    """Head norms, heads of a size of their own and fused experts at once; the rest of the families is slow."""
+    pytest.importorskip("vllm")
+    assert_engines_hold([written(tmp_path / "model", "qwen3_moe")], 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_engines_of_every_family_do_too(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     folders = [written(tmp_path / family, family, **changes) for family, changes in CASES.items()]
     assert_engines_hold([*folders, written(tmp_path / "unnormed", "qwen3_moe", **UNNORMED)], 1, tmp_path)
@@ -68,3 +76,11 @@ def test_engines_of_two_workers_do_too(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     folders = [written(tmp_path / family, family, num_key_value_heads=1) for family in ("qwen3", "qwen3_moe")]
     assert_engines_hold(folders, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_experts_published_into_a_live_engine_are_packed_again(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    small = config("qwen3_moe", **SIZES)
+    (answer,) = published([(small, ParallelLayout(pipeline=2, data=2, expert=2))], 1, tmp_path)
+    assert_live_equals_fresh(answer)

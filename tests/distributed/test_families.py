@@ -70,11 +70,13 @@ def test_experts_on_two_ranks_each_take_the_tokens_of_both(ranks: Any, tiny_fami
     assert_logits(ranks, folders, ParallelLayout(data=2, expert=2), packs_of_sequences(2))
 
 
-def test_two_ranks_share_one_query_group(ranks: Any, tiny_family: Callable[..., Path]) -> None:
-    """tensor is larger than num_key_value_heads; the cut of 8 heads of 20 + 2 * 20 rows falls inside a head."""
-    folders = [tiny_family("mistral", num_key_value_heads=1, num_attention_heads=8, hidden_size=40, head_dim=10)]
-    folders += [tiny_family("qwen3", num_key_value_heads=1, tie_word_embeddings=True)]
-    assert_logits(ranks, folders, ParallelLayout(tensor=2, vocabulary_multiple=128), packs_of_sequences(1))
+def test_more_tensor_ranks_than_query_groups_share_them(ranks: Any, tiny_family: Callable[..., Path]) -> None:
+    """Four heads and one group of keys and values on four ranks: each holds the rows of one and a half heads."""
+    folders = [
+        tiny_family("mistral", num_attention_heads=4, num_key_value_heads=1),
+        tiny_family("qwen3", num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    ]
+    assert_logits(ranks, folders, ParallelLayout(tensor=4, vocabulary_multiple=128), packs_of_sequences(1))
 
 
 def test_interleaved_stages_hold_the_chunks_the_tiles_say(ranks: Any, tiny_family: Callable[..., Path]) -> None:
