@@ -42,6 +42,11 @@ def prepare(cfg: RunConfig) -> Inputs:
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
         model.vllm_tiles(cfg.rollout.tensor)
+    if model.dims.num_experts and cfg.parallel.tensor > 1:
+        raise ValueError(
+            f"parallel.tensor={cfg.parallel.tensor}: megatron trains experts on several tensor ranks with sequence "
+            f"parallelism only, which is not there yet; for {model.architecture} set parallel.tensor=1"
+        )
     with naming(f"parallel (the model has {model.num_layers} layers, {model.dims.num_kv_heads} key-value heads)"):
         model.megatron_tiles(
             ParallelLayout(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, data=cfg.parallel.data)

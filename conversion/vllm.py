@@ -9,10 +9,11 @@ finish_weight_update.
 The worker derives the plan itself from the HF configuration and the trainer's layout, so only those cross the RPC.
 An engine with pipeline stages is refused.
 
-On a CPU vLLM packs the linear weights for its kernels at load and drops the plain ones. Here the plain ones stay, to be
-written to, and are packed again after each update. The other way, no packing at all, is slower as a whole: SmolLM2 in
-float32, 2 threads with AVX2, 64 requests of 24 tokens: 21.4 CPU seconds a batch without packing, 17.6 with it, 0.33 for
-packing again (least of 5 alternating rounds). It costs the memory of the linear weights a second time.
+On a CPU vLLM packs the weights of linear layers and of experts for its kernels at load and drops the plain ones. Here
+the plain ones stay, to be written to, and are packed again after each update. The other way, no packing at all, is
+slower as a whole: SmolLM2 in float32, 2 threads with AVX2, 64 requests of 24 tokens: 21.4 CPU seconds a batch without
+packing, 17.6 with it, 0.33 for packing again (least of 5 alternating rounds). It costs the memory of these weights a
+second time.
 """
 
 from collections import Counter
@@ -29,6 +30,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
 
@@ -158,18 +160,41 @@ def _dispatch_and_keep(layer: nn.Module, remove_weight: bool = False) -> None:
 
 @torch.no_grad()
 def repack(module: nn.Module) -> None:
-    """Packs the plain weights of all linear layers again, a tied head's too; vLLM's own reload forgets that one."""
+    """Packs the plain weights of all linear layers and experts again, a tied head's too; vLLM's reload forgets it."""
     for layer in module.modules():
         if hasattr(layer, "cpu_linear"):
             _dispatch_and_keep(layer)
+        if hasattr(layer, _EXPERTS):
+            _pack_and_keep(getattr(layer, _EXPERTS), layer)
+
+
+_EXPERTS = "astar_experts"  # on a layer of fused experts: what packed it
+_pack, _apply = CPUUnquantizedExperts.process_weights_after_loading, CPUUnquantizedExperts.apply
+
+
+def _pack_and_keep(self: Any, layer: nn.Module) -> None:
+    """vLLM's packing of one layer's experts, except that the plain weights stay its parameters."""
+    plain = {name: getattr(layer, name) for name in ("w13_weight", "w2_weight")}
+    _pack(self, layer)
+    self.packed = {"w1": layer.w13_weight.data, "w2": layer.w2_weight.data}
+    for name, parameter in plain.items():
+        setattr(layer, name, parameter)
+    setattr(layer, _EXPERTS, self)
+
+
+def _apply_packed(self: Any, **arguments: Any) -> None:
+    """vLLM's computation with the packed weights, although the layer's parameters are the plain ones."""
+    _apply(self, **{**arguments, **self.packed})
 
 
 def _register() -> None:
-    """Registers the backend and the linear policy, once per process."""
+    """Registers the backend and what becomes of plain weights, once per process."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, TilesEngine)
     if current_platform.is_cpu():
         vllm_layers.dispatch_cpu_unquantized_gemm = _dispatch_and_keep
+        CPUUnquantizedExperts.process_weights_after_loading = _pack_and_keep
+        CPUUnquantizedExperts.apply = _apply_packed  # type: ignore[method-assign]
 
 
 _register()

@@ -27,7 +27,7 @@ if sys.argv[1] == "1":
 from vllm import LLM, SamplingParams
 
 
-def engine(folder: str, tensor: int) -> LLM:
+def engine(folder: str, tensor: int, extension: str = "conversion.vllm.WorkerExtension") -> LLM:
     return LLM(
         folder,
         dtype="float32",
@@ -39,7 +39,7 @@ def engine(folder: str, tensor: int) -> LLM:
         enable_chunked_prefill=False,
         enforce_eager=True,
         weight_transfer_config={"backend": "astar_tiles"},
-        worker_extension_cls="conversion.vllm.WorkerExtension",
+        worker_extension_cls=extension,
     )
 
 
