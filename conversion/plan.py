@@ -20,6 +20,18 @@ class PlanError(ValueError):
     """A target tile that the source does not cover exactly once; the message names parameter and part."""
 
 
+class WeightMismatch(RuntimeError):  # noqa: N818  it is the finding that is named
+    """An end does not hold what it was sent. `tensor` names the parameter, `row` the first bad row in it."""
+
+    def __init__(self, *, version: int, tensor: str, where: str, row: int, detail: str) -> None:
+        self.version, self.tensor, self.where, self.row = version, tensor, where, row
+        super().__init__(
+            f"weights of version {version}: {where} does not hold {tensor} as it was sent, first bad row {row}: "
+            f"{detail}. What it computes is not of these weights, so the run stops; start it again from its newest "
+            "checkpoint, and report this"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """A rectangle of a local tensor: `name[index]` on `rank`, with one (start, stop) per dimension."""
@@ -47,10 +59,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """`target` receives the values of `source`; the two have the same shape."""
+    """`target` receives the values of `source`, which are `rectangle` of HF parameter `hf`; the shapes are the same."""
 
     source: Piece
     target: Piece
+    hf: str
+    rectangle: Rectangle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +128,13 @@ def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
     chosen = _choose(overlaps)
     return WeightPlan(
         copies=tuple(
-            Copy(source=_piece(chosen[o.key], o.rectangle), target=_piece(o.target, o.rectangle)) for o in overlaps
+            Copy(
+                source=_piece(chosen[o.key], o.rectangle),
+                target=_piece(o.target, o.rectangle),
+                hf=o.target.hf,
+                rectangle=o.rectangle,
+            )
+            for o in overlaps
         )
     )
 

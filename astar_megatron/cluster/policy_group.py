@@ -88,6 +88,14 @@ class PolicyGroup:
     def publish(self) -> None:
         self._all("publish")
 
+    def digests(self, version: int, full: bool) -> list[list[int]]:
+        """Return each rank's digests of what it publishes."""
+        return self._all("digests", version, full)
+
+    def digest_rows(self, rank: int, index: int) -> list[int]:
+        """Return the digests of the rows of one part that `rank` publishes."""
+        return self._cluster.wait("policy: digest_rows", [self._ranks[rank].call.remote("digest_rows", index)])[0]
+
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
         self._all("save", str(folder), progress)
 

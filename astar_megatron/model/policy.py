@@ -41,6 +41,7 @@ from conversion.megatron import check_tensors
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from conversion.verify import Holdings, sent_parts
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -67,6 +68,7 @@ class PolicyRank:
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
         self._sender: SharedMemorySender | None = None
+        self._holdings: Holdings | None = None
 
     def listen(self, host: str) -> int:
         """Open the rendezvous of all ranks on a free port of `host` and return the port. Rank 0 only."""
@@ -230,12 +232,25 @@ class PolicyRank:
         target = self.model.vllm_tiles(engine_tensor)
         route = plan(self.model.megatron_tiles(self.layout), target)
         self._sender = SharedMemorySender(route, self.rank, self.weights(), folder, self._dtype)
+        self._holdings = Holdings(sent_parts(route, self.rank), self.weights(), self._dtype)
 
     def publish(self) -> None:
         """Put the current weights where the engines read them."""
         if self._sender is None:
             raise AssertionError("publish before open_publish")
         self._sender.pack()
+
+    def digests(self, version: int, full: bool) -> list[int]:
+        """Return the digests of what this rank publishes, computed from its parameters: conversion/verify.py."""
+        if self._holdings is None:
+            raise AssertionError("digests before open_publish")
+        return self._holdings.full() if full else self._holdings.sampled(version)
+
+    def digest_rows(self, index: int) -> list[int]:
+        """Return the digests of the rows of part `index` of what this rank publishes."""
+        if self._holdings is None:
+            raise AssertionError("digest_rows before open_publish")
+        return self._holdings.rows(index)
 
     def save(self, folder: str, progress: dict[str, Any]) -> None:
         """Write everything that training needs to go on exactly; collective. See checkpoint.save."""

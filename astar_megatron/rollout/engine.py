@@ -146,6 +146,14 @@ class Engine:
         self._version = version
         await self._llm.resume_generation()
 
+    async def audit(self, version: int, full: bool) -> list[dict[str, Any]]:
+        """Return what each worker holds, in digests, and the faults it found itself; see conversion.vllm."""
+        return await self._llm.collective_rpc("audit", args=(version, full))
+
+    async def digest_rows(self, index: int) -> list[list[int]]:
+        """Return each worker's digests of the rows of its part `index`."""
+        return await self._llm.collective_rpc("digest_rows", args=(index,))
+
     async def close(self) -> None:
         """End vLLM's own processes before this actor ends."""
         if self._llm is not None:

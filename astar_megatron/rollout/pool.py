@@ -145,12 +145,21 @@ class EnginePool:
         """Make every engine take over the weights that lie ready."""
         self._all("update", version)
 
+    def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
+        """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
+        return self._all("audit", version, full)
+
+    def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
+        """Return the digests of the rows of one part that a worker holds."""
+        (answers,) = self._cluster.wait("engines: digest_rows", [self._engines[engine].digest_rows.remote(index)])
+        return answers[worker]
+
     def close(self) -> None:
         self._cluster.close("engines: close", [engine.close.remote() for engine in self._engines])
 
-    def _all(self, method: str, *args: Any) -> None:
+    def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]
-        self._cluster.wait(f"engines: {method}", calls)
+        return self._cluster.wait(f"engines: {method}", calls)
 
 
 def _share(work: Sequence[tuple[Prompt, int, int]], num_engines: int) -> list[list[int]]:

@@ -14,9 +14,10 @@ from tiny_models import World, config, empty_world, random_weights, reference_wo
 
 from conversion import hf
 from conversion.families import Model, model_from_config
-from conversion.plan import plan
+from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemorySender
+from conversion.verify import Holdings, Manifest, first_mismatch, held_parts, manifest, sent_parts
 
 PROGRAM = Path(__file__).with_name("live_engine.py")
 TIED_LLAMA = config(hidden_size=128, num_attention_heads=4, tie_word_embeddings=True)
@@ -47,14 +48,16 @@ def prepared(model: Model, layout: ParallelLayout, tensor: int, folder: Path) ->
 
 
 def published(cases: list[tuple[dict[str, object], ParallelLayout]], tensor: int, folder: Path) -> list[dict[str, Any]]:
-    """Sends new weights from here to engines of another process, one a case; what those then say."""
-    requests, senders = [], []
+    """Sends new weights from here to engines of another process, one a case; what those then say, already audited."""
+    requests, senders, proofs = [], [], []
     for number, (small, layout) in enumerate(cases):
         model, place = model_from_config(small), folder / str(number)
         world, request = prepared(model, layout, tensor, place)
         requests.append(request)
         way = plan(model.megatron_tiles(layout), model.vllm_tiles(tensor))
         senders += [SharedMemorySender(way, rank, tensors, place, torch.float32) for rank, tensors in world.items()]
+        sent = [Holdings(sent_parts(way, rank), tensors, torch.float32) for rank, tensors in world.items()]
+        proofs.append((way, [[end.full() for end in sent], [end.sampled(7) for end in sent]]))
     for sender in senders:
         sender.pack()
     (folder / "requests.json").write_text(json.dumps(requests))
@@ -64,7 +67,34 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout]], tensor: int
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for sender in senders:
         sender.close()
-    return json.loads((folder / "answers.json").read_text())
+    answers = json.loads((folder / "answers.json").read_text())
+    for answer, (way, (full, sampled)) in zip(answers, proofs, strict=True):
+        assert_faults_are_named(answer, manifest(way, 7, torch.float32, True, full), way)
+        expected = manifest(way, 7, torch.float32, False, sampled)
+        for rank, worker in enumerate(answer["sampled"]):
+            assert first_mismatch(expected, held_parts(way, rank), worker["digests"]) is None
+    return answers
+
+
+def assert_faults_are_named(answer: dict[str, Any], expected: Manifest, way: WeightPlan) -> None:
+    """Each worker's own audit: clean as it is, and with a fault injected that fault by name and nothing else."""
+    for rank, worker in enumerate(answer["audits"]["none"]):
+        parts = held_parts(way, rank)
+        assert first_mismatch(expected, parts, worker["digests"]) is None and worker["faults"] == []
+        assert len(answer["rows"][rank]) == parts[0].rectangle[1] - parts[0].rectangle[0]
+        for fault, tensor in (("stale head pack", "lm_head"), ("stale pack", "model.layers.1.mlp.down_proj")):
+            audit = answer["audits"][fault][rank]
+            assert audit["digests"] == worker["digests"]  # the plain weights are right
+            ((name, row, detail),) = audit["faults"]
+            assert (name, row) == (f"{tensor}.weight", 0) and "packed copy" in detail
+        for fault, tensor in (
+            ("flipped bit", "model.layers.0.self_attn.o_proj"),
+            ("swapped gate and up", "model.layers.1.mlp.gate_proj"),
+        ):
+            audit = answer["audits"][fault][rank]
+            index = first_mismatch(expected, parts, audit["digests"])
+            assert index is not None and parts[index].hf == f"{tensor}.weight"
+            assert audit["faults"] == []
 
 
 def assert_live_equals_fresh(answer: dict[str, Any]) -> None:
