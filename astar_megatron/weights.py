@@ -1,7 +1,7 @@
 """WeightSync: the one place where weights move from the policy to the engines.
 
-Planned once from the two layouts; each publish packs the policy's tiles into shared memory and makes every engine
-take them over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped.
+Planned once from the two layouts; in each publish the policy packs its tiles into buckets of shared memory while every
+engine takes them over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped.
 Leaves out: several machines. Policy and engines must see one /dev/shm.
 """
 
@@ -22,7 +22,7 @@ from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
 from conversion.families import Model
 from conversion.plan import WeightMismatch, plan
-from conversion.verify import first_mismatch, held_parts, manifest, mismatch, sender_of
+from conversion.verify import Verifier, mismatch
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "astar-"
@@ -67,15 +67,17 @@ class WeightSync:
         self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path, cfg: ConversionConfig
     ) -> None:
         self._policy, self._engines, self._cfg = policy, engines, cfg
-        self._plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
+        way = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
+        self._verifier = Verifier(way, getattr(torch, policy.dtype))
         self._count = 0
-        policy.open_publish(engines.tensor, str(folder))
+        policy.open_publish(engines.tensor, len(engines), str(folder), cfg.bucket_bytes)
         engines.open_update(
             {
                 "config": model.config,
                 "layout": dataclasses.asdict(policy.layout),
                 "folder": str(folder),
                 "dtype": policy.dtype,
+                "bucket_bytes": cfg.bucket_bytes,
             }
         )
 
@@ -86,22 +88,18 @@ class WeightSync:
         """
         full = self._count < _FULL_CHECKS or self._count % self._cfg.verify_interval == 0
         self._count += 1
-        self._policy.publish()
-        self._engines.update(version)
+        self._engines.update(version, self._policy.begin_publish(version))
         self._verify(version, full)
 
     def _verify(self, version: int, full: bool) -> None:
-        dtype = getattr(torch, self._policy.dtype)
-        expected = manifest(self._plan, version, dtype, full, self._policy.digests(version, full))
+        expected = self._verifier.manifest(version, full, self._policy.digests(version, full))
         for engine, workers in enumerate(self._engines.audit(version, full)):
             for worker, answer in enumerate(workers):
                 where = f"worker {worker} of engine {engine}"
-                parts = held_parts(self._plan, worker)
-                index = first_mismatch(expected, parts, answer["digests"])
+                index = self._verifier.first_mismatch(expected, worker, answer["digests"])
                 if index is not None:
-                    rank, at = sender_of(self._plan, parts[index])
-                    sent = self._policy.digest_rows(rank, at)
+                    sent = self._policy.digest_rows(*self._verifier.origin(worker, index))
                     held = self._engines.digest_rows(engine, worker, index)
-                    raise mismatch(version, parts[index], where, sent, held)
+                    raise mismatch(version, self._verifier.held[worker][index], where, sent, held)
                 for tensor, row, detail in answer["faults"]:
                     raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from conversion.tiles import Span, Tile
 
-WIRE_ALIGNMENT_BYTES = 64  # a cache line; also what the widest vector loads and DMA engines like
-
 Rectangle = tuple[int, int, int, int]  # row start, row stop, column start, column stop; a 1-D parameter is one column
 
 
@@ -68,14 +66,6 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WireLayout:
-    """Where the pieces one source rank sends lie in its flat buffer: byte offsets, and the size of the whole."""
-
-    offsets: dict[Piece, int]
-    total_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightPlan:
     """All copies, in the order of the target's tiles."""
 
@@ -88,16 +78,6 @@ class WeightPlan:
     def to_rank(self, rank: int) -> tuple[Copy, ...]:
         """The copies that write to this target rank."""
         return tuple(copy for copy in self.copies if copy.target.rank == rank)
-
-    def wire(self, source_rank: int, itemsize: int) -> WireLayout:
-        """The layout of what `source_rank` sends, at `itemsize` bytes an element: each distinct piece once, aligned."""
-        offsets: dict[Piece, int] = {}
-        end = 0
-        for copy in self.from_rank(source_rank):
-            if copy.source not in offsets:
-                offsets[copy.source] = end
-                end += -(-copy.source.num_elements * itemsize // WIRE_ALIGNMENT_BYTES) * WIRE_ALIGNMENT_BYTES
-        return WireLayout(offsets=offsets, total_bytes=end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,33 +71,37 @@ def held_parts(plan: WeightPlan, rank: int) -> tuple[Part, ...]:
     return tuple(Part(copy.target, copy.hf, copy.rectangle) for copy in plan.to_rank(rank))
 
 
-def sender_of(plan: WeightPlan, part: Part) -> tuple[int, int]:
-    """(source rank, index among its parts) of what a target's part was filled from."""
-    copy = next(copy for copy in plan.to_rank(part.piece.rank) if copy.target == part.piece)
-    sent = sent_parts(plan, copy.source.rank)
-    return copy.source.rank, sent.index(Part(copy.source, copy.hf, copy.rectangle))
+class Verifier:
+    """Compares what the target ranks of a plan hold with what its source ranks sent. Plans once."""
 
+    def __init__(self, plan: WeightPlan, dtype: torch.dtype) -> None:
+        self._dtype = str(dtype).removeprefix("torch.")
+        self._origins = {copy.target: copy for copy in plan.copies}
+        self._sent = {rank: sent_parts(plan, rank) for rank in {copy.source.rank for copy in plan.copies}}
+        self.held = {rank: held_parts(plan, rank) for rank in {copy.target.rank for copy in plan.copies}}
+        self._sent_keys, self._held_keys = (
+            {rank: [(part.hf, part.rectangle) for part in parts] for rank, parts in end.items()}
+            for end in (self._sent, self.held)
+        )
 
-def manifest(plan: WeightPlan, version: int, dtype: torch.dtype, full: bool, sent: Sequence[Sequence[int]]) -> Manifest:
-    """The manifest, from the digests of all source ranks in their order."""
-    digests: dict[tuple[str, Rectangle], int] = {}
-    for rank, answer in enumerate(sent):
-        parts = sent_parts(plan, rank)
-        if len(parts) != len(answer):
-            raise ValueError(f"source rank {rank} gave {len(answer)} digests of its {len(parts)} pieces")
-        digests |= {(part.hf, part.rectangle): digest for part, digest in zip(parts, answer, strict=True)}
-    name = str(dtype).removeprefix("torch.")
-    return Manifest(version=version, dtype=name, rows="all" if full else "sampled", digests=digests)
+    def manifest(self, version: int, full: bool, sent: Sequence[Sequence[int]]) -> Manifest:
+        """The manifest, from the digests of all source ranks in their order."""
+        digests: dict[tuple[str, Rectangle], int] = {}
+        for rank, answer in enumerate(sent):
+            digests.update(zip(self._sent_keys.get(rank, []), answer, strict=True))
+        return Manifest(version=version, dtype=self._dtype, rows="all" if full else "sampled", digests=digests)
 
+    def first_mismatch(self, expected: Manifest, rank: int, held: Sequence[int]) -> int | None:
+        """The index of target rank `rank`'s first part of which the digest is not the manifest's; None if all are."""
+        for index, (key, digest) in enumerate(zip(self._held_keys[rank], held, strict=True)):
+            if expected.digests[key] != digest:
+                return index
+        return None
 
-def first_mismatch(expected: Manifest, parts: Sequence[Part], held: Sequence[int]) -> int | None:
-    """The index of the first part of which the digest is not the manifest's; None if all are."""
-    if len(parts) != len(held):
-        raise ValueError(f"{len(held)} digests for {len(parts)} pieces")
-    for index, (part, digest) in enumerate(zip(parts, held, strict=True)):
-        if expected.digests[part.hf, part.rectangle] != digest:
-            return index
-    return None
+    def origin(self, rank: int, index: int) -> tuple[int, int]:
+        """(source rank, index among its parts) of what a target's part was filled from."""
+        copy = self._origins[self.held[rank][index].piece]
+        return copy.source.rank, self._sent[copy.source.rank].index(Part(copy.source, copy.hf, copy.rectangle))
 
 
 class Holdings:
@@ -110,12 +114,12 @@ class Holdings:
         self.parts = tuple(parts)
         self._dtype = dtype
         self._views = [_as_rows(view(tensors, part.piece), part) for part in parts]
-        self._seeds = [zlib.crc32(f"{part.hf} {part.rectangle}".encode()) for part in parts]
-        self._groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
         for index, (part, rows) in enumerate(zip(parts, self._views, strict=True)):
             vector = rows.shape[1] == 1  # all of it in one row, or a sample of it would be one number
             r0, r1, c0, c1 = part.rectangle
-            self._groups[(r0, r1, True) if vector else (c0, c1, False)].append(index)
+            groups[(r0, r1, True) if vector else (c0, c1, False)].append(index)
+        self._samples = [_Sample(self.parts, self._views, *key, indices) for key, indices in groups.items()]
 
     @torch.no_grad()
     def full(self) -> list[int]:
@@ -128,28 +132,40 @@ class Holdings:
     def sampled(self, version: int) -> list[int]:
         """The digest of one row of every part, of vectors whole; which row follows from the version."""
         digests = [0] * len(self.parts)
-        for (start, stop, vector), indices in self._groups.items():
-            if vector:
-                stacked = torch.stack([self._views[i].squeeze(1) for i in indices])
-                seed, factors = _ROW_SEED, [_multiplier(_COLUMN_SEED, 0)] * len(indices)
-            else:
-                chosen = [_sampled_row(self._seeds[i], version, len(self._views[i])) for i in indices]
-                stacked = torch.stack([self._views[i][row] for i, row in zip(indices, chosen, strict=True)])
-                seed = _COLUMN_SEED
-                factors = [
-                    _multiplier(_ROW_SEED, self.parts[i].rectangle[0] + row)
-                    for i, row in zip(indices, chosen, strict=True)
-                ]
-            bits = stacked.to(self._dtype).view(_INTEGERS[self._dtype.itemsize]).to(torch.int64)
-            sums = bits.mul_(_multipliers(seed, start, stop, bits.device)).sum(1).tolist()
-            for i, total, factor in zip(indices, sums, factors, strict=True):
-                digests[i] = _signed(total * factor)
+        for sample in self._samples:
+            for index, digest in zip(sample.indices, sample.digests(version, self._dtype), strict=True):
+                digests[index] = digest
         return digests
 
     @torch.no_grad()
     def rows(self, index: int) -> list[int]:
         """The digests of the rows of one part, to find the first that differs."""
         return _rows(self._views[index], self.parts[index], self._dtype).tolist()
+
+
+class _Sample:
+    """The parts of one range of columns (or, as vectors, of rows): their sampled rows are digested together."""
+
+    def __init__(
+        self, parts: Sequence[Part], views: Sequence[Tensor], start: int, stop: int, vectors: bool, indices: list[int]
+    ) -> None:
+        self.indices, self._vectors = indices, vectors
+        self._views = [views[i].squeeze(1) if vectors else views[i] for i in indices]
+        self._factors = _multipliers(_ROW_SEED if vectors else _COLUMN_SEED, start, stop, views[indices[0]].device)
+        names = [f"{parts[i].hf} {parts[i].rectangle}".encode() for i in indices]
+        self._seeds = torch.tensor([zlib.crc32(name) for name in names])
+        self._starts = torch.tensor([parts[i].rectangle[0] for i in indices])
+        self._heights = torch.tensor([len(view) for view in self._views])
+
+    def digests(self, version: int, dtype: torch.dtype) -> list[int]:
+        if self._vectors:
+            rows, factors = self._views, _mixed(torch.zeros_like(self._seeds), _COLUMN_SEED)
+        else:
+            chosen = (_mixed(self._seeds + (version << 32), 0) >> 1) % self._heights  # the lowest bit is always set
+            rows = [view.select(0, row) for view, row in zip(self._views, chosen.tolist(), strict=True)]
+            factors = _mixed(self._starts + chosen, _ROW_SEED)
+        bits = torch.stack(rows).to(dtype).view(_INTEGERS[dtype.itemsize])
+        return ((bits * self._factors).sum(1).cpu() * factors).tolist()
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -160,6 +176,16 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         part = Part(Piece(rank=0, name=name, index=tuple((0, n) for n in tensor.shape)), name, (0, height, 0, width))
         found[name] = f"{Holdings([part], tensors, tensor.dtype).full()[0] & _MASK:016x}"
     return found
+
+
+def check_export(expected: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The digests of whole HF tensors, after proof that they are the manifest's. WeightMismatch naming one."""
+    digests = tensor_digests(tensors)
+    for name, entry in expected.tensors().items():
+        if digests.get(name) != entry["digest"]:
+            detail = f"digest of the whole expected {entry['digest']}, got {digests.get(name)}"
+            raise WeightMismatch(version=expected.version, tensor=name, where="the export", row=-1, detail=detail)
+    return digests
 
 
 def mismatch(version: int, part: Part, where: str, sent: Iterable[int], held: Iterable[int]) -> WeightMismatch:
@@ -185,12 +211,15 @@ def _rows(rows: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     """The digest of each row, [rows] int64."""
     _, _, c0, c1 = part.rectangle
     columns = _multipliers(_COLUMN_SEED, c0, c1, rows.device)
-    step = max(1, _CHUNK_ELEMENTS // (c1 - c0))
-    sums = []
-    for chunk in rows.split(step):
-        bits = chunk.to(dtype).contiguous().view(_INTEGERS[dtype.itemsize]).to(torch.int64)
-        sums.append(bits.mul_(columns).sum(1))
-    return torch.cat(sums)
+    height, width = rows.shape
+    step = min(height, max(1, _CHUNK_ELEMENTS // width))
+    products = torch.empty(step, width, dtype=torch.int64, device=rows.device)  # one for all chunks: 4 times as fast
+    sums = torch.empty(height, dtype=torch.int64, device=rows.device)
+    for start, chunk in zip(range(0, height, step), rows.split(step), strict=True):
+        bits = chunk.to(dtype).contiguous().view(_INTEGERS[dtype.itemsize])
+        torch.mul(bits, columns, out=products[: len(chunk)])
+        torch.sum(products[: len(chunk)], 1, out=sums[start : start + step])
+    return sums
 
 
 def _folded(part: Part, rows: Tensor) -> int:
@@ -198,29 +227,22 @@ def _folded(part: Part, rows: Tensor) -> int:
     return int((rows * _multipliers(_ROW_SEED, r0, r1, rows.device)).sum())
 
 
-def _sampled_row(seed: int, version: int, num_rows: int) -> int:
-    return (_multiplier(seed, version) >> 1) % num_rows  # without the lowest bit, which is always set
-
-
-def _multiplier(seed: int, index: int) -> int:
-    """An odd number below 2^64: splitmix64 (Steele, Lea, Flood 2014) of the index."""
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (z ^ (z >> 31)) | 1
-
-
 @lru_cache(maxsize=256)
 def _multipliers(seed: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """`_multiplier` of start..stop-1, int64; torch's arithmetic wraps around."""
+    """The fixed numbers of positions start..stop-1, int64."""
+    return _mixed(torch.arange(start, stop), seed).to(device)
+
+
+def _mixed(index: Tensor, seed: int) -> Tensor:
+    """Odd pseudo-random int64 of each index: splitmix64 (Steele, Lea, Flood 2014); torch's arithmetic wraps around."""
 
     def shifted(z: Tensor, by: int) -> Tensor:
         return (z >> by) & ((1 << (64 - by)) - 1)
 
-    z = torch.arange(start + 1, stop + 1, dtype=torch.int64) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
+    z = (index + 1) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
     z = (z ^ shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return ((z ^ shifted(z, 31)) | 1).to(device)
+    return (z ^ shifted(z, 31)) | 1
 
 
 def _signed(value: int) -> int:

@@ -38,6 +38,7 @@ from vllm.platforms import current_platform
 from conversion.families import Model, model_from_config
 from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
+from conversion.transfer.buckets import BUCKET_BYTES
 from conversion.transfer.shared_memory import SharedMemoryReceiver
 from conversion.verify import Holdings, held_parts
 
@@ -48,17 +49,22 @@ BACKEND = "astar_tiles"
 
 @dataclass
 class TilesInitInfo(WeightTransferInitInfo):
-    """What a worker needs to derive its plan: the model, the sender's layout, and where its files are."""
+    """What a worker needs to derive its plan: the model, the sender's layout, and where its files are.
+
+    `engine` counts the engines that the senders send to.
+    """
 
     config: dict[str, Any]
     layout: dict[str, Any]
     folder: str
     dtype: str
+    engine: int = 0
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass
 class TilesUpdateInfo(WeightTransferUpdateInfo):
-    """The version that lies in shared memory now."""
+    """The version that the senders send now, or are about to."""
 
     version: int
 
@@ -86,7 +92,15 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         self.shutdown()
         self._holdings = self._held()
         parameters = _parameters(self.model)
-        self._receiver = SharedMemoryReceiver(weights, rank, parameters, init_info.folder, self._end[-1])
+        self._receiver = SharedMemoryReceiver(
+            weights,
+            rank,
+            parameters,
+            init_info.folder,
+            self._end[-1],
+            bucket_bytes=init_info.bucket_bytes,
+            engine=init_info.engine,
+        )
 
     def _held(self) -> Holdings:
         """What the live module holds now. ValueError if that is no longer what the plan fills."""
@@ -123,10 +137,10 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         """Nothing to prepare: the parameters are live."""
 
     def receive_weights(self, update_info: TilesUpdateInfo) -> None:
-        """Unpacks one version."""
+        """Takes one version, bucket after bucket as the senders pack them."""
         if self._receiver is None:
             raise RuntimeError("init_weight_transfer_engine was not called")
-        self._receiver.unpack()
+        self._receiver.receive(update_info.version)
         self.version = update_info.version
 
     def finish_weight_update(self) -> None:

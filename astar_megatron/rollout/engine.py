@@ -132,7 +132,7 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def update(self, version: int) -> None:
-        """Take over the weights that the policy has put in place, in this order and no other.
+        """Take over the weights that the policy sends meanwhile, in this order and no other.
 
         Requests in flight freeze and go on with the new weights; the prefix cache, which vLLM does not reset by
         itself, is dropped. After a failed update the engine is half loaded and must be replaced.

@@ -138,12 +138,14 @@ class EnginePool:
         return self._cluster.wait(f"engine {engine}: greedy", [call])[0]
 
     def open_update(self, init_info: dict[str, Any]) -> None:
-        """Prepare every engine for `update`."""
-        self._all("open_update", init_info)
+        """Prepare every engine for updates; each hears which one it is."""
+        calls = [engine.open_update.remote(init_info | {"engine": i}) for i, engine in enumerate(self._engines)]
+        self._cluster.wait("engines: open_update", calls)
 
-    def update(self, version: int) -> None:
-        """Make every engine take over the weights that lie ready."""
-        self._all("update", version)
+    def update(self, version: int, sending: Sequence[Any]) -> None:
+        """Make every engine take over the weights that the calls `sending` send; ends when both sides are done."""
+        calls = [engine.update.remote(version) for engine in self._engines]
+        self._cluster.wait("publish", [*calls, *sending])
 
     def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
         """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""

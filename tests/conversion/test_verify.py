@@ -17,11 +17,9 @@ from conversion.verify import (
     Holdings,
     Manifest,
     Part,
-    first_mismatch,
+    Verifier,
     held_parts,
-    manifest,
     mismatch,
-    sender_of,
     sent_parts,
     tensor_digests,
 )
@@ -43,16 +41,21 @@ class Ends:
     def manifest(self, full: bool, version: int = VERSION) -> Manifest:
         held = [Holdings(sent_parts(self.weights, rank), tensors, self.dtype) for rank, tensors in self.trainer.items()]
         sent = [end.full() if full else end.sampled(version) for end in held]
-        return manifest(self.weights, version, self.dtype, full, sent)
+        return self.verifier.manifest(version, full, sent)
+
+    @property
+    def verifier(self) -> Verifier:
+        return Verifier(self.weights, self.dtype)
 
     def verify(self, full: bool = True, version: int = VERSION) -> None:
         """Raises WeightMismatch, as WeightSync does."""
         expected = self.manifest(full, version)
         for rank, tensors in self.workers.items():
             holdings = Holdings(held_parts(self.weights, rank), tensors, self.dtype)
-            index = first_mismatch(expected, holdings.parts, holdings.full() if full else holdings.sampled(version))
+            held = holdings.full() if full else holdings.sampled(version)
+            index = self.verifier.first_mismatch(expected, rank, held)
             if index is not None:
-                source, at = sender_of(self.weights, holdings.parts[index])
+                source, at = self.verifier.origin(rank, index)
                 sent = Holdings(sent_parts(self.weights, source), self.trainer[source], self.dtype).rows(at)
                 raise mismatch(version, holdings.parts[index], f"worker {rank}", sent, holdings.rows(index))
 
