@@ -18,11 +18,11 @@ _PROGRESS_FILE = "progress.json"  # model/checkpoint.py writes it
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; `settings` are its configuration, one value a key path."""
 
-    def __init__(self, run_dir: Path, cfg: CheckpointConfig, contract: Contract) -> None:
+    def __init__(self, run_dir: Path, cfg: CheckpointConfig, contract: Contract, settings: dict[str, Any]) -> None:
         self._folder = run_dir / "checkpoints"
-        self._keep, self._contract = cfg.keep, contract
+        self._keep, self._contract, self._settings = cfg.keep, contract, settings
 
     @property
     def latest(self) -> Path | None:
@@ -38,21 +38,30 @@ class Checkpoints:
             )
         return folder
 
-    @property
-    def steps_done(self) -> int:
-        """The steps behind the newest checkpoint, 0 without one. Raises ContractError for one of other settings."""
-        folder = self.latest
-        return 0 if folder is None else int(self._progress(folder)["step"])
+    def restore(self, prompts: PromptStream) -> int:
+        """Set the prompt order to the newest checkpoint's and return the steps behind it, 0 without one.
 
-    def resume(self, policy: PolicyGroup, prompts: PromptStream) -> int:
-        """Restore policy and prompt order from the newest checkpoint and return the steps done, 0 without one."""
+        Raises ContractError or ValueError for a checkpoint of other settings that this run can't go on from.
+        """
         folder = self.latest
         if folder is None:
             return 0
         progress = self._progress(folder)
         prompts.restore(progress["prompts"])
-        policy.load(folder, progress["step"])
         return int(progress["step"])
+
+    def resume(self, policy: PolicyGroup, prompts: PromptStream) -> int:
+        """As `restore`, and the policy too."""
+        step, folder = self.restore(prompts), self.latest
+        if folder is not None:
+            policy.load(folder, step)
+        return step
+
+    def changed_settings(self) -> list[str]:
+        """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
+        folder = self.latest
+        before = self._progress(folder).get("settings", {}) if folder else {}
+        return [f"{key} {before[key]} -> {new}" for key, new in self._settings.items() if before.get(key, new) != new]
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
@@ -68,7 +77,8 @@ class Checkpoints:
         folder = self._folder / f"step_{step:08d}"
         if folder.exists():  # of a run that was set back by hand
             shutil.rmtree(folder)
-        policy.save(folder, {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()})
+        progress = {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()}
+        policy.save(folder, progress | {"settings": self._settings})
         write_atomic(self._folder / "latest", folder.name.encode())
         others = sorted(path for path in self._folder.glob("step_????????") if path != folder)
         for old in others[: len(others) + 1 - self._keep]:

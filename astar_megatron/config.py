@@ -241,6 +241,15 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
     return found
 
 
+def flat(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Return every key path of a configuration with its value."""
+    found: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return found
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)

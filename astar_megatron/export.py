@@ -3,6 +3,7 @@
 from contextlib import closing
 from pathlib import Path
 
+from astar_megatron import config
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RunConfig
@@ -17,7 +18,7 @@ def main(cfg: RunConfig, destination: Path) -> None:
     """Export to `destination`. Raises ValueError where the run has no checkpoint."""
     hf.check_destination(destination)
     inputs = prepare(cfg)
-    checkpoints = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract)
+    checkpoints = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg))
     if checkpoints.latest is None:
         raise ValueError(f"{cfg.run_dir}: no checkpoint to convert; run `astar train` first")
     tracker = Tracker(cfg.run_dir)

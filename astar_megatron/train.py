@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from astar_megatron import config
 from astar_megatron.algorithm.rewards import score
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
@@ -36,7 +37,8 @@ def main(cfg: RunConfig) -> None:
 
 def check(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
-    done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract).steps_done
+    prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
+    done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg)).restore(prompts)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
@@ -53,7 +55,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples
     )
     prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
-    checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract)
+    checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))
     options = StepOptions(
         beta2=cfg.astar.beta2,
         temperature=cfg.sampling.temperature,
@@ -61,6 +63,8 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         micro_batch_tokens=cfg.train.micro_batch_tokens,
     )
     first = checkpoints.resume(policy, prompts)
+    if changed := checkpoints.changed_settings():
+        tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     tracker.begin(first)
     with TransferFolder() as folder:
         weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)

@@ -13,7 +13,7 @@ import yaml
 
 from astar_megatron import cli, config, doctor
 from astar_megatron.data.contract import contract_of
-from astar_megatron.data.prompts import read_prompts
+from astar_megatron.data.prompts import PromptStream, read_prompts
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.types import Rollout
 
@@ -89,8 +89,10 @@ def write_checkpoint(tree: dict[str, Any], step: int, **contract: Any) -> None:
     """Write what the driver reads of a checkpoint."""
     folder = Path(tree["run_dir"]) / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    fields = contract_of(config.validate(tree)).fields() | contract
-    (folder / "progress.json").write_text(json.dumps({"step": step, "prompts": {}, "contract": fields}))
+    cfg = config.validate(tree)
+    fields = contract_of(cfg).fields() | contract
+    order = PromptStream(read_prompts(cfg.data, cfg.model.path), cfg.train.batch_size, cfg.seed)
+    (folder / "progress.json").write_text(json.dumps({"step": step, "prompts": order.state(), "contract": fields}))
     (folder.parent / "latest").write_text(folder.name)
 
 
@@ -108,6 +110,14 @@ def test_fewer_steps_than_are_done_are_refused(command: Any, tree: dict[str, Any
     status, error = command("train", tree, "--set", "train.num_steps=6")
     assert status == 2
     assert "train.num_steps: 6" in error and "after 7 steps" in error
+
+
+def test_another_seed_than_the_checkpoints_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    fill_table(tree)
+    write_checkpoint(tree, 7)
+    status, error = command("train", tree, "--set", "seed=1")
+    assert status == 2
+    assert "seed 0, this run 1" in error
 
 
 def test_a_checkpoint_of_other_settings_is_refused(command: Any, tree: dict[str, Any]) -> None:
@@ -175,6 +185,18 @@ def test_a_reward_that_returns_nan_is_named_with_its_prompt(
     status, error = command("sweep", tree, "--set", "reward.name=broken_reward:reward")
     assert status == 2
     assert "broken_reward" in error and "nan" in error and "What is 1 + 1?" in error
+
+
+def test_a_reward_module_that_can_t_be_imported_is_named(
+    command: Any, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unfinished_reward.py").write_text("def reward(:\n")
+    (tmp_path / "undefined_reward.py").write_text("reward = nothing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, why in (("unfinished_reward", "SyntaxError"), ("undefined_reward", "NameError")):
+        status, error = command("sweep", tree, "--set", f"reward.name={name}:reward")
+        assert status == 2
+        assert name in error and why in error
 
 
 def test_too_little_memory_or_shared_memory_is_refused(

@@ -45,7 +45,9 @@ class Cluster:
             except (OSError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"cluster.address: no Ray cluster answers at {self._cfg.address!r} ({error}); "
-                    "start one with `ray start --head`, or leave the key out to start one here"
+                    "start one with `ray start --head`, or leave the key out to start one here. A cluster with token "
+                    "authentication also wants its token here: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or "
+                    "~/.ray/auth_token"
                 ) from None
         else:
             # Ray listens on all interfaces; since 2.60 it turns token authentication on by itself for such a session.

@@ -103,9 +103,10 @@ def _imported(name: str) -> Reward:
         found: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a stranger's module may raise anything when it is imported
         raise ValueError(
-            f"reward.name: can't import {name!r}: {error}; expected package.module:function on the Python path"
+            f"reward.name: can't import {name!r}: {type(error).__name__}: {error}; expected package.module:function "
+            "on the Python path"
         ) from error
     if not callable(found):
         raise ValueError(f"reward.name: {name!r} is {type(found).__name__}, expected a function (response, answer)")
