@@ -259,7 +259,7 @@ class _Link:
         """Takes the next bucket if it lies ready; True if it did."""
         assert self._file is not None
         state = self.state()
-        if state == _GAVE_UP or (state >> 32 <= self._last and self._file.creator_has_ended()):
+        if state == _GAVE_UP or (state >> 32 <= self._last and self._sender_ended_in(state)):
             time.sleep(_GRACE_SECONDS)
             raise TransferError(f"source rank {self._source} gave up, or its process has ended")
         serial, packed = state >> 32, state & 0xFFFFFFFF
@@ -275,7 +275,7 @@ class _Link:
         if serial != self._serial:
             raise TransferError(f"source rank {self._source} began its next send before this receiver had the last")
         if self._num_taken >= packed:
-            if self._file.creator_has_ended():
+            if self._sender_ended_in(state):
                 raise TransferError(f"source rank {self._source} ended after {packed} buckets; the tensors are mixed")
             return False
         for target, place in self._copies[self._num_taken]:
@@ -283,6 +283,11 @@ class _Link:
         self._num_taken += 1
         self._skip()
         return True
+
+    def _sender_ended_in(self, state: int) -> bool:
+        """True if the sender's process is gone and this was its last word, not one it has added to since."""
+        assert self._file is not None
+        return self._file.creator_has_ended() and self.state() == state
 
     def _skip(self) -> None:
         """Passes over buckets that hold nothing for this receiver, and tells the sender how far it is."""
