@@ -11,8 +11,8 @@ from rich.console import Console
 from astar_megatron import config, doctor
 from astar_megatron.cluster import cluster
 from astar_megatron.config import RunConfig
-from conversion.transfer import buckets
 from astar_megatron.doctor import GIB, Finding, Machine, ResourceError
+from conversion.transfer import buckets
 
 NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
 MODEL_BYTES = 4 * NUM_PARAMETERS
