@@ -9,6 +9,7 @@ import typer
 
 from astar_megatron import config
 from astar_megatron.cluster.errors import ClusterError
+from conversion.plan import WeightMismatch
 
 app = typer.Typer(
     help="A*PO on Megatron-Core with vLLM rollouts.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -75,7 +76,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"astar: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except ClusterError as error:
+    except (ClusterError, WeightMismatch) as error:
         print(f"astar: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -116,6 +116,13 @@ class RolloutConfig(Section):
     eager: bool = True  # False compiles the model: 40-60 s at start on CPU, faster decoding on GPU
 
 
+class ConversionConfig(Section):
+    """How weights move from the policy to the engines, and how often the engines prove that they hold them."""
+
+    bucket_bytes: int = Field(default=64 << 20, ge=4096)  # a rank sends through two buckets of at most this size
+    verify_interval: int = Field(default=50, ge=1)  # publishes between full checks; the others check a sample of rows
+
+
 class ClusterConfig(Section):
     """Ray: joined at `address`, or started locally when there is none."""
 
@@ -150,6 +157,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig = RolloutConfig()
+    conversion: ConversionConfig = ConversionConfig()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()

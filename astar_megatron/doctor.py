@@ -8,7 +8,8 @@ data-parallel ranks, E engines:
              + 4 * P if c = 2      fp32 master weights, sharded; at c = 4 the weights are their own master
              + d * c * P           the reference
     engines    E * (c * P + kv_cache_gib)
-    shared     2 * c * P + 256 MiB the published weights, an export on its way to disk, Ray's object store
+    shared     2 buckets a rank for the published weights, 2 for an export on its way to disk, at most c * P each,
+               and 256 MiB for Ray's object store
     processes  the Python, torch, Megatron, vLLM and Ray of each process, as measured
 
 It is the least a run needs: activations come on top, and with accelerators all but `shared` and `processes` lie there.
@@ -33,6 +34,7 @@ from astar_megatron.config import RunConfig
 
 GIB = 1 << 30
 OBJECT_STORE_BYTES = 256 << 20  # as in cluster/cluster.py, which needs Ray to import
+EXPORT_BUCKET_BYTES = 64 << 20  # as in conversion/transfer/buckets.py, which needs torch to import
 RANK_BYTES = GIB * 3 // 4  # a Megatron process without its tensors
 ENGINE_BYTES = 2 * GIB  # an engine's actor and its core without weights and cache
 DRIVER_BYTES = GIB * 3 // 4  # the driver and Ray's own processes
@@ -94,11 +96,13 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     replicas, engines = cfg.parallel.data, cfg.rollout.num_engines
     optimizer = (12 if is_bfloat16 else 8) * num_parameters
     policy = replicas * (2 * weights + 4 * num_parameters) + optimizer
+    ranks = cfg.parallel.world_size
+    buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, EXPORT_BUCKET_BYTES)]
     return Needs(
         policy_bytes=0 if accelerated else policy,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
-        shared_bytes=2 * weights + OBJECT_STORE_BYTES,
-        processes_bytes=DRIVER_BYTES + cfg.parallel.world_size * RANK_BYTES + engines * ENGINE_BYTES,
+        shared_bytes=sum(buckets) + OBJECT_STORE_BYTES,
+        processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
     )
 
 

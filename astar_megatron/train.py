@@ -67,7 +67,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     tracker.begin(first)
     with TransferFolder() as folder:
-        weights = WeightSync(policy, engines, inputs.model, folder.path)
+        weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)
         for step in range(first, cfg.train.num_steps):
             clock = Clock()
             with clock.span("publish"):

@@ -1,7 +1,7 @@
 """WeightSync: the one place where weights move from the policy to the engines.
 
-Planned once from the two layouts; each publish packs the policy's tiles into shared memory and makes every engine
-take them over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped.
+Planned once from the two layouts; in each publish the policy packs its tiles into buckets of shared memory while every
+engine takes them over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped.
 Leaves out: several machines. Policy and engines must see one /dev/shm.
 """
 
@@ -14,13 +14,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
 from conversion.families import Model
+from conversion.plan import WeightMismatch, plan
+from conversion.verify import Verifier, mismatch
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "astar-"
+_FULL_CHECKS = 3  # the first publishes: what is wrong with a layout shows at once
 _LOCK = "lock"  # held while the run lives: pids mean nothing to a container that shares this memory
 
 
@@ -51,21 +57,49 @@ def remove_left_behind() -> None:
 
 
 class WeightSync:
-    """Carries the policy's weights to every engine of a pool through files in `folder`."""
+    """Carries the policy's weights to every engine of a pool through files in `folder`, and proves that they arrived.
 
-    def __init__(self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path) -> None:
-        self._policy, self._engines = policy, engines
-        policy.open_publish(engines.tensor, str(folder))
+    After each publish the digests of what every worker holds are compared with those of what the policy holds: all rows
+    in the first three publishes and every `verify_interval`-th, a sample in the others.
+    """
+
+    def __init__(
+        self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path, cfg: ConversionConfig
+    ) -> None:
+        self._policy, self._engines, self._cfg = policy, engines, cfg
+        way = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
+        self._verifier = Verifier(way, getattr(torch, policy.dtype))
+        self._count = 0
+        policy.open_publish(engines.tensor, len(engines), str(folder), cfg.bucket_bytes)
         engines.open_update(
             {
                 "config": model.config,
                 "layout": dataclasses.asdict(policy.layout),
                 "folder": str(folder),
                 "dtype": policy.dtype,
+                "bucket_bytes": cfg.bucket_bytes,
             }
         )
 
     def publish(self, version: int) -> None:
-        """Give every engine the policy's current weights; rollouts drawn from now on carry `version`."""
-        self._policy.publish()
-        self._engines.update(version)
+        """Give every engine the policy's current weights; rollouts drawn from now on carry `version`.
+
+        Raises WeightMismatch if a worker then does not hold them.
+        """
+        full = self._count < _FULL_CHECKS or self._count % self._cfg.verify_interval == 0
+        self._count += 1
+        self._engines.update(version, self._policy.begin_publish(version))
+        self._verify(version, full)
+
+    def _verify(self, version: int, full: bool) -> None:
+        expected = self._verifier.manifest(version, full, self._policy.digests(version, full))
+        for engine, workers in enumerate(self._engines.audit(version, full)):
+            for worker, answer in enumerate(workers):
+                where = f"worker {worker} of engine {engine}"
+                index = self._verifier.first_mismatch(expected, worker, answer["digests"])
+                if index is not None:
+                    sent = self._policy.digest_rows(*self._verifier.origin(worker, index))
+                    held = self._engines.digest_rows(engine, worker, index)
+                    raise mismatch(version, self._verifier.held[worker][index], where, sent, held)
+                for tensor, row, detail in answer["faults"]:
+                    raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)

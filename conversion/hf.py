@@ -1,24 +1,30 @@
 """HF folders as the source and the target of plans: safetensors in, safetensors out.
 
-`load` reads only the rectangles a rank holds, shard by shard. `save` writes a folder that transformers and vLLM open;
-it appears as a whole or not at all. Pickle checkpoints are refused: opening one runs whatever code it holds.
+`load` reads only the rectangles a rank holds, shard by shard. `save` writes a folder that transformers and vLLM open,
+`writing` one that is filled as the weights arrive; it appears as a whole or not at all, and carries a conversion.json
+with the digests of what it holds. Pickle checkpoints are refused: opening one runs whatever code it holds.
 """
 
 import json
+import math
+import mmap
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from conversion.families import read_model
 from conversion.plan import Copy, WeightPlan
 from conversion.transfer import view
+from conversion.verify import tensor_digests
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -70,6 +76,14 @@ def load(folder: str | Path, plan: WeightPlan, rank: int, tensors: Mapping[str, 
                 view(tensors, copy.target).copy_(piece)
 
 
+@dataclass
+class Export:
+    """A folder being written: `tensors` are its parameters, mapped from its files, and `record` its conversion.json."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
 @torch.no_grad()
 def save(
     folder: str | Path,
@@ -77,26 +91,46 @@ def save(
     source_folder: str | Path,
     max_shard_bytes: int | float = 5e9,
 ) -> None:
-    """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`.
+    """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`, as `writing` does.
 
-    The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given. The
-    dtype in config.json becomes theirs, for readers cast to what it says. The folder is written beside its final place
-    and renamed; an export that is there already, known by its conversion.json, is replaced (a kill between the two
-    renames leaves the old one as `.NAME.old`). Anything else that is there is refused.
+    The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given.
     """
-    folder, source_folder = Path(folder).resolve(), Path(source_folder)
     model = read_model(source_folder)
     weights = {name: t for name, t in tensors.items() if not (model.tied and name == "lm_head.weight")}
     dtype = _check_weights(weights, model.parameters())
+    with writing(folder, source_folder, dtype, max_shard_bytes) as export:
+        for name, tensor in export.tensors.items():
+            tensor.copy_(weights[name])
+
+
+@contextmanager
+def writing(
+    folder: str | Path, source_folder: str | Path, dtype: torch.dtype, max_shard_bytes: int | float = 5e9
+) -> Iterator[Export]:
+    """A new HF folder with the configuration and tokenizer of `source_folder`, to be filled inside the `with`.
+
+    What is written into the export's tensors goes to the files' pages, which the kernel writes out as it likes: a model
+    larger than memory can be filled. At the end the digests of what the files hold go into conversion.json, unless
+    the record has them, and the dtype into config.json, for readers cast to what it says. The folder is written beside
+    its final place, synced and renamed; an export that is there already, known by its conversion.json, is replaced (a
+    kill between the two renames leaves the old one as `.NAME.old`). Anything else that is there is refused; after an
+    error all stays as it was.
+    """
+    folder, source_folder = Path(folder).resolve(), Path(source_folder)
+    model = read_model(source_folder)
     check_destination(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     new.mkdir()
+    name_of_dtype = str(dtype).removeprefix("torch.")
     try:
-        _write_weights(new, weights, max_shard_bytes)
+        tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
+        export = Export(tensors, {"source": source_folder.name, "dtype": name_of_dtype})
+        yield export
+        export.record.setdefault("digests", tensor_digests(tensors))
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
-        _write_json(new / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_json(new / RECORD, {"source": source_folder.name, "dtype": str(dtype).removeprefix("torch.")})
+        _write_json(new / "config.json", config | {"dtype": name_of_dtype})
+        _write_json(new / RECORD, export.record)
         for name in _COMPANIONS:
             if (source_folder / name).is_file():
                 shutil.copyfile(source_folder / name, new / name)
@@ -205,35 +239,57 @@ def check_destination(folder: str | Path) -> None:
         )
 
 
-def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int | float) -> None:
-    """One file, or several with their index if the weights are larger than `max_shard_bytes`."""
-    shards = list(_shards(weights, max_shard_bytes))
+def _mapped_weights(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int | float
+) -> dict[str, Tensor]:
+    """The tensors of new files: one, or several with their index if the weights are larger than `max_shard_bytes`."""
+    shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
+    tensors: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _own(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        tensors |= _mapped_file(folder / file, {name: shapes[name] for name in names}, dtype)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in weights.values())
+        total = sum(tensor.nbytes for tensor in tensors.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return tensors
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the host with memory of its own: safetensors refuses views that share theirs."""
-    plain = tensor.detach().cpu().contiguous()
-    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
+def _mapped_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A new safetensors file (its length of header, header, bytes) and its tensors. OSError where there is no room."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("x+b") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        try:
+            # Without the reservation a full disk shows as a SIGBUS when a tensor is written.
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        except OSError as error:
+            raise OSError(error.errno, f"no room for the {end} bytes of {path.name}: {error.strerror}") from error
+        whole = torch.frombuffer(mmap.mmap(file.fileno(), 8 + len(text) + end), dtype=torch.uint8)
+    data = whole[8 + len(text) :]
+    return {name: data[slice(*header[name]["data_offsets"])].view(dtype).view(shape) for name, shape in shapes.items()}
 
 
-def _shards(weights: Mapping[str, Tensor], max_shard_bytes: int | float) -> Iterator[list[str]]:
+def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int | float) -> Iterator[list[str]]:
     """Names in order, cut where the next tensor would no longer fit."""
     names: list[str] = []
     size = 0
-    for name, tensor in weights.items():
-        if names and size + tensor.nbytes > max_shard_bytes:
+    for name, shape in shapes.items():
+        num_bytes = math.prod(shape) * itemsize
+        if names and size + num_bytes > max_shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)
-        size += tensor.nbytes
+        size += num_bytes
     yield names
 
 

@@ -11,13 +11,23 @@ from dataclasses import dataclass
 
 from conversion.tiles import Span, Tile
 
-WIRE_ALIGNMENT_BYTES = 64  # a cache line; also what the widest vector loads and DMA engines like
-
 Rectangle = tuple[int, int, int, int]  # row start, row stop, column start, column stop; a 1-D parameter is one column
 
 
 class PlanError(ValueError):
     """A target tile that the source does not cover exactly once; the message names parameter and part."""
+
+
+class WeightMismatch(RuntimeError):  # noqa: N818  it is the finding that is named
+    """An end does not hold what it was sent. `tensor` names the parameter, `row` the first bad row in it."""
+
+    def __init__(self, *, version: int, tensor: str, where: str, row: int, detail: str) -> None:
+        self.version, self.tensor, self.where, self.row = version, tensor, where, row
+        super().__init__(
+            f"weights of version {version}: {where} does not hold {tensor} as it was sent, first bad row {row}: "
+            f"{detail}. What it computes is not of these weights, so the run stops; start it again from its newest "
+            "checkpoint, and report this"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,18 +62,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """`target` receives the values of `source`; the two have the same shape."""
+    """`target` receives the values of `source`, which are `rectangle` of HF parameter `hf`; the shapes are the same."""
 
     source: Piece
     target: Piece
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WireLayout:
-    """Where the pieces one source rank sends lie in its flat buffer: byte offsets, and the size of the whole."""
-
-    offsets: dict[Piece, int]
-    total_bytes: int
+    hf: str
+    rectangle: Rectangle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +83,6 @@ class WeightPlan:
     def to_rank(self, rank: int) -> tuple[Copy, ...]:
         """The copies that write to this target rank."""
         return tuple(copy for copy in self.copies if copy.target.rank == rank)
-
-    def wire(self, source_rank: int, itemsize: int) -> WireLayout:
-        """The layout of what `source_rank` sends, at `itemsize` bytes an element: each distinct piece once, aligned."""
-        offsets: dict[Piece, int] = {}
-        end = 0
-        for copy in self.from_rank(source_rank):
-            if copy.source not in offsets:
-                offsets[copy.source] = end
-                end += -(-copy.source.num_elements * itemsize // WIRE_ALIGNMENT_BYTES) * WIRE_ALIGNMENT_BYTES
-        return WireLayout(offsets=offsets, total_bytes=end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +113,13 @@ def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
     chosen = _choose(overlaps)
     return WeightPlan(
         copies=tuple(
-            Copy(source=_piece(chosen[o.key], o.rectangle), target=_piece(o.target, o.rectangle)) for o in overlaps
+            Copy(
+                source=_piece(chosen[o.key], o.rectangle),
+                target=_piece(o.target, o.rectangle),
+                hf=o.target.hf,
+                rectangle=o.rectangle,
+            )
+            for o in overlaps
         )
     )
 

@@ -9,6 +9,9 @@ finish_weight_update.
 The worker derives the plan itself from the HF configuration and the trainer's layout, so only those cross the RPC.
 An engine with pipeline stages is refused.
 
+What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan, and in a
+full check probes what vLLM derives from them.
+
 On a CPU vLLM packs the weights of linear layers and of experts for its kernels at load and drops the plain ones. Here
 the plain ones stay, to be written to, and are packed again after each update. The other way, no packing at all, is
 slower as a whole: SmolLM2 in float32, 2 threads with AVX2, 64 requests of 24 tokens: 21.4 CPU seconds a batch without
@@ -37,24 +40,33 @@ from vllm.platforms import current_platform
 from conversion.families import Model, model_from_config
 from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
+from conversion.transfer.buckets import BUCKET_BYTES
 from conversion.transfer.shared_memory import SharedMemoryReceiver
+from conversion.verify import Holdings, held_parts
+
+Fault = tuple[str, int, str]  # name of the tensor, first bad row, what is wrong
 
 BACKEND = "astar_tiles"
 
 
 @dataclass
 class TilesInitInfo(WeightTransferInitInfo):
-    """What a worker needs to derive its plan: the model, the sender's layout, and where its files are."""
+    """What a worker needs to derive its plan: the model, the sender's layout, and where its files are.
+
+    `engine` counts the engines that the senders send to.
+    """
 
     config: dict[str, Any]
     layout: dict[str, Any]
     folder: str
     dtype: str
+    engine: int = 0
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass
 class TilesUpdateInfo(WeightTransferUpdateInfo):
-    """The version that lies in shared memory now."""
+    """The version that the senders send now, or are about to."""
 
     version: int
 
@@ -67,6 +79,7 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
     supports_draft_weight_update = False
 
     _receiver: SharedMemoryReceiver | None = None
+    _holdings: Holdings | None = None
     version: int | None = None
 
     def init_transfer_engine(self, init_info: TilesInitInfo) -> None:
@@ -77,20 +90,59 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         model = model_from_config(init_info.config)
         source = model.megatron_tiles(ParallelLayout(**init_info.layout))
         weights = plan(source, model.vllm_tiles(tensor))
-        parameters = {name: p.data for name, p in self.model.named_parameters(remove_duplicate=False)}
-        check_coverage(model, weights, tensor, rank, self.model)
-        dtype = getattr(torch, init_info.dtype)
+        self._end = (model, weights, tensor, rank, getattr(torch, init_info.dtype))
         self.shutdown()
-        self._receiver = SharedMemoryReceiver(weights, rank, parameters, init_info.folder, dtype)
+        self._holdings = self._held()
+        parameters = _parameters(self.model)
+        self._receiver = SharedMemoryReceiver(
+            weights,
+            rank,
+            parameters,
+            init_info.folder,
+            self._end[-1],
+            bucket_bytes=init_info.bucket_bytes,
+            engine=init_info.engine,
+        )
+
+    def _held(self) -> Holdings:
+        """What the live module holds now. ValueError if that is no longer what the plan fills."""
+        model, weights, tensor, rank, dtype = self._end
+        check_coverage(model, weights, tensor, rank, self.model)
+        parameters = _parameters(self.model)
+        for copy in weights.to_rank(rank):
+            own = parameters[copy.target.name].dtype
+            if torch.promote_types(own, dtype) != own:
+                raise ValueError(
+                    f"{copy.target.name} is {own} in vLLM's model and would round the {dtype} it is sent: "
+                    "give engine and policy one dtype"
+                )
+        return Holdings(held_parts(weights, rank), parameters, dtype)
+
+    def audit(self, version: int, full: bool) -> dict[str, Any]:
+        """The digests of what this worker holds, in its plan's order; in a full audit also the faults of its packs."""
+        if self._holdings is None:
+            raise RuntimeError("init_weight_transfer_engine was not called")
+        if not full:
+            return {"digests": self._holdings.sampled(version), "faults": []}
+        try:
+            self._holdings = self._held()  # from the module, which may have other tensors by now
+        except ValueError as error:
+            return {"digests": self._holdings.full(), "faults": [("a parameter", -1, str(error))]}
+        return {"digests": self._holdings.full(), "faults": stale_packs(self.model, version)}
+
+    def digest_rows(self, index: int) -> list[int]:
+        """The digests of the rows of part `index` of what this worker holds; none if it has fewer parts."""
+        assert self._holdings is not None
+        return self._holdings.rows(index) if index < len(self._holdings.parts) else []
 
     def start_weight_update(self) -> None:
         """Nothing to prepare: the parameters are live."""
 
     def receive_weights(self, update_info: TilesUpdateInfo) -> None:
-        """Unpacks one version."""
+        """Takes one version, bucket after bucket as the senders pack them."""
         if self._receiver is None:
             raise RuntimeError("init_weight_transfer_engine was not called")
-        self._receiver.unpack()
+        self._receiver.receive(update_info.version)
         self.version = update_info.version
 
     def finish_weight_update(self) -> None:
@@ -111,6 +163,18 @@ class WorkerExtension:
         """The version of the last update that this worker received whole; None before the first."""
         engine = getattr(self, "weight_transfer_engine", None)
         return engine.version if isinstance(engine, TilesEngine) else None
+
+    def audit(self, version: int, full: bool) -> dict[str, Any]:
+        """What this worker holds, digested from its own parameters: see TilesEngine.audit."""
+        return self.weight_transfer_engine.audit(version, full)  # type: ignore[attr-defined]
+
+    def digest_rows(self, index: int) -> list[int]:
+        """The digests of the rows of one part, once its digest was found wrong."""
+        return self.weight_transfer_engine.digest_rows(index)  # type: ignore[attr-defined]
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.data for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def check_coverage(model: Model, weights: WeightPlan, tensor: int, rank: int, module: nn.Module) -> None:
@@ -185,6 +249,30 @@ def _pack_and_keep(self: Any, layer: nn.Module) -> None:
 def _apply_packed(self: Any, **arguments: Any) -> None:
     """vLLM's computation with the packed weights, although the layer's parameters are the plain ones."""
     _apply(self, **{**arguments, **self.packed})
+
+
+@torch.no_grad()
+def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fault]:
+    """The packed linear layers that do not compute with their plain weight, by the name of that weight.
+
+    A product with a unit vector is a column of the weight, exactly, in every dtype: so a pack that is old by the
+    smallest step shows, where the rounding of a product with a random vector would hide it. The columns are random, by
+    `seed`. A weight with a NaN or an infinity is found as well: no product of it is its column.
+    """
+    faults: list[Fault] = []
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in module.named_modules():
+        if not hasattr(layer, "cpu_linear") or layer.weight.dim() != 2:
+            continue
+        weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
+        columns = torch.randperm(weight.shape[1], generator=generator)[:num_columns]
+        probe = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype)
+        probe[torch.arange(len(columns)), columns] = 1
+        got = layer.cpu_linear(probe, weight, None).t()  # type: ignore[operator]
+        wrong = (got != weight[:, columns]).any(1).nonzero()
+        if len(wrong):
+            faults.append((f"{name}.weight", int(wrong[0]), "vLLM's packed copy of it is not what it is packed from"))
+    return faults
 
 
 def _register() -> None:

@@ -51,6 +51,8 @@ KEYS = {
     "rollout.kv_cache_gib": 1,
     "rollout.gpu_memory_utilization": 0.5,
     "rollout.eager": True,
+    "conversion.bucket_bytes": 64 << 20,
+    "conversion.verify_interval": 50,
     "cluster.address": None,
     "cluster.threads": None,
     "cluster.start_timeout_seconds": 300.0,

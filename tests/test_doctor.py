@@ -12,6 +12,7 @@ from astar_megatron import config, doctor
 from astar_megatron.cluster import cluster
 from astar_megatron.config import RunConfig
 from astar_megatron.doctor import GIB, Finding, Machine, ResourceError
+from conversion.transfer import buckets
 
 NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
 MODEL_BYTES = 4 * NUM_PARAMETERS
@@ -61,10 +62,15 @@ def test_bytes_a_parameter_are_the_formulas() -> None:
     in_bfloat16 = doctor.needs(run_config(), MODEL_BYTES, machine())
     assert in_bfloat16.policy_bytes == (2 + 4 + 12 + 2) * NUM_PARAMETERS
     assert in_bfloat16.engines_bytes == 2 * NUM_PARAMETERS + GIB
-    assert in_bfloat16.shared_bytes == 2 * 2 * NUM_PARAMETERS + doctor.OBJECT_STORE_BYTES
+    assert in_bfloat16.shared_bytes == 2 * 2 * doctor.EXPORT_BUCKET_BYTES + doctor.OBJECT_STORE_BYTES
     in_float32 = doctor.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
     assert in_float32.policy_bytes == (4 + 4 + 8 + 4) * NUM_PARAMETERS
-    assert in_float32.shared_bytes == 2 * 4 * NUM_PARAMETERS + doctor.OBJECT_STORE_BYTES
+    assert in_float32.shared_bytes == in_bfloat16.shared_bytes  # whatever the model, unless it is smaller
+    small = doctor.needs(run_config(parallel={"data": 2}), 4000, machine())
+    assert small.shared_bytes == 2 * 2 * 1000 + doctor.OBJECT_STORE_BYTES
+    wide = run_config(parallel={"data": 2}, conversion={"bucket_bytes": 1 << 20})
+    shared = 2 * 2 * ((1 << 20) + doctor.EXPORT_BUCKET_BYTES)
+    assert doctor.needs(wide, MODEL_BYTES, machine()).shared_bytes == shared + doctor.OBJECT_STORE_BYTES
 
 
 def test_only_weights_gradients_and_reference_are_held_again_by_a_replica() -> None:
@@ -128,6 +134,7 @@ def test_a_model_of_seventy_billion_does_not_fit_this_machine() -> None:
 
 def test_the_object_store_counted_is_the_one_that_ray_gets() -> None:
     assert doctor.OBJECT_STORE_BYTES == cluster.OBJECT_STORE_BYTES
+    assert doctor.EXPORT_BUCKET_BYTES == buckets.BUCKET_BYTES
 
 
 # --- reading the machine

@@ -1,10 +1,24 @@
-"""The transfer folder: whose run lives keeps it, whose run was killed loses it."""
+"""Publishing: the transfer folder, and that a publish which went wrong stops the run, by name."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from astar_megatron.weights import TransferFolder
+import pytest
+import torch
+from torch import Tensor
+
+from astar_megatron.config import ConversionConfig
+from astar_megatron.weights import TransferFolder, WeightSync
+from conversion import hf
+from conversion.families import Model, read_model
+from conversion.plan import WeightMismatch, plan
+from conversion.tiles import ParallelLayout
+from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from conversion.verify import Holdings, held_parts, sent_parts
 
 HOLD = """
 from astar_megatron.weights import TransferFolder
@@ -30,3 +44,118 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not() 
     finally:
         living.communicate("\n")
     assert not paths[1].exists()
+
+
+class Policy:
+    """Two trainer ranks in this process, behind the face of a PolicyGroup."""
+
+    layout = ParallelLayout(tensor=2)
+    dtype = "float32"
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self.model, self.threads = model, ThreadPoolExecutor(2)
+        self.tensors = [empty(model.megatron_shapes(self.layout, rank)) for rank in range(2)]
+        for rank, tensors in enumerate(self.tensors):
+            hf.load(folder, plan(model.hf_tiles(), model.megatron_tiles(self.layout)), rank, tensors)
+
+    def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
+        way = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(engine_tensor))
+        options: Any = {"folder": folder, "bucket_bytes": bucket_bytes, "num_engines": num_engines}
+        self.senders = [SharedMemorySender(way, rank, t, **options) for rank, t in enumerate(self.tensors)]
+        self.holdings = [Holdings(sent_parts(way, r), t, torch.float32) for r, t in enumerate(self.tensors)]
+
+    def begin_publish(self, version: int) -> list[Future[None]]:
+        return [self.threads.submit(sender.send, version) for sender in self.senders]
+
+    def digests(self, version: int, full: bool) -> list[list[int]]:
+        return [end.full() if full else end.sampled(version) for end in self.holdings]
+
+    def digest_rows(self, rank: int, index: int) -> list[int]:
+        return self.holdings[rank].rows(index)
+
+
+class Engines:
+    """Two engines of one worker, behind the face of an EnginePool; `spoil` is called after each update."""
+
+    tensor = 1
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.tensors = [empty(model.vllm_shapes(1, 0)) for _ in range(len(self))]
+        self.audits: list[bool] = []
+        self.spoil: Callable[[list[dict[str, Tensor]]], object] = lambda tensors: None
+        self.faults: list[tuple[str, int, str]] = []
+
+    def __len__(self) -> int:
+        return 2
+
+    def open_update(self, info: dict[str, Any]) -> None:
+        way = plan(self.model.megatron_tiles(ParallelLayout(**info["layout"])), self.model.vllm_tiles(1))
+        self.receivers = [
+            SharedMemoryReceiver(way, 0, t, info["folder"], bucket_bytes=info["bucket_bytes"], engine=engine)
+            for engine, t in enumerate(self.tensors)
+        ]
+        self.holdings = [Holdings(held_parts(way, 0), t, torch.float32) for t in self.tensors]
+
+    def update(self, version: int, sending: list[Future[None]]) -> None:
+        with ThreadPoolExecutor(2) as threads:
+            taking = [threads.submit(receiver.receive, version) for receiver in self.receivers]
+            for running in (*taking, *sending):
+                running.result()
+        self.spoil(self.tensors)
+
+    def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
+        self.audits.append(full)
+        answers = [end.full() if full else end.sampled(version) for end in self.holdings]
+        return [[{"digests": digests, "faults": self.faults if full else []}] for digests in answers]
+
+    def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
+        assert worker == 0
+        return self.holdings[engine].rows(index)
+
+
+def empty(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def ends(tied_llama: Path, tmp_path: Path) -> tuple[Any, Any, WeightSync]:
+    model = read_model(tied_llama)
+    policy, engines = Policy(model, tied_llama), Engines(model)
+    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000, verify_interval=6))  # type: ignore[arg-type]
+    return policy, engines, sync
+
+
+def test_the_first_three_publishes_and_every_nth_are_checked_whole(ends: tuple[Any, Any, WeightSync]) -> None:
+    policy, engines, sync = ends
+    for version in range(13):
+        for tensor in (
+            policy.tensors[0]["embedding.word_embeddings.weight"],
+            policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"],
+        ):
+            tensor.normal_()
+        sync.publish(version)
+    assert [version for version, full in enumerate(engines.audits) if full] == [0, 1, 2, 6, 12]
+
+
+def test_a_worker_that_does_not_hold_what_was_sent_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:
+    _, engines, sync = ends
+    sync.publish(0)
+
+    def spoil(tensors: list[dict[str, Tensor]]) -> None:
+        tensors[1]["model.layers.2.self_attn.o_proj.weight"][7, 130] += 1e-6  # of the second rank's columns
+
+    engines.spoil = spoil
+    with pytest.raises(
+        WeightMismatch, match=r"version 1: worker 0 of engine 1 .* digest expected \w{16}, got"
+    ) as caught:
+        sync.publish(1)
+    assert (caught.value.tensor, caught.value.row) == ("model.layers.2.self_attn.o_proj.weight", 7)
+
+
+def test_a_stale_pack_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:
+    _, engines, sync = ends
+    sync.publish(0)
+    engines.faults = [("lm_head.weight", 5, "old")]
+    with pytest.raises(WeightMismatch, match=r"worker 0 of engine 0 does not hold lm_head.weight .* row 5: old"):
+        sync.publish(1)

@@ -82,11 +82,20 @@ class PolicyGroup:
         """Return each response token's log-prob under the policy (nats)."""
         return next(rows for rows in self._all("logprobs", *args) if rows is not None)
 
-    def open_publish(self, engine_tensor: int, folder: str) -> None:
-        self._all("open_publish", engine_tensor, folder)
+    def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
+        self._all("open_publish", engine_tensor, num_engines, folder, bucket_bytes)
 
-    def publish(self) -> None:
-        self._all("publish")
+    def begin_publish(self, version: int) -> list[Any]:
+        """Begin to send the weights and return at once; the calls are for `cluster.wait`."""
+        return [rank.call.remote("publish", version) for rank in self._ranks]
+
+    def digests(self, version: int, full: bool) -> list[list[int]]:
+        """Return each rank's digests of what it publishes."""
+        return self._all("digests", version, full)
+
+    def digest_rows(self, rank: int, index: int) -> list[int]:
+        """Return the digests of the rows of one part that `rank` publishes."""
+        return self._cluster.wait("policy: digest_rows", [self._ranks[rank].call.remote("digest_rows", index)])[0]
 
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
         self._all("save", str(folder.resolve()), progress)

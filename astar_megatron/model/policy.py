@@ -6,8 +6,10 @@ called on all ranks at once. Each rank derives the same micro-batches from the s
 Shapes: B sequences of a step.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,10 @@ from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
-from conversion.plan import plan
+from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_parts
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -67,6 +70,7 @@ class PolicyRank:
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
         self._sender: SharedMemorySender | None = None
+        self._holdings: Holdings | None = None
 
     def listen(self, host: str) -> int:
         """Open the rendezvous of all ranks on a free port of `host` and return the port. Rank 0 only."""
@@ -225,17 +229,38 @@ class PolicyRank:
         """Return this rank's accumulated float32 gradients, uncopied."""
         return {name: parameter.main_grad for name, parameter in self._part.named_parameters()}  # type: ignore[attr-defined]
 
-    def open_publish(self, engine_tensor: int, folder: str) -> None:
+    def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
         """Prepare to send this rank's tiles to engines of `engine_tensor` workers through files in `folder`."""
         target = self.model.vllm_tiles(engine_tensor)
         route = plan(self.model.megatron_tiles(self.layout), target)
-        self._sender = SharedMemorySender(route, self.rank, self.weights(), folder, self._dtype)
+        self._sender = SharedMemorySender(
+            route,
+            self.rank,
+            self.weights(),
+            folder,
+            self._dtype,
+            bucket_bytes=bucket_bytes,
+            num_engines=num_engines,
+        )
+        self._holdings = Holdings(sent_parts(route, self.rank), self.weights(), self._dtype)
 
-    def publish(self) -> None:
-        """Put the current weights where the engines read them."""
+    def publish(self, version: int) -> None:
+        """Send the current weights; the engines must be receiving, or about to."""
         if self._sender is None:
             raise AssertionError("publish before open_publish")
-        self._sender.pack()
+        self._sender.send(version)
+
+    def digests(self, version: int, full: bool) -> list[int]:
+        """Return the digests of what this rank publishes, computed from its parameters: conversion/verify.py."""
+        if self._holdings is None:
+            raise AssertionError("digests before open_publish")
+        return self._holdings.full() if full else self._holdings.sampled(version)
+
+    def digest_rows(self, index: int) -> list[int]:
+        """Return the digests of the rows of part `index` of what this rank publishes."""
+        if self._holdings is None:
+            raise AssertionError("digest_rows before open_publish")
+        return self._holdings.rows(index)
 
     def save(self, folder: str, progress: dict[str, Any]) -> None:
         """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
@@ -249,24 +274,38 @@ class PolicyRank:
     def export(self, folder: str, transfer_folder: str, kind: str = "weights") -> None:
         """Write the weights (or with kind="gradients" those) as a Hugging Face folder; collective, rank 0 writes.
 
-        Rank 0 holds the whole model in host memory while it writes.
+        They stream through buckets into the files; conversion.json gets the layout they came from and their digests,
+        computed at both ends. Raises WeightMismatch, and leaves no folder, if the files do not hold what the ranks do.
         """
         tensors = self.weights() if kind == "weights" else self.gradients()
         dtype = self._dtype if kind == "weights" else torch.float32
         route = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
         sender = SharedMemorySender(route, self.rank, tensors, transfer_folder, dtype)
         try:
-            sender.pack()
-            dist.barrier()
+            dist.barrier()  # every sender's file is there
             if self.rank == 0:
-                whole = {name: torch.empty(shape, dtype=dtype) for name, shape in self.model.parameters().items()}
-                receiver = SharedMemoryReceiver(route, 0, whole, transfer_folder, dtype)
-                receiver.unpack()
-                receiver.close()
-                hf.save(folder, whole, self._path)
+                with hf.writing(folder, self._path, dtype) as export:
+                    receiver = SharedMemoryReceiver(route, 0, export.tensors, transfer_folder, dtype)
+                    with ThreadPoolExecutor(1) as beside:
+                        sending = beside.submit(sender.send)
+                        receiver.receive()
+                        sending.result()
+                    receiver.close()
+                    expected = self._manifest(route, tensors, dtype)
+                    digests = check_export(expected, export.tensors)
+                    export.record.update(layout=dataclasses.asdict(self.layout), digests=digests)
+            else:
+                sender.send()
+                self._manifest(route, tensors, dtype)
             dist.barrier()
         finally:
             sender.close()
+
+    def _manifest(self, route: WeightPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> Manifest:
+        """Return the digests of what all ranks send by `route`; collective."""
+        sent: list[Any] = [None] * self.layout.world_size
+        dist.all_gather_object(sent, Holdings(sent_parts(route, self.rank), tensors, dtype).full())
+        return Verifier(route, dtype).manifest(self._version, True, sent)
 
     def close(self) -> None:
         """Leave the group and remove the files of publishing."""

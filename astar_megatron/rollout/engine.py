@@ -132,7 +132,7 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def update(self, version: int) -> None:
-        """Take over the weights that the policy has put in place, in this order and no other.
+        """Take over the weights that the policy sends meanwhile, in this order and no other.
 
         Requests in flight freeze and go on with the new weights; the prefix cache, which vLLM does not reset by
         itself, is dropped. After a failed update the engine is half loaded and must be replaced.
@@ -145,6 +145,14 @@ class Engine:
         await self._llm.finish_weight_update(weight_version=str(version))
         self._version = version
         await self._llm.resume_generation()
+
+    async def audit(self, version: int, full: bool) -> list[dict[str, Any]]:
+        """Return what each worker holds, in digests, and the faults it found itself; see conversion.vllm."""
+        return await self._llm.collective_rpc("audit", args=(version, full))
+
+    async def digest_rows(self, index: int) -> list[list[int]]:
+        """Return each worker's digests of the rows of its part `index`."""
+        return await self._llm.collective_rpc("digest_rows", args=(index,))
 
     async def close(self) -> None:
         """End vLLM's own processes before this actor ends."""

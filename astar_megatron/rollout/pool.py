@@ -138,19 +138,30 @@ class EnginePool:
         return self._cluster.wait(f"engine {engine}: greedy", [call])[0]
 
     def open_update(self, init_info: dict[str, Any]) -> None:
-        """Prepare every engine for `update`."""
-        self._all("open_update", init_info)
+        """Prepare every engine for updates; each hears which one it is."""
+        calls = [engine.open_update.remote(init_info | {"engine": i}) for i, engine in enumerate(self._engines)]
+        self._cluster.wait("engines: open_update", calls)
 
-    def update(self, version: int) -> None:
-        """Make every engine take over the weights that lie ready."""
-        self._all("update", version)
+    def update(self, version: int, sending: Sequence[Any]) -> None:
+        """Make every engine take over the weights that the calls `sending` send; ends when both sides are done."""
+        calls = [engine.update.remote(version) for engine in self._engines]
+        self._cluster.wait("publish", [*calls, *sending])
+
+    def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
+        """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
+        return self._all("audit", version, full)
+
+    def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
+        """Return the digests of the rows of one part that a worker holds."""
+        (answers,) = self._cluster.wait("engines: digest_rows", [self._engines[engine].digest_rows.remote(index)])
+        return answers[worker]
 
     def close(self) -> None:
         self._cluster.close("engines: close", [engine.close.remote() for engine in self._engines])
 
-    def _all(self, method: str, *args: Any) -> None:
+    def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]
-        self._cluster.wait(f"engines: {method}", calls)
+        return self._cluster.wait(f"engines: {method}", calls)
 
 
 def _share(work: Sequence[tuple[Prompt, int, int]], num_engines: int) -> list[list[int]]:

@@ -1,10 +1,18 @@
-"""Ways to carry a `WeightPlan` out between processes. So far: shared memory, within one machine."""
+"""Ways to carry a `WeightPlan` out between processes, in buckets of bounded size (`buckets.py`).
+
+`shared_memory.py` within one machine, `gloo.py` between processes that share none. A sender has `send(version)`, a
+receiver `receive(version)`, both `close()`; they run at the same time. NCCL and CUDA IPC are not written yet.
+"""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from conversion.plan import Piece
+
+
+class TransferError(RuntimeError):
+    """The weights could not be carried over: an end is late, gone, or works by another plan; the message names it."""
 
 
 def view(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:

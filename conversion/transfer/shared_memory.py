@@ -1,40 +1,49 @@
 """Carries a plan out through shared memory: one file per source rank, which all target ranks on the machine map.
 
-The sender packs each distinct piece once, cast to the wire's dtype; a receiver copies what it wants from the mapping
-into its tensors. A file holds a header, then `WeightPlan.wire`. Files and mappings live as long as their objects: the
-first touch of the pages costs several times a copy. Who waits for whom is the caller's matter: no receiver may unpack
-while a sender packs. The header catches what is worst when that goes wrong: a file that was never fully packed.
+A file holds a header and two slots of a bucket each. The sender packs bucket k into slot k % 2 while the receivers
+copy bucket k - 1 out of the other one; it waits until all have taken bucket k - 2. The header's words, each on a cache
+line of its own and written by one process only:
 
-A folder belongs to one run at a time. The sender's lock on its file tells a live run from what a killed one left.
+    fingerprint of the schedule | version | state | one word a receiver
+
+The sender's state is serial << 32 | buckets packed; a receiver's is serial << 32 | buckets consumed; the serial counts
+the sender's sends. GAVE_UP in their place tells the other side that nothing more will come. Waits are short sleeps,
+and end with an error that names who is late: by a deadline since the last progress, or at once where the sender's
+process has ended, which its lock on the file tells.
+
+Files and mappings live as long as their objects, because the first touch of a page costs several times a copy. Memory
+beyond the tensors: two buckets a source rank, whoever and however many read them. A folder belongs to one run at a
+time. Words are read and written whole by any process of one machine; the order of writes is that of x86-64, and on
+others only as far as the interpreter's own locks keep it (not tested there).
 """
 
-import errno
-import fcntl
-import mmap
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from conversion.plan import Piece, WeightPlan, WireLayout
-from conversion.transfer import view
+from conversion.plan import WeightPlan
+from conversion.transfer import TransferError, view
+from conversion.transfer.buckets import BUCKET_BYTES, Schedule, part, schedule, wanted
+from conversion.transfer.mapped_file import LINE_BYTES, MappedFile, create
 
 SHARED_MEMORY = Path("/dev/shm")
+TIMEOUT_SECONDS = 120.0
 
-_HEADER_BYTES = 64
-_PACKING = -1  # in the header while the sender writes; else the number of finished packs
-
-
-class TransferError(RuntimeError):
-    """What lies in shared memory is not what the receiver's plan expects, or is not complete."""
+_FINGERPRINT, _VERSION, _STATE, _FIRST_RECEIVER = 0, 1, 2, 3  # lines of the header
+_GAVE_UP = -1
+_GRACE_SECONDS = 1.0  # who only learns that the other side gave up speaks after it, so that the cause is heard first
+_LONGEST_SLEEP_SECONDS = 2e-3
 
 
 class SharedMemorySender:
     """The end at one source rank. Local to its process; holds the file and its mapping until `close`.
 
-    `tensors` gives the local tensors by name; each pack reads what they hold then, on whatever device.
+    `tensors` gives the local tensors by name, on whatever device; each send reads what they hold then. Every one of
+    `num_engines` engines, whose workers are the plan's target ranks, must receive what is sent.
     """
 
     def __init__(
@@ -44,43 +53,96 @@ class SharedMemorySender:
         tensors: Mapping[str, Tensor],
         folder: str | Path = SHARED_MEMORY,
         dtype: torch.dtype = torch.float32,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        num_engines: int = 1,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        self._tensors = tensors
-        self._dtype = dtype
-        self._wire = plan.wire(rank, dtype.itemsize)
-        for piece in self._wire.offsets:
-            view(tensors, piece)  # a plan for other tensors is refused before anything is written
+        self._rank, self._timeout = rank, timeout_seconds
+        self._schedule = schedule(plan, rank, dtype.itemsize, bucket_bytes)
+        targets = _targets(plan, rank)
+        self._receivers = [f"worker {t} of engine {e}" for e in range(num_engines) for t in targets]
+        sources = [
+            [(f.offset, view(tensors, part(f.piece, f.box))) for f in bucket] for bucket in self._schedule.buckets
+        ]  # a plan for other tensors is refused before anything is written
         self._path = weight_file(folder, rank)
-        self._descriptor = _create(self._path, _HEADER_BYTES + self._wire.total_bytes)
-        self._buffer = _map(self._descriptor)
-        self._header = self._buffer[:8].view(torch.int64)
-        self._num_packs = 0
+        self._file = MappedFile(create(self._path, _file_bytes(self._schedule, len(self._receivers))))
+        self._file.write(_FINGERPRINT, self._schedule.fingerprint(str(dtype)))
+        start = _header_bytes(len(self._receivers))
+        self._copies = [
+            [(source, self._file.place(start + slot + at, source.shape, dtype)) for at, source in bucket]
+            for slot, bucket in zip(self._schedule.slots(), sources, strict=True)
+        ]
+        self._serial = 0
 
     @property
     def total_bytes(self) -> int:
-        """Bytes this rank puts on the wire at each pack."""
-        return self._wire.total_bytes
+        """Bytes this rank puts on the wire at each send."""
+        return self._schedule.total_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of shared memory this rank holds."""
+        return _file_bytes(self._schedule, len(self._receivers))
+
+    def send(self, version: int = 0) -> None:
+        """Packs bucket after bucket, cast to the wire's dtype; returns when the last is packed. TransferError."""
+        if self._file.read(_STATE) == _GAVE_UP:
+            raise TransferError(f"source rank {self._rank}: an earlier send failed; open a new sender")
+        try:
+            self._wait_for(self._serial, len(self._copies))
+            self._serial += 1
+            self._file.write(_VERSION, version)
+            self._file.write(_STATE, self._serial << 32)
+            for number in range(len(self._copies)):
+                self._wait_for(self._serial, number - self._schedule.num_slots + 1)
+                self._pack(number)
+                self._file.write(_STATE, self._serial << 32 | number + 1)
+        except BaseException:
+            self._file.write(_STATE, _GAVE_UP)
+            raise
 
     @torch.no_grad()
-    def pack(self) -> None:
-        """Copies the pieces into shared memory, cast to the wire's dtype."""
-        self._header.fill_(_PACKING)
-        for piece in self._wire.offsets:
-            _on_wire(self._buffer, self._wire, piece, self._dtype).copy_(view(self._tensors, piece))
-        self._num_packs += 1
-        self._header.fill_(self._num_packs)
+    def _pack(self, number: int) -> None:
+        for source, place in self._copies[number]:
+            place.copy_(source)
+
+    def _wait_for(self, serial: int, consumed: int) -> None:
+        """Returns when every receiver has taken so many buckets of a send."""
+        if serial == 0 or consumed <= 0:
+            return
+        goal = serial << 32 | consumed
+
+        def states() -> list[int]:
+            return [self._file.read(_FIRST_RECEIVER + i) for i in range(len(self._receivers))]
+
+        def ready() -> bool:
+            for name, state in zip(self._receivers, states(), strict=True):
+                if state == _GAVE_UP:
+                    time.sleep(_GRACE_SECONDS)
+                    raise TransferError(f"{name} gave up while it took the weights of source rank {self._rank}")
+            return min(states()) >= goal
+
+        def late() -> str:
+            name, state = min(zip(self._receivers, states(), strict=True), key=lambda pair: pair[1])
+            taken = state & 0xFFFFFFFF if state >> 32 == serial else 0
+            return (
+                f"{name} is late: it has taken {taken} of the {len(self._copies)} buckets of source rank {self._rank}, "
+                f"and nothing new for {self._timeout:.0f} s; its process has ended, hangs, or was never told to receive"
+            )
+
+        _wait(ready, states, late, self._timeout)
 
     def close(self) -> None:
         """Removes the file; receivers keep their mapping until they close. Harmless if called twice."""
-        if self._descriptor >= 0:
+        if self._file.descriptor >= 0:
             self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
-            del self._buffer, self._header
+            self._copies = []
+            self._file.close()
 
 
 class SharedMemoryReceiver:
-    """The end at one target rank. Maps the files at the first unpack, so it may be made before the senders are."""
+    """The end at one target rank of one engine. Opens the files at its first receive."""
 
     def __init__(
         self,
@@ -89,54 +151,168 @@ class SharedMemoryReceiver:
         tensors: Mapping[str, Tensor],
         folder: str | Path = SHARED_MEMORY,
         dtype: torch.dtype = torch.float32,
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        engine: int = 0,
+        timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
-        self._tensors = tensors
-        self._dtype = dtype
-        self._folder = folder
-        self._copies = plan.to_rank(rank)
-        for copy in self._copies:
-            view(tensors, copy.target)
-        sources = sorted({copy.source.rank for copy in self._copies})
-        self._wires = {source: plan.wire(source, dtype.itemsize) for source in sources}
-        self._buffers: dict[int, tuple[tuple[int, int], Tensor]] = {}
+        self._timeout = timeout_seconds
+        self._links = [
+            _Link(plan, source, rank, engine, tensors, Path(folder), dtype, bucket_bytes)
+            for source in sorted({copy.source.rank for copy in plan.to_rank(rank)})
+        ]
 
-    @torch.no_grad()
-    def unpack(self) -> None:
-        """Copies this rank's pieces out of shared memory into its tensors, cast to their dtype. TransferError."""
-        buffers = {source: self._buffer(source) for source in self._wires}
-        packs = {source: _finished_packs(buffer, source) for source, buffer in buffers.items()}
-        for copy in self._copies:
-            source = copy.source.rank
-            piece = _on_wire(buffers[source], self._wires[source], copy.source, self._dtype)
-            view(self._tensors, copy.target).copy_(piece)
-        if packs != {source: _finished_packs(buffer, source) for source, buffer in buffers.items()}:
-            raise TransferError(f"{self._folder}: a sender packed while this receiver unpacked; the tensors are mixed")
+    def receive(self, version: int = 0) -> None:
+        """Takes one send of every source rank into the tensors, cast to their dtype. TransferError."""
+        try:
+            for link in self._links:
+                link.open()
+            while waiting := [link for link in self._links if not link.done]:
+                # Whoever has a bucket ready is served; a late source holds up only what it sends itself.
+                _wait(
+                    lambda waiting=waiting: sum(link.take(version) for link in waiting) > 0,
+                    lambda waiting=waiting: [link.state() for link in waiting],
+                    lambda waiting=waiting: waiting[0].late(self._timeout),
+                    self._timeout,
+                )
+        except BaseException:
+            for link in self._links:
+                link.give_up()
+            raise
 
     def close(self) -> None:
-        """Lets go of the mappings."""
-        self._buffers.clear()
+        """Lets go of the files and mappings."""
+        for link in self._links:
+            link.close()
 
-    def _buffer(self, source: int) -> Tensor:
-        """The mapping of a source's file: the one kept, unless a restarted sender has replaced the file."""
-        path = weight_file(self._folder, source)
+
+class _Link:
+    """One source rank, as one receiver sees it."""
+
+    def __init__(
+        self,
+        plan: WeightPlan,
+        source: int,
+        rank: int,
+        engine: int,
+        tensors: Mapping[str, Tensor],
+        folder: Path,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+    ) -> None:
+        self._source, self._path, self._dtype = source, weight_file(folder, source), dtype
+        self._schedule = schedule(plan, source, dtype.itemsize, bucket_bytes)
+        self._targets = {
+            number: [(offset, view(tensors, piece)) for offset, piece in taken]
+            for number, taken in wanted(plan, self._schedule, source, rank).items()
+        }
+        receivers = _targets(plan, source)
+        self._line = _FIRST_RECEIVER + engine * len(receivers) + receivers.index(rank)
+        self._file: MappedFile | None = None
+        self._serial = self._last = self._num_taken = 0
+        self.done = True
+
+    def open(self) -> None:
+        """Maps the source's file, unless the one kept is still it, and gets ready for its next send."""
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise TransferError(f"{path} does not exist: source rank {source} has no open sender") from None
-        try:
-            status = os.fstat(descriptor)
-            identity = (status.st_dev, status.st_ino)
-            expected = _HEADER_BYTES + self._wires[source].total_bytes
-            if status.st_uid != os.geteuid() or status.st_size != expected:
-                raise TransferError(
-                    f"{path} has {status.st_size} bytes and owner {status.st_uid}, expected {expected} and "
-                    f"{os.geteuid()}: it was written for another plan, dtype or run"
-                )
-            if self._buffers.get(source, (None,))[0] != identity:
-                self._buffers[source] = (identity, _map(descriptor))
-        finally:
-            os.close(descriptor)
-        return self._buffers[source][1]
+            raise TransferError(f"{self._path} does not exist: source rank {self._source} has no open sender") from None
+        file = MappedFile(descriptor)
+        if self._file is not None and self._file.identity == file.identity:
+            file.close()
+            file = self._file
+        else:
+            self._check(file)
+            self.close()
+            self._file = file
+            start = file.num_bytes - self._schedule.num_slots * self._schedule.slot_bytes
+            slots = self._schedule.slots()
+            self._copies = {
+                k: [(t, file.place(start + slots[k] + at, t.shape, self._dtype)) for at, t in taken]
+                for k, taken in self._targets.items()
+            }
+        had = file.read(self._line)
+        if had == _GAVE_UP:
+            raise TransferError(f"{self._path}: this receiver gave up before; open a new sender, then a new receiver")
+        self._last = had >> 32  # the send this receiver has had already
+        self._serial, self.done = 0, False
+
+    def _check(self, file: MappedFile) -> None:
+        smallest = _file_bytes(self._schedule, self._line - _FIRST_RECEIVER + 1)
+        right = file.owner == os.geteuid() and file.num_bytes >= smallest
+        if right and file.read(_FINGERPRINT) == self._schedule.fingerprint(str(self._dtype)):
+            return
+        found = f"{file.num_bytes} bytes, owner {file.owner}"
+        file.close()
+        raise TransferError(
+            f"{self._path} ({found}) was not written for this plan, dtype and bucket size, for so many engines "
+            f"({smallest} bytes or more) or by this user ({os.geteuid()})"
+        )
+
+    def state(self) -> int:
+        assert self._file is not None
+        return self._file.read(_STATE)
+
+    @torch.no_grad()
+    def take(self, version: int) -> bool:
+        """Takes the next bucket if it lies ready; True if it did."""
+        assert self._file is not None
+        state = self.state()
+        if state == _GAVE_UP or (state >> 32 <= self._last and self._sender_ended_in(state)):
+            time.sleep(_GRACE_SECONDS)
+            raise TransferError(f"source rank {self._source} gave up, or its process has ended")
+        serial, packed = state >> 32, state & 0xFFFFFFFF
+        if serial <= self._last or self.done:
+            return False
+        if self._serial == 0:
+            got = self._file.read(_VERSION)
+            if got != version:
+                raise TransferError(f"source rank {self._source} sends version {got}, expected {version}")
+            self._serial, self._num_taken = serial, 0
+            self._skip()
+            return True
+        if serial != self._serial:
+            raise TransferError(f"source rank {self._source} began its next send before this receiver had the last")
+        if self._num_taken >= packed:
+            if self._sender_ended_in(state):
+                raise TransferError(f"source rank {self._source} ended after {packed} buckets; the tensors are mixed")
+            return False
+        for target, place in self._copies[self._num_taken]:
+            target.copy_(place)
+        self._num_taken += 1
+        self._skip()
+        return True
+
+    def _sender_ended_in(self, state: int) -> bool:
+        """True if the sender's process is gone and this was its last word, not one it has added to since."""
+        assert self._file is not None
+        return self._file.creator_has_ended() and self.state() == state
+
+    def _skip(self) -> None:
+        """Passes over buckets that hold nothing for this receiver, and tells the sender how far it is."""
+        assert self._file is not None
+        while self._num_taken < len(self._schedule.buckets) and self._num_taken not in self._copies:
+            self._num_taken += 1
+        self.done = self._num_taken == len(self._schedule.buckets)
+        self._file.write(self._line, self._serial << 32 | self._num_taken)
+
+    def late(self, seconds: float) -> str:
+        sent = f"{self._num_taken} of its {len(self._schedule.buckets)} buckets" if self._serial else "nothing"
+        return (
+            f"source rank {self._source} is late: {sent} came, and nothing new for {seconds:.0f} s; it hangs, or was "
+            "never told to send"
+        )
+
+    def give_up(self) -> None:
+        if self._file is not None and not self.done:
+            self._file.write(self._line, _GAVE_UP)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._copies = {}
+            self._file.close()
+            self._file = None
 
 
 def weight_file(folder: str | Path, rank: int) -> Path:
@@ -144,53 +320,30 @@ def weight_file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"weights-{rank:05d}.shm"
 
 
-def _on_wire(buffer: Tensor, wire: WireLayout, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """The place of a piece in a mapped file."""
-    start = _HEADER_BYTES + wire.offsets[piece]
-    return buffer[start : start + piece.num_elements * dtype.itemsize].view(dtype).view(piece.shape)
+def _targets(plan: WeightPlan, source: int) -> list[int]:
+    """The target ranks that want something of a source rank: its receivers, in each engine."""
+    return sorted({copy.target.rank for copy in plan.from_rank(source)})
 
 
-def _finished_packs(buffer: Tensor, source: int) -> int:
-    packs = int(buffer[:8].view(torch.int64).item())
-    if packs < 1:
-        state = "is still packing, or died while it did" if packs == _PACKING else "has not packed yet"
-        raise TransferError(f"source rank {source} {state}: its shared memory holds no complete weights")
-    return packs
+def _header_bytes(num_receivers: int) -> int:
+    return (_FIRST_RECEIVER + num_receivers) * LINE_BYTES
 
 
-def _create(path: Path, num_bytes: int) -> int:
-    """A locked descriptor of a new file of this size, mode 0600, its memory reserved. Replaces what no one holds."""
-    try:
-        stale = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        pass
-    else:
-        try:
-            fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        except BlockingIOError:
-            raise FileExistsError(f"{path} is in use by another sender: give each run a folder of its own") from None
-        finally:
-            os.close(stale)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Without the reservation a full /dev/shm shows as a SIGBUS in the middle of a pack.
-        os.posix_fallocate(descriptor, 0, num_bytes)
-    except OSError as error:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        if error.errno != errno.ENOSPC:
-            raise
-        free = os.statvfs(path.parent)
-        raise OSError(
-            errno.ENOSPC,
-            f"{path.parent} has too little room for the weights: {num_bytes} bytes wanted, "
-            f"{free.f_bavail * free.f_frsize} free; enlarge it (docker: --shm-size) or give another folder",
-        ) from error
-    return descriptor
+def _file_bytes(order: Schedule, num_receivers: int) -> int:
+    return _header_bytes(num_receivers) + order.num_slots * order.slot_bytes
 
 
-def _map(descriptor: int) -> Tensor:
-    """The whole file as a flat tensor of bytes; the tensor keeps the mapping alive."""
-    return torch.frombuffer(mmap.mmap(descriptor, os.fstat(descriptor).st_size), dtype=torch.uint8)
+def _wait(
+    ready: Callable[[], bool], progress: Callable[[], object], late: Callable[[], str], timeout_seconds: float
+) -> None:
+    """Returns when `ready`; TransferError if nothing of what `progress` shows has changed for so long."""
+    seen, pause = None, 2e-5
+    deadline = time.monotonic() + timeout_seconds
+    while not ready():
+        now, last = time.monotonic(), seen
+        if (seen := progress()) != last:
+            deadline = now + timeout_seconds
+        elif now > deadline:
+            raise TransferError(late())
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_SLEEP_SECONDS)

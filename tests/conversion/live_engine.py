@@ -3,7 +3,8 @@
     python live_engine.py TENSOR REQUESTS.json ANSWERS.json
 
 A request names the folder the live engine starts from, the export, and what init_weight_transfer_engine gets; the
-sender is another process. An answer holds what both engines say: greedy tokens, and log-probabilities of prompts.
+sender is another process. An answer holds what both engines say: greedy tokens, and log-probabilities of prompts; and
+what the live engine's workers say they hold, as they are and with faults injected.
 """
 
 import json
@@ -25,9 +26,10 @@ if sys.argv[1] == "1":
 
 
 from vllm import LLM, SamplingParams
+from worker_faults import FAULTS
 
 
-def engine(folder: str, tensor: int, extension: str = "conversion.vllm.WorkerExtension") -> LLM:
+def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorker") -> LLM:
     return LLM(
         folder,
         dtype="float32",
@@ -60,10 +62,18 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     live = engine(request["folder"], tensor)
     live.collective_rpc("init_weight_transfer_engine", args=(request["init_info"],))
     answer: dict[str, Any] = {"before": said(live, request["prompts"])}
+    live.collective_rpc("remember_packs")
     live.collective_rpc("start_weight_update")
     live.collective_rpc("update_weights", args=({"version": 7},))
     live.collective_rpc("finish_weight_update")
     live.reset_prefix_cache()
+    answer["audits"] = {"none": live.collective_rpc("audit", args=(7, True))}
+    answer["sampled"] = live.collective_rpc("audit", args=(7, False))
+    for fault in FAULTS:
+        live.collective_rpc("inject", args=(fault,))
+        answer["audits"][fault] = live.collective_rpc("audit", args=(7, True))
+        live.collective_rpc("mend")
+    answer["rows"] = live.collective_rpc("digest_rows", args=(0,))
     answer |= {"after": said(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
     wrong = request["init_info"] | {"config": request["init_info"]["config"] | {"intermediate_size": 64}}
     try:

@@ -1,6 +1,7 @@
 """HF folders: what is read, what is written, and every way a folder can be wrong."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conversion import hf
 from conversion.families import Model, model_from_config
 from conversion.hf import CheckpointError
 from conversion.plan import plan
+from conversion.verify import tensor_digests
 
 MODEL = model_from_config(config())
 WEIGHTS = random_weights(MODEL)
@@ -109,6 +111,34 @@ def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(source: Path, tmp_
         hf.save(tmp_path / "out/export", weights, source)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["export"]
     assert_same(loaded(tmp_path / "out/export"), WEIGHTS)
+
+
+def test_an_export_is_filled_as_the_weights_arrive_and_says_what_it_holds(source: Path, tmp_path: Path) -> None:
+    hf.save(tmp_path / "saved", WEIGHTS, source)
+    with hf.writing(tmp_path / "filled", source, torch.float32, max_shard_bytes=30_000) as export:
+        assert not (tmp_path / "filled").exists()
+        for name, tensor in reversed(export.tensors.items()):
+            for row in range(len(tensor)):
+                tensor[row] = WEIGHTS[name][row]
+        export.record["layout"] = {"tensor": 2}
+    assert_same(loaded(tmp_path / "filled"), WEIGHTS)
+    records = [json.loads((tmp_path / name / hf.RECORD).read_text()) for name in ("saved", "filled")]
+    assert records[1].pop("layout") == {"tensor": 2}
+    assert records[0] == records[1]
+    assert records[0]["digests"] == tensor_digests(WEIGHTS)
+    assert (records[0]["source"], records[0]["dtype"]) == ("source", "float32")
+
+
+def test_an_export_for_which_there_is_no_room_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    room = os.statvfs(tmp_path)
+    large = model_from_config(config(vocab_size=room.f_blocks * room.f_frsize // 48))
+    (source / "config.json").write_text(json.dumps(large.config))
+    with (
+        pytest.raises(OSError, match=r"no room for the \d+ bytes of model\.safetensors"),
+        hf.writing(tmp_path / "export", source, torch.float32, max_shard_bytes=float("inf")),
+    ):
+        raise AssertionError("nothing can be filled")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_tensors_that_are_not_the_model_are_not_saved(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemorySender
+from conversion.verify import Holdings, Manifest, Verifier, sent_parts
 
+BUCKET_BYTES = 50_000  # several buckets, and an embedding larger than one
 PROGRAM = Path(__file__).with_name("live_engine.py")
 TIED_LLAMA = config(hidden_size=128, num_attention_heads=4, tie_word_embeddings=True)
 UNTIED_QWEN2 = config("qwen2", hidden_size=192, num_attention_heads=6)  # vocabulary 131: odd, padded to 192
@@ -37,6 +40,7 @@ def prepared(model: Model, layout: ParallelLayout, tensor: int, folder: Path) ->
         "layout": dataclasses.asdict(layout),
         "folder": str(folder),
         "dtype": "float32",
+        "bucket_bytes": BUCKET_BYTES,
     }
     return world, {
         "folder": str(old),
@@ -47,24 +51,58 @@ def prepared(model: Model, layout: ParallelLayout, tensor: int, folder: Path) ->
 
 
 def published(cases: list[tuple[dict[str, object], ParallelLayout]], tensor: int, folder: Path) -> list[dict[str, Any]]:
-    """Sends new weights from here to engines of another process, one a case; what those then say."""
-    requests, senders = [], []
+    """Sends new weights from here to engines of another process, one a case; what those then say, already audited."""
+    requests, senders, proofs = [], [], []
     for number, (small, layout) in enumerate(cases):
         model, place = model_from_config(small), folder / str(number)
         world, request = prepared(model, layout, tensor, place)
         requests.append(request)
         way = plan(model.megatron_tiles(layout), model.vllm_tiles(tensor))
-        senders += [SharedMemorySender(way, rank, tensors, place, torch.float32) for rank, tensors in world.items()]
-    for sender in senders:
-        sender.pack()
+        senders += [
+            SharedMemorySender(way, rank, tensors, place, torch.float32, bucket_bytes=BUCKET_BYTES, timeout_seconds=200)
+            for rank, tensors in world.items()
+        ]
+        sent = [Holdings(sent_parts(way, rank), tensors, torch.float32) for rank, tensors in world.items()]
+        proofs.append((way, [[end.full() for end in sent], [end.sampled(7) for end in sent]]))
     (folder / "requests.json").write_text(json.dumps(requests))
     command = [sys.executable, str(PROGRAM), str(tensor), str(folder / "requests.json"), str(folder / "answers.json")]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    with ThreadPoolExecutor(len(senders)) as threads:  # the senders wait for the engines
+        sending = [threads.submit(sender.send, 7) for sender in senders]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        wait(sending)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for sender in senders:
         sender.close()
-    return json.loads((folder / "answers.json").read_text())
+    answers = json.loads((folder / "answers.json").read_text())
+    for answer, (way, (full, sampled)) in zip(answers, proofs, strict=True):
+        verifier = Verifier(way, torch.float32)
+        assert_faults_are_named(answer, verifier.manifest(7, True, full), verifier)
+        expected = verifier.manifest(7, False, sampled)
+        for rank, worker in enumerate(answer["sampled"]):
+            assert verifier.first_mismatch(expected, rank, worker["digests"]) is None
+    return answers
+
+
+def assert_faults_are_named(answer: dict[str, Any], expected: Manifest, verifier: Verifier) -> None:
+    """Each worker's own audit: clean as it is, and with a fault injected that fault by name and nothing else."""
+    for rank, worker in enumerate(answer["audits"]["none"]):
+        parts = verifier.held[rank]
+        assert verifier.first_mismatch(expected, rank, worker["digests"]) is None and worker["faults"] == []
+        assert len(answer["rows"][rank]) == parts[0].rectangle[1] - parts[0].rectangle[0]
+        for fault, tensor in (("stale head pack", "lm_head"), ("stale pack", "model.layers.1.mlp.down_proj")):
+            audit = answer["audits"][fault][rank]
+            assert audit["digests"] == worker["digests"]  # the plain weights are right
+            ((name, row, detail),) = audit["faults"]
+            assert (name, row) == (f"{tensor}.weight", 0) and "packed copy" in detail
+        for fault, tensor in (
+            ("flipped bit", "model.layers.0.self_attn.o_proj"),
+            ("swapped gate and up", "model.layers.1.mlp.gate_proj"),
+        ):
+            audit = answer["audits"][fault][rank]
+            index = verifier.first_mismatch(expected, rank, audit["digests"])
+            assert index is not None and parts[index].hf == f"{tensor}.weight"
+            assert audit["faults"] == []
 
 
 def assert_live_equals_fresh(answer: dict[str, Any]) -> None:

@@ -1,100 +1,273 @@
-"""The shared-memory transfer: privacy, lifetime, and errors before anything is silently wrong."""
+"""The shared-memory transfer: privacy, lifetime, many readers, ends that die, and errors before anything is wrong."""
 
 import os
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import at_once
 from torch import Tensor
+from transfer_process import BUCKET_BYTES, DIES_AT, PLAN
 
 from conversion.plan import plan
 from conversion.tiles import Tile
-from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender, TransferError, weight_file
+from conversion.transfer import TransferError
+from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender, weight_file
+from conversion.verify import Holdings, Verifier, held_parts, sent_parts
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4)}
-PLAN = plan([Tile(0, "a", "w", (0, 3), (0, 4))], [Tile(0, "b", "w", (0, 3), (0, 4), 1)])
+SMALL = plan([Tile(0, "a", "w", (0, 3), (0, 4))], [Tile(0, "b", "w", (0, 3), (0, 4), 1)])
+HEADER_BYTES = 64 * 4
+PROGRAM = Path(__file__).with_name("transfer_process.py")
 
 
 def target() -> dict[str, Tensor]:
     return {"b": torch.full((5, 4), -1.0)}
 
 
+def large(seed: int = 0) -> dict[str, Tensor]:
+    return {"a": torch.randn(64, 16, generator=torch.Generator().manual_seed(seed))}
+
+
 def test_the_file_is_private_has_its_size_at_once_and_goes_away(tmp_path: Path) -> None:
-    sender = SharedMemorySender(PLAN, 0, TENSORS, tmp_path, torch.float32)
+    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path, torch.float32)
     status = weight_file(tmp_path, 0).stat()
     assert stat.S_IMODE(status.st_mode) == 0o600
-    assert status.st_size == 64 + sender.total_bytes == 64 + 64
+    assert status.st_size == sender.held_bytes == HEADER_BYTES + 64
     sender.close()
     sender.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_each_pack_carries_what_the_tensors_hold_then(tmp_path: Path) -> None:
+def test_each_send_carries_what_the_tensors_hold_then(tmp_path: Path) -> None:
     tensors, got = {"a": TENSORS["a"].clone().requires_grad_()}, target()
-    sender = SharedMemorySender(PLAN, 0, tensors, tmp_path)
-    receiver = SharedMemoryReceiver(PLAN, 0, got, tmp_path)
+    sender = SharedMemorySender(SMALL, 0, tensors, tmp_path)
+    receiver = SharedMemoryReceiver(SMALL, 0, got, tmp_path)
     for step in (0.0, 5.0):
         with torch.no_grad():
             tensors["a"] += step
-        sender.pack()
-        receiver.unpack()
+        sender.send()
+        receiver.receive()
         assert torch.equal(got["b"][1:4], tensors["a"].detach())
     assert (got["b"][[0, 4]] == -1).all()  # a region no tile covers is not touched
     receiver.close()
     sender.close()
 
 
-def test_weights_that_were_never_fully_packed_are_refused(tmp_path: Path) -> None:
-    receiver = SharedMemoryReceiver(PLAN, 0, target(), tmp_path)
-    with pytest.raises(TransferError, match="no open sender"):
-        receiver.unpack()
-    sender = SharedMemorySender(PLAN, 0, TENSORS, tmp_path)
-    with pytest.raises(TransferError, match="has not packed yet"):
-        receiver.unpack()
-    sender.pack()
-    sender._header.fill_(-1)  # as a sender that dies within pack leaves it
-    with pytest.raises(TransferError, match="died while it did"):
-        receiver.unpack()
+def test_the_files_stay_mapped_and_many_receivers_read_the_same_buckets(tmp_path: Path) -> None:
+    """Two source ranks, three engines of two workers, more buckets than slots, three versions."""
+    source = [Tile(r, "a", "w", (32 * r, 32 * r + 32), (0, 16)) for r in range(2)]
+    halves = [Tile(r, "b", "w", (0, 64), (8 * r, 8 * r + 8)) for r in range(2)]
+    weights, values = plan(source, halves), torch.zeros(64, 16)
+    senders = [
+        SharedMemorySender(weights, r, {"a": values[32 * r : 32 * r + 32]}, tmp_path, bucket_bytes=200, num_engines=3)
+        for r in range(2)
+    ]
+    got = {(engine, r): torch.zeros(64, 8) for engine in range(3) for r in range(2)}
+    receivers = [
+        SharedMemoryReceiver(weights, r, {"b": tensor}, tmp_path, bucket_bytes=200, engine=engine)
+        for (engine, r), tensor in got.items()
+    ]
+    inodes = None
+    for version in (4, 5, 6):
+        values.normal_()
+        at_once(
+            [lambda end=end, version=version: end.send(version) for end in senders]
+            + [lambda end=end, version=version: end.receive(version) for end in receivers]
+        )
+        for (_, r), tensor in got.items():
+            assert torch.equal(tensor, values[:, 8 * r : 8 * r + 8])
+        now = {weight_file(tmp_path, r).stat().st_ino for r in range(2)}
+        assert inodes in (None, now)
+        inodes = now
+    for end in (*senders, *receivers):
+        end.close()
+
+
+def test_packing_overlaps_consuming(tmp_path: Path) -> None:
+    """While a receiver is slow with bucket k the sender packs k + 1, and no further."""
+    packed_when_taken: list[int] = []
+
+    class Watched(SharedMemorySender):
+        packed = 0
+
+        def _pack(self, number: int) -> None:
+            super()._pack(number)
+            Watched.packed = number + 1
+
+    sender = Watched(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES)
+    receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
+    (link,) = receiver._links
+    take = link.take
+
+    def slowly(version: int) -> bool:
+        time.sleep(0.02)
+        taken_before = link._num_taken
+        done = take(version)
+        if link._num_taken > taken_before:
+            packed_when_taken.append(Watched.packed - link._num_taken)
+        return done
+
+    link.take = slowly  # type: ignore[method-assign]
+    at_once([sender.send, receiver.receive])
+    assert max(packed_when_taken) <= 2 and sorted(packed_when_taken)[len(packed_when_taken) // 2] >= 1
+    sender.close()
+
+
+def test_a_sender_that_is_not_there_or_does_not_send_is_named(tmp_path: Path) -> None:
+    def receiver() -> SharedMemoryReceiver:
+        return SharedMemoryReceiver(SMALL, 0, target(), tmp_path, timeout_seconds=0.3)
+
+    with pytest.raises(TransferError, match="source rank 0 has no open sender"):
+        receiver().receive()
+    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
+    with pytest.raises(TransferError, match="source rank 0 is late: nothing came"):
+        receiver().receive()
+    sender.close()
+
+
+def test_another_version_is_refused_at_both_ends(tmp_path: Path) -> None:
+    sender = SharedMemorySender(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES)
+    receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
+
+    def refused(call: object, version: int, message: str) -> None:
+        with pytest.raises(TransferError, match=message):
+            call(version)  # type: ignore[operator]
+
+    at_once(
+        [
+            lambda: refused(sender.send, 8, "worker 0 of engine 0 gave up"),
+            lambda: refused(receiver.receive, 7, "sends version 8, expected 7"),
+        ]
+    )
+    with pytest.raises(TransferError, match="an earlier send failed"):
+        sender.send(9)
+    with pytest.raises(TransferError, match="gave up before"):
+        receiver.receive(9)
+    sender.close()
+
+
+def test_a_receiver_whose_engine_is_not_among_the_senders_is_refused(tmp_path: Path) -> None:
+    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path, num_engines=1)
+    with pytest.raises(TransferError, match="for so many engines"):
+        SharedMemoryReceiver(SMALL, 0, target(), tmp_path, engine=1).receive()
+    sender.close()
+
+
+def test_a_killed_sender_does_not_hang_its_receivers(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "sender", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        start = time.monotonic()
+        receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
+        with pytest.raises(TransferError, match=f"source rank 0 ended after {DIES_AT} buckets; the tensors are mixed"):
+            receiver.receive()
+        assert time.monotonic() - start < 10  # long before the deadline
+
+
+def test_a_killed_receiver_does_not_hang_the_sender_and_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(PROGRAM), "receiver", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])}
+
+    class Killing(SharedMemorySender):
+        def _pack(self, number: int) -> None:
+            if number == DIES_AT:
+                process.kill()
+                process.wait()
+            super()._pack(number)
+
+    sender = Killing(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES, timeout_seconds=1)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        with pytest.raises(TransferError, match=r"worker 0 of engine 0 is late: it has taken \d of the 16 buckets"):
+            sender.send()
+    sender.close()
+
+
+def test_a_bucket_that_never_came_is_found_by_its_rows(tmp_path: Path) -> None:
+    class Forgetful(SharedMemorySender):
+        forgets: int | None = None
+
+        def _pack(self, number: int) -> None:
+            if number != self.forgets:
+                super()._pack(number)
+
+    tensors, got = large(), {"b": torch.zeros(64, 16)}
+    sender = Forgetful(PLAN, 0, tensors, tmp_path, bucket_bytes=BUCKET_BYTES)  # four rows a bucket
+    receiver = SharedMemoryReceiver(PLAN, 0, got, tmp_path, bucket_bytes=BUCKET_BYTES)
+    sent = Holdings(sent_parts(PLAN, 0), tensors, torch.float32)
+    held = Holdings(held_parts(PLAN, 0), got, torch.float32)
+    for forgets in (None, 9):
+        sender.forgets = forgets
+        tensors["a"].normal_()
+        at_once([sender.send, receiver.receive])
+        verifier = Verifier(PLAN, torch.float32)
+        expected = verifier.manifest(0, True, [sent.full()])
+        assert verifier.first_mismatch(expected, 0, held.full()) == (None if forgets is None else 0)
+        wrong = [row for row, (a, b) in enumerate(zip(sent.rows(0), held.rows(0), strict=True)) if a != b]
+        assert wrong == ([] if forgets is None else [36, 37, 38, 39])
     sender.close()
 
 
 def test_a_receiver_notices_a_restarted_sender(tmp_path: Path) -> None:
     got = target()
-    receiver = SharedMemoryReceiver(PLAN, 0, got, tmp_path)
-    first = SharedMemorySender(PLAN, 0, TENSORS, tmp_path)
-    first.pack()
-    receiver.unpack()
+    receiver = SharedMemoryReceiver(SMALL, 0, got, tmp_path)
+    first = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
+    first.send()
+    receiver.receive()
     first.close()
-    second = SharedMemorySender(PLAN, 0, {"a": TENSORS["a"] + 1}, tmp_path)
-    second.pack()
-    receiver.unpack()
+    second = SharedMemorySender(SMALL, 0, {"a": TENSORS["a"] + 1}, tmp_path)
+    second.send()
+    receiver.receive()
     assert torch.equal(got["b"][1:4], TENSORS["a"] + 1)
     second.close()
 
 
+def test_a_new_receiver_waits_for_the_next_send(tmp_path: Path) -> None:
+    """What an earlier receiver in its place has had already is no longer whole in the slots."""
+    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
+    sender.send()
+    SharedMemoryReceiver(SMALL, 0, target(), tmp_path).receive()
+    with pytest.raises(TransferError, match="is late: nothing came"):
+        SharedMemoryReceiver(SMALL, 0, target(), tmp_path, timeout_seconds=0.2).receive()
+    sender.close()
+
+
 def test_another_dtype_or_plan_is_refused(tmp_path: Path) -> None:
-    sender = SharedMemorySender(PLAN, 0, {"a": torch.zeros(30, 40)}, tmp_path)
+    sender = SharedMemorySender(SMALL, 0, {"a": torch.zeros(30, 40)}, tmp_path)
     wide = plan([Tile(0, "a", "w", (0, 30), (0, 4))], [Tile(0, "b", "w", (0, 30), (0, 4))])
-    with pytest.raises(TransferError, match="another plan, dtype or run"):
-        SharedMemoryReceiver(wide, 0, {"b": torch.zeros(30, 4)}, tmp_path).unpack()
+    tall = plan([Tile(0, "a", "w", (0, 3), (0, 4))], [Tile(0, "b", "w", (0, 3), (0, 4), 2)])
+    SharedMemoryReceiver(tall, 0, {"b": torch.zeros(5, 4)}, tmp_path)._links[0].open()  # the same bytes: accepted
+    for receiver in (
+        SharedMemoryReceiver(wide, 0, {"b": torch.zeros(30, 4)}, tmp_path),
+        SharedMemoryReceiver(SMALL, 0, {"b": torch.zeros(5, 4)}, tmp_path, torch.bfloat16),
+    ):
+        with pytest.raises(TransferError, match="was not written for this plan, dtype and bucket size"):
+            receiver.receive()
     sender.close()
 
 
 def test_a_live_senders_file_is_not_taken_and_a_dead_ones_is(tmp_path: Path) -> None:
-    sender = SharedMemorySender(PLAN, 0, TENSORS, tmp_path)
+    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
     with pytest.raises(FileExistsError, match="in use by another sender"):
-        SharedMemorySender(PLAN, 0, TENSORS, tmp_path)
+        SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
     sender.close()
     weight_file(tmp_path, 0).write_bytes(b"left by a killed run")
-    SharedMemorySender(PLAN, 0, TENSORS, tmp_path).close()
+    with pytest.raises(TransferError, match="20 bytes"):
+        SharedMemoryReceiver(SMALL, 0, target(), tmp_path).receive()
+    SharedMemorySender(SMALL, 0, TENSORS, tmp_path).close()
 
 
 def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_bytes(b"precious")
     weight_file(tmp_path, 0).symlink_to(tmp_path / "victim")
     with pytest.raises(OSError, match="symbolic link"):
-        SharedMemorySender(PLAN, 0, TENSORS, tmp_path)
+        SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
@@ -104,10 +277,12 @@ def test_too_little_room_is_said_in_bytes() -> None:
     huge = plan([Tile(0, "a", "w", (0, rows), (0, 2))], [Tile(0, "b", "w", (0, rows), (0, 2))])
     folder = Path(f"/dev/shm/conversion-test-{os.getpid()}")
     folder.mkdir()
+    tensors = {"a": torch.empty(1, 1).expand(rows, 2)}
     try:
-        with pytest.raises(OSError, match=rf"{8 * rows + 64} bytes wanted, \d+ free"):
-            SharedMemorySender(huge, 0, {"a": torch.empty(1, 1).expand(rows, 2)}, folder)
+        with pytest.raises(OSError, match=rf"{8 * rows + HEADER_BYTES} bytes wanted, \d+ free"):
+            SharedMemorySender(huge, 0, tensors, folder, bucket_bytes=8 * rows)
         assert not list(folder.iterdir())
+        SharedMemorySender(huge, 0, tensors, folder, bucket_bytes=1 << 26).close()  # buckets make room enough
     finally:
         folder.rmdir()
 
@@ -115,7 +290,7 @@ def test_too_little_room_is_said_in_bytes() -> None:
 @pytest.mark.parametrize("shape", [(2, 4), (3, 3), (12,)])
 def test_tensors_the_plan_does_not_fit_are_named(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a on rank 0 has shape"):
-        SharedMemorySender(PLAN, 0, {"a": torch.zeros(shape)}, tmp_path)
+        SharedMemorySender(SMALL, 0, {"a": torch.zeros(shape)}, tmp_path)
     with pytest.raises(ValueError, match="no tensor b"):
-        SharedMemoryReceiver(PLAN, 0, {}, tmp_path)
+        SharedMemoryReceiver(SMALL, 0, {}, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from conversion.families import Model, model_from_config
 from conversion.plan import WeightPlan
 from conversion.tiles import ParallelLayout, Tile
-from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from conversion.transfer.buckets import BUCKET_BYTES
+from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender, weight_file
 
 World = dict[int, dict[str, Tensor]]  # rank -> local tensors
 
@@ -139,16 +141,35 @@ def empty_world(shapes: Mapping[int, Mapping[str, tuple[int, ...]]], dtype: torc
     }
 
 
-def carried(weights: WeightPlan, source: World, target: World, folder: Path, dtype: torch.dtype) -> None:
-    """Carries a plan out through real senders and receivers."""
-    senders = [SharedMemorySender(weights, rank, tensors, folder, dtype) for rank, tensors in source.items()]
-    receivers = [SharedMemoryReceiver(weights, rank, tensors, folder, dtype) for rank, tensors in target.items()]
-    for end in senders:
-        end.pack()
-    for end in receivers:
-        end.unpack()
+def carried(
+    weights: WeightPlan,
+    source: World,
+    target: World,
+    folder: Path,
+    dtype: torch.dtype,
+    bucket_bytes: int = BUCKET_BYTES,
+) -> int:
+    """Carries a plan out through real senders and receivers, all at once; the most bytes a source rank held."""
+    senders = [
+        SharedMemorySender(weights, rank, tensors, folder, dtype, bucket_bytes=bucket_bytes, timeout_seconds=20)
+        for rank, tensors in source.items()
+    ]
+    receivers = [
+        SharedMemoryReceiver(weights, rank, tensors, folder, dtype, bucket_bytes=bucket_bytes, timeout_seconds=20)
+        for rank, tensors in target.items()
+    ]
+    at_once([end.send for end in senders] + [end.receive for end in receivers])
+    held = max(weight_file(folder, rank).stat().st_size for rank in source)
     for end in (*receivers, *senders):
         end.close()
+    return held
+
+
+def at_once(calls: Sequence[Callable[[], object]]) -> None:
+    """Runs all of them at the same time, a thread each; the first error in their order, once all have ended."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        for running in [threads.submit(call) for call in calls]:
+            running.result()
 
 
 def reference_world(tiles: Sequence[Tile], weights: Mapping[str, Tensor], world: World) -> World:

@@ -1,0 +1,97 @@
+"""A file of shared memory, mapped: words on cache lines of their own, and places for tensors.
+
+Its creator holds a lock on it for as long as it lives. That tells a live run from what a killed one left, and whoever
+waits for the creator from waiting for nobody.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LINE_BYTES = 64
+
+
+def create(path: Path, num_bytes: int) -> int:
+    """A locked descriptor of a new file of this size, mode 0600, its memory reserved. Replaces what no one holds."""
+    try:
+        stale = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        pass
+    else:
+        try:
+            fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        except BlockingIOError:
+            raise FileExistsError(f"{path} is in use by another sender: give each run a folder of its own") from None
+        finally:
+            os.close(stale)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Without the reservation a full /dev/shm shows as a SIGBUS in the middle of a pack.
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC:
+            raise
+        free = os.statvfs(path.parent)
+        raise OSError(
+            errno.ENOSPC,
+            f"{path.parent} has too little room for the weights: {num_bytes} bytes wanted, "
+            f"{free.f_bavail * free.f_frsize} free; enlarge it (docker: --shm-size) or give another folder",
+        ) from error
+    return descriptor
+
+
+class MappedFile:
+    """An open, mapped file. Takes over the descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        self.descriptor = descriptor
+        self.identity = (status.st_dev, status.st_ino)
+        self.owner, self.num_bytes = status.st_uid, status.st_size
+        self._looked = 0.0
+        self._map = mmap.mmap(descriptor, status.st_size) if status.st_size else None
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8) if self._map is not None else torch.empty(0)
+        whole = status.st_size // 8 * 8
+        self._words = memoryview(self._map)[:whole].cast("q") if self._map is not None else memoryview(b"")
+
+    def read(self, line: int) -> int:
+        """The word at the start of a line."""
+        return self._words[line * LINE_BYTES // 8]
+
+    def write(self, line: int, value: int) -> None:
+        """Sets the word at the start of a line."""
+        self._words[line * LINE_BYTES // 8] = value
+
+    def place(self, at: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The tensor of this shape that lies `at` bytes into the file."""
+        return self._bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def creator_has_ended(self) -> bool:
+        """True if the lock that the creator holds on its file is free; looked up twice a second at most."""
+        now = time.monotonic()
+        if now - self._looked < 0.5:
+            return False
+        self._looked = now
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        return True
+
+    def close(self) -> None:
+        """Lets go of the file; the mapping ends with the last tensor that looks into it."""
+        self._words.release()
+        self._bytes = torch.empty(0)
+        os.close(self.descriptor)
+        self.descriptor = -1

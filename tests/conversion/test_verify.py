@@ -1,0 +1,201 @@
+"""The verification: equal weights have equal digests in every layout, and each fault is found and named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tiny_models import World, config, empty_world, models, random_weights, reference_world
+from torch import Tensor
+
+from conversion.families import Model, model_from_config
+from conversion.plan import Piece, WeightMismatch, WeightPlan, plan
+from conversion.tiles import ParallelLayout
+from conversion.verify import (
+    Holdings,
+    Manifest,
+    Part,
+    Verifier,
+    held_parts,
+    mismatch,
+    sent_parts,
+    tensor_digests,
+)
+
+MODEL = model_from_config(config("qwen2", num_attention_heads=8, num_key_value_heads=2, hidden_size=64))
+LAYOUT = ParallelLayout(tensor=2, pipeline=2, data=2)
+VERSION = 9
+
+
+@dataclass
+class Ends:
+    """A trainer and the workers of an engine that hold the same weights, and the plan between them."""
+
+    weights: WeightPlan
+    trainer: World
+    workers: World
+    dtype: torch.dtype
+
+    def manifest(self, full: bool, version: int = VERSION) -> Manifest:
+        held = [Holdings(sent_parts(self.weights, rank), tensors, self.dtype) for rank, tensors in self.trainer.items()]
+        sent = [end.full() if full else end.sampled(version) for end in held]
+        return self.verifier.manifest(version, full, sent)
+
+    @property
+    def verifier(self) -> Verifier:
+        return Verifier(self.weights, self.dtype)
+
+    def verify(self, full: bool = True, version: int = VERSION) -> None:
+        """Raises WeightMismatch, as WeightSync does."""
+        expected = self.manifest(full, version)
+        for rank, tensors in self.workers.items():
+            holdings = Holdings(held_parts(self.weights, rank), tensors, self.dtype)
+            held = holdings.full() if full else holdings.sampled(version)
+            index = self.verifier.first_mismatch(expected, rank, held)
+            if index is not None:
+                source, at = self.verifier.origin(rank, index)
+                sent = Holdings(sent_parts(self.weights, source), self.trainer[source], self.dtype).rows(at)
+                raise mismatch(version, holdings.parts[index], f"worker {rank}", sent, holdings.rows(index))
+
+
+def ends(model: Model, layout: ParallelLayout, engine: int, dtype: torch.dtype = torch.float32) -> Ends:
+    hf = random_weights(model)
+    source, target = model.megatron_tiles(layout), model.vllm_tiles(engine)
+    trainer = empty_world({rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)})
+    workers = empty_world({rank: model.vllm_shapes(engine, rank) for rank in range(engine)}, dtype)
+    rounded = {name: tensor.to(dtype) for name, tensor in hf.items()}
+    return Ends(
+        plan(source, target), reference_world(source, hf, trainer), reference_world(target, rounded, workers), dtype
+    )
+
+
+@given(
+    model=models(),
+    tensor=st.sampled_from([1, 2, 4]),
+    pipeline=st.sampled_from([1, 2, 3]),
+    engine=st.sampled_from([1, 2, 4, 8]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    version=st.integers(0, 1000),
+)
+@settings(max_examples=20, deadline=None)
+def test_equal_weights_have_equal_digests_in_every_layout(
+    model: Model, tensor: int, pipeline: int, engine: int, dtype: torch.dtype, version: int
+) -> None:
+    assume(tensor <= model.dims.num_kv_heads and model.num_layers % pipeline == 0)
+    both = ends(model, ParallelLayout(tensor=tensor, pipeline=pipeline, data=2), engine, dtype)
+    both.verify(full=True, version=version)
+    both.verify(full=False, version=version)
+
+
+def test_digests_of_shards_add_up_to_those_of_the_export() -> None:
+    both = ends(MODEL, LAYOUT, 4)
+    whole = plan(MODEL.megatron_tiles(LAYOUT), MODEL.hf_tiles())
+    exported = Ends(whole, both.trainer, {}, torch.float32).manifest(full=True)
+    weights = random_weights(MODEL)
+    tensors = exported.tensors()
+    assert {name: entry["digest"] for name, entry in tensors.items()} == tensor_digests(weights)
+    assert {name: entry["dtype"] for name, entry in tensors.items()} == dict.fromkeys(weights, "float32")
+
+
+def kv_rows(which: int) -> slice:
+    """The rows of key head `which` of a worker that holds one, in qkv of 2 query heads, a key and a value head."""
+    return slice((2 + which) * 8, (3 + which) * 8)
+
+
+def flip_a_bit(workers: World) -> None:
+    bits = workers[1]["model.layers.1.mlp.down_proj.weight"].view(torch.int32)
+    bits[5, 3] ^= 1
+
+
+def swap_gate_and_up(workers: World) -> None:
+    fused = workers[2]["model.layers.0.mlp.gate_up_proj.weight"]
+    fused.copy_(torch.cat(fused.chunk(2)[::-1]))
+
+
+def take_the_wrong_key_head(workers: World) -> None:
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    workers[1][name][kv_rows(0)] = workers[2][name][kv_rows(0)]
+
+
+def swap_two_rows(workers: World) -> None:
+    embedding = workers[0]["model.embed_tokens.weight"]
+    embedding[[3, 7]] = embedding[[7, 3]]
+
+
+def swap_two_columns(workers: World) -> None:
+    head = workers[2]["lm_head.weight"]  # the fourth worker's share of it is all padding
+    head[:, [0, 1]] = head[:, [1, 0]]
+
+
+def keep_an_old_norm(workers: World) -> None:
+    workers[2]["model.norm.weight"][:] = 1.0
+
+
+FAULTS: list[tuple[Callable[[World], None], str, int, int]] = [
+    (flip_a_bit, "model.layers.1.mlp.down_proj.weight", 1, 5),
+    (swap_gate_and_up, "model.layers.0.mlp.gate_proj.weight", 2, 28),
+    (take_the_wrong_key_head, "model.layers.0.self_attn.k_proj.weight", 1, 0),
+    (swap_two_rows, "model.embed_tokens.weight", 0, 3),
+    (swap_two_columns, "lm_head.weight", 2, 96),
+    (keep_an_old_norm, "model.norm.weight", 2, 0),
+]
+
+
+@pytest.mark.parametrize(("fault", "tensor", "worker", "row"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_in_what_a_worker_holds_is_found_and_named(
+    fault: Callable[[World], None], tensor: str, worker: int, row: int
+) -> None:
+    both = ends(MODEL, LAYOUT, 4)
+    both.verify()  # without the fault it passes
+    fault(both.workers)
+    with pytest.raises(WeightMismatch) as caught:
+        both.verify()
+    assert (caught.value.tensor, caught.value.where) == (tensor, f"worker {worker}")
+    assert caught.value.row == row
+    assert f"version {VERSION}: worker {worker} does not hold {tensor}" in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [swap_gate_and_up, take_the_wrong_key_head, keep_an_old_norm, swap_two_columns])
+def test_a_sample_finds_what_is_wrong_in_a_whole_rectangle(fault: Callable[[World], None]) -> None:
+    for version in range(5):
+        both = ends(MODEL, LAYOUT, 4)
+        both.verify(full=False, version=version)
+        fault(both.workers)
+        with pytest.raises(WeightMismatch):
+            both.verify(full=False, version=version)
+
+
+def test_samples_reach_every_row_in_time() -> None:
+    both = ends(MODEL, ParallelLayout(), 1)
+    part = next(part for part in sent_parts(both.weights, 0) if part.hf.endswith("0.self_attn.k_proj.weight"))
+    holdings = Holdings([part], both.trainer[0], torch.float32)
+    height = part.rectangle[1] - part.rectangle[0]
+    assert len({holdings.sampled(version)[0] for version in range(20 * height)}) == height
+
+
+def test_every_bit_of_every_element_counts() -> None:
+    tensor = torch.zeros(3, 5)
+    part = Part(Piece(rank=0, name="t", index=((0, 3), (0, 5))), "w", (4, 7, 2, 7))
+    seen = {Holdings([part], {"t": tensor}, torch.float32).full()[0]}
+    for row in range(3):
+        for col in range(5):
+            for bit in range(32):
+                changed = tensor.clone()
+                changed.view(torch.int32)[row, col] ^= -(1 << 31) if bit == 31 else 1 << bit
+                seen.add(Holdings([part], {"t": changed}, torch.float32).full()[0])
+    assert len(seen) == 1 + 3 * 5 * 32
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 5), (1, 3, 5), (2, 3, 5)])
+def test_pieces_of_one_to_three_dimensions_are_digested(shape: tuple[int, ...]) -> None:
+    def digests(tensor: Tensor) -> tuple[list[int], list[int]]:
+        height, width = (len(tensor), 1) if tensor.dim() == 1 else (tensor.numel() // shape[-1], shape[-1])
+        part = Part(Piece(rank=0, name="t", index=tuple((0, n) for n in shape)), "w", (0, height, 0, width))
+        holdings = Holdings([part], {"t": tensor}, torch.bfloat16)
+        assert len(holdings.rows(0)) == height
+        return holdings.full(), holdings.sampled(1)
+
+    tensor = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape).bfloat16()
+    assert digests(tensor) == digests(tensor.float()) != digests(tensor.flip(-1))
