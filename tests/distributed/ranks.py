@@ -51,7 +51,7 @@ def _start(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
 
 
 def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any, num_ranks: int) -> Any:
-    """Return how far a head is from float64 when `num_ranks` ranks share the vocabulary."""
+    """Return how far a head is from float64, and scoring from training, when ranks share the vocabulary."""
     import head_cases
     import torch.distributed as dist
 
@@ -60,7 +60,8 @@ def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any,
         pipe.send(store.port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     try:
-        return head_cases.errors(head, case, rank=rank, num_ranks=num_ranks, group=dist.group.WORLD)
+        share: Any = {"rank": rank, "num_ranks": num_ranks, "group": dist.group.WORLD}
+        return head_cases.errors(head, case, **share), head_cases.scoring_gap(head, case, **share)
     finally:
         dist.destroy_process_group()
 

@@ -42,18 +42,22 @@ def make(name: str, case: Case, num_ranks: int = 1) -> Head:
 def errors(
     name: str, case: Case, device: str = "cpu", rank: int = 0, num_ranks: int = 1, group: ProcessGroup | None = None
 ) -> dict[str, float]:
-    """Return |found - float64| / |float64| of everything a head computes, by this rank's part of the weight.
-
-    `bitwise` is 0.0 if scoring without gradients gives the very sums that the loss was given.
-    """
+    """Return |found - float64| / |float64| of everything a head computes, by this rank's part of the weight."""
     inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
     head = make(name, case, num_ranks)
     wanted, found = inputs.expected(), inputs.found(head)
     assert wanted.keys() == found.keys()
     for key, tensor in found.items():
         assert tensor.shape == wanted[key].shape, key
-    distances = {key: _distance(tensor, wanted[key]) for key, tensor in found.items()}
-    return distances | {"bitwise": inputs.gap(head)}
+    return {key: _distance(tensor, wanted[key]) for key, tensor in found.items()}
+
+
+def scoring_gap(
+    name: str, case: Case, device: str = "cpu", rank: int = 0, num_ranks: int = 1, group: ProcessGroup | None = None
+) -> float:
+    """Return the largest difference between a sequence's sum as scored without gradients and as the loss is given."""
+    inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
+    return inputs.gap(make(name, case, num_ranks))
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -103,7 +107,7 @@ class _Inputs:
 
     def found(self, head: Head) -> dict[str, Tensor]:
         hidden, weight = self.leaves()
-        inputs: Any = hidden, weight, self.responses, self.vocabulary
+        inputs: tuple[Any, Any, Any, Any] = hidden, weight, self.responses, self.vocabulary
         logprobs = head.token_logprobs(*inputs)
         token = torch.autograd.grad((logprobs * self.slopes.to(self.device)).sum(), (hidden, weight))
         loss = head.sequence_loss(*inputs, self.loss)
@@ -111,7 +115,6 @@ class _Inputs:
         return self._named(logprobs, head.token_entropy(*inputs), loss, token, sequence)
 
     def gap(self, head: Head) -> float:
-        """The largest difference of a sequence's sum between scoring and training."""
         seen: list[Tensor] = []
 
         def remember(sequences: slice, sums: Tensor) -> Tensor:

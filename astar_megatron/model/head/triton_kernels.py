@@ -18,7 +18,7 @@ from astar_megatron.model.head.fused import Sums, Tile
 
 LOGITS_BYTES = 1 << 30  # of the logits that may lie in memory, in the weight's type
 # Of the product, by the bytes of its factors' type: rows, columns, depth of a block, warps, stages.
-_BLOCKS = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
+_BLOCKS = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
 _BAND = 16  # row blocks that are computed side by side
 _GRADIENT_ROWS = 16
 
@@ -116,7 +116,7 @@ def _aligned(r: int, v: int, like: Tensor) -> Tensor:
 
 
 @triton.jit
-def _block(program: Any, r: Any, v: Any, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
+def _block(program, r, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
     """A band of row blocks goes over all columns before the next one does: its hidden states stay in the cache."""
     programs_of_a_band = BAND * tl.cdiv(v, COLUMNS)
     band, within = program // programs_of_a_band, program % programs_of_a_band
@@ -126,19 +126,19 @@ def _block(program: Any, r: Any, v: Any, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _sums_kernel(
-    hidden: Any,
-    weight: Any,
-    targets: Any,
-    maxima: Any,
-    totals: Any,
-    weighted: Any,
-    target_logits: Any,
-    kept: Any,
-    kept_stride: Any,
-    r: Any,
-    v: Any,
-    depth: Any,
-    scale: Any,
+    hidden,
+    weight,
+    targets,
+    maxima,
+    totals,
+    weighted,
+    target_logits,
+    kept,
+    kept_stride,
+    r,
+    v,
+    depth,
+    scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -148,7 +148,7 @@ def _sums_kernel(
     PRECISION: tl.constexpr,
 ):
     """One block of logits and what the softmax needs of it."""
-    row_block, column_block = _block(tl.program_id(0), r, v, ROWS, COLUMNS, BAND)
+    row_block, column_block = _block(tl.program_id(0), r, v, ROWS, COLUMNS, BAND)  # pyright: ignore[reportGeneralTypeIssues]
     product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, depth, INNER):
         a = hidden.load([row_block * ROWS, start])
@@ -177,14 +177,14 @@ def _sums_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    kept: Any,
-    maxima: Any,
-    normaliser: Any,
-    slope: Any,
-    targets: Any,
-    kept_stride: Any,
-    r: Any,
-    v: Any,
+    kept,
+    maxima,
+    normaliser,
+    slope,
+    targets,
+    kept_stride,
+    r,
+    v,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
