@@ -100,8 +100,9 @@ def test_first_logratio_is_exactly_zero_on_the_gpu(kind: str, dtype: str, reques
         first = step(rank, data)
         assert first.logratio_max == 0.0
         assert first.loss == pytest.approx(float((data.v_star - data.reward).square().mean()), abs=1e-6)
-        changed = [name for name, weight in rank.weights().items() if not torch.equal(weight, before[name])]
-        assert len(changed) == len(before)
+        changed = {name for name, weight in rank.weights().items() if not torch.equal(weight, before[name])}
+        # A step of 1e-3 is less than half of what bfloat16 can add to the norms' weights, which are about 1.
+        assert changed >= {name for name in before if dtype == "float32" or "norm" not in name}
         second = step(rank, dataclasses.replace(data, version=1))
         assert second.logratio_max > 0.01
         assert second.loss < first.loss

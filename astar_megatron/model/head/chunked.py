@@ -8,21 +8,27 @@ from torch import Tensor
 
 from astar_megatron.model.head.fused import Sums, Tile, add_product
 
-LOGITS_BYTES = 1 << 27  # of the logits that may lie in memory, in float32
-_WIDTH = 2048  # of a tile: its passes of exp and sum find it in a CPU's cache
+# Of the logits that may lie in memory, in float32; a GPU's products want larger ones.
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 1 << 27, 1 << 30
+_CPU_WIDTH = 2048  # of a tile: its passes of exp and sum find it in the cache
 
 
 class TorchKernels:
     """See fused.Kernels."""
 
-    def __init__(self, logits_bytes: int = LOGITS_BYTES) -> None:
+    def __init__(self, logits_bytes: int | None = None) -> None:
         self._logits_bytes = logits_bytes
 
     def num_rows_kept(self, weight: Tensor) -> int:
-        return self._logits_bytes // (4 * weight.size(0))
+        return self._num_logits(weight) // weight.size(0)
 
     def width(self, num_rows: int, weight: Tensor, *, keep: bool) -> int:
-        return max(1, min(_WIDTH, self._logits_bytes // (4 * num_rows)))
+        widest = _CPU_WIDTH if weight.device.type == "cpu" else weight.size(0)
+        return max(1, min(widest, self._num_logits(weight) // num_rows))
+
+    def _num_logits(self, weight: Tensor) -> int:
+        default = CPU_LOGITS_BYTES if weight.device.type == "cpu" else GPU_LOGITS_BYTES
+        return (self._logits_bytes or default) // 4
 
     def sums(self, tile: Tile, *, keep: bool, entropy: bool) -> Sums:
         shape = len(tile.hidden), len(tile.weight)

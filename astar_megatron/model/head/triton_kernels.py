@@ -16,7 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from astar_megatron.model.head.fused import Sums, Tile
 
-LOGITS_BYTES = 1 << 30  # of the logits that may lie in memory, in the weight's type
+LOGITS_BYTES = 1 << 31  # of the logits that may lie in memory, in the weight's type
+_TILE_BYTES = 1 << 28  # of those that one product writes or reads
 # Of the product, by the bytes of its factors' type: rows, columns, depth of a block, warps, stages.
 _BLOCKS = {2: (128, 256, 64, 8, 3), 4: (64, 64, 32, 4, 2)}
 _BAND = 16  # row blocks that are computed side by side
@@ -36,7 +37,7 @@ class TritonKernels:
         if not keep:
             return weight.size(0)  # no logits are written
         _, columns, *_ = _BLOCKS[weight.element_size()]
-        fitting = self._logits_bytes // (weight.element_size() * num_rows)
+        fitting = min(self._logits_bytes, _TILE_BYTES) // (weight.element_size() * num_rows)
         return min(weight.size(0), max(1, fitting // columns) * columns)
 
     def sums(self, tile: Tile, *, keep: bool, entropy: bool) -> Sums:
