@@ -38,20 +38,30 @@ class Checkpoints:
             )
         return folder
 
+    @property
+    def steps_done(self) -> int:
+        """The steps behind the newest checkpoint, 0 without one. Raises ContractError for one of other settings."""
+        folder = self.latest
+        return 0 if folder is None else int(self._progress(folder)["step"])
+
     def resume(self, policy: PolicyGroup, prompts: PromptStream) -> int:
         """Restore policy and prompt order from the newest checkpoint and return the steps done, 0 without one."""
         folder = self.latest
         if folder is None:
             return 0
+        progress = self._progress(folder)
+        prompts.restore(progress["prompts"])
+        policy.load(folder, progress["step"])
+        return int(progress["step"])
+
+    def _progress(self, folder: Path) -> dict[str, Any]:
         progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
             raise ContractError(
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
                 + "\n  ".join(differences)
             )
-        prompts.restore(progress["prompts"])
-        policy.load(folder, progress["step"])
-        return int(progress["step"])
+        return progress
 
     def save(self, policy: PolicyGroup, step: int, prompts: PromptStream) -> None:
         """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few."""

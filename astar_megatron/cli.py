@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from astar_megatron import config
+from astar_megatron.cluster.errors import ClusterError
 
 app = typer.Typer(
     help="A*PO on Megatron-Core with vLLM rollouts.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -68,9 +69,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"astar: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ not in ("ClusterError",):
-            raise
+    except ClusterError as error:
         print(f"astar: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

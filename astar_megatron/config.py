@@ -270,19 +270,27 @@ def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, keys(), n=1, cutoff=0.0)
-        same_leaf = difflib.get_close_matches(path.rpartition(".")[2], [key.rpartition(".")[2] for key in keys()], n=1)
-        if same_leaf:
-            near = difflib.get_close_matches(path, [k for k in keys() if k.endswith(same_leaf[0])], n=1, cutoff=0.0)
         section = path.rpartition(".")[0]
         siblings = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]
         known = f"; {section} has {', '.join(siblings)}" if section and siblings else ""
-        return f"{path}: no such key; the nearest is {near[0]}{known}"
+        return f"{path}: no such key; the nearest is {_nearest_key(path)}{known}"
     if problem["type"] == "missing":
         return f"{path}: this key is required"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
+
+
+def _nearest_key(path: str) -> str:
+    """Return the key most like `path`: the same name in any section, its initials (learning_rate: lr), or alike."""
+    section, _, leaf = path.rpartition(".")
+    leaves = {key: key.rpartition(".")[2] for key in keys()}
+    initials = f"{section}.{''.join(word[:1] for word in leaf.split('_'))}"
+    if initials in leaves:
+        return initials
+    alike = difflib.get_close_matches(leaf, leaves.values(), n=1)
+    candidates = [key for key, name in leaves.items() if not alike or name == alike[0]]
+    return difflib.get_close_matches(path, candidates, n=1, cutoff=0.0)[0]
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -16,7 +16,6 @@ Leaves out: the memory of accelerators and the time of a step, which are for `as
 """
 
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -29,6 +28,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from astar_megatron.cluster.cores import available_cores
 from astar_megatron.config import RunConfig
 
 GIB = 1 << 30
@@ -147,13 +147,6 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     used = int(_text(group / "memory.current") or 0)
     cache = int(_field(group / "memory.stat", "inactive_file") or 0)  # given back when needed
     return min(system, max(0, int(limit) - used + cache))
-
-
-def available_cores(root: Path = Path("/")) -> float:
-    """Return the cores this process may use; a fraction where a control group gives a share of one."""
-    cores = float(len(os.sched_getaffinity(0)))
-    quota, _, period = _text(root / "sys/fs/cgroup/cpu.max").strip().partition(" ")
-    return min(cores, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else cores
 
 
 def native_bfloat16(root: Path = Path("/")) -> list[str]:

@@ -10,10 +10,12 @@ from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run import prepare, start_policy
 from astar_megatron.tracking import Tracker
 from astar_megatron.weights import TransferFolder
+from conversion import hf
 
 
 def main(cfg: RunConfig, destination: Path) -> None:
     """Export to `destination`. Raises ValueError where the run has no checkpoint."""
+    hf.check_destination(destination)
     inputs = prepare(cfg)
     checkpoints = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract)
     if checkpoints.latest is None:

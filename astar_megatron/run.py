@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 from astar_megatron.algorithm import rewards
@@ -12,10 +12,12 @@ from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract, contract_of
+from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
 from astar_megatron.doctor import check_run
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
 from conversion import hf
 from conversion.families import Model, read_model
@@ -93,6 +95,21 @@ def start_policy(cfg: RunConfig, cluster: Cluster) -> PolicyGroup:
         optim=cfg.optim,
         seed=cfg.seed,
     )
+
+
+@contextmanager
+def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, EnginePool]]:
+    """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir."""
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
+        cluster = stack.enter_context(Cluster(cfg.cluster))
+        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
+        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
+        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
+        with tracker.progress("starting engines and policy", 1):
+            engines.start()
+            policy.start()
+        yield policy, engines
 
 
 @contextmanager

@@ -6,41 +6,45 @@ from the newest checkpoint.
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 
 from astar_megatron.algorithm.rewards import score
 from astar_megatron.checkpoints import Checkpoints
-from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
-from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
-from astar_megatron.run import Inputs, compute_type, prepare, start_engines, start_policy
+from astar_megatron.run import Inputs, prepare, started
 from astar_megatron.tracking import Clock, Tracker, read_metrics
 from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 from astar_megatron.weights import TransferFolder, WeightSync
+from conversion import hf
 
 
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
     VStarTable.open(cfg.table_dir, inputs.contract).estimate(cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples)
+    check(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
-    read_metrics(tracker.run_dir)  # damaged ones are refused here
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
-        cluster = stack.enter_context(Cluster(cfg.cluster))
-        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
-        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
-        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        with tracker.progress("starting engines and policy", 1):
-            engines.start()
-            policy.start()
+    with started(cfg, tracker) as (policy, engines):
         train(cfg, inputs, policy, engines, tracker)
+
+
+def check(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
+    done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract).steps_done
+    if done > cfg.train.num_steps:
+        raise ValueError(
+            f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
+            f"{done} steps; raise it, choose a new run_dir, or write the name of an earlier step_* folder into "
+            f"{cfg.run_dir}/checkpoints/latest"
+        )
+    read_metrics(cfg.run_dir)  # damaged ones are refused here
+    hf.check_destination(cfg.export_dir)
 
 
 def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:
@@ -120,6 +124,8 @@ def _metrics(
         "logratio_mean": stats.logratio_mean,
         "logratio_std": stats.logratio_std,
         "logratio_max": stats.logratio_max,
+        "slope": stats.slope,
+        "r_squared": stats.r_squared,
         "engine_gap": stats.engine_gap,
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,

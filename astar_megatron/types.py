@@ -83,6 +83,8 @@ class StepStats:
     logratio_mean: float
     logratio_std: float
     logratio_max: float  # of |D|: exactly 0 before the first optimiser step
+    slope: float  # of the line of beta2 * D on r - V*: 1 at the objective's optimum, NaN where all r - V* are equal
+    r_squared: float  # of that line
     engine_gap: float  # mean of ln pi by the policy minus by the engine, over the first mini-batch: the same weights
     tokens: int
     response_tokens: int

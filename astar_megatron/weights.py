@@ -5,6 +5,7 @@ take them over, in vLLM's order pause, update, finish(version), resume, with the
 Leaves out: several machines. Policy and engines must see one /dev/shm.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -14,11 +15,13 @@ from types import TracebackType
 from typing import Self
 
 from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
 from conversion.families import Model
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "astar-"
+_LOCK = "lock"  # held while the run lives: pids mean nothing to a container that shares this memory
 
 
 class TransferFolder:
@@ -27,20 +30,24 @@ class TransferFolder:
     def __init__(self) -> None:
         remove_left_behind()
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SHARED_MEMORY))
+        self._lock = exclusive(self.path / _LOCK, "this run")
 
     def __enter__(self) -> Self:
+        self._lock.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.__exit__(None, None, None)
 
 
 def remove_left_behind() -> None:
-    """Remove the folders of runs on this machine that were killed before they could."""
+    """Remove the folders of runs that were killed before they could; a living run holds the lock in its folder."""
     for folder in _SHARED_MEMORY.glob(f"{_PREFIX}*-*"):
-        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # held, of another user, or just removed
+            if (folder / _LOCK).stat().st_uid == os.getuid():
+                with exclusive(folder / _LOCK, "another run"):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 class WeightSync:

@@ -22,6 +22,7 @@ from conversion.transfer import view
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _COMPANIONS = (
@@ -80,14 +81,14 @@ def save(
 
     The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given. The
     dtype in config.json becomes theirs, for readers cast to what it says. The folder is written beside its final place
-    and renamed; an export that is there already is replaced (a kill between the two renames leaves the old one as
-    `.NAME.old`). Anything else that is there is refused.
+    and renamed; an export that is there already, known by its conversion.json, is replaced (a kill between the two
+    renames leaves the old one as `.NAME.old`). Anything else that is there is refused.
     """
     folder, source_folder = Path(folder).resolve(), Path(source_folder)
     model = read_model(source_folder)
     weights = {name: t for name, t in tensors.items() if not (model.tied and name == "lm_head.weight")}
     dtype = _check_weights(weights, model.parameters())
-    _check_replaceable(folder)
+    check_destination(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     new.mkdir()
@@ -95,6 +96,7 @@ def save(
         _write_weights(new, weights, max_shard_bytes)
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
         _write_json(new / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_json(new / RECORD, {"source": source_folder.name, "dtype": str(dtype).removeprefix("torch.")})
         for name in _COMPANIONS:
             if (source_folder / name).is_file():
                 shutil.copyfile(source_folder / name, new / name)
@@ -191,14 +193,16 @@ def _check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
     return dtypes.pop()
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuses a place where something lies that is not an export: its replacement would delete it."""
-    if not folder.exists():
+def check_destination(folder: str | Path) -> None:
+    """Raise CheckpointError where something lies at `folder` that is not an export: replacing would delete it."""
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    entries = list(folder.iterdir()) if folder.is_dir() else [folder]
-    is_export = (folder / "config.json").is_file() and any(path.suffix == ".safetensors" for path in entries)
-    if entries and not (is_export and all(path.is_file() for path in entries)):
-        raise CheckpointError(f"{folder} exists and is no HF export: choose another place, or remove it yourself")
+    if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
+            "it yourself"
+        )
 
 
 def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int | float) -> None:

@@ -5,7 +5,6 @@ with the export. Everything is real: Megatron-Core, vLLM and Ray, on CPU. Everyt
 """
 
 import sys
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ import torch
 from smollm2 import ensure_model
 
 from astar_megatron import config
-from astar_megatron.cluster.cluster import Cluster, ClusterError
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.data.prompts import tokenizer
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import evaluate
-from astar_megatron.run import compute_type, prepare, start_engines, start_policy
+from astar_megatron.run import prepare, started
 from astar_megatron.sweep import show, sweep
 from astar_megatron.tracking import Tracker, plot_rewards, read_metrics
-from astar_megatron.train import train
+from astar_megatron.train import check, train
 
 
 def main(overrides: list[str]) -> None:
@@ -32,13 +31,8 @@ def main(overrides: list[str]) -> None:
     write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
     VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
-    with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
-        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
-        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
-        with tracker.progress("starting engine and policy", 1):
-            engines.start()
-            policy.start()
+    check(cfg, inputs)
+    with started(cfg, tracker) as (policy, engines):
         table = sweep(cfg, inputs, engines, tracker)
         show(table, tracker)
         before = evaluate(cfg, inputs, engines, tracker, "eval_before")

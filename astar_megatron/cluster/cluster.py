@@ -17,15 +17,13 @@ import ray
 from ray._private.worker import global_worker
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from astar_megatron.cluster.cores import available_cores
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
 _LOOPBACK = "127.0.0.1"
 _CLOSE_SECONDS = 20.0
-
-
-class ClusterError(RuntimeError):
-    """An actor that did not start, died or did not answer in time; the message names it and what it last said."""
 
 
 class Cluster:
@@ -37,6 +35,7 @@ class Cluster:
         self.num_nodes, self.num_gpus = 0, 0
 
     def __enter__(self) -> Self:
+        logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if self._cfg.address:
@@ -82,7 +81,7 @@ class Cluster:
 
         Policy and engines take turns, so each side may use all cores.
         """
-        return self._cfg.threads or max(1, len(os.sched_getaffinity(0)) // actors_on_this_side)
+        return self._cfg.threads or max(1, int(available_cores()) // actors_on_this_side)
 
     def close(self, what: str, references: Sequence[Any]) -> None:
         """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""

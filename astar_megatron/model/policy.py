@@ -37,6 +37,7 @@ from astar_megatron.model.statistics import StepRecord
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
+from conversion.megatron import check_tensors
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
@@ -98,6 +99,7 @@ class PolicyRank:
         config = transformer_config(self.model, self.layout, self._dtype, self.backend)
         part = build(self.model, config, self.backend)
         tensors = {name: parameter.data for name, parameter in part.named_parameters()}
+        check_tensors(self.model, self.layout, self.rank, tensors)
         hf.load(self._path, plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout)), self.rank, tensors)
         self._reference = Reference(self.model, config, tensors, self.backend)
         self._part = part
@@ -143,7 +145,7 @@ class PolicyRank:
         clock = time.perf_counter()
         groups = [list(self._micro_batches(batch, indices, options)) for indices in _mini_batches(batch, options)]
         references = [self._reference.score([pack for _, pack in group], options.temperature) for group in groups]
-        record = StepRecord(batch, options.mini_batch_size, self.backend.device)
+        record = StepRecord(batch, options, self.backend.device)
         record.seconds["reference"] = time.perf_counter() - clock
         clock = time.perf_counter()
         for group, reference in zip(groups, references, strict=True):

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from astar_megatron.types import RolloutBatch, StepStats
+from astar_megatron.algorithm.metrics import regression
+from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 
 _LOGPROB, _REFERENCE, _LOSS = range(3)
 
@@ -18,8 +19,8 @@ _LOGPROB, _REFERENCE, _LOSS = range(3)
 class StepRecord:
     """Rows of one step, filled on the last stage while its losses are computed."""
 
-    def __init__(self, batch: RolloutBatch, mini_batch_size: int, device: torch.device) -> None:
-        self._batch, self._mini_batch_size, self._device = batch, mini_batch_size, device
+    def __init__(self, batch: RolloutBatch, options: StepOptions, device: torch.device) -> None:
+        self._batch, self._options, self._device = batch, options, device
         self._rows = torch.zeros(len(batch), 3, dtype=torch.float64)
         self.grad_norms: list[float] = []
         self.seconds: dict[str, float] = {}
@@ -43,13 +44,16 @@ class StepRecord:
             return None
         batch, rows = self._batch, self._rows
         logratio = rows[:, _LOGPROB] - rows[:, _REFERENCE]
+        line = regression(batch.reward - batch.v_star, self._options.beta2 * logratio)
         return StepStats(
             loss=float(rows[:, _LOSS].mean()),
             grad_norm=sum(self.grad_norms) / len(self.grad_norms),
             logratio_mean=float(logratio.mean()),
             logratio_std=float(logratio.std(correction=0)),
             logratio_max=float(logratio.abs().max()),
-            engine_gap=float((rows[:, _LOGPROB] - batch.rollout_logprob)[: self._mini_batch_size].mean()),
+            slope=line.slope,
+            r_squared=line.r_squared,
+            engine_gap=float((rows[:, _LOGPROB] - batch.rollout_logprob)[: self._options.mini_batch_size].mean()),
             tokens=sum(len(ids) for ids in batch.token_ids),
             response_tokens=batch.response_tokens(),
             seconds=dict(self.seconds),

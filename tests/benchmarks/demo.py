@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,8 +29,7 @@ ROOT = HERE.parent.parent
 def ours(steps: int) -> dict[str, Any]:
     """Start-up, stage 1 and the median step of astar-megatron, seconds."""
     from astar_megatron import config
-    from astar_megatron.cluster.cluster import Cluster
-    from astar_megatron.run import compute_type, prepare, start_engines, start_policy
+    from astar_megatron.run import prepare, started
     from astar_megatron.sweep import sweep
     from astar_megatron.tracking import Tracker, read_metrics
     from astar_megatron.train import train
@@ -39,21 +38,17 @@ def ours(steps: int) -> dict[str, Any]:
         cfg = config.load(ROOT / "configs/demo.yaml", [f"run_dir={folder}", f"train.num_steps={steps}"])
         tracker, start = Tracker(cfg.run_dir), time.perf_counter()
         inputs = prepare(cfg)
-        cluster = stack.enter_context(Cluster(cfg.cluster))
-        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
-        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
-        engines.start()
-        policy.start()
-        started = time.perf_counter()
+        policy, engines = stack.enter_context(started(cfg, tracker))
+        ready = time.perf_counter()
         sweep(cfg, inputs, engines, tracker)
         swept = time.perf_counter()
         train(cfg, inputs, policy, engines, tracker)
         seconds = [line["seconds"] for line in read_metrics(folder)]
         parts = ("generate", "score", "reference", "policy", "publish")
         return {
-            "dtype": compute_type(cfg, cluster)[0],
-            "start_up": started - start,
-            "stage_1": swept - started,
+            "dtype": policy.dtype,
+            "start_up": ready - start,
+            "stage_1": swept - ready,
             "step": median(one["total"] for one in seconds),
             "step_parts": {part: median(one[part] for one in seconds) for part in parts},
             "driver_share": median(1 - sum(one[part] for part in parts) / one["total"] for one in seconds),
@@ -69,9 +64,9 @@ def peer(trl: Path, steps: int) -> dict[str, Any]:
 
 
 def floor(dtype: str) -> dict[str, Any]:
-    """Stage 1's generation by vLLM alone, in-process, second of two passes, seconds."""
-    lines = _run([str(HERE / "vllm_floor.py"), dtype])
-    return {"dtype": dtype, "stage_1": float(lines[-1].split()[1])}
+    """The generation of stage 1 and of a step by vLLM alone, in-process, after a warm-up, seconds."""
+    lines = [line.split() for line in _run([str(HERE / "vllm_floor.py"), dtype])]
+    return {"dtype": dtype} | {name: float(seconds) for _, name, seconds in lines if name != "warm-up"}
 
 
 def _step(line: str) -> float:

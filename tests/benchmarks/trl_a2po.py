@@ -10,7 +10,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 import torch
-from datasets import Dataset
+from datasets import Dataset  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.a2po import A2POConfig, A2POTrainer  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,4 @@
-"""vLLM alone on the demo's stage 1, in-process: `vllm_floor.py DTYPE`; called by demo.py."""
+"""vLLM alone on the demo's stage 1 and on one step's rollouts, in-process: `vllm_floor.py DTYPE`; called by demo.py."""
 
 import os
 import sys
@@ -38,10 +38,11 @@ def main(dtype: str) -> None:
         )
         for row in one_digit_additions()
     ]
-    for seed in (1, 2):
+    for name, samples in (("warm-up", 1), ("stage_1", 8), ("generate", 1)):
+        llm.reset_prefix_cache()
         start = time.perf_counter()
-        llm.generate(prompts, SamplingParams(n=8, temperature=1.0, max_tokens=24, seed=seed), use_tqdm=False)
-        print(f"floor {time.perf_counter() - start:.1f}", flush=True)
+        llm.generate(prompts, SamplingParams(n=samples, temperature=1.0, max_tokens=24, seed=samples), use_tqdm=False)
+        print(f"floor {name} {time.perf_counter() - start:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from astar_megatron.cluster.cluster import Cluster, ClusterError
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import ClusterConfig
 
 

