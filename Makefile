@@ -2,13 +2,16 @@
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
 ARGS ?=
+# Of a GPU machine: one with torch and Triton is enough, and nothing is installed.
+GPU_PYTHON ?= python3
+GPU_JSON ?=
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all gpu-check lint format clean
 
 help:
 	@echo "make demo   A*PO from start to end on this machine's CPU: sweep, training, evaluation, export (runs/demo)"
 	@echo "make test   the test suite; 'make test ARGS=\"tests/test_config.py -k base\"' runs a part of it"
-	@echo "Others: setup, test-all (slow ones too), lint, format, clean"
+	@echo "Others: setup, test-all (slow ones too), gpu-check (on a GPU machine), lint, format, clean"
 
 setup:
 	@.ci/setup
@@ -21,6 +24,14 @@ test: setup
 
 test-all: setup
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "" $(ARGS)
+
+# Under 8 minutes: what only a GPU shows, with the python that has torch there; then the head's table. A test whose
+# packages are missing is skipped by name.
+gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
+gpu-check: export PYTHONWARNINGS := ignore
+gpu-check:
+	$(GPU_PYTHON) -m pytest -m gpu -rs tests/model $(ARGS)
+	$(GPU_PYTHON) tests/benchmarks/gpu_head.py $(if $(GPU_JSON),--json $(GPU_JSON))
 
 lint: setup
 	$(PYTHON) -m ruff check .

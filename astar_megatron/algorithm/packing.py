@@ -36,6 +36,11 @@ class PackedBatch:
     sequence: torch.Tensor  # [R] int64, which of the B sequences
     num_sequences: int  # B, those with an empty response included
 
+    @property
+    def response_lengths(self) -> tuple[int, ...]:
+        """How many of the R response tokens each of the B sequences has; they lie in the sequences' order."""
+        return tuple(self.sequence.bincount(minlength=self.num_sequences).tolist())
+
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
     """Return the indices of the sequences of each micro-batch: every sequence once, heaviest micro-batch first.

@@ -9,7 +9,7 @@ from typing import Any
 
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import OptimConfig, ParallelConfig
-from astar_megatron.model.backend import environment
+from astar_megatron.model.backend import environment, uses_transformer_engine
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion.tiles import ParallelLayout
 
@@ -45,7 +45,7 @@ class PolicyGroup:
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
             data=parallel.data,
-            fused_norms=cluster.num_gpus > 0,  # Transformer Engine's layers hold the norms inside their linears
+            fused_norms=uses_transformer_engine(cluster.num_gpus),  # its layers hold the norms inside their linears
         )
         self._cluster = cluster
         env = environment(

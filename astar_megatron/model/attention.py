@@ -1,8 +1,8 @@
-"""Attention and rotary positions of the CPU lane, for packs of sequences that may share one prefix.
+"""Attention and rotary positions without Transformer Engine, for packs of sequences that may share one prefix.
 
 A pack is one stream of T tokens: [prefix P | own part of sequence 0 | own part of sequence 1 | ...]; sequence b is the
 prefix followed by its own part. Megatron's local attention knows neither packs nor shared prefixes; these two modules
-replace its core attention and its rotary embedding. On a GPU Transformer Engine's own are used, without sharing.
+replace its core attention and its rotary embedding. Transformer Engine's own, where used, don't share a prefix.
 Leaves out: context parallelism, attention dropout.
 
 Shapes: T packed tokens, P prefix tokens, B sequences, S longest own part, h heads, g key-value heads, d head size.
@@ -41,7 +41,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
 
     def forward(self, positions: Tensor, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return [T, 1, 1, d] angles of the [T] positions."""
-        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq.to(positions.device))
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 

@@ -1,10 +1,11 @@
-"""THE switch: CPU (gloo, megatron's local layers) or CUDA (nccl, Transformer Engine), with the reason in words.
+"""THE switch: CPU (gloo) or CUDA (nccl), megatron's local layers or Transformer Engine's, with the reason in words.
 
 Everything that depends on the device and is not the engine's is decided here once a process; other code asks a Backend.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,12 @@ from astar_megatron.model import cpu_shim
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """What a Megatron rank runs on.
-
-    `shares_prefix`: the attention can keep a prefix that all sequences of a pack share once (model/attention.py).
-    """
+    """What a Megatron rank runs on."""
 
     name: Literal["cpu", "cuda"]
     collectives: Literal["gloo", "nccl"]
+    uses_transformer_engine: bool  # its layers and attention; else megatron's local layers and model/attention.py
+    has_triton: bool  # and a device to run its kernels on
     reason: str
 
     @property
@@ -29,18 +29,16 @@ class Backend:
 
     @property
     def shares_prefix(self) -> bool:
-        return self.name == "cpu"
-
-    @property
-    def uses_transformer_engine(self) -> bool:
-        return self.name == "cuda"
+        """The attention can keep a prefix that all sequences of a pack share once (model/attention.py)."""
+        return not self.uses_transformer_engine
 
     def transformer_options(self) -> dict[str, Any]:
         """Return TransformerConfig options that this device needs, none of which changes the model."""
-        if self.name == "cuda":
+        if self.uses_transformer_engine:
             return {}
         return {
-            "use_cpu_initialization": True,
+            "use_cpu_initialization": self.name == "cpu",
+            # What follows needs kernels of Transformer Engine or apex.
             "gradient_accumulation_fusion": False,
             "masked_softmax_fusion": False,
             "bias_dropout_fusion": False,
@@ -52,15 +50,37 @@ class Backend:
 
 @cache
 def choose() -> Backend:
-    """Return this process's backend; on a machine without CUDA it also makes megatron-core run there.
+    """Return this process's backend; where CUDA or Transformer Engine lacks it also makes megatron-core run there.
 
     Call in the thread that builds and runs the model, before megatron is imported elsewhere in it.
     """
-    if torch.cuda.is_available():
-        torch.cuda.set_device(0)  # Ray shows a rank only its own GPU
-        return Backend(name="cuda", collectives="nccl", reason=f"CUDA device {torch.cuda.get_device_name(0)}")
-    cpu_shim.install()
-    return Backend(name="cpu", collectives="gloo", reason=f"torch {torch.__version__} sees no CUDA device")
+    if not torch.cuda.is_available():
+        cpu_shim.install()
+        return Backend(
+            name="cpu",
+            collectives="gloo",
+            uses_transformer_engine=False,
+            has_triton=False,
+            reason=f"torch {torch.__version__} sees no CUDA device",
+        )
+    torch.cuda.set_device(0)  # Ray shows a rank only its own GPU
+    engine, triton = uses_transformer_engine(num_gpus=1), find_spec("triton") is not None
+    if not engine:
+        cpu_shim.repair_optimizer_state()
+    return Backend(
+        name="cuda",
+        collectives="nccl",
+        uses_transformer_engine=engine,
+        has_triton=triton,
+        reason=f"CUDA device {torch.cuda.get_device_name(0)}; "
+        + ("Transformer Engine; " if engine else "no Transformer Engine: megatron's local layers and optimizer; ")
+        + ("the head in Triton" if triton else "no Triton: the head in plain torch"),
+    )
+
+
+def uses_transformer_engine(num_gpus: int) -> bool:
+    """Say whether ranks with GPUs, on machines installed like this one, build Transformer Engine's layers."""
+    return num_gpus > 0 and find_spec("transformer_engine") is not None
 
 
 def environment(*, num_gpus: int, threads: int, num_nodes: int) -> dict[str, str]:

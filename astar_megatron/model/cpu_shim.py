@@ -1,4 +1,4 @@
-"""Makes megatron-core 0.19 run without CUDA, over gloo. Imported by backend.py alone, and only where there is no GPU.
+"""Makes megatron-core 0.19 run without CUDA, over gloo. Imported by backend.py alone.
 
 Megatron assumes CUDA in three ways: it calls torch.cuda, it writes device="cuda", and it patches its own random
 state and optimizer code around CUDA or Transformer Engine. Each part below names the failure that it prevents.
@@ -80,7 +80,7 @@ def install() -> None:
     _installed.__enter__()
     _patch_random()  # 3
     _patch_moe()  # 4
-    _patch_optimizer_state()  # 5
+    repair_optimizer_state()  # 5
 
 
 def _patch_torch_cuda() -> None:
@@ -134,8 +134,11 @@ def _patch_moe() -> None:
     utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
-def _patch_optimizer_state() -> None:
-    """Part 5: over torch's AdamW a load shares ONE `step` among all parameters and then advances it once for each."""
+def repair_optimizer_state() -> None:
+    """Part 5: over torch's AdamW a load shares ONE `step` among all parameters and then advances it once for each.
+
+    Needed on a GPU too where neither Transformer Engine nor apex brings an optimizer.
+    """
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:

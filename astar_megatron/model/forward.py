@@ -1,10 +1,10 @@
 """Runs packs through a Megatron model with its own schedule: scoring without gradients, and the loss with them.
 
-The schedule divides what the loss function returns by the number of micro-batches IN PLACE, and
-DistributedDataParallel averages gradients over data-parallel ranks; `run_loss` undoes both, so a caller writes the
-plain sum of its sequences' losses.
+The loss is computed by the model's head (head/), which forms its gradient sequence by sequence. The schedule divides
+it by the number of micro-batches IN PLACE, and DistributedDataParallel averages gradients over data-parallel ranks;
+`run_loss` undoes both, so a caller writes the plain losses of its sequences.
 
-Shapes: T stream positions, R response positions, B sequences of one pack.
+Shapes: T stream positions, R response positions, B sequences of one pack, b of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,8 @@ from torch import Tensor
 from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.attention import PackedSequences
 from astar_megatron.model.backend import Backend
-from astar_megatron.model.head import HeadInputs, response_logprobs
+from astar_megatron.model.head import output
+from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary
 
 
 def run_scoring(
@@ -39,36 +40,31 @@ def run_scoring(
 
     inputs = _Inputs(vocab_size, temperature, backend)
     with torch.no_grad():
-        _schedule(module, packs, partial(_forward_step, inputs, lambda _: collect), forward_only=True)
+        _schedule(module, packs, partial(_forward_step, inputs, None, collect), forward_only=True)
     return collected
 
 
 def run_loss(
     module: Any,
     packs: Sequence[PackedBatch],
-    loss: Callable[[int, Tensor], Tensor],
+    loss: Callable[[int, slice, Tensor], Tensor],
     *,
     vocab_size: int,
     temperature: float,
     backend: Backend,
 ) -> None:
-    """Accumulate the gradient of sum over packs i of `loss(i, logprobs [R])`, a scalar; called on the last stage.
+    """Accumulate the gradient of the sum of all sequences' losses over the packs of ALL data-parallel ranks.
 
-    Collective over tensor and pipeline ranks. The sum runs over the packs of ALL data-parallel ranks.
+    `loss(i, sequences, sums)` returns the losses [b] of the slice `sequences` of pack i from the sums [b] of their
+    log-probs (nats). It is called on the last stage, once for each sequence. Collective over tensor and pipeline ranks.
     """
     scale = len(packs) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
-    def scaled(index: int, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return loss(index, logprobs) * scale, {}
+    def scaled(total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return total * scale, {}
 
     inputs = _Inputs(vocab_size, temperature, backend)
-    _schedule(module, packs, partial(_forward_step, inputs, lambda i: partial(scaled, i)), forward_only=False)
-
-
-def sequence_sums(packed: PackedBatch, logprobs: Tensor) -> Tensor:
-    """Return [B], the sum of each sequence's [R] response log-probs; 0 for an empty response."""
-    sums = logprobs.new_zeros(packed.num_sequences)
-    return sums.index_add(0, packed.sequence.to(logprobs.device), logprobs)
+    _schedule(module, packs, partial(_forward_step, inputs, loss, scaled), forward_only=False)
 
 
 class _Inputs:
@@ -76,33 +72,45 @@ class _Inputs:
 
     def __init__(self, vocab_size: int, temperature: float, backend: Backend) -> None:
         self.vocab_size, self.temperature, self.backend = vocab_size, temperature, backend
+        self.head = output.choose(backend)
 
-    def model_arguments(self, packed: PackedBatch, padded_vocab: int) -> dict[str, Any]:
+    def model_arguments(self, packed: PackedBatch, padded_vocab: int, loss: SequenceLoss | None) -> dict[str, Any]:
         device = self.backend.device
         columns = padded_vocab // parallel_state.get_tensor_model_parallel_world_size()
-        head = HeadInputs(
-            positions=packed.target_positions.to(device),
-            targets=packed.targets.to(device),
+        vocabulary = Vocabulary(
+            size=self.vocab_size,
             temperature=self.temperature,
-            vocab_size=self.vocab_size,
             first_column=columns * parallel_state.get_tensor_model_parallel_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
         )
         return {
             "input_ids": packed.token_ids[None].to(device),
             "position_ids": packed.position_ids[None].to(device),
             "attention_mask": None,
             "packed_seq_params": _packed_sequences(packed, self.backend),
-            "output_processor": response_logprobs,
-            "output_processor_context": head,
+            "output_processor": output.head_output,
+            "output_processor_context": output.HeadInputs(
+                head=self.head,
+                positions=packed.target_positions.to(device),
+                responses=Responses(targets=packed.targets.to(device), lengths=packed.response_lengths),
+                vocabulary=vocabulary,
+                loss=loss,
+            ),
         }
 
 
 def _forward_step(
-    inputs: _Inputs, loss_of: Callable[[int], Any], iterator: Any, module: Any, *_: Any
+    inputs: _Inputs,
+    loss: Callable[[int, slice, Tensor], Tensor] | None,
+    finish: Callable[..., Any],
+    iterator: Any,
+    module: Any,
+    *_: Any,
 ) -> tuple[Tensor, Any]:
     index, packed = next(iterator)
     padded_vocab = _innermost(module).vocab_size
-    return module(**inputs.model_arguments(packed, padded_vocab)), loss_of(index)
+    pack_loss = None if loss is None else partial(loss, index)
+    return module(**inputs.model_arguments(packed, padded_vocab, pack_loss)), finish
 
 
 def _schedule(module: Any, packs: Sequence[PackedBatch], forward_step: Any, *, forward_only: bool) -> None:

@@ -33,7 +33,7 @@ from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import build, in_compute_type, transformer_config
-from astar_megatron.model.forward import run_loss, run_scoring, sequence_sums
+from astar_megatron.model.forward import run_loss, run_scoring
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.statistics import StepRecord
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
@@ -173,12 +173,11 @@ class PolicyRank:
     ) -> None:
         advantage = (batch.reward - batch.v_star).float().to(self.backend.device)
 
-        def loss(index: int, logprobs: Tensor) -> Tensor:
-            indices, packed = group[index]
-            sums = sequence_sums(packed, logprobs)
-            losses = astar_loss(sums, reference[index], advantage[indices], options.beta2)
-            record.add(indices, sums, reference[index], losses)
-            return losses.sum() / options.mini_batch_size
+        def loss(index: int, sequences: slice, sums: Tensor) -> Tensor:
+            indices = group[index][0][sequences]
+            losses = astar_loss(sums, reference[index][sequences], advantage[indices], options.beta2)
+            record.add(indices, sums, reference[index][sequences], losses)
+            return losses / options.mini_batch_size
 
         run_loss(
             self._module,

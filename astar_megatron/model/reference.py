@@ -10,7 +10,8 @@ from torch import Tensor
 from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.backend import Backend
 from astar_megatron.model.build import build, in_compute_type
-from astar_megatron.model.forward import run_scoring, sequence_sums
+from astar_megatron.model.forward import run_scoring
+from astar_megatron.model.head.interface import sequence_sums
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
 
@@ -44,4 +45,4 @@ class Reference:
             temperature=temperature,
             backend=self._backend,
         )
-        return [sequence_sums(packed, values) for packed, values in zip(packs, logprobs, strict=False)]
+        return [sequence_sums(values, packed.response_lengths) for packed, values in zip(packs, logprobs, strict=False)]

@@ -50,6 +50,22 @@ def _start(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
     return policy
 
 
+def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any, num_ranks: int) -> Any:
+    """Return how far a head is from float64, and scoring from training, when ranks share the vocabulary."""
+    import head_cases
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)  # type: ignore[attr-defined]
+    if rank == 0:
+        pipe.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    try:
+        share: Any = {"rank": rank, "num_ranks": num_ranks, "group": dist.group.WORLD}
+        return head_cases.errors(head, case, **share), head_cases.scoring_gap(head, case, **share)
+    finally:
+        dist.destroy_process_group()
+
+
 def _options(job: Job, size: int) -> Any:
     from astar_megatron.types import StepOptions
 

@@ -1,0 +1,290 @@
+"""The head without [R, V] logits: tiles of them, made by one of two sets of kernels (chunked.py, triton_kernels.py).
+
+The log-prob of a target is its logit minus ln of the sum of exp over the vocabulary; tiles and tensor-parallel ranks
+bring partial sums, each with the maximum it was taken relative to. The gradient of sum_i c_i ln p_i is
+c_i (onehot - p) / temperature for each row of logits, and has two ways to be formed:
+
+- `token_logprobs` keeps one normaliser a token and makes the tiles AGAIN in the backward pass (four matrix products).
+- `sequence_loss` takes as many sequences at a time as the kernels keep logits for, learns their c from the loss, and
+  forms their gradient AT ONCE, in the forward pass (three products). The backward pass only scales it. A sequence that
+  is too long for that has its tiles made again, in the same place.
+
+Both see tiles of the same sizes for the same pack, with and without gradients: policy and reference with the same
+weights have bitwise the same log-probs. Leaves out: sequence and context parallelism (hidden states must be whole).
+
+Shapes: R response positions, r rows of one group of sequences, v columns of one tile, H hidden, V columns of the rank.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check, sequence_sums
+from astar_megatron.model.head.ranks import reduced, shared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """What one tile of logits is made of: scale * hidden @ weight.T."""
+
+    hidden: Tensor  # [r, H]
+    weight: Tensor  # [v, H], no padding
+    targets: Tensor  # [r] column in this tile; outside 0..v-1 if the target is in another
+    scale: float  # 1 / temperature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """What the softmax needs to know of one or more tiles; n partial sums a row."""
+
+    maxima: Tensor  # [n, r]
+    totals: Tensor  # [n, r], of exp(logit - maximum)
+    weighted: Tensor | None  # [n, r], of logit * exp(logit - maximum), where the entropy is asked for
+    target: Tensor  # [r], the target's logit, 0 where the target is not in these tiles
+    kept: Tensor | None = None  # [r, v] exp(logit - maximum) of one tile
+
+
+class Kernels(Protocol):
+    """How tiles are computed."""
+
+    def num_rows_kept(self, weight: Tensor) -> int:
+        """Return how many rows of logits over the whole [V, H] weight may lie in memory."""
+        ...
+
+    def width(self, num_rows: int, weight: Tensor, *, keep: bool) -> int:
+        """Return the columns of one tile of `num_rows` rows; equal with and without `keep` if rounding needs that."""
+        ...
+
+    def sums(self, tile: Tile, *, keep: bool, entropy: bool) -> Sums: ...
+
+    def gradient(self, tile: Tile, sums: Sums, normaliser: Tensor, slope: Tensor) -> Tensor:
+        """Return slope * (onehot - softmax) [r, v] for the matrix products, in place of `sums.kept`."""
+        ...
+
+
+class FusedHead:
+    """See interface.Head."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def token_logprobs(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
+        check(hidden, weight, responses, vocabulary)
+        work = _Work(self._kernels, weight, responses, vocabulary)
+        return _TokenLogprobs.apply(shared(hidden, vocabulary.group), weight, work)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def token_entropy(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
+        check(hidden, weight, responses, vocabulary)
+        work = _Work(self._kernels, weight, responses, vocabulary)
+        found = [work.forward(hidden, weight, group, entropy=True).entropy for group in work.groups]
+        return torch.cat([part for part in found if part is not None]) if found else hidden.new_zeros(0).float()
+
+    def sequence_loss(
+        self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss
+    ) -> Tensor:
+        check(hidden, weight, responses, vocabulary)
+        work = _Work(self._kernels, weight, responses, vocabulary)
+        return _SequenceLoss.apply(shared(hidden, vocabulary.group), weight, work, loss)  # type: ignore[return-value]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: "_Work") -> Tensor:
+        found = [work.forward(hidden, weight, group) for group in work.groups]
+        ctx.work = work
+        ctx.save_for_backward(hidden, weight, _joined([part.normaliser for part in found], hidden))
+        return _joined([part.logprobs for part in found], hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        hidden, weight, normaliser = ctx.saved_tensors
+        work: _Work = ctx.work
+        everything = Group(slice(0, len(work.responses.lengths)), slice(0, len(hidden)), fits=False)
+        gradients = _Gradients(hidden, weight, several=False)
+        work.backward(hidden, weight, everything, None, normaliser, slopes[0], gradients)
+        return *gradients.finished(), None
+
+
+class _SequenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: "_Work", loss: SequenceLoss) -> Tensor:
+        gradients = _Gradients(hidden, weight, several=len(work.groups) > 1)
+        total = torch.zeros((), device=hidden.device)
+        for group in work.groups:
+            lengths = work.responses.lengths[group.sequences]
+            done = work.forward(hidden, weight, group, keep=group.fits)
+            losses, slopes = _losses_and_slopes(loss, group.sequences, sequence_sums(done.logprobs, lengths))
+            total += losses.sum()
+            slopes = slopes.repeat_interleave(torch.tensor(lengths, device=slopes.device), output_size=sum(lengths))
+            work.backward(hidden, weight, group, done.kept, done.normaliser, slopes, gradients)
+        ctx.gradients = gradients.finished()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Any) -> Any:
+        assert ctx.gradients is not None, "the gradient was formed once and is given once: no retain_graph here"
+        hidden, weight = ctx.gradients
+        ctx.gradients = None
+        return hidden.mul_(scales[0]), weight.mul_(scales[0]), None, None
+
+
+def _losses_and_slopes(loss: SequenceLoss, sequences: slice, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses [b] and their derivatives by the sums [b]."""
+    with torch.enable_grad():
+        sums = sums.detach().requires_grad_()
+        losses = loss(sequences, sums)
+        (slopes,) = torch.autograd.grad(losses.sum(), sums)
+    return losses.detach(), slopes
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive sequences of a pack that are computed together, and their rows."""
+
+    sequences: slice
+    rows: slice
+    fits: bool  # their logits may be kept
+
+
+def groups(lengths: tuple[int, ...], num_rows_kept: int) -> Iterator[Group]:
+    """Yield all sequences in order: as many at a time as `num_rows_kept` rows hold; a longer one alone."""
+    first = start = end = 0
+    for index, length in enumerate(lengths):
+        if index > first and end + length - start > num_rows_kept:
+            yield Group(slice(first, index), slice(start, end), end - start <= num_rows_kept)
+            first, start = index, end
+        end += length
+    if lengths:
+        yield Group(slice(first, len(lengths)), slice(start, end), end - start <= num_rows_kept)
+
+
+class _Done(NamedTuple):
+    """The forward pass of a group."""
+
+    logprobs: Tensor  # [r]
+    normaliser: Tensor  # [r]
+    entropy: Tensor | None  # [r]
+    kept: list[Sums] | None  # of each tile
+
+
+class _Work:
+    """One pack's way through the kernels."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> None:
+        self.responses, self._kernels, self._vocabulary = responses, kernels, vocabulary
+        # Of the padded weight, whose size all ranks share: they must form the same groups.
+        self.groups = list(groups(responses.lengths, kernels.num_rows_kept(weight)))
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool = False, entropy: bool = False
+    ) -> _Done:
+        found = []
+        for _, tile in self._tiles(hidden, weight, group, keep=keep):
+            found.append(self._kernels.sums(tile, keep=keep, entropy=entropy))
+        if not found:  # no rows, or no tokens on this rank
+            found = [_no_sums(group.rows.stop - group.rows.start, hidden.device, entropy=entropy)]
+        return _Done(*_merged(found, self._vocabulary.group), found if keep else None)
+
+    def backward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        group: Group,
+        kept: list[Sums] | None,
+        normaliser: Tensor,
+        slopes: Tensor,
+        gradients: "_Gradients",
+    ) -> None:
+        """Add the gradient of sum_i slopes_i * logprob_i over the group's rows i to `gradients`."""
+        slopes = slopes / self._vocabulary.temperature
+        for index, (columns, tile) in enumerate(self._tiles(hidden, weight, group, keep=True)):
+            sums = kept[index] if kept else self._kernels.sums(tile, keep=True, entropy=False)
+            gradients.add(group.rows, columns, tile, self._kernels.gradient(tile, sums, normaliser, slopes))
+        gradients.is_fresh &= group.rows.start == group.rows.stop
+
+    def _tiles(self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool) -> Iterator[tuple[slice, Tile]]:
+        rows = hidden.detach()[group.rows]
+        real = weight.detach()[: self._vocabulary.real_columns(weight)]
+        targets = self.responses.targets[group.rows] - self._vocabulary.first_column
+        if not len(rows):
+            return
+        width = self._kernels.width(len(rows), weight, keep=keep)
+        for start in range(0, len(real), width):
+            columns = slice(start, min(start + width, len(real)))
+            yield (
+                columns,
+                Tile(
+                    hidden=rows,
+                    weight=real[columns],
+                    targets=targets - start,
+                    scale=1.0 / self._vocabulary.temperature,
+                ),
+            )
+
+
+class _Gradients:
+    """The gradients of hidden states and weight while they are summed over groups and tiles."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, *, several: bool) -> None:
+        self._dtype = weight.dtype
+        self._hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        once = not several and weight.device.type != "cpu"  # every row is written by one product
+        self._weight = torch.empty(weight.shape, dtype=weight.dtype if once else torch.float32, device=weight.device)
+        self._num_columns = 0  # written so far: padding never is
+        self.is_fresh = True  # no group has been added
+
+    def add(self, rows: slice, columns: slice, tile: Tile, gradient: Tensor) -> None:
+        """Add what the gradient [r, v] of a tile's logits makes of hidden states and weight."""
+        add_product(self._hidden[rows], gradient, tile.weight)
+        add_product(self._weight[columns], gradient.t(), tile.hidden, fresh=self.is_fresh)
+        self._num_columns = max(self._num_columns, columns.stop)
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        self._weight[self._num_columns :].zero_()
+        return self._hidden.to(self._dtype), self._weight.to(self._dtype)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False, scale: float = 1.0) -> None:
+    """Add scale * a @ b to `out`, float32 or the factors' type, summing in float32; `fresh` overwrites it instead."""
+    beta = 0.0 if fresh else 1.0
+    if a.device.type == "cpu":
+        a, b = a.float(), b.float()  # a CPU's bfloat16 product rounds its result to bfloat16
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=scale, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)  # type: ignore[call-overload]
+
+
+def _merged(found: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return log-probs, normalisers and (if its sums are there) entropies [r] of all tiles of all ranks."""
+    maxima = torch.cat([sums.maxima for sums in found])  # [n, r]
+    maximum = reduced(maxima.amax(0), group, ReduceOp.MAX)
+    factors = maxima.sub_(maximum).exp_()
+    parts = [
+        torch.cat([sums.totals for sums in found]).mul_(factors).sum(0),
+        torch.stack([sums.target for sums in found]).sum(0),
+    ]
+    weighted = [sums.weighted for sums in found if sums.weighted is not None]
+    if weighted:
+        parts.append(torch.cat(weighted).mul_(factors).sum(0))
+    total, target, *rest = reduced(torch.stack(parts), group)
+    normaliser = maximum + total.log()
+    return target - normaliser, normaliser, normaliser - rest[0] / total if rest else None
+
+
+def _no_sums(num_rows: int, device: torch.device, *, entropy: bool) -> Sums:
+    zeros = torch.zeros(1, num_rows, device=device)
+    weighted = zeros.clone() if entropy else None
+    return Sums(
+        maxima=torch.full_like(zeros, -math.inf), totals=zeros, weighted=weighted, target=torch.zeros_like(zeros[0])
+    )
+
+
+def _joined(parts: list[Tensor], hidden: Tensor) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)

@@ -1,0 +1,83 @@
+"""What every implementation of the head takes and gives.
+
+Shapes: R response positions of a pack, B its sequences, H hidden, V vocabulary columns of this rank (padding included).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# The losses [b] of some sequences of a pack: `loss(sequences, sums)` gets which ones, as a slice of the pack's, and the
+# sums [b] of their response log-probs (nats). Called once for every sequence, in order.
+SequenceLoss = Callable[[slice, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What the columns of this rank's output weight mean, and the sampling temperature that divides the logits."""
+
+    size: int  # real tokens; columns beyond are padding and get no probability
+    temperature: float = 1.0
+    first_column: int = 0  # of this rank
+    group: ProcessGroup | None = None  # the ranks that hold the other columns, if any
+
+    def real_columns(self, weight: Tensor) -> int:
+        """How many of the [V, H] weight's rows are tokens; 0 on a rank that holds nothing but padding."""
+        return max(0, min(weight.size(0), self.size - self.first_column))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """The target tokens [R] of a pack, sequence after sequence, and how many each of its B sequences has."""
+
+    targets: Tensor
+    lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert sum(self.lengths) == len(self.targets), (self.lengths, self.targets.shape)
+
+
+class Head(Protocol):
+    """Hidden states [R, H] and output weight [V, H], both float32 or both bfloat16, to log-probs in nats, float32.
+
+    All methods are collective over `vocabulary.group`, and every rank of it gets the same result; hidden states are
+    the same on all of them, and so is their gradient.
+    """
+
+    def token_logprobs(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
+        """Return the log-probs [R] of the targets, differentiable."""
+        ...
+
+    def token_entropy(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
+        """Return the entropy [R] of the distribution each target was drawn from, a metric without gradients."""
+        ...
+
+    def sequence_loss(
+        self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss
+    ) -> Tensor:
+        """Return the sum of the sequences' losses, a differentiable scalar."""
+        ...
+
+
+def sequence_sums(logprobs: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Return [B], the sum of each sequence's part of the log-probs [R]; 0 for an empty response.
+
+    Each sequence alone and in float64: the sum is the same whatever lies beside it in the pack, on every device.
+    """
+    return torch.stack([part.double().sum() for part in logprobs.split(lengths)]).float()
+
+
+def check(hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> None:
+    """Raise ValueError where the inputs don't belong together."""
+    rows = (len(responses.targets), weight.size(-1))
+    if hidden.shape != rows or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"head: expected hidden states {rows} of {weight.dtype}, one row a target and the weight's width and type, "
+            f"got {tuple(hidden.shape)} of {hidden.dtype}"
+        )
+    if not vocabulary.temperature > 0:
+        raise ValueError(f"head: expected a temperature above 0, got {vocabulary.temperature}")

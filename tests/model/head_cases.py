@@ -1,0 +1,141 @@
+"""Cases of the LM head, and how far a head is from float64 in each. Runs in any process and on any device."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from astar_megatron.model.head.chunked import TorchKernels
+from astar_megatron.model.head.fused import FusedHead
+from astar_megatron.model.head.interface import Head, Responses, Vocabulary
+from astar_megatron.model.head.plain import PlainHead
+
+BETA2 = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pack of random hidden states. `kept_rows` is the memory: how many rows of logits may exist."""
+
+    lengths: tuple[int, ...] = (7, 12, 3, 19, 0, 5)
+    hidden: int = 48
+    columns: int = 263  # of all ranks together, padding included
+    size: int = 263
+    temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
+    kept_rows: int = 15
+
+
+def make(name: str, case: Case, num_ranks: int = 1) -> Head:
+    if name == "plain":
+        return PlainHead()
+    columns = case.columns // num_ranks
+    if name == "chunked":
+        return FusedHead(TorchKernels(4 * columns * case.kept_rows))
+    module = importlib.import_module("astar_megatron.model.head.triton_kernels")
+    return FusedHead(module.TritonKernels(case.dtype.itemsize * columns * case.kept_rows))
+
+
+def errors(
+    name: str, case: Case, device: str = "cpu", rank: int = 0, num_ranks: int = 1, group: ProcessGroup | None = None
+) -> dict[str, float]:
+    """Return |found - float64| / |float64| of everything a head computes, by this rank's part of the weight."""
+    inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
+    head = make(name, case, num_ranks)
+    wanted, found = inputs.expected(), inputs.found(head)
+    assert wanted.keys() == found.keys()
+    for key, tensor in found.items():
+        assert tensor.shape == wanted[key].shape, key
+    return {key: _distance(tensor, wanted[key]) for key, tensor in found.items()}
+
+
+def scoring_gap(
+    name: str, case: Case, device: str = "cpu", rank: int = 0, num_ranks: int = 1, group: ProcessGroup | None = None
+) -> float:
+    """Return the largest difference between a sequence's sum as scored without gradients and as the loss is given."""
+    inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
+    return inputs.gap(make(name, case, num_ranks))
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    scale = wanted.norm().item()
+    return (found.double().cpu() - wanted).norm().item() / (scale if scale else 1.0)
+
+
+class _Inputs:
+    def __init__(self, case: Case, device: torch.device, rank: int, num_ranks: int, group: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows, columns = sum(case.lengths), case.columns // num_ranks
+        self.case, self.mine = case, slice(rank * columns, (rank + 1) * columns)
+        self.hidden = torch.randn(rows, case.hidden, generator=generator).to(case.dtype)
+        self.weight = (0.5 * torch.randn(case.columns, case.hidden, generator=generator)).to(case.dtype)
+        self.targets = torch.randint(case.size, (rows,), generator=generator)
+        self.slopes = torch.randn(rows, generator=generator)
+        self.reference = torch.randn(len(case.lengths), generator=generator).mul(9)
+        self.advantage = torch.randn(len(case.lengths), generator=generator)
+        self.responses = Responses(targets=self.targets.to(device), lengths=case.lengths)
+        self.vocabulary = Vocabulary(
+            size=case.size, temperature=case.temperature, first_column=self.mine.start, group=group
+        )
+        self.device = device
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        # A copy: the slice alone keeps the whole weight's storage, and the heads must not read past their part.
+        parts = self.hidden, self.weight[self.mine]
+        hidden, weight = (part.clone().to(self.device).requires_grad_() for part in parts)
+        return hidden, weight
+
+    def loss(self, sequences: slice, sums: Tensor) -> Tensor:
+        reference, advantage = (x[sequences].to(sums) for x in (self.reference, self.advantage))
+        return (BETA2 * (sums - reference) - advantage).square() / 7
+
+    def expected(self) -> dict[str, Tensor]:
+        """By the formulas, in float64, on one CPU."""
+        hidden, weight = self.hidden.double().requires_grad_(), self.weight.double().requires_grad_()
+        table = (hidden @ weight[: self.case.size].t() / self.case.temperature).log_softmax(1)
+        logprobs = table[torch.arange(len(hidden)), self.targets]
+        entropy = -(table.exp() * table).sum(1).detach()
+        token = torch.autograd.grad((logprobs * self.slopes).sum(), (hidden, weight), retain_graph=True)
+        sums = torch.stack([part.sum() for part in logprobs.split(self.case.lengths)])
+        loss = self.loss(slice(0, len(sums)), sums).sum()
+        sequence = torch.autograd.grad(3 * loss, (hidden, weight))
+        found = self._named(logprobs, entropy, loss, token, sequence)
+        return {name: tensor[self.mine] if "weight" in name else tensor for name, tensor in found.items()}
+
+    def found(self, head: Head) -> dict[str, Tensor]:
+        hidden, weight = self.leaves()
+        inputs: tuple[Any, Any, Any, Any] = hidden, weight, self.responses, self.vocabulary
+        logprobs = head.token_logprobs(*inputs)
+        token = torch.autograd.grad((logprobs * self.slopes.to(self.device)).sum(), (hidden, weight))
+        loss = head.sequence_loss(*inputs, self.loss)
+        sequence = torch.autograd.grad(3 * loss, (hidden, weight))
+        return self._named(logprobs, head.token_entropy(*inputs), loss, token, sequence)
+
+    def gap(self, head: Head) -> float:
+        seen: list[Tensor] = []
+
+        def remember(sequences: slice, sums: Tensor) -> Tensor:
+            seen.append(sums.detach())
+            return self.loss(sequences, sums)
+
+        hidden, weight = self.leaves()
+        head.sequence_loss(hidden, weight, self.responses, self.vocabulary, remember)
+        with torch.no_grad():
+            scores = head.token_logprobs(hidden, weight, self.responses, self.vocabulary)
+        scored = torch.stack([part.double().sum() for part in scores.split(self.case.lengths)]).float()
+        return (torch.cat(seen) - scored).abs().max().item()
+
+    @staticmethod
+    def _named(logprobs: Tensor, entropy: Tensor, loss: Tensor, token: Any, sequence: Any) -> dict[str, Tensor]:
+        return {
+            "logprobs": logprobs.detach(),
+            "entropy": entropy,
+            "loss": loss.detach(),
+            "recomputed hidden": token[0],
+            "recomputed weight": token[1],
+            "sequence hidden": sequence[0],
+            "sequence weight": sequence[1],
+        }

@@ -1,0 +1,193 @@
+"""Every implementation of the LM head computes what float64 does, and keeps no more logits than it may."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from head_cases import BETA2, Case, errors, make, scoring_gap
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from astar_megatron.model.head.fused import groups
+from astar_megatron.model.head.interface import Responses, Vocabulary
+from astar_megatron.model.head.output import HeadInputs, head_output
+
+CASES = {
+    "some sequences kept, some made again": Case(),
+    "all kept": Case(kept_rows=500),
+    "none kept": Case(kept_rows=1),
+    "temperature": Case(temperature=0.7, columns=264, size=264),
+    "padded vocabulary": Case(columns=320, size=263, hidden=80, temperature=1.3),
+    "several tiles wide": Case(columns=5003, size=5001, lengths=(9, 4, 30), kept_rows=14),
+    "no token": Case(lengths=(0, 0)),
+    "one token": Case(lengths=(1,)),
+}
+# Of float64's norm. Sums and products are in float32 for every input type; bfloat16 and float16 gradients are rounded.
+FLOAT32 = 2e-6
+GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def assert_close(found: dict[str, float], case: Case) -> None:
+    for name, error in found.items():
+        limit = GRADIENT[case.dtype] if name.endswith(("hidden", "weight")) else FLOAT32
+        assert error <= limit, f"{name}: {error} of float64's norm, {limit} allowed"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("head", ["plain", "chunked"])
+def test_log_probs_and_both_gradients_equal_float64(head: str, case: Case) -> None:
+    assert_close(errors(head, case), case)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_scoring_gives_bitwise_what_the_loss_is_given(case: Case) -> None:
+    assert scoring_gap("chunked", case) == 0.0
+
+
+def test_scoring_gives_bitwise_what_the_loss_is_given_by_the_triton_kernels(interpreted: Any) -> None:
+    assert interpreted(scoring_gap, "triton", Case()) == 0.0
+
+
+def test_chunked_sums_bfloat16_in_float32() -> None:
+    case = Case(dtype=torch.bfloat16, kept_rows=20)
+    assert_close(errors("chunked", case), case)
+    assert errors("plain", case)["logprobs"] > 100 * FLOAT32  # logits rounded to bfloat16 would show
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_triton_kernels_equal_float64_in_the_interpreter(case: Case, interpreted: Any) -> None:
+    case = dataclasses.replace(case, columns=min(case.columns, 320), size=min(case.size, 319))  # it takes seconds
+    assert_close(interpreted(errors, "triton", case), case)
+
+
+def test_triton_kernels_sum_16_bits_in_float32_in_the_interpreter(interpreted: Any) -> None:
+    """float16 stands for bfloat16, which the interpreter takes for integers; a GPU test has the real one."""
+    case = Case(dtype=torch.float16, kept_rows=20, columns=600, size=577)
+    assert_close(interpreted(errors, "triton", case), case)
+
+
+def test_triton_refuses_rows_that_are_no_multiple_of_16_bytes(interpreted: Any) -> None:
+    with pytest.raises(ValueError, match="expected a hidden size that fills a multiple of 16 bytes, got 46"):
+        interpreted(errors, "triton", Case(hidden=46))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def _pass(head: str, case: Case) -> int:
+    hidden = torch.randn(sum(case.lengths), case.hidden, requires_grad=True)
+    weight = torch.randn(case.columns, case.hidden, requires_grad=True)
+    responses = Responses(targets=torch.zeros(len(hidden), dtype=torch.int64), lengths=case.lengths)
+    with _Largest() as largest:
+        vocabulary = Vocabulary(size=case.size)
+        make(head, case).sequence_loss(hidden, weight, responses, vocabulary, lambda _, sums: sums.square()).backward()
+        make(head, case).token_logprobs(hidden, weight, responses, vocabulary).sum().backward()
+    return largest.elements
+
+
+def test_no_more_logits_exist_than_the_memory_holds() -> None:
+    case = Case(lengths=(90, 8, 11, 60), hidden=6, columns=997, size=997, kept_rows=20)
+    assert _pass("plain", case) >= sum(case.lengths) * case.columns
+    assert _pass("chunked", case) <= case.kept_rows * case.columns
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 12))
+def test_groups_take_every_sequence_once_and_hold_what_fits(lengths: list[int], rows: int) -> None:
+    found = list(groups(tuple(lengths), rows))
+    sequences = [index for group in found for index in range(len(lengths))[group.sequences]]
+    positions = [row for group in found for row in range(sum(lengths))[group.rows]]
+    assert sequences == list(range(len(lengths)))
+    assert positions == list(range(sum(lengths)))
+    for group in found:
+        held = lengths[group.sequences]
+        assert sum(held) == group.rows.stop - group.rows.start
+        assert group.fits == (sum(held) <= rows)
+        assert group.fits or len(held) == 1
+
+
+def test_the_loss_is_asked_for_every_sequence_once_and_its_slope_reaches_the_gradient() -> None:
+    case = Case()
+    hidden, weight = torch.randn(sum(case.lengths), case.hidden), torch.randn(case.columns, case.hidden)
+    responses = Responses(targets=torch.zeros(len(hidden), dtype=torch.int64), lengths=case.lengths)
+    asked: list[int] = []
+
+    def only_sequence_3(sequences: slice, sums: torch.Tensor) -> torch.Tensor:
+        indices = range(len(case.lengths))[sequences]
+        asked.extend(indices)
+        return BETA2 * sums * torch.tensor([float(index == 3) for index in indices])
+
+    hidden.requires_grad_()
+    loss = make("chunked", case).sequence_loss(hidden, weight, responses, Vocabulary(size=case.size), only_sequence_3)
+    loss.backward(retain_graph=True)
+    assert asked == list(range(len(case.lengths)))
+    moved = hidden.grad.abs().sum(1).nonzero().squeeze(1).tolist()  # type: ignore[union-attr]
+    assert moved == list(range(sum(case.lengths[:3]), sum(case.lengths[:4])))
+    with pytest.raises(AssertionError, match="given once"):
+        loss.backward()
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    head, vocabulary = make("chunked", Case()), Vocabulary(size=11)
+    responses = Responses(targets=torch.tensor([1, 2, 3]), lengths=(2, 1))
+    with pytest.raises(ValueError, match=r"expected hidden states \(3, 5\) of torch.float32"):
+        head.token_logprobs(torch.ones(4, 5), torch.ones(11, 5), responses, vocabulary)
+    with pytest.raises(ValueError, match=r"got \(3, 5\) of torch.bfloat16"):
+        head.token_logprobs(torch.ones(3, 5, dtype=torch.bfloat16), torch.ones(11, 5), responses, vocabulary)
+    with pytest.raises(ValueError, match="temperature above 0, got 0"):
+        cold = dataclasses.replace(vocabulary, temperature=0.0)
+        head.token_logprobs(torch.ones(3, 5), torch.ones(11, 5), responses, cold)
+
+
+def test_sequence_parallel_hidden_states_are_refused() -> None:
+    context: Any = HeadInputs(
+        head=make("plain", Case()),
+        positions=torch.tensor([0]),
+        responses=Responses(targets=torch.tensor([1]), lengths=(1,)),
+        vocabulary=Vocabulary(size=11),
+    )
+    for split in (False, True):
+        layer = SimpleNamespace(sequence_parallel=split, weight=torch.ones(11, 5))
+        inputs: Any = {"hidden_states": torch.ones(3, 1, 5), "output_layer": layer, "output_weight": None}
+        if split:
+            with pytest.raises(ValueError, match="got sequence parallelism's"):
+                head_output(**inputs, context=context)
+        else:
+            assert head_output(**inputs, context=context).shape == (1,)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_triton_kernels_compile_without_a_gpu(dtype: str, keep: bool) -> None:
+    """For compute capability 9.0, to machine code; the interpreter accepts more than the compiler does."""
+    pytest.importorskip("triton", reason="triton is not installed: its kernels can't be compiled")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from astar_megatron.model.head import triton_kernels
+
+    rows, columns, inner, warps, stages = triton_kernels._BLOCKS[{"bf16": 2, "fp32": 4}[dtype]]
+    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "BAND": 16, "KEEP": keep}
+    constants |= {"ENTROPY": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    types = dict.fromkeys(["maxima", "totals", "weighted", "target_logits"], "*fp32")
+    types |= {"hidden": f"tensordesc<{dtype}[{rows},{inner}]>", "weight": f"tensordesc<{dtype}[{columns},{inner}]>"}
+    types |= {"targets": "*i64", "kept": f"*{dtype}", "scale": "fp32"}
+    types |= dict.fromkeys(["kept_stride", "r", "v", "depth"], "i32") | dict.fromkeys(constants, "constexpr")
+    kernel: Any = triton_kernels._sums_kernel
+    signature = {name: types[name] for name in kernel.arg_names}
+    options = {"num_warps": warps, "num_stages": stages}
+    done = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options=options)
+    assert ("wgmma" in done.asm["ptx"]) == (dtype == "bf16")  # the matrix units
+    assert done.metadata.shared <= 227 << 10  # bytes a block may have there
