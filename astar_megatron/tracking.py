@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,24 +73,38 @@ class Tracker:
             os.fsync(file.fileno())
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Any]:
-        """Yield `advance(count, note="")` for a task of `total` pieces."""
-        if not self.console.is_terminal:
-            start = time.perf_counter()
-            yield lambda count, note="": None
-            self.say(f"{label}: {total} in {time.perf_counter() - start:.1f} s")
-            return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=False) as bar:
-            task = bar.add_task(label, total=total, note="")
-            yield lambda count, note="": bar.update(task, advance=count, note=note)
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """As the function `progress`, on this tracker's console."""
+        with progress(self.console, label, total) as advance:
+            yield advance
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Show two columns under a title."""
-        table = Table(title=title, show_header=False, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+        show_table(self.console, title, rows)
+
+
+@contextmanager
+def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(count)` for a task of `total` pieces: a bar on a terminal, elsewhere one line at its end."""
+    if not console.is_terminal:
+        start = time.perf_counter()
+        yield lambda count: None
+        console.print(f"{label}: {total} in {time.perf_counter() - start:.1f} s", markup=False, soft_wrap=True)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=False) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.update(task, advance=count)
+
+
+def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """Show two columns under a title."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

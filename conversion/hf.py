@@ -5,15 +5,17 @@ it appears as a whole or not at all. Pickle checkpoints are refused: opening one
 """
 
 import json
+import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from conversion.families import read_model
@@ -24,7 +26,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = tuple(_TORCH_DTYPES)
 _COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -43,10 +46,31 @@ class CheckpointError(ValueError):
     """An HF folder that is incomplete, damaged or not the model the plan describes; the message names the file."""
 
 
-def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless the folder holds exactly the parameters `shapes`; reads headers, no weights."""
+def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return which file holds which parameter. CheckpointError unless the folder holds exactly `shapes`.
+
+    Reads headers, no weights.
+    """
     folder = Path(folder)
-    _check(folder, _weight_files(folder), shapes)
+    return _check(folder, _weight_files(folder), shapes)
+
+
+def read(file: Path, name: str) -> Tensor:
+    """Return one tensor of a safetensors file, whole."""
+    with _opened(file) as shard:
+        return shard.get_tensor(name)
+
+
+def stored_dtype(folder: Path, holder: Mapping[str, str]) -> torch.dtype:
+    """The one type of the parameters in `holder` (as `check` gives it). CheckpointError if they have several."""
+    found: dict[str, str] = {}
+    for file in sorted(set(holder.values())):
+        with _opened(folder / file) as shard:
+            for name in shard.keys():  # noqa: SIM118 - no mapping
+                found.setdefault(shard.get_slice(name).get_dtype(), name)
+    if len(found) != 1:
+        raise CheckpointError(f"{folder} mixes types ({found}): convert it to one first, for example with transformers")
+    return _TORCH_DTYPES[next(iter(found))]
 
 
 @torch.no_grad()
@@ -70,36 +94,66 @@ def load(folder: str | Path, plan: WeightPlan, rank: int, tensors: Mapping[str, 
                 view(tensors, copy.target).copy_(piece)
 
 
-@torch.no_grad()
 def save(
     folder: str | Path,
     tensors: Mapping[str, Tensor],
     source_folder: str | Path,
     max_shard_bytes: int | float = 5e9,
 ) -> None:
-    """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`.
+    """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`; see `write`.
 
-    The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given. The
-    dtype in config.json becomes theirs, for readers cast to what it says. The folder is written beside its final place
-    and renamed; an export that is there already, known by its conversion.json, is replaced (a kill between the two
-    renames leaves the old one as `.NAME.old`). Anything else that is there is refused.
+    The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given.
     """
-    folder, source_folder = Path(folder).resolve(), Path(source_folder)
     model = read_model(source_folder)
     weights = {name: t for name, t in tensors.items() if not (model.tied and name == "lm_head.weight")}
     dtype = _check_weights(weights, model.parameters())
+    write(folder, weights.__getitem__, dtype, source_folder, max_shard_bytes=max_shard_bytes)
+
+
+@torch.no_grad()
+def write(
+    folder: str | Path,
+    parameter: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    source_folder: str | Path,
+    record: Mapping[str, Any] | None = None,
+    max_shard_bytes: int | float = 5e9,
+) -> None:
+    """Writes an HF folder whose weights `parameter` gives by name, one at a time: only one is held.
+
+    Configuration and tokenizer are those of `source_folder`; the dtype in config.json becomes `dtype`, for readers cast
+    to what it says. `record` is added to conversion.json. The folder is written beside its final place and renamed; an
+    export that is there already, known by its conversion.json, is replaced (a kill between the two renames leaves the
+    old one as `.NAME.old`). Anything else that is there is refused.
+    """
+    source_folder = Path(source_folder)
+    model = read_model(source_folder)
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    with replacing(folder) as new:
+        _write_weights(new, model.parameters(), parameter, dtype, max_shard_bytes)
+        config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
+        write_json(new / "config.json", config | {"dtype": name_of_dtype})
+        write_json(new / RECORD, {"source": source_folder.name, "dtype": name_of_dtype} | dict(record or {}))
+        copy_companions(source_folder, new)
+
+
+def copy_companions(source_folder: Path, folder: Path) -> None:
+    """Copies what belongs to a model beside its weights and config.json: tokenizer, template, generation defaults."""
+    for name in _COMPANIONS:
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, folder / name)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` when the block ends well. As `write` says."""
+    folder = Path(folder).resolve()
     check_destination(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     new.mkdir()
     try:
-        _write_weights(new, weights, max_shard_bytes)
-        config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
-        _write_json(new / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_json(new / RECORD, {"source": source_folder.name, "dtype": str(dtype).removeprefix("torch.")})
-        for name in _COMPANIONS:
-            if (source_folder / name).is_file():
-                shutil.copyfile(source_folder / name, new / name)
+        yield new
         for path in (*new.iterdir(), new):
             _sync(path)
         _swap(new, folder)
@@ -205,39 +259,65 @@ def check_destination(folder: str | Path) -> None:
         )
 
 
-def _write_weights(folder: Path, weights: Mapping[str, Tensor], max_shard_bytes: int | float) -> None:
+def _write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    parameter: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int | float,
+) -> None:
     """One file, or several with their index if the weights are larger than `max_shard_bytes`."""
-    shards = list(_shards(weights, max_shard_bytes))
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = list(_shards(sizes, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _own(weights[name]) for name in names}, folder / file, metadata={"format": "pt"})
+        _write_shard(folder / file, {name: shapes[name] for name in names}, parameter, dtype)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in weights.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the host with memory of its own: safetensors refuses views that share theirs."""
-    plain = tensor.detach().cpu().contiguous()
-    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
+def _write_shard(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], parameter: Callable[[str], Tensor], dtype: torch.dtype
+) -> None:
+    """A safetensors file, tensor by tensor: the library's own writer wants all of them at once.
+
+    Format: the header's length as 8 bytes, little endian; the header as JSON, padded with spaces to a multiple of 8;
+    the tensors' bytes. https://huggingface.co/docs/safetensors
+    """
+    (name_of_dtype,) = (name for name, known in _TORCH_DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of_dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = parameter(name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CheckpointError(f"{name}: expected {shape} of {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _shards(weights: Mapping[str, Tensor], max_shard_bytes: int | float) -> Iterator[list[str]]:
+def _shards(sizes: Mapping[str, int], max_shard_bytes: int | float) -> Iterator[list[str]]:
     """Names in order, cut where the next tensor would no longer fit."""
     names: list[str] = []
     size = 0
-    for name, tensor in weights.items():
-        if names and size + tensor.nbytes > max_shard_bytes:
+    for name, num_bytes in sizes.items():
+        if names and size + num_bytes > max_shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)
-        size += tensor.nbytes
+        size += num_bytes
     yield names
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file as all of an export are written: indented, keys sorted."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
