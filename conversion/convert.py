@@ -85,7 +85,7 @@ def chunks(model: Model, layout: ParallelLayout) -> dict[str, list[Index]]:
     for name, shape in local_shapes(model).items():
         stored, planes = global_place(name)
         if is_vocabulary(name):
-            shape = (model.padded_vocab_size(layout.tensor), *shape[1:])
+            shape = (model.padded_vocab_size(layout), *shape[1:])
         for part in _cut(name, shape, local[name], layout.tensor):
             found.setdefault(stored, []).append((*((plane, plane + 1) for plane in planes), *part))
     return found

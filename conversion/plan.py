@@ -22,7 +22,11 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A rectangle of a local tensor: `name[index]` on `rank`, with one (start, stop) per dimension."""
+    """A rectangle of a local tensor: `name[index]` on `rank`, with one (start, stop) per dimension.
+
+    In a tensor of three dimensions it lies in one plane of the first; `shape` and `slices` leave that dimension out, so
+    that a piece always has the shape of its rectangle in HF coordinates.
+    """
 
     rank: int
     name: str
@@ -30,12 +34,13 @@ class Piece:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.index)
+        return tuple(stop - start for start, stop in self.index[-2:])
 
     @property
-    def slices(self) -> tuple[slice, ...]:
+    def slices(self) -> tuple[int | slice, ...]:
         """`index`, to subscript a tensor with."""
-        return tuple(slice(start, stop) for start, stop in self.index)
+        planes = tuple(start for start, _ in self.index[:-2])
+        return (*planes, *(slice(start, stop) for start, stop in self.index[-2:]))
 
     @property
     def num_elements(self) -> int:
@@ -161,7 +166,8 @@ def _piece(tile: Tile, part: Rectangle) -> Piece:
     if tile.cols is None:
         return Piece(rank=tile.rank, name=tile.name, index=(rows,))
     col -= tile.cols[0]
-    return Piece(rank=tile.rank, name=tile.name, index=(rows, (part[2] + col, part[3] + col)))
+    planes = () if tile.plane is None else ((tile.plane, tile.plane + 1),)
+    return Piece(rank=tile.rank, name=tile.name, index=(*planes, rows, (part[2] + col, part[3] + col)))
 
 
 def _rectangle(tile: Tile) -> Rectangle:

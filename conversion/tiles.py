@@ -5,6 +5,7 @@ rank; a layout is a list of tiles. Padding is a region no tile covers, a replica
 rectangle. What a layout looks like for one architecture stands in `conversion.families`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 Span = tuple[int, int]  # half-open [start, stop)
@@ -12,7 +13,11 @@ Span = tuple[int, int]  # half-open [start, stop)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """`hf[rows, cols]` lies at `local[row0:, col0:]` of tensor `name` on `rank`; `cols` is None for a 1-D parameter."""
+    """`hf[rows, cols]` lies at `local[row0:, col0:]` of tensor `name` on `rank`; `cols` is None for a 1-D parameter.
+
+    HF parameters have one or two dimensions. With a `plane` the local tensor has a third, leading one, and the place is
+    `local[plane, row0:, col0:]`: the fused experts of a vLLM worker.
+    """
 
     rank: int
     name: str
@@ -21,26 +26,41 @@ class Tile:
     cols: Span | None
     row0: int = 0
     col0: int = 0
+    plane: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelLayout:
-    """How a Megatron model is spread over ranks: the sizes of the axes, and which spec its layers are built from.
+    """How a Megatron model is spread over ranks: the sizes of the axes, and how its modules are built.
 
-    `fused_norms` is False for Megatron's local spec and True for Transformer Engine's, which keeps the norms inside
-    the linear layers that follow them.
+    `expert` divides `data`: the ranks that hold different experts are replicas of everything else (Megatron's default
+    order "tp-cp-ep-dp-pp", experts split by `tensor` too). `virtual` is the number of model chunks a stage holds in
+    Megatron's interleaved schedule; their tensors are named `model0.`, `model1.`, ... as in Megatron's checkpoints.
+    `vocabulary_multiple` is Megatron-LM's make_vocab_size_divisible_by, 128 there by default: the vocabulary is padded
+    to a multiple of it times `tensor`. `fused_norms` is False for Megatron's local spec and True for Transformer
+    Engine's, which keeps the norms inside the linear layers that follow them.
     """
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     fused_norms: bool = False
+    expert: int = 1
+    virtual: int = 1
+    vocabulary_multiple: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("tensor", "pipeline", "data"):
+        for axis in ("tensor", "pipeline", "data", "expert", "virtual", "vocabulary_multiple"):
             size = getattr(self, axis)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{axis}={size!r}: expected a whole number of at least 1")
+        if self.data % self.expert:
+            raise ValueError(
+                f"data={self.data} does not divide by expert={self.expert}: experts are spread over the data-parallel "
+                f"ranks; choose data as a multiple of expert"
+            )
+        if self.virtual > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual={self.virtual} needs pipeline > 1: Megatron interleaves chunks of stages")
 
     @property
     def world_size(self) -> int:
@@ -61,6 +81,26 @@ class ParallelLayout:
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
         return tensor, pipeline, data
+
+    def places(self) -> Iterator[tuple[int, "Place"]]:
+        """Every rank with its place, in rank order."""
+        for rank in range(self.world_size):
+            yield rank, self.place(rank)
+
+    def place(self, rank: int) -> "Place":
+        """What of the model lies on `rank`."""
+        tensor, pipeline, data = self.coordinates(rank)
+        return Place(layout=self, tensor=tensor, pipeline=pipeline, expert=data % self.expert)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A rank's part of a layout: its index on each axis that splits weights. Replicas have equal places."""
+
+    layout: ParallelLayout
+    tensor: int
+    pipeline: int
+    expert: int
 
 
 def share(n: int, parts: int, i: int, what: str = "size", axis: str = "parts") -> Span:

@@ -1,13 +1,22 @@
 """What several folders of tests need: tiny models on disk, of both kinds, made by transformers itself."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 torch.set_num_threads(1)  # tiny tensors: waking threads costs more than they do
 
@@ -24,6 +33,25 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
     "initializer_range": 0.15,  # large enough that a wrong weight shows
+}
+# What the configurations of the other families have beside the sizes; heads that are no quotient of the hidden size.
+_EXPERTS: dict[str, Any] = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "head_dim": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+        },
+    },
+    "mistral": {"sliding_window": None, "head_dim": 20},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": _EXPERTS | {"norm_topk_prob": True},
+    "qwen3_moe_unnormed": _EXPERTS | {"model_type": "qwen3_moe", "norm_topk_prob": False},
 }
 TEMPLATE = "{% for message in messages %}<user>{{ message.content }}{% endfor %}<assistant>"
 
@@ -48,6 +76,19 @@ def untied_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
     return _write(model, tmp_path_factory.mktemp("untied_qwen2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a random model of a family of FAMILIES, with changes to its sizes, and returns its folder."""
+
+    def write(family: str, **changes: Any) -> Path:
+        sizes = SIZES | {"vocab_size": 263, "tie_word_embeddings": False, "model_type": family}
+        config = AutoConfig.for_model(**(sizes | FAMILIES[family] | changes))
+        torch.manual_seed(5)
+        return _write(AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(family))
+
+    return write
 
 
 def _write(model: torch.nn.Module, folder: Path) -> Path:

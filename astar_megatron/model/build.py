@@ -1,8 +1,10 @@
 """Builds Megatron's GPTModel from a conversion.families Model; the one file that knows GPTModel's arguments.
 
+Leaves out: grouped GEMM for experts, and training experts with tensor parallelism (it needs sequence parallelism).
 GPTModel is deprecated in megatron-core 0.19 in favour of HybridModel; when it goes, this file changes.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -32,6 +34,12 @@ def transformer_config(model: Model, layout: ParallelLayout, dtype: torch.dtype,
         **backend.transformer_options(),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        # With two stages the previous rank is the next one, and gloo mixes up a batch of both messages: silently.
+        batch_p2p_comm=layout.virtual == 1,
+        overlap_p2p_comm=layout.virtual > 1,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -42,20 +50,24 @@ def transformer_config(model: Model, layout: ParallelLayout, dtype: torch.dtype,
     )
 
 
-def build(model: Model, config: TransformerConfig, backend: Backend) -> GPTModel:
+def build(
+    model: Model, layout: ParallelLayout, config: TransformerConfig, backend: Backend, chunk: int | None = None
+) -> GPTModel:
     """Return this rank's part of the model on the backend's device, with megatron's random weights.
 
-    Collective over the ranks of parallel_state, which must be initialised.
+    `chunk` is the index of one of `layout.virtual` model chunks, None where there is only one. Collective over the
+    ranks of parallel_state, which must be initialised for `layout`.
     """
     options = model.gpt_options()
-    options["vocab_size"] = model.padded_vocab_size(config.tensor_model_parallel_size)
+    options["vocab_size"] = model.padded_vocab_size(layout)
     part = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(backend),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        transformer_layer_spec=_layer_spec(config, backend),
+        pre_process=parallel_state.is_pipeline_first_stage() and not chunk,
+        post_process=parallel_state.is_pipeline_last_stage() and chunk in (None, layout.virtual - 1),
         parallel_output=True,
         position_embedding_type="rope",
+        vp_stage=chunk,
         **options,
     )
     if not backend.uses_transformer_engine:
@@ -65,6 +77,10 @@ def build(model: Model, config: TransformerConfig, backend: Backend) -> GPTModel
             rotary_base=options["rotary_base"],
             use_cpu_initialization=True,
         )
+    scaling = model.rope_scaling()
+    if scaling is not None:  # GPTModel's own arguments leave all but the factor fixed
+        rotary = part.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **dataclasses.asdict(scaling))
     return part.to(backend.device)
 
 
@@ -73,9 +89,14 @@ def in_compute_type(part: GPTModel, config: TransformerConfig) -> Any:
     return Float16Module(config, part) if config.bf16 else part
 
 
-def _layer_spec(backend: Backend) -> Any:
+def _layer_spec(config: TransformerConfig, backend: Backend) -> Any:
+    kinds = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+    }
     if backend.uses_transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(**kinds)
+    spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm", **kinds)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return spec

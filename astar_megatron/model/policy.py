@@ -97,11 +97,11 @@ class PolicyRank:
 
     def _build(self) -> None:
         config = transformer_config(self.model, self.layout, self._dtype, self.backend)
-        part = build(self.model, config, self.backend)
+        part = build(self.model, self.layout, config, self.backend)
         tensors = {name: parameter.data for name, parameter in part.named_parameters()}
         check_tensors(self.model, self.layout, self.rank, tensors)
         hf.load(self._path, plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout)), self.rank, tensors)
-        self._reference = Reference(self.model, config, tensors, self.backend)
+        self._reference = Reference(self.model, self.layout, config, tensors, self.backend)
         self._part = part
         self._module = DistributedDataParallel(
             config=config,

@@ -12,16 +12,22 @@ from astar_megatron.model.backend import Backend
 from astar_megatron.model.build import build, in_compute_type
 from astar_megatron.model.forward import run_scoring, sequence_sums
 from conversion.families import Model
+from conversion.tiles import ParallelLayout
 
 
 class Reference:
     """A second copy of this rank's part of the model; its weights never change after construction."""
 
     def __init__(
-        self, model: Model, config: TransformerConfig, weights: Mapping[str, Tensor], backend: Backend
+        self,
+        model: Model,
+        layout: ParallelLayout,
+        config: TransformerConfig,
+        weights: Mapping[str, Tensor],
+        backend: Backend,
     ) -> None:
         self._model, self._backend = model, backend
-        part = build(model, config, backend)
+        part = build(model, layout, config, backend)
         with torch.no_grad():
             for name, parameter in part.named_parameters():
                 parameter.copy_(weights[name])

@@ -5,14 +5,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.families.config import Family, UnsupportedModelError
+from conversion.families.config import Family, RopeScaling, UnsupportedModelError
 from conversion.families.llama import LLAMA
+from conversion.families.mistral import MISTRAL
 from conversion.families.model import Model, model_of
 from conversion.families.qwen2 import QWEN2
+from conversion.families.qwen3 import QWEN3
+from conversion.families.qwen3_moe import QWEN3_MOE
 
-__all__ = ["FAMILIES", "Model", "UnsupportedModelError", "model_from_config", "read_model"]
+__all__ = ["FAMILIES", "Model", "RopeScaling", "UnsupportedModelError", "model_from_config", "read_model"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE)
+
+_GEMMA = (
+    "megatron-core 0.19's local layers cannot hold it: they have no norm after attention and feed-forward, their norms "
+    "multiply by the weight instead of 1 + weight, "
+)
+# Architectures that were looked at and cannot be had, with the reason.
+REFUSED = {
+    "Gemma2ForCausalLM": _GEMMA + "and they neither cap attention scores and logits nor give every other layer a "
+    "sliding window",
+    "Gemma3ForCausalLM": _GEMMA + "and they do not alternate sliding-window layers with full ones of another rope base",
+}
+REFUSED["Gemma3ForConditionalGeneration"] = REFUSED["Gemma3ForCausalLM"]
 
 
 def read_model(path: str | Path) -> Model:
@@ -37,6 +52,9 @@ def model_from_config(config: Mapping[str, Any]) -> Model:
     for family in FAMILIES:
         if architectures == [family.architecture] and config.get("model_type", family.model_type) == family.model_type:
             return model_of(family, config)
+    for name in architectures:
+        if name in REFUSED:
+            raise UnsupportedModelError(f"{name} is not supported: {REFUSED[name]}")
     known = ", ".join(family.architecture for family in FAMILIES)
     raise UnsupportedModelError(
         f"architectures={config.get('architectures')!r} with model_type={config.get('model_type')!r} is not known; "

@@ -1,14 +1,13 @@
 """`Model`: one architecture at one size, and its tiles in every layout."""
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conversion.families.config import Family
+from conversion.families.config import Family, RopeScaling
 from conversion.families.rows import Dimensions, Row, Shape, Shard, rounded_up
-from conversion.tiles import ParallelLayout, Tile, share
+from conversion.tiles import ParallelLayout, Place, Tile, share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +43,9 @@ class Model:
     def vocab_size(self) -> int:
         return self.dims.vocab_size
 
-    def padded_vocab_size(self, tensor: int) -> int:
-        """The vocabulary Megatron's embedding and head are built with at this tensor size."""
-        return rounded_up(self.dims.vocab_size, tensor)
+    def padded_vocab_size(self, layout: ParallelLayout) -> int:
+        """The vocabulary Megatron's embedding and head are built with in this layout."""
+        return rounded_up(self.dims.vocab_size, layout.tensor * layout.vocabulary_multiple)
 
     def parameters(self) -> dict[str, Shape]:
         """HF names and shapes; a tied head is absent."""
@@ -78,15 +77,20 @@ class Model:
             "gated_linear_unit": True,
             "activation": "silu",
             "add_bias_linear": False,
-            "add_qkv_bias": self.family.add_qkv_bias,
+            "add_qkv_bias": False,
+            "qk_layernorm": False,
             "rotary_interleaved": False,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
+            **self.family.transformer_options(self.config, dims),
         }
 
     def gpt_options(self) -> dict[str, Any]:
-        """Keyword arguments of Megatron's GPTModel; `vocab_size` is unpadded: see `padded_vocab_size`."""
-        theta = self.family.rope_theta(self.config)
+        """Keyword arguments of Megatron's GPTModel; `vocab_size` is unpadded: see `padded_vocab_size`.
+
+        Rope scaling is not among them, see `rope_scaling`.
+        """
+        theta = self.family.rope(self.config).theta
         return {
             "vocab_size": self.dims.vocab_size,
             "max_sequence_length": self.config["max_position_embeddings"],
@@ -94,6 +98,13 @@ class Model:
             "rotary_base": int(theta) if theta.is_integer() else theta,
             "rotary_percent": 1.0,
         }
+
+    def rope_scaling(self) -> RopeScaling | None:
+        """How Llama 3 stretches the rotary frequencies; None for most models.
+
+        Not a part of `gpt_options`: GPTModel takes the factor only and fixes the three other numbers.
+        """
+        return self.family.rope(self.config).scaling
 
     def hf_tiles(self) -> list[Tile]:
         """The trivial tiling: every parameter whole, on rank 0, under its own name."""
@@ -103,20 +114,19 @@ class Model:
         ]
 
     def megatron_tiles(self, layout: ParallelLayout) -> list[Tile]:
-        """The tiles of all ranks of `layout`, data-parallel replicas included."""
+        """The tiles of all ranks of `layout`, data-parallel replicas included. ValueError if a size does not divide."""
+        held: dict[Place, list[tuple[str, int, Shard]]] = {}
         tiles = []
-        for t, p in itertools.product(range(layout.tensor), range(layout.pipeline)):
-            held = list(self._megatron_shards(layout, t, p))
-            for d in range(layout.data):
-                rank = layout.rank(t, p, d)
-                for name, layer, shard in held:
-                    tiles += _placed(rank, name, layer, shard)
-        return sorted(tiles, key=lambda tile: tile.rank)
+        for rank, place in layout.places():
+            if place not in held:
+                held[place] = list(self._megatron_shards(place))
+            for name, layer, shard in held[place]:
+                tiles += _placed(rank, name, layer, shard)
+        return tiles
 
     def megatron_shapes(self, layout: ParallelLayout, rank: int) -> dict[str, Shape]:
         """Names and full local shapes, padding included, of what `rank` holds."""
-        tensor, pipeline, _ = layout.coordinates(rank)
-        return {name: shard.shape for name, _, shard in self._megatron_shards(layout, tensor, pipeline)}
+        return {name: shard.shape for name, _, shard in self._megatron_shards(layout.place(rank))}
 
     def vllm_tiles(self, tensor: int) -> list[Tile]:
         """The tiles of all workers of one vLLM engine; a tied head is the embedding's storage and has none."""
@@ -130,22 +140,28 @@ class Model:
         """Names and full local shapes, padding included, of what worker `rank` holds."""
         return {name: shard.shape for name, _, shard in self._vllm_shards(tensor, rank)}
 
-    def _megatron_shards(self, layout: ParallelLayout, t: int, p: int) -> Iterator[tuple[str, int, Shard]]:
-        """(local name, layer in the model, shard) of tensor rank t in stage p."""
-        layers = range(*share(self.num_layers, layout.pipeline, p, "num_hidden_layers", "pipeline"))
-        for row in self.family.rows:
-            if not self._is_in_stage(row, layout, p):
-                continue
-            shard = row.megatron_shard(self.dims, layout.tensor, t)
-            name = (layout.fused_norms and row.megatron_fused_norms) or row.megatron
-            for n, i in enumerate(layers) if row.stage == "every layer" else [(0, 0)]:
-                yield name.replace("{n}", str(n)), i, shard
+    def _megatron_shards(self, place: Place) -> Iterator[tuple[str, int, Shard]]:
+        """(local name, layer in the model, shard) of all that lies at `place`."""
+        layout = place.layout
+        if layout.expert > 1 and not self.dims.num_experts:
+            raise ValueError(f"expert={layout.expert}: {self.architecture} has no experts; choose expert=1")
+        share(self.num_layers, layout.pipeline, place.pipeline, "num_hidden_layers", "pipeline")
+        chunks = layout.pipeline * layout.virtual
+        for chunk in range(layout.virtual):
+            # Interleaved: the chunks go round the stages, and each is a run of layers.
+            position = chunk * layout.pipeline + place.pipeline
+            layers = range(*share(self.num_layers, chunks, position, "num_hidden_layers", "pipeline * virtual"))
+            prefix = f"model{chunk}." if layout.virtual > 1 else ""
+            for row in self.family.rows:
+                if self._is_in_chunk(row, position, chunks):
+                    for name, shard in row.megatron_shards(self.dims, place):
+                        for n, i in enumerate(layers) if row.stage == "every layer" else [(0, 0)]:
+                            yield prefix + name.replace("{n}", str(n)), i, shard
 
-    def _is_in_stage(self, row: Row, layout: ParallelLayout, p: int) -> bool:
-        if row.tied_to and self.tied and layout.pipeline == 1:
-            return False  # the head is the embedding itself; on a last stage of its own it is a second copy
-        last = layout.pipeline - 1
-        return row.stage == "every layer" or p == (0 if row.stage == "first" else last)
+    def _is_in_chunk(self, row: Row, position: int, chunks: int) -> bool:
+        if row.tied_to and self.tied and chunks == 1:
+            return False  # the head is the embedding itself; in a last chunk of its own it is a second copy
+        return row.stage == "every layer" or position == (0 if row.stage == "first" else chunks - 1)
 
     def _vllm_shards(self, tensor: int, t: int) -> Iterator[tuple[str, int, Shard]]:
         for row in self.family.rows:
@@ -158,10 +174,13 @@ class Model:
 
 def model_of(family: Family, config: Mapping[str, Any]) -> Model:
     """The model `config` describes, which `family` must be the family of. UnsupportedModelError as `Family.check`."""
-    family.check(config)
-    return Model(family=family, config=dict(config), dims=family.dimensions(config))
+    renamed = family.renamed(config)
+    family.check(renamed)
+    dims = family.dimensions(renamed)
+    family.transformer_options(renamed, dims)  # what Megatron cannot do is refused here too
+    return Model(family=family, config=dict(config), dims=dims)
 
 
 def _placed(rank: int, name: str, layer: int, shard: Shard) -> list[Tile]:
     i = str(layer)
-    return [Tile(rank, name, b.hf.replace("{i}", i), b.rows, b.cols, b.row0, b.col0) for b in shard.blocks]
+    return [Tile(rank, name, b.hf.replace("{i}", i), b.rows, b.cols, b.row0, b.col0, b.plane) for b in shard.blocks]

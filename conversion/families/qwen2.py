@@ -19,9 +19,10 @@ QWEN2 = Family(
             bias=True,
         ),
     ),
-    add_qkv_bias=True,
+    transformer={"add_qkv_bias": True},
     # HF's default for a missing num_key_value_heads is 32 here, whatever the number of heads: never guess it.
     required=("num_key_value_heads",),
     only={"use_sliding_window": (False,), "use_mrope": (False,)},
     harmless=frozenset({"sliding_window", "max_window_layers"}),  # unused while use_sliding_window is false
+    head_dim="quotient",
 )

@@ -3,14 +3,16 @@
 A row knows its names at the three ends and answers two questions: which HF tensors are these, and what does shard t of
 a tensor axis hold of them, in Megatron and in vLLM. Nothing here knows a direction; `conversion.plan` makes those.
 
-In names, {i} is the layer in the whole model, {n} the layer in its pipeline stage, {part} the member of a fused group.
-Shapes: V vocabulary, H hidden, F feed-forward, D head dimension.
+In names, {i} is the layer in the whole model, {n} the layer in its pipeline stage, {part} the member of a fused group,
+{e} the expert: in HF of all, in Megatron of the rank's own.
+Shapes: V vocabulary, H hidden, F feed-forward, D head dimension, E experts.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-from conversion.tiles import Span, share
+from conversion.tiles import Place, Span, share
 
 Shape = tuple[int, ...]
 
@@ -29,17 +31,21 @@ class Dimensions:
     num_kv_heads: int
     head_dim: int
     tied: bool
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0  # of one expert
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`hf[rows, cols]` lies at `local[row0:, col0:]`: a Tile that has no rank and no layer yet."""
+    """`hf[rows, cols]` lies at `local[plane, row0:, col0:]`: a Tile that has no rank and no layer yet."""
 
     hf: str
     rows: Span
     cols: Span | None
     row0: int = 0
     col0: int = 0
+    plane: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +71,32 @@ class Row:
         """HF names (with {i}) and shapes."""
         raise NotImplementedError
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
-        """What shard `t` of Megatron's tensor axis holds."""
-        raise NotImplementedError
+    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
+        """Names (with {n}) and shards of what a Megatron rank at `place` holds of a layer."""
+        name = (place.layout.fused_norms and self.megatron_fused_norms) or self.megatron
+        yield name, self.shard(dims, place.layout.tensor, place.tensor)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         """What worker `t` of vLLM's tensor axis holds; as in Megatron, unless the row says otherwise."""
-        return self.megatron_shard(dims, tensor, t)
+        return self.shard(dims, tensor, t)
+
+    def shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+        """Shard `t` of a tensor axis."""
+        raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replicated(Row):
-    """A vector [H] that every tensor rank holds whole: a norm."""
+    """A parameter that every rank holds whole: a norm, a router. `sizes` are names of Dimensions."""
+
+    sizes: tuple[str, ...] = ("hidden_size",)
 
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
-        return {self.hf: (dims.hidden_size,)}
+        return {self.hf: tuple(getattr(dims, size) for size in self.sizes)}
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
-        H = dims.hidden_size
-        return Shard((H,), (Block(self.hf, (0, H), None),))
+    def shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+        (shape,) = self.hf_shapes(dims).values()
+        return Shard(shape, (Block(self.hf, (0, shape[0]), (0, shape[1]) if len(shape) == 2 else None),))
 
 
 class AttentionOutput(Row):
@@ -91,32 +105,75 @@ class AttentionOutput(Row):
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
         return {self.hf: (dims.hidden_size, dims.num_heads * dims.head_dim)}
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+    def shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         cols = _scaled(share(dims.num_heads, tensor, t, "num_attention_heads", "tensor"), dims.head_dim)
         return _column_split(self.hf, dims.hidden_size, cols)
 
 
-class FeedForwardOutput(Row):
+class FeedForward(Row):
+    """What the rows of a feed-forward share: the name of its width in the configuration and in Dimensions."""
+
+    width: ClassVar[str] = "intermediate_size"
+
+    def split(self, dims: Dimensions, tensor: int, t: int) -> Span:
+        """The part of F that shard `t` holds."""
+        return share(getattr(dims, self.width), tensor, t, self.width, "tensor")
+
+
+class FeedForwardOutput(FeedForward):
     """[H, F], its input columns split."""
 
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
-        return {self.hf: (dims.hidden_size, dims.intermediate_size)}
+        return {self.hf: (dims.hidden_size, getattr(dims, self.width))}
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
-        cols = share(dims.intermediate_size, tensor, t, "intermediate_size", "tensor")
-        return _column_split(self.hf, dims.hidden_size, cols)
+    def shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+        return _column_split(self.hf, dims.hidden_size, self.split(dims, tensor, t))
 
 
-class GateUp(Row):
+class GateUp(FeedForward):
     """gate [F, H] and up [F, H] fused as [gate shard | up shard], at both ends."""
 
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
-        return {_part(self.hf, part): (dims.intermediate_size, dims.hidden_size) for part in ("gate", "up")}
+        return {_part(self.hf, part): (getattr(dims, self.width), dims.hidden_size) for part in ("gate", "up")}
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
-        rows = share(dims.intermediate_size, tensor, t, "intermediate_size", "tensor")
-        parts = [(_part(self.hf, part), rows) for part in ("gate", "up")]
-        return _stacked(parts, dims.hidden_size)
+    def shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+        rows = self.split(dims, tensor, t)
+        return _stacked([(_part(self.hf, part), rows) for part in ("gate", "up")], dims.hidden_size)
+
+
+class PerExpert(FeedForward):
+    """A feed-forward row once an expert: Megatron keeps them apart, vLLM stacks all in one tensor [E, ...].
+
+    Megatron's expert axis gives each rank whole experts, in order; inside one, its tensor axis splits as elsewhere.
+    The Megatron names are those of SequentialMLP, which its specs build without grouped GEMM (a CPU has no other).
+    """
+
+    width = "moe_intermediate_size"
+
+    def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
+        shapes = super().hf_shapes(dims)
+        return {_expert(hf, e): shape for e in range(dims.num_experts) for hf, shape in shapes.items()}
+
+    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
+        layout = place.layout
+        shard = self.shard(dims, layout.tensor, place.tensor)
+        experts = range(*share(dims.num_experts, layout.expert, place.expert, "num_experts", "expert"))
+        for own, e in enumerate(experts):
+            blocks = tuple(replace(block, hf=_expert(block.hf, e)) for block in shard.blocks)
+            yield _expert(self.megatron, own), Shard(shard.shape, blocks)
+
+    def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+        shard, experts = self.shard(dims, tensor, t), range(dims.num_experts)
+        blocks = tuple(replace(block, hf=_expert(block.hf, e), plane=e) for e in experts for block in shard.blocks)
+        return Shard((len(experts), *shard.shape), blocks)
+
+
+class ExpertGateUp(PerExpert, GateUp):
+    """gate and up of every expert."""
+
+
+class ExpertOutput(PerExpert, FeedForwardOutput):
+    """The output matrix of every expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,17 +187,29 @@ class QKV(Row):
         heads = {"q": dims.num_heads, "k": dims.num_kv_heads, "v": dims.num_kv_heads}
         return {_part(self.hf, part): (n * dims.head_dim, *rest) for part, n in heads.items()}
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
-        """Query group after query group: its query heads, its key head, its value head."""
-        if tensor > dims.num_kv_heads:
+    def shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
+        """An equal cut of: query group after query group, each its query heads, its key head, its value head.
+
+        Where the axis is longer than the groups, Megatron cuts right through them, wherever the rows then end, and puts
+        the whole together again in the forward pass (megatron/core/transformer/attention.py).
+        """
+        D, groups = dims.head_dim, dims.num_kv_heads
+        if groups % tensor and tensor % groups:
             raise ValueError(
-                f"tensor={tensor} is larger than num_key_value_heads={dims.num_kv_heads}: Megatron would have to split "
-                f"a query group, which is not modelled; choose tensor <= {dims.num_kv_heads}"
+                f"num_key_value_heads={groups} does not divide by tensor={tensor}, nor the other way round: "
+                f"Megatron needs one of the two"
             )
-        D = dims.head_dim
-        heads = {"q": dims.num_heads // dims.num_kv_heads * D, "k": D, "v": D}
-        groups = range(*share(dims.num_kv_heads, tensor, t, "num_key_value_heads", "tensor"))
-        parts = [(_part(self.hf, part), (g * rows, (g + 1) * rows)) for g in groups for part, rows in heads.items()]
+        share(dims.num_heads, tensor, t, "num_attention_heads", "tensor")
+        heads = {"q": dims.num_heads // groups * D, "k": D, "v": D}
+        window = share((dims.num_heads + 2 * groups) * D, tensor, t, "rows of query, key and value", "tensor")
+        parts, row = [], 0
+        for g in range(groups):
+            for part, size in heads.items():
+                start, stop = max(row, window[0]), min(row + size, window[1])
+                if start < stop:
+                    offset = g * size - row
+                    parts.append((_part(self.hf, part), (start + offset, stop + offset)))
+                row += size
         return _stacked(parts, None if self.bias else dims.hidden_size)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
@@ -164,8 +233,10 @@ class Vocabulary(Row):
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
         return {} if dims.tied and self.tied_to else {self.hf: (dims.vocab_size, dims.hidden_size)}
 
-    def megatron_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
-        return self._shard(dims, tensor, t, padded=rounded_up(dims.vocab_size, tensor))
+    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
+        tensor = place.layout.tensor
+        padded = rounded_up(dims.vocab_size, tensor * place.layout.vocabulary_multiple)
+        yield self.megatron, self._shard(dims, tensor, place.tensor, padded)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         return self._shard(dims, tensor, t, padded=rounded_up(dims.vocab_size, VLLM_VOCABULARY_MULTIPLE))
@@ -185,6 +256,10 @@ def rounded_up(n: int, multiple: int) -> int:
 
 def _part(hf: str, part: str) -> str:
     return hf.replace("{part}", part)
+
+
+def _expert(name: str, expert: int) -> str:
+    return name.replace("{e}", str(expert))
 
 
 def _scaled(span: Span, factor: int) -> Span:

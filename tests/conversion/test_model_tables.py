@@ -8,46 +8,52 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_models import config, empty_world, models, random_weights, reference_world
+from safetensors.torch import load_file
+from tiny_models import (
+    FAMILIES,
+    LLAMA3,
+    config,
+    fits,
+    layouts,
+    megatron_world,
+    models,
+    random_weights,
+    reference_world,
+    vllm_world,
+)
 from torch import Tensor
 
-from conversion.families import Model, UnsupportedModelError, model_from_config, read_model
+from conversion.families import Model, RopeScaling, UnsupportedModelError, model_from_config, read_model
 from conversion.megatron import check_tensors
 from conversion.tiles import ParallelLayout, share
 
-LAYOUTS = [ParallelLayout(tensor=t, pipeline=p) for t in (1, 2, 4) for p in (1, 2, 3)]
 
-
-def fits(model: Model, layout: ParallelLayout) -> bool:
-    return layout.tensor <= model.dims.num_kv_heads and model.num_layers % layout.pipeline == 0
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_transformers(family: str, tied: bool, tmp_path: Path) -> None:
+    """As transformers writes them: in memory it fuses experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     small = config(family, tie_word_embeddings=tied)
     (tmp_path / "config.json").write_text(json.dumps(small))
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    hf.config.save_pretrained(tmp_path)  # what transformers itself writes is understood
+    hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    hf.save_pretrained(tmp_path)  # what transformers itself writes is understood
     model = read_model(tmp_path)
-    assert {name: tuple(p.shape) for name, p in hf.named_parameters()} == model.parameters()
+    written = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == model.parameters()
     assert model.num_parameters() == hf.num_parameters()
     assert model.tied == tied
 
 
-@given(model=models(), layout=st.sampled_from(LAYOUTS), engine=st.sampled_from([1, 2, 4, 8]), fused=st.booleans())
+@given(model=models(), layout=layouts(), engine=st.sampled_from([1, 2, 4, 8]))
 @settings(max_examples=40, deadline=None)
 def test_tiles_cover_every_local_tensor_once_except_vocabulary_padding(
-    model: Model, layout: ParallelLayout, engine: int, fused: bool
+    model: Model, layout: ParallelLayout, engine: int
 ) -> None:
     worlds = [(model.vllm_tiles(engine), {r: model.vllm_shapes(engine, r) for r in range(engine)})]
     if fits(model, layout):
-        layout = ParallelLayout(tensor=layout.tensor, pipeline=layout.pipeline, data=2, fused_norms=fused)
         shapes = {r: model.megatron_shapes(layout, r) for r in range(layout.world_size)}
         worlds.append((model.megatron_tiles(layout), shapes))
     for tiles, shapes in worlds:
@@ -56,7 +62,8 @@ def test_tiles_cover_every_local_tensor_once_except_vocabulary_padding(
         }
         for tile in tiles:
             height = tile.rows[1] - tile.rows[0]
-            place = covered[tile.rank, tile.name][tile.row0 : tile.row0 + height]
+            local = covered[tile.rank, tile.name]
+            place = (local if tile.plane is None else local[tile.plane])[tile.row0 : tile.row0 + height]
             if tile.cols is not None:
                 place = place[:, tile.col0 : tile.col0 + tile.cols[1] - tile.cols[0]]
             assert place.numel() == height * (1 if tile.cols is None else tile.cols[1] - tile.cols[0])
@@ -72,12 +79,10 @@ def test_tiles_cover_every_local_tensor_once_except_vocabulary_padding(
 @given(model=models(), tensor=st.sampled_from([1, 2, 4]))
 @settings(max_examples=25, deadline=None)
 def test_megatron_qkv_is_interleaved_by_query_group(model: Model, tensor: int) -> None:
-    if tensor > model.dims.num_kv_heads:
-        return
     layout = ParallelLayout(tensor=tensor)
+    assume(fits(model, layout))
     weights = random_weights(model)
-    shapes = {rank: model.megatron_shapes(layout, rank) for rank in range(tensor)}
-    world = reference_world(model.megatron_tiles(layout), weights, empty_world(shapes))
+    world = reference_world(model.megatron_tiles(layout), weights, megatron_world(model, layout))
     for kind in ("weight", "bias") if model.architecture.startswith("Qwen2") else ("weight",):
         q, k, v = (weights[f"model.layers.0.self_attn.{part}_proj.{kind}"] for part in "qkv")
         groups, rest = model.dims.num_kv_heads, q.shape[1:]
@@ -91,8 +96,7 @@ def test_megatron_qkv_is_interleaved_by_query_group(model: Model, tensor: int) -
 @settings(max_examples=25, deadline=None)
 def test_vllm_vocabulary_is_padded_to_64_and_then_split(model: Model, tensor: int) -> None:
     weights = random_weights(model)
-    shapes = {rank: model.vllm_shapes(tensor, rank) for rank in range(tensor)}
-    world = reference_world(model.vllm_tiles(tensor), weights, empty_world(shapes))
+    world = reference_world(model.vllm_tiles(tensor), weights, vllm_world(model, tensor))
     whole = torch.cat([world[rank]["model.embed_tokens.weight"] for rank in range(tensor)])
     assert whole.shape[0] == math.ceil(model.vocab_size / 64) * 64
     assert torch.equal(whole[: model.vocab_size], weights["model.embed_tokens.weight"])
@@ -102,14 +106,57 @@ def test_vllm_vocabulary_is_padded_to_64_and_then_split(model: Model, tensor: in
 def test_key_value_heads_are_replicated_on_neighbouring_engine_workers() -> None:
     model = model_from_config(config(num_key_value_heads=2))
     weights = random_weights(model)
-    world = reference_world(
-        model.vllm_tiles(4), weights, empty_world({rank: model.vllm_shapes(4, rank) for rank in range(4)})
-    )
+    world = reference_world(model.vllm_tiles(4), weights, vllm_world(model, 4))
     D = model.dims.head_dim
     k = weights["model.layers.1.self_attn.k_proj.weight"]
     for rank, head in enumerate([0, 0, 1, 1]):
         held = world[rank]["model.layers.1.self_attn.qkv_proj.weight"][D : 2 * D]
         assert torch.equal(held, k[head * D : (head + 1) * D])
+
+
+def test_a_fused_tensor_of_experts_holds_each_expert_in_a_plane() -> None:
+    model = model_from_config(config("qwen3_moe"))
+    weights = random_weights(model)
+    world = reference_world(model.vllm_tiles(2), weights, vllm_world(model, 2))
+    experts = [f"model.layers.1.mlp.experts.{e}" for e in range(6)]
+    halves = [torch.stack([weights[f"{name}.{part}_proj.weight"] for name in experts]) for part in ("gate", "up")]
+    down = torch.stack([weights[f"{name}.down_proj.weight"] for name in experts])
+    for rank in range(2):
+        w13 = torch.cat([half.chunk(2, dim=1)[rank] for half in halves], dim=1)
+        held = world[rank]
+        assert torch.equal(held["model.layers.1.mlp.experts.routed_experts.w13_weight"], w13)
+        w2 = down.chunk(2, dim=2)[rank]
+        assert torch.equal(held["model.layers.1.mlp.experts.routed_experts.w2_weight"], w2)
+
+
+def test_experts_are_spread_over_the_data_parallel_ranks() -> None:
+    model, layout = model_from_config(config("qwen3_moe")), ParallelLayout(tensor=2, data=4, expert=2)
+    weights = random_weights(model)
+    world = reference_world(model.megatron_tiles(layout), weights, megatron_world(model, layout))
+    for rank, first in enumerate([0, 0, 3, 3, 0, 0, 3, 3]):  # tensor fastest, then expert, then the replicas
+        for own in range(3):
+            down = weights[f"model.layers.1.mlp.experts.{first + own}.down_proj.weight"]
+            held = world[rank][f"decoder.layers.1.mlp.experts.local_experts.{own}.linear_fc2.weight"]
+            assert torch.equal(held, down.chunk(2, dim=1)[rank % 2])
+        assert "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight" not in world[rank]
+
+
+def test_interleaved_chunks_go_round_the_stages() -> None:
+    """Eight layers, two stages, two chunks: megatron/core/transformer/transformer_block.py's own example."""
+    model = model_from_config(config(num_hidden_layers=8, tie_word_embeddings=True))
+    layout = ParallelLayout(pipeline=2, virtual=2)
+    found = {(tile.rank, tile.name.partition(".")[0]): set[str]() for tile in model.megatron_tiles(layout)}
+    for tile in model.megatron_tiles(layout):
+        if tile.hf.endswith("o_proj.weight"):
+            found[tile.rank, tile.name.partition(".")[0]].add(tile.hf.split(".")[2])
+    assert found == {
+        (0, "model0"): {"0", "1"},
+        (0, "model1"): {"4", "5"},
+        (1, "model0"): {"2", "3"},
+        (1, "model1"): {"6", "7"},
+    }
+    ends = [(tile.rank, tile.name) for tile in model.megatron_tiles(layout) if "embed_tokens" in tile.hf]
+    assert ends == [(0, "model0.embedding.word_embeddings.weight"), (1, "model1.output_layer.weight")]
 
 
 def test_a_tied_head_is_a_second_tile_on_the_last_stage_only() -> None:
@@ -150,7 +197,17 @@ def test_the_transformer_configuration_says_what_the_hf_configuration_says() -> 
         "rotary_base": 1000000,
         "rotary_percent": 1.0,
     }
-    assert model.padded_vocab_size(4) == 132
+    assert model.padded_vocab_size(ParallelLayout(tensor=4)) == 132
+    assert model.padded_vocab_size(ParallelLayout(tensor=2, vocabulary_multiple=128)) == 256
+
+
+def test_the_transformer_configuration_of_experts_says_how_they_are_chosen() -> None:
+    said = model_from_config(config("qwen3_moe", norm_topk_prob=False)).transformer_config()
+    assert said["qk_layernorm"] and said["kv_channels"] == 16
+    assert (said["num_moe_experts"], said["moe_router_topk"], said["moe_ffn_hidden_size"]) == (6, 2, 40)
+    assert said["moe_router_pre_softmax"] and said["moe_router_load_balancing_type"] == "none"
+    assert not model_from_config(config("qwen3_moe")).transformer_config()["moe_router_pre_softmax"]
+    assert "num_moe_experts" not in model_from_config(config("qwen3")).transformer_config()
 
 
 @pytest.mark.parametrize(
@@ -161,11 +218,42 @@ def test_rope_theta_is_found_in_old_and_new_configurations(rope: dict[str, Any],
     assert model_from_config(config(**rope)).gpt_options()["rotary_base"] == theta
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_llama_3_rope_scaling_is_found_in_old_and_new_configurations(key: str) -> None:
+    old: dict[str, object] = {"rope_theta": 1e4} if key == "rope_scaling" else {}
+    rope = {name: value for name, value in LLAMA3.items() if key == "rope_parameters" or name != "rope_theta"}
+    model = model_from_config(config(**old, **{key: rope | {"original_max_position_embeddings": 8192}}))
+    assert model.gpt_options()["rotary_base"] == 10000
+    assert model.rope_scaling() == RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    assert model_from_config(config()).rope_scaling() is None
+
+
 REFUSED = [
-    ("llama", {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "known are LlamaForCausalLM"),
+    ("llama", {"architectures": ["OPTForCausalLM"], "model_type": "opt"}, "known are LlamaForCausalLM, MistralFor"),
+    (
+        "llama",
+        {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"},
+        "no norm after attention .* neither cap",
+    ),
+    ("llama", {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}, "alternate sliding-window layers"),
+    (
+        "llama",
+        {"architectures": ["Gemma3ForConditionalGeneration"]},
+        "megatron-core 0.19's local layers cannot hold it",
+    ),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ("llama", {"model_type": "qwen2"}, "model_type='qwen2'"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_type='llama3'"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor=None, expected a number"),
+    ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": True}}, "embeddings=True"),
+    (
+        "llama",
+        {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0, "original_max_position_embeddings": 9}},
+        "below high",
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+    ("qwen3", {"rope_parameters": LLAMA3}, "rope_type='llama3' is not modelled, only 'default'"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "mscale": 2.0}}, "mscale"),
     ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -184,7 +272,27 @@ REFUSED = [
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("qwen2", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
     ("qwen2", {"head_dim": 16}, "head_dim=16"),
+    ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("mistral", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
+    ("qwen3", {"head_dim": None}, "head_dim is missing"),
+    ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+    ("qwen3", {"num_experts": 8}, "num_experts=8"),
+    ("qwen3_moe", {"num_experts": None}, "num_experts is missing"),
+    ("qwen3_moe", {"num_experts": 0}, "num_experts=0"),
+    ("qwen3_moe", {"num_local_experts": 8}, "num_local_experts=8 contradicts num_experts=6"),
+    ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok=7 is more than num_experts=6"),
+    ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob"),
+    ("qwen3_moe", {"num_experts_per_tok": 1}, "norm_topk_prob=True with num_experts_per_tok=1"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 32}, "shared_expert_intermediate_size=32"),
 ]
+
+
+def test_a_window_that_transformers_would_assume_is_refused() -> None:
+    silent = {key: value for key, value in config("mistral").items() if key != "sliding_window"}
+    with pytest.raises(UnsupportedModelError, match="sliding_window is missing, and its default is not modelled"):
+        model_from_config(silent)
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
@@ -194,11 +302,28 @@ def test_what_is_not_modelled_is_refused_by_name(family: str, changes: dict[str,
 
 
 def test_sizes_that_do_not_divide_are_named() -> None:
-    model = model_from_config(config(num_attention_heads=6, num_key_value_heads=3, hidden_size=48))
+    model = model_from_config(config(num_attention_heads=6, num_key_value_heads=3, intermediate_size=72))
     with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide by tensor=2"):
         model.megatron_tiles(ParallelLayout(tensor=2))
-    with pytest.raises(ValueError, match="tensor=6 is larger than num_key_value_heads=3"):
-        model.megatron_tiles(ParallelLayout(tensor=6))
+    assert model.megatron_tiles(ParallelLayout(tensor=6))  # half a query group each
+    with pytest.raises(ValueError, match="num_attention_heads=6 does not divide by tensor=9"):
+        model.megatron_tiles(ParallelLayout(tensor=9))
+    odd = model_from_config(config(num_attention_heads=4, num_key_value_heads=1, head_dim=3))
+    with pytest.raises(ValueError, match="rows of query, key and value=18 does not divide by tensor=4"):
+        odd.megatron_tiles(ParallelLayout(tensor=4))
+    with pytest.raises(ValueError, match=r"num_hidden_layers=2 does not divide by pipeline \* virtual=4"):
+        model.megatron_tiles(ParallelLayout(pipeline=2, virtual=2))
+    with pytest.raises(ValueError, match="virtual=2 needs pipeline > 1"):
+        ParallelLayout(virtual=2)
+    with pytest.raises(ValueError, match="data=3 does not divide by expert=2"):
+        ParallelLayout(data=3, expert=2)
+    with pytest.raises(ValueError, match="expert=2: LlamaForCausalLM has no experts"):
+        model.megatron_tiles(ParallelLayout(data=2, expert=2))
+    experts = model_from_config(config("qwen3_moe"))
+    with pytest.raises(ValueError, match="num_experts=6 does not divide by expert=4"):
+        experts.megatron_tiles(ParallelLayout(data=4, expert=4))
+    with pytest.raises(ValueError, match="moe_intermediate_size=40 does not divide by tensor=16"):
+        model_from_config(config("qwen3_moe", num_attention_heads=16, num_key_value_heads=16)).vllm_tiles(16)
     with pytest.raises(ValueError, match="num_hidden_layers=2 does not divide by pipeline=4"):
         model.megatron_tiles(ParallelLayout(pipeline=4))
     with pytest.raises(ValueError, match="num_attention_heads=6 does not divide by tensor=4"):

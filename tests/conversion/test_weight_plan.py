@@ -10,14 +10,17 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import (
-    World,
     assert_equal_worlds,
     carried,
     config,
     empty_world,
+    fits,
+    layouts,
+    megatron_world,
     models,
     random_weights,
     reference_world,
+    vllm_world,
     write_folder,
 )
 
@@ -26,30 +29,14 @@ from conversion.families import Model, model_from_config
 from conversion.plan import PlanError, plan
 from conversion.tiles import ParallelLayout, Tile
 
-LAYOUTS = st.builds(
-    ParallelLayout,
-    tensor=st.sampled_from([1, 2, 4]),
-    pipeline=st.sampled_from([1, 2, 3]),
-    data=st.sampled_from([1, 2]),
-    fused_norms=st.booleans(),
-)
 
-
-def megatron_world(model: Model, layout: ParallelLayout) -> World:
-    return empty_world({rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)})
-
-
-def vllm_world(model: Model, tensor: int, dtype: torch.dtype = torch.float32) -> World:
-    return empty_world({rank: model.vllm_shapes(tensor, rank) for rank in range(tensor)}, dtype)
-
-
-@given(model=models(), layout=LAYOUTS, other=LAYOUTS, engine=st.sampled_from([1, 2, 4, 8]))
+@given(model=models(), layout=layouts(), other=layouts(), engine=st.sampled_from([1, 2, 4, 8]))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_import_export_sync_and_reshape_are_bitwise(
     model: Model, layout: ParallelLayout, other: ParallelLayout, engine: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     for each in (layout, other):
-        assume(each.tensor <= model.dims.num_kv_heads and model.num_layers % each.pipeline == 0)
+        assume(fits(model, each))
     folder = tmp_path_factory.mktemp("weights")
     weights = random_weights(model)
     source = write_folder(folder / "source", model, weights)

@@ -12,17 +12,38 @@ from torch import Tensor
 
 from conversion.families import Model, model_from_config
 from conversion.plan import WeightPlan
-from conversion.tiles import Tile
+from conversion.tiles import ParallelLayout, Tile
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
 
 World = dict[int, dict[str, Tensor]]  # rank -> local tensors
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# What each family's configuration has beside the sizes.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "llama3": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 24},
+    },
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None, "head_dim": 10},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+    },
+}
+
+
 def config(family: str = "llama", **changes: object) -> dict[str, object]:
     """A small configuration in which no two sizes are equal."""
-    return {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
-        "model_type": family,
+    sizes = {
         "num_hidden_layers": 2,
         "hidden_size": 48,
         "intermediate_size": 56,
@@ -32,7 +53,8 @@ def config(family: str = "llama", **changes: object) -> dict[str, object]:
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
-    } | changes
+    }
+    return sizes | {"model_type": family} | FAMILIES[family] | changes
 
 
 @st.composite
@@ -40,9 +62,9 @@ def models(draw: st.DrawFn) -> Model:
     """Models that tensor sizes 1, 2 and 4 divide, with 1 to 3 query heads a group, and vocabularies of any size."""
     kv_heads = draw(st.sampled_from([1, 2, 4, 8]))
     heads = math.lcm(kv_heads * draw(st.integers(1, 3)), 8)
-    family = draw(st.sampled_from(["llama", "qwen2"]))
-    sizes = {
-        "num_hidden_layers": draw(st.sampled_from([1, 2, 3, 6])),
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    sizes: dict[str, object] = {
+        "num_hidden_layers": draw(st.sampled_from([1, 2, 3, 6, 8])),
         "hidden_size": heads * draw(st.sampled_from([2, 6])),
         "intermediate_size": 8 * draw(st.integers(1, 5)),
         "num_attention_heads": heads,
@@ -50,9 +72,54 @@ def models(draw: st.DrawFn) -> Model:
         "vocab_size": draw(st.integers(9, 200)),
         "tie_word_embeddings": draw(st.booleans()),
     }
-    if family == "llama":
+    if family.startswith("qwen3"):
+        sizes["head_dim"] = draw(st.sampled_from([2, 4, 10]))
+    elif family != "qwen2":
         sizes["head_dim"] = draw(st.sampled_from([None, 2, 4]))
+    if family == "qwen3_moe":
+        experts = draw(st.sampled_from([2, 4, 6]))
+        sizes |= {"num_experts": experts, "num_experts_per_tok": draw(st.integers(1, experts))}
+        sizes |= {"moe_intermediate_size": 8 * draw(st.integers(1, 3)), "norm_topk_prob": False}
     return model_from_config(config(family, **sizes))
+
+
+def layouts() -> st.SearchStrategy[ParallelLayout]:
+    """Layouts on every axis; `fits` says whether a model can be laid out so."""
+    return st.builds(
+        lambda replicas, virtual, pipeline, expert, **rest: ParallelLayout(
+            data=replicas * expert,
+            expert=expert,
+            pipeline=pipeline,
+            virtual=virtual if pipeline > 1 else 1,
+            **rest,
+        ),
+        replicas=st.sampled_from([1, 2]),
+        virtual=st.sampled_from([1, 1, 2]),
+        pipeline=st.sampled_from([1, 2, 3]),
+        expert=st.sampled_from([1, 1, 2]),
+        tensor=st.sampled_from([1, 2, 4]),
+        fused_norms=st.booleans(),
+        vocabulary_multiple=st.sampled_from([1, 8]),
+    )
+
+
+def fits(model: Model, layout: ParallelLayout) -> bool:
+    """Whether `layout` divides the model's sizes."""
+    try:
+        model.megatron_shapes(layout, 0)
+    except ValueError:
+        return False
+    return True
+
+
+def megatron_world(model: Model, layout: ParallelLayout) -> World:
+    """What all ranks of a layout hold, before anything is in it."""
+    return empty_world({rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)})
+
+
+def vllm_world(model: Model, tensor: int, dtype: torch.dtype = torch.float32) -> World:
+    """What all workers of an engine hold, before anything is in it."""
+    return empty_world({rank: model.vllm_shapes(tensor, rank) for rank in range(tensor)}, dtype)
 
 
 def random_weights(model: Model, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -90,6 +157,8 @@ def reference_world(tiles: Sequence[Tile], weights: Mapping[str, Tensor], world:
         part = weights[tile.hf][slice(*tile.rows)]
         rows = slice(tile.row0, tile.row0 + part.shape[0])
         local = world[tile.rank][tile.name]
+        if tile.plane is not None:
+            local = local[tile.plane]
         if tile.cols is None:
             local[rows] = part
         else:

@@ -132,3 +132,96 @@ def exported(
         policy.export(folder, shared)
     finally:
         policy.close()
+
+
+def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any, packs: Any) -> Any:
+    """Return for each model folder, on the last stage, the [tokens, vocabulary shard] logits of each pack.
+
+    A pack is a list of sequences. The ranks of the data axis take the packs in different order, each beginning with
+    the one of its own index.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    from astar_megatron.model import backend as backends
+
+    backend = backends.choose()
+    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    place = layout.place(rank)
+    assert parallel_state.get_tensor_model_parallel_rank() == place.tensor
+    assert parallel_state.get_pipeline_model_parallel_rank() == place.pipeline
+    assert parallel_state.get_expert_model_parallel_rank() == place.expert
+    first = layout.coordinates(rank)[2]
+    mine = packs[first:] + packs[:first]
+    try:
+        return [_logits_of(folder, layout, rank, mine, backend) for folder in folders]
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) -> Any:
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from astar_megatron.model.attention import PackedSequences
+    from astar_megatron.model.build import build, transformer_config
+    from conversion import hf
+    from conversion.families import read_model
+    from conversion.megatron import check_tensors
+    from conversion.plan import plan
+
+    model = read_model(folder)
+    config = transformer_config(model, layout, torch.float32, backend)
+    many = layout.virtual > 1
+    chunks = [build(model, layout, config, backend, chunk if many else None) for chunk in range(layout.virtual)]
+    tensors = {
+        f"model{chunk}.{name}" if many else name: parameter.data
+        for chunk, part in enumerate(chunks)
+        for name, parameter in part.eval().named_parameters()
+    }
+    check_tensors(model, layout, rank, tensors)
+    hf.load(folder, plan(model.hf_tiles(), model.megatron_tiles(layout)), rank, tensors)
+    found = []
+
+    def collect(logits: Any, non_loss_data: bool = False) -> Any:
+        found.append(logits[0].numpy())
+        return logits
+
+    def forward(iterator: Any, part: Any, *_: Any) -> Any:
+        sequences = next(iterator)
+        positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
+        lengths = tuple(len(ids) for ids in sequences)
+        out = part(
+            input_ids=torch.tensor([[token for ids in sequences for token in ids]]),
+            position_ids=positions[None],
+            attention_mask=None,
+            packed_seq_params=PackedSequences(position_ids=positions, lengths=lengths),
+        )
+        return out, collect
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(packs) for _ in chunks] if many else iter(packs),
+            model=chunks,
+            num_microbatches=len(packs),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return found
