@@ -20,6 +20,14 @@ app.add_typer(convert, name="convert")
 Config = Annotated[Path, typer.Option("--config", help="YAML file; configs/ has some.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-6; repeatable.")]
 
+Source = Annotated[str, typer.Argument(help="Folder to read.")]
+Destination = Annotated[str, typer.Argument(help="Folder to write; an older export there is replaced, nothing else.")]
+Like = Annotated[str | None, typer.Option(help="Hugging Face folder of the same model, if a checkpoint has no config.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, write nothing.")]
+Tensor = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks that will load it.")]
+Pipeline = Annotated[int, typer.Option("--pp", help="Pipeline stages that will load it.")]
+Expert = Annotated[int, typer.Option("--ep", help="Expert-parallel ranks that will load it.")]
+
 
 @app.command()
 def sweep(config_file: Config, overrides: Overrides = None) -> None:
@@ -43,14 +51,53 @@ def evaluate(
     _program("evaluate").main(config.load(config_file, overrides or ()), model)
 
 
-@convert.command(name="megatron-to-hf")
-def megatron_to_hf(
-    config_file: Config,
-    destination: Annotated[Path, typer.Argument(help="Folder to write, in Hugging Face's format.")],
-    overrides: Overrides = None,
+@convert.command(name="hf-to-megatron")
+def hf_to_megatron(
+    source: Source,
+    destination: Destination,
+    tp: Tensor = 1,
+    pp: Pipeline = 1,
+    ep: Expert = 1,
+    dry_run: DryRun = False,
 ) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face folder."""
-    _program("export").main(config.load(config_file, overrides or ()), destination)
+    """Write a Hugging Face folder as a distributed checkpoint of Megatron, which any layout can load."""
+    _program("convert").to_megatron(source, destination, _layout(tp, pp, ep), like=None, dry_run=dry_run)
+
+
+@convert.command(name="megatron-to-hf")
+def megatron_to_hf(source: Source, destination: Destination, like: Like = None, dry_run: DryRun = False) -> None:
+    """Write a distributed checkpoint, of a run or of Megatron-LM, as a Hugging Face folder."""
+    _program("convert").to_hf(source, destination, like=like, dry_run=dry_run)
+
+
+@convert.command()
+def reshape(
+    source: Source,
+    destination: Destination,
+    tp: Tensor = 1,
+    pp: Pipeline = 1,
+    ep: Expert = 1,
+    like: Like = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a distributed checkpoint's weights cut and padded for another layout."""
+    _program("convert").to_megatron(source, destination, _layout(tp, pp, ep), like=like, dry_run=dry_run)
+
+
+@convert.command()
+def verify(
+    a: Annotated[str, typer.Argument(help="A folder of either kind.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    like: Like = None,
+) -> None:
+    """Compare the weights of two folders, number by number; names the first that differs."""
+    _program("convert").verify(a, b, like=like)
+
+
+@convert.command()
+def inspect(path: Annotated[str, typer.Argument(help="A folder of either kind.")], like: Like = None) -> None:
+    """Say what a folder holds: architecture, parameters, type, bytes, where it came from."""
+    _program("convert").inspect(path, like=like)
 
 
 @app.command()
@@ -63,6 +110,11 @@ def doctor(
     if config_file is not None:
         _program("run").say_fit(config.load(config_file, overrides or ()))
     raise typer.Exit(status)
+
+
+def _layout(tensor: int, pipeline: int, expert: int) -> Any:
+    tiles = importlib.import_module("conversion.tiles")
+    return tiles.ParallelLayout(tensor=tensor, pipeline=pipeline, data=expert, expert=expert)
 
 
 def _program(name: str) -> Any:

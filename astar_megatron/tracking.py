@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """Show one line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        _say(self.console, text)
 
     def begin(self, step: int) -> None:
         """Drop the lines of steps from `step` on: a resumed run writes them again."""
@@ -73,37 +73,54 @@ class Tracker:
             os.fsync(file.fileno())
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Any]:
-        """Yield `advance(count, note="")` for a task of `total` pieces."""
-        if not self.console.is_terminal:
-            start = time.perf_counter()
-            done = 0
-
-            def advance(count: int, note: str = "") -> None:
-                nonlocal done
-                if 4 * (done + count) // total > 4 * done // total and done + count < total:
-                    self.say(f"{label}: {done + count} of {total} after {time.perf_counter() - start:.1f} s")
-                done += count
-
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """As the function `progress`, on this tracker's console."""
+        with progress(self.console, label, total) as advance:
             yield advance
-            self.say(f"{label}: {total} in {time.perf_counter() - start:.1f} s")
-            return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=False) as bar:
-            task = bar.add_task(label, total=total, note="")
-            yield lambda count, note="": bar.update(task, advance=count, note=note)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Show two columns under a title: a table on a terminal, elsewhere a line a row."""
-        if not self.console.is_terminal:
-            self.say(f"{title}:")
-            for name, value in rows:
-                self.say(f"  {name}: {value}")
-            return
-        table = Table(title=title, show_header=False, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+        """Show two columns under a title."""
+        show_table(self.console, title, rows)
+
+
+@contextmanager
+def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(count)` for a task of `total` pieces: a bar on a terminal, elsewhere a line a quarter."""
+    if not console.is_terminal:
+        start, done = time.perf_counter(), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            if 4 * (done + count) // total > 4 * done // total and done + count < total:
+                _say(console, f"{label}: {done + count} of {total} after {time.perf_counter() - start:.1f} s")
+            done += count
+
+        yield advance
+        _say(console, f"{label}: {total} in {time.perf_counter() - start:.1f} s")
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=False) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.update(task, advance=count)
+
+
+def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """Show two columns under a title: a table on a terminal, elsewhere a line a row."""
+    if not console.is_terminal:
+        _say(console, f"{title}:")
+        for name, value in rows:
+            _say(console, f"  {name}: {value}")
+        return
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

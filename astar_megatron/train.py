@@ -22,7 +22,7 @@ from astar_megatron.run import Inputs, prepare, started
 from astar_megatron.tracking import Clock, Tracker, read_metrics
 from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 from astar_megatron.weights import TransferFolder, WeightSync
-from conversion import hf
+from conversion import folders
 
 
 def main(cfg: RunConfig) -> None:
@@ -46,7 +46,7 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
             f"{cfg.run_dir}/checkpoints/latest"
         )
     read_metrics(cfg.run_dir)  # damaged ones are refused here
-    hf.check_destination(cfg.export_dir)
+    folders.check_destination(cfg.export_dir)
 
 
 def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:

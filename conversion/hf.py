@@ -9,7 +9,6 @@ import json
 import math
 import mmap
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,37 +21,42 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conversion.families import read_model
+from conversion.folders import RECORD, CheckpointError, copy_companions, replacing, write_json
 from conversion.plan import Copy, WeightPlan
 from conversion.transfer import view
 from conversion.verify import tensor_digests
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class CheckpointError(ValueError):
-    """An HF folder that is incomplete, damaged or not the model the plan describes; the message names the file."""
+def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Return which file holds which parameter. CheckpointError unless the folder holds exactly `shapes`.
 
-
-def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless the folder holds exactly the parameters `shapes`; reads headers, no weights."""
+    Reads headers, no weights.
+    """
     folder = Path(folder)
-    _check(folder, _weight_files(folder), shapes)
+    return _check(folder, _weight_files(folder), shapes)
+
+
+def read(file: Path, name: str) -> Tensor:
+    """Return one tensor of a safetensors file, whole."""
+    with _opened(file) as shard:
+        return shard.get_tensor(name)
+
+
+def stored_dtype(folder: Path, holder: Mapping[str, str]) -> torch.dtype:
+    """Return the one type of the parameters in `holder` (as `check` gives it). CheckpointError if they have several."""
+    found: dict[str, str] = {}
+    for file in sorted(set(holder.values())):
+        with _opened(folder / file) as shard:
+            for name in shard.keys():  # noqa: SIM118 - no mapping
+                found.setdefault(shard.get_slice(name).get_dtype(), name)
+    if len(found) != 1:
+        raise CheckpointError(f"{folder} mixes types ({found}): convert it to one first, for example with transformers")
+    return _DTYPES[next(iter(found))]
 
 
 @torch.no_grad()
@@ -111,34 +115,21 @@ def writing(
 
     What is written into the export's tensors goes to the files' pages, which the kernel writes out as it likes: a model
     larger than memory can be filled. At the end the digests of what the files hold go into conversion.json, unless
-    the record has them, and the dtype into config.json, for readers cast to what it says. The folder is written beside
-    its final place, synced and renamed; an export that is there already, known by its conversion.json, is replaced (a
-    kill between the two renames leaves the old one as `.NAME.old`). Anything else that is there is refused; after an
-    error all stays as it was.
+    the record has them, and the dtype into config.json, for readers cast to what it says. It takes the place of what is
+    there as `folders.replacing` says.
     """
-    folder, source_folder = Path(folder).resolve(), Path(source_folder)
+    source_folder = Path(source_folder)
     model = read_model(source_folder)
-    check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    new.mkdir()
     name_of_dtype = str(dtype).removeprefix("torch.")
-    try:
+    with replacing(folder) as new:
         tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
         export = Export(tensors, {"source": source_folder.name, "dtype": name_of_dtype})
         yield export
         export.record.setdefault("digests", tensor_digests(tensors))
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
-        _write_json(new / "config.json", config | {"dtype": name_of_dtype})
-        _write_json(new / RECORD, export.record)
-        for name in _COMPANIONS:
-            if (source_folder / name).is_file():
-                shutil.copyfile(source_folder / name, new / name)
-        for path in (*new.iterdir(), new):
-            _sync(path)
-        _swap(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        write_json(new / "config.json", config | {"dtype": name_of_dtype})
+        write_json(new / RECORD, export.record)
+        copy_companions(source_folder, new)
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
@@ -193,7 +184,9 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
                 if shape != shapes[name]:
                     raise CheckpointError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
                 if dtype not in _DTYPES:
-                    raise CheckpointError(f"{folder / file}: {name} has dtype {dtype}, expected one of {_DTYPES}")
+                    raise CheckpointError(
+                        f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}"
+                    )
     for name in shapes:
         if name not in holder:
             raise CheckpointError(f"{folder} does not hold {name}")
@@ -227,18 +220,6 @@ def _check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
     return dtypes.pop()
 
 
-def check_destination(folder: str | Path) -> None:
-    """Raise CheckpointError where something lies at `folder` that is not an export: replacing would delete it."""
-    folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):
-        raise CheckpointError(
-            f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
-            "it yourself"
-        )
-
-
 def _mapped_weights(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int | float
 ) -> dict[str, Tensor]:
@@ -252,13 +233,13 @@ def _mapped_weights(
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return tensors
 
 
 def _mapped_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
     """A new safetensors file (its length of header, header, bytes) and its tensors. OSError where there is no room."""
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -291,26 +272,3 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_byte
         names.append(name)
         size += num_bytes
     yield names
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -264,7 +264,8 @@ def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fau
     for name, layer in module.named_modules():
         if not hasattr(layer, "cpu_linear") or layer.weight.dim() != 2:
             continue
-        weight: Tensor = layer.weight.detach()  # type: ignore[assignment]
+        weight: Any = layer.weight
+        weight = weight.detach()
         columns = torch.randperm(weight.shape[1], generator=generator)[:num_columns]
         probe = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype)
         probe[torch.arange(len(columns)), columns] = 1

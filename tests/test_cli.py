@@ -142,9 +142,6 @@ def test_a_checkpoint_of_other_settings_is_refused(command: Any, tree: dict[str,
 def test_an_export_never_replaces_a_model_that_is_no_export(command: Any, tree: dict[str, Any]) -> None:
     fill_table(tree)
     write_checkpoint(tree, 7)
-    status, error = command(f"convert megatron-to-hf {tree['model']['path']}", tree)
-    assert status == 2
-    assert tree["model"]["path"] in error and "conversion.json" in error
     shutil.copytree(tree["model"]["path"], Path(tree["run_dir"]) / "hf")
     status, error = command("train", tree)
     assert status == 2
@@ -279,3 +276,51 @@ def test_a_cluster_that_does_not_answer_is_named(command: Any, tree: dict[str, A
     status, error = command("sweep", tree, "--set", "cluster.address=127.0.0.1:1")
     assert status == 1
     assert "cluster.address" in error and "127.0.0.1:1" in error
+
+
+@pytest.fixture
+def convert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs `astar convert ...` and gives exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["astar", "convert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, error = capsys.readouterr()
+        return int(stop.value.code or 0), out, error
+
+    return run
+
+
+def test_a_model_goes_to_megatron_and_back(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert convert("hf-to-megatron", tied_llama, megatron, "--tp", 2, "--dry-run")[0] == 0
+    assert not megatron.exists()
+    for command in (
+        ("hf-to-megatron", tied_llama, megatron, "--tp", 2),
+        ("reshape", megatron, tmp_path / "other", "--pp", 3),
+        ("megatron-to-hf", tmp_path / "other", back),
+        ("verify", tied_llama, back),
+        ("verify", megatron, back),
+    ):
+        status, _, error = convert(*command)
+        assert status == 0, error
+    status, out, _ = convert("inspect", megatron)
+    assert status == 0
+    assert "LlamaForCausalLM, tied head" in out and "263, padded to 264" in out
+
+
+def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+    somebodys = tmp_path / "somebodys"
+    shutil.copytree(tied_llama, somebodys)
+    for command, word in (
+        (("hf-to-megatron", tied_llama, somebodys), "conversion.json"),
+        (("hf-to-megatron", tied_llama, tmp_path / "out", "--pp", 4), "divide"),
+        (("hf-to-megatron", tied_llama, tmp_path / "out", "--ep", 2), "no experts"),
+        (("megatron-to-hf", tmp_path / "nothing", tmp_path / "out"), "nothing"),
+        (("inspect", tmp_path), "neither a Hugging Face folder"),
+    ):
+        status, _, error = convert(*command)
+        assert status == 2
+        assert word in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["somebodys"]

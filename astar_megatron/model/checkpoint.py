@@ -17,14 +17,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from astar_megatron.data.files import sync
+from conversion import folders
 
 PROGRESS_FILE = "progress.json"
 
 
-def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[str, Any]) -> None:
+def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[str, Any], model_folder: str) -> None:
     """Write a checkpoint to `folder`, which must not exist yet; collective over all ranks.
 
-    `progress` is JSON-able: what the driver needs to go on.
+    `progress` is JSON-able: what the driver needs to go on. config.json and tokenizer of `model_folder` lie beside, so
+    that `astar convert` can read the checkpoint alone.
     """
     temporary = folder.with_name(folder.name + ".incomplete")
     if dist.get_rank() == 0:
@@ -32,6 +34,8 @@ def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[
         temporary.mkdir(parents=True)
         text = json.dumps({**progress, "layout": _layout()}, indent=1) + "\n"
         (temporary / PROGRESS_FILE).write_text(text, encoding="utf-8")
+        shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
+        folders.copy_companions(Path(model_folder), temporary)
     dist.barrier()
     dist_checkpointing.save(_state(part, optimizer, schedule, loading=False), str(temporary))
     if dist.get_rank() == 0:

@@ -263,7 +263,7 @@ class PolicyRank:
 
     def save(self, folder: str, progress: dict[str, Any]) -> None:
         """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
-        checkpoint.save(Path(folder), self._part, self._optimizer, self._schedule, progress)
+        checkpoint.save(Path(folder), self._part, self._optimizer, self._schedule, progress, self._path)
 
     def load(self, folder: str, version: int) -> None:
         """Restore what `save` wrote after `version` batches, in any layout; collective."""

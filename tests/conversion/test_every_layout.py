@@ -29,7 +29,7 @@ STAGES = [{"pipeline": 1}, {"pipeline": 2}, {"pipeline": 3}, {"pipeline": 3, "vi
 def layouts_of(model: Model) -> list[ParallelLayout]:
     experts = (1, 2) if model.dims.num_experts else (1,)
     return [
-        ParallelLayout(tensor=tensor, expert=expert, data=2, vocabulary_multiple=multiple, **stages)
+        ParallelLayout(tensor=tensor, expert=expert, data=2, vocabulary_multiple=multiple, **stages)  # pyright: ignore[reportArgumentType]
         for tensor, expert, stages, multiple in itertools.product((1, 2, 4), experts, STAGES, (1, 128))
         if multiple == 1 or stages == STAGES[0]
     ]

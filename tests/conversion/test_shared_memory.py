@@ -77,7 +77,7 @@ def test_the_files_stay_mapped_and_many_receivers_read_the_same_buckets(tmp_path
         values.normal_()
         at_once(
             [lambda end=end, version=version: end.send(version) for end in senders]
-            + [lambda end=end, version=version: end.receive(version) for end in receivers]
+            + [lambda end=end, version=version: end.receive(version) for end in receivers]  # pyright: ignore[reportAttributeAccessIssue]
         )
         for (_, r), tensor in got.items():
             assert torch.equal(tensor, values[:, 8 * r : 8 * r + 8])

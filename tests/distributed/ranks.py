@@ -107,6 +107,49 @@ def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, loa
         policy.close()
 
 
+def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str) -> list[str]:
+    """Let megatron load a checkpoint's weights over zeros; return the parameters that are not the HF folder's."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    policy = _start(pipe, rank, port, job)
+    try:
+        wanted = {name: weight.clone() for name, weight in policy.weights().items()}
+        for weight in policy.weights().values():
+            weight.zero_()
+        state = policy._part.sharded_state_dict()
+        policy._part.load_state_dict(dist_checkpointing.load(state, folder))
+        found = policy.weights()
+        rows = {name: _real_rows(policy, name) for name in wanted}
+        return [name for name in wanted if not torch.equal(found[name][: rows[name]], wanted[name][: rows[name]])]
+    finally:
+        policy.close()
+
+
+def _real_rows(policy: Any, name: str) -> int:
+    """How many rows of a parameter are not vocabulary padding, which a checkpoint holds as zeros."""
+    from megatron.core import parallel_state
+
+    rows = len(policy.weights()[name])
+    if "word_embeddings" not in name and "output_layer" not in name:
+        return rows
+    return max(0, min(rows, policy.model.vocab_size - parallel_state.get_tensor_model_parallel_rank() * rows))
+
+
+def exported(
+    pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, save: str, folder: str, shared: str
+) -> None:
+    """Train on `batches`, then write both a checkpoint and an HF folder of the same weights."""
+    policy = _start(pipe, rank, port, job)
+    try:
+        for batch in batches:
+            policy.step(batch, _options(job, len(batch)))
+        policy.save(save, {"step": len(batches)})
+        policy.export(folder, shared)
+    finally:
+        policy.close()
+
+
 def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any, packs: Any) -> Any:
     """Return for each model folder, on the last stage, the [tokens, vocabulary shard] logits of each pack.
 
@@ -190,7 +233,7 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[iter(packs) for _ in chunks] if many else iter(packs),
-            model=chunks,
+            model=chunks,  # pyright: ignore[reportArgumentType]
             num_microbatches=len(packs),
             seq_length=1,
             micro_batch_size=1,

@@ -1,0 +1,90 @@
+"""Folders of models: what lies beside the weights, and how a new one takes the place of an old one."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class CheckpointError(ValueError):
+    """An HF folder that is incomplete, damaged or not the model the plan describes; the message names the file."""
+
+
+def check_destination(folder: str | Path) -> None:
+    """Raise CheckpointError where something lies at `folder` that is not an export: replacing would delete it."""
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
+            "it yourself"
+        )
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which is synced and takes its place when the block ends well.
+
+    An export that is there already, known by its conversion.json, is replaced (a kill between the two renames leaves
+    the old one as `.NAME.old`). Anything else that is there is refused; after an error all stays as it was.
+    """
+    folder = Path(folder).resolve()
+    check_destination(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    new.mkdir()
+    try:
+        yield new
+        for path in (*new.iterdir(), new):
+            _sync(path)
+        _swap(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def copy_companions(source_folder: Path, folder: Path) -> None:
+    """Copies what belongs to a model beside its weights and config.json: tokenizer, template, generation defaults."""
+    for name in _COMPANIONS:
+        if (source_folder / name).is_file():
+            shutil.copyfile(source_folder / name, folder / name)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file as all of an export are: indented, keys sorted."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts `new` in the place of `folder`."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""Folders of both kinds from each other: bitwise round trips, comparison, and refusal of what is damaged or hostile."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conversion import convert
+from conversion.checkpoint import CheckpointReader, DistributedCheckpointError
+from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
+from conversion.tiles import ParallelLayout
+
+
+@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_there_and_back_is_bitwise_equal(
+    kind: str, tensor: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(kind)
+    convert.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=tensor))
+    convert.write_megatron(open_end(tmp_path / "megatron"), tmp_path / "reshaped", ParallelLayout(tensor=3 - tensor))
+    convert.write_hf(open_end(tmp_path / "reshaped"), tmp_path / "back")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    before.pop("lm_head.weight", None) if kind == "tied_llama" else None
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+    assert json.loads((tmp_path / "back" / "conversion.json").read_text())["source_kind"] == "Megatron"
+
+
+def test_every_value_is_written_once_and_padding_is_zero(tied_llama: Path, tmp_path: Path) -> None:
+    model = HuggingFaceEnd(tied_llama).model
+    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout(tensor=2))
+    reader = CheckpointReader(tmp_path / "megatron")
+    (rows, columns) = reader.shapes()["embedding.word_embeddings.weight"]
+    assert (rows, model.vocab_size) == (264, 263)
+    assert not reader.read("embedding.word_embeddings.weight", ((263, 264), (0, columns))).any()
+    sizes = sum(torch.Size(shape).numel() for shape in reader.shapes().values())
+    assert sizes == model.num_parameters() + columns
+
+
+def test_comparison_names_parameter_row_and_column(tied_llama: Path, tmp_path: Path) -> None:
+    convert.write_hf(HuggingFaceEnd(tied_llama), tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    weights = load_file(file)
+    convert.compare(HuggingFaceEnd(tied_llama), HuggingFaceEnd(tmp_path / "copy"))
+    weights["model.layers.4.mlp.up_proj.weight"][7, 11] += 1e-6
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(convert.MismatchError, match=r"model\.layers\.4\.mlp\.up_proj\.weight, row 7, column 11.* 1 of"):
+        convert.compare(HuggingFaceEnd(tied_llama), HuggingFaceEnd(tmp_path / "copy"))
+
+
+def test_an_index_that_would_run_code_is_refused(tied_llama: Path, tmp_path: Path) -> None:
+    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+
+    class Hostile:
+        def __reduce__(self) -> object:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    (tmp_path / "megatron" / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(DistributedCheckpointError, match="mkdir, which no index"):
+        open_end(tmp_path / "megatron")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_truncated_chunk_is_named(tied_llama: Path, tmp_path: Path) -> None:
+    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+    (file,) = (tmp_path / "megatron").glob("*.distcp")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(DistributedCheckpointError, match="distcp is damaged, truncated"):
+        convert.write_hf(open_end(tmp_path / "megatron"), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_checkpoint_without_configuration_needs_a_folder_like_it(
+    tied_llama: Path, untied_qwen2: Path, tmp_path: Path
+) -> None:
+    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+    (tmp_path / "megatron" / "config.json").unlink()
+    with pytest.raises(ValueError, match="--like"):
+        open_end(tmp_path / "megatron")
+    convert.compare(MegatronEnd(tmp_path / "megatron", like=tied_llama), HuggingFaceEnd(tied_llama))
+    with pytest.raises(ValueError, match=r"does not hold output_layer|expected"):
+        MegatronEnd(tmp_path / "megatron", like=untied_qwen2)
+
+
+def test_a_layout_that_does_not_divide_is_refused_before_anything_is_written(tied_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="divide"):
+        convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout(pipeline=4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_neither_kind_of_folder_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a Hugging Face folder"):
+        open_end(tmp_path)

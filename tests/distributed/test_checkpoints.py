@@ -1,0 +1,49 @@
+"""Distributed checkpoints that conversion/ writes are loaded by Megatron itself, and the reverse (real ranks)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks as work
+from ranks import Job
+from test_layouts import batch
+
+from conversion import convert
+from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
+from conversion.tiles import ParallelLayout
+
+
+@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
+@pytest.mark.parametrize(("cut", "tensor", "pipeline"), [(1, 1, 1), (1, 2, 2), (2, 1, 3), (2, 2, 1)])
+def test_megatron_loads_what_was_written(
+    kind: str, cut: int, tensor: int, pipeline: int, ranks: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(kind)
+    convert.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=cut))
+    job = Job(str(source), tensor=tensor, pipeline=pipeline)
+    wrong = ranks.run(work.loaded_by_megatron, job.world_size, job=job, folder=str(tmp_path / "megatron"))
+    assert wrong == [[]] * job.world_size
+
+
+@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
+def test_a_checkpoint_of_training_converts_to_what_training_exports(
+    kind: str, ranks: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = request.getfixturevalue(kind)
+    job = Job(str(source), tensor=2, pipeline=3)
+    checkpoint, folder = tmp_path / "step_00000001", tmp_path / "hf"
+    ranks.run(
+        work.exported,
+        job.world_size,
+        job=job,
+        batches=[batch(3)],
+        save=str(checkpoint),
+        folder=str(folder),
+        shared=str(tmp_path),
+    )
+    end = open_end(checkpoint)
+    assert isinstance(end, MegatronEnd)
+    convert.write_hf(end, tmp_path / "converted")
+    convert.compare(HuggingFaceEnd(tmp_path / "converted"), HuggingFaceEnd(folder))
+    with pytest.raises(convert.MismatchError):
+        convert.compare(end, HuggingFaceEnd(source))  # the step did change the weights
