@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,8 @@ def test_the_files_stay_mapped_and_many_receivers_read_the_same_buckets(tmp_path
     inodes = None
     for version in (4, 5, 6):
         values.normal_()
-        at_once(
-            [lambda end=end, version=version: end.send(version) for end in senders]
-            + [lambda end=end, version=version: end.receive(version) for end in receivers]
-        )
+        sends = [partial(sender.send, version) for sender in senders]
+        at_once([*sends, *(partial(receiver.receive, version) for receiver in receivers)])
         for (_, r), tensor in got.items():
             assert torch.equal(tensor, values[:, 8 * r : 8 * r + 8])
         now = {weight_file(tmp_path, r).stat().st_ino for r in range(2)}
