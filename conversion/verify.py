@@ -26,6 +26,7 @@ from conversion.transfer import view
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # sign-extended, the same at both ends
 _CHUNK_ELEMENTS = 1 << 17  # 1 MiB of int64: stays in a core's cache
+_SERIAL_ELEMENTS = (1 << 15) - 1  # torch divides more among threads; to wake them costs more than so little work
 _COLUMN_SEED, _ROW_SEED = 0x243F6A8885A308D3, 0x13198A2E03707344
 _MASK = (1 << 64) - 1
 
@@ -119,7 +120,17 @@ class Holdings:
             vector = rows.shape[1] == 1  # all of it in one row, or a sample of it would be one number
             r0, r1, c0, c1 = part.rectangle
             groups[(r0, r1, True) if vector else (c0, c1, False)].append(index)
-        self._samples = [_Sample(self.parts, self._views, *key, indices) for key, indices in groups.items()]
+        self._samples = [
+            _Sample(self._views, *key, indices[start : start + step])
+            for key, indices in groups.items()
+            for step in (max(1, _SERIAL_ELEMENTS // (key[1] - key[0])),)
+            for start in range(0, len(indices), step)
+        ]
+        self._order = torch.tensor([index for sample in self._samples for index in sample.indices])
+        self._seeds = torch.tensor([zlib.crc32(f"{part.hf} {part.rectangle}".encode()) for part in parts])
+        self._starts = torch.tensor([part.rectangle[0] for part in parts])
+        self._heights = torch.tensor([len(rows) for rows in self._views])
+        self._vectors = torch.tensor([rows.shape[1] == 1 for rows in self._views])
 
     @torch.no_grad()
     def full(self) -> list[int]:
@@ -131,11 +142,16 @@ class Holdings:
     @torch.no_grad()
     def sampled(self, version: int) -> list[int]:
         """The digest of one row of every part, of vectors whole; which row follows from the version."""
-        digests = [0] * len(self.parts)
-        for sample in self._samples:
-            for index, digest in zip(sample.indices, sample.digests(version, self._dtype), strict=True):
-                digests[index] = digest
-        return digests
+        if not self.parts:
+            return []
+        chosen = (_mixed(self._seeds + (version << 32), 0) >> 1) % self._heights  # the lowest bit is always set
+        factors = torch.where(self._vectors, _mixed(torch.zeros(1, dtype=torch.int64), _COLUMN_SEED), 0)
+        factors += torch.where(self._vectors, 0, _mixed(self._starts + chosen, _ROW_SEED))
+        rows = chosen.tolist()
+        sums = torch.cat([sample.sums(rows, self._dtype) for sample in self._samples])
+        digests = torch.empty_like(sums)
+        digests[self._order] = sums
+        return (digests * factors).tolist()
 
     @torch.no_grad()
     def rows(self, index: int) -> list[int]:
@@ -146,26 +162,17 @@ class Holdings:
 class _Sample:
     """The parts of one range of columns (or, as vectors, of rows): their sampled rows are digested together."""
 
-    def __init__(
-        self, parts: Sequence[Part], views: Sequence[Tensor], start: int, stop: int, vectors: bool, indices: list[int]
-    ) -> None:
+    def __init__(self, views: Sequence[Tensor], start: int, stop: int, vectors: bool, indices: list[int]) -> None:
         self.indices, self._vectors = indices, vectors
         self._views = [views[i].squeeze(1) if vectors else views[i] for i in indices]
         self._factors = _multipliers(_ROW_SEED if vectors else _COLUMN_SEED, start, stop, views[indices[0]].device)
-        names = [f"{parts[i].hf} {parts[i].rectangle}".encode() for i in indices]
-        self._seeds = torch.tensor([zlib.crc32(name) for name in names])
-        self._starts = torch.tensor([parts[i].rectangle[0] for i in indices])
-        self._heights = torch.tensor([len(view) for view in self._views])
 
-    def digests(self, version: int, dtype: torch.dtype) -> list[int]:
-        if self._vectors:
-            rows, factors = self._views, _mixed(torch.zeros_like(self._seeds), _COLUMN_SEED)
-        else:
-            chosen = (_mixed(self._seeds + (version << 32), 0) >> 1) % self._heights  # the lowest bit is always set
-            rows = [view.select(0, row) for view, row in zip(self._views, chosen.tolist(), strict=True)]
-            factors = _mixed(self._starts + chosen, _ROW_SEED)
+    def sums(self, chosen: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The digest of each part's chosen row, not yet multiplied by the row's own number."""
+        pairs = zip(self._views, self.indices, strict=True)
+        rows = self._views if self._vectors else [view.select(0, chosen[i]) for view, i in pairs]
         bits = torch.stack(rows).to(dtype).view(_INTEGERS[dtype.itemsize])
-        return ((bits * self._factors).sum(1).cpu() * factors).tolist()
+        return (bits * self._factors).sum(1).cpu()
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
