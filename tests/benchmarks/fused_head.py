@@ -1,11 +1,12 @@
 """The LM head on a CPU: time and memory of the chunked head beside logits of the whole pack, in float32.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/fused_head.py --shape small|large [--json FILE]     (1 and 5 minutes)
+    OMP_NUM_THREADS=2 python tests/benchmarks/fused_head.py --shape small|large --pass NAME [--json FILE]
 
-`plain` is torch's own cross entropy over hidden @ weight.T, the leanest way with all logits in memory. `at once` and
-`again` are the two ways of model/head/fused.py to the loss and both gradients; `score` is the pass without gradients,
-of the same responses and (`score long`) of one as long as the pack, too long to keep. Times are the fastest of several
-runs that alternate. Memory is the highest resident size beside what was there and the gradients. --json adds to FILE.
+`plain` is torch's own cross entropy over hidden @ weight.T, the leanest way with all logits in memory. The passes:
+`at-once` and `again`, the two ways of model/head/fused.py to the loss and both gradients; `score`, the pass without
+gradients, and `score-long`, the same for one response as long as the pack, too long to be kept. Each alternates with
+its plain; times are the fastest run's, in wall-clock seconds and in seconds of all threads. Memory is the highest
+resident size beside what was there and the gradients. --json adds to FILE. Half a minute (small) to two a pass.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from astar_megatron.model.head.fused import FusedHead
 from astar_megatron.model.head.interface import Responses, Vocabulary, sequence_sums
 
 SHAPES = {"small": (4096, 576, 49152), "large": (2048, 1536, 151936)}  # T, H, V
-RUNS = {"small": 4, "large": 2}
+RUNS = {"small": 3, "large": 2}
 MIB = 1 << 20
 
 
@@ -69,11 +70,11 @@ class Passes:
         mine = self.inputs(self.lengths)
         return {
             "plain": lambda: self.of_sums(self.plain_logprobs()),
-            "at once": lambda: self.gradients(self.head.sequence_loss(*mine, self.loss)),
+            "at-once": lambda: self.gradients(self.head.sequence_loss(*mine, self.loss)),
             "again": lambda: self.of_sums(self.head.token_logprobs(*mine)),
-            "plain score": torch.no_grad()(self.plain_logprobs),
+            "plain-score": torch.no_grad()(self.plain_logprobs),
             "score": torch.no_grad()(lambda: self.head.token_logprobs(*mine)),
-            "score long": torch.no_grad()(lambda: self.head.token_logprobs(*self.inputs((len(self.hidden),)))),
+            "score-long": torch.no_grad()(lambda: self.head.token_logprobs(*self.inputs((len(self.hidden),)))),
         }
 
 
@@ -81,8 +82,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measure(run: Callable[[], Any]) -> tuple[float, int]:
-    """Return seconds, and bytes at the peak beside what was there and what is returned."""
+def measure(run: Callable[[], Any]) -> tuple[float, float, int]:
+    """Return wall-clock seconds, all threads' seconds, and bytes at the peak beside what was there and is returned."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, peak, ended = resident_bytes(), 0, threading.Event()
 
@@ -93,40 +94,42 @@ def measure(run: Callable[[], Any]) -> tuple[float, int]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    wall, threads = time.perf_counter(), time.process_time()
     result = run()
-    seconds = time.perf_counter() - start
+    wall, threads = time.perf_counter() - wall, time.process_time() - threads
     ended.set()
     watcher.join()
     returned = sum(tensor.nbytes for tensor in (result if isinstance(result, tuple) else (result,)))
-    return seconds, peak - before - returned
+    return wall, threads, peak - before - returned
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--pass", dest="name", choices=["at-once", "again", "score", "score-long"], required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    passes = Passes(*SHAPES[arguments.shape])
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in passes.named()}
+    passes = Passes(*SHAPES[arguments.shape]).named()
+    base = "plain-score" if "score" in arguments.name else "plain"
+    found: dict[str, list[tuple[float, float, int]]] = {base: [], arguments.name: []}
     for _ in range(RUNS[arguments.shape]):
-        for name, run in passes.named().items():
-            found[name].append(measure(run))
-    report = {}
-    for name, runs in found.items():
-        base = found["plain score" if "score" in name else "plain"]
-        seconds, memory = min(s for s, _ in runs), max(m for _, m in runs)
-        report[name] = {
-            "seconds": round(seconds, 2),
-            "x plain": round(seconds / min(s for s, _ in base), 3),
-            "MiB": round(memory / MIB),
-            "memory of plain": round(memory / max(m for _, m in base), 4),
-        }
-        print(f"{arguments.shape} {name:12} {report[name]}")
+        for name, runs in found.items():
+            runs.append(measure(passes[name]))
+            print(arguments.shape, name, *(round(figure, 2) for figure in runs[-1]), flush=True)
+    plain, fused = ([min(column) for column in zip(*runs, strict=True)] for runs in found.values())
+    report = {
+        "seconds": [round(fused[0], 2), round(plain[0], 2)],
+        "x plain": round(fused[0] / plain[0], 3),
+        "x plain, threads' seconds": round(fused[1] / plain[1], 3),
+        "MiB": [round(figures[2] / MIB) for figures in (fused, plain)],
+        "memory of plain": round(fused[2] / plain[2], 4),
+    }
+    print(arguments.shape, arguments.name, report)
     if arguments.json:
         whole = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        setting = {"T, H, V": SHAPES[arguments.shape], "dtype": "float32", "threads": torch.get_num_threads()}
-        whole[arguments.shape] = setting | {"torch": torch.__version__, "passes": report}
+        setting = {"T, H, V": SHAPES[arguments.shape], "threads": torch.get_num_threads(), "torch": torch.__version__}
+        entry = whole.setdefault(arguments.shape, setting)
+        entry[arguments.name] = report
         arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
