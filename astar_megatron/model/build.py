@@ -79,7 +79,7 @@ def build(
         )
     scaling = model.rope_scaling()
     if scaling is not None:  # GPTModel's own arguments leave all but the factor fixed
-        rotary = part.rotary_pos_emb
+        rotary: Any = part.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **dataclasses.asdict(scaling))
     return part.to(backend.device)
 
