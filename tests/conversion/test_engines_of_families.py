@@ -57,8 +57,9 @@ def assert_engines_hold(folders: list[Path], tensor: int, place: Path) -> None:
             assert found["logprobs"][: len(wanted)] == pytest.approx(wanted, abs=1e-4), folder
 
 
+@pytest.mark.slow
 def test_an_engine_with_experts_holds_its_tiles_and_agrees_with_transformers(tmp_path: Path) -> None:
-    """Head norms, heads of a size of their own and fused experts at once; the rest of the families is slow."""
+    """Head norms, heads of a size of their own and fused experts at once: the one to run where time is short."""
     pytest.importorskip("vllm")
     assert_engines_hold([written(tmp_path / "model", "qwen3_moe")], 1, tmp_path)
 

@@ -1,6 +1,7 @@
 """Every family in every layout: HF -> Megatron ranks -> HF and -> vLLM workers, bitwise, with tensors in memory."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from conversion.plan import plan
 from conversion.tiles import ParallelLayout, Tile
 from conversion.transfer import view
 
-# Six layers divide into one, two and three stages; four heads in two groups let tensor=4 cut through a group.
+# Six layers divide into one, two and three stages, and six chunks; two query groups let tensor=4 cut through them.
 SIZES = {"num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 56}
-STAGES = [{"pipeline": 1}, {"pipeline": 2}, {"pipeline": 3}, {"pipeline": 3, "virtual": 2}]
+STAGES: list[dict[str, Any]] = [{"pipeline": 1}, {"pipeline": 2}, {"pipeline": 3}, {"pipeline": 3, "virtual": 2}]
 
 
 def layouts_of(model: Model) -> list[ParallelLayout]:

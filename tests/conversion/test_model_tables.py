@@ -220,10 +220,9 @@ def test_rope_theta_is_found_in_old_and_new_configurations(rope: dict[str, Any],
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_llama_3_rope_scaling_is_found_in_old_and_new_configurations(key: str) -> None:
-    old: dict[str, Any] = {"rope_theta": 1e4} if key == "rope_scaling" else {}
-    rope = {name: value for name, value in LLAMA3.items() if key == "rope_parameters" or name != "rope_theta"}
-    changes: dict[str, Any] = old | {key: rope | {"original_max_position_embeddings": 8192}}
-    model = model_from_config(config(**changes))
+    rope: dict[str, Any] = LLAMA3 | {"original_max_position_embeddings": 8192}
+    changes = {key: rope} if key == "rope_parameters" else {"rope_theta": rope.pop("rope_theta"), key: rope}
+    model = model_from_config(config("llama", **changes))
     assert model.gpt_options()["rotary_base"] == 10000
     assert model.rope_scaling() == RopeScaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192

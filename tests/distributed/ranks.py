@@ -203,7 +203,7 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
     model = read_model(folder)
     config = transformer_config(model, layout, torch.float32, backend)
     many = layout.virtual > 1
-    chunks = [build(model, layout, config, backend, chunk if many else None) for chunk in range(layout.virtual)]
+    chunks: list[Any] = [build(model, layout, config, backend, i if many else None) for i in range(layout.virtual)]
     tensors = {
         f"model{chunk}.{name}" if many else name: parameter.data
         for chunk, part in enumerate(chunks)
