@@ -161,7 +161,7 @@ def _record(end: End) -> dict[str, Any]:
 
 def _objects(model: Model) -> dict[str, object]:
     """What Megatron looks for beside tensors: the state of each linear module, which is empty, and what is common."""
-    objects: dict[str, object] = {"common_state/shard_0_1": {}}
+    objects: dict[str, object] = {"common_state/shard_0_1": [{}]}
     for name in local_shapes(model):
         stored, planes = global_place(name)
         module, _, kind = stored.rpartition(".")
