@@ -188,7 +188,7 @@ def test_every_bit_of_every_element_counts() -> None:
     assert len(seen) == 1 + 3 * 5 * 32
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 5), (1, 3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(6,), (3, 5), (1, 3, 5)])
 def test_pieces_of_one_to_three_dimensions_are_digested(shape: tuple[int, ...]) -> None:
     def digests(tensor: Tensor) -> tuple[list[int], list[int]]:
         height, width = (len(tensor), 1) if tensor.dim() == 1 else (tensor.numel() // shape[-1], shape[-1])
