@@ -30,10 +30,11 @@ class Checkpoints:
         pointer = self._folder / "latest"
         if not pointer.exists():
             return None
-        folder = self._folder / pointer.read_text(encoding="utf-8").strip()
-        if not (folder / _PROGRESS_FILE).is_file():
+        name = pointer.read_text(encoding="utf-8").strip()
+        folder = self._folder / name
+        if not name or not (folder / _PROGRESS_FILE).is_file():
             raise ValueError(
-                f"{pointer} names {folder.name}, which is missing or damaged; write the name of a whole step_* folder "
+                f"{pointer} names {name!r}, which is missing or damaged; write the name of a whole step_* folder "
                 f"into it, or remove {self._folder} to start over"
             )
         return folder
@@ -64,7 +65,16 @@ class Checkpoints:
         return [f"{key} {before[key]} -> {new}" for key, new in self._settings.items() if before.get(key, new) != new]
 
     def _progress(self, folder: Path) -> dict[str, Any]:
-        progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
+        try:
+            progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
+            missing = {"step", "prompts", "contract"} - progress.keys()
+        except (OSError, ValueError, AttributeError) as error:
+            missing = {f"{type(error).__name__}: {error}"}
+        if missing:
+            raise ValueError(
+                f"{folder / _PROGRESS_FILE}: missing or damaged ({', '.join(sorted(missing))}); write the name of "
+                f"another step_* folder into {self._folder / 'latest'}, or remove {self._folder} to start over"
+            )
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
             raise ContractError(
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
@@ -80,6 +90,7 @@ class Checkpoints:
         progress = {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()}
         policy.save(folder, progress | {"settings": self._settings})
         write_atomic(self._folder / "latest", folder.name.encode())
-        others = sorted(path for path in self._folder.glob("step_????????") if path != folder)
-        for old in others[: len(others) + 1 - self._keep]:
+        # Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
+        earlier = sorted(path for path in self._folder.glob("step_????????") if path.name < folder.name)
+        for old in earlier[: max(0, len(earlier) + 1 - self._keep)]:
             shutil.rmtree(old, ignore_errors=True)

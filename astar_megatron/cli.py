@@ -54,9 +54,15 @@ def megatron_to_hf(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and lacks for a run, and what to do about it."""
-    raise typer.Exit(_program("doctor").main())
+def doctor(
+    config_file: Annotated[Path | None, typer.Option("--config", help="A run to check against this machine.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it."""
+    status = _program("doctor").main()
+    if config_file is not None:
+        _program("run").say_fit(config.load(config_file, overrides or ()))
+    raise typer.Exit(status)
 
 
 def _program(name: str) -> Any:

@@ -9,11 +9,12 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+Name = Annotated[str, Field(min_length=1)]
 type Dtype = Literal["auto", "bfloat16", "float32"]
 
 
@@ -28,19 +29,19 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The Hugging Face folder that the policy starts from, which is also the frozen reference."""
 
-    path: str
+    path: Name
     dtype: Dtype = "auto"  # compute type; master weights are always fp32. auto: bfloat16 where the hardware has it
 
 
 class DataConfig(Section):
     """Prompts: a JSONL file, one object a line."""
 
-    path: str
+    path: Name
     prompt_field: str = "question"
     answer_field: str = "answer"
     suffix: str = ""  # appended to the prompt's text
     max_prompt_tokens: int = Field(default=256, ge=1)
-    eval_path: str | None = None  # evaluation prompts; none: those of `path`
+    eval_path: Name | None = None  # evaluation prompts; none: those of `path`
 
 
 class RewardConfig(Section):
@@ -60,7 +61,7 @@ class SamplingConfig(Section):
 class SweepConfig(Section):
     """Stage 1: where the rewards of the reference's samples are kept, and how many a prompt."""
 
-    table: str | None = None  # folder; none: <run_dir>/v_star
+    table: Name | None = None  # folder; none: <run_dir>/v_star
     num_samples: int = Field(default=8, ge=1)
 
 
@@ -125,7 +126,7 @@ class ConversionConfig(Section):
 class ClusterConfig(Section):
     """Ray: joined at `address`, or started locally when there is none."""
 
-    address: str | None = None
+    address: Name | None = None
     threads: int | None = Field(default=None, ge=1)  # CPU threads an actor; none: shared evenly among a side's actors
     start_timeout_seconds: float = Field(default=300.0, gt=0.0)
 
@@ -144,7 +145,7 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """Every key of a run. `run_dir` gets metrics, checkpoints, the V* table and the export."""
 
-    run_dir: str
+    run_dir: Name
     seed: int = Field(default=0, ge=0)
     model: ModelConfig
     data: DataConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from astar_megatron.algorithm.rewards import score
 from astar_megatron.config import RunConfig
+from astar_megatron.data.contract import tokenizer_digest
 from astar_megatron.data.files import write_atomic
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.run import Inputs, engines_of, prepare
@@ -33,6 +34,8 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     if not path.is_dir():
         raise ValueError(f"{path}: no model to evaluate; run `astar train` first, or name a folder with --model")
     hf.check(path, read_model(path).parameters())
+    if tokenizer_digest(path) != tokenizer_digest(Path(cfg.model.path)):
+        raise ValueError(f"{path}: its tokenizer is not that of model.path, {cfg.model.path}; set model.path to it")
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
     with engines_of(cfg, str(path)) as engines:

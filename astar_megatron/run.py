@@ -6,7 +6,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from astar_megatron import doctor
 from astar_megatron.algorithm import rewards
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
@@ -14,7 +16,6 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
-from astar_megatron.doctor import check_run
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.tracking import Tracker
@@ -37,24 +38,28 @@ class Inputs:
 
 def prepare(cfg: RunConfig) -> Inputs:
     """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change."""
-    model = read_model(cfg.model.path)
-    model.vllm_tiles(cfg.rollout.tensor)
-    model.megatron_tiles(
-        ParallelLayout(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, data=cfg.parallel.data)
-    )
+    with naming("model.path"):
+        model = read_model(cfg.model.path)
+    with naming("rollout.tensor"):
+        model.vllm_tiles(cfg.rollout.tensor)
+    with naming(f"parallel (the model has {model.num_layers} layers, {model.dims.num_kv_heads} key-value heads)"):
+        model.megatron_tiles(
+            ParallelLayout(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, data=cfg.parallel.data)
+        )
     limit = model.gpt_options()["max_sequence_length"]
     if cfg.max_tokens > limit:
         raise ValueError(
             f"data.max_prompt_tokens + sampling.max_response_tokens: {cfg.max_tokens} exceeds the {limit} positions "
             f"of {cfg.model.path}; lower one of them"
         )
-    hf.check(cfg.model.path, model.parameters())
+    with naming("model.path"):
+        hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path)
     evaluated = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts
     reward = rewards.get(cfg.reward.name)
     rewards.check(reward, [*prompts, *(evaluated if cfg.data.eval_path else ())])
-    check_run(cfg, model_bytes=4 * model.num_parameters())
+    doctor.check_run(cfg, model_bytes=4 * model.num_parameters())
     return Inputs(
         prompts=prompts,
         eval_prompts=evaluated[: cfg.eval.max_prompts],
@@ -62,6 +67,26 @@ def prepare(cfg: RunConfig) -> Inputs:
         contract=contract,
         model=model,
     )
+
+
+def say_fit(cfg: RunConfig) -> None:
+    """Say what a run needs of this machine. Raises ValueError, as `prepare`, where it can't start here."""
+    inputs = prepare(cfg)
+    need = doctor.needs(cfg, 4 * inputs.model.num_parameters(), doctor.measure())
+    print(
+        f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; it "
+        f"needs at least {need.memory_bytes / doctor.GIB:.1f} GiB of memory and {need.shared_bytes / doctor.GIB:.1f} "
+        "GiB of /dev/shm, activations on top"
+    )
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put the key of the configuration before the message of a ValueError that knows nothing of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
@@ -72,11 +97,10 @@ def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
 
 def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = None) -> EnginePool:
     """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it."""
-    path = model_path or cfg.model.path
     return EnginePool(
         cluster,
         cfg.rollout,
-        model_path=path,
+        model_path=_absolute(model_path or cfg.model.path),
         dtype=compute_type(cfg, cluster)[0],
         max_tokens=cfg.max_tokens,
         stop_token_ids=stop_token_ids(cfg.model.path),
@@ -89,12 +113,17 @@ def start_policy(cfg: RunConfig, cluster: Cluster) -> PolicyGroup:
     """Begin to start the Megatron ranks; `.start()` waits for them."""
     return PolicyGroup(
         cluster,
-        model_path=cfg.model.path,
+        model_path=_absolute(cfg.model.path),
         dtype=compute_type(cfg, cluster)[0],
         parallel=cfg.parallel,
         optim=cfg.optim,
         seed=cfg.seed,
     )
+
+
+def _absolute(path: str) -> str:
+    """An actor of a cluster that was started elsewhere has another working directory."""
+    return str(Path(path).resolve())
 
 
 @contextmanager

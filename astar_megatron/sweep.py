@@ -9,7 +9,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.run import Inputs, engines_of, prepare
-from astar_megatron.tracking import Clock, Tracker
+from astar_megatron.tracking import Tracker
 from astar_megatron.types import Rollout
 
 _ROWS_A_SHARD = 512
@@ -31,7 +31,7 @@ def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     missing = table.missing(inputs.prompts, cfg.sweep.num_samples)
     work = [(prompt, sample, seed_of(cfg.seed, "sweep", prompt.uid, sample)) for prompt, sample in missing]
-    clock, waiting = Clock(), []
+    waiting: list[Rollout] = []
     with tracker.progress("stage 1, V* sweep", len(work)) as advance:
         try:
             for finished in engines.generate(work, cfg.sampling):
@@ -41,7 +41,6 @@ def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker)
                     _append(table, waiting)
         finally:
             _append(table, waiting)
-    tracker.say(f"V* table {cfg.table_dir}: {len(work)} rollouts in {clock.stop()['total']:.1f} s")
     return table
 
 

@@ -77,7 +77,15 @@ class Tracker:
         """Yield `advance(count, note="")` for a task of `total` pieces."""
         if not self.console.is_terminal:
             start = time.perf_counter()
-            yield lambda count, note="": None
+            done = 0
+
+            def advance(count: int, note: str = "") -> None:
+                nonlocal done
+                if 4 * (done + count) // total > 4 * done // total and done + count < total:
+                    self.say(f"{label}: {done + count} of {total} after {time.perf_counter() - start:.1f} s")
+                done += count
+
+            yield advance
             self.say(f"{label}: {total} in {time.perf_counter() - start:.1f} s")
             return
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -86,7 +94,12 @@ class Tracker:
             yield lambda count, note="": bar.update(task, advance=count, note=note)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Show two columns under a title."""
+        """Show two columns under a title: a table on a terminal, elsewhere a line a row."""
+        if not self.console.is_terminal:
+            self.say(f"{title}:")
+            for name, value in rows:
+                self.say(f"  {name}: {value}")
+            return
         table = Table(title=title, show_header=False, title_justify="left")
         for row in rows:
             table.add_row(*row)

@@ -142,6 +142,6 @@ def _line(metrics: dict[str, object], num_steps: int) -> str:
     seconds: dict[str, float] = metrics["seconds"]  # type: ignore[assignment]
     spans = " ".join(f"{name} {seconds[name]:.1f}" for name in ("generate", "reference", "policy", "publish"))
     return (
-        f"step {metrics['step']:>3} of {num_steps}  reward {metrics['reward_mean']:.3f}  loss {metrics['loss']:.4f}  "
-        f"log-ratio {metrics['logratio_mean']:+.2f}  {seconds['total']:.1f} s ({spans})"
+        f"step {metrics['step']:>3} of 0..{num_steps - 1}  reward {metrics['reward_mean']:.3f}  "
+        f"loss {metrics['loss']:.4f}  log-ratio {metrics['logratio_mean']:+.2f}  {seconds['total']:.1f} s ({spans})"
     )

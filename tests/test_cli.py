@@ -55,7 +55,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 def test_a_missing_model_folder_is_named(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("sweep", tree, "--set", "model.path=/no/such/folder")
     assert status == 2
-    assert "/no/such/folder" in error and "Traceback" not in error
+    assert "model.path: /no/such/folder" in error and "Traceback" not in error
 
 
 def test_truncated_weights_are_named_before_anything_starts(command: Any, tree: dict[str, Any]) -> None:
@@ -110,6 +110,17 @@ def test_fewer_steps_than_are_done_are_refused(command: Any, tree: dict[str, Any
     status, error = command("train", tree, "--set", "train.num_steps=6")
     assert status == 2
     assert "train.num_steps: 6" in error and "after 7 steps" in error
+
+
+@pytest.mark.parametrize("text", ['{"st', "{}", "[]"])
+def test_a_damaged_checkpoint_is_named(command: Any, tree: dict[str, Any], text: str) -> None:
+    fill_table(tree)
+    write_checkpoint(tree, 7)
+    file = Path(tree["run_dir"]) / "checkpoints" / "step_00000007" / "progress.json"
+    file.write_text(text)
+    status, error = command("train", tree)
+    assert status == 2
+    assert str(file) in error and "another step_* folder" in error
 
 
 def test_another_seed_than_the_checkpoints_is_refused(command: Any, tree: dict[str, Any]) -> None:
@@ -228,6 +239,34 @@ def test_evaluation_without_a_model_says_so(command: Any, tree: dict[str, Any]) 
     status, error = command("eval", tree)
     assert status == 2
     assert "astar train" in error
+
+
+def test_empty_names_are_refused(command: Any, tree: dict[str, Any]) -> None:
+    for key in ("run_dir", "model.path", "data.path", "data.eval_path", "sweep.table", "cluster.address"):
+        status, error = command("sweep", tree, "--set", f'{key}=""')
+        assert status == 2
+        assert key in error
+
+
+def test_another_tokenizer_than_the_runs_is_refused_by_eval(
+    command: Any, tree: dict[str, Any], tmp_path: Path, untied_qwen2: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(untied_qwen2, other)
+    edit_json(other / "tokenizer_config.json", chat_template="{{ messages }}")
+    status, error = command(f"eval --model {other}", tree)
+    assert status == 2
+    assert str(other) in error and "tokenizer" in error
+
+
+def test_doctor_says_whether_a_run_fits(command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    assert command("doctor", tree) == (0, "")
+    small = dataclasses.replace(doctor.measure(), memory_bytes=1000)
+    monkeypatch.setattr(doctor, "measure", lambda: small)
+    status, error = command("doctor", tree)
+    assert status == 2
+    assert error.startswith("astar: memory")
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(command: Any, tree: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,15 +40,16 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if self._cfg.address:
+            if (Path.home() / ".ray" / "auth_token").is_file():
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
             try:
                 _knock(self._cfg.address)
                 ray.init(address=self._cfg.address, **common)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"cluster.address: no Ray cluster answers at {self._cfg.address!r} ({error}); "
-                    "start one with `ray start --head`, or leave the key out to start one here. A cluster with token "
-                    "authentication also wants its token here: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or "
-                    "~/.ray/auth_token"
+                    "start one with `ray start --head`, or leave the key out to start one here. If one runs there, "
+                    "it wants its token: copy it to ~/.ray/auth_token (RAY_AUTH_MODE=disabled where it has none)"
                 ) from None
         else:
             # Ray listens on all interfaces; since 2.60 it turns token authentication on by itself for such a session.

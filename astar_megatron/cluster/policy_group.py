@@ -98,13 +98,13 @@ class PolicyGroup:
         return self._cluster.wait("policy: digest_rows", [self._ranks[rank].call.remote("digest_rows", index)])[0]
 
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        self._all("save", str(folder), progress)
+        self._all("save", str(folder.resolve()), progress)
 
     def load(self, folder: Path, version: int) -> None:
-        self._all("load", str(folder), version)
+        self._all("load", str(folder.resolve()), version)
 
     def export(self, folder: Path, transfer_folder: Path) -> None:
-        self._all("export", str(folder), str(transfer_folder))
+        self._all("export", str(folder.resolve()), str(transfer_folder))
 
     def close(self) -> None:
         self._cluster.close("policy: close", [rank.call.remote("close") for rank in self._ranks])

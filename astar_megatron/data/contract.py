@@ -76,7 +76,7 @@ def contract_of(cfg: RunConfig) -> Contract:
     tok = tokenizer(cfg.model.path)
     return Contract(
         model_digest=_model_digest(Path(cfg.model.path)),
-        tokenizer_digest=_tokenizer_digest(Path(cfg.model.path)),
+        tokenizer_digest=tokenizer_digest(Path(cfg.model.path)),
         template_digest=hashlib.sha256(json.dumps([tok.get_chat_template(), cfg.data.suffix]).encode()).hexdigest(),
         temperature=cfg.sampling.temperature,
         top_p=cfg.sampling.top_p,
@@ -117,7 +117,8 @@ def _model_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_digest(folder: Path) -> str:
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the tokenizer's files in a model folder. Raises TokenizerError without one."""
     digest = hashlib.sha256()
     found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not found:

@@ -161,7 +161,8 @@ def _read_rows(source: Path, cfg: DataConfig) -> list[tuple[int, str, str]]:
     try:
         data = source.read_bytes()
     except OSError as error:
-        raise PromptError(f"{source}: can't read the prompts: {error.strerror}; check data.path") from error
+        reason = f"can't read the prompts: {error.strerror}"
+        raise PromptError(f"{source}: {reason}; check data.path and data.eval_path") from error
     rows = []
     for line, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not raw.strip():

@@ -53,7 +53,13 @@ def load(folder: Path, part: Any, optimizer: Any, schedule: Any) -> None:
     state = _state(part, optimizer, schedule, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
-    loaded: Any = dist_checkpointing.load(state, str(folder))
+    try:
+        loaded: Any = dist_checkpointing.load(state, str(folder))
+    except Exception as error:  # torch and megatron raise a dozen kinds for files that are cut or missing
+        raise ValueError(
+            f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
+            f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"
+        ) from error
     _take_learning_rates(loaded["optimizer"], optimizer.param_groups[0])
     part.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])

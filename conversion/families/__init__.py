@@ -21,7 +21,9 @@ def read_model(path: str | Path) -> Model:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is no HF folder: it has no config.json") from None
+        raise ValueError(
+            f"{path} is no model folder in Hugging Face's format: it has no config.json; name one that has"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(config, dict):

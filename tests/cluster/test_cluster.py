@@ -1,6 +1,9 @@
 """Actors that fail, hang or end are named at once (real Ray)."""
 
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,3 +66,38 @@ def test_an_ended_process_is_named(cluster: Cluster, workers: list[Any]) -> None
 def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
     with pytest.raises(ClusterError, match=r"work: no answer in 1 s; raise cluster\.start_timeout_seconds"):
         cluster.wait("work", [workers[0].obey.remote("hang")], 1)
+
+
+JOIN = """
+import sys
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import ClusterConfig
+class Where:
+    def answer(self): return 41 + 1
+with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
+    actor = cluster.actor("where", Where, env={}, num_gpus=0)
+    print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
+"""
+
+
+def test_a_cluster_that_runs_already_is_joined() -> None:
+    """With the token authentication that `ray start` turns on by itself; this run's end leaves it running."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1"]
+    with subprocess.Popen(
+        [ray_command, "start", "--head", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as head:
+        try:
+            assert head.stdout
+            assert any("Ray runtime started" in line for line in head.stdout)
+            for _ in range(2):
+                done = subprocess.run(
+                    [sys.executable, "-c", JOIN, f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=120
+                )
+                assert done.stdout.strip() == "1 [42]", done.stderr
+        finally:
+            head.terminate()
+            head.communicate(timeout=60)

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from length_reward import reward as length_reward
 from transformers import AutoModelForCausalLM
 
 from astar_megatron import config
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.evaluate import evaluate
 from astar_megatron.run import prepare, start_engines, start_policy
 from astar_megatron.sweep import sweep
 from astar_megatron.tracking import Tracker, read_metrics
@@ -65,6 +67,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert table.missing(inputs.prompts, 2) == []
 
         train(cfg, inputs, policy, engines, tracker)
+        evaluated = evaluate(cfg, inputs, engines, tracker, "eval")
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
         (drawn_long,) = engines.draw([(long, 0, 1)], cfg.sampling)
@@ -87,6 +90,11 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         rows = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
     plain = [float(rows[t - 1, sequence[t]]) for t in range(1, len(sequence))]
     assert megatron == pytest.approx(plain, abs=1e-4)
+
+    rows = [json.loads(line) for line in (tracker.run_dir / "eval.jsonl").read_text().splitlines()]
+    assert [row["uid"] for row in rows] == [prompt.uid for prompt in inputs.prompts]
+    assert evaluated.reward_mean == pytest.approx(sum(row["reward"] for row in rows) / 12)
+    assert all(row["reward"] == length_reward(row["response"], "") for row in rows)
 
     steps = read_metrics(cfg.run_dir)
     assert [step["step"] for step in steps] == [step["version"] for step in steps] == [0, 1, 2]

@@ -12,7 +12,9 @@ import importlib
 import inspect
 import math as mathematics
 import numbers as numeric
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from astar_megatron.algorithm.rewards.latex import math
@@ -82,7 +84,7 @@ def check(reward: Reward, prompts: Sequence[Prompt]) -> None:
 def _call(reward: Reward, prompt: Prompt, response: str) -> float:
     try:
         value = reward(response, prompt.answer)
-    except Exception as error:  # a stranger's function may raise anything; all of it is reported with its prompt
+    except (Exception, SystemExit) as error:  # a stranger's function: its prompt tells why
         raise RewardError(_explain(reward, prompt, response, f"raised {type(error).__name__}: {error}")) from error
     if not isinstance(value, numeric.Real) or not mathematics.isfinite(value):
         raise RewardError(_explain(reward, prompt, response, f"returned {value!r}, expected a finite number"))
@@ -99,14 +101,16 @@ def _explain(reward: Reward, prompt: Prompt, response: str, what: str) -> str:
 
 def _imported(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does; a script like astar's does not
     try:
         found: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
             found = getattr(found, part)
-    except Exception as error:  # a stranger's module may raise anything when it is imported
+    except (Exception, SystemExit) as error:  # a stranger's module may raise anything when it is imported
         raise ValueError(
             f"reward.name: can't import {name!r}: {type(error).__name__}: {error}; expected package.module:function "
-            "on the Python path"
+            "in the current folder or on the Python path"
         ) from error
     if not callable(found):
         raise ValueError(f"reward.name: {name!r} is {type(found).__name__}, expected a function (response, answer)")

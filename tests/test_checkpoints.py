@@ -1,0 +1,51 @@
+"""Which checkpoints of a run are kept (the policy's part is a fake that makes the folder)."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from astar_megatron.checkpoints import Checkpoints
+from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.config import CheckpointConfig
+from astar_megatron.data.contract import Contract
+from astar_megatron.data.prompts import PromptStream
+from astar_megatron.types import Prompt
+
+CONTRACT = Contract(
+    model_digest="m",
+    tokenizer_digest="t",
+    template_digest="c",
+    temperature=1.0,
+    top_p=1.0,
+    max_prompt_tokens=5,
+    max_response_tokens=7,
+    stop_token_ids=(2,),
+    reward="last_number/1",
+)
+PROMPTS = [Prompt(uid=str(i), token_ids=(i,), text="", answer="") for i in range(3)]
+
+
+class FakePolicy:
+    """Writes what the driver reads of a checkpoint."""
+
+    def save(self, folder: Path, progress: dict[str, Any]) -> None:
+        folder.mkdir(parents=True)
+
+
+def saved(run_dir: Path, keep: int, steps: list[int]) -> list[int]:
+    checkpoints = Checkpoints(run_dir, CheckpointConfig(keep=keep), CONTRACT, {})
+    for step in steps:
+        checkpoints.save(cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0))
+    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 6, 9])
+def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
+    assert saved(tmp_path, keep, list(range(1, 9))) == list(range(1, 9))[-keep:]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000008"
+
+
+def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path: Path) -> None:
+    assert saved(tmp_path, 2, [10, 20]) == [10, 20]
+    assert saved(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
