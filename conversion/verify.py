@@ -9,7 +9,8 @@ changed element always changes it; of the position, so that swapped rows, column
 shards add up to that of the whole, in any layout. It finds accidents, not an adversary.
 
 Each end digests its own tensors, never what lay on the wire, and finds the rectangles through its own side of the plan.
-Sampled, it takes one row of every rectangle (vectors whole); which one depends on version, parameter and rectangle.
+Sampled, it takes one row (vectors whole) of half of the rectangles, of the other half in the next version; which row
+depends on version, parameter and rectangle.
 """
 
 import zlib
@@ -115,19 +116,19 @@ class Holdings:
         self.parts = tuple(parts)
         self._dtype = dtype
         self._views = [_as_rows(view(tensors, part.piece), part) for part in parts]
-        groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
+        seeds = [zlib.crc32(f"{part.hf} {part.rectangle}".encode()) for part in parts]
+        groups: dict[tuple[int, tuple[int, int, bool]], list[int]] = defaultdict(list)
         for index, (part, rows) in enumerate(zip(parts, self._views, strict=True)):
             vector = rows.shape[1] == 1  # all of it in one row, or a sample of it would be one number
             r0, r1, c0, c1 = part.rectangle
-            groups[(r0, r1, True) if vector else (c0, c1, False)].append(index)
-        self._samples = [
-            _Sample(self._views, *key, indices[start : start + step])
-            for key, indices in groups.items()
-            for step in (max(1, _SERIAL_ELEMENTS // (key[1] - key[0])),)
-            for start in range(0, len(indices), step)
-        ]
-        self._order = torch.tensor([index for sample in self._samples for index in sample.indices])
-        self._seeds = torch.tensor([zlib.crc32(f"{part.hf} {part.rectangle}".encode()) for part in parts])
+            groups[seeds[index] % 2, (r0, r1, True) if vector else (c0, c1, False)].append(index)
+        self._halves: tuple[list[_Sample], list[_Sample]] = ([], [])
+        for (half, key), indices in groups.items():
+            step = max(1, _SERIAL_ELEMENTS // (key[1] - key[0]))
+            chunks = [indices[start : start + step] for start in range(0, len(indices), step)]
+            self._halves[half].extend(_Sample(self._views, *key, chunk) for chunk in chunks)
+        self._orders = [torch.tensor([i for sample in half for i in sample.indices]) for half in self._halves]
+        self._seeds = torch.tensor(seeds)
         self._starts = torch.tensor([part.rectangle[0] for part in parts])
         self._heights = torch.tensor([len(rows) for rows in self._views])
         self._vectors = torch.tensor([rows.shape[1] == 1 for rows in self._views])
@@ -141,16 +142,19 @@ class Holdings:
 
     @torch.no_grad()
     def sampled(self, version: int) -> list[int]:
-        """The digest of one row of every part, of vectors whole; which row follows from the version."""
-        if not self.parts:
-            return []
+        """The digest of one row of every second part, of vectors whole; 0 for the others.
+
+        Which row, and which half of the parts, follows from the version: two in a row reach every part.
+        """
+        half = self._halves[version % 2]
+        if not half:
+            return [0] * len(self.parts)
         chosen = (_mixed(self._seeds + (version << 32), 0) >> 1) % self._heights  # the lowest bit is always set
         factors = torch.where(self._vectors, _mixed(torch.zeros(1, dtype=torch.int64), _COLUMN_SEED), 0)
         factors += torch.where(self._vectors, 0, _mixed(self._starts + chosen, _ROW_SEED))
         rows = chosen.tolist()
-        sums = torch.cat([sample.sums(rows, self._dtype) for sample in self._samples])
-        digests = torch.empty_like(sums)
-        digests[self._order] = sums
+        digests = torch.zeros_like(factors)
+        digests[self._orders[version % 2]] = torch.cat([sample.sums(rows, self._dtype) for sample in half])
         return (digests * factors).tolist()
 
     @torch.no_grad()

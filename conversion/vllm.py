@@ -262,15 +262,14 @@ def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fau
     faults: list[Fault] = []
     generator = torch.Generator().manual_seed(seed)
     for name, layer in module.named_modules():
-        if not hasattr(layer, "cpu_linear") or layer.weight.dim() != 2:  # pyright: ignore[reportCallIssue]
+        multiply: Any = getattr(layer, "cpu_linear", None)
+        weight: Any = getattr(layer, "weight", None)
+        if multiply is None or weight.dim() != 2:
             continue
-        weight: Any = layer.weight
-        weight = weight.detach()
         columns = torch.randperm(weight.shape[1], generator=generator)[:num_columns]
         probe = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype)
         probe[torch.arange(len(columns)), columns] = 1
-        pack: Any = layer.cpu_linear
-        got = pack(probe, weight, None).t()
+        got = multiply(probe, weight, None).t()
         wrong = (got != weight[:, columns]).any(1).nonzero()
         if len(wrong):
             faults.append((f"{name}.weight", int(wrong[0]), "vLLM's packed copy of it is not what it is packed from"))
