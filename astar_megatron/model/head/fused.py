@@ -213,6 +213,7 @@ class _Work:
         for index, (columns, tile) in enumerate(self._tiles(hidden, weight, group, keep=True)):
             sums = kept[index] if kept else self._kernels.sums(tile, keep=True, entropy=False)
             gradients.add(group.rows, columns, tile, self._kernels.gradient(tile, sums, normaliser, slopes))
+            del sums  # or two tiles would lie in memory while the next is made
         gradients.is_fresh &= group.rows.start == group.rows.stop
 
     def _tiles(self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool) -> Iterator[tuple[slice, Tile]]:
