@@ -117,12 +117,7 @@ class _SequenceLoss(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, several=len(work.groups) > 1)
         total = torch.zeros((), device=hidden.device)
         for group in work.groups:
-            lengths = work.responses.lengths[group.sequences]
-            done = work.forward(hidden, weight, group, keep=group.fits)
-            losses, slopes = _losses_and_slopes(loss, group.sequences, sequence_sums(done.logprobs, lengths))
-            total += losses.sum()
-            slopes = slopes.repeat_interleave(torch.tensor(lengths, device=slopes.device), output_size=sum(lengths))
-            work.backward(hidden, weight, group, done.kept, done.normaliser, slopes, gradients)
+            total += _SequenceLoss.of_group(hidden, weight, work, loss, group, gradients)
         ctx.gradients = gradients.finished()
         return total
 
@@ -132,6 +127,18 @@ class _SequenceLoss(torch.autograd.Function):
         hidden, weight = ctx.gradients
         ctx.gradients = None
         return hidden.mul_(scales[0]), weight.mul_(scales[0]), None, None
+
+    @staticmethod
+    def of_group(
+        hidden: Tensor, weight: Tensor, work: "_Work", loss: SequenceLoss, group: "Group", gradients: "_Gradients"
+    ) -> Tensor:
+        """Return the group's summed loss; its gradient is added, and its logits are gone, when this returns."""
+        lengths = work.responses.lengths[group.sequences]
+        done = work.forward(hidden, weight, group, keep=group.fits)
+        losses, slopes = _losses_and_slopes(loss, group.sequences, sequence_sums(done.logprobs, lengths))
+        slopes = slopes.repeat_interleave(torch.tensor(lengths, device=slopes.device), output_size=sum(lengths))
+        work.backward(hidden, weight, group, done.kept, done.normaliser, slopes, gradients)
+        return losses.sum()
 
 
 def _losses_and_slopes(loss: SequenceLoss, sequences: slice, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,6 +213,7 @@ class _Work:
         for index, (columns, tile) in enumerate(self._tiles(hidden, weight, group, keep=True)):
             sums = kept[index] if kept else self._kernels.sums(tile, keep=True, entropy=False)
             gradients.add(group.rows, columns, tile, self._kernels.gradient(tile, sums, normaliser, slopes))
+            del sums  # or two tiles would lie in memory while the next is made
         gradients.is_fresh &= group.rows.start == group.rows.stop
 
     def _tiles(self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool) -> Iterator[tuple[slice, Tile]]:
