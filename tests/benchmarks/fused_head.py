@@ -1,6 +1,9 @@
-"""The LM head on a CPU: time and memory of the chunked head beside logits of the whole pack, in float32.
+r"""The LM head on a CPU: time and memory of the chunked head beside logits of the whole pack, in float32.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/fused_head.py --shape small|large --pass NAME [--json FILE]
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+        python tests/benchmarks/fused_head.py --shape small|large --pass NAME [--json FILE]
+
+(the environment that model/backend.py gives to ranks on a CPU)
 
 `plain` is torch's own cross entropy over hidden @ weight.T, the leanest way with all logits in memory. The passes:
 `at-once` and `again`, the two ways of model/head/fused.py to the loss and both gradients; `score`, the pass without
