@@ -196,7 +196,18 @@ class RunConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does (PyYAML follows 1.1 and would give a string)."""
+    """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does (PyYAML follows 1.1 and would give a string).
+
+    It refuses a key that stands twice: PyYAML would take the last in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

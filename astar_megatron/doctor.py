@@ -131,6 +131,27 @@ def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) 
         )
 
 
+def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> None:
+    """Raise ResourceError if `free` bytes (none: measured) don't hold what training will write to `run_dir`.
+
+    That is checkpoint.keep checkpoints and one on its way, each of weights and Adam's two fp32 moments, with fp32
+    master weights beside bfloat16 ones (12 or 14 bytes a parameter), and the export. What lies there already counts.
+    """
+    run_dir = Path(cfg.run_dir).absolute()
+    checkpoint, export = (12, 4) if cfg.model.dtype == "float32" else (14, 2)
+    need = ((cfg.checkpoint.keep + 1) * checkpoint + export) * num_parameters
+    if free is None:
+        written = (path for name in ("checkpoints", "hf") for path in (run_dir / name).rglob("*"))
+        there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
+        free = free_bytes(there) + sum(path.stat().st_size for path in written if path.is_file())
+    if need > free:
+        raise ResourceError(
+            f"run_dir={cfg.run_dir}: training will write {_size(need)} ({cfg.checkpoint.keep + 1} checkpoints of "
+            f"{_size(checkpoint * num_parameters)}, the export), {_size(free)} are free; free some space, "
+            "lower checkpoint.keep, or choose a run_dir on a larger disk"
+        )
+
+
 def measure() -> Machine:
     """Return what this machine has free now."""
     return Machine(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from astar_megatron import config
+from astar_megatron import config, doctor
 from astar_megatron.algorithm.rewards import score
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
@@ -47,6 +47,7 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
         )
     read_metrics(cfg.run_dir)  # damaged ones are refused here
     folders.check_destination(cfg.export_dir)
+    doctor.check_disk(cfg, inputs.model.num_parameters())
 
 
 def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:

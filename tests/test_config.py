@@ -233,6 +233,11 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str)
     assert refusal(tmp_path, text=text).startswith(str(tmp_path / "run.yaml"))
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    twice = refusal(tmp_path, text=SMALLEST + "optim:\n  lr: 1e-4\n  lr: 1e-3\n")
+    assert "'lr' stands twice" in twice and "line 8" in twice
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such configuration file"):
         config.load(tmp_path / "absent.yaml")

@@ -26,7 +26,7 @@ REQUIREMENTS = [
 ]
 
 
-def run_config(**sections: dict) -> RunConfig:
+def run_config(**sections: dict | str) -> RunConfig:
     required = {
         "run_dir": "runs/x",
         "model": {"path": "m"},
@@ -130,6 +130,19 @@ def test_a_run_on_other_machines_is_not_checked_on_this_one() -> None:
 def test_a_model_of_seventy_billion_does_not_fit_this_machine() -> None:
     with pytest.raises(ResourceError):
         doctor.check_run(run_config(), 4 * 70_000_000_000, doctor.measure())
+
+
+def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) -> None:
+    cfg = run_config(
+        run_dir=str(tmp_path / "not" / "yet"), checkpoint={"keep": 3}, model={"path": "m", "dtype": "float32"}
+    )
+    need = (4 * 12 + 4) * NUM_PARAMETERS
+    doctor.check_disk(cfg, NUM_PARAMETERS, free=need)
+    with pytest.raises(ResourceError, match=r"4 checkpoints of 1\.5 GiB.* lower checkpoint\.keep"):
+        doctor.check_disk(cfg, NUM_PARAMETERS, free=need - 1)
+    doctor.check_disk(cfg, 1000)
+    with pytest.raises(ResourceError, match="not/yet"):
+        doctor.check_disk(cfg, 1 << 50)
 
 
 def test_the_object_store_counted_is_the_one_that_ray_gets() -> None:
