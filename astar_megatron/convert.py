@@ -1,7 +1,10 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 
 from astar_megatron.tracking import progress, show_table
@@ -9,28 +12,21 @@ from conversion import convert, folders
 from conversion.ends import End, open_end
 from conversion.tiles import ParallelLayout
 
+_LINKS_SHOWN = 16  # more are summed up
+
 
 def to_megatron(source: str, destination: str, layout: ParallelLayout, *, like: str | None, dry_run: bool) -> None:
     """Write `source`, of either kind, as a distributed checkpoint of Megatron, cut for ranks of `layout`."""
-    end = _opened(source, destination, like)
-    parts = sum(len(cut) for cut in convert.chunks(end.model, layout).values())
-    _run(
-        end,
-        layout,
-        destination,
-        parts,
-        dry_run,
-        lambda advance: convert.write_megatron(end, destination, layout, advance),
-    )
+    end = _opened(source, destination, like, dry_run)
+    parts = sum(len(cut) for cut in convert.chunks(end.model, layout, end.dtype).values())
+    _run(end, layout, destination, parts, dry_run, lambda it: convert.write_megatron(end, destination, layout, it))
 
 
 def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> None:
     """Write `source`, of either kind, as a Hugging Face folder."""
-    end = _opened(source, destination, like)
-    parts = len(end.model.parameters())
-    _run(
-        end, ParallelLayout(), destination, parts, dry_run, lambda advance: convert.write_hf(end, destination, advance)
-    )
+    end = _opened(source, destination, like, dry_run)
+    parts = len(convert.hf_parts(end.model, end.dtype))
+    _run(end, None, destination, parts, dry_run, lambda it: convert.write_hf(end, destination, it))
 
 
 def verify(a: str, b: str, *, like: str | None) -> None:
@@ -43,30 +39,38 @@ def verify(a: str, b: str, *, like: str | None) -> None:
 
 
 def inspect(path: str, *, like: str | None) -> None:
-    """Say what a folder holds."""
+    """Say what a folder holds; then read it, and say which parameters hold NaN or Inf."""
+    console = Console(highlight=False)
     end = open_end(path, like)
-    model, dims = end.model, end.model.dims
+    model, dims, notes = end.model, end.model.dims, end.notes()
     rows = [
         ("kind", f"{end.kind}, {_size(sum(file.stat().st_size for file in end.path.rglob('*') if file.is_file()))}"),
         ("architecture", f"{model.architecture}, {'tied' if model.tied else 'untied'} head"),
-        ("parameters", f"{model.num_parameters():,} in {str(end.dtype).removeprefix('torch.')}"),
+        ("parameters", f"{model.num_parameters():,} in {_name(end.dtype)}"),
         ("layers, hidden, feed-forward", f"{dims.num_layers}, {dims.hidden_size}, {dims.intermediate_size}"),
         ("heads, key-value heads, head size", f"{dims.num_heads}, {dims.num_kv_heads}, {dims.head_dim}"),
-        ("vocabulary", f"{dims.vocab_size:,}{end.vocabulary_note()}"),
+        ("vocabulary", ", ".join(filter(None, [f"{dims.vocab_size:,}", notes.pop("vocabulary", "")]))),
     ]
-    if (end.path / folders.RECORD).is_file():
-        rows.append(("written by", (end.path / folders.RECORD).read_text(encoding="utf-8").strip()))
-    show_table(Console(highlight=False), path, rows)
+    if dims.num_experts:
+        rows.append(("experts", f"{dims.num_experts}, {dims.experts_per_token} a token"))
+    rows += [*notes.items()]
+    if (record := folders.read_record(end.path)) is not None:
+        rows += [(f"{folders.RECORD}: {key}", _shown(value)) for key, value in record.items()]
+    show_table(console, path, rows)
+    with progress(console, "looking for NaN and Inf", len(convert.hf_parts(model, end.dtype))) as advance:
+        bad = convert.not_finite(end, advance)
+    console.print(convert.listed(bad) if bad else "all weights are finite", markup=False, soft_wrap=True)
 
 
-def _opened(source: str, destination: str, like: str | None) -> End:
+def _opened(source: str, destination: str, like: str | None, dry_run: bool) -> End:
     folders.check_destination(destination)
-    return open_end(source, like)
+    folders.check_apart(destination, source)
+    return open_end(source, like, plan_only=dry_run)
 
 
 def _run(
     end: End,
-    layout: ParallelLayout,
+    layout: ParallelLayout | None,
     destination: str,
     parts: int,
     dry_run: bool,
@@ -75,16 +79,53 @@ def _run(
     console = Console(highlight=False)
     found = convert.preview(end, layout)
     rows = [
-        ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {str(end.dtype).removeprefix('torch.')})"),
+        ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_name(end.dtype)})"),
         ("to", destination),
-        ("parameters", f"{found.parameters:,}, {_size(found.num_bytes)}, in {found.copies} copies"),
-        ("a rank of the layout holds", " to ".join(sorted({_size(size) for size in found.rank_bytes}))),
+        ("parameters", f"{found.parameters:,}, {_size(found.num_bytes)}, in {found.copies:,} copies"),
+        *_links(found.links),
         ("memory at most", f"{_size(found.peak_bytes)} beside the process itself"),
     ]
     show_table(console, "what this conversion does" if dry_run else "conversion", rows)
     if not dry_run:
-        with progress(console, "writing", parts) as advance:
+        # Parts are moved side by side, so one thread each.
+        with _torch_threads(1), progress(console, "writing", parts) as advance:
             write(advance)
+
+
+def _links(links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:
+    """Who gives how much to whom: each link, or of many the least and the most that an end gives or gets."""
+    if len(links) <= _LINKS_SHOWN:
+        return [(f"{source} -> {target}", _size(size)) for (source, target), size in sorted(links.items())]
+    rows = []
+    for side, verb in ((0, "gives"), (1, "gets")):
+        sums: Counter[str] = Counter()
+        for link, size in links.items():
+            sums[link[side]] += size
+        kind = f"each of {len(sums)} {'ranks' if all(name.startswith('rank ') for name in sums) else 'files'} {verb}"
+        rows.append((kind, " to ".join(dict.fromkeys((_size(min(sums.values())), _size(max(sums.values())))))))
+    low, high = min(links.values()), max(links.values())
+    return [*rows, ("a link", f"{' to '.join(dict.fromkeys((_size(low), _size(high))))}, {len(links):,} of them")]
+
+
+@contextmanager
+def _torch_threads(count: int):  # noqa: ANN202
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        entries = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        return entries if len(value) <= _LINKS_SHOWN else f"{len(value)} of them"
+    return str(value)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _size(num_bytes: int) -> str:

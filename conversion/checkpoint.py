@@ -4,22 +4,25 @@ Such a folder belongs to no layout: tensors lie under their global names and sha
 kind stacked in a leading dimension. It is torch.distributed.checkpoint's format with a metadata.json beside it.
 
 The index of the chunks is a pickle. It is read by an unpickler that knows the dozen plain types such an index is made
-of and refuses everything else; the chunks themselves are read with weights_only.
+of and refuses everything else; the chunks themselves are read with weights_only, their numbers straight from the file.
 """
 
 import io
 import json
+import os
 import pickle
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo  # the format itself names it
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -29,12 +32,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
+from conversion.mapping import PiecewiseFile, mapped
 from conversion.tiles import Span
 
 MARK = "metadata.json"
 _INDEX = ".metadata"
-_HELD = 16  # chunks: what makes up one HF parameter, for most layouts
+_ALIGNMENT = 64  # bytes: where a chunk may begin in a file that is written here
 _CHECKPOINT = "torch.distributed.checkpoint"
 _PLAIN_TYPES = {
     (f"{_CHECKPOINT}.metadata", name)
@@ -61,7 +67,7 @@ class DistributedCheckpointError(ValueError):
 
 
 class CheckpointReader:
-    """The tensors of a distributed checkpoint, by their global names; holds a few chunks at a time."""
+    """The tensors of a distributed checkpoint, by their global names. Holds none of them."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -72,7 +78,8 @@ class CheckpointReader:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._chunk = lru_cache(_HELD)(self._read_chunk)
+        self._data_offsets: dict[MetadataIndex, int] = {}
+        self._of_plane: dict[str, dict[Shape, list[tuple[MetadataIndex, Index, str]]]] = {}
 
     def shapes(self) -> dict[str, Shape]:
         """Global shape of every tensor, the optimizer's included."""
@@ -82,42 +89,122 @@ class CheckpointReader:
         """The type a tensor is stored in."""
         return self._tensors[name].properties.dtype
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise DistributedCheckpointError unless every file that holds a part of these tensors is there, and long."""
+        sizes: dict[str, int] = {}
+        for name in names:
+            for key, _, file in self.chunks(name):
+                place, path = self._storage[key], self.folder / file
+                if file not in sizes:
+                    if not path.is_file():
+                        raise DistributedCheckpointError(f"{path} is missing, {self.folder / _INDEX} names it")
+                    sizes[file] = path.stat().st_size
+                if place.offset + place.length > sizes[file]:
+                    raise DistributedCheckpointError(
+                        f"{path} is truncated: {place.offset + place.length} bytes wanted, {sizes[file]} there"
+                    )
+
+    def chunks(self, name: str, planes: Shape = ()) -> Sequence[tuple[MetadataIndex, Index, str]]:
+        """Key, spans and file of a tensor's chunks; where it is a stack that is cut by plane, of one plane only."""
+        if name not in self._of_plane:
+            entry, found = self._tensors[name], defaultdict(list)
+            stacked = all(size == 1 for chunk in entry.chunks for size in chunk.sizes[:-2])
+            for chunk in entry.chunks:
+                key = MetadataIndex(name, chunk.offsets)
+                file = getattr(self._storage.get(key), "relative_path", None)
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise DistributedCheckpointError(f"{self.folder / _INDEX} names {file!r} for a part of {name}")
+                spans = tuple((start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+                found[tuple(chunk.offsets[:-2]) if stacked else ()].append((key, spans, file))
+            self._of_plane[name] = dict(found)
+        groups = self._of_plane[name]
+        return groups.get(planes, []) if planes in groups else [chunk for group in groups.values() for chunk in group]
+
     def read(self, name: str, index: Index) -> Tensor:
-        """Return `name[index]`, put together from the chunks it lies in. DistributedCheckpointError."""
+        """Return `name[index]`: mapped where one chunk holds it, else put together. DistributedCheckpointError."""
         if name not in self._tensors:
             raise DistributedCheckpointError(f"{self.folder} does not hold {name}")
         entry = self._tensors[name]
         if len(index) != len(entry.size) or any(stop > n for (_, stop), n in zip(index, entry.size, strict=True)):
             raise DistributedCheckpointError(f"{self.folder}: {name} has shape {tuple(entry.size)}, wanted is {index}")
-        out = torch.empty([stop - start for start, stop in index], dtype=entry.properties.dtype)
-        found = 0
-        for chunk in entry.chunks:
-            spans = [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+        shape = [stop - start for start, stop in index]
+        out, found, wanted = None, 0, torch.Size(shape).numel()
+        for key, spans, file in self.chunks(name, tuple(start for start, _ in index[:-2])):
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(index, spans, strict=True)]
             if any(start >= stop for start, stop in common):
                 continue
             here = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, spans, strict=True))
-            there = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, index, strict=True))
-            out[there] = self._chunk(MetadataIndex(name, chunk.offsets))[here]
-            found += out[there].numel()
-        if found != out.numel():
+            part = self._chunk(key, tuple(b - a for a, b in spans), file)[here]
+            if part.numel() == wanted:
+                return part
+            out = torch.empty(shape, dtype=entry.properties.dtype) if out is None else out
+            out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, index, strict=True))] = part
+            found += part.numel()
+        if out is None or found != wanted:
             raise DistributedCheckpointError(f"{self.folder}: the chunks of {name} do not cover {index}")
         return out
 
-    def _read_chunk(self, key: MetadataIndex) -> Tensor:
-        place = self._storage[key]
-        path = self.folder / place.relative_path
-        if path.parent != self.folder:
-            raise DistributedCheckpointError(f"{self.folder / _INDEX} names {place.relative_path!r}")
+    def _chunk(self, key: MetadataIndex, shape: Shape, file: str) -> Tensor:
+        path, place, dtype = self.folder / file, self._storage[key], self.dtype(key.fqn)
         try:
-            with path.open("rb") as file:
-                file.seek(place.offset)
-                data = file.read(place.length)
-            if len(data) != place.length:
-                raise EOFError(f"{place.length} bytes wanted at {place.offset}, {len(data)} there")
-            return torch.load(io.BytesIO(data), weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            if key not in self._data_offsets:
+                self._data_offsets[key] = _data_offset(path, place.offset, place.length, shape, dtype)
+            if self._data_offsets[key] >= 0:
+                return mapped(path, self._data_offsets[key], shape, dtype)
+            with path.open("rb") as stream:
+                return torch.load(_Slice(stream, place.offset, place.length), weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
             raise DistributedCheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
+
+
+_BAD_BLOB = (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError)
+
+
+def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torch.dtype) -> int:
+    """Where in the file the numbers of a chunk begin; -1 if they do not lie there plain and in order.
+
+    A chunk is what torch.save writes: a zip archive of stored entries, the numbers in the one called data/0.
+    """
+    with path.open("rb") as stream:
+        blob = _Slice(stream, offset, length)
+        with zipfile.ZipFile(blob) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
+        blob.seek(0)
+        found = torch.load(blob, map_location="meta", weights_only=True)
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            raise ValueError(f"a chunk of {tuple(found.shape)} in {found.dtype}, expected {shape} in {dtype}")
+        plain = len(entries) == 1 and entries[0].compress_type == zipfile.ZIP_STORED and found.is_contiguous()
+        if not plain or found.storage_offset() or entries[0].file_size != found.nbytes:
+            return -1
+        blob.seek(entries[0].header_offset + 26)  # of the local header: the lengths of name and extra field
+        name, extra = (int.from_bytes(blob.read(2), "little") for _ in range(2))
+        return offset + entries[0].header_offset + 30 + name + extra
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
+        return count
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -131,21 +218,62 @@ def write(
     read: Callable[[str, Index], Tensor],
     dtype: torch.dtype,
     objects: Mapping[str, object],
+    threads: int = 1,
 ) -> None:
-    """Write a distributed checkpoint into an empty folder, one chunk in memory at a time.
+    """Write a distributed checkpoint into an empty folder, one chunk a thread in memory at a time.
 
     `chunks` are the parts of every global tensor, which together are the whole; `read(name, index)` gives one, of
-    `dtype`. `objects` are what Megatron keeps beside tensors, by their keys.
+    `dtype`, in any thread. `objects` are what Megatron keeps beside tensors, by their keys.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(
             {},
-            storage_writer=FileSystemWriter(str(folder), thread_count=1, sync_files=True),
+            storage_writer=_Writer(folder, threads),
             planner=_Planner(chunks, read, dtype, objects),
             no_dist=True,
         )
     (Path(folder) / MARK).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+
+
+class _Writer(FileSystemWriter):
+    """Writes a file a thread. FileSystemWriter's own threads lose their errors, a full disk's among them."""
+
+    def __init__(self, folder: str | Path, threads: int) -> None:
+        super().__init__(str(folder), sync_files=True)
+        self._folder, self._threads = Path(folder), threads
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        items = sorted(plan.items, key=_bytes_of, reverse=True)
+        shares = [items[i :: self._threads] for i in range(self._threads)]  # of about as many bytes each
+        with ThreadPoolExecutor(self._threads) as pool:
+            written = [pool.submit(self._file, i, share, planner) for i, share in enumerate(shares) if share]
+            results = [result for file in written for result in file.result()]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _file(self, number: int, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        name, results = f"__0_{number}.distcp", []
+        with PiecewiseFile(self._folder / name, "xb") as stream:
+            for item in items:
+                stream.write(bytes(-stream.tell() % _ALIGNMENT))
+                offset, data = stream.tell(), planner.resolve_data(item)
+                if isinstance(data, io.BytesIO):
+                    stream.write(data.getbuffer())
+                else:
+                    torch.save(data, stream)
+                length = stream.tell() - offset
+                results.append(
+                    WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
+                )
+            os.fsync(stream.fileno())
+        return results
+
+
+def _bytes_of(item: WriteItem) -> int:
+    data = item.tensor_data
+    return 0 if data is None or data.chunk is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 class _Planner(SavePlanner):
@@ -188,7 +316,8 @@ class _Planner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type != WriteItemType.BYTE_IO:
-            return self._read(write_item.index.fqn, self._index_of[write_item.index]).contiguous()
+            part = self._read(write_item.index.fqn, self._index_of[write_item.index])
+            return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
         buffer = io.BytesIO()
         torch.save(self._objects[write_item.index.fqn], buffer)
         return buffer

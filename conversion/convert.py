@@ -1,9 +1,17 @@
-"""Writes a model's folder from another, compares two, and says what a conversion will do before it does it."""
+"""Writes a model's folder from another, compares two, and says what a conversion will do before it does it.
 
+Parts of `PART_BYTES` move from mapped files to written ones, `THREADS` at a time; none is held for longer.
+"""
+
+import dataclasses
 import math
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -11,12 +19,18 @@ from torch import Tensor
 
 from conversion import checkpoint, folders, hf
 from conversion.checkpoint import Index, Shape
-from conversion.ends import HELD, End, global_place, is_vocabulary, local_shapes, whole
+from conversion.ends import End, global_place, is_vocabulary, local_shapes, whole
 from conversion.families import Model
-from conversion.plan import Copy, plan
-from conversion.tiles import ParallelLayout, Span, share
+from conversion.folders import CheckpointError
+from conversion.plan import Copy, Rectangle, WeightPlan, plan
+from conversion.tiles import ParallelLayout, Span, Tile, share
+from conversion.verify import digest
 
 Advance = Callable[[int], None]
+
+PART_BYTES = 1 << 24  # the allocator gives blocks of this size again; above 32 MiB each would be new pages
+THREADS = min(4, os.cpu_count() or 1)
+_NAMED = 8  # parameters that an error lists
 
 
 class MismatchError(ValueError):
@@ -25,60 +39,88 @@ class MismatchError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What a conversion will do. `rank_bytes` are the least and the most a rank of the layout holds of the weights."""
+    """What a conversion will do. `links` are the bytes from a file of the source to a rank (or file) of the target."""
 
     parameters: int
     copies: int
     num_bytes: int
     peak_bytes: int
-    rank_bytes: tuple[int, int]
+    links: dict[tuple[str, str], int]
 
 
-def preview(end: End, layout: ParallelLayout) -> Preview:
-    """Plan a conversion of `end` for ranks of `layout`, move nothing. ValueError if a size does not divide."""
+def preview(end: End, layout: ParallelLayout | None) -> Preview:
+    """Plan a conversion of `end` for ranks of `layout`, to Hugging Face if None; move nothing.
+
+    ValueError if a size does not divide.
+    """
     model, size = end.model, end.dtype.itemsize
-    tiles = model.megatron_tiles(layout)
-    held = [0] * layout.world_size
-    for tile in tiles:
-        columns = 1 if tile.cols is None else tile.cols[1] - tile.cols[0]
-        held[tile.rank] += (tile.rows[1] - tile.rows[0]) * columns * size
-    largest = max(math.prod(shape) for shape in model.parameters().values()) * size
+    if layout is None:
+        file_of = hf.shard_names(model.parameters(), end.dtype)
+        files = list(dict.fromkeys(file_of.values()))
+        tiles = [Tile(files.index(file_of[t.hf]), t.name, t.hf, t.rows, t.cols) for t in model.hf_tiles()]
+    else:
+        files, tiles = [f"rank {rank}" for rank in range(layout.world_size)], model.megatron_tiles(layout)
+    moves: WeightPlan = plan(end.tiles(), tiles)
+    links: Counter[tuple[str, str]] = Counter()
+    for copy in moves.copies:
+        links[end.files[copy.source.rank], files[copy.target.rank]] += copy.target.num_elements * size
+    num_bytes = model.num_parameters() * size
     return Preview(
         parameters=model.num_parameters(),
-        copies=len(plan(model.hf_tiles(), tiles).copies),
-        num_bytes=model.num_parameters() * size,
-        peak_bytes=(HELD + 1) * largest,
-        rank_bytes=(min(held), max(held)),
+        copies=len(moves.copies),
+        num_bytes=num_bytes,
+        peak_bytes=min(5 * THREADS * PART_BYTES, 3 * num_bytes),  # measured: tests/benchmarks/convert.py
+        links=dict(links),
     )
 
 
 def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None) -> None:
-    """Write the Hugging Face folder of what `end` holds, one parameter at a time; `advance` hears of each."""
+    """Write the Hugging Face folder of what `end` holds; `advance` hears of each part, of `hf_parts` in all.
 
+    CheckpointError, and no folder, if a weight is not finite.
+    """
+    folders.check_apart(folder, end.path)
+    ledger = _Ledger(end, advance)
     with hf.writing(folder, end.companions, end.dtype) as export:
-        export.record |= _record(end)
-        for name, tensor in export.tensors.items():
-            tensor.copy_(end.parameter(name))
-            advance(1)
+
+        def move(part: tuple[str, Span]) -> None:
+            name, (start, stop) = part
+            values = end.rows(name, start, stop)
+            ledger.enter(name, (start, stop, 0, values.shape[1] if values.dim() > 1 else 1), values)
+            if ledger.is_good:
+                export.write(name, start, values)
+            ledger.advance(1)
+
+        _each(move, hf_parts(end.model, end.dtype))
+        export.record |= ledger.record()
+
+
+def hf_parts(model: Model, dtype: torch.dtype) -> list[tuple[str, Span]]:
+    """Return the parts of HF parameters that are moved at once: their names and rows."""
+    return [(name, rows) for name, shape in model.parameters().items() for rows in _slabs(shape, (0, shape[0]), dtype)]
 
 
 def write_megatron(end: End, folder: str | Path, layout: ParallelLayout, advance: Advance = lambda _: None) -> None:
     """Write the distributed checkpoint of what `end` holds, cut for ranks of `layout`; `advance` hears of each part.
 
     Any layout can load it: the cut only spares ranks of this one from reading what they do not need, and sets the
-    padding of the vocabulary. Configuration and tokenizer lie beside, so that it can be read back.
+    padding of the vocabulary. Configuration and tokenizer lie beside, so that it can be read back. CheckpointError, and
+    no folder, if a weight is not finite.
     """
     model = end.model
     model.megatron_tiles(layout)  # a size that does not divide is refused here
-    source = _Assembled(end, model, advance)
+    folders.check_apart(folder, end.path)
+    ledger = _Ledger(end, advance)
+    source = _Assembled(end, model, ledger)
     with folders.replacing(folder) as new:
-        checkpoint.write(new, chunks(model, layout), source.read, end.dtype, _objects(model))
+        checkpoint.write(new, chunks(model, layout, end.dtype), source.read, end.dtype, _objects(model), THREADS)
+        record = ledger.record() | {"layout": dataclasses.asdict(layout)}
         folders.write_json(new / "config.json", model.config)
         folders.copy_companions(end.companions, new)
-        folders.write_json(new / folders.RECORD, _record(end) | {"layout": {"tensor": layout.tensor}})
+        folders.write_json(new / folders.RECORD, record)
 
 
-def chunks(model: Model, layout: ParallelLayout) -> dict[str, list[Index]]:
+def chunks(model: Model, layout: ParallelLayout, dtype: torch.dtype) -> dict[str, list[Index]]:
     """Return the parts that every tensor of a checkpoint is cut into, so that a rank of `layout` reads few others."""
     found: dict[str, list[Index]] = {}
     local = model.megatron_shapes(ParallelLayout(tensor=layout.tensor, fused_norms=True), 0)
@@ -86,8 +128,9 @@ def chunks(model: Model, layout: ParallelLayout) -> dict[str, list[Index]]:
         stored, planes = global_place(name)
         if is_vocabulary(name):
             shape = (model.padded_vocab_size(layout), *shape[1:])
-        for part in _cut(name, shape, local[name], layout.tensor):
-            found.setdefault(stored, []).append((*((plane, plane + 1) for plane in planes), *part))
+        for rows, *columns in _cut(name, shape, local[name], layout.tensor):
+            for slab in _slabs(shape, rows, dtype):
+                found.setdefault(stored, []).append((*((plane, plane + 1) for plane in planes), slab, *columns))
     return found
 
 
@@ -101,11 +144,92 @@ def _cut(name: str, shape: Shape, local: Shape, tensor: int) -> list[tuple[Span,
     return [(*everything[:split], share(shape[split], parts, i), *everything[split + 1 :]) for i in range(parts)]
 
 
+def _slabs(shape: Shape, rows: Span, dtype: torch.dtype) -> Iterator[Span]:
+    """`rows` of a tensor, cut so that none with all its columns is above PART_BYTES (but one row is never cut)."""
+    height = max(1, PART_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+    for start in range(*rows, height):
+        yield start, min(start + height, rows[1])
+
+
+def _each(move: Callable[[Any], None], parts: Iterable[Any]) -> None:
+    """Move all parts, `THREADS` at a time; the first error in their order."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        for moving in [threads.submit(move, part) for part in parts]:
+            try:
+                moving.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+
+
+class _Ledger:
+    """What went by: the digest of every parameter, and which hold NaN or Inf. From any thread."""
+
+    def __init__(self, end: End, advance: Advance) -> None:
+        self._end, self._advance, self._lock = end, advance, Lock()
+        self._digests: Counter[str] = Counter()
+        self._bad: Counter[str] = Counter()
+
+    @property
+    def is_good(self) -> bool:
+        """False once a weight was not finite; the rest is only looked through, for the message."""
+        return not self._bad
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._advance(count)
+
+    def enter(self, name: str, rectangle: Rectangle, values: Tensor) -> None:
+        bad = num_not_finite(values)
+        found = digest(values, rectangle) if self.is_good else 0
+        with self._lock:
+            self._digests[name] += found
+            if bad:
+                self._bad[name] += bad
+
+    def record(self) -> dict[str, Any]:
+        """What stands in conversion.json. CheckpointError if a weight was not finite."""
+        if self._bad:
+            raise CheckpointError(
+                f"{self._end.path}: {listed(self._bad)}: such a model computes nothing; not converted"
+            )
+        return {
+            "source": self._end.path.name,
+            "source_kind": self._end.kind,
+            "dtype": str(self._end.dtype).removeprefix("torch."),
+            "digests": {name: f"{self._digests[name] % (1 << 64):016x}" for name in self._end.model.parameters()},
+        }
+
+
+def num_not_finite(values: Tensor) -> int:
+    """Return how many elements are NaN or infinite."""
+    if not values.numel() or all(bool(end.isfinite()) for end in values.aminmax()):  # 50 times as fast as isfinite
+        return 0
+    return int((~values.isfinite()).sum())
+
+
+def listed(bad: Counter[str]) -> str:
+    """Return in words which parameters hold values that are not finite."""
+    names = [f"{name} ({count} values)" for name, count in sorted(bad.items())]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"NaN or Inf in {', '.join(names[:_NAMED])}{more}"
+
+
+def not_finite(end: End, advance: Advance = lambda _: None) -> Counter[str]:
+    """Return how many weights of which parameters are NaN or infinite; `advance` hears of each of `hf_parts`."""
+    found: Counter[str] = Counter()
+    for name, (start, stop) in hf_parts(end.model, end.dtype):
+        if bad := num_not_finite(end.rows(name, start, stop)):
+            found[name] += bad
+        advance(1)
+    return found
+
+
 class _Assembled:
     """Parts of a checkpoint's tensors, put together from HF parameters."""
 
-    def __init__(self, end: End, model: Model, advance: Advance) -> None:
-        self._end, self._advance = end, advance
+    def __init__(self, end: End, model: Model, ledger: _Ledger) -> None:
+        self._end, self._ledger = end, ledger
         self._local = {global_place(name): name for name in local_shapes(model)}
         self._copies: dict[str, list[Copy]] = {}
         for copy in plan(model.hf_tiles(), model.megatron_tiles(whole())).copies:
@@ -113,17 +237,26 @@ class _Assembled:
 
     def read(self, stored: str, index: Index) -> Tensor:
         """One part, zero where it is padding."""
-        self._advance(1)
         name, part = self._place(stored, index)
-        out = torch.zeros([stop - start for start, stop in part], dtype=self._end.dtype)
+        shape, size = [stop - start for start, stop in index], [stop - start for start, stop in part]
+        out, filled = torch.empty(size, dtype=self._end.dtype), 0
         for copy in self._copies[name]:
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part, copy.target.index, strict=True)]
-            if all(start < stop for start, stop in common):
-                there = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, part, strict=True))
-                moved = zip(common, copy.target.index, copy.source.index, strict=True)
-                here = tuple(slice(a - c + e, b - c + e) for (a, b), (c, _), (e, _) in moved)
-                out[there] = self._end.parameter(copy.source.name)[here]
-        return out.reshape([stop - start for start, stop in index])
+            if any(start >= stop for start, stop in common):
+                continue
+            moved = zip(common, copy.target.index, copy.source.index, strict=True)
+            (r0, r1), *columns = [(a - c + e, b - c + e) for (a, b), (c, _), (e, _) in moved]
+            values = self._end.rows(copy.source.name, r0, r1)[(slice(None), *(slice(*span) for span in columns))]
+            self._ledger.enter(copy.source.name, (r0, r1, *(columns[0] if columns else (0, 1))), values)
+            if values.numel() == out.numel() and values.is_contiguous():
+                out = values
+            else:
+                out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, part, strict=True))] = values
+            filled += values.numel()
+        if filled < out.numel():  # the vocabulary's padding is at the end
+            out[filled // max(1, math.prod(size[1:])) :] = 0
+        self._ledger.advance(1)
+        return out.reshape(shape)
 
     def _place(self, stored: str, index: Index) -> tuple[str, Index]:
         for planes in range(len(index)):
@@ -134,29 +267,48 @@ class _Assembled:
 
 
 def compare(a: End, b: End, advance: Advance = lambda _: None) -> None:
-    """Raise MismatchError unless both hold the same values, as numbers: bfloat16 equals itself in float32."""
+    """Raise MismatchError unless both hold the same values; `advance` hears of each parameter.
+
+    Of the same type, bit by bit; of others as numbers: bfloat16 equals itself in float32, and NaN equals NaN.
+    """
     if a.model.parameters() != b.model.parameters():
         names = sorted(a.model.parameters().items() ^ b.model.parameters().items())
         raise MismatchError(f"{a.path} and {b.path} hold different models: {names[0][0]} differs in name or shape")
-    for name in a.model.parameters():
-        one, other = a.parameter(name), b.parameter(name)
+    wider = max(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    for name, shape in a.model.parameters().items():
+        for start, stop in _slabs(shape, (0, shape[0]), wider):
+            if not bool(_same(*(end.rows(name, start, stop) for end in (a, b))).all()):
+                raise _mismatch(a, b, name, shape, wider)
         advance(1)
-        if torch.equal(one, other.to(one.dtype)) and torch.equal(other, one.to(other.dtype)):
-            continue
-        one, other = one.double(), other.double()
-        same = (one == other) | (one.isnan() & other.isnan())
-        if not bool(same.all()):
-            row = int((~same.reshape(len(same), -1).all(dim=1)).nonzero()[0])
-            column = int((~same[row]).reshape(-1).nonzero()[0])
-            values = (float(side[row].reshape(-1)[column]) for side in (one, other))
-            raise MismatchError(
-                f"{name}, row {row}, column {column}: {next(values)!r} in {a.path}, {next(values)!r} in {b.path}; "
-                f"{int((~same).sum())} of {same.numel()} values of this parameter differ"
+
+
+def _same(one: Tensor, other: Tensor) -> Tensor:
+    """Which elements are equal; of the same type one truth for all, if all are."""
+    if one.dtype == other.dtype:
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+        one, other = one.view(bits), other.view(bits)
+        return torch.tensor(True) if torch.equal(one, other) else one == other
+    one, other = one.double(), other.double()
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+def _mismatch(a: End, b: End, name: str, shape: Shape, wider: torch.dtype) -> MismatchError:
+    """The error for a parameter that is known to differ: where first, and in how many values."""
+    first, differing, rounded = None, 0, a.dtype != b.dtype
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    for start, stop in _slabs(shape, (0, shape[0]), wider):
+        one, other = (end.rows(name, start, stop) for end in (a, b))
+        wrong = ~_same(one, other).expand(one.shape)
+        differing += int(wrong.sum())
+        rounded = rounded and bool(_same(one.to(narrow), other.to(narrow)).all())
+        if first is None and bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            values = " and ".join(
+                f"{float(side[tuple(place)])!r} in {end.path}" for side, end in ((one, a), (other, b))
             )
-
-
-def _record(end: End) -> dict[str, Any]:
-    return {"source": end.path.name, "source_kind": end.kind, "dtype": str(end.dtype).removeprefix("torch.")}
+            first = f"row {start + place[0]}, column {place[1] if place[1:] else 0}: {values}"
+    hint = f"; they are equal once rounded to {str(narrow).removeprefix('torch.')}" if rounded else ""
+    return MismatchError(f"{name}, {first}; {differing} of {math.prod(shape)} values of this parameter differ{hint}")
 
 
 def _objects(model: Model) -> dict[str, object]:
@@ -165,6 +317,9 @@ def _objects(model: Model) -> dict[str, object]:
     for name in local_shapes(model):
         stored, planes = global_place(name)
         module, _, kind = stored.rpartition(".")
-        if kind == "weight" and ".linear_" in stored and len(planes) == 1:
-            objects[f"{module}._extra_state/shard_{planes[0]}_{model.num_layers}"] = [None]
+        if kind == "weight" and ".linear_" in stored:
+            place, of = (
+                ".".join(map(str, n)) for n in (planes, (model.num_layers, model.dims.num_experts)[: len(planes)])
+            )
+            objects[f"{module}._extra_state/shard_{place}_{of}"] = [None]
     return objects

@@ -1,11 +1,11 @@
 """The two kinds of folder that hold a model, Hugging Face's and Megatron's, and the way from any to any other.
 
-Both answer in HF coordinates, a parameter at a time, so any folder can be written from any other, or compared with it,
-in the memory of a few parameters.
+Both answer in HF coordinates, rows of a parameter at a time, so any folder can be written from any other, or compared
+with it, in the memory of a few parts.
 """
 
+import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,10 +15,13 @@ from torch import Tensor
 from conversion import checkpoint, hf
 from conversion.checkpoint import CheckpointReader, Index
 from conversion.families import Model, read_model
+from conversion.folders import RECORD, CheckpointError
+from conversion.mapping import mapped
 from conversion.plan import Copy, plan
-from conversion.tiles import ParallelLayout
+from conversion.tiles import ParallelLayout, Tile
 
-HELD = 4  # parameters an end keeps: what lies fused in one Megatron tensor is asked for together
+# Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under this name.
+_ALSO_NAMED = {"decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight"}
 
 
 class End(Protocol):
@@ -29,13 +32,18 @@ class End(Protocol):
     model: Model
     kind: str
     dtype: torch.dtype
+    files: tuple[str, ...]  # that hold the weights
 
-    def parameter(self, name: str) -> Tensor:
-        """Return a parameter by its HF name, whole, on the host, as stored."""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return these rows of a parameter by its HF name, on the host, as stored; from any thread. Not to write to."""
         ...
 
-    def vocabulary_note(self) -> str:
-        """Return in words how the folder's vocabulary differs from the model's, if it does."""
+    def tiles(self) -> list[Tile]:
+        """Return what lies in which of the files: their index is the tile's rank."""
+        ...
+
+    def notes(self) -> dict[str, str]:
+        """Return in words what else is known of the folder: its layout, padding of the vocabulary."""
         ...
 
 
@@ -47,15 +55,53 @@ class HuggingFaceEnd:
     def __init__(self, path: str | Path) -> None:
         self.path = self.companions = Path(path)
         self.model = read_model(path)
-        self._holder = hf.check(self.path, self.model.parameters())
-        self.dtype = hf.stored_dtype(self.path, self._holder)
-        self.parameter = lru_cache(HELD)(self._parameter)
+        self._stored = hf.stored(self.path, hf.check(self.path, self.model.parameters()))
+        self.dtype = next(iter(self._stored.values())).dtype
+        self.files = tuple(sorted({place.file for place in self._stored.values()}))
 
-    def vocabulary_note(self) -> str:
-        return ""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        place = self._stored[name]
+        row_bytes = torch.Size(place.shape[1:]).numel() * self.dtype.itemsize
+        path, shape = self.path / place.file, (stop - start, *place.shape[1:])
+        try:
+            return mapped(path, place.offset + start * row_bytes, shape, self.dtype)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
 
-    def _parameter(self, name: str) -> Tensor:
-        return hf.read(self.path / self._holder[name], name)
+    def tiles(self) -> list[Tile]:
+        ranks = {file: rank for rank, file in enumerate(self.files)}
+        return [
+            Tile(ranks[self._stored[tile.hf].file], tile.name, tile.hf, tile.rows, tile.cols)
+            for tile in self.model.hf_tiles()
+        ]
+
+    def notes(self) -> dict[str, str]:
+        return {}
+
+
+class ConfigEnd:
+    """A config.json whose weights lie elsewhere: enough to plan with, and for nothing else."""
+
+    kind = "Hugging Face, its weights are not here"
+    files = ("the weights",)
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = self.companions = Path(path)
+        self.model = read_model(path)
+        name = self.model.config.get("dtype") or self.model.config.get("torch_dtype") or "float32"
+        dtype = getattr(torch, str(name).removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{self.path / 'config.json'}: dtype {name!r}, expected for example 'bfloat16'")
+        self.dtype = dtype
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        raise CheckpointError(f"{self.path} has no weights")
+
+    def tiles(self) -> list[Tile]:
+        return self.model.hf_tiles()
+
+    def notes(self) -> dict[str, str]:
+        return {}
 
 
 class MegatronEnd:
@@ -73,44 +119,104 @@ class MegatronEnd:
             )
         self.companions = Path(like or self.path)
         self.model = read_model(self.companions)
-        self._places = {name: global_place(name) for name in local_shapes(self.model)}
+        self._shapes, self._wanted = self._reader.shapes(), self.model.parameters()
+        self._places = {name: self._place(name) for name in local_shapes(self.model)}
         self._copies: dict[str, list[Copy]] = {}
         for copy in plan(self.model.megatron_tiles(whole()), self.model.hf_tiles()).copies:
             self._copies.setdefault(copy.target.name, []).append(copy)
         self._check()
-        self.dtype = self._reader.dtype(next(iter(self._places.values()))[0])
-        self.parameter = lru_cache(HELD)(self._parameter)
+        stored = dict.fromkeys(stored for stored, _ in self._places.values())
+        self._reader.check(stored)
+        types = {self._reader.dtype(name): name for name in stored}
+        if len(types) != 1:
+            raise ValueError(f"{self.path} mixes types: {', '.join(f'{t} ({name})' for t, name in types.items())}")
+        self.dtype = types.popitem()[0]
+        self.files = tuple(sorted({file for name in stored for _, _, file in self._reader.chunks(name)}))
+
+    def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Where it lies here: layers may be stacked or not, and a norm has two names."""
+        stacked = global_place(name)
+        for place in (stacked, global_place(name, stack_layers=False), (_ALSO_NAMED.get(stacked[0]), stacked[1])):
+            if place[0] in self._shapes:
+                return place[0], place[1]
+        return stacked
 
     def _check(self) -> None:
-        held = self._reader.shapes()
         for name, shape in local_shapes(self.model).items():
             stored, planes = self._places[name]
-            if stored not in held:
+            if stored not in self._shapes:
                 raise ValueError(f"{self.path} does not hold {stored}, which a {self.model.architecture} has")
-            got = held[stored][len(planes) :]
-            padded = len(shape) == 2 and got[0] >= shape[0] and is_vocabulary(name)
+            held = self._shapes[stored]
+            got = held[len(planes) :]
+            padded = len(shape) == 2 and len(got) == 2 and got[0] >= shape[0] and is_vocabulary(name)
             if got[1:] != shape[1:] or (got[0] != shape[0] and not padded):
-                raise ValueError(f"{self.path}: {stored} is {held[stored]}, expected {shape} for each layer")
+                raise ValueError(f"{self.path}: {stored} is {held}, expected {shape} for each layer")
+            if any(plane >= count for plane, count in zip(planes, held, strict=False)):
+                raise ValueError(f"{self.path}: {stored} is {held}, too few for {name}")
 
-    def vocabulary_note(self) -> str:
-        padded = self._reader.shapes()["embedding.word_embeddings.weight"][0]
-        return f", padded to {padded:,}" if padded != self.model.vocab_size else ""
+    def notes(self) -> dict[str, str]:
+        padded = self._shapes["embedding.word_embeddings.weight"][0]
+        found = {"vocabulary": f"padded to {padded:,}"} if padded != self.model.vocab_size else {}
+        for file in (RECORD, "progress.json"):  # ours, and a run's
+            if (self.path / file).is_file():
+                try:
+                    layout = json.loads((self.path / file).read_text(encoding="utf-8"))["layout"]
+                    found["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    found["layout"] = f"{file} does not say it ({error!r})"
+                break
+        writers = {file.split("_")[2] for file in self.files if file.startswith("__") and file.count("_") >= 3}
+        found["files"] = f"{len(self.files)} hold the weights, written by {len(writers) or 'unknown'} ranks"
+        return found
 
-    def _parameter(self, name: str) -> Tensor:
-        out = torch.empty(self.model.parameters()[name], dtype=self.dtype)
+    def tiles(self) -> list[Tile]:
+        ranks, found = {file: rank for rank, file in enumerate(self.files)}, []
+        for tile in self.model.megatron_tiles(whole()):
+            stored, planes = self._places[tile.name]
+            height = tile.rows[1] - tile.rows[0]
+            width = 1 if tile.cols is None else tile.cols[1] - tile.cols[0]
+            for _, spans, file in self._reader.chunks(stored, planes):
+                if any(not a <= plane < b for plane, (a, b) in zip(planes, spans, strict=False)):
+                    continue
+                (r0, r1), (c0, c1) = (*spans[len(planes) :], (0, 1))[:2]
+                r0, r1 = max(r0 - tile.row0, 0), min(r1 - tile.row0, height)
+                c0, c1 = max(c0 - tile.col0, 0), min(c1 - tile.col0, width)
+                if r0 < r1 and c0 < c1:
+                    rows = (tile.rows[0] + r0, tile.rows[0] + r1)
+                    cols = None if tile.cols is None else (tile.cols[0] + c0, tile.cols[0] + c1)
+                    found.append(Tile(ranks[file], stored, tile.hf, rows, cols))
+        return found
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        out = None
         for copy in self._copies[name]:
+            (first, last), *columns = copy.target.index
+            a, b = max(start, first), min(stop, last)
+            if a >= b:
+                continue
             stored, planes = self._places[copy.source.name]
-            index: Index = (*((plane, plane + 1) for plane in planes), *copy.source.index)
-            out[copy.target.slices] = self._reader.read(stored, index).reshape(copy.source.shape)
+            (row, _), *rest = copy.source.index
+            index: Index = (*((p, p + 1) for p in planes), (row + a - first, row + b - first), *rest)
+            part = self._reader.read(stored, index)[(0,) * len(planes)]
+            if (a, b) == (start, stop) and (not columns or columns == [(0, self._wanted[name][1])]):
+                return part
+            if out is None:
+                out = torch.empty((stop - start, *self._wanted[name][1:]), dtype=self.dtype)
+            out[(slice(a - start, b - start), *(slice(*span) for span in columns))] = part
+        assert out is not None, (name, start, stop)
         return out
 
 
-def open_end(path: str | Path, like: str | Path | None = None) -> HuggingFaceEnd | MegatronEnd:
-    """Return the end that lies at `path`. ValueError if neither kind does; `like` as in MegatronEnd."""
+def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: bool = False) -> End:
+    """Return the end that lies at `path`. ValueError if neither kind does; `like` as in MegatronEnd.
+
+    With `plan_only` a folder that has a config.json and no weights at all is one too.
+    """
     if checkpoint.is_checkpoint(path):
         return MegatronEnd(path, like)
     if (Path(path) / "config.json").is_file():
-        return HuggingFaceEnd(path)
+        bare = not any(file.suffix in (".safetensors", *hf.PICKLES) for file in Path(path).iterdir())
+        return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)
     raise ValueError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a distributed checkpoint of "
         f"Megatron ({checkpoint.MARK} and .metadata)"
@@ -132,12 +238,16 @@ def is_vocabulary(name: str) -> bool:
     return name in ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def global_place(name: str) -> tuple[str, tuple[int, ...]]:
+def global_place(name: str, *, stack_layers: bool = True) -> tuple[str, tuple[int, ...]]:
     """Where a checkpoint keeps a parameter of that one rank: the stacked tensor, and its place in the stack.
 
-    Megatron stacks the layers, and in them the experts: decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight
-    is [3, 5] of decoder.layers.mlp.experts.experts.linear_fc1.weight.
+    Megatron stacks the layers (unless told not to), and in them the experts:
+    decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight is [3, 5] of
+    decoder.layers.mlp.experts.experts.linear_fc1.weight.
     """
+    layer, _, rest = name.partition("layers.")
+    prefix = "" if stack_layers or not rest else layer + "layers." + rest.partition(".")[0]
+    name = name.removeprefix(prefix)
     planes = tuple(int(number) for number in re.findall(r"\.(\d+)(?=\.)", name))
     stored = re.sub(r"\.\d+(?=\.)", "", name).replace(".local_experts.", ".experts.")
-    return stored, planes
+    return prefix + stored, planes

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
 _COMPANIONS = (
@@ -38,6 +39,15 @@ def check_destination(folder: str | Path) -> None:
         )
 
 
+def check_apart(folder: str | Path, source: str | Path) -> None:
+    """Raise CheckpointError where `folder` is, or lies in, or holds the source: writing would touch what is read."""
+    new, old = Path(folder).resolve(), Path(source).resolve()
+    if new == old:
+        raise CheckpointError(f"{folder} is the source itself: choose another destination")
+    if new in old.parents or old in new.parents:
+        raise CheckpointError(f"one of {folder} and {source} lies in the other: choose a destination beside the source")
+
+
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside `folder`, which is synced and takes its place when the block ends well.
@@ -64,6 +74,19 @@ def copy_companions(source_folder: Path, folder: Path) -> None:
     for name in _COMPANIONS:
         if (source_folder / name).is_file():
             shutil.copyfile(source_folder / name, folder / name)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the conversion.json of a folder, None where it has none. CheckpointError if it is damaged."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{folder / RECORD} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{folder / RECORD}: expected a JSON object, got {type(record).__name__}")
+    return record
 
 
 def write_json(path: Path, value: object) -> None:

@@ -22,13 +22,16 @@ from torch import Tensor
 
 from conversion.families import read_model
 from conversion.folders import RECORD, CheckpointError, copy_companions, replacing, write_json
+from conversion.mapping import PiecewiseFile
 from conversion.plan import Copy, WeightPlan
 from conversion.transfer import view
 from conversion.verify import tensor_digests
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5e9
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -38,25 +41,40 @@ def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     Reads headers, no weights.
     """
     folder = Path(folder)
-    return _check(folder, _weight_files(folder), shapes)
+    holder = _check(folder, _weight_files(folder), shapes)
+    return {name: file for name, file in holder.items() if name in shapes}
 
 
-def read(file: Path, name: str) -> Tensor:
-    """Return one tensor of a safetensors file, whole."""
-    with _opened(file) as shard:
-        return shard.get_tensor(name)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Where a parameter lies: from byte `offset` of a safetensors file on, row after row."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def stored_dtype(folder: Path, holder: Mapping[str, str]) -> torch.dtype:
-    """Return the one type of the parameters in `holder` (as `check` gives it). CheckpointError if they have several."""
-    found: dict[str, str] = {}
+def stored(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
+    """Return where the parameters in `holder` lie, which are as `check` gives them. CheckpointError: several types."""
+    found: dict[str, Stored] = {}
     for file in sorted(set(holder.values())):
-        with _opened(folder / file) as shard:
-            for name in shard.keys():  # noqa: SIM118 - no mapping
-                found.setdefault(shard.get_slice(name).get_dtype(), name)
-    if len(found) != 1:
-        raise CheckpointError(f"{folder} mixes types ({found}): convert it to one first, for example with transformers")
-    return _DTYPES[next(iter(found))]
+        with (folder / file).open("rb") as shard:  # safetensors has checked the header
+            length = int.from_bytes(shard.read(8), "little")
+            header = json.loads(shard.read(length))
+        for name, entry in header.items():
+            if holder.get(name) == file:
+                found[name] = Stored(
+                    file=file,
+                    offset=8 + length + entry["data_offsets"][0],
+                    shape=tuple(entry["shape"]),
+                    dtype=_DTYPES[entry["dtype"]],
+                )
+    of_type = {str(place.dtype).removeprefix("torch."): name for name, place in sorted(found.items(), reverse=True)}
+    if len(of_type) != 1:
+        mix = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(of_type.items()))
+        raise CheckpointError(f"{folder} mixes types: {mix}; convert it to one first, for example with transformers")
+    return found
 
 
 @torch.no_grad()
@@ -82,10 +100,23 @@ def load(folder: str | Path, plan: WeightPlan, rank: int, tensors: Mapping[str, 
 
 @dataclass
 class Export:
-    """A folder being written: `tensors` are its parameters, mapped from its files, and `record` its conversion.json."""
+    """A folder being written: `tensors` are its parameters, mapped from its files, and `record` its conversion.json.
 
+    To write rows with `write` fills the same places; it leaves no pages of them in this process.
+    """
+
+    folder: Path
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+    places: dict[str, Stored]
+
+    def write(self, name: str, row: int, values: Tensor) -> None:
+        """Write rows of a parameter, from `row` on; from any thread. OSError."""
+        place = self.places[name]
+        row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
+        with PiecewiseFile(self.folder / place.file, "r+b") as file:
+            file.seek(place.offset + row * row_bytes)
+            file.write(values.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 @torch.no_grad()
@@ -93,7 +124,7 @@ def save(
     folder: str | Path,
     tensors: Mapping[str, Tensor],
     source_folder: str | Path,
-    max_shard_bytes: int | float = 5e9,
+    max_shard_bytes: int | float = MAX_SHARD_BYTES,
 ) -> None:
     """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`, as `writing` does.
 
@@ -109,7 +140,7 @@ def save(
 
 @contextmanager
 def writing(
-    folder: str | Path, source_folder: str | Path, dtype: torch.dtype, max_shard_bytes: int | float = 5e9
+    folder: str | Path, source_folder: str | Path, dtype: torch.dtype, max_shard_bytes: int | float = MAX_SHARD_BYTES
 ) -> Iterator[Export]:
     """A new HF folder with the configuration and tokenizer of `source_folder`, to be filled inside the `with`.
 
@@ -123,9 +154,11 @@ def writing(
     name_of_dtype = str(dtype).removeprefix("torch.")
     with replacing(folder) as new:
         tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
-        export = Export(tensors, {"source": source_folder.name, "dtype": name_of_dtype})
+        places = stored(new, shard_names(model.parameters(), dtype, max_shard_bytes))
+        export = Export(new, tensors, {"source": source_folder.name, "dtype": name_of_dtype}, places)
         yield export
-        export.record.setdefault("digests", tensor_digests(tensors))
+        if "digests" not in export.record:
+            export.record["digests"] = tensor_digests(tensors)
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
         write_json(new / "config.json", config | {"dtype": name_of_dtype})
         write_json(new / RECORD, export.record)
@@ -137,7 +170,7 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     if (folder / WEIGHTS).exists():
         return {WEIGHTS: None}
     if not (folder / INDEX).exists():
-        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise CheckpointError(f"{folder}: {pickled[0]} is a pickle checkpoint, which is refused: use safetensors")
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
@@ -224,14 +257,12 @@ def _mapped_weights(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int | float
 ) -> dict[str, Tensor]:
     """The tensors of new files: one, or several with their index if the weights are larger than `max_shard_bytes`."""
-    shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
     tensors: dict[str, Tensor] = {}
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors |= _mapped_file(folder / file, {name: shapes[name] for name in names}, dtype)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
+    weight_map = shard_names(shapes, dtype, max_shard_bytes)
+    for file in dict.fromkeys(weight_map.values()):
+        held = {name: shape for name, shape in shapes.items() if weight_map[name] == file}
+        tensors |= _mapped_file(folder / file, held, dtype)
+    if set(weight_map.values()) != {WEIGHTS}:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return tensors
@@ -258,6 +289,18 @@ def _mapped_file(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch
         whole = torch.frombuffer(mmap.mmap(file.fileno(), 8 + len(text) + end), dtype=torch.uint8)
     data = whole[8 + len(text) :]
     return {name: data[slice(*header[name]["data_offsets"])].view(dtype).view(shape) for name, shape in shapes.items()}
+
+
+def shard_names(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int | float = MAX_SHARD_BYTES
+) -> dict[str, str]:
+    """Return the file of each parameter in a folder that is written."""
+    shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
+    return {
+        name: WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number, names in enumerate(shards, 1)
+        for name in names
+    }
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int | float) -> Iterator[list[str]]:

@@ -179,6 +179,12 @@ class _Sample:
         return (bits * self._factors).sum(1).cpu()
 
 
+def digest(values: Tensor, rectangle: Rectangle) -> int:
+    """The digest of this rectangle of an HF tensor, in the values' own dtype; those of disjoint ones add up."""
+    part = Part(Piece(rank=0, name="", index=tuple((0, n) for n in values.shape)), "", rectangle)
+    return _folded(part, _rows(_as_rows(values, part), part, values.dtype))
+
+
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The digest of each whole HF tensor, 16 hex digits, as it stands in conversion.json."""
     found = {}

@@ -70,11 +70,20 @@ def test_an_index_that_would_run_code_is_refused(tied_llama: Path, tmp_path: Pat
 
 def test_a_truncated_chunk_is_named(tied_llama: Path, tmp_path: Path) -> None:
     convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
-    (file,) = (tmp_path / "megatron").glob("*.distcp")
-    os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(DistributedCheckpointError, match="distcp is damaged, truncated"):
+    file = min((tmp_path / "megatron").glob("*.distcp"))
+    data = file.read_bytes()
+    os.truncate(file, len(data) // 2)
+    with pytest.raises(
+        DistributedCheckpointError, match=f"{file.name} is truncated: .* bytes wanted, {len(data) // 2} there"
+    ):
+        open_end(tmp_path / "megatron")
+    file.write_bytes(bytes(len(data)))
+    with pytest.raises(DistributedCheckpointError, match=f"{file.name} is damaged"):
         convert.write_hf(open_end(tmp_path / "megatron"), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+    file.unlink()
+    with pytest.raises(DistributedCheckpointError, match=f"{file.name} is missing"):
+        open_end(tmp_path / "megatron")
 
 
 def test_a_checkpoint_without_configuration_needs_a_folder_like_it(

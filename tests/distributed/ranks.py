@@ -21,11 +21,11 @@ class Job:
         return self.tensor * self.pipeline * self.data
 
 
-def serve(pipe: Any, name: str, rank: int, arguments: dict[str, Any]) -> None:
-    """Run one function of this file as `rank`; rank 0 first tells the port of the rendezvous, the others hear it."""
+def serve(pipe: Any, function: Any, rank: int, arguments: dict[str, Any]) -> None:
+    """Run one function as `rank`; rank 0 first tells the port of the rendezvous, the others hear it."""
     try:
         port = None if rank == 0 else pipe.recv()
-        pipe.send(globals()[name](pipe, rank, port, **arguments))
+        pipe.send(function(pipe, rank, port, **arguments))
     except BaseException:
         pipe.send(traceback.format_exc())
 

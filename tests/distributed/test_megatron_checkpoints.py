@@ -1,8 +1,10 @@
 """Distributed checkpoints that conversion/ writes are loaded by Megatron itself, and the reverse (real ranks)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoint_ranks
 import pytest
 import ranks as work
 from ranks import Job
@@ -47,3 +49,26 @@ def test_a_checkpoint_of_training_converts_to_what_training_exports(
     convert.compare(HuggingFaceEnd(tmp_path / "converted"), HuggingFaceEnd(folder))
     with pytest.raises(convert.MismatchError):
         convert.compare(end, HuggingFaceEnd(source))  # the step did change the weights
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(),
+        ParallelLayout(expert=2, data=2),
+        ParallelLayout(tensor=2, expert=2, data=2),
+        ParallelLayout(pipeline=2),
+    ],
+    ids=["one", "ep2", "tp2-ep2", "pp2"],
+)
+def test_experts_go_to_megatron_and_come_back(
+    layout: ParallelLayout, ranks: Any, tmp_path: Path, tiny_family: Callable[..., Path]
+) -> None:
+    source, ours, megatrons = tiny_family("qwen3_moe"), tmp_path / "ours", tmp_path / "megatrons"
+    convert.write_megatron(HuggingFaceEnd(source), ours, ParallelLayout(tensor=2, expert=2, data=2))
+    each = {"source": str(source), "layout": layout}
+    wrong = ranks.run(checkpoint_ranks.loaded_strictly, layout.world_size, folder=str(ours), **each)
+    assert wrong == [[]] * layout.world_size
+    megatrons.mkdir()
+    ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **each)
+    convert.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))

@@ -1,0 +1,65 @@
+"""What rank processes do with distributed checkpoints, in layouts that training has no configuration for."""
+
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def _built(pipe: Any, rank: int, port: int | None, source: str, layout: Any) -> Any:
+    """Yield this rank's part of the model of `source`, built by Megatron in `layout` and filled from the folder."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    from astar_megatron.model import backend as backends
+    from astar_megatron.model.build import build, transformer_config
+    from conversion import hf
+    from conversion.families import read_model
+    from conversion.plan import plan
+
+    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
+    backend = backends.choose()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    try:
+        model = read_model(source)
+        part = build(model, layout, transformer_config(model, layout, torch.float32, backend), backend)
+        tensors = {name: parameter.data.zero_() for name, parameter in part.named_parameters()}  # so is the padding
+        hf.load(source, plan(model.hf_tiles(), model.megatron_tiles(layout)), rank, tensors)
+        yield part
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def loaded_strictly(pipe: Any, rank: int, port: int | None, *, source: str, layout: Any, folder: str) -> list[str]:
+    """Let Megatron load a checkpoint over zeros, nothing missing and nothing left over; the parameters that differ."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    with _built(pipe, rank, port, source, layout) as part:
+        wanted = {name: parameter.data.clone() for name, parameter in part.named_parameters()}
+        for parameter in part.parameters():
+            parameter.data.zero_()
+        state = part.sharded_state_dict()
+        part.load_state_dict(dist_checkpointing.load(state, folder, strict=StrictHandling.RAISE_ALL))
+        return [name for name, parameter in part.named_parameters() if not torch.equal(parameter.data, wanted[name])]
+
+
+def saved(pipe: Any, rank: int, port: int | None, *, source: str, layout: Any, folder: str) -> None:
+    """Let Megatron save the model of `source` as a distributed checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    with _built(pipe, rank, port, source, layout) as part:
+        dist_checkpointing.save(part.sharded_state_dict(), folder)
