@@ -69,6 +69,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
     tracker.begin(first)
     with TransferFolder() as folder:
         weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)
+        tracker.say(f"weights go to the engines by {weights.reason}")
         for step in range(first, cfg.train.num_steps):
             clock = Clock()
             with clock.span("publish"):

@@ -1,8 +1,8 @@
 """WeightSync: the one place where weights move from the policy to the engines.
 
-Planned once from the two layouts; in each publish the policy packs its tiles into buckets of shared memory while every
-engine takes them over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped.
-Leaves out: several machines. Policy and engines must see one /dev/shm.
+Planned once from the two layouts; in each publish the policy packs its tiles into buckets while every engine takes them
+over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped. By which way the buckets go
+follows from where ranks and workers are: conversion/transfer/route.py.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,7 @@ from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
 from conversion.families import Model
 from conversion.plan import WeightMismatch, plan
+from conversion.transfer.route import Route, choose
 from conversion.verify import Verifier, mismatch
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -57,8 +59,9 @@ def remove_left_behind() -> None:
 
 
 class WeightSync:
-    """Carries the policy's weights to every engine of a pool through files in `folder`, and proves that they arrived.
+    """Carries the policy's weights to every engine of a pool, and proves that they arrived.
 
+    `reason` says in words by which way, and why. Shared memory is made in `folder`.
     After each publish the digests of what every worker holds are compared with those of what the policy holds: all rows
     in the first three publishes and every `verify_interval`-th, a sample in the others.
     """
@@ -70,14 +73,28 @@ class WeightSync:
         way = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
         self._verifier = Verifier(way, getattr(torch, policy.dtype))
         self._count = 0
-        policy.open_publish(engines.tensor, len(engines), str(folder), cfg.bucket_bytes)
+        sources, workers = policy.places(), engines.places()
+        links = {(copy.source.rank, copy.target.rank) for copy in way.copies}
+        by, self.reason = choose(sources, workers, links)
+        host, port = policy.rendezvous
+        route = Route(
+            way=by,
+            num_sources=len(sources),
+            num_engines=len(engines),
+            num_workers=engines.tensor,
+            folder=str(folder),
+            host=host,
+            port=port,
+            name=f"publish-{uuid.uuid4().hex}",
+            bucket_bytes=cfg.bucket_bytes,
+        )
+        policy.open_publish(route)
         engines.open_update(
             {
                 "config": model.config,
                 "layout": dataclasses.asdict(policy.layout),
-                "folder": str(folder),
                 "dtype": policy.dtype,
-                "bucket_bytes": cfg.bucket_bytes,
+                "route": dataclasses.asdict(route),
             }
         )
 

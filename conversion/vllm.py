@@ -40,8 +40,7 @@ from vllm.platforms import current_platform
 from conversion.families import Model, model_from_config
 from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
-from conversion.transfer.buckets import BUCKET_BYTES
-from conversion.transfer.shared_memory import SharedMemoryReceiver
+from conversion.transfer.route import Receiver, Route, here
 from conversion.verify import Holdings, held_parts
 
 Fault = tuple[str, int, str]  # name of the tensor, first bad row, what is wrong
@@ -51,17 +50,16 @@ BACKEND = "astar_tiles"
 
 @dataclass
 class TilesInitInfo(WeightTransferInitInfo):
-    """What a worker needs to derive its plan: the model, the sender's layout, and where its files are.
+    """What a worker needs to derive its plan: the model, the sender's layout, and the way (a `Route`).
 
     `engine` counts the engines that the senders send to.
     """
 
     config: dict[str, Any]
     layout: dict[str, Any]
-    folder: str
     dtype: str
+    route: dict[str, Any]
     engine: int = 0
-    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass
@@ -72,13 +70,13 @@ class TilesUpdateInfo(WeightTransferUpdateInfo):
 
 
 class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
-    """Receives tiles through shared memory, straight into the parameters of this worker's model."""
+    """Receives tiles straight into the parameters of this worker's model."""
 
     init_info_cls = TilesInitInfo
     update_info_cls = TilesUpdateInfo
     supports_draft_weight_update = False
 
-    _receiver: SharedMemoryReceiver | None = None
+    _receiver: Receiver | None = None
     _holdings: Holdings | None = None
     version: int | None = None
 
@@ -93,16 +91,13 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         self._end = (model, weights, tensor, rank, getattr(torch, init_info.dtype))
         self.shutdown()
         self._holdings = self._held()
-        parameters = _parameters(self.model)
-        self._receiver = SharedMemoryReceiver(
-            weights,
-            rank,
-            parameters,
-            init_info.folder,
-            self._end[-1],
-            bucket_bytes=init_info.bucket_bytes,
-            engine=init_info.engine,
-        )
+        route = Route(**init_info.route)
+        self._receiver = route.receiver(weights, rank, _parameters(self.model), self._end[-1], init_info.engine)
+
+    def place(self) -> tuple[str, str]:
+        """The memory and the device of this worker's parameters: the fields of a `Place`."""
+        found = here(next(self.model.parameters()).device)
+        return found.memory, found.device
 
     def _held(self) -> Holdings:
         """What the live module holds now. ValueError if that is no longer what the plan fills."""
@@ -150,7 +145,7 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         repack(self.model)
 
     def shutdown(self) -> None:
-        """Lets go of the shared memory."""
+        """Lets go of the buffers."""
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
@@ -163,6 +158,10 @@ class WorkerExtension:
         """The version of the last update that this worker received whole; None before the first."""
         engine = getattr(self, "weight_transfer_engine", None)
         return engine.version if isinstance(engine, TilesEngine) else None
+
+    def place(self) -> tuple[str, str]:
+        """Where this worker's parameters are: see TilesEngine.place."""
+        return self.weight_transfer_engine.place()  # type: ignore[attr-defined]
 
     def audit(self, version: int, full: bool) -> dict[str, Any]:
         """What this worker holds, digested from its own parameters: see TilesEngine.audit."""

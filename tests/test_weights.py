@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.config import ConversionConfig
 from astar_megatron.weights import TransferFolder, WeightSync
@@ -17,7 +18,7 @@ from conversion import hf
 from conversion.families import Model, read_model
 from conversion.plan import WeightMismatch, plan
 from conversion.tiles import ParallelLayout
-from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from conversion.transfer.route import Place, Route, here
 from conversion.verify import Holdings, held_parts, sent_parts
 
 HOLD = """
@@ -47,21 +48,25 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not() 
 
 
 class Policy:
-    """Two trainer ranks in this process, behind the face of a PolicyGroup."""
+    """Two trainer ranks in this process, behind the face of a PolicyGroup; `hosts` are where they say they are."""
 
     layout = ParallelLayout(tensor=2)
     dtype = "float32"
 
-    def __init__(self, model: Model, folder: Path) -> None:
-        self.model, self.threads = model, ThreadPoolExecutor(2)
+    def __init__(self, model: Model, folder: Path, hosts: tuple[str, str] | None = None) -> None:
+        self.model, self.threads, self.hosts = model, ThreadPoolExecutor(2), hosts
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.rendezvous = ("127.0.0.1", self.store.port)
         self.tensors = [empty(model.megatron_shapes(self.layout, rank)) for rank in range(2)]
         for rank, tensors in enumerate(self.tensors):
             hf.load(folder, plan(model.hf_tiles(), model.megatron_tiles(self.layout)), rank, tensors)
 
-    def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
-        way = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(engine_tensor))
-        options: Any = {"folder": folder, "bucket_bytes": bucket_bytes, "num_engines": num_engines}
-        self.senders = [SharedMemorySender(way, rank, t, **options) for rank, t in enumerate(self.tensors)]
+    def places(self) -> list[Place]:
+        return [Place(memory=host) for host in self.hosts] if self.hosts else [here(torch.device("cpu"))] * 2
+
+    def open_publish(self, route: Route) -> None:
+        way = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
+        self.senders = [route.sender(way, rank, t, torch.float32) for rank, t in enumerate(self.tensors)]
         self.holdings = [Holdings(sent_parts(way, r), t, torch.float32) for r, t in enumerate(self.tensors)]
 
     def begin_publish(self, version: int) -> list[Future[None]]:
@@ -89,12 +94,13 @@ class Engines:
     def __len__(self) -> int:
         return 2
 
+    def places(self) -> list[list[Place]]:
+        return [[here(torch.device("cpu"))]] * 2
+
     def open_update(self, info: dict[str, Any]) -> None:
         way = plan(self.model.megatron_tiles(ParallelLayout(**info["layout"])), self.model.vllm_tiles(1))
-        self.receivers = [
-            SharedMemoryReceiver(way, 0, t, info["folder"], bucket_bytes=info["bucket_bytes"], engine=engine)
-            for engine, t in enumerate(self.tensors)
-        ]
+        route = Route(**info["route"])
+        self.receivers = [route.receiver(way, 0, t, torch.float32, engine) for engine, t in enumerate(self.tensors)]
         self.holdings = [Holdings(held_parts(way, 0), t, torch.float32) for t in self.tensors]
 
     def update(self, version: int, sending: list[Future[None]]) -> None:
@@ -159,3 +165,18 @@ def test_a_stale_pack_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -
     engines.faults = [("lm_head.weight", 5, "old")]
     with pytest.raises(WeightMismatch, match=r"worker 0 of engine 0 does not hold lm_head.weight .* row 5: old"):
         sync.publish(1)
+
+
+def test_on_several_hosts_the_weights_go_by_gloo_and_are_proved_all_the_same(tied_llama: Path, tmp_path: Path) -> None:
+    """The hosts are names only: the same four ends, which meet at the first rank's store instead of in a file."""
+    model = read_model(tied_llama)
+    policy, engines = Policy(model, tied_llama, hosts=("first", "second")), Engines(model)
+    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000, verify_interval=6))  # type: ignore[arg-type]
+    assert sync.reason == "gloo: policy and engines are on CPUs of 3 hosts, which share no memory"
+    for version in range(2):
+        policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
+        sync.publish(version)
+    assert not list(tmp_path.iterdir())
+    engines.spoil = lambda tensors: tensors[0]["model.layers.4.mlp.down_proj.weight"][9, 3].add_(1e-6)
+    with pytest.raises(WeightMismatch, match=r"worker 0 of engine 0 does not hold model\.layers\.4\.mlp\.down_proj"):
+        sync.publish(2)

@@ -12,6 +12,7 @@ from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model.backend import environment, uses_transformer_engine
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion.tiles import ParallelLayout
+from conversion.transfer.route import Place, Route
 
 _RANK_CLASS = ("astar_megatron.model.policy", "PolicyRank")
 
@@ -72,6 +73,7 @@ class PolicyGroup:
         host = self._cluster.address
         timeout = self._cluster.timeout_seconds
         (port,) = self._cluster.wait("policy rank 0", [self._ranks[0].call.remote("listen", host)], timeout)
+        self.rendezvous = (host, port)
         return self._all("start", host, port, timeout_seconds=timeout)[0]
 
     def step(self, batch: RolloutBatch, options: StepOptions) -> StepStats:
@@ -82,8 +84,13 @@ class PolicyGroup:
         """Return each response token's log-prob under the policy (nats)."""
         return next(rows for rows in self._all("logprobs", *args) if rows is not None)
 
-    def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
-        self._all("open_publish", engine_tensor, num_engines, folder, bucket_bytes)
+    def places(self) -> list[Place]:
+        """Return where each rank's weights are."""
+        return self._all("place")
+
+    def open_publish(self, route: Route) -> None:
+        """Prepare to send by `route`."""
+        self._all("open_publish", route)
 
     def begin_publish(self, version: int) -> list[Any]:
         """Begin to send the weights and return at once; the calls are for `cluster.wait`."""

@@ -42,6 +42,7 @@ from conversion.families import read_model
 from conversion.megatron import check_tensors
 from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
+from conversion.transfer.route import Place, Route, Sender, here
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_parts
 
@@ -69,7 +70,7 @@ class PolicyRank:
         self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
-        self._sender: SharedMemorySender | None = None
+        self._sender: Sender | None = None
         self._holdings: Holdings | None = None
 
     def listen(self, host: str) -> int:
@@ -228,20 +229,15 @@ class PolicyRank:
         """Return this rank's accumulated float32 gradients, uncopied."""
         return {name: parameter.main_grad for name, parameter in self._part.named_parameters()}  # type: ignore[attr-defined]
 
-    def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
-        """Prepare to send this rank's tiles to engines of `engine_tensor` workers through files in `folder`."""
-        target = self.model.vllm_tiles(engine_tensor)
-        route = plan(self.model.megatron_tiles(self.layout), target)
-        self._sender = SharedMemorySender(
-            route,
-            self.rank,
-            self.weights(),
-            folder,
-            self._dtype,
-            bucket_bytes=bucket_bytes,
-            num_engines=num_engines,
-        )
-        self._holdings = Holdings(sent_parts(route, self.rank), self.weights(), self._dtype)
+    def place(self) -> Place:
+        """Return where this rank's weights are."""
+        return here(self.backend.device)
+
+    def open_publish(self, route: Route) -> None:
+        """Prepare to send this rank's tiles by `route` to engines of `route.num_workers` workers."""
+        way = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
+        self._sender = route.sender(way, self.rank, self.weights(), self._dtype)
+        self._holdings = Holdings(sent_parts(way, self.rank), self.weights(), self._dtype)
 
     def publish(self, version: int) -> None:
         """Send the current weights; the engines must be receiving, or about to."""

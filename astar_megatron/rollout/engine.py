@@ -146,6 +146,10 @@ class Engine:
         self._version = version
         await self._llm.resume_generation()
 
+    async def places(self) -> list[tuple[str, str]]:
+        """Return where each worker's parameters are: memory and device, as in conversion's `Place`."""
+        return await self._llm.collective_rpc("place")
+
     async def audit(self, version: int, full: bool) -> list[dict[str, Any]]:
         """Return what each worker holds, in digests, and the faults it found itself; see conversion.vllm."""
         return await self._llm.collective_rpc("audit", args=(version, full))

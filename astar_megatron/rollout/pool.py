@@ -14,6 +14,7 @@ from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Response, environment
 from astar_megatron.types import Prompt, Rollout
+from conversion.transfer.route import Place
 
 
 class Detokenize(Protocol):
@@ -136,6 +137,10 @@ class EnginePool:
         """Return a greedy continuation and the prompt's log-probs from its second token on (nats)."""
         call = self._engines[engine].greedy.remote(list(token_ids), max_tokens)
         return self._cluster.wait(f"engine {engine}: greedy", [call])[0]
+
+    def places(self) -> list[list[Place]]:
+        """Return where the weights of each engine's workers are."""
+        return [[Place(memory=memory, device=device) for memory, device in engine] for engine in self._all("places")]
 
     def open_update(self, init_info: dict[str, Any]) -> None:
         """Prepare every engine for updates; each hears which one it is."""

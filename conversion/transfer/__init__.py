@@ -1,11 +1,13 @@
 """Ways to carry a `WeightPlan` out between processes, in buckets of bounded size (`buckets.py`).
 
-`shared_memory.py` within one machine, `gloo.py` between processes that share none. A sender has `send(version)`, a
-receiver `receive(version)`, both `close()`; they run at the same time. NCCL and CUDA IPC are not written yet.
+`shared_memory.py` within one machine, `cuda_ipc.py` within one GPU, `process_group.py` (gloo, NCCL) between processes
+that share neither; `route.py` chooses. A sender has `send(version)`, a receiver `receive(version)`, both `close()`;
+they run at the same time.
 """
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from conversion.plan import Piece
@@ -26,3 +28,8 @@ def view(tensors: Mapping[str, Tensor], piece: Piece) -> Tensor:
             f"{piece.name} on rank {piece.rank} has shape {tuple(tensor.shape)}, the plan uses {piece.index}"
         )
     return tensor[piece.slices]
+
+
+def placed(slots: Tensor, offset: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor of the shape of `like` that lies `offset` bytes into a buffer."""
+    return slots[offset : offset + like.numel() * dtype.itemsize].view(dtype).view(like.shape)

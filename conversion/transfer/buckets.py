@@ -1,8 +1,9 @@
 """The bucket schedule: in which order and at which offsets a source rank sends its pieces. Pure, from the plan alone.
 
-Both ends derive the same schedule, so nothing but bytes has to cross. Each distinct piece is sent once, whoever and
+Both ends derive the same schedule, so nothing but bytes has to cross. Each distinct piece is packed once, whoever and
 however many want it; a bucket holds whole pieces, and a piece larger than a bucket is cut by rows (a row larger than
-one, by columns).
+one, by columns). Where buckets are messages, each holds only what the same receivers want: nobody is sent what another
+one needs.
 """
 
 import math
@@ -62,22 +63,34 @@ class Schedule:
         return zlib.crc32(repr((self.buckets, self.sizes, wire)).encode())
 
 
-def schedule(plan: WeightPlan, source_rank: int, itemsize: int, bucket_bytes: int = BUCKET_BYTES) -> Schedule:
-    """The buckets of `source_rank`, at `itemsize` bytes an element. ValueError if a bucket could not hold one."""
+def schedule(
+    plan: WeightPlan, source_rank: int, itemsize: int, bucket_bytes: int = BUCKET_BYTES, *, apart: bool = False
+) -> Schedule:
+    """The buckets of `source_rank`, at `itemsize` bytes an element. ValueError if a bucket could not hold one.
+
+    `apart`: whoever wants something of a bucket wants all of it.
+    """
     room = bucket_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     if room < ALIGNMENT_BYTES:
         raise ValueError(f"bucket_bytes={bucket_bytes}: expected at least {ALIGNMENT_BYTES}")
+    wanting: dict[Piece, set[int]] = {}
+    for copy in plan.from_rank(source_rank):
+        wanting.setdefault(copy.source, set()).add(copy.target.rank if apart else 0)
     buckets: list[list[Fragment]] = []
     sizes: list[int] = []
-    for piece in dict.fromkeys(copy.source for copy in plan.from_rank(source_rank)):
+    latest: dict[frozenset[int], int] = {}  # the bucket that is being filled for these receivers
+    for piece, ranks in wanting.items():
+        receivers = frozenset(ranks)
         for box in _cut(piece.shape, room // itemsize):
             elements = math.prod(stop - start for start, stop in box)
             size = -(-elements * itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            if not buckets or sizes[-1] + size > room:
+            number = latest.get(receivers)
+            if number is None or sizes[number] + size > room:
+                number = latest[receivers] = len(buckets)
                 buckets.append([])
                 sizes.append(0)
-            buckets[-1].append(Fragment(piece, box, sizes[-1]))
-            sizes[-1] += size
+            buckets[number].append(Fragment(piece, box, sizes[number]))
+            sizes[number] += size
     return Schedule(buckets=tuple(map(tuple, buckets)), sizes=tuple(sizes))
 
 

@@ -1,20 +1,22 @@
-"""A file of shared memory, mapped: words on cache lines of their own, and places for tensors.
+"""A file of shared memory, mapped: words on cache lines of their own, and bytes for tensors.
 
-Its creator holds a lock on it for as long as it lives. That tells a live run from what a killed one left, and whoever
-waits for the creator from waiting for nobody.
+Its creator holds a lock on it for as long as it lives, and everyone who writes a word one on that word's line. That
+tells a live run from what a killed one left, and keeps whoever waits for another process from waiting for nobody.
 """
 
 import errno
 import fcntl
 import mmap
 import os
+import struct
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 LINE_BYTES = 64
+_LOOK_SECONDS = 0.5  # a look at a lock is a call of the kernel: so often at most
+_FLOCK = "hhqqi4x"  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
 def create(path: Path, num_bytes: int) -> int:
@@ -58,9 +60,10 @@ class MappedFile:
         self.descriptor = descriptor
         self.identity = (status.st_dev, status.st_ino)
         self.owner, self.num_bytes = status.st_uid, status.st_size
-        self._looked = 0.0
+        self._looked: dict[int | None, float] = {}  # a line, or None for the creator
         self._map = mmap.mmap(descriptor, status.st_size) if status.st_size else None
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8) if self._map is not None else torch.empty(0)
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8) if self._map is not None else nothing
         whole = status.st_size // 8 * 8
         self._words = memoryview(self._map)[:whole].cast("q") if self._map is not None else memoryview(b"")
 
@@ -72,16 +75,22 @@ class MappedFile:
         """Sets the word at the start of a line."""
         self._words[line * LINE_BYTES // 8] = value
 
-    def place(self, at: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The tensor of this shape that lies `at` bytes into the file."""
-        return self._bytes[at : at + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    def hold(self, line: int) -> None:
+        """Holds the lock of a line until this file is closed, or the process ends in whatever way."""
+        # Of the open file, not of the process: another part of it that opens and closes the file must not free it.
+        fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, line))
+
+    def is_held(self, line: int) -> bool | None:
+        """True if someone holds the lock of a line, None if it was looked up within the last half second."""
+        if self._seen_lately(line):
+            return None
+        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, line))
+        return struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
 
     def creator_has_ended(self) -> bool:
         """True if the lock that the creator holds on its file is free; looked up twice a second at most."""
-        now = time.monotonic()
-        if now - self._looked < 0.5:
+        if self._seen_lately(None):
             return False
-        self._looked = now
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -89,9 +98,20 @@ class MappedFile:
         fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         return True
 
+    def _seen_lately(self, line: int | None) -> bool:
+        now, last = time.monotonic(), self._looked.get(line, 0.0)
+        if now - last < _LOOK_SECONDS:
+            return True
+        self._looked[line] = now
+        return False
+
     def close(self) -> None:
         """Lets go of the file; the mapping ends with the last tensor that looks into it."""
         self._words.release()
-        self._bytes = torch.empty(0)
+        self.bytes = torch.empty(0, dtype=torch.uint8)
         os.close(self.descriptor)
         self.descriptor = -1
+
+
+def _lock(kind: int, line: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, line * LINE_BYTES, 1, 0)

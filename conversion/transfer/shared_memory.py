@@ -8,8 +8,8 @@ line of its own and written by one process only:
 
 The sender's state is serial << 32 | buckets packed; a receiver's is serial << 32 | buckets consumed; the serial counts
 the sender's sends. GAVE_UP in their place tells the other side that nothing more will come. Waits are short sleeps,
-and end with an error that names who is late: by a deadline since the last progress, or at once where the sender's
-process has ended, which its lock on the file tells.
+and end with an error that names who is late: by a deadline since the last progress, or within a second where the other
+process has ended, which its lock tells: the sender's on the file, a receiver's on its word.
 
 Files and mappings live as long as their objects, because the first touch of a page costs several times a copy. Memory
 beyond the tensors: two buckets a source rank, whoever and however many read them. A folder belongs to one run at a
@@ -26,15 +26,18 @@ import torch
 from torch import Tensor
 
 from conversion.plan import WeightPlan
-from conversion.transfer import TransferError, view
-from conversion.transfer.buckets import BUCKET_BYTES, Schedule, part, schedule, wanted
+from conversion.transfer import TransferError, placed, view
+from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
 from conversion.transfer.mapped_file import LINE_BYTES, MappedFile, create
+from conversion.transfer.slots import FileSlots, Slots
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0
 
 _FINGERPRINT, _VERSION, _STATE, _FIRST_RECEIVER = 0, 1, 2, 3  # lines of the header
 _GAVE_UP = -1
+_CAME = 1  # a receiver's word before its first bucket: it has opened the file
+_GONE_SECONDS = 10.0  # a receiver that is gone when a send begins may be about to be replaced
 _GRACE_SECONDS = 1.0  # who only learns that the other side gave up speaks after it, so that the cause is heard first
 _LONGEST_SLEEP_SECONDS = 2e-3
 
@@ -56,9 +59,11 @@ class SharedMemorySender:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         num_engines: int = 1,
+        slots: Slots | None = None,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._rank, self._timeout = rank, timeout_seconds
+        self._slots = slots or FileSlots()
         self._schedule = schedule(plan, rank, dtype.itemsize, bucket_bytes)
         targets = _targets(plan, rank)
         self._receivers = [f"worker {t} of engine {e}" for e in range(num_engines) for t in targets]
@@ -66,14 +71,16 @@ class SharedMemorySender:
             [(f.offset, view(tensors, part(f.piece, f.box))) for f in bucket] for bucket in self._schedule.buckets
         ]  # a plan for other tensors is refused before anything is written
         self._path = weight_file(folder, rank)
-        self._file = MappedFile(create(self._path, _file_bytes(self._schedule, len(self._receivers))))
-        self._file.write(_FINGERPRINT, self._schedule.fingerprint(str(dtype)))
-        start = _header_bytes(len(self._receivers))
+        size = _header_bytes(len(self._receivers)) + self._slots.num_bytes(self._schedule, len(self._receivers))
+        self._file = MappedFile(create(self._path, size))
+        memory = self._slots.create(self._file, self._schedule, len(self._receivers))
         self._copies = [
-            [(source, self._file.place(start + slot + at, source.shape, dtype)) for at, source in bucket]
+            [(source, placed(memory, slot + at, source, dtype)) for at, source in bucket]
             for slot, bucket in zip(self._schedule.slots(), sources, strict=True)
         ]
-        self._serial = 0
+        self._held = size if memory.device.type == "cpu" else size + memory.nbytes
+        self._serial, self._began = 0, 0.0
+        self._file.write(_FINGERPRINT, self._schedule.fingerprint(str(dtype)))  # last: the file is whole
 
     @property
     def total_bytes(self) -> int:
@@ -82,13 +89,14 @@ class SharedMemorySender:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of shared memory this rank holds."""
-        return _file_bytes(self._schedule, len(self._receivers))
+        """Bytes of shared memory this rank holds, whatever number of receivers read them."""
+        return self._held
 
     def send(self, version: int = 0) -> None:
         """Packs bucket after bucket, cast to the wire's dtype; returns when the last is packed. TransferError."""
         if self._file.read(_STATE) == _GAVE_UP:
             raise TransferError(f"source rank {self._rank}: an earlier send failed; open a new sender")
+        self._began = time.monotonic()
         try:
             self._wait_for(self._serial, len(self._copies))
             self._serial += 1
@@ -106,6 +114,7 @@ class SharedMemorySender:
     def _pack(self, number: int) -> None:
         for source, place in self._copies[number]:
             place.copy_(source)
+        self._slots.settle()
 
     def _wait_for(self, serial: int, consumed: int) -> None:
         """Returns when every receiver has taken so many buckets of a send."""
@@ -121,6 +130,7 @@ class SharedMemorySender:
                 if state == _GAVE_UP:
                     time.sleep(_GRACE_SECONDS)
                     raise TransferError(f"{name} gave up while it took the weights of source rank {self._rank}")
+            self._look_for_the_dead(serial, goal)
             return min(states()) >= goal
 
         def late() -> str:
@@ -132,6 +142,21 @@ class SharedMemorySender:
             )
 
         _wait(ready, states, late, self._timeout)
+
+    def _look_for_the_dead(self, serial: int, goal: int) -> None:
+        """TransferError if a receiver that is waited for came once and has ended."""
+        for line, name in enumerate(self._receivers, _FIRST_RECEIVER):
+            state = self._file.read(line)
+            if state in (0, _GAVE_UP) or state >= goal or self._file.is_held(line) is not False:
+                continue
+            in_the_middle = state >> 32 == serial
+            late = time.monotonic() - self._began > _GONE_SECONDS
+            if (in_the_middle or late) and self._file.read(line) == state:
+                taken = state & 0xFFFFFFFF if in_the_middle else 0
+                raise TransferError(
+                    f"{name} has ended: its process is gone or closed its end after {taken} of the "
+                    f"{len(self._copies)} buckets of source rank {self._rank}"
+                )
 
     def close(self) -> None:
         """Removes the file; receivers keep their mapping until they close. Harmless if called twice."""
@@ -154,11 +179,13 @@ class SharedMemoryReceiver:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         engine: int = 0,
+        slots: Slots | None = None,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._timeout = timeout_seconds
+        slots = slots or FileSlots()
         self._links = [
-            _Link(plan, source, rank, engine, tensors, Path(folder), dtype, bucket_bytes)
+            _Link(plan, source, rank, engine, tensors, Path(folder), dtype, bucket_bytes, slots)
             for source in sorted({copy.source.rank for copy in plan.to_rank(rank)})
         ]
 
@@ -199,8 +226,9 @@ class _Link:
         folder: Path,
         dtype: torch.dtype,
         bucket_bytes: int,
+        slots: Slots,
     ) -> None:
-        self._source, self._path, self._dtype = source, weight_file(folder, source), dtype
+        self._source, self._path, self._dtype, self._slots = source, weight_file(folder, source), dtype, slots
         self._schedule = schedule(plan, source, dtype.itemsize, bucket_bytes)
         self._targets = {
             number: [(offset, view(tensors, piece)) for offset, piece in taken]
@@ -226,20 +254,24 @@ class _Link:
             self._check(file)
             self.close()
             self._file = file
-            start = file.num_bytes - self._schedule.num_slots * self._schedule.slot_bytes
+            memory = self._slots.open(file, self._schedule, self._line - _FIRST_RECEIVER)
             slots = self._schedule.slots()
             self._copies = {
-                k: [(t, file.place(start + slots[k] + at, t.shape, self._dtype)) for at, t in taken]
+                k: [(t, placed(memory, slots[k] + at, t, self._dtype)) for at, t in taken]
                 for k, taken in self._targets.items()
             }
+            file.hold(self._line)
         had = file.read(self._line)
+        if had == 0:
+            file.write(self._line, _CAME)
         if had == _GAVE_UP:
             raise TransferError(f"{self._path}: this receiver gave up before; open a new sender, then a new receiver")
         self._last = had >> 32  # the send this receiver has had already
         self._serial, self.done = 0, False
 
     def _check(self, file: MappedFile) -> None:
-        smallest = _file_bytes(self._schedule, self._line - _FIRST_RECEIVER + 1)
+        place = self._line - _FIRST_RECEIVER + 1
+        smallest = _header_bytes(place) + self._slots.num_bytes(self._schedule, place)
         right = file.owner == os.geteuid() and file.num_bytes >= smallest
         if right and file.read(_FINGERPRINT) == self._schedule.fingerprint(str(self._dtype)):
             return
@@ -280,6 +312,7 @@ class _Link:
             return False
         for target, place in self._copies[self._num_taken]:
             target.copy_(place)
+        self._slots.settle()
         self._num_taken += 1
         self._skip()
         return True
@@ -327,10 +360,6 @@ def _targets(plan: WeightPlan, source: int) -> list[int]:
 
 def _header_bytes(num_receivers: int) -> int:
     return (_FIRST_RECEIVER + num_receivers) * LINE_BYTES
-
-
-def _file_bytes(order: Schedule, num_receivers: int) -> int:
-    return _header_bytes(num_receivers) + order.num_slots * order.slot_bytes
 
 
 def _wait(

@@ -1,39 +1,72 @@
-"""A program: one end of a transfer, for the tests that kill it.
+"""A program: one end of a transfer, for the tests that kill it or watch its memory.
 
-    python transfer_process.py {sender|receiver} FOLDER
+    python transfer_process.py {sender|receiver} ROUTE.json [lives|dies|measures]
 
-The sender kills itself in the middle of bucket 5 of 16; the receiver lives.
+A sender that dies kills itself in the middle of bucket 5 of 16; an end that measures says how many bytes its process
+grew by at most, above the tensors, while it carried two versions of 48 MiB.
 """
 
+import json
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from conversion.plan import plan
+from conversion.plan import WeightPlan, plan
 from conversion.tiles import Tile
-from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
+from conversion.transfer.route import Route
 
-PLAN = plan([Tile(0, "a", "w", (0, 64), (0, 16))], [Tile(0, "b", "w", (0, 64), (0, 16))])
 BUCKET_BYTES = 256
 DIES_AT = 5
+LARGE_ROWS, LARGE_BUCKET_BYTES = 12288, 8 << 20  # of 1024 numbers: one embedding, six buckets
 
 
-class DyingSender(SharedMemorySender):
-    def _pack(self, number: int) -> None:
+def one_tensor(rows: int, columns: int) -> WeightPlan:
+    tile = ("w", (0, rows), (0, columns))
+    return plan([Tile(0, "a", *tile)], [Tile(0, "b", *tile)])
+
+
+PLAN = one_tensor(64, 16)
+
+
+def dying(sender: Any) -> Any:
+    """The same sender, which kills itself in the middle."""
+    pack = sender._pack
+
+    def pack_or_die(number: int) -> None:
         if number == DIES_AT:
             os.kill(os.getpid(), signal.SIGKILL)
-        super()._pack(number)
+        pack(number)
+
+    sender._pack = pack_or_die
+    return sender
+
+
+def memory_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def main(role: str, route: Route, fate: str) -> None:
+    way, shape = (PLAN, (64, 16)) if fate != "measures" else (one_tensor(LARGE_ROWS, 1024), (LARGE_ROWS, 1024))
+    tensors = {"a" if role == "sender" else "b": torch.ones(shape)}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = memory_bytes("VmRSS")
+    make = route.sender if role == "sender" else route.receiver
+    end: Any = make(way, 0, tensors, torch.float32)
+    if fate == "dies":
+        end = dying(end)
+    print("ready", flush=True)
+    for version in (0, 1) if fate == "measures" else (0,):
+        (end.send if role == "sender" else end.receive)(version)
+    if fate == "measures":
+        print(json.dumps({"grown": memory_bytes("VmHWM") - before}))
+        sys.stdin.readline()
+    end.close()
 
 
 if __name__ == "__main__":
-    role, folder = sys.argv[1:]
-    if role == "sender":
-        sender = DyingSender(PLAN, 0, {"a": torch.ones(64, 16)}, folder, bucket_bytes=BUCKET_BYTES)
-        print("ready", flush=True)
-        sender.send()
-    else:
-        receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, folder, bucket_bytes=BUCKET_BYTES)
-        print("ready", flush=True)
-        receiver.receive()
+    main(sys.argv[1], Route(**json.loads(Path(sys.argv[2]).read_text())), sys.argv[3])

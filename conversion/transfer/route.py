@@ -1,0 +1,155 @@
+"""Which way weights go between given places, and why; and the ends of that way. The choice is made here only.
+
+| where the tensors are | way |
+| --- | --- |
+| all on CPUs that see one /dev/shm | shared memory |
+| all on CPUs, of several hosts | gloo |
+| every policy rank on the GPU of each worker it sends to | CUDA IPC |
+| on GPUs, each process on one of its own | NCCL |
+| any mixture of these | through the hosts' memory: shared memory, or gloo between hosts |
+
+On a CPU gloo runs the code of NCCL's way. Neither NCCL nor CUDA IPC has run on a GPU yet; a reason that names one says
+so.
+"""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from conversion.plan import WeightPlan
+from conversion.transfer.buckets import BUCKET_BYTES
+from conversion.transfer.cuda_ipc import DeviceSlots, device_name
+from conversion.transfer.process_group import GroupReceiver, GroupSender, World
+from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender
+from conversion.transfer.slots import FileSlots
+
+Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]
+_UNTRIED = "this way has not been run on a GPU yet; each publish is verified all the same"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an end's tensors are: `memory` names the /dev/shm that its process sees, `device` the GPU, "" on a CPU."""
+
+    memory: str
+    device: str = ""
+
+
+class Sender(Protocol):
+    """The end at a source rank."""
+
+    @property
+    def held_bytes(self) -> int: ...
+    def send(self, version: int = 0) -> None: ...
+    def close(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """The end at a target rank of an engine."""
+
+    def receive(self, version: int = 0) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A way, and what its ends must know to find each other. Plain values: it crosses any RPC as a dictionary.
+
+    `folder` is of shared memory and CUDA IPC; `host`, `port` and `name` of gloo and NCCL: see process_group.World.
+    """
+
+    way: Way
+    num_sources: int
+    num_engines: int
+    num_workers: int
+    folder: str = ""
+    host: str = ""
+    port: int = 0
+    name: str = ""
+    bucket_bytes: int = BUCKET_BYTES
+
+    def sender(self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Sender:
+        """The end at source rank `rank`, which holds `tensors`; they travel as `dtype`."""
+        if self.way == "gloo" or self.way == "nccl":
+            world = self._world(self.way)
+            return GroupSender(plan, rank, tensors, world, dtype, bucket_bytes=self.bucket_bytes)
+        return SharedMemorySender(
+            plan,
+            rank,
+            tensors,
+            self.folder,
+            dtype,
+            bucket_bytes=self.bucket_bytes,
+            num_engines=self.num_engines,
+            slots=self._slots(tensors),
+        )
+
+    def receiver(
+        self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, engine: int = 0
+    ) -> Receiver:
+        """The end at target rank `rank` of an engine, which holds `tensors`."""
+        if self.way == "gloo" or self.way == "nccl":
+            world = self._world(self.way)
+            return GroupReceiver(plan, rank, tensors, world, dtype, bucket_bytes=self.bucket_bytes, engine=engine)
+        return SharedMemoryReceiver(
+            plan,
+            rank,
+            tensors,
+            self.folder,
+            dtype,
+            bucket_bytes=self.bucket_bytes,
+            engine=engine,
+            slots=self._slots(tensors),
+        )
+
+    def _slots(self, tensors: Mapping[str, Tensor]) -> FileSlots | DeviceSlots:
+        if self.way == "shared memory":
+            return FileSlots()
+        return DeviceSlots(next(iter(tensors.values())).device)
+
+    def _world(self, backend: Literal["gloo", "nccl"]) -> World:
+        return World(
+            backend=backend,
+            host=self.host,
+            port=self.port,
+            name=self.name,
+            num_sources=self.num_sources,
+            num_engines=self.num_engines,
+            num_workers=self.num_workers,
+        )
+
+
+def here(device: torch.device) -> Place:
+    """The place of tensors of this process on `device`."""
+    boot = Path("/proc/sys/kernel/random/boot_id")  # containers of one machine may see different /dev/shm
+    machine = boot.read_text(encoding="ascii").strip() if boot.is_file() else os.uname().nodename
+    return Place(memory=f"{machine}/{SHARED_MEMORY.stat().st_dev}", device=device_name(device))
+
+
+def choose(
+    sources: Sequence[Place], engines: Sequence[Sequence[Place]], links: Collection[tuple[int, int]]
+) -> tuple[Way, str]:
+    """The way from source ranks to each engine's workers, with the reason in words.
+
+    `links`: the (source rank, target rank) between which the plan has something to carry.
+    """
+    workers = [place for engine in engines for place in engine]
+    ends = [*sources, *workers]
+    num_memories = len({end.memory for end in ends})
+    if not any(end.device for end in ends):
+        if num_memories == 1:
+            return "shared memory", "shared memory: policy and engines are on CPUs and see one /dev/shm"
+        return "gloo", f"gloo: policy and engines are on CPUs of {num_memories} hosts, which share no memory"
+    if num_memories == 1 and all(
+        sources[source].device and sources[source] == engine[target] for engine in engines for source, target in links
+    ):
+        return "cuda ipc", f"CUDA IPC: each policy rank is on the GPU of the workers it sends to; {_UNTRIED}"
+    if all(end.device for end in ends) and len({end.device for end in ends}) == len(ends):
+        return "nccl", f"NCCL: each policy rank and each worker has a GPU of its own; {_UNTRIED}"
+    reason = "through the host's memory, as some ends share a GPU and others do not, or have none"
+    return ("shared memory", f"shared memory: {reason}") if num_memories == 1 else ("gloo", f"gloo: {reason}")

@@ -1,0 +1,85 @@
+"""A program: all ends of a publish through a process group, a process each.
+
+    python group_process.py FOLDER {none|late}
+
+The policy's ranks 0 and 1 (tensor parallel) and two engines of two workers. Each end writes what it counted, and a
+worker what it then holds, to FOLDER; whoever fails writes its error. With "late" rank 1 never sends.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny_models import config, empty_world, random_weights, reference_world
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from conversion.families import model_from_config
+from conversion.plan import plan
+from conversion.tiles import ParallelLayout
+from conversion.transfer import TransferError
+from conversion.transfer.process_group import GroupReceiver, GroupSender, World
+
+MODEL = model_from_config(config("qwen2"))
+LAYOUT = ParallelLayout(tensor=2)
+PLAN = plan(MODEL.megatron_tiles(LAYOUT), MODEL.vllm_tiles(2))
+BUCKET_BYTES = 3000
+
+
+def run(number: int, world: World, folder: Path, fault: str) -> None:
+    seconds = 60.0 if fault == "none" else 1.0
+    counted: dict[str, int] = {}
+    tensors = {}
+    try:
+        if number < 2:
+            shapes = {r: MODEL.megatron_shapes(LAYOUT, r) for r in range(2)}
+            weights = reference_world(MODEL.megatron_tiles(LAYOUT), random_weights(MODEL), empty_world(shapes))
+            sender = GroupSender(
+                PLAN, number, weights[number], world, bucket_bytes=BUCKET_BYTES, timeout_seconds=seconds
+            )
+            for version in (3, 4):
+                if fault == "late" and number == 1:
+                    time.sleep(2.5)
+                    return
+                sender.send(version)
+            counted = {"held": sender.held_bytes, "sent": sender.sent_bytes, "packed": sender.total_bytes}
+        else:
+            engine, rank = divmod(number - 2, 2)
+            tensors = empty_world({0: MODEL.vllm_shapes(2, rank)})[0]
+            receiver = GroupReceiver(
+                PLAN, rank, tensors, world, bucket_bytes=BUCKET_BYTES, engine=engine, timeout_seconds=seconds
+            )
+            for version in (3, 4):
+                receiver.receive(version)
+            counted = {"held": receiver.held_bytes, "received": receiver.received_bytes}
+    except TransferError as error:
+        (folder / f"{number}.error").write_text(str(error))
+        return
+    (folder / f"{number}.json").write_text(json.dumps(counted))
+    if tensors:
+        save_file(tensors, folder / f"{number}.safetensors")
+
+
+def main() -> None:
+    """Forks the ends, so that torch is imported once."""
+    torch.set_num_threads(1)
+    folder, fault = Path(sys.argv[1]), sys.argv[2]
+    reading, writing = os.pipe()
+    children = []
+    for number in range(6):
+        if (child := os.fork()) == 0:
+            port = int(os.read(reading, 5))
+            sizes = {"num_sources": 2, "num_engines": 2, "num_workers": 2}
+            run(number, World(backend="gloo", host="127.0.0.1", port=port, name="test", **sizes), folder, fault)
+            os._exit(0)
+        children.append(child)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after the forks: it has threads
+    os.write(writing, f"{store.port:05d}".encode() * 6)
+    raise SystemExit(sum(os.waitpid(child, 0)[1] for child in children) > 0)
+
+
+if __name__ == "__main__":
+    main()
