@@ -14,7 +14,7 @@ ANSWER_SECONDS = 240
 
 
 class Ranks:
-    """Runs a function of ranks.py on `world` new processes at once and returns their results by rank.
+    """Runs a function of a file here on `world` new processes at once and returns their results by rank.
 
     The fork server imports Megatron once; its children start with that done.
     """
@@ -28,7 +28,8 @@ class Ranks:
         pipes, processes = [], []
         for rank in range(world):
             here, there = self._context.Pipe()
-            process = self._context.Process(target=serve, args=(there, function.__name__, rank, arguments))
+            named = (function.__module__, function.__name__)
+            process = self._context.Process(target=serve, args=(there, *named, rank, arguments))
             process.start()
             there.close()
             pipes.append(here)

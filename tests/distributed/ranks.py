@@ -1,5 +1,6 @@
 """What the rank processes of tests/distributed do: real PolicyRanks over gloo, one a process."""
 
+import importlib
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,11 @@ class Job:
         return self.tensor * self.pipeline * self.data
 
 
-def serve(pipe: Any, name: str, rank: int, arguments: dict[str, Any]) -> None:
-    """Run one function of this file as `rank`; rank 0 first tells the port of the rendezvous, the others hear it."""
+def serve(pipe: Any, module: str, name: str, rank: int, arguments: dict[str, Any]) -> None:
+    """Run one function of a file here as `rank`; rank 0 first tells the port of the rendezvous, the others hear it."""
     try:
         port = None if rank == 0 else pipe.recv()
-        pipe.send(globals()[name](pipe, rank, port, **arguments))
+        pipe.send(getattr(importlib.import_module(module), name)(pipe, rank, port, **arguments))
     except BaseException:
         pipe.send(traceback.format_exc())
 
