@@ -210,8 +210,9 @@ class RunConfig(Section):
         needed = self.optim.warmup_steps + (self.optim.decay_steps or 0)
         if self.optim.schedule != "constant" and needed >= self.optimizer_steps:
             raise ValueError(
-                f"optim.warmup_steps + optim.decay_steps: {needed} leave nothing of the {self.optimizer_steps} "
-                "optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); lower them"
+                f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
+                f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
+                "lower them"
             )
         return self
 

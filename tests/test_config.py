@@ -254,6 +254,17 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         (["train.batch_size=64", "train.mini_batch_size=128"], "train.mini_batch_size", "for example 64"),
         (["train.batch_size=64", "parallel.data=3"], "parallel.data", "for example"),
         (["train.mini_batch_size=2", "parallel.data=4"], "parallel.data", "for example 2"),
+        (["optim.schedule=cosine", "optim.min_lr=1e-5"], "optim.min_lr", "lower it"),
+        (["optim.min_lr=1e-7"], "optim.min_lr", "set optim.schedule"),
+        (["optim.schedule=wsd"], "optim.decay_steps", "schedule wsd needs it"),
+        (["optim.schedule=cosine", "optim.decay_steps=3"], "optim.decay_steps", "no other has it"),
+        (["optim.schedule=cosine", "optim.warmup_steps=100"], "optim.warmup_steps", "100 optimiser steps of the run"),
+        (
+            ["optim.schedule=wsd", "optim.decay_steps=150", "optim.warmup_steps=50", "train.mini_batch_size=128"],
+            "optim.warmup_steps",
+            "200 optimiser steps of the run",
+        ),
+        (["model.fp8=tensorwise", "model.dtype=float32"], "model.fp8", "set model.dtype=bfloat16"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_what_would_do(

@@ -17,19 +17,20 @@ from astar_megatron.model import cpu_shim
 
 # Dense bfloat16 FLOPs a second, without sparsity, from the makers' data sheets; the first name that the device's holds.
 _PEAK_FLOPS = {
-    "GB200": 2.5e15,
-    "B200": 2.25e15,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H20": 148e12,
     "A100": 312e12,
     "A800": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
+    "A10G": 70e12,
     "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
 }
 
@@ -64,8 +65,7 @@ class Backend:
         """Dense bfloat16 FLOPs a second at most, by the device's name, which MFU is stated against; else None."""
         if self.name == "cpu":
             return None
-        device = torch.cuda.get_device_name(self.device)
-        return next((flops for name, flops in _PEAK_FLOPS.items() if name in device), None)
+        return peak_flops_of(torch.cuda.get_device_name(self.device))
 
     def peak_memory_bytes(self) -> int:
         """Return the most that this rank's tensors held on the device; on CPU the most its process held."""
@@ -128,6 +128,11 @@ def choose() -> Backend:
 def uses_transformer_engine(num_gpus: int) -> bool:
     """Say whether ranks with GPUs, on machines installed like this one, build Transformer Engine's layers."""
     return num_gpus > 0 and find_spec("transformer_engine") is not None
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """Return the dense bfloat16 FLOPs a second of a device, None for one that is not in the table."""
+    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
 
 
 def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> None:
