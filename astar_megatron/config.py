@@ -31,6 +31,14 @@ class ModelConfig(Section):
 
     path: Name
     dtype: Dtype = "auto"  # compute type; master weights are always fp32. auto: bfloat16 where the hardware has it
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None  # recipe of Transformer Engine's linear layers
+    reference: Literal["resident", "offload"] = "resident"  # offload, on GPU: in host memory but while it scores
+
+    @model_validator(mode="after")
+    def _types(self) -> Self:
+        if self.fp8 and self.dtype == "float32":
+            raise ValueError(f"model.fp8: {self.fp8} goes with bfloat16, not float32; set model.dtype=bfloat16")
+        return self
 
 
 class DataConfig(Section):
@@ -70,6 +78,7 @@ class AstarConfig(Section):
 
     beta1: float = Field(default=0.5, gt=0.0)
     beta2: float = Field(default=1e-3, gt=0.0)
+    importance_cap: float | None = Field(default=None, ge=1.0)  # weigh losses by min(cap, policy / engine); none: by 1
 
 
 class TrainConfig(Section):
@@ -79,18 +88,41 @@ class TrainConfig(Section):
     micro_batch_tokens: int = Field(
         default=16384, ge=1
     )  # at most so many tokens a forward pass; a longer sequence goes alone
+    max_skipped_steps: int = Field(default=3, ge=1)  # optimiser steps lost to NaN or Inf that end the run
 
 
 class OptimConfig(Section):
-    """AdamW, constant learning rate after `warmup_steps`."""
+    """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch.
+
+    After `warmup_steps` of linear rise the learning rate is constant; with `cosine` it falls to `min_lr` until the end
+    of training, with `wsd` in a straight line over the last `decay_steps`.
+    """
 
     lr: float = Field(default=1e-6, gt=0.0)
+    min_lr: float = Field(default=0.0, ge=0.0)
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
     adam_eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.01, ge=0.0)
     clip_grad: float = Field(default=1.0, ge=0.0)  # global norm; 0: no clipping
     warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(default=None, ge=1)
+    loss_scale: Literal["paper", "pg"] = "paper"  # pg: loss / (2 beta2), whose gradient is a policy gradient's
+    offload: bool = False  # on GPU with Transformer Engine: states and step in host memory
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr: {self.min_lr} is above optim.lr {self.lr}; lower it")
+        if self.schedule == "constant" and self.min_lr:
+            raise ValueError("optim.min_lr: schedule constant never falls to it; leave it out or set optim.schedule")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                f"optim.decay_steps: schedule wsd needs it and no other has it, got {self.decay_steps} with "
+                f"{self.schedule}"
+            )
+        return self
 
 
 class ParallelConfig(Section):
@@ -175,11 +207,23 @@ class RunConfig(Section):
                 f"parallel.data: {self.parallel.data} ranks can't share {mini} sequences an optimiser step evenly; "
                 f"take a divisor of it, for example {_nearest_divisor(mini, self.parallel.data)}"
             )
+        needed = self.optim.warmup_steps + (self.optim.decay_steps or 0)
+        if self.optim.schedule != "constant" and needed >= self.optimizer_steps:
+            raise ValueError(
+                f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
+                f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
+                "lower them"
+            )
         return self
 
     @property
     def mini_batch_size(self) -> int:
         return self.train.mini_batch_size or self.train.batch_size
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Of the whole run."""
+        return self.train.num_steps * (self.train.batch_size // self.mini_batch_size)
 
     @property
     def table_dir(self) -> Path:

@@ -16,7 +16,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
-from astar_megatron.model.backend import resolve_dtype
+from astar_megatron.model.backend import check_features, resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
@@ -38,6 +38,8 @@ class Inputs:
 
 def prepare(cfg: RunConfig) -> Inputs:
     """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change."""
+    if cfg.cluster.address is None:  # else its machines are asked when it is joined
+        check_features(cfg.model, cfg.optim, doctor.measure().num_accelerators)
     with naming("model.path"):
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
@@ -118,10 +120,12 @@ def start_policy(cfg: RunConfig, cluster: Cluster) -> PolicyGroup:
     """Begin to start the Megatron ranks; `.start()` waits for them."""
     return PolicyGroup(
         cluster,
+        model=cfg.model,
         model_path=_absolute(cfg.model.path),
         dtype=compute_type(cfg, cluster)[0],
         parallel=cfg.parallel,
         optim=cfg.optim,
+        optimizer_steps=cfg.optimizer_steps,
         seed=cfg.seed,
     )
 

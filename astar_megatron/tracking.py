@@ -58,12 +58,13 @@ class Tracker:
         """Show one line."""
         _say(self.console, text)
 
-    def begin(self, step: int) -> None:
-        """Drop the lines of steps from `step` on: a resumed run writes them again."""
+    def begin(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines of steps from `step` on, which a resumed run writes again, and return the others."""
         kept = [line for line in read_metrics(self.run_dir) if line["step"] < step]
         temporary = self.metrics_path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.metrics_path)
+        return kept
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; it is on disk on return. Values that JSON can't hold (NaN, Inf) become null."""

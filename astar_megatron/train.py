@@ -4,6 +4,7 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +16,19 @@ from astar_megatron.algorithm.rewards import score
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
+from astar_megatron.data import bad_batches
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.run import Inputs, prepare, started
 from astar_megatron.tracking import Clock, Tracker, read_metrics
-from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 from astar_megatron.weights import TransferFolder, WeightSync
 from conversion import folders
+
+
+class NotFiniteError(ValueError):
+    """Too many optimiser steps were left out; the message names where their batches lie."""
 
 
 def main(cfg: RunConfig) -> None:
@@ -62,11 +68,12 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         temperature=cfg.sampling.temperature,
         mini_batch_size=cfg.mini_batch_size,
         micro_batch_tokens=cfg.train.micro_batch_tokens,
+        importance_cap=cfg.astar.importance_cap,
     )
     first = checkpoints.resume(policy, prompts)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
-    tracker.begin(first)
+    skipped = sum(line.get("skipped_steps", 0) for line in tracker.begin(first))
     with TransferFolder() as folder:
         weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)
         tracker.say(f"weights go to the engines by {weights.reason}")
@@ -78,16 +85,30 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
                 drawn = engines.draw(_work(prompts.take(), cfg.seed, step), cfg.sampling)
             with clock.span("score"):
                 rollouts = score(inputs.reward, drawn)
-            stats = policy.step(_batch(rollouts, v_star, step), options)
+            batch = _batch(rollouts, v_star, step)
+            stats = policy.step(batch, options)
             metrics = _metrics(step, rollouts, v_star, stats, clock.stop())
+            if stats.skipped:  # first on disk, then in the metrics
+                skipped += len(stats.skipped)
+                tracker.say(_keep(tracker.run_dir, rollouts, batch, stats, options))
             tracker.log(metrics)
             tracker.say(_line(metrics, cfg.train.num_steps))
+            check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
                 checkpoints.save(policy, step + 1, prompts)
         weights.publish(version=cfg.train.num_steps)
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
     tracker.say(f"exported to {cfg.export_dir}")
+
+
+def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:
+    """Raise NotFiniteError where `skipped` optimiser steps of the run, `limit` or more, were left out."""
+    if skipped >= limit:
+        raise NotFiniteError(
+            f"train.max_skipped_steps: a loss or a gradient was not finite {skipped} times, {limit} end the run; look "
+            f"into {run_dir / bad_batches.FOLDER}, lower optim.lr or raise the key, and run the same command again"
+        )
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
@@ -116,6 +137,17 @@ def _batch(rollouts: Sequence[Rollout], v_star: dict[str, float], version: int) 
     )
 
 
+def _keep(
+    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: StepOptions
+) -> str:
+    """Write a batch that spoiled a step to disk and return in words what happened."""
+    folder = bad_batches.write(run_dir, rollouts, batch, stats, options)
+    return (
+        f"step {batch.version}: a loss or a gradient was not finite in mini-batches {list(stats.skipped)}; their "
+        f"optimiser steps were left out, weights and optimiser are as before; the batch is in {folder}"
+    )
+
+
 def _metrics(
     step: int, rollouts: Sequence[Rollout], v_star: dict[str, float], stats: StepStats, seconds: dict[str, float]
 ) -> dict[str, object]:
@@ -127,15 +159,17 @@ def _metrics(
         "v_star_mean": sum(v_star[rollout.prompt.uid] for rollout in rollouts) / count,
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
-        "logratio_mean": stats.logratio_mean,
-        "logratio_std": stats.logratio_std,
-        "logratio_max": stats.logratio_max,
-        "slope": stats.slope,
-        "r_squared": stats.r_squared,
+        "lr": stats.learning_rate,
+        "skipped_steps": len(stats.skipped),
+        **{field.name: getattr(stats, field.name) for field in dataclasses.fields(Health)},
         "engine_gap": stats.engine_gap,
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,
         "response_tokens": stats.response_tokens,
+        "tokens_per_second": stats.tokens_per_second,
+        "model_flops": stats.model_flops,
+        "mfu": stats.mfu,
+        "peak_memory_bytes": list(stats.peak_memory_bytes),
         "seconds": {**stats.seconds, **seconds},
     }
 

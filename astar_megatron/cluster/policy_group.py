@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.cluster.cluster import Cluster
-from astar_megatron.config import OptimConfig, ParallelConfig
-from astar_megatron.model.backend import environment, uses_transformer_engine
+from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
+from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion.tiles import ParallelLayout
 from conversion.transfer.route import Place, Route
@@ -35,12 +35,15 @@ class PolicyGroup:
         self,
         cluster: Cluster,
         *,
+        model: ModelConfig,
         model_path: str,
         dtype: str,
         parallel: ParallelConfig,
         optim: OptimConfig,
+        optimizer_steps: int,
         seed: int,
     ) -> None:
+        check_features(model, optim, cluster.num_gpus)
         self.parallel, self.dtype = parallel, dtype
         self.layout = ParallelLayout(
             tensor=parallel.tensor,
@@ -64,6 +67,9 @@ class PolicyGroup:
                 parallel=parallel,
                 optim=optim,
                 seed=seed,
+                reference=model.reference,
+                fp8=model.fp8,
+                optimizer_steps=optimizer_steps,
             )
             for rank in range(parallel.world_size)
         ]

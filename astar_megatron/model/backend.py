@@ -3,6 +3,8 @@
 Everything that depends on the device and is not the engine's is decided here once a process; other code asks a Backend.
 """
 
+import contextlib
+import resource
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -10,7 +12,27 @@ from typing import Any, Literal
 
 import torch
 
+from astar_megatron.config import ModelConfig, OptimConfig
 from astar_megatron.model import cpu_shim
+
+# Dense bfloat16 FLOPs a second, without sparsity, from the makers' data sheets; the first name that the device's holds.
+_PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +54,35 @@ class Backend:
         """The attention can keep a prefix that all sequences of a pack share once (model/attention.py)."""
         return not self.uses_transformer_engine
 
-    def transformer_options(self) -> dict[str, Any]:
-        """Return TransformerConfig options that this device needs, none of which changes the model."""
+    def describe(self) -> str:
+        """Say in words what was chosen, what is missing, and what MFU is stated against."""
+        if self.peak_flops is None:
+            return f"{self.reason}; no MFU: the peak of this device is not known"
+        return f"{self.reason}; MFU against {self.peak_flops / 1e12:g} TFLOP/s, dense bfloat16"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Dense bfloat16 FLOPs a second at most, by the device's name, which MFU is stated against; else None."""
+        if self.name == "cpu":
+            return None
+        return peak_flops_of(torch.cuda.get_device_name(self.device))
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most that this rank's tensors held on the device; on CPU the most its process held."""
+        if self.name == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.cuda.max_memory_allocated()
+
+    def range(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Return a context that a profiler of the device shows under `name` (NVTX); on CPU it does nothing."""
+        return contextlib.nullcontext() if self.name == "cpu" else torch.cuda.nvtx.range(f"astar {name}")
+
+    def transformer_options(self, fp8: str | None = None) -> dict[str, Any]:
+        """Return TransformerConfig options that this device needs or that `fp8`, a recipe, asks it for."""
         if self.uses_transformer_engine:
-            return {}
+            # e4m3 forward and e5m2 for gradients. Delayed scaling is not offered: it rounds by what earlier batches
+            # held, so policy and reference would differ at step 0.
+            return {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else {}
         return {
             "use_cpu_initialization": self.name == "cpu",
             # What follows needs kernels of Transformer Engine or apex.
@@ -81,6 +128,31 @@ def choose() -> Backend:
 def uses_transformer_engine(num_gpus: int) -> bool:
     """Say whether ranks with GPUs, on machines installed like this one, build Transformer Engine's layers."""
     return num_gpus > 0 and find_spec("transformer_engine") is not None
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """Return the dense bfloat16 FLOPs a second of a device, None for one that is not in the table."""
+    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
+
+
+def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> None:
+    """Raise ValueError for a setting that ranks on machines installed like this one could not honour."""
+    engine = uses_transformer_engine(num_gpus)
+    lacking = "Transformer Engine is not installed" if num_gpus else "there is no GPU"
+    if model.fp8 and not engine:
+        raise ValueError(
+            f"model.fp8={model.fp8}: only Transformer Engine's layers compute in FP8, and {lacking}; set model.fp8=null"
+        )
+    if model.reference == "offload" and not num_gpus:
+        raise ValueError(
+            "model.reference=offload: without a GPU there is no second memory to move the reference to; "
+            "set model.reference=resident"
+        )
+    if optim.offload and not engine:
+        raise ValueError(
+            "optim.offload: Megatron keeps optimiser states in host memory only beside a GPU and with Transformer "
+            f"Engine's optimizer, and {lacking}; set optim.offload=false"
+        )
 
 
 def environment(*, num_gpus: int, threads: int, num_nodes: int) -> dict[str, str]:

@@ -25,13 +25,15 @@ from conversion.tiles import ParallelLayout
 _ACTIVATIONS = {"silu": torch.nn.functional.silu}
 
 
-def transformer_config(model: Model, layout: ParallelLayout, dtype: torch.dtype, backend: Backend) -> TransformerConfig:
-    """Return megatron's description of `model` split by `layout`, computing in `dtype` on `backend`."""
+def transformer_config(
+    model: Model, layout: ParallelLayout, dtype: torch.dtype, backend: Backend, fp8: str | None = None
+) -> TransformerConfig:
+    """Return megatron's description of `model` split by `layout`, computing in `dtype` (or `fp8`) on `backend`."""
     architecture = dict(model.transformer_config())
     architecture["activation_func"] = _ACTIVATIONS[architecture.pop("activation")]
     return TransformerConfig(
         **architecture,
-        **backend.transformer_options(),
+        **backend.transformer_options(fp8),
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,

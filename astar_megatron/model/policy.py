@@ -22,18 +22,18 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from astar_megatron.algorithm.loss import astar_loss
+from astar_megatron.algorithm.loss import astar_loss, importance_weight
 from astar_megatron.algorithm.packing import PackedBatch, micro_batches, pack, split_evenly
 from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import build, in_compute_type, transformer_config
+from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import run_loss, run_scoring
+from astar_megatron.model.optimizer import describe, learning_rate, make_optimizer, make_schedule, take_step
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.statistics import StepRecord
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
@@ -48,15 +48,28 @@ from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_p
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
+type _Group = Sequence[tuple[list[int], PackedBatch]]  # this rank's packs of a mini-batch, and their batch indices
+
 
 class PolicyRank:
     """This rank's shards of policy, reference and optimizer.
 
-    `dtype` is "bfloat16" or "float32"; master weights and gradients are float32 either way.
+    `dtype` is "bfloat16" or "float32"; master weights and gradients are float32 either way. `reference` and `fp8` are
+    the keys of config.ModelConfig; `optimizer_steps` are those of the whole run, which the learning rate follows.
     """
 
     def __init__(
-        self, *, rank: int, model_path: str, dtype: str, parallel: ParallelConfig, optim: OptimConfig, seed: int
+        self,
+        *,
+        rank: int,
+        model_path: str,
+        dtype: str,
+        parallel: ParallelConfig,
+        optim: OptimConfig,
+        seed: int,
+        reference: str = "resident",
+        fp8: str | None = None,
+        optimizer_steps: int = 1,
     ) -> None:
         self.backend = backends.choose()
         self.rank = rank
@@ -68,6 +81,7 @@ class PolicyRank:
             fused_norms=self.backend.uses_transformer_engine,
         )
         self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
+        self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
         self._sender: Sender | None = None
@@ -98,44 +112,28 @@ class PolicyRank:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(self._seed + 1)
         self._build()
-        return self.backend.reason
+        return f"{self.backend.describe()}; {describe(self._optimizer)}"
 
     def _build(self) -> None:
-        config = transformer_config(self.model, self.layout, self._dtype, self.backend)
+        config = transformer_config(self.model, self.layout, self._dtype, self.backend, self._fp8)
         part = build(self.model, self.layout, config, self.backend)
         tensors = {name: parameter.data for name, parameter in part.named_parameters()}
         check_tensors(self.model, self.layout, self.rank, tensors)
         hf.load(self._path, plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout)), self.rank, tensors)
-        self._reference = Reference(self.model, self.layout, config, tensors, self.backend)
+        self._reference = Reference(
+            self.model, self.layout, config, tensors, self.backend, offload=self._offloads_reference
+        )
         self._part = part
         self._module = DistributedDataParallel(
             config=config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=True,
-                check_for_nan_in_grad=True,  # raises before the optimizer's step could spoil the weights
             ),
             module=in_compute_type(part, config),
         )
-        optim = self._optim
-        self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                min_lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.adam_beta1,
-                adam_beta2=optim.adam_beta2,
-                adam_eps=optim.adam_eps,
-                clip_grad=optim.clip_grad,
-                bf16=config.bf16,
-                params_dtype=self._dtype,
-                use_distributed_optimizer=True,
-            ),
-            [self._module],
-            use_gloo_process_groups=False,
-        )
-        self._schedule = _constant_schedule(self._optimizer, optim)
+        self._optimizer = make_optimizer([self._module], self._optim, self._dtype)
+        self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
 
@@ -143,46 +141,80 @@ class PolicyRank:
         """Score the reference, then one optimiser step a mini-batch; collective.
 
         Returns the statistics on the first tensor- and data-parallel rank of the last stage, None elsewhere.
-        Loss: mean over the mini-batch's sequences of the squared residual (algorithm/loss.py).
+        Loss: mean over the mini-batch's sequences of the squared residual (algorithm/loss.py). A mini-batch whose
+        losses or gradient are not finite changes nothing and is named in the statistics.
         """
         if batch.version != self._version:
             raise ValueError(f"policy: rollouts of version {batch.version} for weights of version {self._version}")
+        record = StepRecord(batch, options, self.backend)
         clock = time.perf_counter()
         groups = [list(self._micro_batches(batch, indices, options)) for indices in _mini_batches(batch, options)]
-        references = [self._reference.score([pack for _, pack in group], options.temperature) for group in groups]
-        record = StepRecord(batch, options, self.backend.device)
+        with self.backend.range("reference"):
+            at_start = self._version == 0 and self._reference.equals(self.weights())
+            references = [
+                self._score(group, options, record, checks_only=at_start and not index)
+                for index, group in enumerate(groups)
+            ]
         record.seconds["reference"] = time.perf_counter() - clock
         clock = time.perf_counter()
-        for group, reference in zip(groups, references, strict=True):
-            self._module.zero_grad_buffer()
-            self._optimizer.zero_grad()
-            self._accumulate(group, reference, batch, options, record)
-            self._schedule.step(increment=1)
-            _, grad_norm, _ = self._optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]
-            record.grad_norms.append(float(grad_norm or 0.0))
+        for index, (group, reference) in enumerate(zip(groups, references, strict=True)):
+            with self.backend.range("policy"):
+                self._accumulate(group, reference, batch, options, record)
+            if at_start and not index:
+                _check_start(record.largest_logratio())
+            is_finite = record.is_finite([i for indices, _ in group for i in indices])
+            with self.backend.range("optimizer"):
+                taken, norm = take_step(
+                    self._optimizer, self._schedule, is_finite=is_finite, device=self.backend.device
+                )
+            record.grad_norms.append(norm)
+            record.skipped += [] if taken else [index]
         self._version += 1
+        record.learning_rate = learning_rate(self._optimizer)
         record.seconds["policy"] = time.perf_counter() - clock
         return record.stats()
 
+    def _score(self, group: _Group, options: StepOptions, record: StepRecord, *, checks_only: bool) -> list[Any]:
+        """Return the reference's [b] sums of each pack, None where the policy's own are to be taken.
+
+        With the reference's weights policy and reference are the same function: `checks_only` scores the lightest packs
+        alone, as many as a pipeline needs, to see that they are.
+        """
+        packs = [packed for _, packed in group]
+        skipped = max(0, len(packs) - self.layout.pipeline) if checks_only else 0
+        record.flops += sum(forward_flops(self.model, packed) for packed in packs[skipped:])
+        return [None] * skipped + self._reference.score(packs[skipped:], options.temperature)
+
     def _accumulate(
         self,
-        group: Sequence[tuple[list[int], PackedBatch]],
-        reference: Sequence[Tensor],
+        group: _Group,
+        reference: Sequence[Tensor | None],
         batch: RolloutBatch,
         options: StepOptions,
         record: StepRecord,
     ) -> None:
-        advantage = (batch.reward - batch.v_star).float().to(self.backend.device)
+        """Form the gradient of a mini-batch's mean loss and note its sequences in `record`."""
+        device = self.backend.device
+        advantage = (batch.reward - batch.v_star).float().to(device)
+        drawn = batch.rollout_logprob.float().to(device)
+        scale = 1.0 if self._optim.loss_scale == "paper" else 1.0 / (2.0 * options.beta2)
 
         def loss(index: int, sequences: slice, sums: Tensor) -> Tensor:
-            indices = group[index][0][sequences]
-            losses = astar_loss(sums, reference[index][sequences], advantage[indices], options.beta2)
-            record.add(indices, sums, reference[index][sequences], losses)
-            return losses / options.mini_batch_size
+            indices, known = group[index][0][sequences], reference[index]
+            expected = sums.detach() if known is None else known[sequences]
+            losses = astar_loss(sums, expected, advantage[indices], options.beta2)
+            if options.importance_cap is not None:
+                losses = importance_weight(sums, drawn[indices], options.importance_cap) * losses
+            record.add(indices, sums, expected, losses)
+            return losses * (scale / options.mini_batch_size)
 
+        self._module.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        packs = [packed for _, packed in group]
+        record.flops += 3 * sum(forward_flops(self.model, packed) for packed in packs)
         run_loss(
             self._module,
-            [packed for _, packed in group],
+            packs,
             loss,
             vocab_size=self.model.vocab_size,
             temperature=options.temperature,
@@ -318,19 +350,10 @@ def _mini_batches(batch: RolloutBatch, options: StepOptions) -> list[list[int]]:
     return [list(range(start, start + size)) for start in range(0, len(batch), size)]
 
 
-def _constant_schedule(optimizer: Any, optim: OptimConfig) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=optim.lr,
-        min_lr=optim.lr,
-        lr_warmup_steps=optim.warmup_steps,
-        lr_decay_steps=optim.warmup_steps + 1,
-        lr_decay_style="constant",
-        start_wd=optim.weight_decay,
-        end_wd=optim.weight_decay,
-        wd_incr_steps=1,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a resumed run takes the learning rate of its configuration
-    )
+def _check_start(largest_logratio: float) -> None:
+    """Raise AssertionError where the weights are the reference's and the log-probs are not; NaN is not judged here."""
+    if largest_logratio > 0.0:
+        raise AssertionError(
+            f"policy and reference have the same weights, but their log-probs of a response differ by "
+            f"{largest_logratio:.3g} nats: they don't run the same kernels in the same precision and shapes"
+        )

@@ -1,9 +1,11 @@
 """The frozen reference: the policy's own model class, kernels and precision, with the weights it started from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -17,7 +19,10 @@ from conversion.tiles import ParallelLayout
 
 
 class Reference:
-    """A second copy of this rank's part of the model; its weights never change after construction."""
+    """A second copy of this rank's part of the model; its weights never change after construction.
+
+    With `offload` they lie in host memory and are on the device only while they score.
+    """
 
     def __init__(
         self,
@@ -26,6 +31,8 @@ class Reference:
         config: TransformerConfig,
         weights: Mapping[str, Tensor],
         backend: Backend,
+        *,
+        offload: bool = False,
     ) -> None:
         self._model, self._backend = model, backend
         part = build(model, layout, config, backend)
@@ -35,14 +42,43 @@ class Reference:
         # requires_grad stays on, although nothing asks for a gradient: megatron and torch.matmul take other kernels for
         # a frozen weight, and the log-ratio at step 0 would be 1e-5 instead of exactly 0.
         self._module: Any = in_compute_type(part, config)
+        self._parameters = dict(part.named_parameters())
+        self._host: dict[str, Tensor] = {}
+        if offload:
+            for name, parameter in self._parameters.items():
+                self._host[name] = torch.empty_like(parameter, device="cpu", pin_memory=True).copy_(parameter.detach())
+            self._release()
 
     def score(self, packs: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         """Return for each pack the [B] sums of its responses' log-probs (nats) on the last stage, else nothing."""
-        logprobs = run_scoring(
-            self._module,
-            packs,
-            vocab_size=self._model.vocab_size,
-            temperature=temperature,
-            backend=self._backend,
-        )
+        with self._on_device():
+            logprobs = run_scoring(
+                self._module,
+                packs,
+                vocab_size=self._model.vocab_size,
+                temperature=temperature,
+                backend=self._backend,
+            )
         return [sequence_sums(values, packed.response_lengths) for packed, values in zip(packs, logprobs, strict=False)]
+
+    def equals(self, weights: Mapping[str, Tensor]) -> bool:
+        """Say whether every rank's `weights` are bitwise the reference's; collective over all ranks."""
+        with self._on_device():
+            # in the reference's type, which the forward pass computes in
+            same = all(torch.equal(mine, weights[name].to(mine.dtype)) for name, mine in self._parameters.items())
+        found = torch.tensor(float(same), device=self._backend.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return bool(found.item())
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        for name, host in self._host.items():
+            self._parameters[name].data = host.to(self._backend.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for name in self._host:
+            self._parameters[name].data = self._parameters[name].data.new_empty(0)

@@ -1,8 +1,9 @@
 """Collects what a step did, sequence by sequence, and sums it up over data-parallel ranks.
 
-Shapes: B sequences of the step.
+Shapes: B sequences of the step, b of them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from astar_megatron.algorithm.metrics import regression
+from astar_megatron.algorithm.metrics import health
+from astar_megatron.model.backend import Backend
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 
 _LOGPROB, _REFERENCE, _LOSS = range(3)
@@ -19,10 +21,13 @@ _LOGPROB, _REFERENCE, _LOSS = range(3)
 class StepRecord:
     """Rows of one step, filled on the last stage while its losses are computed."""
 
-    def __init__(self, batch: RolloutBatch, options: StepOptions, device: torch.device) -> None:
-        self._batch, self._options, self._device = batch, options, device
+    def __init__(self, batch: RolloutBatch, options: StepOptions, backend: Backend) -> None:
+        self._batch, self._options, self._backend = batch, options, backend
         self._rows = torch.zeros(len(batch), 3, dtype=torch.float64)
         self.grad_norms: list[float] = []
+        self.skipped: list[int] = []  # mini-batches whose step was not taken
+        self.learning_rate = 0.0
+        self.flops = 0  # model FLOPs of this rank's packs
         self.seconds: dict[str, float] = {}
 
     def add(self, indices: Sequence[int], logprobs: Tensor, reference: Tensor, losses: Tensor) -> None:
@@ -31,30 +36,64 @@ class StepRecord:
         rows = torch.stack((logprobs, reference, losses), dim=1).detach().to("cpu", torch.float64, copy=True)
         self._rows[list(indices)] = rows
 
+    def is_finite(self, indices: Sequence[int]) -> bool:
+        """Say whether what this rank noted of the sequences `indices` is: no NaN, no Inf."""
+        return bool(self._rows[list(indices)].isfinite().all())
+
+    def largest_logratio(self) -> float:
+        """Return the largest |D| of what this rank noted (nats)."""
+        return float((self._rows[:, _LOGPROB] - self._rows[:, _REFERENCE]).abs().max())
+
     def stats(self) -> StepStats | None:
-        """Return the step's statistics on the reporting rank, None elsewhere; collective over the last stage."""
+        """Return the step's statistics on the reporting rank, None elsewhere; collective over all ranks."""
+        memory = self._memory_of_all_ranks()
         if not parallel_state.is_pipeline_last_stage():
             return None
-        group = parallel_state.get_data_parallel_group()
+        flops = torch.tensor(float(self.flops), dtype=torch.float64)
         if parallel_state.get_data_parallel_world_size() > 1:
-            rows = self._rows.to(self._device)
-            dist.all_reduce(rows, group=group)  # type: ignore[arg-type]
-            self._rows = rows.cpu()
-        if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
-            return None
-        batch, rows = self._batch, self._rows
-        logratio = rows[:, _LOGPROB] - rows[:, _REFERENCE]
-        line = regression(batch.reward - batch.v_star, self._options.beta2 * logratio)
-        return StepStats(
-            loss=float(rows[:, _LOSS].mean()),
-            grad_norm=sum(self.grad_norms) / len(self.grad_norms),
-            logratio_mean=float(logratio.mean()),
-            logratio_std=float(logratio.std(correction=0)),
-            logratio_max=float(logratio.abs().max()),
-            slope=line.slope,
-            r_squared=line.r_squared,
-            engine_gap=float((rows[:, _LOGPROB] - batch.rollout_logprob)[: self._options.mini_batch_size].mean()),
-            tokens=sum(len(ids) for ids in batch.token_ids),
-            response_tokens=batch.response_tokens(),
-            seconds=dict(self.seconds),
+            sums = torch.cat((self._rows.flatten(), flops.view(1))).to(self._backend.device)
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())  # type: ignore[arg-type]
+            self._rows, flops = sums[:-1].cpu().view_as(self._rows), sums[-1].cpu()
+        ranks = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
         )
+        return None if any(ranks) else self._summed_up(float(flops), memory)
+
+    def _summed_up(self, flops: float, memory: tuple[int, ...]) -> StepStats:
+        batch, rows, first = self._batch, self._rows, self._options.mini_batch_size
+        logprob, reference = rows[:, _LOGPROB], rows[:, _REFERENCE]
+        seconds = sum(self.seconds.values())
+        peak = self._backend.peak_flops
+        tokens = sum(len(ids) for ids in batch.token_ids)
+        found = health(
+            logprob=logprob,
+            reference_logprob=reference,
+            advantage=batch.reward - batch.v_star,
+            response_tokens=batch.response_lengths(),
+            beta2=self._options.beta2,
+            on_policy=first,
+        )
+        return StepStats(
+            **dataclasses.asdict(found),
+            loss=float(rows[:, _LOSS].mean()),
+            engine_gap=float((logprob - batch.rollout_logprob)[:first].mean()),
+            grad_norm=sum(self.grad_norms) / len(self.grad_norms),
+            learning_rate=self.learning_rate,
+            skipped=tuple(self.skipped),
+            tokens=tokens,
+            response_tokens=batch.response_tokens(),
+            tokens_per_second=tokens / seconds,
+            model_flops=flops,
+            mfu=flops / (seconds * peak * len(memory)) if peak else None,
+            peak_memory_bytes=memory,
+            seconds=dict(self.seconds),
+            logprobs=tuple(logprob.tolist()),
+            reference_logprobs=tuple(reference.tolist()),
+        )
+
+    def _memory_of_all_ranks(self) -> tuple[int, ...]:
+        mine = torch.tensor([self._backend.peak_memory_bytes()], dtype=torch.int64, device=self._backend.device)
+        found = torch.empty(dist.get_world_size(), dtype=torch.int64, device=self._backend.device)
+        dist.all_gather_into_tensor(found, mine)
+        return tuple(found.tolist())

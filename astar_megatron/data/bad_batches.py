@@ -1,0 +1,83 @@
+"""Batches whose loss or gradient was not finite, kept for inspection: `<run_dir>/bad_batches/step_<n>/`.
+
+    batch.safetensors    what the policy got, and the sums of log-probs that it and the reference gave:
+                         token_ids [all tokens], lengths [B], prompt_tokens [B], reward, v_star, rollout_logprob,
+                         logprob, reference_logprob [B] float64
+    batch.json           which mini-batches, the step's options, and each sequence's prompt, answer and response
+
+The folder is written beside under another name and renamed: where it is, it is whole.
+
+Legend: B sequences.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from astar_megatron.data.files import make_folder, storage_error, sync
+from astar_megatron.types import Rollout, RolloutBatch, StepOptions, StepStats
+
+FOLDER = "bad_batches"
+
+
+def write(
+    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: StepOptions
+) -> Path:
+    """Write the batch of one step, replacing one of an earlier try, and return its folder. Raises StorageError."""
+    folder = run_dir / FOLDER / f"step_{batch.version:08d}"
+    temporary = folder.with_suffix(".incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    try:
+        save_file(_tensors(batch, stats), temporary / "batch.safetensors")
+        text = json.dumps(_words(rollouts, batch, stats, options), indent=1, ensure_ascii=False) + "\n"
+        (temporary / "batch.json").write_text(text, encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise storage_error(f"{folder}: can't write the batch", error) from error
+    return folder
+
+
+def _tensors(batch: RolloutBatch, stats: StepStats) -> dict[str, torch.Tensor]:
+    return {
+        "token_ids": torch.tensor([token for ids in batch.token_ids for token in ids]),
+        "lengths": torch.tensor([len(ids) for ids in batch.token_ids]),
+        "prompt_tokens": torch.tensor(batch.prompt_tokens),
+        "reward": batch.reward,
+        "v_star": batch.v_star,
+        "rollout_logprob": batch.rollout_logprob,
+        "logprob": torch.tensor(stats.logprobs, dtype=torch.float64),
+        "reference_logprob": torch.tensor(stats.reference_logprobs, dtype=torch.float64),
+    }
+
+
+def _words(
+    rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: StepOptions
+) -> dict[str, object]:
+    return {
+        "version": batch.version,
+        "skipped_mini_batches": list(stats.skipped),
+        "grad_norm": str(stats.grad_norm),
+        "options": dataclasses.asdict(options),
+        "sequences": [
+            {
+                "uid": rollout.prompt.uid,
+                "prompt": rollout.prompt.text,
+                "answer": rollout.prompt.answer,
+                "response": rollout.text,
+                "truncated": rollout.truncated,
+                "logprob": str(logprob),
+                "reference_logprob": str(reference),
+            }
+            for rollout, logprob, reference in zip(rollouts, stats.logprobs, stats.reference_logprobs, strict=True)
+        ],
+    }

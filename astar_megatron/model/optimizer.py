@@ -1,0 +1,97 @@
+"""AdamW through Megatron's distributed optimizer, its learning rate over the run, and steps that must not be taken.
+
+Biases and norms, all parameters of one dimension, do not decay. A gradient or a loss that is not finite spoils no
+weight: the step is left out, on all ranks alike, and neither optimizer nor schedule notice that it was there.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from astar_megatron.config import OptimConfig
+
+_STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
+
+
+def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype) -> Any:
+    """Return Megatron's optimizer of the DistributedDataParallel `modules`; collective over all ranks."""
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=_min_lr(optim),
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.adam_beta1,
+            adam_beta2=optim.adam_beta2,
+            adam_eps=optim.adam_eps,
+            clip_grad=optim.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            optimizer_cpu_offload=optim.offload,
+            optimizer_offload_fraction=1.0 if optim.offload else 0.0,
+            use_precision_aware_optimizer=optim.offload,  # Megatron offloads through that path only
+        ),
+        modules,
+        use_gloo_process_groups=False,
+    )
+
+
+def make_schedule(optimizer: Any, optim: OptimConfig, num_steps: int) -> OptimizerParamScheduler:
+    """Return the learning rate over `num_steps` optimiser steps: `.step(1)` sets it before each of them.
+
+    The decay would reach `optim.min_lr` one step after the last, so that no step is taken with a rate of 0.
+    """
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=_min_lr(optim),
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=max(num_steps, optim.warmup_steps) + 1,
+        lr_decay_style=_STYLES[optim.schedule],
+        wsd_decay_steps=(optim.decay_steps or 0) + 1,
+        lr_wsd_decay_style="linear",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run takes the learning rate of its configuration
+    )
+
+
+def describe(optimizer: Any) -> str:
+    """Say in words whose AdamW computes."""
+    kinds = {type(inner.optimizer) for inner in optimizer.chained_optimizers if inner.optimizer is not None}
+    return ", ".join(sorted(f"{kind.__name__} of {kind.__module__.partition('.')[0]}" for kind in kinds))
+
+
+def learning_rate(optimizer: Any) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def take_step(optimizer: Any, schedule: Any, *, is_finite: bool, device: torch.device) -> tuple[bool, float]:
+    """Take the step of the accumulated gradients where they and all losses are finite; collective over all ranks.
+
+    `is_finite` says so of this rank's losses. Returns whether the step was taken, and the gradients' norm before
+    clipping. Otherwise weights, optimizer and schedule are bitwise what they were.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm() or 0.0)  # of all ranks: NaN or Inf of one of them is in it
+    bad = torch.tensor(float(not (is_finite and math.isfinite(norm))), device=device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if bad.item():
+        return False, norm
+    schedule.step(increment=1)
+    taken, *_ = optimizer.step()
+    assert taken, "megatron's optimizer left a step out that was finite"
+    return True, norm
+
+
+def _min_lr(optim: OptimConfig) -> float:
+    return optim.lr if optim.schedule == "constant" else optim.min_lr

@@ -1,0 +1,82 @@
+"""A batch that spoiled a step: whole on disk, and readable without this program."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from astar_megatron.data import bad_batches
+from astar_megatron.data.files import StorageError
+from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
+
+HEALTH = dict.fromkeys(Health.__dataclass_fields__, math.nan)
+OPTIONS = StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=1, micro_batch_tokens=60)
+
+
+def _rollout(index: int) -> Rollout:
+    prompt = Prompt(uid=f"uid{index}", token_ids=(1, 2, 3)[: index + 1], text=f"What is {index}?", answer="ü")
+    return Rollout(
+        prompt=prompt,
+        sample=0,
+        seed=1,
+        token_ids=(7, 2),
+        text="so",
+        truncated=False,
+        logprob=-3.5,
+        version=4,
+        reward=1.0,
+    )
+
+
+def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout], RolloutBatch, StepStats]:
+    rollouts = [_rollout(0), _rollout(1)]
+    batch = RolloutBatch(
+        token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
+        prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
+        reward=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        v_star=torch.tensor([math.nan, 0.5], dtype=torch.float64),
+        rollout_logprob=torch.tensor([-3.5, -3.5], dtype=torch.float64),
+        version=4,
+    )
+    stats = StepStats(
+        **HEALTH,
+        loss=math.nan,
+        engine_gap=0.0,
+        grad_norm=math.nan,
+        learning_rate=1e-6,
+        skipped=(0,),
+        tokens=7,
+        response_tokens=4,
+        tokens_per_second=1.0,
+        model_flops=1.0,
+        mfu=None,
+        peak_memory_bytes=(1,),
+        logprobs=logprobs,
+        reference_logprobs=(-1.0, -2.5),
+    )
+    return rollouts, batch, stats
+
+
+def test_what_was_written_is_read_back_and_replaced_by_a_second_try(tmp_path: Path) -> None:
+    for logprobs in ((0.0, 0.0), (math.nan, -2.0)):
+        folder = bad_batches.write(tmp_path, *_case(logprobs), OPTIONS)
+    assert folder == tmp_path / "bad_batches" / "step_00000004"
+    assert [path.name for path in folder.parent.iterdir()] == ["step_00000004"]
+    tensors = load_file(folder / "batch.safetensors")
+    assert tensors["token_ids"].split(tensors["lengths"].tolist())[1].tolist() == [1, 2, 7, 2]
+    assert tensors["prompt_tokens"].tolist() == [1, 2]
+    assert tensors["v_star"].isnan().tolist() == tensors["logprob"].isnan().tolist() == [True, False]
+    words = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
+    assert (words["version"], words["skipped_mini_batches"]) == (4, [0])
+    assert words["options"]["temperature"] == 0.8
+    assert [one["logprob"] for one in words["sequences"]] == ["nan", "-2.0"]
+    assert (words["sequences"][1]["uid"], words["sequences"][1]["answer"]) == ("uid1", "ü")
+
+
+def test_a_run_dir_that_is_no_folder_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="bad_batches"):
+        bad_batches.write(tmp_path / "file", *_case(), OPTIONS)

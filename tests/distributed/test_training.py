@@ -1,0 +1,205 @@
+"""The optimiser step: schedules, decay, scales, the reference, and that what is not finite changes nothing."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training as work
+from test_layouts import batch
+from training import Run, Trained
+
+from astar_megatron.types import Health, RolloutBatch, StepStats
+
+
+def train(ranks: Any, run: Run, **more: Any) -> list[Trained]:
+    return ranks.run(work.trained, math.prod(run.axes.values()), run=run, **more)
+
+
+def stats_of(found: list[Trained]) -> list[StepStats]:
+    return next(one.stats for one in found if one.stats[0] is not None)
+
+
+def spoiled(data: RolloutBatch, index: int, value: float = float("nan")) -> RolloutBatch:
+    v_star = data.v_star.clone()
+    v_star[index] = value
+    return dataclasses.replace(data, v_star=v_star)
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2}, {"pipeline": 2, "data": 2}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5e19])
+def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
+    value: float, axes: dict[str, int], ranks: Any, untied_qwen2: Path
+) -> None:
+    """One sequence, so one data-parallel rank, is bad; of the last one the loss is finite, the gradient's norm not."""
+    good, later = batch(1), batch(2, version=2)
+    bad = dataclasses.replace(spoiled(batch(3), 5, value), version=1)
+    run = Run(str(untied_qwen2), [good, bad, later], axes=axes, optim={"loss_scale": "pg"})
+    found = train(ranks, run)
+    for rank in found:
+        before, after_good, after_bad, after_later = rank.digests
+        assert before != after_good == after_bad != after_later
+    stats = stats_of(found)
+    assert [one.skipped for one in stats] == [(), (0,), ()]
+    assert math.isfinite(stats[1].loss) == (value == 1.5e19)
+    assert not math.isfinite(stats[1].grad_norm)
+    assert math.isfinite(stats[2].loss + stats[2].grad_norm)
+
+
+def test_a_bad_mini_batch_leaves_the_good_one_beside_it(ranks: Any, tied_llama: Path) -> None:
+    data, later = batch(1), batch(2, version=1)
+    first = dataclasses.replace(
+        data,
+        token_ids=data.token_ids[:4],
+        prompt_tokens=data.prompt_tokens[:4],
+        reward=data.reward[:4],
+        v_star=data.v_star[:4],
+        rollout_logprob=data.rollout_logprob[:4],
+    )
+    run = Run(str(tied_llama), [spoiled(data, 6), later], mini_batch_size=4)
+    (found,), (wanted,) = train(ranks, run), train(ranks, dataclasses.replace(run, batches=[first, later]))
+    assert [one.skipped for one in found.stats] == [(1,), ()]
+    assert found.digests == wanted.digests
+    assert found.stats[1].loss == wanted.stats[1].loss
+
+
+def test_a_run_resumed_after_a_skipped_step_is_the_uninterrupted_run(
+    ranks: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    batches = [batch(version, version=version) for version in range(4)]
+    batches[1] = spoiled(batches[1], 2)
+    optim = {"schedule": "cosine", "warmup_steps": 1}
+    whole = Run(str(tied_llama), batches, optim=optim)
+    (wanted,) = train(ranks, whole)
+    save = str(tmp_path / "step_00000002")
+    train(ranks, dataclasses.replace(whole, batches=batches[:2], save=save))
+    (found,) = train(ranks, dataclasses.replace(whole, batches=batches[2:], load=save))
+    assert found.digests == wanted.digests[2:]
+    assert [one.loss for one in found.stats] == [one.loss for one in wanted.stats[2:]]
+    assert [one.learning_rate for one in found.stats] == [one.learning_rate for one in wanted.stats[2:]]
+
+
+def test_weights_that_are_spoiled_skip_every_step(ranks: Any, tied_llama: Path) -> None:
+    run = Run(str(tied_llama), [batch(1), batch(2, version=1)], mini_batch_size=4)
+    (found,) = train(ranks, run, tamper=work.spoil_a_weight)
+    assert [one.skipped for one in found.stats] == [(0, 1), (0, 1)]
+    assert len(set(found.digests)) == 1
+
+
+@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
+def test_all_but_biases_and_norms_decay(kind: str, ranks: Any, request: pytest.FixtureRequest) -> None:
+    """With r = V* at step 0 the gradient is exactly 0, and the decay is all that moves a weight."""
+    data = batch(1)
+    data = dataclasses.replace(data, v_star=data.reward.clone())
+    optim = {"lr": 0.125, "weight_decay": 0.5}
+    (found,) = train(ranks, Run(str(request.getfixturevalue(kind)), [data], optim=optim))
+    assert found.stats[0].grad_norm == 0.0
+    kept = {name for name in found.ratios if name.endswith("bias") or "norm" in name}
+    assert len(kept) >= 13
+    for name, ratio in found.ratios.items():
+        assert ratio == pytest.approx((1.0, 1.0) if name in kept else (1 - 0.0625,) * 2, rel=1e-6), name
+    assert not found.changed & kept
+
+
+def test_the_learning_rate_follows_its_schedule(ranks: Any, tied_llama: Path) -> None:
+    """Steps 1 to 6; a skipped one does not count, so the rate goes on from where it was."""
+    batches = [batch(version, version=version) for version in range(3)]
+    batches[1] = spoiled(batches[1], 1)
+    rates = {}
+    for name, optim in {
+        "constant": {"warmup_steps": 3},
+        "cosine": {"schedule": "cosine", "warmup_steps": 1, "min_lr": 1e-4},
+        "wsd": {"schedule": "wsd", "decay_steps": 2, "min_lr": 1e-4},
+    }.items():
+        run = Run(str(tied_llama), batches, optim=optim, mini_batch_size=4, optimizer_steps=4)
+        rates[name] = [one.learning_rate for one in stats_of(train(ranks, run))]
+    assert rates["constant"] == pytest.approx([1e-3 * 2 / 3, 1e-3, 1e-3])  # after 2, 3 and 5 steps taken
+    cosine = {n: 1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * (n - 1) / 4)) for n in (2, 3, 5)}
+    assert rates["cosine"] == pytest.approx(list(cosine.values()))
+    assert rates["wsd"] == pytest.approx([1e-3, 1e-4 + 9e-4 * 2 / 3, 1e-4])
+
+
+def test_the_policy_gradients_scale_divides_the_gradient_by_2_beta2(ranks: Any, tied_llama: Path) -> None:
+    found = {}
+    for scale in ("paper", "pg"):
+        (one,) = train(ranks, Run(str(tied_llama), [batch(1)], optim={"loss_scale": scale}))
+        found[scale] = one.stats[0]
+    assert found["pg"].grad_norm == pytest.approx(found["paper"].grad_norm / (2 * 0.05), rel=1e-5)
+    assert found["pg"].loss == found["paper"].loss
+
+
+def test_the_gradient_is_clipped_to_its_norm(ranks: Any, tied_llama: Path) -> None:
+    """With an eps far above the gradient Adam's first step is lr / eps times the gradient."""
+    optim = {"lr": 1e4, "adam_eps": 1e4, "weight_decay": 0.0}
+    moved = {}
+    for clip in (0.0, 0.01):
+        (one,) = train(ranks, Run(str(tied_llama), [batch(1)], optim=optim | {"clip_grad": clip}))
+        moved[clip] = one.moved
+        norm = one.stats[0].grad_norm
+    assert norm > 0.1  # before clipping
+    assert moved[0.0] == pytest.approx(norm, rel=1e-3)
+    assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_importance_weights_scale_the_gradient_and_are_one_on_policy(ranks: Any, tied_llama: Path) -> None:
+    plain = Run(str(tied_llama), [batch(1)])
+    (base,) = train(ranks, plain)
+    logprob = torch.tensor(base.stats[0].logprobs, dtype=torch.float64)
+    norms = {}
+    for ratio, cap in ((1.0, 1.0), (0.5, 2.0), (8.0, 3.0)):
+        data = dataclasses.replace(batch(1), rollout_logprob=logprob - math.log(ratio))
+        run = dataclasses.replace(plain, batches=[data], importance_cap=cap)
+        norms[ratio] = stats_of(train(ranks, run))[0].grad_norm / base.stats[0].grad_norm
+    assert norms == pytest.approx({1.0: 1.0, 0.5: 0.5, 8.0: 3.0}, rel=1e-4)
+
+
+@pytest.mark.parametrize("axes", [{}, {"tensor": 2, "pipeline": 2}], ids=str)
+def test_an_offloaded_reference_is_the_resident_one(axes: dict[str, int], ranks: Any, tied_llama: Path) -> None:
+    run = Run(str(tied_llama), [batch(1), batch(2, version=1)], axes=axes)
+    wanted, found = (train(ranks, dataclasses.replace(run, reference=kind)) for kind in ("resident", "offload"))
+    assert [one.digests for one in found] == [one.digests for one in wanted]
+    assert stats_of(found)[1].reference_logprobs == stats_of(wanted)[1].reference_logprobs
+    assert stats_of(found)[1].logratio_max > 0.0
+
+
+def test_the_first_mini_batch_needs_one_pack_of_the_reference_and_no_other_does(ranks: Any, tied_llama: Path) -> None:
+    """Counted in model FLOPs: forward and backward of every pack, and a forward pass for each that is scored."""
+    data = batch(1)
+    run = Run(str(tied_llama), [data, dataclasses.replace(data, version=1)], micro_batch_tokens=40)
+    (one,) = train(ranks, run)
+    (two,) = train(ranks, dataclasses.replace(run, mini_batch_size=4))
+    first, later = (stats.model_flops for stats in one.stats)
+    assert 3 / 4 * later < first < 0.9 * later
+    assert one.stats[0].logratio_max == 0.0 < one.stats[1].logratio_max
+    assert first < two.stats[0].model_flops < two.stats[1].model_flops == pytest.approx(later, rel=0.1)
+    assert two.stats[0].logratio_max > 0.0  # of the second mini-batch, which the first one's step came before
+
+
+def test_a_reference_that_computes_another_function_is_found_at_step_0(ranks: Any, tied_llama: Path) -> None:
+    with pytest.raises(AssertionError, match="policy and reference have the same weights, but"):
+        train(ranks, Run(str(tied_llama), [batch(1)]), tamper=work.turn_the_reference)
+
+
+def test_a_policy_that_is_not_the_reference_is_compared_with_it_from_the_start(ranks: Any, tied_llama: Path) -> None:
+    (found,) = train(ranks, Run(str(tied_llama), [batch(1)]), tamper=work.shift_a_weight)
+    assert found.stats[0].logratio_max > 1e-3
+
+
+def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied_qwen2: Path) -> None:
+    run = Run(str(untied_qwen2), [batch(1), batch(2, version=1)], mini_batch_size=4)
+    (wanted,) = train(ranks, run)
+    assert "AdamW of torch" in wanted.reason
+    assert "no MFU" in wanted.reason
+    for axes in ({"data": 2}, {"tensor": 2}, {"pipeline": 2}):
+        found = stats_of(train(ranks, dataclasses.replace(run, axes=axes)))
+        for one, other in zip(found, wanted.stats, strict=True):
+            for field in dataclasses.fields(Health):
+                value = getattr(other, field.name)
+                assert getattr(one, field.name) == pytest.approx(value, rel=2e-3, abs=1e-4), (axes, field.name)
+            assert len(one.peak_memory_bytes) == math.prod(axes.values())
+            assert min(one.peak_memory_bytes) > 100 << 20
+            assert one.tokens_per_second > 0
+            assert one.mfu is None
+            assert one.model_flops == pytest.approx(other.model_flops, rel=0.2)  # other packs share other prefixes

@@ -1,0 +1,80 @@
+"""What a step leaves in metrics.jsonl, and the end of a run that loses too many steps."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from astar_megatron import train
+from astar_megatron.types import Health, Prompt, Rollout, StepStats
+
+# Every key of a line. A change here is a change of what people's plots read: it belongs in README.md and CHANGELOG.md.
+KEYS = {
+    *("step", "version", "reward_mean", "v_star_mean", "loss", "grad_norm", "lr", "skipped_steps"),
+    *("logratio_mean", "logratio_std", "logratio_p05", "logratio_p50", "logratio_p95", "logratio_max"),
+    *("kl_sequence", "kl_token", "entropy", "residual_mean", "residual_std", "slope", "r_squared"),
+    *("engine_gap", "truncated", "tokens", "response_tokens", "tokens_per_second", "model_flops", "mfu"),
+    *("peak_memory_bytes", "seconds"),
+}
+ROLLOUT = Rollout(
+    prompt=Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2"),
+    sample=0,
+    seed=0,
+    token_ids=(5, 2),
+    text="2",
+    truncated=True,
+    logprob=-1.5,
+    version=3,
+    reward=1.0,
+)
+STATS = StepStats(
+    **{name: float(index) for index, name in enumerate(Health.__dataclass_fields__)},
+    loss=0.25,
+    engine_gap=0.5,
+    grad_norm=2.0,
+    learning_rate=1e-6,
+    skipped=(1,),
+    tokens=4,
+    response_tokens=2,
+    tokens_per_second=8.0,
+    model_flops=1e9,
+    mfu=None,
+    peak_memory_bytes=(5, 6),
+    seconds={"policy": 0.4, "reference": 0.1},
+    logprobs=(-1.0,),
+    reference_logprobs=(-2.0,),
+)
+
+
+def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:
+    line = train._metrics(3, [ROLLOUT], {"a": 0.5}, STATS, {"total": 2.0})
+    assert set(line) == KEYS
+    assert (line["truncated"], line["skipped_steps"], line["lr"]) == (1.0, 1, 1e-6)
+    assert line["peak_memory_bytes"] == [5, 6]
+    assert line["seconds"] == {"policy": 0.4, "reference": 0.1, "total": 2.0}
+    assert (line["logratio_mean"], line["slope"]) == (STATS.logratio_mean, STATS.slope)
+
+
+def test_the_readme_explains_every_key_of_a_line() -> None:
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("The keys of a line of `metrics.jsonl`:")[2].partition("\n## ")[0]
+    explained: set[str] = set()
+    for cell in re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE):
+        names = re.findall(r"`(\w+)`", cell)
+        stem = names[0].rpartition("_")[0]
+        explained |= {stem + name if name.startswith("_") else name for name in names}
+    assert explained == KEYS
+
+
+def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
+    train.check_skipped(2, 3, Path("runs/x"))
+    with pytest.raises(train.NotFiniteError, match=r"not finite 3 times.*runs/x/bad_batches.*optim\.lr"):
+        train.check_skipped(3, 3, Path("runs/x"))
+
+
+def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:
+    batch = train._batch([ROLLOUT], {"a": 0.5}, version=3)
+    assert batch.response_lengths().tolist() == [2]
+    assert batch.response_tokens() == 2
+    assert torch.equal(batch.v_star, torch.tensor([0.5], dtype=torch.float64))
