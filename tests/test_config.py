@@ -24,6 +24,8 @@ KEYS = {
     "data.max_prompt_tokens": 256,
     "data.eval_path": None,
     "reward.name": REQUIRED,
+    "reward.timeout_seconds": 10.0,
+    "reward.max_failures": 100,
     "sampling.temperature": 1.0,
     "sampling.top_p": 1.0,
     "sampling.max_response_tokens": 1024,
