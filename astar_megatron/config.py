@@ -34,13 +34,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts: a JSONL file, one object a line."""
+    """Prompts: a JSONL or Parquet file, one object a line; `astar data` makes some."""
 
     path: Name
     prompt_field: str = "question"
     answer_field: str = "answer"
     suffix: str = ""  # appended to the prompt's text
     max_prompt_tokens: int = Field(default=256, ge=1)
+    long_prompts: Literal["refuse", "drop"] = "refuse"  # what is done with prompts over the limit; none is ever cut
     eval_path: Name | None = None  # evaluation prompts; none: those of `path`
 
 

@@ -22,6 +22,7 @@ KEYS = {
     "data.answer_field": "answer",
     "data.suffix": "",
     "data.max_prompt_tokens": 256,
+    "data.long_prompts": "refuse",
     "data.eval_path": None,
     "reward.name": REQUIRED,
     "reward.timeout_seconds": 10.0,
