@@ -42,20 +42,26 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts: a JSONL file, one object a line."""
+    """Prompts: a JSONL or Parquet file, one object a line; `astar data` makes some."""
 
     path: Name
     prompt_field: str = "question"
     answer_field: str = "answer"
     suffix: str = ""  # appended to the prompt's text
     max_prompt_tokens: int = Field(default=256, ge=1)
+    long_prompts: Literal["refuse", "drop"] = "refuse"  # what is done with prompts over the limit; none is ever cut
     eval_path: Name | None = None  # evaluation prompts; none: those of `path`
 
 
 class RewardConfig(Section):
-    """ONE rule for sweep, training and evaluation: a name of algorithm/rewards or `package.module:function`."""
+    """ONE rule for sweep, training and evaluation: a name of algorithm/rewards or `package.module:function`.
+
+    A response whose reward raises, takes too long or is no number from -1 to 1 scores 0 and counts as a failure.
+    """
 
     name: str
+    timeout_seconds: float = Field(default=10.0, gt=0.0)  # of one response; a process that takes longer is killed
+    max_failures: int = Field(default=100, ge=0)  # of a sweep, training or evaluation; one more stops it
 
 
 class SamplingConfig(Section):

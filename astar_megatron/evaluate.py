@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from astar_megatron.algorithm.rewards import score
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import tokenizer_digest
 from astar_megatron.data.files import write_atomic
 from astar_megatron.rollout.pool import EnginePool, seed_of
+from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import Inputs, engines_of, prepare
 from astar_megatron.tracking import Tracker
 from conversion import hf
@@ -45,8 +45,9 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
 def evaluate(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, name: str) -> Evaluation:
     """Evaluate what the engines hold; every response goes to `<run_dir>/<name>.jsonl`."""
     work = [(prompt, 0, seed_of(cfg.seed, "eval", prompt.uid)) for prompt in inputs.eval_prompts]
-    with tracker.progress(f"evaluation, {name}", len(work)) as advance:
-        rollouts = score(inputs.reward, engines.draw(work, cfg.sampling, greedy=True, advance=advance))
+    progress = tracker.progress(f"evaluation, {name}", len(work))
+    with progress as advance, Scorer(cfg.reward, tracker.run_dir) as scorer:
+        rollouts = scorer.score(engines.draw(work, cfg.sampling, greedy=True, advance=advance))
     rows = [
         {
             "uid": rollout.prompt.uid,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron import doctor
-from astar_megatron.algorithm import rewards
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
@@ -18,6 +17,7 @@ from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
 from astar_megatron.model.backend import check_features, resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
 from conversion import hf
@@ -27,11 +27,10 @@ from conversion.tiles import ParallelLayout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a run reads before it starts: prompts, reward, model tables; all of it checked."""
+    """What a run reads before it starts: prompts, model tables; all of it checked, the reward too."""
 
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    reward: rewards.Reward
     contract: Contract
     model: Model
 
@@ -64,13 +63,12 @@ def prepare(cfg: RunConfig) -> Inputs:
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path)
     evaluated = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts
-    reward = rewards.get(cfg.reward.name)
-    rewards.check(reward, [*prompts, *(evaluated if cfg.data.eval_path else ())])
+    with Scorer(cfg.reward) as scorer:
+        scorer.check([*prompts, *(evaluated if cfg.data.eval_path else ())])
     doctor.check_run(cfg, model_bytes=4 * model.num_parameters())
     return Inputs(
         prompts=prompts,
         eval_prompts=evaluated[: cfg.eval.max_prompts],
-        reward=reward,
         contract=contract,
         model=model,
     )

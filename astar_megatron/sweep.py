@@ -4,10 +4,10 @@ Append-only and resumable: what the table holds is not drawn again, more samples
 killed sweep loses at most the rows not yet appended.
 """
 
-from astar_megatron.algorithm.rewards import score
 from astar_megatron.config import RunConfig
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
+from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import Inputs, engines_of, prepare
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Rollout
@@ -32,10 +32,11 @@ def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker)
     missing = table.missing(inputs.prompts, cfg.sweep.num_samples)
     work = [(prompt, sample, seed_of(cfg.seed, "sweep", prompt.uid, sample)) for prompt, sample in missing]
     waiting: list[Rollout] = []
-    with tracker.progress("stage 1, V* sweep", len(work)) as advance:
+    progress = tracker.progress("stage 1, V* sweep", len(work))
+    with progress as advance, Scorer(cfg.reward, tracker.run_dir) as scorer:
         try:
-            for finished in engines.generate(work, cfg.sampling):
-                waiting += score(inputs.reward, [rollout for _, rollout in finished])
+            for finished in scorer.scored(engines.generate(work, cfg.sampling)):
+                waiting += [rollout for _, rollout in finished]
                 advance(len(finished))
                 if len(waiting) >= _ROWS_A_SHARD:
                     _append(table, waiting)

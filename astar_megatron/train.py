@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from astar_megatron import config, doctor
-from astar_megatron.algorithm.rewards import score
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
@@ -20,6 +19,7 @@ from astar_megatron.data import bad_batches
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
+from astar_megatron.rollout.scoring import Scorer, gather
 from astar_megatron.run import Inputs, prepare, started
 from astar_megatron.tracking import Clock, Tracker, read_metrics
 from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
@@ -74,7 +74,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     skipped = sum(line.get("skipped_steps", 0) for line in tracker.begin(first))
-    with TransferFolder() as folder:
+    with TransferFolder() as folder, Scorer(cfg.reward, tracker.run_dir) as scorer:
         weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)
         tracker.say(f"weights go to the engines by {weights.reason}")
         for step in range(first, cfg.train.num_steps):
@@ -82,9 +82,10 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             with clock.span("publish"):
                 weights.publish(version=step)
             with clock.span("generate"):
-                drawn = engines.draw(_work(prompts.take(), cfg.seed, step), cfg.sampling)
-            with clock.span("score"):
-                rollouts = score(inputs.reward, drawn)
+                work = _work(prompts.take(), cfg.seed, step)
+                pending = [scorer.submit(finished) for finished in engines.generate(work, cfg.sampling)]
+            with clock.span("score"):  # what generation did not hide
+                rollouts = gather(pending)
             batch = _batch(rollouts, v_star, step)
             stats = policy.step(batch, options)
             metrics = _metrics(step, rollouts, v_star, stats, clock.stop())

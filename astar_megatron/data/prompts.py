@@ -2,8 +2,8 @@
 
 A prompt is what the model reads (token ids) and what the reward compares with (answer); its uid is the digest of
 both, so the same question has the same uid in the sweep, in training and in every later run. Nothing is cut or
-dropped in silence: exact duplicates are counted in the log, everything else that is wrong is refused.
-Leaves out: other sources than JSONL, several turns, images.
+dropped in silence: exact duplicates, and prompts over the limit where the configuration drops them, are counted in the
+log, everything else that is wrong is refused with its count. Leaves out: several turns, images.
 """
 
 import functools
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.config import DataConfig
+from astar_megatron.data.rows import Pair, Problems, PromptError, pairs_of, read_rows, without_duplicates
 from astar_megatron.types import Prompt
 
 if TYPE_CHECKING:
@@ -24,36 +25,38 @@ _LOG = logging.getLogger(__name__)
 _ENCODE_AT_ONCE = 4096  # texts a tokeniser call
 
 
-class PromptError(ValueError):
-    """A prompt file that can't be used; the message names the file and the line."""
-
-
 class TokenizerError(ValueError):
     """A model folder without a tokenizer that can format a chat and end a response."""
 
 
 def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> list[Prompt]:
-    """Return the prompts of the JSONL file `path` (none: `cfg.path`) in file order, as the model's template has them.
+    """Return the prompts of the file `path` (none: `cfg.path`) in file order, as the model's template has them.
 
     The user message is the prompt field + `cfg.suffix`. Exact duplicates are kept once. Raises PromptError (file, JSON,
     UTF-8, fields, length, one prompt with two answers) and TokenizerError.
     """
     source = Path(path or cfg.path)
-    rows = _read_rows(source, cfg)
-    encoded = _encode(tokenizer(model_path), [question + cfg.suffix for _, question, _ in rows], source)
-    _check_lengths(source, [line for line, _, _ in rows], encoded, cfg.max_prompt_tokens)
-    found: dict[tuple[int, ...], tuple[int, Prompt]] = {}  # prompt tokens -> line, prompt
-    for (line, question, answer), token_ids in zip(rows, encoded, strict=True):
-        prompt = Prompt(uid=_uid(token_ids, answer), token_ids=token_ids, text=question + cfg.suffix, answer=answer)
-        first_line, first = found.setdefault(token_ids, (line, prompt))
-        if first.answer != answer:
-            raise PromptError(
-                f"{source}: lines {first_line} and {line} are one prompt with two answers, {first.answer!r:.200} and "
-                f"{answer!r:.200}; keep the right one ({question!r:.200})"
-            )
-    if len(found) < len(rows):
-        _LOG.warning("%s: %d exact duplicates of %d prompts dropped", source, len(rows) - len(found), len(rows))
-    return [prompt for _, prompt in found.values()]
+    problems = Problems(source)
+    rows = read_rows(source, problems)
+    pairs = pairs_of(rows, cfg.prompt_field, cfg.answer_field, problems)
+    problems.refuse(len(pairs) + problems.count)
+    prompts = make_prompts(pairs, cfg.suffix, model_path, source)
+    first = without_duplicates(pairs, [prompt.token_ids for prompt in prompts], problems)
+    problems.refuse(len(pairs))
+    if len(first) < len(pairs):
+        _LOG.warning("%s: %d exact duplicates of %d prompts dropped", source, len(pairs) - len(first), len(pairs))
+    return _within_limit(source, [pairs[i].where for i in first], [prompts[i] for i in first], cfg)
+
+
+def make_prompts(pairs: Sequence[Pair], suffix: str, model_path: str, source: object) -> list[Prompt]:
+    """Return a prompt of each pair in the model's chat template, of any length. Raises PromptError, TokenizerError."""
+    encoded = _encode(tokenizer(model_path), [pair.question + suffix for pair in pairs], source)
+    if empty := [pair.where for pair, ids in zip(pairs, encoded, strict=True) if not ids]:
+        raise PromptError(f"{source}, {empty[0]}: no token is left after the chat template; check the template")
+    return [
+        Prompt(uid=_uid(ids, pair.answer), token_ids=ids, text=pair.question + suffix, answer=pair.answer)
+        for pair, ids in zip(pairs, encoded, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=4)
@@ -156,50 +159,7 @@ class PromptStream:
         return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def _read_rows(source: Path, cfg: DataConfig) -> list[tuple[int, str, str]]:
-    """Line number, question and answer of each line that is not blank."""
-    try:
-        data = source.read_bytes()
-    except OSError as error:
-        reason = f"can't read the prompts: {error.strerror}"
-        raise PromptError(f"{source}: {reason}; check data.path and data.eval_path") from error
-    rows = []
-    for line, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise PromptError(f"{source}, line {line}: not UTF-8 ({error}); convert the file to UTF-8") from None
-        except ValueError as error:
-            raise PromptError(f"{source}, line {line}: not JSON ({error}); expected one object a line") from None
-        if not isinstance(row, dict):
-            raise PromptError(f"{source}, line {line}: expected a JSON object, got {type(row).__name__}")
-        question = _field(row, cfg.prompt_field, f"{source}, line {line}", "data.prompt_field")
-        rows.append((line, question, _field(row, cfg.answer_field, f"{source}, line {line}", "data.answer_field")))
-    if not rows:
-        raise PromptError(f"{source}: holds no prompt; expected one JSON object a line")
-    return rows
-
-
-def _field(row: dict[str, Any], name: str, where: str, key: str) -> str:
-    if name not in row:
-        raise PromptError(f"{where}: no field {name!r}, only {', '.join(map(repr, row)) or 'none'}; set {key}")
-    value = row[name]
-    if isinstance(value, int | float) and not isinstance(value, bool) and key == "data.answer_field":
-        value = str(value)  # a JSON number is as good an answer as its text
-    if not isinstance(value, str):
-        raise PromptError(f"{where}: field {name!r} is {type(value).__name__}, expected text; repair it or set {key}")
-    if not value.strip():
-        raise PromptError(f"{where}: field {name!r} is empty; fill it or remove the line")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise PromptError(f"{where}: field {name!r} holds half a surrogate pair, which is no text; repair it") from None
-    return value
-
-
-def _encode(tok: "PreTrainedTokenizerBase", messages: Sequence[str], source: Path) -> list[tuple[int, ...]]:
+def _encode(tok: "PreTrainedTokenizerBase", messages: Sequence[str], source: object) -> list[tuple[int, ...]]:
     """The token ids of one user message each, formatted by the chat template, up to where the answer begins."""
     from jinja2 import TemplateError
 
@@ -215,16 +175,20 @@ def _encode(tok: "PreTrainedTokenizerBase", messages: Sequence[str], source: Pat
     return encoded
 
 
-def _check_lengths(source: Path, lines: Sequence[int], encoded: Sequence[tuple[int, ...]], limit: int) -> None:
-    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
-    if (tokens := len(encoded[longest])) > limit:
-        count = sum(len(ids) > limit for ids in encoded)
-        raise PromptError(
-            f"{source}: {count} of {len(encoded)} prompts exceed data.max_prompt_tokens = {limit}; the longest "
-            f"(line {lines[longest]}) has {tokens}; raise data.max_prompt_tokens to {tokens} or remove the lines"
-        )
-    if empty := [line for line, ids in zip(lines, encoded, strict=True) if not ids]:
-        raise PromptError(f"{source}, line {empty[0]}: no token is left after the chat template; check the template")
+def _within_limit(source: Path, places: Sequence[str], prompts: list[Prompt], cfg: DataConfig) -> list[Prompt]:
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    longest, limit = max(range(len(prompts)), key=lengths.__getitem__), cfg.max_prompt_tokens
+    count = sum(length > limit for length in lengths)
+    if count == 0:
+        return prompts
+    what = (
+        f"{source}: {count} of {len(prompts)} prompts exceed data.max_prompt_tokens = {limit}; the longest "
+        f"({places[longest]}) has {lengths[longest]}"
+    )
+    if cfg.long_prompts == "refuse" or count == len(prompts):
+        raise PromptError(f"{what}; raise data.max_prompt_tokens to {lengths[longest]}, or set data.long_prompts=drop")
+    _LOG.warning("%s; dropped, as data.long_prompts says", what)
+    return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
 
 
 def _uid(token_ids: tuple[int, ...], answer: str) -> str:

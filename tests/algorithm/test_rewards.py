@@ -1,17 +1,25 @@
-"""Rewards: tables of tricky strings, linear time, and errors that name the prompt and the response."""
+"""Rewards: tables of tricky strings, linear time, and what is refused. Every response is scored as it stands: one
+that the token limit cut, or that has no EOS, by what it holds."""
 
-import dataclasses
-import json
+import importlib.util
 import math as mathematics
-import os
 import time
-from pathlib import Path
 
 import pytest
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.rewards.latex import last_boxed, normalised
-from astar_megatron.types import Prompt, Rollout
+
+NAMES = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "math_verify" and importlib.util.find_spec("math_verify") is None,
+            reason="needs the package math-verify",
+        ),
+    )
+    for name in rewards.names()
+]
 
 LAST_NUMBER = [
     ("7", "7", 1),
@@ -89,6 +97,87 @@ MATH = [
     (r"\boxed{5}", r"We get \boxed{1}, no: \boxed{5}.", 1),
     (r"\boxed{\text{Évelyn}}", r"\text{Évelyn}", 1),
     (r"\boxed{1+1}", "2", 0),  # nothing is computed
+    (r"\boxed{-5}", "-5", 1),
+    (r"\boxed{5}", "-5", 0),
+    (r"\boxed{\frac{\sqrt{\frac{1}{2}}}{3}}", r"\dfrac{\sqrt{\tfrac{1}{2}}}{3}", 1),  # nested braces
+    (r"\boxed{12\text{ m}^2}", "12", 1),
+    (r"so \boxed{\frac{1}{2}} and then", r"\frac12", 1),  # cut by the limit after the box
+]
+
+COUNTDOWN = [  # response, numbers, target, reward
+    ("<answer>(44 - 19) + 35</answer>", [44, 19, 35], 60, 1),
+    ("<answer>44+35-19</answer>", [44, 19, 35], 60, 1),
+    ("<answer>1</answer> no: <answer> 44+35-19 </answer>", [44, 19, 35], 60, 1),
+    ("<answer>44+35-19</answer> or <answer>60</answer>", [44, 19, 35], 60, 0.1),
+    ("<answer>60</answer>", [44, 19, 35], 60, 0.1),  # not the given numbers
+    ("<answer>44+35-19</answer>", [44, 19, 35], 61, 0.1),
+    ("<answer>44+35-19+0</answer>", [44, 19, 35], 60, 0.1),
+    ("<answer>44+44-28</answer>", [44, 28], 60, 0.1),  # one used twice
+    ("<answer>7*(3+3/7)</answer>", [3, 3, 7, 7], 24, 1),  # exact fractions
+    ("<answer>8/(3-8/3)</answer>", [3, 3, 8, 8], 24, 1),
+    ("<answer>1/(3-3)</answer>", [1, 3, 3], 1, 0.1),
+    ("<answer>-3+10</answer>", [3, 10], 7, 1),
+    ("<answer>10 - -3</answer>", [3, 10], 13, 1),
+    ("<answer>10-3-2</answer>", [10, 3, 2], 5, 1),  # from the left
+    ("<answer>2+3*4</answer>", [2, 3, 4], 14, 1),
+    ("<answer>2**3</answer>", [2, 3], 8, 0),
+    ("<answer>7//2</answer>", [7, 2], 3, 0),
+    ("<answer>3 4</answer>", [3, 4], 34, 0),
+    ("<answer>2(3)</answer>", [2, 3], 6, 0),
+    ("<answer>(2+3</answer>", [2, 3], 5, 0),
+    ("<answer>2+3)</answer>", [2, 3], 5, 0),
+    ("<answer>2+</answer>", [2, 3], 5, 0),
+    ("<answer>()</answer>", [2, 3], 5, 0),
+    ("<answer></answer>", [2, 3], 5, 0),
+    ("<answer>2+3=5</answer>", [2, 3], 5, 0),
+    ("<answer>2.0+3</answer>", [2, 3], 5, 0),
+    ("<answer>\N{ARABIC-INDIC DIGIT TWO}+3</answer>", [2, 3], 5, 0),
+    ("<answer>__import__('os').abort()</answer>", [2, 3], 5, 0),
+    ("<answer>2+3", [2, 3], 5, 0),  # cut by the limit
+    ("2+3</answer>", [2, 3], 5, 0),
+    ("2+3", [2, 3], 5, 0),
+    ("", [2, 3], 5, 0),
+    ("<answer>" + "(" * 500 + "2+3" + ")" * 400 + "</answer>", [2, 3], 5, 0),
+    ("<answer>" + "(" * 400 + "2+3" + ")" * 400 + "</answer>", [2, 3], 5, 1),
+    ("<answer>" + "(" * 500_000 + "</answer>", [2, 3], 5, 0),
+]
+
+MULTIPLY = [
+    ("<answer>42</answer>", "42", 1),
+    ("<answer> 42\n</answer>.", "42", 1),
+    ("<answer>+42</answer>", "42", 1),
+    ("<answer>-42</answer>", "-42", 1),
+    ("<answer>042</answer>", "42", 1),
+    ("<answer>41</answer> <answer>42</answer>", "42", 1),
+    ("<answer>42</answer> <answer>41</answer>", "42", 0.1),
+    ("<answer>-42</answer>", "42", 0.1),
+    ("<answer>1,042</answer>", "1042", 0),  # no integer
+    ("<answer>42.0</answer>", "42", 0),
+    ("<answer>$42</answer>", "42", 0),
+    ("<answer>6*7</answer>", "42", 0),
+    ("<answer>\N{ARABIC-INDIC DIGIT FOUR}</answer>", "4", 0),
+    ("<answer>42", "42", 0),
+    ("42", "42", 0),
+    ("", "42", 0),
+    ("<answer>" + "9" * 5000 + "</answer>", "42", 0),
+]
+
+MATH_VERIFY = [
+    (r"\boxed{1/2}", r"\frac{1}{2}", 1),
+    (r"\boxed{0.5}", r"\frac{1}{2}", 1),
+    (r"\boxed{2\sqrt{2}}", r"\sqrt{8}", 1),
+    (r"\boxed{1,000}", "1000", 1),
+    (r"\boxed{\{2,1\}}", r"\{1,2\}", 1),
+    (r"\boxed{(1,2)}", "(2,1)", 0),
+    (r"\boxed{x = 5}", "5", 1),
+    (r"\boxed{-5}", "5", 0),
+    (r"\boxed{5} or \boxed{6}", "6", 1),
+    ("the answer is 42", "42", 1),
+    (r"\boxed{\text{Paris}}", r"\text{Paris}", 1),
+    (r"\boxed{\frac{1}{0}}", "5", 0),
+    (r"\boxed{5", "7", 0),
+    ("", "5", 0),
+    (r"\boxed{9^{9^{9^9}}}", "3", 0),  # the library gives up after its seconds
 ]
 
 
@@ -106,6 +195,31 @@ def test_gsm8k(response: str, answer: str, strict: float, flexible: float) -> No
 @pytest.mark.parametrize(("response", "answer", "expected"), MATH)
 def test_math(response: str, answer: str, expected: float) -> None:
     assert rewards.get("math")(response, answer) == expected
+
+
+@pytest.mark.parametrize(("response", "numbers", "target", "expected"), COUNTDOWN)
+def test_countdown(response: str, numbers: list[int], target: int, expected: float) -> None:
+    answer = f'{{"numbers": {numbers}, "target": {target}}}'
+    assert rewards.get("countdown")(response, answer) == expected
+
+
+@pytest.mark.parametrize(("response", "answer", "expected"), MULTIPLY)
+def test_multiply_and_arithmetic(response: str, answer: str, expected: float) -> None:
+    assert rewards.get("multiply")(response, answer) == expected
+    assert rewards.get("arithmetic")(response, answer) == expected
+
+
+@pytest.mark.parametrize(("response", "answer", "expected"), MATH_VERIFY)
+def test_math_verify(response: str, answer: str, expected: float) -> None:
+    pytest.importorskip("math_verify", reason="needs the package math-verify")
+    assert rewards.get("math_verify")(response, answer) == expected
+
+
+def test_without_its_library_math_verify_is_refused_by_name() -> None:
+    if importlib.util.find_spec("math_verify") is not None:
+        pytest.skip("the package math-verify is installed")
+    with pytest.raises(ValueError, match="needs the package math-verify"):
+        rewards.version("math_verify")
 
 
 def test_the_parts_of_math_by_themselves() -> None:
@@ -131,42 +245,40 @@ HUGE = {
     "backslashes": r"\boxed{" + "\\" * MILLION + "}",
     "slash": r"\boxed{" + "1" * MILLION + "/" + "2" * MILLION + "}",
     "spaces": r"\boxed" + " " * MILLION,
+    "tags": "<answer>" * (MILLION // 8),
+    "brackets": "<answer>" + "(" * MILLION + "</answer>",
+    "sum": "<answer>" + "1+" * (MILLION // 2) + "1</answer>",
+    "pairs": "<answer></answer>" * (MILLION // 17),
 }
+ANSWERS = {"countdown": '{"numbers": [44, 19, 35], "target": 60}'}
 
 
-@pytest.mark.parametrize("name", rewards.names())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE.keys())
 def test_a_response_of_a_megabyte_takes_linear_time(name: str, text: str) -> None:
     start = time.perf_counter()
-    assert rewards.get(name)(text, "42") == 0
-    assert time.perf_counter() - start < 5  # quadratic time would be hours
+    assert rewards.get(name)(text, ANSWERS.get(name, "42")) == 0
+    assert time.perf_counter() - start < 10  # quadratic time would be hours
 
 
-def test_thousands_of_responses_are_scored_in_seconds() -> None:
-    reward = rewards.get("gsm8k_flexible")
-    response = "She makes 9 * 2 = $<<9*2=18>>18 every day. " * 20 + "#### 18"
-    start = time.perf_counter()
-    assert sum(reward(response, "#### 18") for _ in range(5000)) == 5000
-    assert time.perf_counter() - start < 5
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("response", ["", "5", r"\boxed{5}", "<answer>5</answer>"])
+def test_an_answer_that_a_reward_cannot_read_is_refused_whatever_the_response(name: str, response: str) -> None:
+    answer = r"\boxed{5" if name.startswith("math") else "Paris"
+    with pytest.raises(ValueError, match="answer: expected"):
+        rewards.get(name)(response, answer)
 
 
-@pytest.mark.parametrize("name", rewards.names())
-def test_an_answer_that_a_reward_cannot_read_is_refused_whatever_the_response(name: str) -> None:
-    answer = r"\boxed{5" if name == "math" else "Paris"
-    for response in ("", "5", r"\boxed{5}"):
-        with pytest.raises(ValueError, match="answer: expected"):
-            rewards.get(name)(response, answer)
-
-
-def _rollout(text: str = "the response", answer: str = "7") -> Rollout:
-    prompt = Prompt(uid="u1", token_ids=(1,), text="What is 3 + 4?", answer=answer)
-    return Rollout(prompt=prompt, sample=0, seed=0, token_ids=(1,), text=text, truncated=False, logprob=0.0, version=0)
-
-
-def test_score_sets_rewards_and_nothing_else() -> None:
-    right, wrong = rewards.score(rewards.get("last_number"), [_rollout("7"), _rollout("8")])
-    assert (right.reward, wrong.reward) == (1.0, 0.0)
-    assert dataclasses.replace(right, reward=None) == _rollout("7")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("", "5", "[]", "{}", '{"numbers": [], "target": 5}', '{"numbers": [1.5], "target": 5}', '{"numbers": [5]}'),
+        *('{"numbers": 5, "target": 5}', '{"numbers": [5], "target": "5"}', '{"numbers": [-5], "target": 5}'),
+    ],
+)
+def test_a_countdown_problem_that_is_none_is_refused(answer: str) -> None:
+    with pytest.raises(ValueError, match="expected JSON like"):
+        rewards.get("countdown")("<answer>5</answer>", answer)
 
 
 def _raises(response: str, answer: str) -> float:
@@ -174,28 +286,39 @@ def _raises(response: str, answer: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("reward", "what"),
+    ("reward", "reason"),
     [
         (_raises, "raised KeyError: 'boom'"),
-        (lambda response, answer: mathematics.nan, "returned nan"),
-        (lambda response, answer: mathematics.inf, "returned inf"),
+        (lambda response, answer: mathematics.nan, "returned nan, expected a number from -1 to 1"),
+        (lambda response, answer: -mathematics.inf, "returned -inf"),
+        (lambda response, answer: 1.01, "returned 1.01"),
         (lambda response, answer: "1.0", "returned '1.0'"),
         (lambda response, answer: None, "returned None"),
     ],
 )
-def test_a_broken_reward_is_named_with_its_prompt_and_response(reward: rewards.Reward, what: str) -> None:
-    with pytest.raises(rewards.RewardError) as caught:
-        rewards.score(reward, [_rollout("r" * 10_000)])
-    message = str(caught.value)
-    assert what in message
-    assert "What is 3 + 4?" in message and "u1" in message and "test_rewards" in message
-    assert "r" * 400 in message and "r" * 501 not in message
+def test_what_is_no_reward_is_told_why(reward: rewards.Reward, reason: str) -> None:
+    value, why = rewards.judge(reward, "response", "7")
+    assert value is None and why.startswith(reason)
+    assert rewards.judge(rewards.get("last_number"), "7", "7") == (1.0, "")
 
 
-def test_check_finds_an_unreadable_answer_before_anything_is_generated() -> None:
-    rewards.check(rewards.get("last_number"), [_rollout().prompt])
-    with pytest.raises(rewards.RewardError, match="Paris"):
-        rewards.check(rewards.get("last_number"), [_rollout(answer="Paris").prompt])
+@pytest.mark.parametrize(
+    ("name", "response", "answer"),
+    [
+        ("last_number", "first 3, then -$1,200", "-$1,200"),
+        ("gsm8k_strict", "3 #### 1,200", "1200"),
+        ("gsm8k_flexible", "it is 1,200.", "1200"),
+        ("math", r"\boxed{\dfrac12}", r"\frac{1}{2}"),
+        ("countdown", "<answer> 1+2 </answer>", "1+2"),
+        ("multiply", "<answer> 12 </answer>", "12"),
+    ],
+)
+def test_the_answer_that_a_reward_compares_can_be_extracted(name: str, response: str, answer: str) -> None:
+    extract = rewards.extractor(name)
+    assert extract is not None
+    assert extract(response) == answer
+    assert extract("none") is None
+    assert rewards.extractor("os.path:join") is None
 
 
 def test_a_reward_is_found_by_name_or_by_import() -> None:
@@ -206,7 +329,7 @@ def test_a_reward_is_found_by_name_or_by_import() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gsm8k_strikt", "nearest is gsm8k_strict, all are gsm8k_flexible, gsm8k_strict, last_number, math"),
+        ("gsm8k_strikt", "nearest is gsm8k_strict, all are arithmetic, countdown, gsm8k_flexible"),
         ("no_such_package.x:f", "can't import"),
         ("os.path:no_such_function", "can't import"),
         ("os.path:sep", "is str, expected a function"),
@@ -225,25 +348,3 @@ def test_the_version_is_stable_and_follows_the_source() -> None:
     assert imported != rewards.version("astar_megatron.algorithm.rewards.latex:normalised")
     with pytest.raises(ValueError, match="no Python source"):
         rewards.version("math:fsum")
-
-
-def _benchmark(name: str) -> list[dict[str, str]]:
-    folder = Path(os.environ.get("ASTAR_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    if not (folder / name).is_file():
-        pytest.skip(f"{folder / name} is absent; set ASTAR_DATA to the folder of the benchmark files")
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.mark.parametrize("name", ["gsm8k_strict", "gsm8k_flexible"])
-def test_every_gold_answer_of_gsm8k_scores_one(name: str) -> None:
-    reward = rewards.get(name)
-    rows = _benchmark("gsm8k_test.jsonl")
-    assert len(rows) == 1319
-    assert [row["answer"] for row in rows if reward(row["answer"], row["answer"]) != 1] == []
-
-
-def test_every_gold_answer_of_math500_scores_one() -> None:
-    rows = _benchmark("math500.jsonl")
-    assert len(rows) == 500
-    assert [row["answer"] for row in rows if rewards.math(row["solution"], row["answer"]) != 1] == []
-    assert [row["answer"] for row in rows if rewards.math(f"\\boxed{{{row['answer']}}}", row["solution"]) != 1] == []

@@ -96,7 +96,7 @@ def test_a_byte_order_mark_blank_lines_and_crlf_are_no_trouble(tmp_path: Path, m
         ([_row(answer=True)], "line 1: field 'answer' is bool, expected text"),
         ([{"question": 4, "answer": "4"}], "line 1: field 'question' is int, expected text"),
         (b'{"question": "\\ud800", "answer": "1"}', "line 1: field 'question' holds half a surrogate"),
-        ([_row(), _row("b"), _row(answer="5")], "lines 1 and 3 are one prompt with two answers, '4' and '5'"),
+        ([_row(), _row("b"), _row(answer="5")], "line 3: the prompt of line 1 with another answer, '4' and '5'"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_line(

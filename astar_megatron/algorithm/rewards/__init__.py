@@ -1,38 +1,60 @@
 """Rewards: pure functions of a response's text and the prompt's answer, one rule for sweep, training and evaluation.
 
-Named ones are listed in `_NAMED`; `package.module:function` names any other. `version` is the identity that the
-contract of a V* table carries: raise the integer of a named reward whenever it could score any response differently.
-Leaves out: time limits and processes (a reward here runs in the caller).
+Named ones are listed in `_NAMED`; `package.module:function` names any other. A reward is a number from -1 to 1. It sees
+the text alone: a response that the token limit cut is scored as it stands. `version` is the identity that the contract
+of a V* table carries: raise the integer of a named reward whenever it could score any response differently.
+Leaves out: time limits and processes; rollout/scoring.py has them.
 """
 
-import dataclasses
 import difflib
 import hashlib
 import importlib
 import inspect
-import math as mathematics
 import numbers as numeric
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from astar_megatron.algorithm.rewards.latex import math
-from astar_megatron.algorithm.rewards.numbers import gsm8k_flexible, gsm8k_strict, last_number
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.algorithm.rewards import verified
+from astar_megatron.algorithm.rewards.latex import boxed_answer, math
+from astar_megatron.algorithm.rewards.numbers import (
+    flexible_answer,
+    gsm8k_flexible,
+    gsm8k_strict,
+    last_number,
+    number_in,
+    strict_answer,
+)
+from astar_megatron.algorithm.rewards.tags import countdown, multiply, tagged
+from astar_megatron.algorithm.rewards.verified import math_verify
 
 type Reward = Callable[[str, str], float]  # (response text, answer) -> reward
+type Extract = Callable[[str], str | None]  # response text -> the answer it gives, None where it has the wrong form
 
-_NAMED: dict[str, tuple[Reward, int]] = {
-    "gsm8k_flexible": (gsm8k_flexible, 1),
-    "gsm8k_strict": (gsm8k_strict, 1),
-    "last_number": (last_number, 1),
-    "math": (math, 1),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    reward: Reward
+    version: int
+    extract: Extract
+
+
+_NAMED: dict[str, _Named] = {
+    "arithmetic": _Named(reward=multiply, version=1, extract=tagged),  # the same rule for other data
+    "countdown": _Named(reward=countdown, version=1, extract=tagged),
+    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=1, extract=flexible_answer),
+    "gsm8k_strict": _Named(reward=gsm8k_strict, version=1, extract=strict_answer),
+    "last_number": _Named(reward=last_number, version=1, extract=number_in),
+    "math": _Named(reward=math, version=1, extract=boxed_answer),
+    "math_verify": _Named(reward=math_verify, version=1, extract=boxed_answer),
+    "multiply": _Named(reward=multiply, version=1, extract=tagged),
 }
 
 
 class RewardError(ValueError):
-    """A reward raised, or returned what is no finite number; the message names the prompt and the response."""
+    """A reward raised, hung, or returned what is no reward; the message names the prompt and the response."""
 
 
 def names() -> list[str]:
@@ -43,7 +65,7 @@ def names() -> list[str]:
 def get(name: str) -> Reward:
     """Return the reward called `name`, or the function of `package.module:function`. Raises ValueError."""
     if name in _NAMED:
-        return _NAMED[name][0]
+        return _NAMED[name].reward
     if ":" in name:
         return _imported(name)
     near = difflib.get_close_matches(name, names(), n=1, cutoff=0.0)[0]
@@ -53,14 +75,21 @@ def get(name: str) -> Reward:
     )
 
 
+def extractor(name: str) -> Extract | None:
+    """Return the function that finds the answer which the reward `name` compares; None for a reward of another."""
+    return _NAMED[name].extract if name in _NAMED else None
+
+
 def version(name: str) -> str:
     """Return the identity of the rule behind `name`: name and version number, or a digest of a function's source.
 
     The digest covers the function alone, not what it calls. Raises ValueError.
     """
     reward = get(name)
+    if name == "math_verify":
+        return f"{name}/{_NAMED[name].version}+{verified.library_version()}"
     if name in _NAMED:
-        return f"{name}/{_NAMED[name][1]}"
+        return f"{name}/{_NAMED[name].version}"
     try:
         source = inspect.getsource(reward)
     except (OSError, TypeError):
@@ -70,33 +99,15 @@ def version(name: str) -> str:
     return f"{name}/sha256:{hashlib.sha256(source.encode()).hexdigest()}"
 
 
-def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Return the rollouts with `reward` set, in order. Raises RewardError at the first that can't be scored."""
-    return [dataclasses.replace(rollout, reward=_call(reward, rollout.prompt, rollout.text)) for rollout in rollouts]
-
-
-def check(reward: Reward, prompts: Sequence[Prompt]) -> None:
-    """Score an empty response to each prompt, before anything costs: raises RewardError for an answer it can't read."""
-    for prompt in prompts:
-        _call(reward, prompt, "")
-
-
-def _call(reward: Reward, prompt: Prompt, response: str) -> float:
+def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str]:
+    """Return the reward and "", or None and in words why there is none: it raised, or returned no number in [-1, 1]."""
     try:
-        value = reward(response, prompt.answer)
-    except (Exception, SystemExit) as error:  # a stranger's function: its prompt tells why
-        raise RewardError(_explain(reward, prompt, response, f"raised {type(error).__name__}: {error}")) from error
-    if not isinstance(value, numeric.Real) or not mathematics.isfinite(value):
-        raise RewardError(_explain(reward, prompt, response, f"returned {value!r}, expected a finite number"))
-    return float(value)
-
-
-def _explain(reward: Reward, prompt: Prompt, response: str, what: str) -> str:
-    name = f"{getattr(reward, '__module__', '')}.{getattr(reward, '__qualname__', repr(reward))}"
-    return (
-        f"reward {name} {what}\n  prompt {prompt.uid}: {prompt.text!r:.500}\n  answer: {prompt.answer!r:.500}\n"
-        f"  response: {response!r:.500}\n  repair the reward or the prompt's answer, or choose another reward.name"
-    )
+        value = reward(response, answer)
+    except (Exception, SystemExit) as error:  # a stranger's function
+        return None, f"raised {type(error).__name__}: {error}"
+    if not isinstance(value, numeric.Real) or not -1 <= value <= 1:
+        return None, f"returned {value!r}, expected a number from -1 to 1"
+    return float(value), ""
 
 
 def _imported(name: str) -> Reward:

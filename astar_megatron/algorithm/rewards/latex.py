@@ -22,8 +22,13 @@ def math(response: str, answer: str) -> float:
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     if gold is None or not gold.strip():
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
+    return float(boxed_answer(response) == normalised(gold))
+
+
+def boxed_answer(response: str) -> str | None:
+    """Return what `math` compares: the last \\boxed{...} of `response` in normal form."""
     found = last_boxed(response)
-    return float(found is not None and normalised(found) == normalised(gold))
+    return normalised(found) if found is not None else None
 
 
 def last_boxed(text: str) -> str | None:

@@ -18,11 +18,14 @@ _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 
 def last_number(response: str, answer: str) -> float:
     """Return 1.0 where the last number of `response` equals `answer`, else 0.0; "7", "7.0" and "$7.00" are equal."""
-    found = next(reversed(_NUMBER.findall(_plain_minus(response))), None)
-    if found is None:
-        _decimal(answer)  # refuses an answer that is no number, whatever the response
-        return 0.0
-    return float(_decimal(found) == _decimal(answer))
+    gold = _decimal(answer)  # refuses an answer that is no number, whatever the response
+    found = number_in(response)
+    return float(found is not None and _decimal(found) == gold)
+
+
+def number_in(response: str) -> str | None:
+    """Return what `last_number` compares: the last number of `response`, as text."""
+    return next(reversed(_NUMBER.findall(_plain_minus(response))), None)
 
 
 def gsm8k_strict(response: str, answer: str) -> float:
@@ -32,8 +35,13 @@ def gsm8k_strict(response: str, answer: str) -> float:
     `answer` is "42" or a GSM8K solution that ends in "#### 42".
     """
     gold = _gold(answer)
+    return float(strict_answer(response) == gold)
+
+
+def strict_answer(response: str) -> str | None:
+    """Return what `gsm8k_strict` compares."""
     match = _OFFICIAL_STRICT.search(response)
-    return float(match is not None and _bare(match[1]) == gold)
+    return _bare(match[1]) if match is not None else None
 
 
 def gsm8k_flexible(response: str, answer: str) -> float:
@@ -43,8 +51,13 @@ def gsm8k_flexible(response: str, answer: str) -> float:
     stop that ends a sentence. Exact match of the text, so "42.0" is not "42".
     """
     gold = _gold(answer)
+    return float(flexible_answer(response) == gold)
+
+
+def flexible_answer(response: str) -> str | None:
+    """Return what `gsm8k_flexible` compares."""
     found = next((text for text in reversed(_OFFICIAL.findall(response)) if text.strip("-.,")), None)
-    return float(found is not None and _bare(found).rstrip(".") == gold)
+    return _bare(found).rstrip(".") if found is not None else None
 
 
 def _gold(answer: str) -> str:

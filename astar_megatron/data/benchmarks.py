@@ -1,0 +1,117 @@
+"""The paper's benchmarks: where each keeps question and answer, its prompt suffix and its reward.
+
+The files are the user's (folder `eval.folder`); none ships with this project. An answer is taken as it is but for what
+belongs to the file's format and not to the answer: dollar signs around it, decimals of 27.0, leading zeros of an AIME
+answer. No row is left out: a benchmark's denominator is its number of problems.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from astar_megatron.algorithm.rewards.latex import last_boxed
+from astar_megatron.data.prompts import make_prompts
+from astar_megatron.data.rows import Pair, Problems, PromptError, read_rows, text_of
+from astar_megatron.types import Prompt
+
+# The paper's own, arXiv 2505.20686.
+SUFFIXES = {
+    "gsm8k": ' Let\'s think step by step and output the final answer after "####".',
+    "math": " Let's think step by step and output the final answer within \\boxed{}.",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One benchmark: its file, how a row is read, and how a response is scored."""
+
+    file: str
+    answer: Callable[[dict[str, Any]], str]
+    question: str = "problem"
+    suffix: str = SUFFIXES["math"]
+    reward: str = "math"
+    num_samples: int = 0  # beside the greedy response
+
+
+def gsm8k_answer(row: dict[str, Any]) -> str:
+    """Return what follows "####" of a solution, without commas; an answer by itself as it is. Raises ValueError."""
+    found = text_of(row, "answer", "the field", number=True).rpartition("####")[2].strip().replace(",", "")
+    if not found:
+        raise ValueError("field 'answer' ends in \"####\"; expected a number behind it")
+    return found
+
+
+def math_answer(row: dict[str, Any]) -> str:
+    """Return the field `answer`, else the last \\boxed{...} of the field `solution`. Raises ValueError."""
+    if "answer" in row:
+        return text_of(row, "answer", "the field", number=True)
+    found = last_boxed(text_of(row, "solution", "the field"))
+    if found is None or not found.strip():
+        raise ValueError("field 'solution' has no closed \\boxed{...}")
+    return found
+
+
+def _final_answer(row: dict[str, Any]) -> str:
+    answers = row.get("final_answer")
+    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise ValueError(f"field 'final_answer' is {answers!r}, expected a list of texts")
+    return ", ".join(answer.strip().replace("$", "") for answer in answers)
+
+
+def _integer(row: dict[str, Any]) -> str:
+    return str(int(math_answer(row)))
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark(
+        file="gsm8k_test.jsonl",
+        question="question",
+        answer=gsm8k_answer,
+        suffix=SUFFIXES["gsm8k"],
+        reward="gsm8k_strict",
+    ),
+    "math500": Benchmark(file="math500.jsonl", answer=math_answer),
+    "minerva": Benchmark(file="minerva_math.jsonl", answer=math_answer),
+    "olympiadbench": Benchmark(file="olympiadbench.jsonl", question="question", answer=_final_answer),
+    "amc23": Benchmark(file="amc23.jsonl", answer=_integer, num_samples=32),  # avg@32, as in the paper
+    "aime24": Benchmark(file="aime24.jsonl", answer=_integer),
+}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise PromptError for a name that is none."""
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise PromptError(f"eval.benchmarks: no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+
+
+def read_benchmark(name: str, folder: str | Path) -> list[Pair]:
+    """Return all questions and answers of a benchmark from its file in `folder`. Raises PromptError."""
+    check_names([name])
+    benchmark = BENCHMARKS[name]
+    source = Path(folder) / benchmark.file
+    if not source.is_file():
+        raise PromptError(f"eval.folder: {name} is read from {benchmark.file}, which is not in {folder}")
+    problems, pairs = Problems(source), []
+    rows = read_rows(source, problems)
+    for row in rows:
+        try:
+            question = text_of(row.fields, benchmark.question, "the field")
+            pairs.append(Pair(where=row.where, question=question, answer=benchmark.answer(dict(row.fields))))
+        except ValueError as error:
+            problems.add(row.where, str(error))
+    problems.refuse(len(pairs) + problems.count)
+    return pairs
+
+
+def benchmark_prompts(name: str, folder: str | Path, model_path: str, max_tokens: int | None) -> list[Prompt]:
+    """Return the prompts of a benchmark, every row one. Raises PromptError; a prompt over `max_tokens` is never cut."""
+    prompts = make_prompts(read_benchmark(name, folder), BENCHMARKS[name].suffix, model_path, name)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if max_tokens is not None and longest > max_tokens:
+        count = sum(len(prompt.token_ids) > max_tokens for prompt in prompts)
+        raise PromptError(
+            f"eval.benchmarks: {count} of {len(prompts)} prompts of {name} exceed data.max_prompt_tokens = "
+            f"{max_tokens}; raise it to {longest}, or leave {name} to `astar eval`, which makes room by itself"
+        )
+    return prompts

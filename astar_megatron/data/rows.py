@@ -1,0 +1,183 @@
+"""Rows of data from somewhere else: JSONL and Parquet files, folders of them, and data sets of the Hugging Face hub.
+
+What can't be used is counted and named by its place, all of it at once; nothing is repaired or left out in silence.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 5  # problems that a message names
+
+
+class PromptError(ValueError):
+    """Data that can't be used; the message names the file and the lines."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row and its place in words ("line 3")."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A question with its answer, and its place in words."""
+
+    where: str
+    question: str
+    answer: str
+
+
+class Problems:
+    """Counts rows that can't be used, and remembers the first few."""
+
+    def __init__(self, source: object) -> None:
+        self._source, self.count, self._first = source, 0, list[str]()
+
+    def add(self, where: str, reason: str) -> None:
+        self.count += 1
+        if self.count <= _SHOWN:
+            self._first.append(f"{where}: {reason}")
+
+    def message(self, total: int) -> str:
+        """Return the count and the first problems, in words."""
+        more = f"\n  and {self.count - _SHOWN} more" if self.count > _SHOWN else ""
+        return f"{self._source}: {self.count} of {total} rows can't be used:\n  " + "\n  ".join(self._first) + more
+
+    def refuse(self, total: int) -> None:
+        """Raise PromptError if there is any."""
+        if self.count:
+            raise PromptError(self.message(total))
+
+
+def read_rows(source: str | Path, problems: Problems) -> list[Row]:
+    """Return the rows of a .jsonl or .parquet file, or of all such files of a folder in order of their names.
+
+    A line that is no JSON object in UTF-8 goes to `problems`. Raises PromptError where nothing can be read.
+    """
+    source = Path(source)
+    files = [source]
+    if source.is_dir():
+        files = sorted(path for path in source.rglob("*") if path.suffix in (".jsonl", ".parquet"))
+    rows = []
+    for file in files:
+        within = f"{file.relative_to(source)}, " if source.is_dir() else ""
+        rows += _parquet_rows(file, within) if file.suffix == ".parquet" else _json_rows(file, within, problems)
+    if not rows and not problems.count:
+        raise PromptError(f"{source}: holds no prompt; expected one JSON object a line, or Parquet files")
+    return rows
+
+
+def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
+    """Return the rows of a data set of the hub (or of a local folder), read by the library `datasets`.
+
+    Raises PromptError where the library is missing or can't read it.
+    """
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]  # here: optional, and its import takes seconds
+    except ImportError as error:
+        raise PromptError(
+            f"{name}: needs the package datasets; install it, or download the files and name their folder"
+        ) from error
+    try:
+        found = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises many kinds: network, unknown names, damaged files
+        raise PromptError(f"{name}: the package datasets can't load it (split {split!r}): {error!r:.500}") from error
+    return [Row(where=f"row {number}", fields=fields) for number, fields in enumerate(found, start=1)]
+
+
+def pairs_of(
+    rows: Iterable[Row],
+    prompt_field: str,
+    answer_field: str,
+    problems: Problems,
+    read: Callable[[str], str] = lambda answer: answer,
+    keys: tuple[str, str] = ("data.prompt_field", "data.answer_field"),
+) -> list[Pair]:
+    """Return question and answer of each row; what lacks one goes to `problems`. `read` makes an answer of a field.
+
+    `keys` names for the user what chooses the two fields.
+    """
+    pairs = []
+    for row in rows:
+        try:
+            question = text_of(row.fields, prompt_field, keys[0])
+            answer = read(text_of(row.fields, answer_field, keys[1], number=True))
+        except ValueError as error:
+            problems.add(row.where, str(error))
+        else:
+            pairs.append(Pair(where=row.where, question=question, answer=answer))
+    return pairs
+
+
+def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = False) -> str:
+    """Return a field as text; a whole number without decimals, where `number` allows one. Raises ValueError."""
+    if name not in fields:
+        raise ValueError(f"no field {name!r}, only {', '.join(map(repr, fields)) or 'none'}; set {key}")
+    value = fields[name]
+    if number and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(int(value) if value == value // 1 else value)  # 27.0 is 27; a number is as good as its text
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {type(value).__name__}, expected text; repair it or set {key}")
+    if not value.strip():
+        raise ValueError(f"field {name!r} is empty; fill it or remove the line")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which is no text; repair it") from None
+    return value
+
+
+def without_duplicates(pairs: Sequence[Pair], keys: Sequence[object], problems: Problems) -> list[int]:
+    """Return the indices of the first pair of each key; a key with two answers goes to `problems`."""
+    first: dict[object, int] = {}
+    for index, (pair, key) in enumerate(zip(pairs, keys, strict=True)):
+        one = pairs[first.setdefault(key, index)]
+        if one.answer != pair.answer:
+            problems.add(
+                pair.where,
+                f"the prompt of {one.where} with another answer, {one.answer!r:.200} and {pair.answer!r:.200}; "
+                f"keep the right one ({pair.question!r:.200})",
+            )
+    return list(first.values())
+
+
+def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        reason = f"can't read the prompts: {error.strerror}"
+        raise PromptError(f"{file}: {reason}; check data.path and data.eval_path") from error
+    rows = []
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        where = f"{within}line {number}"
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            problems.add(where, f"not UTF-8 ({error}); convert the file to UTF-8")
+        except ValueError as error:
+            problems.add(where, f"not JSON ({error}); expected one object a line")
+        else:
+            if isinstance(row, dict):
+                rows.append(Row(where=where, fields=row))
+            else:
+                problems.add(where, f"expected a JSON object, got {type(row).__name__}")
+    return rows
+
+
+def _parquet_rows(file: Path, within: str) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        found = pq.read_table(file, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{file}: not readable as Parquet: {error}; copy it again") from error
+    return [Row(where=f"{within}row {number}", fields=row) for number, row in enumerate(found, start=1)]

@@ -1,0 +1,268 @@
+"""Rewards in processes beside generation: a reward can neither hang, kill nor slow the driver.
+
+A response whose reward raises, takes longer than `reward.timeout_seconds`, ends its process, or is no number from -1
+to 1 is a failure: it scores 0, is written with its prompt and response to `reward_failures.jsonl`, and once there are
+more than `reward.max_failures` of them the run stops. Before a run, `check` allows none.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Self
+
+from astar_megatron.algorithm.rewards import RewardError
+from astar_megatron.config import RewardConfig
+from astar_megatron.types import Prompt, Rollout
+
+_LOG = logging.getLogger(__name__)
+_AT_ONCE = 32  # responses a message
+_START_SECONDS = 120.0  # to import a reward
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from astar_megatron.rollout import reward_process; reward_process.main(sys.argv[2], int(sys.argv[3]))"
+)
+
+type Indexed = list[tuple[int, Rollout]]
+type Answer = tuple[float | None, str]  # the reward, or why there is none
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pending:
+    """Rollouts on their way through the processes."""
+
+    _finished: Indexed
+    _parts: list[Future[list[Answer]]]
+    _scorer: "Scorer"
+
+    def done(self) -> bool:
+        return all(part.done() for part in self._parts)
+
+    def result(self) -> Indexed:
+        """Return the rollouts with their rewards; waits. Raises RewardError after too many failures."""
+        answers = [answer for part in self._parts for answer in part.result()]
+        return [
+            (index, self._scorer.rewarded(rollout, answer))
+            for (index, rollout), answer in zip(self._finished, answers, strict=True)
+        ]
+
+
+class Scorer:
+    """A pool of `num_processes` processes (none: half of the cores, at most 16) that run one reward.
+
+    `folder` is where `reward_failures.jsonl` goes; none: they are only told.
+    """
+
+    def __init__(self, cfg: RewardConfig, folder: Path | None = None, num_processes: int | None = None) -> None:
+        self._cfg, self._folder = cfg, folder
+        self._failures = 0
+        self._tasks: queue.SimpleQueue[tuple[list[tuple[str, str]], Future[list[Answer]]] | None] = queue.SimpleQueue()
+        count = num_processes or min(16, max(1, len(os.sched_getaffinity(0)) // 2))
+        self._processes = [_Process(cfg) for _ in range(count)]
+        self._threads = [threading.Thread(target=self._serve, args=(p,), daemon=True) for p in self._processes]
+        for thread in self._threads:
+            thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        for process in self._processes:
+            self._tasks.put(None)
+            process.close()
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def submit(self, finished: Indexed) -> Pending:
+        """Begin to score (index, rollout) pairs and return at once."""
+        return Pending(finished, self._begin([rollout for _, rollout in finished]), self)
+
+    def scored(self, stream: Iterable[Indexed]) -> Iterator[Indexed]:
+        """Yield what `stream` yields with the rewards set, in its order, while later responses are still drawn."""
+        waiting: deque[Pending] = deque()
+        for finished in stream:
+            waiting.append(self.submit(finished))
+            while waiting and waiting[0].done():
+                yield waiting.popleft().result()
+        for pending in waiting:
+            yield pending.result()
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Return the rollouts with their rewards, in order; waits."""
+        return [rollout for _, rollout in self.submit(list(enumerate(rollouts))).result()]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Score an empty response to each prompt, before anything costs: raises RewardError if any of them fails."""
+        rollouts = [_empty_response(prompt) for prompt in prompts]
+        answers = [answer for part in self._begin(rollouts) for answer in part.result()]
+        failed = [i for i, (value, _) in enumerate(answers) if value is None]
+        if failed:
+            raise RewardError(
+                f"{len(failed)} of {len(prompts)} prompts can't be scored, even with an empty response; the first:\n"
+                + self._explain(rollouts[failed[0]], answers[failed[0]][1])
+            )
+
+    def rewarded(self, rollout: Rollout, answer: Answer) -> Rollout:
+        """Return the rollout with the reward of `answer`, or with 0 where there is none. Raises RewardError."""
+        value, reason = answer
+        if value is None:
+            self._failed(rollout, reason)
+        return dataclasses.replace(rollout, reward=value or 0.0)
+
+    def _begin(self, rollouts: Sequence[Rollout]) -> list[Future[list[Answer]]]:
+        items = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
+        at_once = max(1, min(_AT_ONCE, -(-len(items) // len(self._processes))))
+        parts: list[Future[list[Answer]]] = []
+        for start in range(0, len(items), at_once):
+            parts.append(Future())
+            self._tasks.put((items[start : start + at_once], parts[-1]))
+        return parts
+
+    def _failed(self, rollout: Rollout, reason: str) -> None:
+        self._failures += 1
+        text = self._explain(rollout, reason)
+        if self._folder is not None:
+            row = {
+                "uid": rollout.prompt.uid,
+                "prompt": rollout.prompt.text,
+                "answer": rollout.prompt.answer,
+                "sample": rollout.sample,
+                "version": rollout.version,
+                "response": rollout.text,
+                "reason": reason,
+            }
+            with (self._folder / "reward_failures.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if self._failures > self._cfg.max_failures:
+            raise RewardError(
+                f"{self._failures} responses could not be scored, reward.max_failures is {self._cfg.max_failures}; "
+                f"the last:\n{text}"
+            )
+        _LOG.warning("response %d that can't be scored counts 0: %s", self._failures, text)
+
+    def _explain(self, rollout: Rollout, reason: str) -> str:
+        prompt = rollout.prompt
+        return (
+            f"reward {self._cfg.name} {reason}\n  prompt {prompt.uid}: {prompt.text!r:.500}\n"
+            f"  answer: {prompt.answer!r:.500}\n  response: {rollout.text!r:.500}\n"
+            "  repair the reward or the prompt's answer, or choose another reward.name"
+        )
+
+    def _serve(self, process: "_Process") -> None:
+        """Thread of one process; what it starts dies with it."""
+        while (task := self._tasks.get()) is not None:
+            items, future = task
+            try:
+                future.set_result(process.judge(items))
+            except RewardError as error:  # it can't be loaded
+                future.set_exception(error)
+            except Exception as error:  # the waiting driver must hear of it
+                future.set_exception(AssertionError(f"scoring: {error!r}"))
+        process.end()
+
+
+def gather(pending: Iterable[Pending]) -> list[Rollout]:
+    """Return all rollouts of `pending` in the order of their indices; waits."""
+    found = [pair for part in pending for pair in part.result()]
+    return [rollout for _, rollout in sorted(found, key=lambda pair: pair[0])]
+
+
+class _Process:
+    """One process, started when it is first needed and again after each that had to be killed."""
+
+    def __init__(self, cfg: RewardConfig) -> None:
+        self._cfg = cfg
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._closed = False
+
+    def judge(self, items: list[tuple[str, str]]) -> list[Answer]:
+        """Return an answer for each (response, answer). Raises RewardError where the reward can't be loaded."""
+        answers: list[Answer] = []
+        while len(answers) < len(items):
+            process = self._process or self._start()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(items[len(answers) :]).encode() + b"\n")
+                process.stdin.flush()
+                while len(answers) < len(items):
+                    answers.append(self._read(self._cfg.timeout_seconds))
+            except (TimeoutError, EOFError, BrokenPipeError) as error:
+                if self._closed:
+                    raise
+                answers.append((None, str(error) or "ended its process"))
+                self.end()
+        return answers
+
+    def close(self) -> None:
+        """End what runs; the thread that serves it hears that and cleans up."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._closed:
+            raise EOFError("the scorer is closed")
+        self._unread = b""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), self._cfg.name, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            value, reason = self._read(_START_SECONDS)
+        except (TimeoutError, EOFError) as error:
+            value, reason = None, str(error)
+        if value is None:
+            self.end()
+            raise RewardError(f"reward.name: {self._cfg.name} can't be loaded in its process: {reason}")
+        return self._process
+
+    def _read(self, seconds: float) -> Answer:
+        """The next line of the process. Raises TimeoutError or EOFError in words."""
+        process = self._process
+        if process is None or process.stdout is None:
+            raise EOFError("ended its process")
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._unread:
+            if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                raise TimeoutError(f"took more than {seconds:g} s (reward.timeout_seconds) and was stopped")
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                raise EOFError(f"ended its process, exit status {process.wait()}")
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        value, reason = json.loads(line)
+        return value, reason
+
+    def end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except BrokenPipeError:  # what was still to be written
+                        continue
+
+
+def _empty_response(prompt: Prompt) -> Rollout:
+    return Rollout(prompt=prompt, sample=0, seed=0, token_ids=(), text="", truncated=False, logprob=0.0, version=0)

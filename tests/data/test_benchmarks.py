@@ -1,0 +1,126 @@
+"""The benchmarks' files: every answer is read, and every gold answer scores 1 under its benchmark's reward."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from astar_megatron import config
+from astar_megatron.algorithm import rewards
+from astar_megatron.data.benchmarks import BENCHMARKS, SUFFIXES, benchmark_prompts, read_benchmark
+from astar_megatron.data.rows import PromptError
+
+# The problems in a copy of each benchmark as simpleRL-reason and grade-school-math have them.
+SIZES = {"gsm8k": 1319, "math500": 500, "minerva": 272, "olympiadbench": 675, "amc23": 40, "aime24": 30}
+# Gold answers that do not score 1 under the reward, by the benchmark: line -> why. There is none.
+EXCEPTIONS: dict[str, dict[str, str]] = {}
+
+
+def data_folder(file: str) -> Path:
+    folder = Path(os.environ.get("ASTAR_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    if not (folder / file).is_file():
+        pytest.skip(f"{folder / file} is absent; set ASTAR_DATA to the folder of the benchmark files")
+    return folder
+
+
+def response(reward: str, answer: str) -> str:
+    return f"So it is\n#### {answer}" if reward.startswith("gsm8k") else f"So it is $\\boxed{{{answer}}}$."
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_gold_answer_scores_one(name: str) -> None:
+    benchmark = BENCHMARKS[name]
+    pairs = read_benchmark(name, data_folder(benchmark.file))
+    assert len(pairs) == SIZES[name]
+    reward = rewards.get(benchmark.reward)
+    wrong = {pair.where for pair in pairs if reward(response(benchmark.reward, pair.answer), pair.answer) != 1}
+    assert wrong == set(EXCEPTIONS.get(name, {}))
+    assert not any(reward(response(benchmark.reward, "no such answer"), pair.answer) for pair in pairs)
+
+
+@pytest.mark.parametrize(("name", "field"), [("gsm8k", "answer"), ("math500", "solution"), ("minerva", "solution")])
+def test_every_gold_solution_scores_one(name: str, field: str) -> None:
+    """The whole solution as the response, as the data sets have it."""
+    benchmark = BENCHMARKS[name]
+    folder = data_folder(benchmark.file)
+    solutions = [json.loads(line)[field] for line in (folder / benchmark.file).read_text("utf-8").splitlines()]
+    reward = rewards.get(benchmark.reward)
+    pairs = read_benchmark(name, folder)
+    wrong = {p.where for p, text in zip(pairs, solutions, strict=True) if reward(text, p.answer) != 1}
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("name", ["gsm8k_strict", "gsm8k_flexible", "last_number"])
+def test_every_gold_answer_of_the_training_set_scores_one(name: str) -> None:
+    file = data_folder("gsm8k_train.jsonl") / "gsm8k_train.jsonl"
+    answers = [json.loads(line)["answer"] for line in file.read_text("utf-8").splitlines()]
+    assert len(answers) == 7473
+    reward = rewards.get(name)
+    finals = [answer.rpartition("#### ")[2] for answer in answers]
+    assert [one for one, final in zip(answers, finals, strict=True) if reward(one, final) != 1] == []
+
+
+@pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])
+def test_math_verify_agrees_on_gold_answers(name: str) -> None:
+    pytest.importorskip("math_verify", reason="needs the package math-verify")
+    pairs = read_benchmark(name, data_folder(BENCHMARKS[name].file))[:120]
+    reward = rewards.get("math_verify")
+    assert [pair.answer for pair in pairs if reward(response("math", pair.answer), pair.answer) != 1] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [
+        ("gsm8k", {"question": "q", "answer": "so 6*200=1,200\n#### 1,200"}, "1200"),
+        ("gsm8k", {"question": "q", "answer": "1200"}, "1200"),
+        ("gsm8k", {"question": "q", "answer": 1200}, "1200"),
+        ("math500", {"problem": "q", "answer": r"\frac{1}{2}", "solution": r"\boxed{1}"}, r"\frac{1}{2}"),
+        ("minerva", {"problem": "q", "solution": r"\boxed{1} so \boxed{4.5e33} erg"}, "4.5e33"),
+        ("olympiadbench", {"question": "q", "final_answer": ["$3 n$"]}, "3 n"),
+        ("olympiadbench", {"question": "q", "final_answer": ["1", "$2$"]}, "1, 2"),
+        ("amc23", {"problem": "q", "answer": 27.0}, "27"),
+        ("aime24", {"problem": "q", "answer": "025"}, "25"),
+    ],
+)
+def test_an_answer_is_taken_without_what_belongs_to_the_file_s_format(
+    name: str, row: dict[str, object], answer: str, tmp_path: Path
+) -> None:
+    (tmp_path / BENCHMARKS[name].file).write_text(json.dumps(row) + "\n")
+    (pair,) = read_benchmark(name, tmp_path)
+    assert (pair.question, pair.answer) == ("q", answer)
+
+
+def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:
+    rows = [{"problem": "q", "answer": "1"}, {"problem": "q"}, {"problem": "", "answer": "1"}, {"answer": "1"}]
+    (tmp_path / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(PromptError, match=r"(?s)3 of 4 rows.*line 2: no field 'solution'.*line 3.*empty.*line 4"):
+        read_benchmark("math500", tmp_path)
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "q", "answer": "x"}\n')
+    with pytest.raises(PromptError, match="1 of 1 rows"):
+        read_benchmark("aime24", tmp_path)
+    with pytest.raises(PromptError, match=r"eval\.folder: amc23 is read from amc23\.jsonl"):
+        read_benchmark("amc23", tmp_path)
+    with pytest.raises(PromptError, match=r"no benchmark 'aime25'; there are gsm8k, math500"):
+        read_benchmark("aime25", tmp_path)
+
+
+def test_each_row_is_a_prompt_and_none_is_cut(tmp_path: Path, model_folder: Callable[..., str]) -> None:
+    row = json.dumps({"problem": "How many?", "answer": 3})
+    (tmp_path / "amc23.jsonl").write_text(f"{row}\n{row}\n")
+    model = model_folder()
+    prompts = benchmark_prompts("amc23", tmp_path, model, None)
+    assert [prompt.text for prompt in prompts] == ["How many?" + SUFFIXES["math"]] * 2
+    length = len(prompts[0].token_ids)
+    assert benchmark_prompts("amc23", tmp_path, model, length) == prompts
+    with pytest.raises(PromptError, match=rf"2 of 2 prompts of amc23 exceed .* raise it to {length}"):
+        benchmark_prompts("amc23", tmp_path, model, length - 1)
+
+
+@pytest.mark.parametrize(("run", "kind"), [("gsm8k_qwen2.5_1.5b", "gsm8k"), ("math_qwen2.5_1.5b", "math")])
+def test_the_papers_runs_train_with_the_suffix_and_the_reward_of_their_benchmark(run: str, kind: str) -> None:
+    cfg = config.load(Path(__file__).parents[2] / "configs" / f"{run}.yaml")
+    benchmark = BENCHMARKS["gsm8k" if kind == "gsm8k" else "math500"]
+    assert cfg.data.suffix == SUFFIXES[kind] == benchmark.suffix
+    assert cfg.reward.name == benchmark.reward

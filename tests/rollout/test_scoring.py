@@ -1,0 +1,174 @@
+"""Scoring in processes: the same rewards as the function's, in order, and no reward can hang or end the driver."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.algorithm.rewards import RewardError
+from astar_megatron.config import RewardConfig
+from astar_megatron.rollout.scoring import Indexed, Scorer, gather
+from astar_megatron.types import Prompt, Rollout
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+def _faulty_scorer(folder: Path | None = None, seconds: float = 60.0, max_failures: int = 100) -> Scorer:
+    cfg = RewardConfig(name="faulty_reward:reward", timeout_seconds=seconds, max_failures=max_failures)
+    return Scorer(cfg, folder, num_processes=2)
+
+
+def _rollout(text: str, answer: str = "7", uid: str = "u1") -> Rollout:
+    prompt = Prompt(uid=uid, token_ids=(1,), text="What is 3 + 4?", answer=answer)
+    return Rollout(prompt=prompt, sample=3, seed=0, token_ids=(1,), text=text, truncated=False, logprob=0.0, version=5)
+
+
+def test_processes_give_the_rewards_of_the_function_in_order_and_change_nothing_else() -> None:
+    texts = [f"#### {number}" for number in (7, 8)] * 50 + ["", "7" * 1_000_000, "\ud800", "#### 7\n\u2028 \0"]
+    rollouts = [_rollout(text) for text in texts]
+    with Scorer(RewardConfig(name="gsm8k_strict"), num_processes=3) as scorer:
+        scored = scorer.score(rollouts)
+    reward = rewards.get("gsm8k_strict")
+    assert [rollout.reward for rollout in scored] == [reward(text, "7") for text in texts]
+    assert {0.0, 1.0} == {rollout.reward for rollout in scored}
+    assert [(one.text, one.prompt, one.version) for one in scored] == [(r.text, r.prompt, r.version) for r in rollouts]
+
+
+def test_responses_are_scored_while_others_are_drawn() -> None:
+    with Scorer(RewardConfig(name="last_number"), num_processes=2) as scorer:
+        scorer.score([_rollout("7")])  # its processes run
+        first_is_scored = threading.Event()
+
+        def generation() -> Iterator[Indexed]:
+            yield [(2, _rollout("7")), (0, _rollout("8"))]
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:  # the second batch is drawn only after the first was scored
+                if first.done():
+                    first_is_scored.set()
+                    break
+                time.sleep(0.01)
+            yield [(1, _rollout("7"))]
+
+        stream = generation()
+        first = scorer.submit(next(stream))
+        pending = [first, *(scorer.submit(finished) for finished in stream)]
+        assert first_is_scored.is_set()
+        assert [rollout.reward for rollout in gather(pending)] == [0.0, 1.0, 1.0]
+        batches = [[(0, _rollout("7"))], [(1, _rollout("8")), (2, _rollout("7"))]]
+        assert [[(i, r.reward) for i, r in batch] for batch in scorer.scored(batches)] == [
+            [(0, 1.0)],
+            [(1, 0.0), (2, 1.0)],
+        ]
+        assert list(scorer.scored([])) == [] and scorer.score([]) == []
+
+
+def test_each_way_to_fail_scores_zero_and_is_written_with_prompt_and_response(tmp_path: Path) -> None:
+    ways = {
+        "hang": "took more than 1 s (reward.timeout_seconds) and was stopped",
+        "die": "ended its process, exit status 3",
+        "raise": "raised KeyError: 'boom'",
+        "nan": "returned nan, expected a number from -1 to 1",
+        "two": "returned 2.0, expected",
+        "text": "returned '1.0', expected",
+        "nothing": "returned None, expected",
+    }
+    texts = [text for way in ways for text in ("fine", way)]
+    with _faulty_scorer(tmp_path, seconds=1.0, max_failures=len(ways)) as scorer:
+        scored = scorer.score([_rollout(text, uid=f"u{i}") for i, text in enumerate(texts)])
+        assert [rollout.reward for rollout in scored] == [0.5, 0.0] * len(ways)
+        rows = [json.loads(line) for line in (tmp_path / "reward_failures.jsonl").read_text().splitlines()]
+        assert [row["response"] for row in rows] == list(ways)
+        assert [row["uid"] for row in rows] == [f"u{2 * i + 1}" for i in range(len(ways))]
+        assert all(row["reason"].startswith(reason) for row, reason in zip(rows, ways.values(), strict=True))
+        assert {(row["prompt"], row["answer"], row["sample"], row["version"]) for row in rows} == {
+            ("What is 3 + 4?", "7", 3, 5)
+        }
+        with pytest.raises(RewardError, match=r"8 responses could not be scored, reward\.max_failures is 7"):
+            scorer.score([_rollout("fine"), _rollout("raise")])
+
+
+def test_a_failure_is_told_with_the_beginning_of_a_long_response() -> None:
+    with (
+        Scorer(RewardConfig(name="last_number", max_failures=0)) as scorer,
+        pytest.raises(RewardError) as caught,
+    ):
+        scorer.score([_rollout("r" * 10_000, answer="Paris")])
+    message = str(caught.value)
+    assert "last_number raised ValueError: answer: expected a number, got 'Paris'" in message
+    assert "What is 3 + 4?" in message and "u1" in message
+    assert "r" * 400 in message and "r" * 501 not in message
+
+
+def test_check_allows_no_failure_and_counts_them_before_anything_is_generated() -> None:
+    readable, unreadable = _rollout("").prompt, _rollout("", answer="unreadable", uid="u2").prompt
+    with _faulty_scorer() as scorer:
+        scorer.check([readable] * 40)
+        with pytest.raises(RewardError, match=r"(?s)2 of 41 prompts can't be scored.*u2.*unreadable"):
+            scorer.check([*[readable] * 39, unreadable, unreadable])
+
+
+def test_a_reward_that_cannot_be_loaded_is_named() -> None:
+    with Scorer(RewardConfig(name="no_such_module:reward")) as scorer, pytest.raises(RewardError, match="no_such_mod"):
+        scorer.score([_rollout("7")])
+    with Scorer(RewardConfig(name="gsm8k_strikt")) as scorer, pytest.raises(RewardError, match="nearest is gsm8k_str"):
+        scorer.check([_rollout("7").prompt])
+
+
+def test_closing_ends_a_reward_that_hangs(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    scorer = _faulty_scorer(seconds=600.0)
+    pending = scorer.submit([(0, _rollout("", answer=f"touch {started}"))])
+    _wait_for(started.exists)
+    scorer.close()
+    _wait_for(lambda: not _running(os.getpid()))
+    assert pending.done()
+
+
+DRIVER = """
+import sys
+from test_scoring import _faulty_scorer, _rollout
+_faulty_scorer(seconds=600.0).score([_rollout("", answer="touch " + sys.argv[1])])
+"""
+
+
+def test_a_killed_driver_takes_a_reward_that_hangs_with_it(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    path = [str(HERE), str(HERE.parents[1])]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{DRIVER}", str(started)]
+    with subprocess.Popen(command) as driver:
+        _wait_for(started.exists)
+        assert _running(driver.pid)
+        driver.kill()
+    _wait_for(lambda: not _running(driver.pid))
+
+
+def _running(driver: int) -> list[str]:
+    """The processes of rewards that a driver has started; they name it in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "faulty_reward:reward" in words and str(driver) in words:
+            found.append(folder.name)
+    return found
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
