@@ -1,23 +1,23 @@
 """The V* table: what the reference's own samples were rewarded with, kept on disk.
 
-    <folder>/header.json                             format version and contract
-    <folder>/shard-000001-<16 hex of SHA-256>.parquet    rows; written once, never changed
+    <folder>/header.json                                 format version and contract
+    <folder>/shard-*.parquet, <folder>/index-*.parquet   rows; see shards.py
+    <folder>/leases/                                     which job draws what; see leases.py
 
-A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole
-(temporary file, fsync, rename), and their name carries the digest of their content. V* itself is not stored:
-`estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686; algorithm/value.py).
+A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole.
+V* itself is not stored: `estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686;
+algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB of shards are
+checked against their digests when opened; a larger table is read through its indexes, and without whole digests.
 
-A table is read by its small columns; the responses stay on disk. Up to 64 MiB of shards are checked against their
-digest when opened; of a larger table, only the pages that are read are (each has a checksum of its own).
-Leaves out: leases between jobs (two writers are safe, but may draw the same sample), standard errors, intervals.
+Any number of jobs may append at once: nothing is lost, and of a sample that two of them drew the first counts.
 
 Legend: R rows, P prompts.
 """
 
-import hashlib
+import contextlib
 import json
-import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,34 +25,17 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 
-from astar_megatron.algorithm.value import v_star
 from astar_megatron.data.contract import Contract, ContractError
-from astar_megatron.data.files import make_folder, storage_error, write_atomic
+from astar_megatron.data.estimates import Estimates, estimate
+from astar_megatron.data.files import StorageError, make_folder, storage_error, write_atomic
+from astar_megatron.data.shards import TableError, read_index, read_shard, shard_number, write_index, write_shard
 from astar_megatron.types import Prompt, Rollout
 
 FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
+SHARDS_AN_INDEX = 256
 
-_LOG = logging.getLogger(__name__)
-_SCHEMA = pa.schema(
-    [
-        pa.field("uid", pa.string(), nullable=False),
-        pa.field("sample", pa.uint32(), nullable=False),
-        pa.field("reward", pa.float64(), nullable=False),
-        pa.field("response", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_tokens", pa.int32(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("logprob", pa.float64(), nullable=False),  # the engine's, summed over the response, nats
-    ]
-)
-_COLUMNS = ["uid", "sample", "reward", "response_tokens"]  # what stays in memory
-
-
-class TableError(ValueError):
-    """A V* table that can't be used as asked."""
+_MERGE_ROWS = 1 << 16  # so many new rows, or a quarter of the old ones, are sorted in among the old
 
 
 class MissingTableError(TableError, FileNotFoundError):
@@ -80,6 +63,23 @@ class _Rows:
     reward: np.ndarray  # [R] float64
     tokens: np.ndarray  # [R] int32, of the response
 
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def at(self, rows: np.ndarray | slice) -> "_Rows":
+        return _Rows(
+            prompt=self.prompt[rows], sample=self.sample[rows], reward=self.reward[rows], tokens=self.tokens[rows]
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence["_Rows"]) -> "_Rows":
+        return cls(
+            prompt=np.concatenate([np.empty(0, np.int32), *(part.prompt for part in parts)]),
+            sample=np.concatenate([np.empty(0, np.uint32), *(part.sample for part in parts)]),
+            reward=np.concatenate([np.empty(0, np.float64), *(part.reward for part in parts)]),
+            tokens=np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
+        )
+
 
 class VStarTable:
     """The samples of one folder, made under one contract. Open it with `open` or `create_or_open`."""
@@ -87,8 +87,11 @@ class VStarTable:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._uids: dict[str, int] = {}  # uid -> index, in order of appearance
-        self._parts: list[_Rows] = []  # in order of appearance; merged into one by _rows
-        self._merged = False
+        self._old = _Rows.together([])  # sorted by prompt, then sample, each once
+        self._starts = np.zeros(1, np.int64)  # where in _old the rows of a prompt begin
+        self._new: list[_Rows] = []  # in order of appearance
+        self._shards: set[str] = set()  # names of those read or written
+        self._unindexed: list[tuple[str, pa.Table]] = []
         self._next_shard = 1
 
     @classmethod
@@ -110,80 +113,112 @@ class VStarTable:
         return cls.open(folder, contract)
 
     @classmethod
-    def open(cls, folder: str | Path, contract: Contract, check_whole_bytes: int = 64 << 20) -> Self:
+    def open(cls, folder: str | Path, contract: Contract | None, check_whole_bytes: int = 64 << 20) -> Self:
         """Return the table at `folder`. A damaged shard is set aside with a warning: its rows are missing again.
 
-        A table of more than `check_whole_bytes` has only the pages checked that are read.
+        `contract` None takes any table, to look at it. One of more than `check_whole_bytes` is read through its
+        indexes and has only the pages checked that are read; an index is added where many shards have none.
         Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
         """
         folder = Path(folder)
         _check_header(folder, contract)
         table = cls(folder)
-        shards = sorted(folder.glob("shard-*.parquet"))
-        whole = sum(path.stat().st_size for path in shards) <= check_whole_bytes
-        for path in shards:
-            if (columns := _read_shard(path, whole)) is not None:
-                table._add(columns)
-            table._next_shard = max(table._next_shard, _shard_number(path) + 1)
+        names = table._listed()
+        whole = _no_more_than(check_whole_bytes, folder, names)
+        indexed = {} if whole else table._indexed(set(names))
+        for name in names:
+            if name in indexed:
+                table._new.append(indexed[name])
+                table._seen(name)
+            else:
+                table._read(name, whole)
+        if whole:
+            table._unindexed.clear()
         return table
 
-    def append(self, rollouts: Sequence[Rollout]) -> None:
+    def refresh(self) -> None:
+        """Read the shards that other jobs have added since."""
+        for name in self._listed():
+            if name not in self._shards:
+                self._read(name, whole=True)
+
+    def append(self, rollouts: Sequence[Rollout], text: bool = False) -> None:
         """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice the first counts.
 
-        Raises StorageError (nothing of the shard is left, earlier ones are untouched) and TableError for a rollout
-        without a finite reward.
+        `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds; every
+        256th shard adds an index of these. Raises StorageError (nothing of the shard is left, earlier ones are
+        untouched) and TableError for a rollout without a finite reward.
         """
-        if not rollouts:
-            return
-        for rollout in rollouts:
-            if rollout.reward is None or not math.isfinite(rollout.reward):
-                raise TableError(
-                    f"V* table: the reward of sample {rollout.sample} of prompt {rollout.prompt.uid} is "
-                    f"{rollout.reward}; score rollouts before they are appended"
-                )
-        columns = _columns(rollouts)
-        sink = pa.BufferOutputStream()
-        pq.write_table(columns, sink, compression="zstd", write_page_checksum=True)
-        data = sink.getvalue().to_pybytes()
-        name = f"shard-{self._next_shard:06d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-        write_atomic(self.folder / name, data)
-        self._next_shard += 1
-        self._add(columns)
+        if rollouts:
+            name, columns = write_shard(self.folder, self._next_shard, rollouts, text)
+            self._add(name, columns)
 
-    def missing(self, prompts: Sequence[Prompt], num_samples: int) -> list[tuple[Prompt, int]]:
-        """Return what a sweep still has to draw: (prompt, sample < `num_samples`), in order of `prompts`."""
-        rows = self._rows()
-        there = np.zeros((len(self._uids) + 1, num_samples), dtype=bool)  # the last: not in the table
-        wanted = rows.sample < num_samples
-        there[rows.prompt[wanted], rows.sample[wanted]] = True
-        index = np.array([self._uids.get(prompt.uid, len(self._uids)) for prompt in prompts], dtype=np.int64)
-        return [(prompts[i], int(sample)) for i, sample in np.argwhere(~there[index])] if len(index) else []
+    def lacking(self, prompts: Sequence[Prompt], num_samples: int | np.ndarray) -> np.ndarray:
+        """Return [P] how many of the samples below `num_samples` (one for all, or [P]) each prompt lacks."""
+        rows, starts, counts = self._by_prompt()
+        wanted = np.broadcast_to(np.asarray(num_samples), len(prompts))
+        limit = np.zeros(len(self._uids), np.int64)
+        index = self._index([prompt.uid for prompt in prompts])
+        limit[index[index >= 0]] = wanted[index >= 0]
+        there = np.bincount(rows.prompt[rows.sample < limit[rows.prompt]], minlength=len(self._uids))
+        return wanted - np.where(index >= 0, np.append(there, 0)[index], 0)
+
+    def missing(self, prompts: Sequence[Prompt], num_samples: int | np.ndarray) -> list[tuple[Prompt, int]]:
+        """Return what a sweep still has to draw: (prompt, sample < `num_samples`), in order of `prompts`.
+
+        `num_samples` is one for all, or [P]. For a few prompts it costs little, whatever the table holds.
+        """
+        wanted = np.broadcast_to(np.asarray(num_samples), len(prompts))
+        if not len(prompts):
+            return []
+        if sum(map(len, self._new)) > max(_MERGE_ROWS, len(self._old) // 4):
+            self._merge()
+        index = self._index([prompt.uid for prompt in prompts])
+        there = np.arange(wanted.max()) >= wanted[:, None]  # [P, samples]; those not wanted count as there
+        known = np.flatnonzero((index >= 0) & (index < len(self._starts) - 1))
+        begin, end = self._starts[index[known]], self._starts[index[known] + 1]
+        count = end - begin
+        rows = np.repeat(begin - np.cumsum(count) + count, count) + np.arange(count.sum())
+        self._mark(there, np.repeat(known, count), self._old.sample[rows])
+        place = np.full(len(self._uids) + 1, -1)
+        place[index] = np.arange(len(prompts))
+        place[-1] = -1
+        for part in self._new:
+            self._mark(there, place[part.prompt], part.sample)
+        return [(prompts[i], int(sample)) for i, sample in np.argwhere(~there)]
 
     def estimate(
-        self, beta1: float, prompts: Sequence[Prompt] | None = None, num_samples: int | None = None
-    ) -> dict[str, float]:
-        """Return V* by uid, of `prompts` (none: all in the table), from the first `num_samples` samples (none: all).
+        self,
+        beta1: float,
+        prompts: Sequence[Prompt] | None = None,
+        num_samples: int | np.ndarray | None = None,
+        *,
+        level: float = 0.95,
+        bias_correction: bool = False,
+    ) -> Estimates:
+        """Return V* with its error and interval, of `prompts` (none: all in the table).
 
+        Of each prompt the first `num_samples` samples count (one number for all, or [P]; none: all there are).
+        `level` is of the interval; `bias_correction` adds what a logarithm of a mean lacks (algorithm/value.py).
         Raises MissingTableError where a prompt has none, or fewer than `num_samples`.
         """
-        if num_samples is not None and num_samples < 1:
-            raise TableError(f"V* table: expected num_samples of at least 1, got {num_samples}")
+        if num_samples is not None and np.any(np.asarray(num_samples) < 1):
+            raise TableError(f"V* table: expected num_samples of at least 1, got {np.min(num_samples)}")
         rows, starts, counts = self._by_prompt()
         names = list(self._uids) if prompts is None else [prompt.uid for prompt in prompts]
-        index = np.array([self._uids.get(uid, -1) for uid in names], dtype=np.int64)  # [P]
+        index = self._index(names)
         have = np.where(index >= 0, np.append(counts, 0)[index], 0)
-        if lacking := int((have < (num_samples or 1)).sum()):
+        use = have if num_samples is None else np.broadcast_to(np.asarray(num_samples), len(names))
+        lacks = have < np.maximum(use, 1)
+        if lacking := int(lacks.sum()):
             raise MissingTableError(
-                f"V* table {self.folder}: {lacking} of {len(names)} prompts have less than {num_samples or 1} samples; "
+                f"V* table {self.folder}: {lacking} of {len(names)} prompts have less than "
+                f"{max(1, int(use[lacks].min()))} samples; "
                 "run `astar sweep` with this configuration: it draws what is missing"
             )
-        use = have if num_samples is None else np.full_like(have, num_samples)
-        values = np.empty(len(names))
-        for count in np.unique(use):  # prompts with equally many samples form one [P, N] array
-            which = np.flatnonzero(use == count)
-            rewards = rows.reward[starts[index[which], None] + np.arange(count)]
-            values[which] = v_star(torch.from_numpy(rewards), beta1).numpy()
-        return dict(zip(names, values.tolist(), strict=True))
+        return estimate(
+            names, rows.reward, rows.tokens, starts[index], use, beta1, level=level, bias_correction=bias_correction
+        )
 
     def rewards(self) -> dict[str, list[float]]:
         """Return the raw rewards by uid, in order of their sample index."""
@@ -208,38 +243,91 @@ class VStarTable:
             response_tokens=int(rows.tokens.sum(dtype=np.int64)),
         )
 
-    def _add(self, columns: pa.Table) -> None:
-        encoded = columns["uid"].combine_chunks().dictionary_encode()
-        local = [self._uids.setdefault(uid, len(self._uids)) for uid in encoded.dictionary.to_pylist()]
-        self._parts.append(
-            _Rows(
-                prompt=np.array(local, dtype=np.int32)[encoded.indices.to_numpy()],
-                sample=columns["sample"].to_numpy(),
-                reward=columns["reward"].to_numpy(),
-                tokens=columns["response_tokens"].to_numpy(),
-            )
-        )
-        self._merged = False
+    def _index(self, uids: Sequence[str]) -> np.ndarray:
+        """[P] int64: where each uid is in the table; -1: nowhere."""
+        return np.array([self._uids.get(uid, -1) for uid in uids], dtype=np.int64)
 
-    def _rows(self) -> _Rows:
-        """All rows, sorted by prompt, then sample; of several rows of one (prompt, sample) the first that came."""
-        if not self._merged:
-            parts = self._parts
-            prompt = np.concatenate([np.empty(0, np.int32), *(part.prompt for part in parts)])
-            sample = np.concatenate([np.empty(0, np.uint32), *(part.sample for part in parts)])
-            reward = np.concatenate([np.empty(0, np.float64), *(part.reward for part in parts)])
-            tokens = np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)])
-            key = prompt.astype(np.int64) << 32 | sample.astype(np.int64)
-            _, first = np.unique(key, return_index=True)  # sorted keys; the index of the first of equal ones
-            rows = _Rows(prompt=prompt[first], sample=sample[first], reward=reward[first], tokens=tokens[first])
-            self._parts, self._merged = [rows], True
-        return self._parts[0]
+    @staticmethod
+    def _mark(there: np.ndarray, prompt: np.ndarray, sample: np.ndarray) -> None:
+        inside = (prompt >= 0) & (sample < there.shape[1])
+        there[prompt[inside], sample[inside]] = True
+
+    def _listed(self) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self.folder) if _is(name, "shard-"))
+        except OSError as error:
+            raise storage_error(f"{self.folder}: can't list the V* table", error) from error
+
+    def _indexed(self, shards: set[str]) -> dict[str, _Rows]:
+        """The rows of the shards that indexes cover. An index that names a shard that is gone is not used."""
+        found: dict[str, _Rows] = {}
+        for path in sorted(self.folder.glob("index-*.parquet")):
+            if (read := read_index(path)) is None or not shards.issuperset(name for name, _ in read[0]):
+                continue
+            rows, start = self._numbered(read[1]), 0
+            for name, count in read[0]:
+                found[name] = rows.at(slice(start, start + count))
+                start += count
+        return found
+
+    def _read(self, name: str, whole: bool) -> None:
+        self._seen(name)
+        if (columns := read_shard(self.folder / name, whole)) is not None:
+            self._add(name, columns)
+
+    def _add(self, name: str, columns: pa.Table) -> None:
+        self._seen(name)
+        self._new.append(self._numbered(columns))
+        self._unindexed.append((name, columns))
+        if len(self._unindexed) == SHARDS_AN_INDEX:
+            with contextlib.suppress(StorageError):  # on a read-only file system the next job reads more files
+                write_index(self.folder, self._unindexed)
+            self._unindexed.clear()
+
+    def _seen(self, name: str) -> None:
+        self._shards.add(name)
+        self._next_shard = max(self._next_shard, shard_number(name) + 1)
+
+    def _numbered(self, columns: pa.Table) -> _Rows:
+        uids = columns["uid"].unify_dictionaries().combine_chunks()
+        uids = uids if isinstance(uids, pa.DictionaryArray) else uids.dictionary_encode()
+        local = [self._uids.setdefault(uid, len(self._uids)) for uid in uids.dictionary.to_pylist()]
+        return _Rows(
+            prompt=np.array(local, dtype=np.int32)[uids.indices.to_numpy()],
+            sample=columns["sample"].to_numpy(),
+            reward=columns["reward"].to_numpy(),
+            tokens=columns["response_tokens"].to_numpy(),
+        )
+
+    def _merge(self) -> None:
+        """Sort the new rows in; of several rows of one (prompt, sample) the first that came stays."""
+        if self._new:
+            rows = _Rows.together([self._old, *self._new])
+            key = rows.prompt.astype(np.int64) << 32 | rows.sample
+            if not (key[1:] > key[:-1]).all():
+                order = np.argsort(key, kind="stable")
+                key = key[order]
+                rows = rows.at(order[np.append(True, key[1:] != key[:-1])])
+            self._old, self._new = rows, []
+            self._starts = np.append(0, np.cumsum(np.bincount(rows.prompt, minlength=len(self._uids))))
 
     def _by_prompt(self) -> tuple[_Rows, np.ndarray, np.ndarray]:
         """All rows, and for each prompt [P] where its rows start and how many they are."""
-        rows = self._rows()
-        counts = np.bincount(rows.prompt, minlength=len(self._uids))
-        return rows, np.cumsum(counts) - counts, counts
+        self._merge()
+        return self._old, self._starts[:-1], np.diff(self._starts)
+
+
+def _is(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) and name.endswith(".parquet")
+
+
+def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
+    total = 0
+    for name in names:
+        total += (folder / name).stat().st_size
+        if total > limit_bytes:
+            return False
+    return True
 
 
 def _write_header(folder: Path, contract: Contract) -> None:
@@ -247,7 +335,7 @@ def _write_header(folder: Path, contract: Contract) -> None:
     write_atomic(folder / "header.json", json.dumps(header, indent=1).encode())
 
 
-def _check_header(folder: Path, contract: Contract) -> None:
+def _check_header(folder: Path, contract: Contract | None) -> None:
     path = folder / "header.json"
     try:
         header = json.loads(path.read_bytes())
@@ -267,58 +355,11 @@ def _check_header(folder: Path, contract: Contract) -> None:
             f"{folder}: the V* table has format {version}, this astar_megatron reads up to {FORMAT}; "
             "use the version that wrote it or a later one"
         )
+    if contract is None:
+        return
     if lines := contract.difference(stored, names=("this run", "the table")):
         raise ContractError(
             f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
             + "\n  ".join(lines)
             + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
         )
-
-
-def _columns(rollouts: Sequence[Rollout]) -> pa.Table:
-    try:
-        return pa.table(
-            {
-                "uid": [rollout.prompt.uid for rollout in rollouts],
-                "sample": [rollout.sample for rollout in rollouts],
-                "reward": [rollout.reward for rollout in rollouts],
-                "response": [rollout.token_ids for rollout in rollouts],
-                "response_tokens": [len(rollout.token_ids) for rollout in rollouts],
-                "truncated": [rollout.truncated for rollout in rollouts],
-                "seed": [rollout.seed for rollout in rollouts],
-                "logprob": [rollout.logprob for rollout in rollouts],
-            },
-            schema=_SCHEMA,
-        )
-    except (pa.ArrowException, OverflowError) as error:
-        raise TableError(
-            f"V* table: {len(rollouts)} rollouts don't fit its columns ({error}); sample is uint32, tokens "
-            "are int32, seed is int64, reward and logprob are numbers"
-        ) from error
-
-
-def _read_shard(path: Path, whole: bool) -> pa.Table | None:
-    """The columns kept in memory; None for a damaged shard, which is renamed away. `whole` checks every byte first."""
-    try:
-        with path.open("rb") as file:
-            if whole and not path.stem.endswith(hashlib.sha256(file.read()).hexdigest()[:16]):
-                reason = "its content does not have the digest of its name"
-            else:
-                return pq.read_table(file, columns=_COLUMNS, page_checksum_verification=True)
-    except (pa.ArrowException, pa.ArrowInvalid) as error:
-        reason = str(error)
-    except OSError as error:
-        if error.errno is not None:  # the file system's own; pyarrow reports a bad checksum as an OSError without errno
-            raise storage_error(f"{path}: can't read a shard of the V* table", error) from error
-        reason = str(error)
-    _LOG.warning("%s: damaged shard set aside, its rows are missing again (%s)", path, reason)
-    try:
-        path.rename(path.with_suffix(".damaged"))
-    except OSError as error:
-        _LOG.warning("%s: could not be renamed (%s); ignored", path, error)
-    return None
-
-
-def _shard_number(path: Path) -> int:
-    digits = path.name.split("-")[1]
-    return int(digits) if digits.isdecimal() else 0

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astar_megatron.algorithm.value import v_star, v_star_from_pass_rate
+from astar_megatron.algorithm.value import (
+    bias_correction,
+    pass_rate_interval,
+    standard_error,
+    v_star,
+    v_star_from_pass_rate,
+)
 
 
 def test_iv_v_star_is_finite_where_the_exponential_overflows() -> None:
@@ -61,3 +67,92 @@ def test_a_prompt_without_samples_is_refused() -> None:
         v_star(torch.ones(2, 2), 0.5, torch.tensor([[True, True], [False, False]]))
     with pytest.raises(ValueError, match="0 <= k <= n"):
         v_star_from_pass_rate(3, 2, 0.5)
+
+
+def _tail(k: int, n: int, p: float) -> float:
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+@given(n=st.integers(1, 40), share=st.floats(0, 1), level=st.sampled_from([0.5, 0.9, 0.95, 0.999]))
+def test_the_ends_of_the_interval_have_tails_of_half_the_rest(n: int, share: float, level: float) -> None:
+    k = round(share * n)
+    low, high = (float(end) for end in pass_rate_interval(torch.tensor(k), torch.tensor(n), level))
+    assert (low == 0) if k == 0 else _tail(k, n, low) == pytest.approx((1 - level) / 2, rel=1e-9)
+    assert (high == 1) if k == n else 1 - _tail(k + 1, n, high) == pytest.approx((1 - level) / 2, rel=1e-6)
+    assert low <= k / n <= high
+
+
+def test_the_interval_covers_the_true_rate_at_least_as_often_as_it_says() -> None:
+    n = 8
+    k = torch.arange(n + 1)
+    low, high = pass_rate_interval(k, torch.full_like(k, n), 0.9)
+    for rate in (0.001, 0.05, 0.2, 0.37, 0.5, 0.81, 0.999):
+        covered = (low <= rate) & (rate <= high)
+        mass = torch.tensor([math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(n + 1)])
+        assert float(mass[covered].sum()) >= 0.9
+
+
+def test_pairs_of_different_n_do_not_change_each_other() -> None:
+    k, n = torch.tensor([0, 3, 8, 8, 31]), torch.tensor([1, 5, 8, 20, 32])
+    together = torch.stack(pass_rate_interval(k, n, 0.95))
+    alone = torch.tensor([[float(end) for end in pass_rate_interval(a, b, 0.95)] for a, b in zip(k, n, strict=True)]).T
+    torch.testing.assert_close(together, alone.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_more_samples_of_one_pass_rate_narrow_the_interval() -> None:
+    n = torch.tensor([4, 8, 16, 32, 64])
+    low, high = pass_rate_interval(n // 4, n, 0.95)
+    assert bool(((high - low).diff() < 0).all())
+
+
+@given(
+    rewards=st.lists(st.floats(-2, 2), min_size=2, max_size=12), beta1=st.floats(1e-3, 10), shift=st.floats(-500, 500)
+)
+def test_the_standard_error_neither_overflows_nor_sees_a_shift(
+    rewards: list[float], beta1: float, shift: float
+) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    error = standard_error(values, beta1)
+    assert math.isfinite(error) and error >= 0
+    torch.testing.assert_close(standard_error(values + shift, beta1), error, rtol=1e-4, atol=1e-6)
+    assert float(v_star(values + shift, beta1)) == pytest.approx(float(v_star(values, beta1)) + shift, abs=1e-6)
+
+
+def test_standard_error_and_bias_are_those_of_many_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    beta1, n, rate = 0.5, 32, 0.4
+    rewards = (torch.rand(40_000, n, generator=generator) < rate).double()
+    values, true = v_star(rewards, beta1), float(v_star_from_pass_rate(rate, 1, beta1))
+    assert float(standard_error(rewards, beta1).square().mean().sqrt()) == pytest.approx(float(values.std()), rel=0.05)
+    bias = float(values.mean()) - true
+    assert bias < -4 * float(values.std()) / 200  # plain V* lies too low, by more than the noise of this test
+    assert abs(float((values + bias_correction(rewards, beta1)).mean()) - true) < -bias / 4
+
+
+def test_one_sample_has_no_standard_error() -> None:
+    assert math.isnan(standard_error(torch.ones(3, 1), 0.5)[0])
+    assert bias_correction(torch.ones(3, 1), 0.5).tolist() == [0, 0, 0]
+
+
+@given(
+    rewards=st.lists(st.floats(-3, 3), min_size=1, max_size=9),
+    beta1=st.floats(1e-4, 1e4),
+    place=st.integers(0, 8),
+    more=st.floats(0, 2),
+)
+def test_v_star_lies_between_mean_and_maximum_and_grows_with_each_reward(
+    rewards: list[float], beta1: float, place: int, more: float
+) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    v = float(v_star(values, beta1))
+    assert float(values.mean()) - 1e-9 * beta1 - 1e-9 <= v <= max(rewards) + 1e-9
+    values[place % len(rewards)] += more
+    assert float(v_star(values, beta1)) >= v - 1e-9 * beta1 - 1e-9
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.5])
+def test_an_impossible_level_or_count_is_refused(level: float) -> None:
+    with pytest.raises(ValueError, match="level between 0 and 1"):
+        pass_rate_interval(torch.tensor(1), torch.tensor(2), level)
+    with pytest.raises(ValueError, match="0 <= k <= n"):
+        pass_rate_interval(torch.tensor(3), torch.tensor(2), 0.95)

@@ -55,9 +55,10 @@ def test_a_shard_holds_everything_about_a_rollout(
             "reward": 1.0,
             "response": [5, 6, 7],
             "response_tokens": 3,
-            "truncated": False,
+            "finish_reason": "stop",
             "seed": 1003,
             "logprob": -1.5,
+            "text": None,
         }
     ]
 
@@ -83,19 +84,19 @@ def test_estimate_is_v_star_of_the_first_samples_for_any_beta1(
     table.append([rollout(prompts[0], 5, 1.0)])  # prompts with different numbers of samples
     for beta1 in (0.01, 0.5, 3.0):
         for num_samples in (None, 1, 3, 5):
-            estimate = table.estimate(beta1, num_samples=num_samples)
+            estimate = table.estimate(beta1, num_samples=num_samples).by_uid()
             for uid, values in table.rewards().items():
                 expected = v_star(torch.tensor(values[:num_samples]), beta1)
                 assert estimate[uid] == pytest.approx(float(expected), abs=1e-12)
     chosen = table.estimate(0.5, prompts=[prompts[4], prompts[2]])
-    assert list(chosen) == ["uid-4", "uid-2"]
+    assert chosen.uids == ["uid-4", "uid-2"]
 
 
 def test_estimate_names_how_many_prompts_lack_rows(
     tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
 ) -> None:
     table = VStarTable.create_or_open(tmp_path, contract)
-    assert table.estimate(0.5) == {}
+    assert table.estimate(0.5).by_uid() == {}
     _fill(table, prompts[:4], range(2), rollout)
     with pytest.raises(MissingTableError, match="2 of 6 prompts have less than 1 samples; run `astar sweep`"):
         table.estimate(0.5, prompts)
@@ -294,7 +295,7 @@ def test_a_hundred_thousand_rows_open_quickly(tmp_path: Path, contract: Contract
     table.append([rollout(prompt, s, float(s % 2)) for prompt in many for s in range(8)])
     reopened = VStarTable.open(tmp_path, contract)
     assert reopened.missing(many, 8) == []
-    assert len(reopened.estimate(0.5, many, num_samples=8)) == 12_500
+    assert len(reopened.estimate(0.5, many, num_samples=8).by_uid()) == 12_500
 
 
 def test_a_table_without_rows_takes_a_new_contract(tmp_path: Path, contract: Contract) -> None:

@@ -1,0 +1,152 @@
+"""The files of a V* table: shards of rows, written once, and indexes of many shards, which only save time.
+
+    shard-000001-<16 hex of SHA-256>.parquet    rows, one a sample
+    index-<16 hex of SHA-256>.parquet           the small columns of many shards, with these shards' names
+
+A file appears whole (temporary file, fsync, rename) and its name carries the digest of its content, so a torn one is
+seen. A shard that is damaged is set aside and its rows are missing again; an index that is damaged, or names a shard
+that is gone, is not used. Everything in an index is in the shards: indexes may be deleted at any time.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.types import Rollout
+
+COLUMNS = ("uid", "sample", "reward", "response_tokens")  # the small ones, which stay in memory
+
+_LOG = logging.getLogger(__name__)
+_SCHEMA = pa.schema(
+    [
+        pa.field("uid", pa.string(), nullable=False),
+        pa.field("sample", pa.uint32(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("response", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_tokens", pa.int32(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),  # stop: ended by itself; length: cut by the limit
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("logprob", pa.float64(), nullable=False),  # the engine's, summed over the response, nats
+        pa.field("text", pa.string()),  # what the reward read; only where sweep.text asks for it
+    ]
+)
+
+
+class TableError(ValueError):
+    """A V* table that can't be used as asked."""
+
+
+def write_shard(folder: Path, number: int, rollouts: Sequence[Rollout], text: bool) -> tuple[str, pa.Table]:
+    """Write scored rollouts as one shard and return its name and small columns; on disk on return.
+
+    Raises StorageError (nothing is left of the shard), TableError for values that don't fit or no finite reward.
+    """
+    rows = _rows(rollouts, text)
+    return _write(folder, f"shard-{number:06d}-", rows), rows.select(list(COLUMNS))
+
+
+def read_shard(path: Path, whole: bool) -> pa.Table | None:
+    """Return the small columns; None for a damaged shard, which is renamed away.
+
+    `whole` checks every byte first; otherwise only the pages that are read are (each has a checksum of its own).
+    """
+    columns, reason = _read(path, whole)
+    if columns is None:
+        _LOG.warning("%s: damaged shard set aside, its rows are missing again (%s)", path, reason)
+        try:
+            path.rename(path.with_suffix(".damaged"))
+        except OSError as error:
+            _LOG.warning("%s: could not be renamed (%s); ignored", path, error)
+    return columns
+
+
+def shard_number(name: str) -> int:
+    """Return the number in a shard's name; 0 where there is none."""
+    digits = name.split("-")[1]
+    return int(digits) if digits.isdecimal() else 0
+
+
+def write_index(folder: Path, shards: Sequence[tuple[str, pa.Table]]) -> None:
+    """Write an index of shards, given by name and small columns. Raises StorageError."""
+    listed = json.dumps([(name, len(columns)) for name, columns in shards])
+    rows = pa.concat_tables([_plain(columns) for _, columns in shards])
+    _write(folder, "index-", rows.replace_schema_metadata({"shards": listed}))
+
+
+def read_index(path: Path) -> tuple[list[tuple[str, int]], pa.Table] | None:
+    """Return an index's shards, (name, rows) each, and their rows in this order; None for a damaged one."""
+    columns, reason = _read(path, whole=True)
+    if columns is None:
+        _LOG.warning("%s: damaged index not used (%s); it may be deleted", path, reason)
+        return None
+    listed = json.loads((columns.schema.metadata or {}).get(b"shards", b"[]"))
+    return [(str(name), int(count)) for name, count in listed], columns
+
+
+def _plain(columns: pa.Table) -> pa.Table:
+    return columns.set_column(0, "uid", columns["uid"].cast(pa.string()))
+
+
+def _write(folder: Path, prefix: str, rows: pa.Table) -> str:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue().to_pybytes()
+    name = f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+    write_atomic(folder / name, data)
+    return name
+
+
+def _read(path: Path, whole: bool) -> tuple[pa.Table | None, str]:
+    """The small columns of a file, or the reason why it is damaged."""
+    try:
+        with path.open("rb") as file:
+            if whole and not path.stem.endswith(hashlib.sha256(file.read()).hexdigest()[:16]):
+                return None, "its content does not have the digest of its name"
+            # Not pq.read_table, which takes five times as long for a small file.
+            found = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=["uid"])
+            columns = found.read(columns=list(COLUMNS), use_threads=False)
+    except pa.ArrowException as error:
+        return None, str(error)
+    except OSError as error:
+        if error.errno is not None:  # the file system's own; pyarrow reports a bad checksum as an OSError without errno
+            raise storage_error(f"{path}: can't read a part of the V* table", error) from error
+        return None, str(error)
+    if set(columns.column_names) != set(COLUMNS):
+        return None, f"it has the columns {', '.join(columns.column_names)} of {', '.join(COLUMNS)} only"
+    return columns.select(list(COLUMNS)), ""
+
+
+def _rows(rollouts: Sequence[Rollout], text: bool) -> pa.Table:
+    for rollout in rollouts:
+        if rollout.reward is None or not math.isfinite(rollout.reward):
+            raise TableError(
+                f"V* table: the reward of sample {rollout.sample} of prompt {rollout.prompt.uid} is "
+                f"{rollout.reward}; score rollouts before they are appended"
+            )
+    try:
+        return pa.table(
+            {
+                "uid": [rollout.prompt.uid for rollout in rollouts],
+                "sample": [rollout.sample for rollout in rollouts],
+                "reward": [rollout.reward for rollout in rollouts],
+                "response": [rollout.token_ids for rollout in rollouts],
+                "response_tokens": [len(rollout.token_ids) for rollout in rollouts],
+                "finish_reason": ["length" if rollout.truncated else "stop" for rollout in rollouts],
+                "seed": [rollout.seed for rollout in rollouts],
+                "logprob": [rollout.logprob for rollout in rollouts],
+                "text": [rollout.text if text else None for rollout in rollouts],
+            },
+            schema=_SCHEMA,
+        )
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        raise TableError(
+            f"V* table: {len(rollouts)} rollouts don't fit its columns ({error}); sample is uint32, tokens "
+            "are int32, seed is int64, reward and logprob are numbers, text is UTF-8"
+        ) from error
