@@ -12,6 +12,7 @@ import torch
 
 from astar_megatron import config
 from astar_megatron.algorithm.rewards import score
+from astar_megatron.certificate import certify
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
@@ -85,7 +86,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         weights.publish(version=cfg.train.num_steps)
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
-    tracker.say(f"exported to {cfg.export_dir}")
+    tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, policy.logprobs)}")
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
