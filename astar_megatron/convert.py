@@ -1,7 +1,7 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -108,7 +108,7 @@ def _links(links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:
 
 
 @contextmanager
-def _torch_threads(count: int):  # noqa: ANN202
+def _torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

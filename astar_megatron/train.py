@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from astar_megatron import config, doctor
+from astar_megatron.certificate import certify
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
@@ -100,7 +101,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         weights.publish(version=cfg.train.num_steps)
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
-    tracker.say(f"exported to {cfg.export_dir}")
+    tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, policy.logprobs)}")
 
 
 def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:

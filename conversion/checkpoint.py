@@ -340,10 +340,32 @@ def _read_index(folder: Path) -> Metadata:
     try:
         with (folder / _INDEX).open("rb") as file:
             metadata = _IndexUnpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+        _check_index(metadata)
+    except (OSError, pickle.UnpicklingError, EOFError, ArithmeticError, LookupError, *_OF_DAMAGE) as error:
         raise DistributedCheckpointError(
             f"{folder / _INDEX} is damaged or no index of a checkpoint: {error}"
         ) from error
-    if not isinstance(metadata, Metadata):
-        raise DistributedCheckpointError(f"{folder / _INDEX} holds a {type(metadata).__name__}, no index")
     return metadata
+
+
+# What unpickling a damaged file, and looking at what comes out, was seen to raise.
+_OF_DAMAGE = (AttributeError, TypeError, ValueError, ImportError, MemoryError, RuntimeError)
+
+
+def _check_index(metadata: Metadata) -> None:
+    """Raise TypeError or AttributeError unless all that is read later has its type."""
+    places: Any = metadata.storage_data
+    numbers = [number for place in places.values() for number in (place.offset, place.length)]
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            if not isinstance(entry.properties.dtype, torch.dtype):
+                raise TypeError(f"the type of {name} is {entry.properties.dtype!r}")
+            for chunk in entry.chunks:
+                if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
+                    raise TypeError(f"a part of {name} has other dimensions")
+                numbers += [*chunk.offsets, *chunk.sizes]
+            numbers += entry.size
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise TypeError("a place in a file is no number")

@@ -198,6 +198,7 @@ class _Ledger:
             "source_kind": self._end.kind,
             "dtype": str(self._end.dtype).removeprefix("torch."),
             "digests": {name: f"{self._digests[name] % (1 << 64):016x}" for name in self._end.model.parameters()},
+            "logprobs": {"max_difference": None, "reason": "a conversion moves weights and runs no model: see digests"},
         }
 
 

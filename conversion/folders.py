@@ -91,7 +91,12 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file as all of an export are: indented, keys sorted."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: object) -> str:
+    """Return what `write_json` writes."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -39,6 +39,7 @@ PROGRAMS = {
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
     *("checkpoints", "convert"),  # where a run goes on from; model folders from each other
+    "certificate",  # what an export's conversion.json says of its log-probs
 }
 WITHOUT_CONVERSION = {"config", "types", "algorithm", "data"}  # rooms that know nothing of weights
 

@@ -73,9 +73,7 @@ def test_a_truncated_chunk_is_named(tied_llama: Path, tmp_path: Path) -> None:
     file = min((tmp_path / "megatron").glob("*.distcp"))
     data = file.read_bytes()
     os.truncate(file, len(data) // 2)
-    with pytest.raises(
-        DistributedCheckpointError, match=f"{file.name} is truncated: .* bytes wanted, {len(data) // 2} there"
-    ):
+    with pytest.raises(DistributedCheckpointError, match=f"{file.name} is truncated: .*, {len(data) // 2} there"):
         open_end(tmp_path / "megatron")
     file.write_bytes(bytes(len(data)))
     with pytest.raises(DistributedCheckpointError, match=f"{file.name} is damaged"):

@@ -14,7 +14,7 @@ ANSWER_SECONDS = 240
 
 
 class Ranks:
-    """Runs a function of ranks.py (or of a file beside it) on `world` new processes at once and returns their results by rank.
+    """Runs a function of a file beside this on `world` new processes at once and returns their results by rank.
 
     The fork server imports Megatron once; its children start with that done.
     """

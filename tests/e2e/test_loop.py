@@ -85,6 +85,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert logprobs == pytest.approx(fresh_logprobs, abs=1e-5)
     assert logprobs == pytest.approx(megatron, abs=1e-3)
 
+    assert json.loads((cfg.export_dir / "conversion.json").read_text())["logprobs"]["max_difference"] < 1e-4
     model = AutoModelForCausalLM.from_pretrained(cfg.export_dir, dtype=torch.float32)
     with torch.no_grad():
         rows = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
