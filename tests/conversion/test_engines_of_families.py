@@ -82,5 +82,5 @@ def test_an_engine_of_two_workers_does_too(tmp_path: Path) -> None:
 def test_experts_published_into_a_live_engine_are_packed_again(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     small = config("qwen3_moe", **SIZES)
-    (answer,) = published([(small, ParallelLayout(pipeline=2, data=2, expert=2))], 1, tmp_path)
+    (answer,) = published([(small, ParallelLayout(pipeline=2, data=2, expert=2), "shared memory")], 1, tmp_path)
     assert_live_equals_fresh(answer)
