@@ -137,19 +137,20 @@ def here(device: torch.device) -> Place:
 
 
 def choose(
-    sources: Sequence[Place], engines: Sequence[Sequence[Place]], links: Collection[tuple[int, int]]
+    sources: Sequence[Place], engines: Sequence[Sequence[Place]], links: Collection[tuple[int, int]], memory: str
 ) -> tuple[Way, str]:
     """The way from source ranks to each engine's workers, with the reason in words.
 
-    `links`: the (source rank, target rank) between which the plan has something to carry.
+    `links`: the (source rank, target rank) between which the plan has something to carry; `memory`: where the program
+    that asks makes the folder of shared memory, as in its own `Place`.
     """
     workers = [place for engine in engines for place in engine]
     ends = [*sources, *workers]
-    num_memories = len({end.memory for end in ends})
+    num_memories = len({end.memory for end in ends} | {memory})
     if not any(end.device for end in ends):
         if num_memories == 1:
             return "shared memory", "shared memory: policy and engines are on CPUs and see one /dev/shm"
-        return "gloo", f"gloo: policy and engines are on CPUs of {num_memories} hosts, which share no memory"
+        return "gloo", f"gloo: policy, engines and their driver are on CPUs and see {num_memories} different /dev/shm"
     if num_memories == 1 and all(
         sources[source].device and sources[source] == engine[target] for engine in engines for source, target in links
     ):

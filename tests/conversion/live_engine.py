@@ -78,6 +78,8 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
         live.collective_rpc("mend")
     answer["rows"] = live.collective_rpc("digest_rows", args=(0,))
     answer |= {"after": said(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
+    if "num_experts" in request["init_info"]["config"]:
+        answer["laid_out_anew"] = live.collective_rpc("refusal_of_a_kernel_that_lays_experts_out_anew")
     wrong = request["init_info"] | {"config": request["init_info"]["config"] | {"intermediate_size": 64}}
     try:
         live.collective_rpc("init_weight_transfer_engine", args=(wrong,))

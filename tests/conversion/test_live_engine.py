@@ -26,6 +26,8 @@ BUCKET_BYTES = 50_000  # several buckets, and an embedding larger than one
 PROGRAM = Path(__file__).with_name("live_engine.py")
 TIED_LLAMA = config(hidden_size=128, num_attention_heads=4, tie_word_embeddings=True)
 UNTIED_QWEN2 = config("qwen2", hidden_size=192, num_attention_heads=6)  # vocabulary 131: odd, padded to 192
+# Heads of a size of their own, and experts of which vLLM pads and packs 40 rows; its kernel wants 32 to divide 96.
+EXPERTS = config("qwen3_moe", hidden_size=96, head_dim=32)
 ONE_KEY_HEAD = config("qwen2", hidden_size=128, num_key_value_heads=1)  # replicated over an engine's workers
 
 
@@ -136,11 +138,16 @@ def test_a_live_engine_says_what_a_fresh_one_on_the_export_says(tmp_path: Path) 
     cases: list[tuple[dict[str, object], ParallelLayout, Way]] = [
         (TIED_LLAMA, ParallelLayout(pipeline=2, data=2), "shared memory"),
         (UNTIED_QWEN2, ParallelLayout(tensor=2), "gloo"),
+        (EXPERTS, ParallelLayout(pipeline=2, data=2, expert=2), "shared memory"),
     ]
-    for answer in published(cases, 1, tmp_path):
+    *dense, experts = published(cases, 1, tmp_path)
+    for answer in (*dense, experts):
         assert_live_equals_fresh(answer)
         assert answer["versions"] == [7]
+    for answer in dense:
         assert "model.layers.0.mlp.gate_up_proj.weight has shape (112," in answer["refusal"]
+    (refusal,) = experts["laid_out_anew"]
+    assert refusal.startswith("model.layers.0.mlp.experts.routed_experts: vLLM's kernel for its experts is FLASHINFER")
 
 
 @pytest.mark.slow

@@ -24,8 +24,10 @@ def places(*names: str) -> list[Place]:
     ("sources", "engines", "links", "way", "words"),
     [
         (("a", "a"), [("a", "a"), ("a", "a")], ALL_TO_ALL, "shared memory", "on CPUs and see one /dev/shm"),
-        (("a", "a"), [("a", "a"), ("b", "b")], ALL_TO_ALL, "gloo", "CPUs of 2 hosts"),
-        (("a", "b"), [("a", "c")], ONE_TO_ONE, "gloo", "CPUs of 3 hosts"),
+        (("a", "a"), [("a", "a"), ("b", "b")], ALL_TO_ALL, "gloo", "2 different /dev/shm"),
+        (("a", "b"), [("a", "c")], ONE_TO_ONE, "gloo", "3 different /dev/shm"),
+        (("b", "b"), [("b", "b")], ALL_TO_ALL, "gloo", "2 different /dev/shm"),
+        (("b/0", "b/1"), [("b/0", "b/1")], ONE_TO_ONE, "gloo", "some ends share a GPU"),
         (("a/0", "a/1"), [("a/0", "a/1")], ONE_TO_ONE, "cuda ipc", "on the GPU of the workers"),
         (("a/0", "a/1"), [("a/0", "a/1"), ("a/0", "a/1")], ONE_TO_ONE, "cuda ipc", "not been run on a GPU yet"),
         (("a/0", "a/1"), [("a/0", "a/1")], ALL_TO_ALL, "shared memory", "some ends share a GPU and others do not"),
@@ -40,7 +42,7 @@ def places(*names: str) -> list[Place]:
 def test_the_way_follows_from_the_places(
     sources: tuple[str, ...], engines: list[tuple[str, ...]], links: set[tuple[int, int]], way: str, words: str
 ) -> None:
-    found, reason = choose(places(*sources), [places(*engine) for engine in engines], links)
+    found, reason = choose(places(*sources), [places(*engine) for engine in engines], links, "a")
     assert found == way and words in reason
 
 

@@ -6,8 +6,9 @@ import torch
 from live_faults import LiveFault
 from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-from conversion.vllm import WorkerExtension, repack
+from conversion.vllm import WorkerExtension, check_experts, repack
 
 
 class FaultyWorker(WorkerExtension):
@@ -43,6 +44,20 @@ class FaultyWorker(WorkerExtension):
         """The index and the digests of the rows of each part of an HF tensor that this worker holds."""
         parts = self.weight_transfer_engine._holdings.parts  # type: ignore[attr-defined]
         return [(index, self.digest_rows(index)) for index, part in enumerate(parts) if part.hf == tensor]
+
+    def refusal_of_a_kernel_that_lays_experts_out_anew(self) -> str:
+        """What this worker says if vLLM had chosen such a kernel for the experts of its first layer."""
+        model = self.model_runner.get_model()
+        method = next(layer.quant_method for layer in model.modules() if hasattr(layer, "w13_weight"))
+        chosen = method.unquantized_backend
+        method.unquantized_backend = UnquantizedMoeBackend.FLASHINFER_TRTLLM
+        try:
+            check_experts(model)
+        except ValueError as error:
+            return str(error)
+        finally:
+            method.unquantized_backend = chosen
+        return "nothing"
 
     def mend(self) -> None:
         weight, right = self._kept
