@@ -23,7 +23,7 @@ from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
 from conversion.families import Model
 from conversion.plan import WeightMismatch, plan
-from conversion.transfer.route import Route, choose
+from conversion.transfer.route import Route, choose, here
 from conversion.verify import Verifier, mismatch
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +75,7 @@ class WeightSync:
         self._count = 0
         sources, workers = policy.places(), engines.places()
         links = {(copy.source.rank, copy.target.rank) for copy in way.copies}
-        by, self.reason = choose(sources, workers, links)
+        by, self.reason = choose(sources, workers, links, here(torch.device("cpu")).memory)
         host, port = policy.rendezvous
         route = Route(
             way=by,

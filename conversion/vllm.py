@@ -7,10 +7,11 @@ once; per version, with the engine paused and its caches cleared, start_weight_u
 finish_weight_update.
 
 The worker derives the plan itself from the HF configuration and the trainer's layout, so only those cross the RPC.
-An engine with pipeline stages is refused.
+An engine with pipeline stages is refused, and so is one whose kernel for experts lays their weights out anew at load:
+tiles written into it would be right bit by bit and wrong as weights.
 
 What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan, and in a
-full check probes what vLLM derives from them.
+full check probes what vLLM derives from them: the packs of linear layers and of experts.
 
 On a CPU vLLM packs the weights of linear layers and of experts for its kernels at load and drops the plain ones. Here
 the plain ones stay, to be written to, and are packed again after each update. The other way, no packing at all, is
@@ -103,6 +104,7 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         """What the live module holds now. ValueError if that is no longer what the plan fills."""
         model, weights, tensor, rank, dtype = self._end
         check_coverage(model, weights, tensor, rank, self.model)
+        check_experts(self.model)
         parameters = _parameters(self.model)
         for copy in weights.to_rank(rank):
             own = parameters[copy.target.name].dtype
@@ -205,6 +207,22 @@ def check_coverage(model: Model, weights: WeightPlan, tensor: int, rank: int, mo
             raise ValueError(f"{written[name]} elements of {name} {shape} would be written, all must be")
 
 
+def check_experts(module: nn.Module) -> None:
+    """Raises ValueError if a layer's experts lie in another order than they are loaded in."""
+    for name, layer in module.named_modules():
+        if hasattr(layer, "w13_weight"):
+            kernel = getattr(getattr(layer, "quant_method", None), "unquantized_backend", None)
+            kind = getattr(kernel, "name", "unknown")
+            if kind not in _PLAIN_EXPERTS:
+                raise ValueError(
+                    f"{name}: vLLM's kernel for its experts is {kind}, which lays their weights out anew at load; "
+                    f"expected one of {sorted(_PLAIN_EXPERTS)}: start the engine with moe_backend='triton'"
+                )
+
+
+_PLAIN_EXPERTS = {"CPU", "TRITON", "BATCHED_TRITON"}  # kernels that take experts as they are loaded, or as packed here
+
+
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tuple(tensor.shape)
 
@@ -235,14 +253,25 @@ _EXPERTS = "astar_experts"  # on a layer of fused experts: what packed it
 _pack, _apply = CPUUnquantizedExperts.process_weights_after_loading, CPUUnquantizedExperts.apply
 
 
+_PACKED_AS = {"w1": "w13_weight", "w2": "w2_weight"}  # as vLLM's computation calls them: the layer's parameters
+
+
 def _pack_and_keep(self: Any, layer: nn.Module) -> None:
     """vLLM's packing of one layer's experts, except that the plain weights stay its parameters."""
-    plain = {name: getattr(layer, name) for name in ("w13_weight", "w2_weight")}
-    _pack(self, layer)
-    self.packed = {"w1": layer.w13_weight.data, "w2": layer.w2_weight.data}
+    self.packed = _packed(self, layer, {name: getattr(layer, name) for name in _PACKED_AS.values()})
+    setattr(layer, _EXPERTS, self)
+
+
+def _packed(experts: Any, layer: nn.Module, weights: dict[str, Any]) -> dict[str, Tensor]:
+    """vLLM's packs of such weights; the layer keeps its own."""
+    plain = {name: getattr(layer, name) for name in _PACKED_AS.values()}
+    for name, weight in weights.items():
+        setattr(layer, name, weight)
+    _pack(experts, layer)
+    packed = {short: getattr(layer, name).data for short, name in _PACKED_AS.items()}
     for name, parameter in plain.items():
         setattr(layer, name, parameter)
-    setattr(layer, _EXPERTS, self)
+    return packed
 
 
 def _apply_packed(self: Any, **arguments: Any) -> None:
@@ -252,13 +281,14 @@ def _apply_packed(self: Any, **arguments: Any) -> None:
 
 @torch.no_grad()
 def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fault]:
-    """The packed linear layers that do not compute with their plain weight, by the name of that weight.
+    """The packed layers that do not compute with their plain weight, by the name of that weight.
 
-    A product with a unit vector is a column of the weight, exactly, in every dtype: so a pack that is old by the
+    Experts are packed again and compared; `row` counts the rows of all of a layer's experts. Linear layers are asked: a
+    product with a unit vector is a column of the weight, exactly, in every dtype: so a pack that is old by the
     smallest step shows, where the rounding of a product with a random vector would hide it. The columns are random, by
     `seed`. A weight with a NaN or an infinity is found as well: no product of it is its column.
     """
-    faults: list[Fault] = []
+    faults: list[Fault] = _stale_experts(module)
     generator = torch.Generator().manual_seed(seed)
     for name, layer in module.named_modules():
         multiply: Any = getattr(layer, "cpu_linear", None)
@@ -271,8 +301,40 @@ def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fau
         got = multiply(probe, weight, None).t()
         wrong = (got != weight[:, columns]).any(1).nonzero()
         if len(wrong):
-            faults.append((f"{name}.weight", int(wrong[0]), "vLLM's packed copy of it is not what it is packed from"))
+            faults.append((f"{name}.weight", int(wrong[0]), _STALE))
     return faults
+
+
+_STALE = "vLLM's packed copy of it is not what it is packed from"
+
+
+def _stale_experts(module: nn.Module) -> list[Fault]:
+    faults: list[Fault] = []
+    for name, layer in module.named_modules():
+        experts = getattr(layer, _EXPERTS, None)
+        if experts is None:
+            continue
+        plain = {weight: getattr(layer, weight) for weight in _PACKED_AS.values()}
+        fresh = _packed(experts, layer, plain)
+        for short, weight in _PACKED_AS.items():
+            wrong = fresh[short] != experts.packed[short]
+            if wrong.any():
+                rows = _packed_rows(experts, layer, plain)[short]
+                faults.append((f"{name}.{weight}", int(rows[wrong].min()), _STALE))
+    return faults
+
+
+def _packed_rows(experts: Any, layer: nn.Module, plain: dict[str, Any]) -> dict[str, Tensor]:
+    """At each place of the packs the row of the plain weight that is packed there, whatever the order of packing."""
+    rows: dict[str, Tensor] = {}
+    for digit in (1 << 16, 1 << 8, 1):  # every dtype holds whole numbers up to 256
+        numbers = {}
+        for weight, tensor in plain.items():
+            count = torch.arange(tensor.shape[0] * tensor.shape[1]).view(*tensor.shape[:2], 1) // digit % 256
+            numbers[weight] = nn.Parameter(count.to(tensor.dtype).expand_as(tensor).contiguous(), requires_grad=False)
+        for short, packed in _packed(experts, layer, numbers).items():
+            rows[short] = rows.get(short, 0) + digit * packed.long()
+    return rows
 
 
 def _register() -> None:

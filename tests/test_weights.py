@@ -172,7 +172,7 @@ def test_on_several_hosts_the_weights_go_by_gloo_and_are_proved_all_the_same(tie
     model = read_model(tied_llama)
     policy, engines = Policy(model, tied_llama, hosts=("first", "second")), Engines(model)
     sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000, verify_interval=6))  # type: ignore[arg-type]
-    assert sync.reason == "gloo: policy and engines are on CPUs of 3 hosts, which share no memory"
+    assert sync.reason == "gloo: policy, engines and their driver are on CPUs and see 3 different /dev/shm"
     for version in range(2):
         policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
         sync.publish(version)

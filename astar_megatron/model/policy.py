@@ -43,7 +43,6 @@ from conversion.megatron import check_tensors
 from conversion.plan import WeightPlan, plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.route import Place, Route, Sender, here
-from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_parts
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -84,6 +83,8 @@ class PolicyRank:
         self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
+        self._rendezvous = ("", 0)
+        self._num_exports = 0
         self._sender: Sender | None = None
         self._holdings: Holdings | None = None
 
@@ -97,6 +98,7 @@ class PolicyRank:
 
         Returns in words what the rank runs on.
         """
+        self._rendezvous = (host, port)
         store = self._store or TCPStore(host, port, is_master=False, timeout=_COLLECTIVE_TIMEOUT)
         dist.init_process_group(
             self.backend.collectives,
@@ -306,33 +308,51 @@ class PolicyRank:
         """
         tensors = self.weights() if kind == "weights" else self.gradients()
         dtype = self._dtype if kind == "weights" else torch.float32
-        route = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
-        sender = SharedMemorySender(route, self.rank, tensors, transfer_folder, dtype)
+        way = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
+        route = self._export_route(transfer_folder)
+        sender = route.sender(way, self.rank, tensors, dtype)
         try:
             dist.barrier()  # every sender's file is there
             if self.rank == 0:
                 with hf.writing(folder, self._path, dtype) as export:
-                    receiver = SharedMemoryReceiver(route, 0, export.tensors, transfer_folder, dtype)
+                    receiver = route.receiver(way, 0, export.tensors, dtype)
                     with ThreadPoolExecutor(1) as beside:
                         sending = beside.submit(sender.send)
                         receiver.receive()
                         sending.result()
                     receiver.close()
-                    expected = self._manifest(route, tensors, dtype)
+                    expected = self._manifest(way, tensors, dtype)
                     digests = check_export(expected, export.tensors)
                     export.record.update(layout=dataclasses.asdict(self.layout), digests=digests)
             else:
                 sender.send()
-                self._manifest(route, tensors, dtype)
+                self._manifest(way, tensors, dtype)
             dist.barrier()
         finally:
             sender.close()
 
-    def _manifest(self, route: WeightPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> Manifest:
-        """Return the digests of what all ranks send by `route`; collective."""
+    def _export_route(self, folder: str) -> Route:
+        """Return the way to rank 0's files: shared memory if all ranks see `folder`, else gloo; collective."""
+        seen: list[Any] = [None] * self.layout.world_size
+        dist.all_gather_object(seen, here(torch.device("cpu")).memory if Path(folder).is_dir() else None)
+        self._num_exports += 1
+        host, port = self._rendezvous
+        return Route(
+            way="shared memory" if seen[0] and len(set(seen)) == 1 else "gloo",
+            num_sources=self.layout.world_size,
+            num_engines=1,
+            num_workers=1,
+            folder=folder,
+            host=host,
+            port=port,
+            name=f"export-{self._num_exports}",
+        )
+
+    def _manifest(self, way: WeightPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> Manifest:
+        """Return the digests of what all ranks send by `way`; collective."""
         sent: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(sent, Holdings(sent_parts(route, self.rank), tensors, dtype).full())
-        return Verifier(route, dtype).manifest(self._version, True, sent)
+        dist.all_gather_object(sent, Holdings(sent_parts(way, self.rank), tensors, dtype).full())
+        return Verifier(way, dtype).manifest(self._version, True, sent)
 
     def close(self) -> None:
         """Leave the group and remove the files of publishing."""

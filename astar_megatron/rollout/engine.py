@@ -185,7 +185,8 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "weight_transfer_config": {"backend": "astar_tiles"},
     }
     if options.on_gpu:
-        return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+        # The other kernels for experts lay their weights out anew at load, where a publish could not write to them.
+        return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization, "moe_backend": "triton"}
     return arguments | {
         # A seeded request that chunked prefill splits raises on CPU, so the longest prompt must fit one pass.
         "enable_chunked_prefill": False,

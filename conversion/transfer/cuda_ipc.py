@@ -87,10 +87,9 @@ def unpacked(text: bytes) -> tuple[str, list[Any]]:
     """The device and the handle of `packed`. TransferError if it is none."""
     try:
         found = json.loads(text)
-        values = [
-            found[name] if (kind := _TYPES.get(name)) and type(found[name]) is kind else bytes.fromhex(found[name])
-            for name in _FIELDS
-        ]
-        return str(found["device"]), values
+        for name in ("device", *_FIELDS):
+            if type(found[name]) is not _TYPES.get(name, str):
+                raise TypeError(f"{name} is {found[name]!r}")
+        return found["device"], [found[name] if name in _TYPES else bytes.fromhex(found[name]) for name in _FIELDS]
     except (ValueError, KeyError, TypeError) as error:
         raise TransferError(f"no handle of CUDA IPC stands in the file: {error}") from None

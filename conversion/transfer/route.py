@@ -16,7 +16,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -72,21 +72,22 @@ class Route:
     port: int = 0
     name: str = ""
     bucket_bytes: int = BUCKET_BYTES
+    timeout_seconds: float = 120.0  # without any progress of the other side
 
     def sender(self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Sender:
         """The end at source rank `rank`, which holds `tensors`; they travel as `dtype`."""
         if self.way == "gloo" or self.way == "nccl":
             world = self._world(self.way)
-            return GroupSender(plan, rank, tensors, world, dtype, bucket_bytes=self.bucket_bytes)
+            return GroupSender(plan, rank, tensors, world, dtype, **self._bounds)
         return SharedMemorySender(
             plan,
             rank,
             tensors,
             self.folder,
             dtype,
-            bucket_bytes=self.bucket_bytes,
             num_engines=self.num_engines,
             slots=self._slots(tensors),
+            **self._bounds,
         )
 
     def receiver(
@@ -95,17 +96,21 @@ class Route:
         """The end at target rank `rank` of an engine, which holds `tensors`."""
         if self.way == "gloo" or self.way == "nccl":
             world = self._world(self.way)
-            return GroupReceiver(plan, rank, tensors, world, dtype, bucket_bytes=self.bucket_bytes, engine=engine)
+            return GroupReceiver(plan, rank, tensors, world, dtype, engine=engine, **self._bounds)
         return SharedMemoryReceiver(
             plan,
             rank,
             tensors,
             self.folder,
             dtype,
-            bucket_bytes=self.bucket_bytes,
             engine=engine,
             slots=self._slots(tensors),
+            **self._bounds,
         )
+
+    @property
+    def _bounds(self) -> dict[str, Any]:
+        return {"bucket_bytes": self.bucket_bytes, "timeout_seconds": self.timeout_seconds}
 
     def _slots(self, tensors: Mapping[str, Tensor]) -> FileSlots | DeviceSlots:
         if self.way == "shared memory":
@@ -132,19 +137,20 @@ def here(device: torch.device) -> Place:
 
 
 def choose(
-    sources: Sequence[Place], engines: Sequence[Sequence[Place]], links: Collection[tuple[int, int]]
+    sources: Sequence[Place], engines: Sequence[Sequence[Place]], links: Collection[tuple[int, int]], memory: str
 ) -> tuple[Way, str]:
     """The way from source ranks to each engine's workers, with the reason in words.
 
-    `links`: the (source rank, target rank) between which the plan has something to carry.
+    `links`: the (source rank, target rank) between which the plan has something to carry; `memory`: where the program
+    that asks makes the folder of shared memory, as in its own `Place`.
     """
     workers = [place for engine in engines for place in engine]
     ends = [*sources, *workers]
-    num_memories = len({end.memory for end in ends})
+    num_memories = len({end.memory for end in ends} | {memory})
     if not any(end.device for end in ends):
         if num_memories == 1:
             return "shared memory", "shared memory: policy and engines are on CPUs and see one /dev/shm"
-        return "gloo", f"gloo: policy and engines are on CPUs of {num_memories} hosts, which share no memory"
+        return "gloo", f"gloo: policy, engines and their driver are on CPUs and see {num_memories} different /dev/shm"
     if num_memories == 1 and all(
         sources[source].device and sources[source] == engine[target] for engine in engines for source, target in links
     ):

@@ -2,8 +2,9 @@
 
     python group_process.py FOLDER {none|late}
 
-The policy's ranks 0 and 1 (tensor parallel) and two engines of two workers. Each end writes what it counted, and a
-worker what it then holds, to FOLDER; whoever fails writes its error. With "late" rank 1 never sends.
+The policy's ranks 0 and 1 (data parallel, so that they share the load) and two engines of two workers. Each end writes
+what it counted, and a worker what it then holds, to FOLDER; whoever fails writes its error. With "late" rank 1 never
+sends.
 """
 
 import json
@@ -24,7 +25,7 @@ from conversion.transfer import TransferError
 from conversion.transfer.process_group import GroupReceiver, GroupSender, World
 
 MODEL = model_from_config(config("qwen2"))
-LAYOUT = ParallelLayout(tensor=2)
+LAYOUT = ParallelLayout(data=2)
 PLAN = plan(MODEL.megatron_tiles(LAYOUT), MODEL.vllm_tiles(2))
 BUCKET_BYTES = 3000
 

@@ -7,6 +7,7 @@ sender is another process. An answer holds what both engines say: greedy tokens,
 what the live engine's workers say they hold, as they are and with faults injected.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,8 +26,8 @@ if sys.argv[1] == "1":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
+from live_faults import live_faults
 from vllm import LLM, SamplingParams
-from worker_faults import FAULTS
 
 
 def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorker") -> LLM:
@@ -61,7 +62,7 @@ def said(llm: LLM, prompts: list[list[int]]) -> list[dict[str, Any]]:
 def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     live = engine(request["folder"], tensor)
     live.collective_rpc("init_weight_transfer_engine", args=(request["init_info"],))
-    answer: dict[str, Any] = {"before": said(live, request["prompts"])}
+    answer: dict[str, Any] = {"before": said(live, request["prompts"]), "places": live.collective_rpc("place")}
     live.collective_rpc("remember_packs")
     live.collective_rpc("start_weight_update")
     live.collective_rpc("update_weights", args=({"version": 7},))
@@ -69,12 +70,16 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     live.reset_prefix_cache()
     answer["audits"] = {"none": live.collective_rpc("audit", args=(7, True))}
     answer["sampled"] = live.collective_rpc("audit", args=(7, False))
-    for fault in FAULTS:
-        live.collective_rpc("inject", args=(fault,))
-        answer["audits"][fault] = live.collective_rpc("audit", args=(7, True))
+    answer["rows_of"] = {}
+    for name, fault in live_faults(request["init_info"]["config"], tensor).items():
+        live.collective_rpc("inject", kwargs=dataclasses.asdict(fault))
+        answer["audits"][name] = live.collective_rpc("audit", args=(7, True))
+        answer["rows_of"][name] = live.collective_rpc("rows_of", args=(fault.named,))
         live.collective_rpc("mend")
     answer["rows"] = live.collective_rpc("digest_rows", args=(0,))
     answer |= {"after": said(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
+    if "num_experts" in request["init_info"]["config"]:
+        answer["laid_out_anew"] = live.collective_rpc("refusal_of_a_kernel_that_lays_experts_out_anew")
     wrong = request["init_info"] | {"config": request["init_info"]["config"] | {"intermediate_size": 64}}
     try:
         live.collective_rpc("init_weight_transfer_engine", args=(wrong,))

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_live_engine import assert_live_equals_fresh, published
 from tiny_models import config, random_weights, write_folder
 from transformers import AutoModelForCausalLM
 
 from conversion.families import model_from_config
-from conversion.tiles import ParallelLayout
 
 PROGRAM = Path(__file__).with_name("engine_holds.py")
 # vLLM's CPU kernels take heads of 32 and more, and experts of hidden sizes that 32 divides.
@@ -76,11 +74,3 @@ def test_an_engine_of_two_workers_does_too(tmp_path: Path) -> None:
     """One key-value head on two workers, and experts whose shard of 20 rows vLLM pads for its kernel."""
     pytest.importorskip("vllm")
     assert_engines_hold([written(tmp_path / "model", "qwen3_moe", num_key_value_heads=1)], 2, tmp_path)
-
-
-@pytest.mark.slow
-def test_experts_published_into_a_live_engine_are_packed_again(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    small = config("qwen3_moe", **SIZES)
-    (answer,) = published([(small, ParallelLayout(pipeline=2, data=2, expert=2))], 1, tmp_path)
-    assert_live_equals_fresh(answer)

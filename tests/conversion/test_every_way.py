@@ -1,4 +1,7 @@
-"""What holds for every way that weights go: an end that is killed is seen within seconds, and memory stays bounded."""
+"""What holds for every way that weights go: they arrive bit by bit, in bounded memory, and a dead end is seen.
+
+`make gpu-check` runs the marked cases, on tensors of GPUs; they need torch, and two GPUs for NCCL.
+"""
 
 import dataclasses
 import json
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from transfer_process import BUCKET_BYTES, DIES_AT, LARGE_BUCKET_BYTES, PLAN
+from transfer_process import BUCKET_BYTES, DIES_AT, LARGE_BUCKET_BYTES, PLAN, digest
 
 from conversion.transfer import TransferError
 from conversion.transfer.route import Route, Way
@@ -22,32 +25,64 @@ from conversion.transfer.route import Route, Way
 PROGRAM = Path(__file__).with_name("transfer_process.py")
 
 
+def opened(way: Way, folder: Path) -> tuple[Route, Any]:
+    """One sender, one engine of one worker; and the store, which must live as long."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    sizes = {"num_sources": 1, "num_engines": 1, "num_workers": 1, "bucket_bytes": BUCKET_BYTES}
+    return Route(way=way, folder=str(folder), host="127.0.0.1", port=store.port, name="test", **sizes), store
+
+
 @pytest.fixture(params=["shared memory", "gloo"])
 def route(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Route]:
-    """One sender, one engine of one worker."""
-    way: Way = request.param
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield Route(
-        way=way,
-        num_sources=1,
-        num_engines=1,
-        num_workers=1,
-        folder=str(tmp_path),
-        host="127.0.0.1",
-        port=store.port,
-        name="test",
-        bucket_bytes=BUCKET_BYTES,
-    )
+    found, _store = opened(request.param, tmp_path)
+    yield found
 
 
-def start(role: str, route: Route, folder: Path, fate: str) -> subprocess.Popen[str]:
-    """The other end, in a process of its own."""
+def start(role: str, route: Route, folder: Path, fate: str, device: str = "cpu") -> subprocess.Popen[str]:
+    """The other end, in a process of its own; it says "ready" once it has its end."""
     (folder / "route.json").write_text(json.dumps(dataclasses.asdict(route)))
-    command = [sys.executable, str(PROGRAM), role, str(folder / "route.json"), fate]
+    command = [sys.executable, str(PROGRAM), role, str(folder / "route.json"), fate, device]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def on_gpu(way: Way, sender: str, receiver: str) -> Any:
+    num_gpus = 1 + max(int(device[-1]) for device in (sender, receiver) if device != "cpu")
+    missing = not torch.cuda.is_available() or torch.cuda.device_count() < num_gpus
+    marks = [pytest.mark.gpu, pytest.mark.skipif(missing, reason=f"needs {num_gpus} GPUs")]
+    return pytest.param(way, sender, receiver, marks=marks, id=f"{way} {sender} {receiver}")
+
+
+@pytest.mark.parametrize(
+    ("way", "sender", "receiver"),
+    [
+        pytest.param("shared memory", "cpu", "cpu", id="shared memory"),
+        pytest.param("gloo", "cpu", "cpu", id="gloo"),
+        on_gpu("cuda ipc", "cuda:0", "cuda:0"),
+        on_gpu("nccl", "cuda:0", "cuda:1"),
+        on_gpu("shared memory", "cuda:0", "cuda:0"),
+        on_gpu("gloo", "cuda:0", "cuda:0"),
+    ],
+)
+def test_each_version_arrives_bit_by_bit(way: Way, sender: str, receiver: str, tmp_path: Path) -> None:
+    found, _store = opened(way, tmp_path)
+    tensor = torch.zeros(64, 16, device=sender)
+    end = found.sender(PLAN, 0, {"a": tensor}, torch.float32)
+    with start("receiver", found, tmp_path, "tells", receiver) as process:
+        assert process.stdin is not None and said(process) == "ready"
+        for version in range(3):
+            tensor.normal_()
+            end.send(version)
+            assert said(process) == digest(tensor)
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert process.returncode == 0
+    end.close()
 
 
 def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path) -> None:
@@ -64,6 +99,7 @@ def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path)
 
     sender._pack = pack_and_kill
     with pytest.raises(TransferError) as caught, start("receiver", route, tmp_path, "lives") as process:
+        assert said(process) == "ready"
         sender.send()
     assert time.monotonic() - killed < 10  # the deadline is two minutes
     assert re.search(r"worker 0 of engine 0 .*(has ended|can not be reached)", str(caught.value))
@@ -72,6 +108,7 @@ def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path)
 
 def test_a_killed_sender_is_named_within_seconds(route: Route, tmp_path: Path) -> None:
     with start("sender", route, tmp_path, "dies") as process:
+        assert said(process) == "ready"
         receiver = route.receiver(PLAN, 0, {"b": torch.zeros(64, 16)}, torch.float32)
         begun = time.monotonic()
         with pytest.raises(TransferError, match=r"source rank 0 .*ended"):
@@ -86,8 +123,8 @@ def test_no_process_grows_by_more_than_two_buckets(route: Route, tmp_path: Path)
     route = dataclasses.replace(route, bucket_bytes=LARGE_BUCKET_BYTES)
     ends = [start(role, route, tmp_path, "measures") for role in ("sender", "receiver")]
     for end in ends:
-        assert end.stdout is not None
-        grown = json.loads(end.stdout.readline())["grown"]
+        assert said(end) == "ready"
+        grown = json.loads(said(end))["grown"]
         assert LARGE_BUCKET_BYTES < grown < 2 * LARGE_BUCKET_BYTES + (6 << 20)  # 6 MiB: code, sockets, plans
     for end in ends:
         end.communicate("\n")

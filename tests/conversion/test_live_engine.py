@@ -11,23 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from live_faults import LiveFault, live_faults
 from tiny_models import World, config, empty_world, random_weights, reference_world, write_folder
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from conversion import hf
 from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
-from conversion.transfer.shared_memory import SharedMemorySender
-from conversion.verify import Holdings, Manifest, Verifier, sent_parts
+from conversion.transfer.route import Place, Route, Way, here
+from conversion.verify import Holdings, Verifier, mismatch, sent_parts
 
 BUCKET_BYTES = 50_000  # several buckets, and an embedding larger than one
 PROGRAM = Path(__file__).with_name("live_engine.py")
 TIED_LLAMA = config(hidden_size=128, num_attention_heads=4, tie_word_embeddings=True)
 UNTIED_QWEN2 = config("qwen2", hidden_size=192, num_attention_heads=6)  # vocabulary 131: odd, padded to 192
+# Heads of a size of their own, and experts of which vLLM pads and packs 40 rows; its kernel wants 32 to divide 96.
+EXPERTS = config("qwen3_moe", hidden_size=96, head_dim=32)
 ONE_KEY_HEAD = config("qwen2", hidden_size=128, num_key_value_heads=1)  # replicated over an engine's workers
 
 
-def prepared(model: Model, layout: ParallelLayout, tensor: int, folder: Path) -> tuple[World, dict[str, Any]]:
+def prepared(model: Model, layout: ParallelLayout, route: Route, folder: Path) -> tuple[World, dict[str, Any]]:
     """New weights as ranks of `layout` hold them, and the request to publish them; the folders are written."""
     weights = random_weights(model, seed=2)
     old = write_folder(folder / "old", model, random_weights(model, seed=1))
@@ -38,9 +42,8 @@ def prepared(model: Model, layout: ParallelLayout, tensor: int, folder: Path) ->
     init_info = {
         "config": model.config,
         "layout": dataclasses.asdict(layout),
-        "folder": str(folder),
         "dtype": "float32",
-        "bucket_bytes": BUCKET_BYTES,
+        "route": dataclasses.asdict(route),
     }
     return world, {
         "folder": str(old),
@@ -50,20 +53,29 @@ def prepared(model: Model, layout: ParallelLayout, tensor: int, folder: Path) ->
     }
 
 
-def published(cases: list[tuple[dict[str, object], ParallelLayout]], tensor: int, folder: Path) -> list[dict[str, Any]]:
+def published(cases: list[tuple[dict[str, object], ParallelLayout, Way]], tensor: int, folder: Path) -> list[Any]:
     """Sends new weights from here to engines of another process, one a case; what those then say, already audited."""
     requests, senders, proofs = [], [], []
-    for number, (small, layout) in enumerate(cases):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for number, (small, layout, by) in enumerate(cases):
         model, place = model_from_config(small), folder / str(number)
-        world, request = prepared(model, layout, tensor, place)
+        route = Route(
+            way=by,
+            num_sources=layout.world_size,
+            num_engines=1,
+            num_workers=tensor,
+            folder=str(place),
+            host="127.0.0.1",
+            port=store.port,
+            name=f"case {number}",
+            bucket_bytes=BUCKET_BYTES,
+            timeout_seconds=200.0,
+        )
+        world, request = prepared(model, layout, route, place)
         requests.append(request)
         way = plan(model.megatron_tiles(layout), model.vllm_tiles(tensor))
-        senders += [
-            SharedMemorySender(way, rank, tensors, place, torch.float32, bucket_bytes=BUCKET_BYTES, timeout_seconds=200)
-            for rank, tensors in world.items()
-        ]
-        sent = [Holdings(sent_parts(way, rank), tensors, torch.float32) for rank, tensors in world.items()]
-        proofs.append((way, [[end.full() for end in sent], [end.sampled(7) for end in sent]]))
+        senders += [route.sender(way, rank, tensors, torch.float32) for rank, tensors in world.items()]
+        proofs.append((way, [Holdings(sent_parts(way, rank), held, torch.float32) for rank, held in world.items()]))
     (folder / "requests.json").write_text(json.dumps(requests))
     command = [sys.executable, str(PROGRAM), str(tensor), str(folder / "requests.json"), str(folder / "answers.json")]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])}
@@ -75,34 +87,43 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout]], tensor: int
     for sender in senders:
         sender.close()
     answers = json.loads((folder / "answers.json").read_text())
-    for answer, (way, (full, sampled)) in zip(answers, proofs, strict=True):
-        verifier = Verifier(way, torch.float32)
-        assert_faults_are_named(answer, verifier.manifest(7, True, full), verifier)
-        expected = verifier.manifest(7, False, sampled)
+    for answer, (way, sent), (small, _, _) in zip(answers, proofs, cases, strict=True):
+        assert_faults_are_named(answer, Verifier(way, torch.float32), sent, live_faults(small, tensor))
+        expected = Verifier(way, torch.float32).manifest(7, False, [end.sampled(7) for end in sent])
         for rank, worker in enumerate(answer["sampled"]):
-            assert verifier.first_mismatch(expected, rank, worker["digests"]) is None
+            assert Verifier(way, torch.float32).first_mismatch(expected, rank, worker["digests"]) is None
+        assert [Place(memory=memory, device=device) for memory, device in answer["places"]] == [
+            here(torch.device("cpu"))
+        ] * tensor
     return answers
 
 
-def assert_faults_are_named(answer: dict[str, Any], expected: Manifest, verifier: Verifier) -> None:
+def assert_faults_are_named(
+    answer: dict[str, Any], verifier: Verifier, sent: list[Holdings], faults: dict[str, LiveFault]
+) -> None:
     """Each worker's own audit: clean as it is, and with a fault injected that fault by name and nothing else."""
-    for rank, worker in enumerate(answer["audits"]["none"]):
+    expected = verifier.manifest(7, True, [end.full() for end in sent])
+    for rank, clean in enumerate(answer["audits"]["none"]):
         parts = verifier.held[rank]
-        assert verifier.first_mismatch(expected, rank, worker["digests"]) is None and worker["faults"] == []
+        assert verifier.first_mismatch(expected, rank, clean["digests"]) is None and clean["faults"] == []
         assert len(answer["rows"][rank]) == parts[0].rectangle[1] - parts[0].rectangle[0]
-        for fault, tensor in (("stale head pack", "lm_head"), ("stale pack", "model.layers.1.mlp.down_proj")):
-            audit = answer["audits"][fault][rank]
-            assert audit["digests"] == worker["digests"]  # the plain weights are right
-            ((name, row, detail),) = audit["faults"]
-            assert (name, row) == (f"{tensor}.weight", 0) and "packed copy" in detail
-        for fault, tensor in (
-            ("flipped bit", "model.layers.0.self_attn.o_proj"),
-            ("swapped gate and up", "model.layers.1.mlp.gate_proj"),
-        ):
-            audit = answer["audits"][fault][rank]
-            index = verifier.first_mismatch(expected, rank, audit["digests"])
-            assert index is not None and parts[index].hf == f"{tensor}.weight"
-            assert audit["faults"] == []
+        for name, fault in faults.items():
+            audit = answer["audits"][name][rank]
+            if fault.worker not in (None, rank):
+                assert audit == clean
+            elif fault.is_pack:
+                assert audit["digests"] == clean["digests"]  # the plain weights are right
+                ((tensor, row, detail),) = audit["faults"]
+                assert (tensor, row) == (fault.named, 0) and "packed copy" in detail
+            else:
+                assert audit["faults"] == []
+                index = verifier.first_mismatch(expected, rank, audit["digests"])
+                assert index is not None and parts[index].hf == fault.named, name
+                source, origin = verifier.origin(rank, index)
+                held = dict(answer["rows_of"][name][rank])[index]
+                found = mismatch(7, parts[index], f"worker {rank}", sent[source].rows(origin), held)
+                assert (found.tensor, found.row) == (fault.named, parts[index].rectangle[0] + fault.row)
+                assert f"worker {rank} does not hold {fault.named} as it was sent, first bad row" in str(found)
 
 
 def assert_live_equals_fresh(answer: dict[str, Any]) -> None:
@@ -114,16 +135,24 @@ def assert_live_equals_fresh(answer: dict[str, Any]) -> None:
 
 def test_a_live_engine_says_what_a_fresh_one_on_the_export_says(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    cases = [(TIED_LLAMA, ParallelLayout(pipeline=2, data=2)), (UNTIED_QWEN2, ParallelLayout(tensor=2))]
-    for answer in published(cases, 1, tmp_path):
+    cases: list[tuple[dict[str, object], ParallelLayout, Way]] = [
+        (TIED_LLAMA, ParallelLayout(pipeline=2, data=2), "shared memory"),
+        (UNTIED_QWEN2, ParallelLayout(tensor=2), "gloo"),
+        (EXPERTS, ParallelLayout(pipeline=2, data=2, expert=2), "shared memory"),
+    ]
+    *dense, experts = published(cases, 1, tmp_path)
+    for answer in (*dense, experts):
         assert_live_equals_fresh(answer)
         assert answer["versions"] == [7]
+    for answer in dense:
         assert "model.layers.0.mlp.gate_up_proj.weight has shape (112," in answer["refusal"]
+    (refusal,) = experts["laid_out_anew"]
+    assert refusal.startswith("model.layers.0.mlp.experts.routed_experts: vLLM's kernel for its experts is FLASHINFER")
 
 
 @pytest.mark.slow
 def test_an_engine_of_two_workers_with_replicated_key_heads_does_too(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    (answer,) = published([(ONE_KEY_HEAD, ParallelLayout(pipeline=2))], 2, tmp_path)
+    (answer,) = published([(ONE_KEY_HEAD, ParallelLayout(pipeline=2), "gloo")], 2, tmp_path)
     assert_live_equals_fresh(answer)
     assert answer["versions"] == [7, 7]

@@ -1,11 +1,13 @@
-"""A program: one end of a transfer, for the tests that kill it or watch its memory.
+"""A program: one end of a transfer, for the tests that kill it, watch its memory or look at what has come.
 
-    python transfer_process.py {sender|receiver} ROUTE.json [lives|dies|measures]
+    python transfer_process.py {sender|receiver} ROUTE.json {lives|dies|measures|tells} [DEVICE]
 
 A sender that dies kills itself in the middle of bucket 5 of 16; an end that measures says how many bytes its process
-grew by at most, above the tensors, while it carried two versions of 48 MiB.
+grew by at most, above the tensors, while it carried two versions of 48 MiB; a receiver that tells prints the digest of
+its tensor after each of three versions.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -50,9 +52,13 @@ def memory_bytes(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-def main(role: str, route: Route, fate: str) -> None:
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(bytes(tensor.cpu().contiguous().view(torch.uint8).flatten().tolist())).hexdigest()
+
+
+def main(role: str, route: Route, fate: str, device: str = "cpu") -> None:
     way, shape = (PLAN, (64, 16)) if fate != "measures" else (one_tensor(LARGE_ROWS, 1024), (LARGE_ROWS, 1024))
-    tensors = {"a" if role == "sender" else "b": torch.ones(shape)}
+    tensors = {"a" if role == "sender" else "b": torch.ones(shape, device=device)}
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = memory_bytes("VmRSS")
     make = route.sender if role == "sender" else route.receiver
@@ -60,8 +66,11 @@ def main(role: str, route: Route, fate: str) -> None:
     if fate == "dies":
         end = dying(end)
     print("ready", flush=True)
-    for version in (0, 1) if fate == "measures" else (0,):
+    for version in range({"measures": 2, "tells": 3}.get(fate, 1)):
         (end.send if role == "sender" else end.receive)(version)
+        if fate == "tells":
+            print(digest(tensors["b"]), flush=True)
+            sys.stdin.readline()
     if fate == "measures":
         print(json.dumps({"grown": memory_bytes("VmHWM") - before}))
         sys.stdin.readline()
@@ -69,4 +78,4 @@ def main(role: str, route: Route, fate: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Route(**json.loads(Path(sys.argv[2]).read_text())), sys.argv[3])
+    main(sys.argv[1], Route(**json.loads(Path(sys.argv[2]).read_text())), *sys.argv[3:])

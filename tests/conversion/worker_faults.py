@@ -3,16 +3,12 @@
 from typing import Any
 
 import torch
-from torch import nn
+from live_faults import LiveFault
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-from conversion.vllm import WorkerExtension, repack
-
-FAULTS = {  # what goes wrong, and in which module
-    "stale head pack": "lm_head",
-    "stale pack": "model.layers.1.mlp.down_proj",
-    "flipped bit": "model.layers.0.self_attn.o_proj",
-    "swapped gate and up": "model.layers.1.mlp.gate_up_proj",
-}
+from conversion.vllm import WorkerExtension, check_experts, repack
 
 
 class FaultyWorker(WorkerExtension):
@@ -20,30 +16,62 @@ class FaultyWorker(WorkerExtension):
 
     model_runner: Any
 
-    def _module(self, name: str) -> Any:
-        return self.model_runner.get_model().get_submodule(name)
-
     def remember_packs(self) -> None:
         """Keep the packs that there are now, to bring them back as stale ones."""
         model: nn.Module = self.model_runner.get_model()
         self._packs = {name: m.cpu_linear for name, m in model.named_modules() if hasattr(m, "cpu_linear")}
+        self._packs |= {
+            name: m.astar_experts.packed for name, m in model.named_modules() if hasattr(m, "astar_experts")
+        }
 
-    def inject(self, fault: str) -> None:
-        name = FAULTS[fault]
-        module = self._module(name)
-        self._kept = (module.weight, module.weight.detach().clone())
-        if fault.startswith("stale"):
-            module.cpu_linear = self._packs[name]
+    def inject(self, **fields: Any) -> None:
+        fault = LiveFault(**fields)
+        module = self.model_runner.get_model().get_submodule(fault.module)
+        weight = module.w13_weight if hasattr(module, "w13_weight") else module.weight
+        self._kept = (weight, weight.detach().clone())
+        if fault.worker not in (None, get_tensor_model_parallel_rank()):
             return
-        with torch.no_grad():
-            if fault == "flipped bit":
-                module.weight.view(torch.int32)[5, 3] ^= 1
-            else:
-                module.weight.copy_(torch.cat(module.weight.chunk(2)[::-1]))
-        repack(self.model_runner.get_model())  # so that the pack agrees with the wrong weight
+        if fault.kind == "pack":
+            module.cpu_linear = self._packs[fault.module]
+        elif fault.kind == "expert pack":
+            module.astar_experts.packed = module.astar_experts.packed | {"w1": self._packs[fault.module]["w1"]}
+        else:
+            with torch.no_grad():
+                _spoil(fault.kind, module, weight)
+            repack(self.model_runner.get_model())  # so that the pack agrees with the wrong weight
+
+    def rows_of(self, tensor: str) -> list[tuple[int, list[int]]]:
+        """The index and the digests of the rows of each part of an HF tensor that this worker holds."""
+        parts = self.weight_transfer_engine._holdings.parts  # type: ignore[attr-defined]
+        return [(index, self.digest_rows(index)) for index, part in enumerate(parts) if part.hf == tensor]
+
+    def refusal_of_a_kernel_that_lays_experts_out_anew(self) -> str:
+        """What this worker says if vLLM had chosen such a kernel for the experts of its first layer."""
+        model = self.model_runner.get_model()
+        method = next(layer.quant_method for layer in model.modules() if hasattr(layer, "w13_weight"))
+        chosen = method.unquantized_backend
+        method.unquantized_backend = UnquantizedMoeBackend.FLASHINFER_TRTLLM
+        try:
+            check_experts(model)
+        except ValueError as error:
+            return str(error)
+        finally:
+            method.unquantized_backend = chosen
+        return "nothing"
 
     def mend(self) -> None:
         weight, right = self._kept
         with torch.no_grad():
             weight.copy_(right)
         repack(self.model_runner.get_model())
+
+
+def _spoil(kind: str, module: Any, weight: Tensor) -> None:
+    if kind == "bit":
+        weight.view(torch.int32)[5, 3] ^= 1
+    elif kind == "swap":
+        first = weight[0] if weight.dim() == 3 else weight  # of the first expert
+        first.copy_(torch.cat(first.chunk(2)[::-1]))
+    else:
+        keys = weight[module.num_heads * module.head_size :][: module.num_kv_heads * module.head_size]
+        keys.copy_(keys.roll(1, 0))
