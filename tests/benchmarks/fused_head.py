@@ -9,12 +9,14 @@ r"""The LM head on a CPU: time and memory of the chunked head beside logits of t
 `at-once` and `again`, the two ways of model/head/fused.py to the loss and both gradients; `score`, the pass without
 gradients, and `score-long`, the same for one response as long as the pack, too long to be kept. Each alternates with
 its plain; times are the fastest run's, in wall-clock seconds and in seconds of all threads. Memory is the highest
-resident size beside what was there and the gradients. --json adds to FILE. Half a minute (small) to two a pass.
+resident size beside what was there and the gradients; "load" is the system's, of the last minute. --json adds to FILE.
+Half a minute (small) to two a pass on idle cores.
 """
 
 import argparse
 import ctypes
 import json
+import os
 import random
 import threading
 import time
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--pass", dest="name", choices=["at-once", "again", "score", "score-long"], required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     passes = Passes(*SHAPES[arguments.shape]).named()
     base = "plain-score" if "score" in arguments.name else "plain"
     found: dict[str, list[tuple[float, float, int]]] = {base: [], arguments.name: []}
@@ -126,6 +129,7 @@ def main() -> None:
         "x plain, threads' seconds": round(fused[1] / plain[1], 3),
         "MiB": [round(figures[2] / MIB) for figures in (fused, plain)],
         "memory of plain": round(fused[2] / plain[2], 4),
+        "load before and after": [round(load), round(os.getloadavg()[0])],
     }
     print(arguments.shape, arguments.name, report)
     if arguments.json:

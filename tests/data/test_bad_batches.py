@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from astar_megatron.data import bad_batches
 from astar_megatron.data.files import StorageError
 from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 
-HEALTH = dict.fromkeys(Health.__dataclass_fields__, math.nan)
+HEALTH: dict[str, Any] = dict.fromkeys(Health.__dataclass_fields__, math.nan)
 OPTIONS = StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=1, micro_batch_tokens=60)
 
 

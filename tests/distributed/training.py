@@ -43,12 +43,13 @@ def trained(
     from astar_megatron.model.policy import PolicyRank
     from astar_megatron.types import StepOptions
 
+    optim: dict[str, Any] = {"lr": 1e-3, "clip_grad": 0.0, "weight_decay": 0.1} | run.optim
     policy = PolicyRank(
         rank=rank,
         model_path=run.model_path,
         dtype="float32",
         parallel=ParallelConfig(**run.axes),
-        optim=OptimConfig(**({"lr": 1e-3, "clip_grad": 0.0, "weight_decay": 0.1} | run.optim)),
+        optim=OptimConfig(**optim),
         seed=0,
         reference=run.reference,
         optimizer_steps=run.optimizer_steps,

@@ -30,7 +30,7 @@ DTYPES = ["float32", "bfloat16"]
 
 
 @contextmanager
-def policy(folder: Path, dtype: str) -> Iterator[Any]:
+def policy(folder: Path, dtype: str, **more: Any) -> Iterator[Any]:
     """A started PolicyRank on the only GPU."""
     from astar_megatron.model.policy import PolicyRank  # takes seconds, and no machine without a GPU gets here
 
@@ -41,6 +41,7 @@ def policy(folder: Path, dtype: str) -> Iterator[Any]:
         parallel=ParallelConfig(),
         optim=OptimConfig(lr=1e-3, clip_grad=0.0, weight_decay=0.1),
         seed=0,
+        **more,
     )
     try:
         rank.start("127.0.0.1", rank.listen("127.0.0.1"))
@@ -106,6 +107,21 @@ def test_first_logratio_is_exactly_zero_on_the_gpu(kind: str, dtype: str, reques
         second = step(rank, dataclasses.replace(data, version=1))
         assert second.logratio_max > 0.01
         assert second.loss < first.loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_offloaded_reference_is_the_resident_one_and_leaves_the_gpu(dtype: str, untied_qwen2: Path) -> None:
+    steps, held = {}, {}
+    for reference in ("resident", "offload"):
+        with policy(untied_qwen2, dtype, reference=reference) as rank:
+            held[reference] = torch.cuda.memory_allocated()
+            steps[reference] = [step(rank, dataclasses.replace(batch(5), version=version)) for version in range(2)]
+            weights = sum(weight.nbytes for weight in rank.weights().values())
+    assert held["resident"] - held["offload"] > 0.9 * weights
+    for one, other in zip(steps["resident"], steps["offload"], strict=True):
+        assert one.reference_logprobs == other.reference_logprobs
+        assert one.mfu is None or 0 < one.mfu < 1
+        assert one.peak_memory_bytes[0] > 0
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -42,7 +42,7 @@ class Tile:
 class Sums:
     """What the softmax needs to know of one or more tiles; n partial sums a row."""
 
-    maxima: Tensor  # [n, r]
+    maxima: Tensor  # [n, r], or another number of the size of the logits that the sums are relative to
     totals: Tensor  # [n, r], of exp(logit - maximum)
     weighted: Tensor | None  # [n, r], of logit * exp(logit - maximum), where the entropy is asked for
     target: Tensor  # [r], the target's logit, 0 where the target is not in these tiles
