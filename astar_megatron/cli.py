@@ -57,11 +57,19 @@ def train(config_file: Config, overrides: Overrides = None) -> None:
 @app.command(name="eval")
 def evaluate(
     config_file: Config,
-    model: Annotated[str | None, typer.Option(help="Hugging Face folder; default: the run's export.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face folder, or checkpoint of a run; default: the run's export.")
+    ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="gsm8k,math500,minerva,olympiadbench,amc23,aime24; default: the run's prompts.")
+    ] = None,
+    folder: Annotated[str | None, typer.Option("--data", help="Folder of the benchmarks' files.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Greedy evaluation of the run's export or another folder."""
-    _program("evaluate").main(config.load(config_file, overrides or ()), model)
+    """Evaluate the run's export or another model: pass@1, and avg@k, maj@k, pass@k of samples."""
+    sets = [f"eval.benchmarks=[{benchmarks}]"] if benchmarks else []
+    sets += [f"eval.folder={folder}"] if folder else []
+    _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
 
 
 @data.command()

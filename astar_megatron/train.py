@@ -16,6 +16,7 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.evaluate import evaluate, show
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.rollout.scoring import Scorer, gather
 from astar_megatron.run import Inputs, prepare, started
@@ -72,21 +73,36 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             clock = Clock()
             with clock.span("publish"):
                 weights.publish(version=step)
+            evaluated = _evaluate(cfg, inputs, engines, tracker, step, clock)
             with clock.span("generate"):
                 work = _work(prompts.take(), cfg.seed, step)
                 pending = [scorer.submit(finished) for finished in engines.generate(work, cfg.sampling)]
             with clock.span("score"):  # what generation did not hide
                 rollouts = gather(pending)
             stats = policy.step(_batch(rollouts, v_star, step), options)
-            metrics = _metrics(step, rollouts, v_star, stats, clock.stop())
+            metrics = _metrics(step, rollouts, v_star, stats, clock.stop()) | evaluated
             tracker.log(metrics)
             tracker.say(_line(metrics, cfg.train.num_steps))
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
                 checkpoints.save(policy, step + 1, prompts)
         weights.publish(version=cfg.train.num_steps)
+        _evaluate(cfg, inputs, engines, tracker, cfg.train.num_steps, Clock())
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
     tracker.say(f"exported to {cfg.export_dir}")
+
+
+def _evaluate(
+    cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, version: int, clock: Clock
+) -> dict[str, object]:
+    """Evaluate every `eval.interval` versions and the last; returns what the step's metrics get of it."""
+    interval = cfg.eval.interval
+    if interval is None or (version % interval and version != cfg.train.num_steps):
+        return {}
+    with clock.span("eval"):
+        found = evaluate(cfg, inputs, engines, tracker, f"eval_step_{version:08d}")
+    show(f"the policy after {version} steps", found, tracker)
+    return {"eval": {one.name: one.metrics() for one in found}}
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:

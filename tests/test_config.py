@@ -61,6 +61,10 @@ KEYS = {
     "cluster.start_timeout_seconds": 300.0,
     "checkpoint.interval": 50,
     "checkpoint.keep": 2,
+    "eval.interval": None,
+    "eval.benchmarks": [],
+    "eval.folder": None,
+    "eval.num_samples": None,
     "eval.max_prompts": None,
 }
 
@@ -248,6 +252,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         (["train.batch_size=64", "train.mini_batch_size=128"], "train.mini_batch_size", "for example 64"),
         (["train.batch_size=64", "parallel.data=3"], "parallel.data", "for example"),
         (["train.mini_batch_size=2", "parallel.data=4"], "parallel.data", "for example 2"),
+        (["eval.benchmarks=[amc23, gsm8k]"], "eval.folder", "needed for eval.benchmarks amc23, gsm8k"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_what_would_do(
