@@ -16,6 +16,8 @@ app = typer.Typer(
 )
 convert = typer.Typer(help="Move weights between formats.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
+data = typer.Typer(help="Prepare prompts as the JSONL that data.path reads.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 Config = Annotated[Path, typer.Option("--config", help="YAML file; configs/ has some.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-6; repeatable.")]
@@ -27,6 +29,17 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 Tensor = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks that will load it.")]
 Pipeline = Annotated[int, typer.Option("--pp", help="Pipeline stages that will load it.")]
 Expert = Annotated[int, typer.Option("--ep", help="Expert-parallel ranks that will load it.")]
+
+Out = Annotated[str, typer.Option("--out", help="JSONL file to write.")]
+Files = Annotated[str | None, typer.Argument(help="JSONL or Parquet file, folder of them, or a name of the hub.")]
+Split = Annotated[str, typer.Option(help="Split of a data set of the hub.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")]
+QuestionField = Annotated[str, typer.Option(help="Field of the question.")]
+AnswerField = Annotated[str, typer.Option(help="Field of the answer.")]
+RewardName = Annotated[str | None, typer.Option("--reward", help="Refuse answers that this reward can't read.")]
+Drop = Annotated[bool, typer.Option("--drop", help="Leave out rows that can't be used, instead of refusing them.")]
+Rows = Annotated[int, typer.Option(min=1, help="How many to make.")]
+Seed = Annotated[int, typer.Option(min=0)]
 
 
 @app.command()
@@ -44,11 +57,94 @@ def train(config_file: Config, overrides: Overrides = None) -> None:
 @app.command(name="eval")
 def evaluate(
     config_file: Config,
-    model: Annotated[str | None, typer.Option(help="Hugging Face folder; default: the run's export.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face folder, or checkpoint of a run; default: the run's export.")
+    ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="gsm8k,math500,minerva,olympiadbench,amc23,aime24; default: the run's prompts.")
+    ] = None,
+    folder: Annotated[str | None, typer.Option("--data", help="Folder of the benchmarks' files.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Greedy evaluation of the run's export or another folder."""
-    _program("evaluate").main(config.load(config_file, overrides or ()), model)
+    """Evaluate the run's export or another model: pass@1, and avg@k, maj@k, pass@k of samples."""
+    sets = [f"eval.benchmarks=[{benchmarks}]"] if benchmarks else []
+    sets += [f"eval.folder={folder}"] if folder else []
+    _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
+
+
+@data.command()
+def gsm8k(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
+    """GSM8K; SOURCE defaults to the hub's openai/gsm8k."""
+    _prepare("gsm8k", source, out, split=split, drop=drop)
+
+
+@data.command()
+def math(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
+    """MATH; SOURCE defaults to the hub's DigitalLearningGmbH/MATH-lighteval."""
+    _prepare("math", source, out, split=split, drop=drop)
+
+
+@data.command()
+def jsonl(
+    source: Annotated[str, typer.Argument(help="JSONL or Parquet file, or folder of them.")],
+    out: Out,
+    question_field: QuestionField = "question",
+    answer_field: AnswerField = "answer",
+    reward: RewardName = None,
+    drop: Drop = False,
+) -> None:
+    """Files of this machine."""
+    _prepare("jsonl", source, out, question=question_field, answer=answer_field, reward=reward, drop=drop)
+
+
+@data.command()
+def hf(
+    name: Annotated[str, typer.Argument(help="Data set of the hub, or a folder of one.")],
+    out: Out,
+    split: Split = "train",
+    subset: Subset = None,
+    question_field: QuestionField = "question",
+    answer_field: AnswerField = "answer",
+    reward: RewardName = None,
+    drop: Drop = False,
+) -> None:
+    """Any data set of the Hugging Face hub."""
+    fields = {"question": question_field, "answer": answer_field}
+    _prepare("hf", name, out, split=split, subset=subset, reward=reward, drop=drop, **fields)
+
+
+@data.command()
+def countdown(out: Out, rows: Rows = 10_000, seed: Seed = 0) -> None:
+    """Countdown problems, made from a seed; for the reward countdown."""
+    _program("dataset").generate("countdown", out, rows=rows, seed=seed)
+
+
+@data.command()
+def arithmetic(out: Out, rows: Rows = 10_000, seed: Seed = 0) -> None:
+    """Sums and products of three numbers, made from a seed; for the reward arithmetic."""
+    _program("dataset").generate("arithmetic", out, rows=rows, seed=seed)
+
+
+@data.command()
+def multiply(out: Out, rows: Rows = 10_000, seed: Seed = 0) -> None:
+    """Products of two numbers of three digits, made from a seed; for the reward multiply."""
+    _program("dataset").generate("multiply", out, rows=rows, seed=seed)
+
+
+@data.command(name="import-stage1")
+def import_stage1(
+    source: Annotated[str, typer.Argument(help="Parquet file or folder, or a name of the hub.")],
+    config_file: Config,
+    split: Split = "train",
+    overrides: Overrides = None,
+) -> None:
+    """Published stage-1 data of A*PO: prompts to data.path, responses to the V* table of the run."""
+    _program("dataset").import_stage1(config.load(config_file, overrides or ()), source, split)
+
+
+def _prepare(kind: str, source: str | None, out: str, **changes: Any) -> None:
+    options = {"split": "train", "subset": None, "question": "question", "answer": "answer", "reward": None}
+    _program("dataset").prepare(kind, source, out, **(options | changes))
 
 
 @convert.command(name="hf-to-megatron")

@@ -175,9 +175,13 @@ class CheckpointConfig(Section):
 
 
 class EvalConfig(Section):
-    """Greedy evaluation with the pool and the reward of training."""
+    """Evaluation with the pool of training: the run's own prompts under its reward, or named benchmarks."""
 
-    max_prompts: int | None = Field(default=None, ge=1)
+    interval: int | None = Field(default=None, ge=1)  # steps between evaluations in training, and at its end; none: no
+    benchmarks: list[Name] = []  # of data/benchmarks.py; empty: data.eval_path, or data.path without one
+    folder: Name | None = None  # where the benchmarks' files are
+    num_samples: int | None = Field(default=None, ge=0)  # a problem, beside the greedy one; none: AMC23 32, others 0
+    max_prompts: int | None = Field(default=None, ge=1)  # the first so many of each set
 
 
 class RunConfig(Section):
@@ -219,6 +223,11 @@ class RunConfig(Section):
                 f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
                 f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
                 "lower them"
+            )
+        if self.eval.benchmarks and self.eval.folder is None:
+            raise ValueError(
+                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to the folder of "
+                "their files"
             )
         return self
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from astar_megatron import doctor
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.config import RunConfig
+from astar_megatron.config import RewardConfig, RunConfig
+from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
@@ -26,17 +27,30 @@ from conversion.tiles import ParallelLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSet:
+    """Problems to evaluate: a benchmark, or "prompts", the run's own."""
+
+    name: str
+    prompts: list[Prompt]
+    reward: RewardConfig
+    num_samples: int  # beside the greedy response
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """What a run reads before it starts: prompts, model tables; all of it checked, the reward too."""
 
     prompts: list[Prompt]
-    eval_prompts: list[Prompt]
+    eval_sets: list[EvalSet]
     contract: Contract
     model: Model
 
 
-def prepare(cfg: RunConfig) -> Inputs:
-    """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change."""
+def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
+    """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change.
+
+    Without training, and with benchmarks to evaluate, the run's prompts are not needed and stay empty.
+    """
     if cfg.cluster.address is None:  # else its machines are asked when it is joined
         check_features(cfg.model, cfg.optim, doctor.measure().num_accelerators)
     with naming("model.path"):
@@ -61,17 +75,49 @@ def prepare(cfg: RunConfig) -> Inputs:
     with naming("model.path"):
         hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
-    prompts = read_prompts(cfg.data, cfg.model.path)
-    evaluated = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts
-    with Scorer(cfg.reward) as scorer:
-        scorer.check([*prompts, *(evaluated if cfg.data.eval_path else ())])
+    prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
+    eval_sets = _eval_sets(cfg, prompts)
+    for name in {cfg.reward.name, *(one.reward.name for one in eval_sets)}:
+        with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
+            scorer.check([prompt for one in eval_sets if one.reward.name == name for prompt in one.prompts])
+            scorer.check(prompts if name == cfg.reward.name else [])
     doctor.check_run(cfg, model_bytes=4 * model.num_parameters())
     return Inputs(
         prompts=prompts,
-        eval_prompts=evaluated[: cfg.eval.max_prompts],
+        eval_sets=eval_sets,
         contract=contract,
         model=model,
     )
+
+
+def with_room(cfg: RunConfig) -> RunConfig:
+    """Return the configuration with room for its benchmarks' longest prompt, for a program that only evaluates."""
+    if not cfg.eval.benchmarks or cfg.eval.folder is None:
+        return cfg
+    longest = max(
+        len(prompt.token_ids)
+        for name in cfg.eval.benchmarks
+        for prompt in benchmark_prompts(name, cfg.eval.folder, cfg.model.path, None)
+    )
+    room = max(longest, cfg.data.max_prompt_tokens)
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_prompt_tokens": room})})
+
+
+def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
+    """The benchmarks of the configuration; without any, the run's evaluation prompts, or all its prompts."""
+    first = slice(cfg.eval.max_prompts)
+    if not cfg.eval.benchmarks:
+        own = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts
+        return [EvalSet(name="prompts", prompts=own[first], reward=cfg.reward, num_samples=cfg.eval.num_samples or 0)]
+    check_names(cfg.eval.benchmarks)
+    assert cfg.eval.folder is not None  # config.py's cross-check
+    sets = []
+    for name in cfg.eval.benchmarks:
+        asked = BENCHMARKS[name].num_samples if cfg.eval.num_samples is None else cfg.eval.num_samples
+        problems = benchmark_prompts(name, cfg.eval.folder, cfg.model.path, cfg.data.max_prompt_tokens)
+        rule = cfg.reward.model_copy(update={"name": BENCHMARKS[name].reward})
+        sets.append(EvalSet(name=name, prompts=problems[first], reward=rule, num_samples=asked))
+    return sets
 
 
 def say_fit(cfg: RunConfig) -> None:

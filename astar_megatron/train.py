@@ -19,6 +19,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.evaluate import evaluate, show
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.rollout.scoring import Scorer, gather
 from astar_megatron.run import Inputs, prepare, started
@@ -82,6 +83,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             clock = Clock()
             with clock.span("publish"):
                 weights.publish(version=step)
+            evaluated = _evaluate(cfg, inputs, engines, tracker, step, clock)
             with clock.span("generate"):
                 work = _work(prompts.take(), cfg.seed, step)
                 pending = [scorer.submit(finished) for finished in engines.generate(work, cfg.sampling)]
@@ -89,7 +91,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
                 rollouts = gather(pending)
             batch = _batch(rollouts, v_star, step)
             stats = policy.step(batch, options)
-            metrics = _metrics(step, rollouts, v_star, stats, clock.stop())
+            metrics = _metrics(step, rollouts, v_star, stats, clock.stop()) | evaluated
             if stats.skipped:  # first on disk, then in the metrics
                 skipped += len(stats.skipped)
                 tracker.say(_keep(tracker.run_dir, rollouts, batch, stats, options))
@@ -99,6 +101,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
                 checkpoints.save(policy, step + 1, prompts)
         weights.publish(version=cfg.train.num_steps)
+        _evaluate(cfg, inputs, engines, tracker, cfg.train.num_steps, Clock())
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
     tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, policy.logprobs)}")
@@ -111,6 +114,19 @@ def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:
             f"train.max_skipped_steps: a loss or a gradient was not finite {skipped} times, {limit} end the run; look "
             f"into {run_dir / bad_batches.FOLDER}, lower optim.lr or raise the key, and run the same command again"
         )
+
+
+def _evaluate(
+    cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, version: int, clock: Clock
+) -> dict[str, object]:
+    """Evaluate every `eval.interval` versions and the last; returns what the step's metrics get of it."""
+    interval = cfg.eval.interval
+    if interval is None or (version % interval and version != cfg.train.num_steps):
+        return {}
+    with clock.span("eval"):
+        found = evaluate(cfg, inputs, engines, tracker, f"eval_step_{version:08d}")
+    show(f"the policy after {version} steps", found, tracker)
+    return {"eval": {one.name: one.metrics() for one in found}}
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:

@@ -35,9 +35,9 @@ def main(overrides: list[str]) -> None:
     with started(cfg, tracker) as (policy, engines):
         table = sweep(cfg, inputs, engines, tracker)
         show(table, tracker)
-        before = evaluate(cfg, inputs, engines, tracker, "eval_before")
+        (before,) = evaluate(cfg, inputs, engines, tracker, "eval_before")
         train(cfg, inputs, policy, engines, tracker)
-        after = evaluate(cfg, inputs, engines, tracker, "eval_after")
+        (after,) = evaluate(cfg, inputs, engines, tracker, "eval_after")
     plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
     steps = read_metrics(cfg.run_dir)
     tracker.table(

@@ -38,7 +38,7 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "tracking"),
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
-    *("checkpoints", "convert"),  # where a run goes on from; model folders from each other
+    *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
     "certificate",  # what an export's conversion.json says of its log-probs
 }
 WITHOUT_CONVERSION = {"config", "types", "algorithm", "data"}  # rooms that know nothing of weights

@@ -70,6 +70,10 @@ KEYS = {
     "cluster.start_timeout_seconds": 300.0,
     "checkpoint.interval": 50,
     "checkpoint.keep": 2,
+    "eval.interval": None,
+    "eval.benchmarks": [],
+    "eval.folder": None,
+    "eval.num_samples": None,
     "eval.max_prompts": None,
 }
 
@@ -273,6 +277,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
             "200 optimiser steps of the run",
         ),
         (["model.fp8=tensorwise", "model.dtype=float32"], "model.fp8", "set model.dtype=bfloat16"),
+        (["eval.benchmarks=[amc23, gsm8k]"], "eval.folder", "needed for eval.benchmarks amc23, gsm8k"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_what_would_do(

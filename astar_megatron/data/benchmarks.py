@@ -5,14 +5,14 @@ belongs to the file's format and not to the answer: dollar signs around it, deci
 answer. No row is left out: a benchmark's denominator is its number of problems.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.rewards.latex import last_boxed
 from astar_megatron.data.prompts import make_prompts
-from astar_megatron.data.rows import Pair, Problems, PromptError, read_rows, text_of
+from astar_megatron.data.rows import Pair, Problems, PromptError, pairs_of, read_rows, text_of
 from astar_megatron.types import Prompt
 
 # The paper's own, arXiv 2505.20686.
@@ -27,40 +27,43 @@ class Benchmark:
     """One benchmark: its file, how a row is read, and how a response is scored."""
 
     file: str
-    answer: Callable[[dict[str, Any]], str]
+    answer: Callable[[Mapping[str, Any]], str]
     question: str = "problem"
     suffix: str = SUFFIXES["math"]
     reward: str = "math"
     num_samples: int = 0  # beside the greedy response
 
 
-def gsm8k_answer(row: dict[str, Any]) -> str:
+def gsm8k_answer(row: Mapping[str, Any]) -> str:
     """Return what follows "####" of a solution, without commas; an answer by itself as it is. Raises ValueError."""
-    found = text_of(row, "answer", "the field", number=True).rpartition("####")[2].strip().replace(",", "")
+    found = text_of(row, "answer", "the fields", number=True).rpartition("####")[2].strip().replace(",", "")
     if not found:
         raise ValueError("field 'answer' ends in \"####\"; expected a number behind it")
     return found
 
 
-def math_answer(row: dict[str, Any]) -> str:
+def math_answer(row: Mapping[str, Any]) -> str:
     """Return the field `answer`, else the last \\boxed{...} of the field `solution`. Raises ValueError."""
     if "answer" in row:
-        return text_of(row, "answer", "the field", number=True)
-    found = last_boxed(text_of(row, "solution", "the field"))
+        return text_of(row, "answer", "the fields", number=True)
+    found = last_boxed(text_of(row, "solution", "the fields"))
     if found is None or not found.strip():
         raise ValueError("field 'solution' has no closed \\boxed{...}")
     return found
 
 
-def _final_answer(row: dict[str, Any]) -> str:
+def _final_answer(row: Mapping[str, Any]) -> str:
     answers = row.get("final_answer")
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise ValueError(f"field 'final_answer' is {answers!r}, expected a list of texts")
     return ", ".join(answer.strip().replace("$", "") for answer in answers)
 
 
-def _integer(row: dict[str, Any]) -> str:
-    return str(int(math_answer(row)))
+def _integer(row: Mapping[str, Any]) -> str:
+    text = math_answer(row)
+    if not text.isdecimal() and not text.removeprefix("-").isdecimal():
+        raise ValueError(f"the answer is {text!r:.80}, expected an integer")
+    return str(int(text))
 
 
 BENCHMARKS = {
@@ -92,14 +95,8 @@ def read_benchmark(name: str, folder: str | Path) -> list[Pair]:
     source = Path(folder) / benchmark.file
     if not source.is_file():
         raise PromptError(f"eval.folder: {name} is read from {benchmark.file}, which is not in {folder}")
-    problems, pairs = Problems(source), []
-    rows = read_rows(source, problems)
-    for row in rows:
-        try:
-            question = text_of(row.fields, benchmark.question, "the field")
-            pairs.append(Pair(where=row.where, question=question, answer=benchmark.answer(dict(row.fields))))
-        except ValueError as error:
-            problems.add(row.where, str(error))
+    problems = Problems(source)
+    pairs = pairs_of(read_rows(source, problems), benchmark.question, benchmark.answer, problems)
     problems.refuse(len(pairs) + problems.count)
     return pairs
 

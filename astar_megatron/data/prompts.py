@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.config import DataConfig
-from astar_megatron.data.rows import Pair, Problems, PromptError, pairs_of, read_rows, without_duplicates
+from astar_megatron.data.rows import (
+    Pair,
+    Problems,
+    PromptError,
+    answer_field,
+    pairs_of,
+    read_rows,
+    without_duplicates,
+)
 from astar_megatron.types import Prompt
 
 if TYPE_CHECKING:
@@ -38,7 +46,7 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
     source = Path(path or cfg.path)
     problems = Problems(source)
     rows = read_rows(source, problems)
-    pairs = pairs_of(rows, cfg.prompt_field, cfg.answer_field, problems)
+    pairs = pairs_of(rows, cfg.prompt_field, answer_field(cfg.answer_field), problems)
     problems.refuse(len(pairs) + problems.count)
     prompts = make_prompts(pairs, cfg.suffix, model_path, source)
     first = without_duplicates(pairs, [prompt.token_ids for prompt in prompts], problems)

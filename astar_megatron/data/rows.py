@@ -92,27 +92,22 @@ def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
 
 
 def pairs_of(
-    rows: Iterable[Row],
-    prompt_field: str,
-    answer_field: str,
-    problems: Problems,
-    read: Callable[[str], str] = lambda answer: answer,
-    keys: tuple[str, str] = ("data.prompt_field", "data.answer_field"),
+    rows: Iterable[Row], question_field: str, answer: Callable[[Mapping[str, Any]], str], problems: Problems
 ) -> list[Pair]:
-    """Return question and answer of each row; what lacks one goes to `problems`. `read` makes an answer of a field.
-
-    `keys` names for the user what chooses the two fields.
-    """
+    """Return question and answer of each row; one where either can't be read goes to `problems`."""
     pairs = []
     for row in rows:
         try:
-            question = text_of(row.fields, prompt_field, keys[0])
-            answer = read(text_of(row.fields, answer_field, keys[1], number=True))
+            question = text_of(row.fields, question_field, "data.prompt_field")
+            pairs.append(Pair(where=row.where, question=question, answer=answer(row.fields)))
         except ValueError as error:
             problems.add(row.where, str(error))
-        else:
-            pairs.append(Pair(where=row.where, question=question, answer=answer))
     return pairs
+
+
+def answer_field(name: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return the function that takes a row's field `name`, text or number, as the answer."""
+    return lambda fields: text_of(fields, name, "data.answer_field", number=True)
 
 
 def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = False) -> str:

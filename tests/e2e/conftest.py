@@ -29,6 +29,7 @@ def run_tree(tmp_path: Path) -> MakeTree:
             "optim": {"lr": 1e-3},
             "rollout": {"max_num_seqs": 16},
             "checkpoint": {"interval": 2},
+            "eval": {"interval": 2, "num_samples": 2, "max_prompts": 5},
         }
 
     return make

@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM
 from astar_megatron import config
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.evaluate import evaluate
+from astar_megatron.evaluate import evaluate, hugging_face
 from astar_megatron.run import prepare, start_engines, start_policy
 from astar_megatron.sweep import sweep
 from astar_megatron.tracking import Tracker, read_metrics
 from astar_megatron.train import train
 from astar_megatron.types import Prompt
+from conversion.convert import compare
+from conversion.ends import open_end
 
 METRICS = {
     "step",
@@ -67,7 +69,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert table.missing(inputs.prompts, 2) == []
 
         train(cfg, inputs, policy, engines, tracker)
-        evaluated = evaluate(cfg, inputs, engines, tracker, "eval")
+        (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
         (drawn_long,) = engines.draw([(long, 0, 1)], cfg.sampling)
@@ -93,17 +95,26 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert megatron == pytest.approx(plain, abs=1e-4)
 
     rows = [json.loads(line) for line in (tracker.run_dir / "eval.jsonl").read_text().splitlines()]
-    assert [row["uid"] for row in rows] == [prompt.uid for prompt in inputs.prompts]
-    assert evaluated.reward_mean == pytest.approx(sum(row["reward"] for row in rows) / 12)
+    uids = [prompt.uid for prompt in inputs.prompts[:5]]
+    assert [(row["uid"], row["sample"]) for row in rows[:5]] == [(uid, "greedy") for uid in uids]
+    assert [(row["uid"], row["sample"]) for row in rows[5:]] == [(uid, sample) for uid in uids for sample in (0, 1)]
+    assert evaluated.reward_mean == pytest.approx(sum(row["reward"] for row in rows[:5]) / 5)
+    assert evaluated.sampled["avg@2"].mean == pytest.approx(sum(row["reward"] for row in rows[5:]) / 10)
     assert all(row["reward"] == length_reward(row["response"], "") for row in rows)
+    last = (tracker.run_dir / "eval_step_00000003.jsonl").read_text()  # of the same weights, after the last publish
+    assert last == (tracker.run_dir / "eval.jsonl").read_text()
+    with hugging_face(tracker.run_dir / "checkpoints" / "step_00000003", tracker) as folder:
+        compare(open_end(folder), open_end(cfg.export_dir))
 
     steps = read_metrics(cfg.run_dir)
     assert [step["step"] for step in steps] == [step["version"] for step in steps] == [0, 1, 2]
     for step in steps:
-        assert set(step) == METRICS
-        assert set(step["seconds"]) == SECONDS
+        evaluates = step["step"] != 1  # eval.interval is 2
+        assert set(step) == METRICS | ({"eval"} if evaluates else set())
+        assert set(step["seconds"]) == SECONDS | ({"eval"} if evaluates else set())
         assert abs(step["engine_gap"]) < 1e-3
-        assert all(math.isfinite(value) for name, value in step.items() if name != "seconds")
+        assert all(math.isfinite(value) for name, value in step.items() if name not in ("seconds", "eval"))
+    assert steps[0]["eval"]["prompts"]["greedy"] >= 0
     assert not list(Path("/dev/shm").glob(f"astar-{os.getpid()}-*"))
 
 

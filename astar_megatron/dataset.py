@@ -1,0 +1,223 @@
+"""PROGRAM: `astar data` prepares prompts as the JSONL that `data.path` reads, and imports published stage-1 data.
+
+Every row has a question and an answer that the data set's reward can read. What can't be used is counted and refused,
+or left out where the user says so; exact duplicates are left out and counted; nothing is repaired in silence.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.config import RunConfig
+from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
+from astar_megatron.data.benchmarks import SUFFIXES, gsm8k_answer, math_answer
+from astar_megatron.data.contract import contract_of
+from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.prompts import read_prompts, tokenizer
+from astar_megatron.data.rows import (
+    Pair,
+    Problems,
+    PromptError,
+    Row,
+    answer_field,
+    hub_rows,
+    pairs_of,
+    read_rows,
+    without_duplicates,
+)
+from astar_megatron.data.stage1 import Stage1Row, stage1_rows
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.rollout.scoring import Scorer
+from astar_megatron.tracking import progress, show_table
+from astar_megatron.types import Prompt, Rollout
+
+_ROWS_A_SHARD = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """A data set that this program knows: where the hub has it, its fields, suffix and reward."""
+
+    hub: str | None = None
+    subset: str | None = None
+    question: str | None = None
+    answer: Callable[[Mapping[str, Any]], str] | None = None
+    suffix: str | None = None
+    reward: str | None = None
+
+
+_SOURCES = {
+    "gsm8k": _Source(
+        hub="openai/gsm8k",
+        subset="main",
+        question="question",
+        answer=gsm8k_answer,
+        suffix=SUFFIXES["gsm8k"],
+        reward="gsm8k_strict",
+    ),
+    "math": _Source(
+        hub="DigitalLearningGmbH/MATH-lighteval",
+        question="problem",
+        answer=math_answer,
+        suffix=SUFFIXES["math"],
+        reward="math",
+    ),
+    "jsonl": _Source(),
+    "hf": _Source(),
+}
+_GENERATED = {"countdown": countdown, "arithmetic": arithmetic, "multiply": multiply}
+
+
+def generate(kind: str, out: str, *, rows: int, seed: int) -> None:
+    """Write `rows` problems that this project makes itself."""
+    problems = _GENERATED[kind](rows, seed)
+    write_jsonl(out, problems)
+    show_table(Console(highlight=False), f"{kind}, seed {seed}", _settings(out, len(problems), kind, suffix=""))
+
+
+def prepare(
+    kind: str,
+    source: str | None,
+    out: str,
+    *,
+    split: str,
+    subset: str | None,
+    question: str,
+    answer: str,
+    reward: str | None,
+    drop: bool,
+) -> None:
+    """Write the questions and answers of a data set: files of this machine, else of the hub."""
+    known = _SOURCES[kind]
+    place = source or known.hub
+    if place is None:
+        raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
+    problems = Problems(place)
+    rows = _rows(kind, place, subset or known.subset, split, problems)
+    total = len(rows) + problems.count
+    read = known.answer or answer_field(answer)
+    pairs = pairs_of(rows, known.question or question, read, problems)
+    if name := reward or known.reward:
+        pairs = _readable(pairs, name, problems)
+    kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]
+    if not drop:
+        problems.refuse(total)
+    if not kept:
+        raise PromptError(problems.message(total))
+    write_jsonl(out, ({"question": pair.question, "answer": pair.answer} for pair in kept))
+    table = _settings(out, len(kept), name, known.suffix)
+    if len(kept) < total:
+        table.insert(1, ("left out", f"{total - len(kept)} of {total} rows: duplicates, or not usable"))
+    show_table(console := Console(highlight=False), place, table)
+    if problems.count:
+        console.print(problems.message(total), markup=False, soft_wrap=True)
+
+
+def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
+    """Write the prompts of a published stage-1 data set to `data.path` and its responses to the run's V* table.
+
+    Rewards are scored anew by the run's own rule, which its contract names, and compared with the published ones.
+    """
+    if cfg.data.suffix:
+        raise PromptError("data.suffix: the published prompts hold their suffix already; set it to '' for this run")
+    problems = Problems(source)
+    rows = stage1_rows(_rows("stage1", source, None, split, problems), problems)
+    problems.refuse(len(rows) + problems.count)
+    _write_prompts(cfg, [row.pair for row in rows])
+    prompts = {(prompt.text, prompt.answer): prompt for prompt in read_prompts(cfg.data, cfg.model.path)}
+    count = len(rows[0].responses)
+    contract = contract_of(cfg)
+    with Scorer(cfg.reward) as scorer:
+        scorer.check(list(prompts.values()))
+    table = VStarTable.create_or_open(cfg.table_dir, contract)
+    missing = {(prompt.uid, sample) for prompt, sample in table.missing(list(prompts.values()), count)}
+    work = [
+        (rollout, value)
+        for row in rows
+        if (prompt := prompts.get((row.pair.question, row.pair.answer))) is not None
+        for rollout, value in zip(_rollouts(cfg, prompt, row, contract.stop_token_ids[0]), row.evals, strict=True)
+        if (prompt.uid, rollout.sample) in missing
+    ]
+    other = 0
+    make_folder(cfg.run_dir)
+    console = Console(highlight=False)
+    with progress(console, "importing", len(work)) as advance, Scorer(cfg.reward, Path(cfg.run_dir)) as scorer:
+        for start in range(0, len(work), _ROWS_A_SHARD):
+            part = work[start : start + _ROWS_A_SHARD]
+            scored = scorer.score([rollout for rollout, _ in part])
+            other += sum(one.reward != value for one, (_, value) in zip(scored, part, strict=True))
+            table.append(scored)
+            advance(len(part))
+    held = [
+        ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
+        ("responses", f"{len(work)} imported, {len(prompts) * count - len(work)} were there"),
+        ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
+        ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
+    ]
+    show_table(console, f"V* table {table.folder}", held)
+
+
+def _rows(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
+    """The rows of a file or folder of this machine; of the hub otherwise."""
+    if Path(place).exists() or kind == "jsonl":
+        return read_rows(place, problems)
+    return hub_rows(place, subset, split)
+
+
+def _readable(pairs: list[Pair], reward_name: str, problems: Problems) -> list[Pair]:
+    """The pairs whose answer the reward can read; the others go to `problems`."""
+    reward, kept = rewards.get(reward_name), []
+    for pair in pairs:
+        value, reason = rewards.judge(reward, "", pair.answer)
+        if value is None:
+            problems.add(pair.where, f"the reward {reward_name} can't read the answer: {reason}")
+        else:
+            kept.append(pair)
+    return kept
+
+
+def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> list[tuple[str, str]]:
+    """What was written, and the keys of a configuration that go with it."""
+    rows = [("prompts", str(count)), ("data.path", out)]
+    if suffix is not None:
+        rows.append(("data.suffix", json.dumps(suffix)))  # as YAML has it
+    return [*rows, ("reward.name", reward)] if reward else rows
+
+
+def _write_prompts(cfg: RunConfig, pairs: list[Pair]) -> None:
+    data = jsonl({cfg.data.prompt_field: pair.question, cfg.data.answer_field: pair.answer} for pair in pairs)
+    path = Path(cfg.data.path)
+    if path.exists():
+        if path.read_bytes() != data:
+            raise PromptError(f"data.path: {path} is there with other prompts; remove it or choose another path")
+        return
+    make_folder(path.parent)
+    write_atomic(path, data)
+
+
+def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[Rollout]:
+    """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
+    tok, rollouts = tokenizer(cfg.model.path), []
+    for sample, response in enumerate(row.responses):
+        text = response.removesuffix(str(tok.eos_token))
+        token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        truncated = len(token_ids) >= cfg.sampling.max_response_tokens
+        rollouts.append(
+            Rollout(
+                prompt=prompt,
+                sample=sample,
+                seed=0,
+                token_ids=token_ids if truncated else (*token_ids, eos),
+                text=text,
+                truncated=truncated,
+                logprob=math.nan,
+                version=0,
+            )
+        )
+    return rollouts

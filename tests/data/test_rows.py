@@ -1,0 +1,95 @@
+"""Rows from files: JSONL, Parquet and folders, and what can't be used is counted and named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from astar_megatron.config import DataConfig
+from astar_megatron.data.prompts import read_prompts
+from astar_megatron.data.rows import (
+    Pair,
+    Problems,
+    PromptError,
+    answer_field,
+    pairs_of,
+    read_rows,
+    without_duplicates,
+)
+
+ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": "Ünï\n", "answer": "5"}]
+
+
+def _jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_parquet_jsonl_and_folders_give_the_same_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    _jsonl(folder / "b.jsonl", ROWS[1:])
+    pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "a" / "x.parquet")
+    (folder / "README.md").write_text("no data")
+    found = [
+        [(row.where, dict(row.fields)) for row in read_rows(source, Problems(source))]
+        for source in (tmp_path / "rows.parquet", _jsonl(tmp_path / "rows.jsonl", ROWS), folder)
+    ]
+    assert [[fields for _, fields in rows] for rows in found] == [ROWS] * 3
+    assert [where for where, _ in found[0]] == ["row 1", "row 2"]
+    assert [where for where, _ in found[2]] == ["a/x.parquet, row 1", "b.jsonl, line 1"]
+
+
+def test_a_damaged_or_empty_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(PromptError, match=r"x\.parquet: not readable as Parquet"):
+        read_rows(tmp_path / "x.parquet", Problems("x"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PromptError, match="holds no prompt"):
+        read_rows(tmp_path / "empty", Problems("x"))
+
+
+def test_all_problems_are_counted_and_the_first_five_named(tmp_path: Path, model_folder: Any) -> None:
+    bad = [{"question": "q"}] * 4 + ["text", {"question": "", "answer": "1"}, {"question": "q", "answer": None}]
+    path = _jsonl(tmp_path / "x.jsonl", [ROWS[0], *bad])
+    with path.open("ab") as file:
+        file.write(b'{"question": "\xff"}\n')
+    with pytest.raises(PromptError) as caught:
+        read_prompts(DataConfig(path=str(path)), model_folder())
+    message = str(caught.value)
+    assert f"{path}: 8 of 9 rows can't be used:" in message
+    assert "line 6: expected a JSON object" in message and "line 9: not UTF-8" in message
+    assert message.endswith("and 3 more")
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"), [(27.0, "27"), (27, "27"), (0.5, "0.5"), (-3.0, "-3"), ("27.0", "27.0"), (1e16, str(10**16))]
+)
+def test_a_number_is_as_good_an_answer_as_its_text(value: object, answer: str, tmp_path: Path) -> None:
+    rows = read_rows(_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}]), problems := Problems("x"))
+    (pair,) = pairs_of(rows, "q", answer_field("a"), problems)
+    assert pair.answer == answer
+
+
+def test_the_first_of_equal_prompts_stays_and_another_answer_is_a_problem() -> None:
+    pairs = [Pair(where=f"line {i}", question=q, answer=a) for i, (q, a) in enumerate(["x1", "y2", "x1", "x3"])]
+    problems = Problems("file")
+    assert without_duplicates(pairs, [pair.question for pair in pairs], problems) == [0, 1]
+    with pytest.raises(PromptError, match="1 of 4 rows can't be used:\n  line 3: the prompt of line 0 with another"):
+        problems.refuse(4)
+
+
+def test_long_prompts_are_dropped_where_the_configuration_says_so(
+    tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": question, "answer": "1"} for question in ("a", "b" * 30, "c", "d" * 40)]
+    path = str(_jsonl(tmp_path / "x.jsonl", rows))
+    cfg = DataConfig(path=path, max_prompt_tokens=20, long_prompts="drop")
+    assert [prompt.text for prompt in read_prompts(cfg, model_folder())] == ["a", "c"]
+    assert "2 of 4 prompts exceed data.max_prompt_tokens = 20; the longest (line 4) has 42; dropped" in caplog.text
+    with pytest.raises(PromptError, match="4 of 4 prompts exceed"):
+        read_prompts(DataConfig(path=path, max_prompt_tokens=1, long_prompts="drop"), model_folder())

@@ -1,0 +1,196 @@
+"""`astar data`: what it writes is what data.path reads, and what can't be used is counted."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from astar_megatron import cli, config
+from astar_megatron.config import DataConfig
+from astar_megatron.data.contract import contract_of
+from astar_megatron.data.prompts import read_prompts, tokenizer
+from astar_megatron.data.rows import hub_rows
+from astar_megatron.data.v_star import VStarTable
+
+type Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def astar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Return a function that runs `astar data ...` and gives exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["astar", "data", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def _jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_gsm8k_and_math_keep_the_final_answer_and_name_suffix_and_reward(astar: Command, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "prompts.jsonl"
+    source = _jsonl(tmp_path / "gsm8k.jsonl", [{"question": "How?", "answer": "6*200=<<6*200=1200>>1,200\n#### 1,200"}])
+    status, said, _ = astar("gsm8k", source, "--out", out)
+    assert (status, _read(out)) == (0, [{"question": "How?", "answer": "1200"}])
+    assert "reward.name: gsm8k_strict" in said
+    suffix = next(line.partition(": ")[2] for line in said.splitlines() if "data.suffix" in line)
+    assert yaml.safe_load(suffix) == ' Let\'s think step by step and output the final answer after "####".'
+    source = _jsonl(tmp_path / "math.jsonl", [{"problem": "Why?", "solution": r"\boxed{1} so \boxed{\frac12}"}])
+    status, said, _ = astar("math", source, "--out", out)
+    assert (status, _read(out)) == (0, [{"question": "Why?", "answer": r"\frac12"}])
+    assert "reward.name: math" in said
+
+
+def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar: Command, tmp_path: Path) -> None:
+    rows = [
+        {"q": "one", "a": 1},
+        {"q": "one", "a": "1"},  # an exact duplicate
+        {"q": "two", "a": "Paris"},  # the reward can't read it
+        {"q": "three"},
+        {"q": "one", "a": "2"},  # another answer
+        {"q": "four", "a": "4"},
+    ]
+    source, out = _jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    arguments = ["jsonl", source, "--out", out, "--question-field", "q", "--answer-field", "a"]
+    arguments += ["--reward", "last_number"]
+    status, _, error = astar(*arguments)
+    assert status == 2 and not out.exists()
+    assert "3 of 6 rows can't be used" in error
+    assert "line 3: the reward last_number can't read the answer" in error and "line 4: no field 'a'" in error
+    status, said, _ = astar(*arguments, "--drop")
+    assert (status, _read(out)) == (0, [{"question": "one", "answer": "1"}, {"question": "four", "answer": "4"}])
+    assert "left out: 4 of 6 rows" in said and "3 of 6 rows can't be used" in said
+
+
+@pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])
+def test_what_is_made_is_read_as_prompts(kind: str, astar: Command, tmp_path: Path, tied_llama: Path) -> None:
+    status, said, _ = astar(kind, "--out", tmp_path / "x.jsonl", "--rows", 30, "--seed", 5)
+    assert status == 0 and f"reward.name: {kind}" in said
+    prompts = read_prompts(DataConfig(path=str(tmp_path / "x.jsonl"), max_prompt_tokens=1000), str(tied_llama))
+    assert len(prompts) == 30
+
+
+def test_a_data_set_of_the_hub_is_read_by_the_package_datasets(astar: Command, tmp_path: Path) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        status, _, error = astar("gsm8k", "--out", tmp_path / "x.jsonl")
+        assert status == 2 and "needs the package datasets" in error
+        return
+    (tmp_path / "set").mkdir()
+    _jsonl(tmp_path / "set" / "test.jsonl", [{"question": "a", "answer": 1}])
+    (row,) = hub_rows(str(tmp_path / "set"), None, "test")
+    assert (row.where, dict(row.fields)) == ("row 1", {"question": "a", "answer": 1})
+    status, _, error = astar("hf", "no/such-data-set", "--out", tmp_path / "y.jsonl")
+    assert status == 2 and "can't load it (split 'train')" in error
+
+
+def _stage1(**changes: Any) -> dict[str, Any]:
+    row = {
+        "data_source": "gsm8k",
+        "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "extra_info": {"index": 0},
+    }
+    for i, (response, value) in enumerate((("2", 1.0), ("3</s>", 0.0), ("12 2 = ?", 1.0))):
+        row |= {f"response_{i}": response, f"eval_{i}": value}
+    return row | changes
+
+
+@pytest.fixture
+def stage1(tmp_path: Path, tied_llama: Path) -> Callable[..., tuple[Path, Path]]:
+    """Return a function that writes stage-1 rows and the configuration of a run; it gives both paths."""
+
+    def write(*rows: dict[str, Any]) -> tuple[Path, Path]:
+        pq.write_table(pa.Table.from_pylist(list(rows)), tmp_path / "stage1.parquet")
+        tree = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tied_llama)},
+            "data": {"path": str(tmp_path / "prompts" / "p.jsonl"), "max_prompt_tokens": 30},
+            "reward": {"name": "last_number"},
+            "sampling": {"max_response_tokens": 8},
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+        return tmp_path / "stage1.parquet", tmp_path / "run.yaml"
+
+    return write
+
+
+def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_rewards(stage1: Any, astar: Command) -> None:
+    other = _stage1(
+        prompt=[{"role": "user", "content": "What is 1 + 2?"}],
+        reward_model={"style": "rule", "ground_truth": "3"},
+        eval_0=0.0,
+        eval_1=1.0,
+        eval_2=1.0,  # wrong: its last number is 2
+    )
+    source, file = stage1(_stage1(), other)
+    status, said, error = astar("import-stage1", source, "--config", file)
+    assert status == 0, error
+    assert "6 imported" in said and "1 differ from the published ones" in said
+    cfg = config.load(file)
+    prompts = read_prompts(cfg.data, cfg.model.path)
+    table = VStarTable.open(cfg.table_dir, contract_of(cfg))
+    assert [table.rewards()[prompt.uid] for prompt in prompts] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    columns = pa.concat_tables([pq.read_table(path) for path in sorted(cfg.table_dir.glob("*.parquet"))])
+    tok = tokenizer(cfg.model.path)
+    assert columns["truncated"].to_pylist() == [False, False, True] * 2  # eight tokens are the limit
+    assert columns["response"].to_pylist()[1] == [*tok("3")["input_ids"], tok.eos_token_id]
+    assert all(math.isnan(value) for value in columns["logprob"].to_pylist())
+    status, said, _ = astar("import-stage1", source, "--config", file)
+    assert status == 0 and "0 imported, 6 were there" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eval_1": None}, "eval_1 is None, expected a finite number"),
+        ({"eval_1": math.nan}, "eval_1 is nan"),
+        ({"response_2": None}, "response_2 is None, expected text"),
+        ({"reward_model": {"style": "rule", "ground_truth": ""}}, "ground_truth is ''"),
+        ({"prompt": [{"role": "system", "content": "x"}]}, "expected a chat of one user message"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "the user message is ' '"),
+    ],
+)
+def test_stage1_rows_that_lack_a_part_are_refused_and_nothing_is_written(
+    stage1: Any, astar: Command, change: dict[str, Any], message: str
+) -> None:
+    source, file = stage1(_stage1(), _stage1(**change))
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2
+    assert "1 of 2 rows can't be used" in error and "row 2: " in error and message in error
+    assert not Path(config.load(file).data.path).exists()
+
+
+def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Any, astar: Command) -> None:
+    source, file = stage1({"prompt": [], "eval_0": 1.0})
+    assert "no stage-1 data set: expected columns" in astar("import-stage1", source, "--config", file)[2]
+    source, file = stage1(_stage1())
+    assert "data.suffix" in astar("import-stage1", source, "--config", file, "--set", "data.suffix=x")[2]
+    prompts = Path(config.load(file).data.path)
+    prompts.parent.mkdir()
+    prompts.write_text('{"question": "mine", "answer": "1"}\n')
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2 and "is there with other prompts" in error
+    assert prompts.read_text() == '{"question": "mine", "answer": "1"}\n'
