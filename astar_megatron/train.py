@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 
 from astar_megatron import config
+from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.algorithm.rewards import score
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.config import RunConfig
+from astar_megatron.config import FilterConfig, RunConfig
+from astar_megatron.data import filters
+from astar_megatron.data.allocation import samples_wanted
+from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
@@ -28,7 +32,7 @@ from conversion import folders
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
-    VStarTable.open(cfg.table_dir, inputs.contract).estimate(cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples)
+    stage_1(cfg, inputs)
     check(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with started(cfg, tracker) as (policy, engines):
@@ -37,7 +41,8 @@ def main(cfg: RunConfig) -> None:
 
 def check(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
-    prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
+    filtered = cfg.filter != FilterConfig()  # which needs stage 1
+    prompts = _stream(cfg, inputs, stage_1(cfg, inputs) if filtered else None)
     done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg)).restore(prompts)
     if done > cfg.train.num_steps:
         raise ValueError(
@@ -51,10 +56,9 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
 
 def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:
     """Train with a started policy and pool, and export; leaves the final weights in the engines."""
-    v_star = VStarTable.open(cfg.table_dir, inputs.contract).estimate(
-        cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples
-    )
-    prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
+    found = stage_1(cfg, inputs)
+    v_star = LiveVStar(found.by_uid(), found.samples_by_uid(), cfg.astar.beta1, cfg.astar.refresh_decay)
+    prompts = _stream(cfg, inputs, found)
     checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))
     options = StepOptions(
         beta2=cfg.astar.beta2,
@@ -62,10 +66,11 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         mini_batch_size=cfg.mini_batch_size,
         micro_batch_tokens=cfg.train.micro_batch_tokens,
     )
-    first = checkpoints.resume(policy, prompts)
+    first = checkpoints.resume(policy, prompts, v_star)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     tracker.begin(first)
+    spent = int(found.tokens.sum()) + sum(line.get("response_tokens", 0) for line in read_metrics(cfg.run_dir))
     with TransferFolder() as folder:
         weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)
         for step in range(first, cfg.train.num_steps):
@@ -77,15 +82,29 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             with clock.span("score"):
                 rollouts = score(inputs.reward, drawn)
             stats = policy.step(_batch(rollouts, v_star, step), options)
-            metrics = _metrics(step, rollouts, v_star, stats, clock.stop())
+            spent += stats.response_tokens
+            metrics = _metrics(step, rollouts, v_star, stats, spent, clock.stop())
+            v_star.add((rollout.prompt.uid, rollout.reward or 0.0) for rollout in rollouts)
             tracker.log(metrics)
             tracker.say(_line(metrics, cfg.train.num_steps))
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
-                checkpoints.save(policy, step + 1, prompts)
+                checkpoints.save(policy, step + 1, prompts, v_star)
         weights.publish(version=cfg.train.num_steps)
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
     tracker.say(f"exported to {cfg.export_dir}")
+
+
+def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates:
+    """Return V* of the run's prompts, from the samples that belong to it. Raises MissingTableError, ContractError."""
+    table = VStarTable.open(cfg.table_dir, inputs.contract)
+    wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
+    return table.estimate(cfg.astar.beta1, inputs.prompts, wanted)
+
+
+def _stream(cfg: RunConfig, inputs: Inputs, found: Estimates | None) -> PromptStream:
+    weights = filters.weights(found, cfg.filter) if found else None
+    return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
@@ -99,7 +118,7 @@ def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt,
     return work
 
 
-def _batch(rollouts: Sequence[Rollout], v_star: dict[str, float], version: int) -> RolloutBatch:
+def _batch(rollouts: Sequence[Rollout], v_star: LiveVStar, version: int) -> RolloutBatch:
     """The rollouts as the policy needs them; all must come from the weights it has now."""
     stale = {rollout.version for rollout in rollouts} - {version}
     if stale:
@@ -115,7 +134,12 @@ def _batch(rollouts: Sequence[Rollout], v_star: dict[str, float], version: int) 
 
 
 def _metrics(
-    step: int, rollouts: Sequence[Rollout], v_star: dict[str, float], stats: StepStats, seconds: dict[str, float]
+    step: int,
+    rollouts: Sequence[Rollout],
+    v_star: LiveVStar,
+    stats: StepStats,
+    spent_tokens: int,
+    seconds: dict[str, float],
 ) -> dict[str, object]:
     count = len(rollouts)
     return {
@@ -123,6 +147,7 @@ def _metrics(
         "version": step,
         "reward_mean": sum(rollout.reward or 0.0 for rollout in rollouts) / count,
         "v_star_mean": sum(v_star[rollout.prompt.uid] for rollout in rollouts) / count,
+        "v_star_shift": v_star.shift(rollout.prompt.uid for rollout in rollouts),
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "logratio_mean": stats.logratio_mean,
@@ -134,6 +159,7 @@ def _metrics(
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,
         "response_tokens": stats.response_tokens,
+        "spent_tokens": spent_tokens,
         "seconds": {**stats.seconds, **seconds},
     }
 

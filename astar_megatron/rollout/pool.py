@@ -5,7 +5,8 @@ and no two prompts share their random numbers.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 import ray
@@ -43,6 +44,7 @@ class EnginePool:
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         self.tensor = rollout.tensor
+        self._max_num_seqs = rollout.max_num_seqs
         self._cluster, self._detokenize = cluster, detokenize
         env = environment(
             on_gpu=on_gpu,
@@ -80,29 +82,42 @@ class EnginePool:
         self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
 
     def generate(
-        self, work: Sequence[tuple[Prompt, int, int]], sampling: SamplingConfig, *, greedy: bool = False
+        self, work: Iterable[tuple[Prompt, int, int]], sampling: SamplingConfig, *, greedy: bool = False
     ) -> Iterator[list[tuple[int, Rollout]]]:
         """Yield (index in `work`, rollout) as they finish, every one once; `work` is (prompt, sample, seed) each.
 
-        Samples of one prompt go to one engine, which computes their common prefix once.
+        `work` is asked for more whenever an engine's queue runs low, so it may be endless, and no engine idles while
+        there is some. Samples of one prompt that follow each other go to one engine, which computes their common
+        prefix once.
         """
-        shares = _share(work, len(self._engines))
-        streams: dict[Any, Any] = {}
-        for engine, share in zip(self._engines, shares, strict=True):
-            if share:
-                requests = [Request(tag=tag, token_ids=work[tag][0].token_ids, seed=work[tag][2]) for tag in share]
-                stream = engine.generate.options(num_returns="streaming").remote(requests, sampling, greedy)
-                streams[stream] = engine
-        while streams:
+        items, queue = iter(enumerate(work)), 2 * self._max_num_seqs
+        waiting: dict[int, tuple[Prompt, int, int]] = {}  # index -> item that is not answered yet
+        load = [0] * len(self._engines)  # of them, by engine
+        streams: dict[Any, int] = {}
+        while True:
+            if min(load) <= queue - self._max_num_seqs // 4:
+                fresh = list(islice(items, sum(max(0, queue - count) for count in load)))
+                waiting.update(fresh)
+                for engine, share in enumerate(_share(fresh, load)):
+                    if share:
+                        requests = [
+                            Request(tag=i, token_ids=waiting[i][0].token_ids, seed=waiting[i][2]) for i in share
+                        ]
+                        call = self._engines[engine].generate.options(num_returns="streaming")
+                        streams[call.remote(requests, sampling, greedy)] = engine
+                        load[engine] += len(share)
+            if not streams:
+                return
             ready, _ = ray.wait(list(streams), num_returns=1)
             for stream in ready:
                 try:
-                    reference = next(stream)  # pyright: ignore[reportArgumentType]
+                    reference = next(stream)
                 except StopIteration:
                     del streams[stream]
                     continue
                 (responses,) = self._cluster.wait("engines: generate", [reference])
-                yield [(response.tag, self._rollout(work[response.tag], response)) for response in responses]
+                load[streams[stream]] -= len(responses)
+                yield [(response.tag, self._rollout(waiting.pop(response.tag), response)) for response in responses]
 
     def draw(
         self,
@@ -164,10 +179,10 @@ class EnginePool:
         return self._cluster.wait(f"engines: {method}", calls)
 
 
-def _share(work: Sequence[tuple[Prompt, int, int]], num_engines: int) -> list[list[int]]:
-    """Return each engine's indices of `work`: prompts in turn, all samples of a prompt together."""
-    engine_of: dict[str, int] = {}
-    shares: list[list[int]] = [[] for _ in range(num_engines)]
-    for index, (prompt, _, _) in enumerate(work):
-        shares[engine_of.setdefault(prompt.uid, len(engine_of) % num_engines)].append(index)
+def _share(items: Sequence[tuple[int, tuple[Prompt, int, int]]], load: Sequence[int]) -> list[list[int]]:
+    """Return each engine's indices of `items`: a prompt's samples together, where `load` and they are fewest."""
+    shares: list[list[int]] = [[] for _ in load]
+    for _, group in groupby(items, key=lambda item: item[1][0].uid):
+        engine = min(range(len(load)), key=lambda i: load[i] + len(shares[i]))
+        shares[engine] += [index for index, _ in group]
     return shares
