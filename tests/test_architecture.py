@@ -39,6 +39,7 @@ PROGRAMS = {
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
     *("checkpoints", "convert"),  # where a run goes on from; model folders from each other
+    "inspection",  # what a V* table holds
 }
 WITHOUT_CONVERSION = {"config", "types", "algorithm", "data"}  # rooms that know nothing of weights
 
