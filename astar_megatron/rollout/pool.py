@@ -6,7 +6,6 @@ and no two prompts share their random numbers.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
 from typing import Any, Protocol
 
 import ray
@@ -14,7 +13,8 @@ import ray
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Response, environment
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.rollout.feed import Feed, Item
+from astar_megatron.types import Rollout
 
 
 class Detokenize(Protocol):
@@ -82,7 +82,7 @@ class EnginePool:
         self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
 
     def generate(
-        self, work: Iterable[tuple[Prompt, int, int]], sampling: SamplingConfig, *, greedy: bool = False
+        self, work: Iterable[Item], sampling: SamplingConfig, *, greedy: bool = False
     ) -> Iterator[list[tuple[int, Rollout]]]:
         """Yield (index in `work`, rollout) as they finish, every one once; `work` is (prompt, sample, seed) each.
 
@@ -90,22 +90,12 @@ class EnginePool:
         there is some. Samples of one prompt that follow each other go to one engine, which computes their common
         prefix once.
         """
-        items, queue = iter(enumerate(work)), 2 * self._max_num_seqs
-        waiting: dict[int, tuple[Prompt, int, int]] = {}  # index -> item that is not answered yet
-        load = [0] * len(self._engines)  # of them, by engine
-        streams: dict[Any, int] = {}
+        feed, streams = Feed(work, len(self._engines), self._max_num_seqs), {}
         while True:
-            if min(load) <= queue - self._max_num_seqs // 4:
-                fresh = list(islice(items, sum(max(0, queue - count) for count in load)))
-                waiting.update(fresh)
-                for engine, share in enumerate(_share(fresh, load)):
-                    if share:
-                        requests = [
-                            Request(tag=i, token_ids=waiting[i][0].token_ids, seed=waiting[i][2]) for i in share
-                        ]
-                        call = self._engines[engine].generate.options(num_returns="streaming")
-                        streams[call.remote(requests, sampling, greedy)] = engine
-                        load[engine] += len(share)
+            for engine, share in feed.due():
+                requests = [Request(tag=tag, token_ids=item[0].token_ids, seed=item[2]) for tag, item in share]
+                call = self._engines[engine].generate.options(num_returns="streaming")
+                streams[call.remote(requests, sampling, greedy)] = engine
             if not streams:
                 return
             ready, _ = ray.wait(list(streams), num_returns=1)
@@ -116,12 +106,12 @@ class EnginePool:
                     del streams[stream]
                     continue
                 (responses,) = self._cluster.wait("engines: generate", [reference])
-                load[streams[stream]] -= len(responses)
-                yield [(response.tag, self._rollout(waiting.pop(response.tag), response)) for response in responses]
+                answers = [(one.tag, feed.answered(streams[stream], one.tag), one) for one in responses]
+                yield [(tag, self._rollout(item, response)) for tag, item, response in answers]
 
     def draw(
         self,
-        work: Sequence[tuple[Prompt, int, int]],
+        work: Sequence[Item],
         sampling: SamplingConfig,
         *,
         greedy: bool = False,
@@ -134,7 +124,7 @@ class EnginePool:
             advance(len(finished))
         return [rollouts[index] for index in range(len(work))]
 
-    def _rollout(self, item: tuple[Prompt, int, int], response: Response) -> Rollout:
+    def _rollout(self, item: Item, response: Response) -> Rollout:
         prompt, sample, seed = item
         return Rollout(
             prompt=prompt,
@@ -177,12 +167,3 @@ class EnginePool:
     def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]
         return self._cluster.wait(f"engines: {method}", calls)
-
-
-def _share(items: Sequence[tuple[int, tuple[Prompt, int, int]]], load: Sequence[int]) -> list[list[int]]:
-    """Return each engine's indices of `items`: a prompt's samples together, where `load` and they are fewest."""
-    shares: list[list[int]] = [[] for _ in load]
-    for _, group in groupby(items, key=lambda item: item[1][0].uid):
-        engine = min(range(len(load)), key=lambda i: load[i] + len(shares[i]))
-        shares[engine] += [index for index, _ in group]
-    return shares
