@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
 from astar_megatron.data.contract import Contract, ContractError
@@ -51,10 +52,11 @@ class Checkpoints:
         prompts.restore(progress["prompts"])
         return int(progress["step"])
 
-    def resume(self, policy: PolicyGroup, prompts: PromptStream) -> int:
-        """As `restore`, and the policy too."""
+    def resume(self, policy: PolicyGroup, prompts: PromptStream, v_star: LiveVStar) -> int:
+        """As `restore`, and the policy and what V* was refreshed with too."""
         step, folder = self.restore(prompts), self.latest
         if folder is not None:
+            v_star.restore(self._progress(folder).get("v_star", {}))
             policy.load(folder, step)
         return step
 
@@ -82,13 +84,13 @@ class Checkpoints:
             )
         return progress
 
-    def save(self, policy: PolicyGroup, step: int, prompts: PromptStream) -> None:
+    def save(self, policy: PolicyGroup, step: int, prompts: PromptStream, v_star: LiveVStar) -> None:
         """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few."""
         folder = self._folder / f"step_{step:08d}"
         if folder.exists():  # of a run that was set back by hand
             shutil.rmtree(folder)
         progress = {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()}
-        policy.save(folder, progress | {"settings": self._settings})
+        policy.save(folder, progress | {"settings": self._settings, "v_star": v_star.state()})
         write_atomic(self._folder / "latest", folder.name.encode())
         # Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
         earlier = sorted(path for path in self._folder.glob("step_????????") if path.name < folder.name)

@@ -43,9 +43,15 @@ Seed = Annotated[int, typer.Option(min=0)]
 
 
 @app.command()
-def sweep(config_file: Config, overrides: Overrides = None) -> None:
-    """Stage 1: sample the reference, reward it, fill the V* table. Resumable."""
-    _program("sweep").main(config.load(config_file, overrides or ()))
+def sweep(
+    config_file: Config,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Show and plot what the table holds, draw nothing.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Stage 1: sample the reference, reward it, fill the V* table. Resumable; several may run at once."""
+    _program("inspection" if inspect else "sweep").main(config.load(config_file, overrides or ()))
 
 
 @app.command()

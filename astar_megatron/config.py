@@ -77,6 +77,8 @@ class SweepConfig(Section):
 
     table: Name | None = None  # folder; none: <run_dir>/v_star
     num_samples: int = Field(default=8, ge=1)
+    extra_tokens: int = Field(default=0, ge=0)  # response tokens for more samples where V*'s interval is widest
+    text: bool = False  # keep the responses' text beside their tokens
 
 
 class AstarConfig(Section):
@@ -85,6 +87,17 @@ class AstarConfig(Section):
     beta1: float = Field(default=0.5, gt=0.0)
     beta2: float = Field(default=1e-3, gt=0.0)
     importance_cap: float | None = Field(default=None, ge=1.0)  # weigh losses by min(cap, policy / engine); none: by 1
+    # What a prompt's earlier rewards still weigh when training adds its own to V*; none: V* stays that of stage 1.
+    refresh_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+
+
+class FilterConfig(Section):
+    """The share of epochs that take a prompt of which stage 1 says this; 1: all, 0: none, 0.1: now and then again."""
+
+    all_wrong: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward above 0
+    all_right: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward below 1
+    wide: float = Field(default=1.0, ge=0.0, le=1.0)  # V*'s 95 % interval wider than max_width
+    max_width: float = Field(default=1.0, gt=0.0)  # in units of reward
 
 
 class TrainConfig(Section):
@@ -195,6 +208,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     sweep: SweepConfig = SweepConfig()
     astar: AstarConfig = AstarConfig()
+    filter: FilterConfig = FilterConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()

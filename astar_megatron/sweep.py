@@ -1,10 +1,17 @@
 """Stage 1 of A*PO: N responses of the reference to every prompt, rewarded, into the V* table.
 
-Append-only and resumable: what the table holds is not drawn again, more samples buy only the difference, and a
-killed sweep loses at most the rows not yet appended.
+Append-only and resumable: what the table holds is not drawn again, more samples buy only the difference. Any number of
+these may run at once on one table; a killed one loses at most the rows not yet appended, and the others draw these.
+With `sweep.extra_tokens`, samples go on where V* is least known (data/allocation.py).
 """
 
+import time
+from itertools import chain
+
 from astar_megatron.config import RunConfig
+from astar_megatron.data.allocation import samples_wanted
+from astar_megatron.data.leases import Leases
+from astar_megatron.data.share import Share
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.rollout.scoring import Scorer
@@ -12,7 +19,8 @@ from astar_megatron.run import Inputs, engines_of, prepare
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Rollout
 
-_ROWS_A_SHARD = 512
+_SECONDS_A_SHARD = 60.0  # long responses go to disk before there are as many
+_POLL_SECONDS = 2.0  # between looks at what other jobs have done
 
 
 def main(cfg: RunConfig) -> None:
@@ -20,34 +28,62 @@ def main(cfg: RunConfig) -> None:
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
-    if table.missing(inputs.prompts, cfg.sweep.num_samples):
-        with engines_of(cfg) as engines:
+    if table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)).any():
+        with Leases(table.folder / "leases"), engines_of(cfg) as engines:  # a read-only table is refused before engines
             table = sweep(cfg, inputs, engines, tracker)
     show(table, tracker)
 
 
 def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker) -> VStarTable:
-    """Fill the run's V* table with engines that hold the reference, and return it."""
+    """Fill the run's V* table with engines that hold the reference, and return it, whole."""
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
-    missing = table.missing(inputs.prompts, cfg.sweep.num_samples)
-    work = [(prompt, sample, seed_of(cfg.seed, "sweep", prompt.uid, sample)) for prompt, sample in missing]
+    said = False
+    with Leases(table.folder / "leases") as leases:
+        while True:
+            wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
+            share = Share(table, inputs.prompts, wanted, leases)
+            if not share.lacking:
+                return table
+            drawn = _draw(cfg, inputs, engines, tracker, table, share)
+            if not drawn:
+                if not said:
+                    tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
+                said = True  # once: it is looked every few seconds
+                time.sleep(_POLL_SECONDS)
+            table.refresh()
+
+
+def _draw(
+    cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, table: VStarTable, share: Share
+) -> int:
+    """Draw this job's share, all it can get, and return how many rows that were."""
+    taken = share.take()
+    if (first := next(taken, None)) is None:
+        return 0
+    work = ((prompt, n, seed_of(cfg.seed, "sweep", prompt.uid, n)) for prompt, n in chain([first], taken))
     waiting: list[Rollout] = []
-    progress = tracker.progress("stage 1, V* sweep", len(work))
+    drawn, written = 0, time.monotonic()
+    rows_a_shard = 2 * cfg.rollout.max_num_seqs * cfg.rollout.num_engines  # as many as are in flight
+
+    def append() -> None:
+        nonlocal written
+        table.append(waiting, text=cfg.sweep.text)
+        share.appended(waiting)
+        waiting.clear()
+        written = time.monotonic()
+
+    progress = tracker.progress("stage 1, V* sweep", share.lacking)
     with progress as advance, Scorer(cfg.reward, tracker.run_dir) as scorer:
         try:
             for finished in scorer.scored(engines.generate(work, cfg.sampling)):
                 waiting += [rollout for _, rollout in finished]
+                drawn += len(finished)
                 advance(len(finished))
-                if len(waiting) >= _ROWS_A_SHARD:
-                    _append(table, waiting)
+                if len(waiting) >= rows_a_shard or time.monotonic() - written > _SECONDS_A_SHARD:
+                    append()
         finally:
-            _append(table, waiting)
-    return table
-
-
-def _append(table: VStarTable, waiting: list[Rollout]) -> None:
-    table.append(waiting)
-    waiting.clear()
+            append()
+    return drawn
 
 
 def show(table: VStarTable, tracker: Tracker) -> None:

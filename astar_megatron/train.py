@@ -11,12 +11,16 @@ from pathlib import Path
 
 import torch
 
-from astar_megatron import config, doctor
+from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.certificate import certify
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.config import RunConfig
+from astar_megatron.config import FilterConfig, RunConfig
+from astar_megatron.data.allocation import samples_wanted
+from astar_megatron.data.estimates import Estimates
 from astar_megatron.data import bad_batches
+from astar_megatron.data import filters
+from astar_megatron import config, doctor
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import evaluate, show
@@ -36,7 +40,7 @@ class NotFiniteError(ValueError):
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
-    VStarTable.open(cfg.table_dir, inputs.contract).estimate(cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples)
+    stage_1(cfg, inputs)
     check(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with started(cfg, tracker) as (policy, engines):
@@ -45,7 +49,8 @@ def main(cfg: RunConfig) -> None:
 
 def check(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
-    prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
+    filtered = cfg.filter != FilterConfig()  # which needs stage 1
+    prompts = _stream(cfg, inputs, stage_1(cfg, inputs) if filtered else None)
     done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg)).restore(prompts)
     if done > cfg.train.num_steps:
         raise ValueError(
@@ -60,10 +65,9 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
 
 def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:
     """Train with a started policy and pool, and export; leaves the final weights in the engines."""
-    v_star = VStarTable.open(cfg.table_dir, inputs.contract).estimate(
-        cfg.astar.beta1, inputs.prompts, cfg.sweep.num_samples
-    )
-    prompts = PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed)
+    found = stage_1(cfg, inputs)
+    v_star = LiveVStar(found.by_uid(), found.samples_by_uid(), cfg.astar.beta1, cfg.astar.refresh_decay)
+    prompts = _stream(cfg, inputs, found)
     checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))
     options = StepOptions(
         beta2=cfg.astar.beta2,
@@ -72,10 +76,12 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         micro_batch_tokens=cfg.train.micro_batch_tokens,
         importance_cap=cfg.astar.importance_cap,
     )
-    first = checkpoints.resume(policy, prompts)
+    first = checkpoints.resume(policy, prompts, v_star)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
-    skipped = sum(line.get("skipped_steps", 0) for line in tracker.begin(first))
+    earlier = tracker.begin(first)
+    skipped = sum(line.get("skipped_steps", 0) for line in earlier)
+    spent = int(found.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
     with TransferFolder() as folder, Scorer(cfg.reward, tracker.run_dir) as scorer:
         weights = WeightSync(policy, engines, inputs.model, folder.path, cfg.conversion)
         tracker.say(f"weights go to the engines by {weights.reason}")
@@ -91,7 +97,9 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
                 rollouts = gather(pending)
             batch = _batch(rollouts, v_star, step)
             stats = policy.step(batch, options)
-            metrics = _metrics(step, rollouts, v_star, stats, clock.stop()) | evaluated
+            spent += stats.response_tokens
+            metrics = _metrics(step, rollouts, v_star, stats, spent, clock.stop()) | evaluated
+            v_star.add((rollout.prompt.uid, rollout.reward or 0.0) for rollout in rollouts)
             if stats.skipped:  # first on disk, then in the metrics
                 skipped += len(stats.skipped)
                 tracker.say(_keep(tracker.run_dir, rollouts, batch, stats, options))
@@ -99,7 +107,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             tracker.say(_line(metrics, cfg.train.num_steps))
             check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
-                checkpoints.save(policy, step + 1, prompts)
+                checkpoints.save(policy, step + 1, prompts, v_star)
         weights.publish(version=cfg.train.num_steps)
         _evaluate(cfg, inputs, engines, tracker, cfg.train.num_steps, Clock())
     with TransferFolder() as folder:
@@ -129,6 +137,18 @@ def _evaluate(
     return {"eval": {one.name: one.metrics() for one in found}}
 
 
+def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates:
+    """Return V* of the run's prompts, from the samples that belong to it. Raises MissingTableError, ContractError."""
+    table = VStarTable.open(cfg.table_dir, inputs.contract)
+    wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
+    return table.estimate(cfg.astar.beta1, inputs.prompts, wanted)
+
+
+def _stream(cfg: RunConfig, inputs: Inputs, found: Estimates | None) -> PromptStream:
+    weights = filters.weights(found, cfg.filter) if found else None
+    return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
+
+
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
     """One rollout a prompt. A prompt that a batch across two epochs holds twice gets two samples."""
     seen: Counter[str] = Counter()
@@ -140,7 +160,7 @@ def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt,
     return work
 
 
-def _batch(rollouts: Sequence[Rollout], v_star: dict[str, float], version: int) -> RolloutBatch:
+def _batch(rollouts: Sequence[Rollout], v_star: LiveVStar, version: int) -> RolloutBatch:
     """The rollouts as the policy needs them; all must come from the weights it has now."""
     stale = {rollout.version for rollout in rollouts} - {version}
     if stale:
@@ -167,7 +187,12 @@ def _keep(
 
 
 def _metrics(
-    step: int, rollouts: Sequence[Rollout], v_star: dict[str, float], stats: StepStats, seconds: dict[str, float]
+    step: int,
+    rollouts: Sequence[Rollout],
+    v_star: LiveVStar,
+    stats: StepStats,
+    spent_tokens: int,
+    seconds: dict[str, float],
 ) -> dict[str, object]:
     count = len(rollouts)
     return {
@@ -175,6 +200,7 @@ def _metrics(
         "version": step,
         "reward_mean": sum(rollout.reward or 0.0 for rollout in rollouts) / count,
         "v_star_mean": sum(v_star[rollout.prompt.uid] for rollout in rollouts) / count,
+        "v_star_shift": v_star.shift(rollout.prompt.uid for rollout in rollouts),
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "lr": stats.learning_rate,
@@ -188,6 +214,7 @@ def _metrics(
         "model_flops": stats.model_flops,
         "mfu": stats.mfu,
         "peak_memory_bytes": list(stats.peak_memory_bytes),
+        "spent_tokens": spent_tokens,
         "seconds": {**stats.seconds, **seconds},
     }
 

@@ -40,6 +40,7 @@ PROGRAMS = {
     "run",  # what every program opens first
     *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
     "certificate",  # what an export's conversion.json says of its log-probs
+    "inspection",  # what a V* table holds
 }
 WITHOUT_CONVERSION = {"config", "types", "algorithm", "data"}  # rooms that know nothing of weights
 

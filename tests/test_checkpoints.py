@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 
+from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
@@ -36,7 +37,9 @@ class FakePolicy:
 def saved(run_dir: Path, keep: int, steps: list[int]) -> list[int]:
     checkpoints = Checkpoints(run_dir, CheckpointConfig(keep=keep), CONTRACT, {})
     for step in steps:
-        checkpoints.save(cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0))
+        checkpoints.save(
+            cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0), LiveVStar({}, {}, 0.5, None)
+        )
     return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 

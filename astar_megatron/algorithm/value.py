@@ -55,20 +55,20 @@ def v_star_from_pass_rate(k: torch.Tensor | float, n: torch.Tensor | float, beta
 
 
 def standard_error(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
-    """Return the standard error [...] (float64) of `v_star` of `rewards` [..., N], by the delta method; NaN for N = 1."""
+    """Return the standard error [...], float64, of V* of `rewards` [..., N], by the delta method, NaN for N = 1."""
     return beta1 * _relative_variance(rewards, beta1).sqrt()
 
 
 def bias_correction(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
-    """Return what to add [...] (float64) to `v_star` of `rewards` [..., N] against its bias of order 1 / N; 0 for N = 1."""
+    """Return what to add [...], float64, to V* of `rewards` [..., N] against its bias of order 1 / N; 0 for N = 1."""
     return (beta1 * _relative_variance(rewards, beta1) / 2).nan_to_num(nan=0.0)
 
 
 def pass_rate_interval(k: torch.Tensor, n: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ends [...] (float64) of Clopper and Pearson's interval of a pass rate: `k` passes in `n`, whole numbers.
+    """Return the ends [...], float64, of Clopper and Pearson's interval of a pass rate; `k` passes in `n`, integers.
 
-    It covers the true rate with probability `level` or more, whatever that rate is. Costs k.numel() * max(n) a step of a
-    bisection: give each pair (k, n) once.
+    It covers the true rate with probability `level` or more, whatever that rate is. Costs k.numel() * max(n) a step of
+    a bisection: give each pair (k, n) once.
     """
     if not 0 < level < 1:
         raise ValueError(f"pass_rate_interval: expected a level between 0 and 1, got {level}; 0.95 is usual")

@@ -42,6 +42,10 @@ class Estimates:
         """Return V* by uid."""
         return dict(zip(self.uids, self.v_star.tolist(), strict=True))
 
+    def samples_by_uid(self) -> dict[str, int]:
+        """Return how many samples count, by uid."""
+        return dict(zip(self.uids, self.samples.tolist(), strict=True))
+
 
 def estimate(
     uids: Sequence[str],

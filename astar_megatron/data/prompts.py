@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,17 +111,24 @@ class PromptStream:
 
     Batches may cross epochs; one larger than the prompt set spans several. The order depends on `seed`, the epoch and
     the set of prompts alone (they are sorted by a digest of these), not on the file's order or a library's generator.
+    A prompt of a weight below 1 is in that share of the epochs, by chance (data/filters.py).
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], batch_size: int, seed: int, weights: Mapping[str, float] | None = None
+    ) -> None:
         if not prompts or batch_size < 1:
             raise PromptError(f"PromptStream: expected prompts and a batch size, got {len(prompts)} and {batch_size}")
         if len({prompt.uid for prompt in prompts}) != len(prompts):
             raise PromptError("PromptStream: some prompts have the same uid; read_prompts drops exact duplicates")
         self._prompts = tuple(sorted(prompts, key=lambda prompt: prompt.uid))
         self._batch_size = batch_size
-        self._seed = seed
-        self._digest = hashlib.sha256("\n".join(prompt.uid for prompt in self._prompts).encode()).hexdigest()
+        self._seed, self._weights = seed, weights or {}
+        if not any(self._weights.get(prompt.uid, 1.0) for prompt in prompts):
+            raise PromptError("PromptStream: every prompt has weight 0; loosen the filter")
+        listed = [prompt.uid for prompt in self._prompts]
+        listed += [f"{uid} {weight!r}" for uid, weight in sorted(self._weights.items())]
+        self._digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
         self._epoch, self._taken = 0, 0
         self._order = self._permutation(0)
 
@@ -129,10 +136,10 @@ class PromptStream:
         """Return the next `batch_size` prompts."""
         batch: list[Prompt] = []
         while len(batch) < self._batch_size:
-            if self._taken == len(self._prompts):
+            if self._taken == len(self._order):
                 self._epoch, self._taken = self._epoch + 1, 0
                 self._order = self._permutation(self._epoch)
-            until = min(self._taken + self._batch_size - len(batch), len(self._prompts))
+            until = min(self._taken + self._batch_size - len(batch), len(self._order))
             batch += [self._prompts[i] for i in self._order[self._taken : until]]
             self._taken = until
         return batch
@@ -155,16 +162,26 @@ class PromptStream:
             not isinstance(epoch, int)
             or not isinstance(taken, int)
             or epoch < 0
-            or not 0 <= taken <= len(self._prompts)
+            or not 0 <= taken <= len(order := self._permutation(epoch))
         ):
             raise PromptError(f"PromptStream: expected a cursor of whole numbers in range, got {dict(state)!r}")
-        self._epoch, self._taken = epoch, taken
-        self._order = self._permutation(epoch)
+        self._epoch, self._taken, self._order = epoch, taken, order
 
     def _permutation(self, epoch: int) -> list[int]:
         prefix = f"{self._seed}:{epoch}:"
         keys = [hashlib.blake2b((prefix + prompt.uid).encode(), digest_size=16).digest() for prompt in self._prompts]
-        return sorted(range(len(keys)), key=keys.__getitem__)
+        return sorted(filter(self._drawn(prefix), range(len(keys))), key=keys.__getitem__)
+
+    def _drawn(self, prefix: str) -> Callable[[int], bool]:
+        """Whether an epoch has a prompt: by a digest of its own, which says nothing of its place."""
+
+        def drawn(i: int) -> bool:
+            uid = self._prompts[i].uid
+            weight = self._weights.get(uid, 1.0)
+            digest = hashlib.blake2b(f"{prefix}weight:{uid}".encode(), digest_size=8).digest() if weight < 1 else b""
+            return int.from_bytes(digest, "big") < weight * 2**64
+
+        return drawn
 
 
 def _encode(tok: "PreTrainedTokenizerBase", messages: Sequence[str], source: object) -> list[tuple[int, ...]]:

@@ -71,16 +71,22 @@ class Engine:
 
         `greedy` takes the likeliest token instead of drawing one.
         """
-        pending = {asyncio.ensure_future(self._generate(request, sampling, greedy)) for request in requests}
+        finished: asyncio.Queue[asyncio.Task[Response]] = asyncio.Queue()  # asyncio.wait would look at all, each time
+        tasks = [asyncio.create_task(self._generate(request, sampling, greedy)) for request in requests]
+        for task in tasks:
+            task.add_done_callback(finished.put_nowait)
+        left = len(tasks)
         try:
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                if pending:  # what ends in the same step of the engine travels together
-                    more, pending = await asyncio.wait(pending, timeout=0.05)
-                    done |= more
+            while left:
+                done = [await finished.get()]
+                if left > 1:
+                    await asyncio.sleep(0.05)  # what ends in the same step of the engine travels together
+                while not finished.empty():
+                    done.append(finished.get_nowait())
+                left -= len(done)
                 yield [task.result() for task in done]
         finally:
-            for task in pending:
+            for task in tasks:
                 task.cancel()
 
     async def _generate(self, request: Request, sampling: SamplingConfig, greedy: bool) -> Response:

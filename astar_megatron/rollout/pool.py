@@ -5,7 +5,7 @@ and no two prompts share their random numbers.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -13,7 +13,8 @@ import ray
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Response, environment
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.rollout.feed import Feed, Item
+from astar_megatron.types import Rollout
 from conversion.transfer.route import Place
 
 
@@ -44,6 +45,7 @@ class EnginePool:
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         self.tensor = rollout.tensor
+        self._max_num_seqs = rollout.max_num_seqs
         self._cluster, self._detokenize = cluster, detokenize
         env = environment(
             on_gpu=on_gpu,
@@ -81,33 +83,36 @@ class EnginePool:
         self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
 
     def generate(
-        self, work: Sequence[tuple[Prompt, int, int]], sampling: SamplingConfig, *, greedy: bool = False
+        self, work: Iterable[Item], sampling: SamplingConfig, *, greedy: bool = False
     ) -> Iterator[list[tuple[int, Rollout]]]:
         """Yield (index in `work`, rollout) as they finish, every one once; `work` is (prompt, sample, seed) each.
 
-        Samples of one prompt go to one engine, which computes their common prefix once.
+        `work` is asked for more whenever an engine's queue runs low, so it may be endless, and no engine idles while
+        there is some. Samples of one prompt that follow each other go to one engine, which computes their common
+        prefix once.
         """
-        shares = _share(work, len(self._engines))
-        streams: dict[Any, Any] = {}
-        for engine, share in zip(self._engines, shares, strict=True):
-            if share:
-                requests = [Request(tag=tag, token_ids=work[tag][0].token_ids, seed=work[tag][2]) for tag in share]
-                stream = engine.generate.options(num_returns="streaming").remote(requests, sampling, greedy)
-                streams[stream] = engine
-        while streams:
+        feed, streams = Feed(work, len(self._engines), self._max_num_seqs), {}
+        while True:
+            for engine, share in feed.due():
+                requests = [Request(tag=tag, token_ids=item[0].token_ids, seed=item[2]) for tag, item in share]
+                call = self._engines[engine].generate.options(num_returns="streaming")
+                streams[call.remote(requests, sampling, greedy)] = engine
+            if not streams:
+                return
             ready, _ = ray.wait(list(streams), num_returns=1)
             for stream in ready:
                 try:
-                    reference = next(stream)  # pyright: ignore[reportArgumentType]
+                    reference = next(stream)
                 except StopIteration:
                     del streams[stream]
                     continue
                 (responses,) = self._cluster.wait("engines: generate", [reference])
-                yield [(response.tag, self._rollout(work[response.tag], response)) for response in responses]
+                answers = [(one.tag, feed.answered(streams[stream], one.tag), one) for one in responses]
+                yield [(tag, self._rollout(item, response)) for tag, item, response in answers]
 
     def draw(
         self,
-        work: Sequence[tuple[Prompt, int, int]],
+        work: Sequence[Item],
         sampling: SamplingConfig,
         *,
         greedy: bool = False,
@@ -120,7 +125,7 @@ class EnginePool:
             advance(len(finished))
         return [rollouts[index] for index in range(len(work))]
 
-    def _rollout(self, item: tuple[Prompt, int, int], response: Response) -> Rollout:
+    def _rollout(self, item: Item, response: Response) -> Rollout:
         prompt, sample, seed = item
         return Rollout(
             prompt=prompt,
@@ -167,12 +172,3 @@ class EnginePool:
     def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]
         return self._cluster.wait(f"engines: {method}", calls)
-
-
-def _share(work: Sequence[tuple[Prompt, int, int]], num_engines: int) -> list[list[int]]:
-    """Return each engine's indices of `work`: prompts in turn, all samples of a prompt together."""
-    engine_of: dict[str, int] = {}
-    shares: list[list[int]] = [[] for _ in range(num_engines)]
-    for index, (prompt, _, _) in enumerate(work):
-        shares[engine_of.setdefault(prompt.uid, len(engine_of) % num_engines)].append(index)
-    return shares

@@ -32,6 +32,7 @@ METRICS = {
     "version",
     "reward_mean",
     "v_star_mean",
+    "v_star_shift",
     "loss",
     "grad_norm",
     "logratio_mean",
@@ -43,6 +44,7 @@ METRICS = {
     "truncated",
     "tokens",
     "response_tokens",
+    "spent_tokens",
     "seconds",
 }
 SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}

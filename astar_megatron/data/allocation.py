@@ -1,0 +1,43 @@
+"""How many samples each prompt gets: `sweep.num_samples`, and more where V* is least known, within a token budget.
+
+Prompts with the widest intervals of V* get as many samples again as they have, in rounds; a round may spend half of
+what is left of the budget. Which prompts is a function of the finished rounds' rows alone, so every job and every
+resumed sweep comes to the same answer, and training uses the same samples.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from astar_megatron.config import SweepConfig
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.types import Prompt
+
+
+def samples_wanted(table: VStarTable, prompts: Sequence[Prompt], cfg: SweepConfig, beta1: float) -> np.ndarray:
+    """Return [P] int64: how many samples of each prompt belong to the table, as far as its rows tell by now.
+
+    While the table lacks some of these, they are what is to be drawn next. The budget is kept up to what a round's
+    responses turn out longer than the ones before.
+    """
+    wanted = np.full(len(prompts), cfg.num_samples, dtype=np.int64)
+    if not (cfg.extra_tokens and len(prompts)):
+        return wanted
+    first = None
+    while not table.lacking(prompts, wanted).any():
+        found = table.estimate(beta1, prompts, wanted)
+        first = found.tokens if first is None else first
+        left = cfg.extra_tokens - int((found.tokens - first).sum())
+        more = widest(found.width, found.tokens, left // 2)
+        if not more.any():
+            break
+        wanted = wanted + np.where(more, wanted, 0)
+    return wanted
+
+
+def widest(width: np.ndarray, cost: np.ndarray, budget: int) -> np.ndarray:
+    """Return [P] bool: the prompts of largest `width`, earlier ones first among equals, as many as `budget` buys."""
+    order = np.argsort(-width, kind="stable")
+    chosen = np.zeros(len(width), dtype=bool)
+    chosen[order[np.cumsum(cost[order]) <= budget]] = True
+    return chosen & (width > 0)

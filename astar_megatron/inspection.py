@@ -1,0 +1,86 @@
+"""What a V* table holds, on the screen and as plots: `astar sweep --inspect`. Needs no model, no Ray and no engine.
+
+Leaves out: the responses, which stay on disk (column `response` of the shards, any Parquet reader).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from astar_megatron.config import RunConfig
+from astar_megatron.data.estimates import Estimates
+from astar_megatron.data.files import make_folder
+from astar_megatron.data.v_star import TableError, VStarTable
+from astar_megatron.tracking import Tracker
+
+_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_BAR = 40  # characters of the longest bar
+
+
+def main(cfg: RunConfig) -> None:
+    """Show the run's table and write `<run_dir>/v_star.png`. Raises what VStarTable.open does, TableError if empty."""
+    table = VStarTable.open(cfg.table_dir, contract=None)
+    held = table.summary()
+    if not held.samples:
+        raise TableError(f"{table.folder}: the V* table has no rows yet; run `astar sweep` with this configuration")
+    found = table.estimate(cfg.astar.beta1)
+    tracker = Tracker(cfg.run_dir)
+    samples = np.unique(found.samples, return_counts=True)
+    tracker.table(
+        f"V* table {table.folder}, beta1 = {cfg.astar.beta1:g}",
+        [
+            ("prompts", f"{held.prompts}"),
+            ("samples", f"{held.samples}"),
+            ("samples a prompt", ", ".join(f"{n}: {count} prompts" for n, count in zip(*samples, strict=True))),
+            ("mean reward", f"{held.mean_reward:.3f}"),
+            ("all wrong / all right", f"{held.all_wrong:.1%} / {held.all_right:.1%} of the prompts"),
+            ("tokens spent", f"{held.response_tokens} of responses, {held.response_tokens / held.samples:.1f} each"),
+        ],
+    )
+    tracker.table("prompts by mean reward", _histogram(found.mean))
+    shown = {"V*": found.v_star, "standard error": found.error, "width of the 95 % interval": found.width}
+    tracker.table(
+        "quantiles over the prompts: " + ", ".join(f"{q:.0%}" for q in _QUANTILES),
+        [(name, "  ".join(f"{v:.3f}" for v in np.nanquantile(x, _QUANTILES))) for name, x in shown.items()]
+        if held.samples > held.prompts
+        else [("V*", "  ".join(f"{v:.3f}" for v in np.quantile(found.v_star, _QUANTILES)))],
+    )
+    make_folder(cfg.run_dir)
+    tracker.say(f"plots in {plot(found, Path(cfg.run_dir) / 'v_star.png')}")
+
+
+def _histogram(mean: np.ndarray) -> list[tuple[str, str]]:
+    """Ten ranges of the mean reward with a bar each, 0 and 1 by themselves; those beyond count as 0 or 1."""
+    counts = [int((mean <= 0).sum())]
+    inner = mean[(mean > 0) & (mean < 1)]
+    counts += np.histogram(inner, bins=10, range=(0, 1))[0].tolist()
+    counts += [int((mean >= 1).sum())]
+    names = ["0", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)), "1"]
+    most = max(counts)
+    return [(name, f"{n:>8} {'#' * round(_BAR * n / most)}".rstrip()) for name, n in zip(names, counts, strict=True)]
+
+
+def plot(found: Estimates, path: Path) -> Path:
+    """Draw mean rewards, V* and interval widths of the prompts to `path` and return it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (rates, values, widths) = pyplot.subplots(1, 3, figsize=(11, 3.4), dpi=120)
+    rates.hist(found.mean, bins=21, color="#2a6f97")
+    rates.set(xlabel="mean reward", ylabel="prompts")
+    order = np.argsort(found.v_star, kind="stable")
+    share = (np.arange(len(order)) + 0.5) / len(order)
+    values.fill_between(share, found.low[order], found.high[order], color="#a9cfe3", linewidth=0)
+    values.plot(share, found.v_star[order], color="#2a6f97")
+    values.set(xlabel="share of the prompts", ylabel="V*, 95 % interval")
+    finite = found.width[np.isfinite(found.width)]
+    widths.hist(finite, bins=21, color="#2a6f97")
+    widths.set(xlabel="width of the interval", ylabel="prompts")
+    for axes in (rates, values, widths):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,126 @@
+"""A V* table of 1 million prompts x 8 rows: opening, what it takes, what adding a shard costs at each size.
+
+    python tests/benchmarks/v_star.py FOLDER [--prompts 1000000] [--seconds 200]
+
+Fills FOLDER with shards of 512 rows, as a sweep writes them, for so many seconds; run again it goes on, and in the end
+measures and writes results/v_star.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from demo import machine
+
+from astar_megatron.data.contract import Contract
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.types import Prompt, Rollout
+
+HERE = Path(__file__).resolve().parent
+ROWS, SAMPLES, TOKENS, REPEATS = 512, 8, 20, 50
+CONTRACT = Contract(
+    model_digest="m" * 64,
+    tokenizer_digest="t" * 64,
+    template_digest="c" * 64,
+    temperature=1.0,
+    top_p=1.0,
+    max_prompt_tokens=256,
+    max_response_tokens=1024,
+    stop_token_ids=(2,),
+    reward="last_number/1",
+)
+OPEN = """
+import json, resource, sys, time
+from astar_megatron.data.v_star import VStarTable
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+imports = peak()
+start = time.perf_counter()
+table = VStarTable.open(sys.argv[1], None)
+table.lacking([], 8)
+opened, opened_gib = time.perf_counter(), peak()
+found = table.estimate(0.5)
+print(json.dumps({
+    "open_seconds": opened - start,
+    "estimate_seconds": time.perf_counter() - opened,
+    "prompts": len(found.uids),
+    "rows": int(found.samples.sum()),
+    "imports_gib": imports,
+    "peak_gib_when_open": opened_gib,
+    "peak_gib_with_estimate": peak(),
+}))
+"""
+
+
+def shard(number: int) -> list[Rollout]:
+    """The rows of 64 prompts."""
+    rollouts = []
+    for place in range(ROWS):
+        i, sample = number * (ROWS // SAMPLES) + place // SAMPLES, place % SAMPLES
+        prompt = Prompt(uid=f"{(i * 0x9E3779B97F4A7C15) % 2**128:032x}", token_ids=(1,), text="", answer="")
+        rollouts.append(
+            Rollout(
+                prompt=prompt,
+                sample=sample,
+                seed=i * SAMPLES + sample,
+                token_ids=tuple(range(i % 97, i % 97 + TOKENS)),
+                text="",
+                truncated=False,
+                logprob=-1.5,
+                version=0,
+                reward=float((i * 31 + sample * 17) % 5 < i % 6),
+            )
+        )
+    return rollouts
+
+
+def opened(folder: Path) -> dict[str, float]:
+    """Open and estimate in a process of its own, which says what it took."""
+    command = [sys.executable, "-c", OPEN, str(folder)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=HERE.parents[1]).stdout)
+
+
+def append_milliseconds(table: VStarTable, number: int) -> dict[str, float]:
+    seconds = []
+    for rollouts in [shard(number + i) for i in range(REPEATS)]:
+        start = time.perf_counter()
+        table.append(rollouts)
+        seconds.append(time.perf_counter() - start)
+    return {"median": 1e3 * median(seconds), "mean": 1e3 * sum(seconds) / REPEATS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--prompts", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=200)
+    arguments = parser.parse_args()
+    shards, folder = arguments.prompts * SAMPLES // ROWS, arguments.folder / "v_star"
+    table, end = VStarTable.create_or_open(folder, CONTRACT), time.monotonic() + arguments.seconds
+    for number in range(len(list(folder.glob("shard-*"))), shards):
+        if time.monotonic() > end:
+            print(f"{number} of {shards} shards; run this again")
+            return
+        table.append(shard(number))
+    empty = VStarTable.create_or_open(arguments.folder / "empty", CONTRACT)
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "shards": shards,
+        "indexes": len(list(folder.glob("index-*"))),
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "opened": opened(folder),
+        "append_milliseconds": {
+            "to none": append_milliseconds(empty, 0),
+            "to all": append_milliseconds(table, shards),
+        },
+    }
+    (HERE / "results" / "v_star.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

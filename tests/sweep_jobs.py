@@ -1,0 +1,122 @@
+"""A sweep with an engine made by hand, and a server that forks processes which run it: what tests/test_sweep.py kills.
+
+`python sweep_jobs.py` reads a line of JSON a command from stdin, and answers each with a line: the arguments of `run`
+start a job and give its pid; a number, a pid, gives that job's exit status once it has ended.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from astar_megatron import config
+from astar_megatron.algorithm.rewards import Reward
+from astar_megatron.config import SamplingConfig
+from astar_megatron.data.contract import Contract
+from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.run import Inputs
+from astar_megatron.sweep import sweep
+from astar_megatron.tracking import Tracker
+from astar_megatron.types import Prompt, Rollout
+from conversion.families import Model
+
+CONTRACT = Contract(
+    model_digest="m" * 64,
+    tokenizer_digest="t" * 64,
+    template_digest="c" * 64,
+    temperature=1.0,
+    top_p=1.0,
+    max_prompt_tokens=5,
+    max_response_tokens=7,
+    stop_token_ids=(2,),
+    reward="last_number/1",
+)
+PROMPTS = [Prompt(uid=f"{i:032x}", token_ids=(1, i), text=f"prompt {i}", answer=str(i % 3)) for i in range(300)]
+
+
+def reward(response: str, answer: str) -> float:
+    return float(response == answer)
+
+
+class FakeEngines:
+    """Answers a few requests at a time, out of order; what it answers depends on prompt and seed alone."""
+
+    def __init__(self, seconds: float, at_once: int = 13) -> None:
+        self._seconds, self._at_once = seconds, at_once
+
+    def generate(
+        self, work: Iterable[tuple[Prompt, int, int]], sampling: SamplingConfig
+    ) -> Iterator[list[tuple[int, Rollout]]]:
+        items, flying, shuffle = iter(enumerate(work)), [], random.Random(self._at_once)
+        while True:
+            while len(flying) < 40 and (item := next(items, None)) is not None:
+                flying.append(item)
+            if not flying:
+                return
+            shuffle.shuffle(flying)
+            done, flying = flying[: self._at_once], flying[self._at_once :]
+            time.sleep(self._seconds)
+            yield [(index, answer(prompt, sample, seed)) for index, (prompt, sample, seed) in done]
+
+
+def answer(prompt: Prompt, sample: int, seed: int) -> Rollout:
+    drawn = random.Random(seed)
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        seed=seed,
+        token_ids=tuple(drawn.randrange(100) for _ in range(drawn.randrange(1, 8))),
+        text=str(drawn.randrange(4)),
+        truncated=drawn.random() < 0.1,
+        logprob=-drawn.random(),
+        version=0,
+    )
+
+
+def run(folder: str, seconds: float, num_prompts: int = 300, **settings: Any) -> None:
+    """Sweep `num_prompts` prompts into `folder`/v_star; `seconds` is the engine's pace, for 13 rows."""
+    tree = {"run_dir": folder, "model": {"path": "m"}, "data": {"path": "p"}, "reward": {"name": "last_number"}}
+    cfg = config.validate(tree | {"sweep": {"num_samples": 4} | settings, "rollout": {"max_num_seqs": 16}})
+    inputs = Inputs(
+        prompts=PROMPTS[:num_prompts],
+        eval_prompts=[],
+        reward=cast(Reward, reward),
+        contract=CONTRACT,
+        model=cast(Model, None),  # the fake has no use for it
+    )
+    sweep(cfg, inputs, cast(EnginePool, FakeEngines(seconds)), Tracker(folder))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Every row on disk, sorted; those written twice come twice."""
+    import pyarrow.parquet as pq
+
+    found = [row for path in (folder / "v_star").glob("shard-*.parquet") for row in pq.read_table(path).to_pylist()]
+    return sorted(found, key=lambda row: (row["uid"], row["sample"]))
+
+
+def expected(num_prompts: int = 300, num_samples: int = 4) -> set[tuple[str, int]]:
+    return {(prompt.uid, sample) for prompt in PROMPTS[:num_prompts] for sample in range(num_samples)}
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a sweep says is not an answer
+    for line in sys.stdin:
+        command = json.loads(line)
+        if isinstance(command, int):
+            pid, status = os.waitpid(command, os.WNOHANG)
+            print(os.waitstatus_to_exitcode(status) if pid else "running", file=answers, flush=True)
+        elif pid := os.fork():
+            print(pid, file=answers, flush=True)
+        else:
+            run(**command)
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,82 @@
+"""`astar sweep --inspect`: what it says of a table, without a model, Ray or vLLM."""
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sweep_jobs import CONTRACT, PROMPTS, answer
+
+from astar_megatron import config
+from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
+from astar_megatron.inspection import _histogram, main
+
+TREE = {"model": {"path": "no/such"}, "data": {"path": "none"}, "reward": {"name": "last_number"}}
+
+
+def fill(folder: Path, values: tuple[float, ...]) -> None:
+    table = VStarTable.create_or_open(folder, CONTRACT)
+    drawn = random.Random(0)
+    table.append(
+        [
+            dataclasses.replace(answer(prompt, n, n), reward=drawn.choice(values))
+            for prompt in PROMPTS[:40]
+            for n in range(4 + 4 * (prompt is PROMPTS[7]))
+        ]
+    )
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.1, 1.0), (0.3,)], ids=str)
+def test_inspect_shows_shares_quantiles_and_tokens_and_draws(
+    tmp_path: Path, values: tuple[float, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path / "v_star", values)
+    main(config.validate(TREE | {"run_dir": str(tmp_path)}))
+    shown = capsys.readouterr().out
+    held = VStarTable.open(tmp_path / "v_star", None).summary()
+    assert "samples a prompt: 4: 39 prompts, 8: 1 prompts" in shown
+    assert f"{held.all_wrong:.1%} / {held.all_right:.1%} of the prompts" in shown
+    assert f"tokens spent: {held.response_tokens} of responses" in shown
+    assert "width of the 95 % interval: " in shown and "nan" not in shown
+    assert (tmp_path / "v_star.png").stat().st_size > 5000
+
+
+def test_every_prompt_is_in_one_bar() -> None:
+    mean = np.array([-0.5, 0.0, 0.0, 0.05, 0.1, 0.999, 1.0, 2.0, 0.55])
+    counts = [int(bar.split()[0]) for _, bar in _histogram(mean)]
+    assert counts == [3, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 2]
+
+
+def test_a_table_without_rows_or_none_at_all_is_a_clear_error(tmp_path: Path) -> None:
+    cfg = config.validate(TREE | {"run_dir": str(tmp_path)})
+    with pytest.raises(MissingTableError, match="run `astar sweep`"):
+        main(cfg)
+    VStarTable.create_or_open(tmp_path / "v_star", CONTRACT)
+    with pytest.raises(TableError, match="no rows yet"):
+        main(cfg)
+
+
+def test_inspect_runs_on_a_machine_without_ray_vllm_megatron_and_transformers(tmp_path: Path) -> None:
+    fill(tmp_path / "v_star", (0.0, 1.0))
+    (tmp_path / "run.yaml").write_text(str(TREE | {"run_dir": str(tmp_path)}))
+    program = (
+        "import runpy, sys\n"
+        "for name in ('ray', 'vllm', 'megatron', 'transformers'): sys.modules[name] = None\n"
+        f"sys.argv = ['astar', 'sweep', '--inspect', '--config', {str(tmp_path / 'run.yaml')!r}]\n"
+        "runpy.run_module('astar_megatron.cli', run_name='__main__')\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "prompts by mean reward" in done.stdout

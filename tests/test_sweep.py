@@ -1,0 +1,153 @@
+"""Stage 1 as jobs: killed anywhere, several at once, spending a budget. The engine is a fake; e2e/ has the real."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sweep_jobs import CONTRACT, PROMPTS, expected, rows
+
+from astar_megatron.config import SweepConfig
+from astar_megatron.data.allocation import samples_wanted, widest
+from astar_megatron.data.v_star import VStarTable
+
+
+@dataclass
+class Job:
+    """A process of the server's; only the server can ask how it ended."""
+
+    pid: int
+    ask: Callable[[Any], str]
+    status: str = ""
+
+    def ended(self) -> str:
+        """Its exit status; empty while it runs."""
+        self.status = self.status or self.ask(self.pid).removeprefix("running")
+        return self.status
+
+    def wait(self) -> str:
+        until = time.monotonic() + 120
+        while not (status := self.ended()) and time.monotonic() < until:
+            time.sleep(0.01)
+        return status
+
+    def kill(self) -> bool:
+        """Whether it was still running."""
+        if self.ended():
+            return False
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait() == "-9"
+
+
+type Start = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Returns a function that starts `sweep_jobs.run` in a process of its own, forked from one that has imported."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(root / "tests/sweep_jobs.py")]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as server:
+        assert server.stdin and server.stdout
+
+        def ask(command: Any) -> str:
+            assert server.stdin and server.stdout
+            server.stdin.write(json.dumps(command) + "\n")
+            server.stdin.flush()
+            return server.stdout.readline().strip()
+
+        def job(folder: Path, seconds: float, **settings: Any) -> Job:
+            return Job(int(ask({"folder": str(folder), "seconds": seconds} | settings)), ask)
+
+        yield job
+        server.kill()  # its imports take seconds to leave
+
+
+def finish(*jobs: Job) -> None:
+    assert [job.wait() for job in jobs] == ["0"] * len(jobs)
+
+
+def keys(folder: Path) -> list[tuple[str, int]]:
+    return [(row["uid"], row["sample"]) for row in rows(folder)]
+
+
+def test_twenty_kills_anywhere_leave_the_rows_of_an_uninterrupted_sweep(tmp_path: Path, start: Start) -> None:
+    finish(start(tmp_path / "whole", 0.0))
+    chance, interrupted, shards = random.Random(6), 0, tmp_path / "killed" / "v_star"
+    for _ in range(20):
+        job = start(tmp_path / "killed", 0.01)
+        enough = len(list(shards.glob("shard-*"))) + chance.randrange(4)
+        while len(list(shards.glob("shard-*"))) < enough and not job.ended():
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)
+        interrupted += job.kill()
+    assert interrupted >= 15
+    assert len(rows(tmp_path / "killed")) > 100  # what was appended before a kill stays
+    finish(start(tmp_path / "killed", 0.0))
+    assert set(keys(tmp_path / "killed")) == expected()
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_two_jobs_at_once_leave_no_duplicate_and_no_gap(tmp_path: Path, start: Start) -> None:
+    finish(start(tmp_path, 0.005), start(tmp_path, 0.003))
+    assert keys(tmp_path) == sorted(expected())  # each on disk once
+    assert len({path.name.split("-")[2] for path in (tmp_path / "v_star").glob("shard-*")}) > 2
+    assert not list((tmp_path / "v_star" / "leases").iterdir())
+
+
+def test_a_job_ends_the_work_of_one_that_was_killed_beside_it(tmp_path: Path, start: Start) -> None:
+    slow = start(tmp_path, 30.0)  # claims, and never answers
+    while not list((tmp_path / "v_star").glob("leases/*.1")):
+        time.sleep(0.01)
+    held = {path.name for path in (tmp_path / "v_star").glob("leases/*.1")}
+    quick = start(tmp_path, 0.0)
+    until = time.monotonic() + 60
+    while len(keys(tmp_path)) < len(expected()) - 4 * len(held) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert 0 < len(keys(tmp_path)) < len(expected())
+    assert not quick.ended()  # it waits for the rest
+    slow.kill()
+    finish(quick)
+    assert keys(tmp_path) == sorted(expected())
+
+
+def test_more_samples_buy_only_the_difference(tmp_path: Path, start: Start) -> None:
+    finish(start(tmp_path, 0.0, num_samples=2, num_prompts=50))
+    before = {path.name for path in (tmp_path / "v_star").glob("shard-*")}
+    finish(start(tmp_path, 0.0, num_samples=5, num_prompts=50))
+    assert before < {path.name for path in (tmp_path / "v_star").glob("shard-*")}
+    assert keys(tmp_path) == sorted(expected(50, 5))
+
+
+def test_extra_tokens_go_where_the_interval_is_wide_and_not_beyond_the_budget(tmp_path: Path, start: Start) -> None:
+    finish(start(tmp_path, 0.0, num_prompts=60), start(tmp_path, 0.0, num_prompts=60))
+    table = VStarTable.open(tmp_path / "v_star", CONTRACT)
+    first = table.estimate(0.5, PROMPTS[:60])
+    finish(*(start(tmp_path, 0.001, num_prompts=60, extra_tokens=600) for _ in range(2)))  # both come to one answer
+    table = VStarTable.open(tmp_path / "v_star", CONTRACT)
+    then = table.estimate(0.5, PROMPTS[:60])
+    drawn_again = then.samples > 4
+    assert 400 < then.tokens.sum() - first.tokens.sum() <= 600
+    assert first.width[drawn_again].min() >= first.width[~drawn_again].max() - 1e-12
+    assert set(then.samples.tolist()) <= {4, 8, 16, 32}
+    assert keys(tmp_path) == sorted((uid, s) for uid, n in then.samples_by_uid().items() for s in range(n))
+    cfg = SweepConfig(num_samples=4, extra_tokens=600)
+    assert samples_wanted(table, PROMPTS[:60], cfg, 0.5).tolist() == then.samples.tolist()  # what training uses
+
+
+def test_the_widest_are_chosen_while_the_budget_lasts() -> None:
+    width, cost = np.array([0.2, 0.9, 0.9, 0.0, 0.5]), np.array([10, 30, 40, 1, 20])
+    assert widest(width, cost, 90).tolist() == [False, True, True, False, True]
+    assert widest(width, cost, 69).tolist() == [False, True, False, False, False]
+    assert widest(width, cost, 29).tolist() == [False] * 5
+    assert widest(width, cost, 1000).tolist() == [True, True, True, False, True]  # nothing is left to learn of the 4th
