@@ -11,16 +11,15 @@ from pathlib import Path
 
 import torch
 
+from astar_megatron import config, doctor
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.certificate import certify
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import FilterConfig, RunConfig
+from astar_megatron.data import bad_batches, filters
 from astar_megatron.data.allocation import samples_wanted
 from astar_megatron.data.estimates import Estimates
-from astar_megatron.data import bad_batches
-from astar_megatron.data import filters
-from astar_megatron import config, doctor
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import evaluate, show

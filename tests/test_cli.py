@@ -269,7 +269,7 @@ def test_doctor_says_whether_a_run_fits(command: Any, tree: dict[str, Any], monk
 def test_an_unknown_key_is_refused_with_the_nearest(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("sweep", tree, "--set", "optim.learning_rate=1")
     assert status == 2
-    assert "optim.learning_rate: no such key; the nearest is optim.lr; optim has lr, adam_beta1" in error
+    assert "optim.learning_rate: no such key; the nearest is optim.lr; optim has lr, min_lr, schedule" in error
 
 
 def test_a_cluster_that_does_not_answer_is_named(command: Any, tree: dict[str, Any]) -> None:
