@@ -44,7 +44,11 @@ KEYS = {
     "optim.warmup_steps": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.virtual": 1,
+    "parallel.context": 1,
     "parallel.data": 1,
+    "parallel.expert": 1,
+    "parallel.recompute": "none",
     "rollout.num_engines": 1,
     "rollout.tensor": 1,
     "rollout.max_num_seqs": 256,
@@ -245,6 +249,10 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         (["train.batch_size=64", "train.mini_batch_size=128"], "train.mini_batch_size", "for example 64"),
         (["train.batch_size=64", "parallel.data=3"], "parallel.data", "for example"),
         (["train.mini_batch_size=2", "parallel.data=4"], "parallel.data", "for example 2"),
+        (["parallel.data=4", "parallel.expert=3"], "parallel.expert", "take 2"),
+        (["parallel.context=2", "parallel.expert=4"], "parallel.expert", "a multiple of 4"),
+        (["parallel.virtual=2"], "parallel.virtual", "parallel.pipeline of at least 2"),
+        (["train.mini_batch_size=8", "parallel.pipeline=3", "parallel.virtual=2"], "parallel.virtual", "take it 2"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_what_would_do(

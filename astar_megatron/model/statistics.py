@@ -40,7 +40,8 @@ class StepRecord:
             rows = self._rows.to(self._device)
             dist.all_reduce(rows, group=group)  # type: ignore[arg-type]
             self._rows = rows.cpu()
-        if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        if parallel_state.get_tensor_model_parallel_rank() or replica:
             return None
         batch, rows = self._batch, self._rows
         logratio = rows[:, _LOGPROB] - rows[:, _REFERENCE]
