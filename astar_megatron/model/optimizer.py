@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from astar_megatron.config import OptimConfig
+from astar_megatron.model.build import overlaps
 
 _STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
 
@@ -32,6 +33,7 @@ def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype) -
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=overlaps(),
             optimizer_cpu_offload=optim.offload,
             optimizer_offload_fraction=1.0 if optim.offload else 0.0,
             use_precision_aware_optimizer=optim.offload,  # Megatron offloads through that path only
