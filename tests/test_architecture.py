@@ -26,7 +26,8 @@ USUAL_FILES = {
 
 # Which rooms of astar_megatron a room may import. Programs (the other root modules) may import all, and each other.
 ROOMS = {
-    "config": set(),
+    "config_file": set(),
+    "config": {"config_file"},
     "types": set(),
     "algorithm": {"config", "types"},
     "data": {"algorithm", "config", "types"},
@@ -42,7 +43,7 @@ PROGRAMS = {
     "certificate",  # what an export's conversion.json says of its log-probs
     "inspection",  # what a V* table holds
 }
-WITHOUT_CONVERSION = {"config", "types", "algorithm", "data"}  # rooms that know nothing of weights
+WITHOUT_CONVERSION = {"config_file", "config", "types", "algorithm", "data"}  # rooms that know nothing of weights
 
 # Package -> the places that may import it.
 OWNERS = {

@@ -1,0 +1,86 @@
+"""Configuration files as trees of plain values: YAML, one `base:` level below, `key=value` overrides above.
+
+Leaves out what the keys mean: config.py.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that can't run; the message names the key, what it holds and what would do."""
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the tree of a YAML file, its base and `a.b=value` overrides (values are read as YAML).
+
+    Raises ConfigError naming the file, or the override, and the place in it.
+    """
+    tree = _read_yaml(Path(path))
+    if (base := tree.pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"base: expected a file name beside {path}, got {base!r}")
+        below = _read_yaml(Path(path).parent / base)
+        if "base" in below:
+            raise ConfigError(f"base: {base} has a base of its own; one level is allowed, merge the two files")
+        tree = _merge(below, tree)
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does (PyYAML follows 1.1 and would give a string).
+
+    It refuses a key that stands twice: PyYAML would take the last in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file; the ones that ship are in configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(tree).__name__}")
+    return tree
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=1e-6")
+    try:
+        tree: Any = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
+    for name in reversed(key.strip().split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
