@@ -33,6 +33,7 @@ from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import build, in_compute_type, transformer_config
+from astar_megatron.model.export_check import check_export
 from astar_megatron.model.forward import run_loss, run_scoring
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.statistics import StepRecord
@@ -40,10 +41,10 @@ from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
-from conversion.plan import WeightPlan, plan
+from conversion.plan import plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
-from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_parts
+from conversion.verify import Holdings, sent_parts
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -290,21 +291,14 @@ class PolicyRank:
                         receiver.receive()
                         sending.result()
                     receiver.close()
-                    expected = self._manifest(route, tensors, dtype)
-                    digests = check_export(expected, export.tensors)
+                    digests = check_export(route, tensors, dtype, self._version, export.tensors)
                     export.record.update(layout=dataclasses.asdict(self.layout), digests=digests)
             else:
                 sender.send()
-                self._manifest(route, tensors, dtype)
+                check_export(route, tensors, dtype, self._version, None)
             dist.barrier()
         finally:
             sender.close()
-
-    def _manifest(self, route: WeightPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> Manifest:
-        """Return the digests of what all ranks send by `route`; collective."""
-        sent: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(sent, Holdings(sent_parts(route, self.rank), tensors, dtype).full())
-        return Verifier(route, dtype).manifest(self._version, True, sent)
 
     def close(self) -> None:
         """Leave the group and remove the files of publishing."""
