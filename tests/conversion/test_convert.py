@@ -112,13 +112,14 @@ def test_neither_kind_of_folder_is_said_so(tmp_path: Path) -> None:
         open_end(tmp_path)
 
 
+@pytest.mark.slow
 @given(
     model=models(),
     layouts_chosen=st.tuples(layouts(), layouts()),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     part_bytes=st.sampled_from([1500, 1 << 24]),
 )
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_model_through_any_two_layouts_in_parts_of_any_size_is_bitwise(
     model: Model,
     layouts_chosen: tuple[ParallelLayout, ParallelLayout],
