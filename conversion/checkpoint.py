@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo  # the format itself names it
 from torch.distributed.checkpoint.metadata import (
@@ -227,12 +228,15 @@ def write(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(
-            {},
-            storage_writer=_Writer(folder, threads),
-            planner=_Planner(chunks, read, dtype, objects),
-            no_dist=True,
-        )
+        try:
+            save(
+                {},
+                storage_writer=_Writer(folder, threads),
+                planner=_Planner(chunks, read, dtype, objects),
+                no_dist=True,
+            )
+        except CheckpointException as error:  # no Exception, and what went wrong is inside
+            raise error.failures[0][0] from None
     (Path(folder) / MARK).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
 
@@ -262,13 +266,20 @@ class _Writer(FileSystemWriter):
                 if isinstance(data, io.BytesIO):
                     stream.write(data.getbuffer())
                 else:
-                    torch.save(data, stream)
+                    _save(data, stream)
                 length = stream.tell() - offset
                 results.append(
                     WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
                 )
             os.fsync(stream.fileno())
         return results
+
+
+def _save(data: Tensor, stream: PiecewiseFile) -> None:
+    try:
+        torch.save(data, stream)
+    except RuntimeError as error:  # torch's own, about a position, in place of a full disk
+        raise (stream.failure or error) from None
 
 
 def _bytes_of(item: WriteItem) -> int:

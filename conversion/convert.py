@@ -74,7 +74,7 @@ def preview(end: End, layout: ParallelLayout | None) -> Preview:
     )
 
 
-def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None) -> None:
+def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None, part_bytes: int = PART_BYTES) -> None:
     """Write the Hugging Face folder of what `end` holds; `advance` hears of each part, of `hf_parts` in all.
 
     CheckpointError, and no folder, if a weight is not finite.
@@ -91,16 +91,22 @@ def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None) ->
                 export.write(name, start, values)
             ledger.advance(1)
 
-        _each(move, hf_parts(end.model, end.dtype))
+        _each(move, hf_parts(end.model, end.dtype, part_bytes))
         export.record |= ledger.record()
 
 
-def hf_parts(model: Model, dtype: torch.dtype) -> list[tuple[str, Span]]:
+def hf_parts(model: Model, dtype: torch.dtype, part_bytes: int = PART_BYTES) -> list[tuple[str, Span]]:
     """Return the parts of HF parameters that are moved at once: their names and rows."""
     return [(name, rows) for name, shape in model.parameters().items() for rows in _slabs(shape, (0, shape[0]), dtype)]
 
 
-def write_megatron(end: End, folder: str | Path, layout: ParallelLayout, advance: Advance = lambda _: None) -> None:
+def write_megatron(
+    end: End,
+    folder: str | Path,
+    layout: ParallelLayout,
+    advance: Advance = lambda _: None,
+    part_bytes: int = PART_BYTES,
+) -> None:
     """Write the distributed checkpoint of what `end` holds, cut for ranks of `layout`; `advance` hears of each part.
 
     Any layout can load it: the cut only spares ranks of this one from reading what they do not need, and sets the
@@ -112,15 +118,19 @@ def write_megatron(end: End, folder: str | Path, layout: ParallelLayout, advance
     folders.check_apart(folder, end.path)
     ledger = _Ledger(end, advance)
     source = _Assembled(end, model, ledger)
-    with folders.replacing(folder) as new:
-        checkpoint.write(new, chunks(model, layout, end.dtype), source.read, end.dtype, _objects(model), THREADS)
+    with folders.replacing(folder, model.num_parameters() * end.dtype.itemsize) as new:
+        checkpoint.write(
+            new, chunks(model, layout, end.dtype, part_bytes), source.read, end.dtype, _objects(model), THREADS
+        )
         record = ledger.record() | {"layout": dataclasses.asdict(layout)}
         folders.write_json(new / "config.json", model.config)
         folders.copy_companions(end.companions, new)
         folders.write_json(new / folders.RECORD, record)
 
 
-def chunks(model: Model, layout: ParallelLayout, dtype: torch.dtype) -> dict[str, list[Index]]:
+def chunks(
+    model: Model, layout: ParallelLayout, dtype: torch.dtype, part_bytes: int = PART_BYTES
+) -> dict[str, list[Index]]:
     """Return the parts that every tensor of a checkpoint is cut into, so that a rank of `layout` reads few others."""
     found: dict[str, list[Index]] = {}
     local = model.megatron_shapes(ParallelLayout(tensor=layout.tensor, fused_norms=True), 0)
@@ -129,7 +139,7 @@ def chunks(model: Model, layout: ParallelLayout, dtype: torch.dtype) -> dict[str
         if is_vocabulary(name):
             shape = (model.padded_vocab_size(layout), *shape[1:])
         for rows, *columns in _cut(name, shape, local[name], layout.tensor):
-            for slab in _slabs(shape, rows, dtype):
+            for slab in _slabs(shape, rows, dtype, part_bytes):
                 found.setdefault(stored, []).append((*((plane, plane + 1) for plane in planes), slab, *columns))
     return found
 
@@ -144,9 +154,9 @@ def _cut(name: str, shape: Shape, local: Shape, tensor: int) -> list[tuple[Span,
     return [(*everything[:split], share(shape[split], parts, i), *everything[split + 1 :]) for i in range(parts)]
 
 
-def _slabs(shape: Shape, rows: Span, dtype: torch.dtype) -> Iterator[Span]:
-    """`rows` of a tensor, cut so that none with all its columns is above PART_BYTES (but one row is never cut)."""
-    height = max(1, PART_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+def _slabs(shape: Shape, rows: Span, dtype: torch.dtype, part_bytes: int = PART_BYTES) -> Iterator[Span]:
+    """`rows` of a tensor, cut so that none with all its columns is above `part_bytes` (but one row is never cut)."""
+    height = max(1, part_bytes // (math.prod(shape[1:]) * dtype.itemsize))
     for start in range(*rows, height):
         yield start, min(start + height, rows[1])
 

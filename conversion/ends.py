@@ -20,8 +20,8 @@ from conversion.mapping import mapped
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 
-# Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under this name.
-_ALSO_NAMED = {"decoder.layers.pre_mlp_layernorm.weight": "decoder.layers.mlp.linear_fc1.layer_norm_weight"}
+# Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under another name.
+_NORM, _ALSO_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
 
 class End(Protocol):
@@ -135,11 +135,11 @@ class MegatronEnd:
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Where it lies here: layers may be stacked or not, and a norm has two names."""
-        stacked = global_place(name)
-        for place in (stacked, global_place(name, stack_layers=False), (_ALSO_NAMED.get(stacked[0]), stacked[1])):
-            if place[0] in self._shapes:
-                return place[0], place[1]
-        return stacked
+        places = [global_place(name), global_place(name, stack_layers=False)]
+        for stored, planes in [*places, *((stored.replace(_NORM, _ALSO_NORM), planes) for stored, planes in places)]:
+            if stored in self._shapes:
+                return stored, planes
+        return places[0]
 
     def _check(self) -> None:
         for name, shape in local_shapes(self.model).items():

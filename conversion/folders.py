@@ -1,5 +1,6 @@
 """Folders of models: what lies beside the weights, and how a new one takes the place of an old one."""
 
+import errno
 import json
 import os
 import shutil
@@ -49,18 +50,26 @@ def check_apart(folder: str | Path, source: str | Path) -> None:
 
 
 @contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """An empty folder beside `folder`, which is synced and takes its place when the block ends well.
+
+    OSError, before anything is written, where there is no room for `num_bytes` or no right to write.
 
     An export that is there already, known by its conversion.json, is replaced (a kill between the two renames leaves
     the old one as `.NAME.old`). Anything else that is there is refused; after an error all stays as it was.
     """
     folder = Path(folder).resolve()
     check_destination(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    new.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, f"can't write {folder}: {error.strerror}; choose another destination") from error
+    try:
+        free = shutil.disk_usage(new).free
+        if free < num_bytes:
+            raise OSError(errno.ENOSPC, f"no room for the {num_bytes:,} bytes of {folder}: {free:,} are free")
         yield new
         for path in (*new.iterdir(), new):
             _sync(path)

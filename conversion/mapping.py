@@ -33,11 +33,16 @@ class PiecewiseFile(io.FileIO):
     """A file that writes everything it is given, in pieces: 16 MiB at once take Linux ten times as long as by 1 MiB."""
 
     PIECE_BYTES = 1 << 20
+    failure: OSError | None = None  # of a write
 
     def write(self, data: Any) -> int:
         """Write all of `data` and return its length in bytes."""
         rest = memoryview(data).cast("B")
         count = len(rest)
-        while rest:
-            rest = rest[super().write(rest[: self.PIECE_BYTES]) :]
+        try:
+            while rest:
+                rest = rest[super().write(rest[: self.PIECE_BYTES]) :]
+        except OSError as error:
+            self.failure = OSError(error.errno, f"can't write {self.name}: {error.strerror}")
+            raise self.failure from None
         return count

@@ -195,14 +195,19 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def check_export(expected: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The digests of whole HF tensors, after proof that they are the manifest's. WeightMismatch naming one."""
-    digests = tensor_digests(tensors)
-    for name, entry in expected.tensors().items():
-        if digests.get(name) != entry["digest"]:
-            detail = f"digest of the whole expected {entry['digest']}, got {digests.get(name)}"
-            raise WeightMismatch(version=expected.version, tensor=name, where="the export", row=-1, detail=detail)
-    return digests
+def first_bad_row(tensor: Tensor, sent: Iterable[tuple[Rectangle, Sequence[int]]]) -> int:
+    """The first row of a whole HF tensor whose digest is not that of what was sent; -1 if all are.
+
+    `sent` are rectangles that together are the tensor, each with the digests of its rows.
+    """
+    rows = [0] * len(tensor)
+    for (start, _, _, _), digests in sent:
+        for row, value in enumerate(digests, start):
+            rows[row] += value
+    rectangle = (0, len(tensor), 0, tensor.shape[1] if tensor.dim() > 1 else 1)
+    part = Part(Piece(rank=0, name="", index=tuple((0, n) for n in tensor.shape)), "", rectangle)
+    held = _rows(_as_rows(tensor, part), part, tensor.dtype).tolist()
+    return next((row for row, (a, b) in enumerate(zip(rows, held, strict=True)) if (a - b) & _MASK), -1)
 
 
 def mismatch(version: int, part: Part, where: str, sent: Iterable[int], held: Iterable[int]) -> WeightMismatch:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from safetensors.torch import load_file
 
 from astar_megatron import cli, config, doctor
 from astar_megatron.data.contract import contract_of
@@ -308,6 +309,33 @@ def test_a_model_goes_to_megatron_and_back(convert: Any, tied_llama: Path, tmp_p
     status, out, _ = convert("inspect", megatron)
     assert status == 0
     assert "LlamaForCausalLM, tied head" in out and "263, padded to 264" in out
+
+
+def test_a_dry_run_says_who_gives_how_much_to_whom(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+    status, out, _ = convert("hf-to-megatron", tied_llama, tmp_path / "out", "--tp", 2, "--dry-run")
+    assert status == 0
+    size = sum(weight.nbytes for weight in load_file(tied_llama / "model.safetensors").values())
+    shown = [float(line.split(": ")[1].split()[0]) for line in out.splitlines() if "-> rank" in line]
+    assert len(shown) == 2
+    norms = 13 * 48 * 4  # which both ranks hold
+    assert sum(shown) == pytest.approx((size + norms) / 1e6, abs=0.11)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_72b_model_is_planned_from_its_configuration_alone(convert: Any, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 29568, "vocab_size": 152064}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 32768}
+    kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads | kind))
+    command = ("hf-to-megatron", tmp_path, tmp_path.parent / "out", "--tp", 8, "--pp", 8)
+    status, out, _ = convert(*command, "--dry-run")
+    assert status == 0
+    assert "its weights are not here" in out
+    assert "72,706,203,648, 145.41 GB" in out
+    assert "each of 64 ranks gets: 2.19 GB to 2.51 GB" in out
+    status, _, error = convert(*command)
+    assert status == 2
+    assert "has neither model.safetensors nor model.safetensors.index.json" in error
 
 
 def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from astar_megatron.model.build import (
     transformer_config,
 )
 from astar_megatron.model.flops import forward_flops
+from astar_megatron.model.export_check import check_export
 from astar_megatron.model.forward import run_loss, run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.optimizer import describe, learning_rate, make_optimizer, make_schedule, take_step
@@ -44,9 +45,9 @@ from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
-from conversion.plan import WeightPlan, plan
+from conversion.plan import plan
 from conversion.transfer.route import Place, Route, Sender, here
-from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_parts
+from conversion.verify import Holdings, sent_parts
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -315,12 +316,11 @@ class PolicyRank:
                         receiver.receive()
                         sending.result()
                     receiver.close()
-                    expected = self._manifest(way, tensors, dtype)
-                    digests = check_export(expected, export.tensors)
+                    digests = check_export(way, tensors, dtype, self._version, export.tensors)
                     export.record.update(layout=dataclasses.asdict(self.layout), digests=digests)
             else:
                 sender.send()
-                self._manifest(way, tensors, dtype)
+                check_export(way, tensors, dtype, self._version, None)
             dist.barrier()
         finally:
             sender.close()
@@ -341,12 +341,6 @@ class PolicyRank:
             port=port,
             name=f"export-{self._num_exports}",
         )
-
-    def _manifest(self, way: WeightPlan, tensors: dict[str, Tensor], dtype: torch.dtype) -> Manifest:
-        """Return the digests of what all ranks send by `way`; collective."""
-        sent: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(sent, Holdings(sent_parts(way, self.rank), tensors, dtype).full())
-        return Verifier(way, dtype).manifest(self._version, True, sent)
 
     def close(self) -> None:
         """Leave the group and remove the files of publishing."""

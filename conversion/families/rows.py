@@ -195,9 +195,11 @@ class QKV(Row):
         """
         D, groups = dims.head_dim, dims.num_kv_heads
         if groups % tensor and tensor % groups:
+            sizes = (n for n in range(1, 65) if dims.num_heads % n == 0)
+            fitting = [str(n) for n in sizes if groups % n == 0 or n % groups == 0]
             raise ValueError(
-                f"num_key_value_heads={groups} does not divide by tensor={tensor}, nor the other way round: "
-                f"Megatron needs one of the two"
+                f"num_key_value_heads={groups} does not divide by tensor={tensor}, nor the other way round: Megatron "
+                f"needs one of the two; of the sizes up to 64 that divide the heads these do: {', '.join(fitting)}"
             )
         share(dims.num_heads, tensor, t, "num_attention_heads", "tensor")
         heads = {"q": dims.num_heads // groups * D, "k": D, "v": D}

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import fits, layouts, models, random_weights, write_folder
 
 from conversion import convert
 from conversion.checkpoint import CheckpointReader, DistributedCheckpointError
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
+from conversion.families import Model
 from conversion.tiles import ParallelLayout
+from conversion.verify import tensor_digests
 
 
 @pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
@@ -105,3 +110,33 @@ def test_a_layout_that_does_not_divide_is_refused_before_anything_is_written(tie
 def test_neither_kind_of_folder_is_said_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a Hugging Face folder"):
         open_end(tmp_path)
+
+
+@pytest.mark.slow
+@given(
+    model=models(),
+    layouts_chosen=st.tuples(layouts(), layouts()),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    part_bytes=st.sampled_from([1500, 1 << 24]),
+)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_model_through_any_two_layouts_in_parts_of_any_size_is_bitwise(
+    model: Model,
+    layouts_chosen: tuple[ParallelLayout, ParallelLayout],
+    dtype: torch.dtype,
+    part_bytes: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    one, other = layouts_chosen
+    assume(fits(model, one) and fits(model, other))
+    folder = tmp_path_factory.mktemp("folders")
+    weights = random_weights(model, dtype=dtype)
+    end = HuggingFaceEnd(write_folder(folder / "source", model, weights))
+    convert.write_megatron(end, folder / "one", one, part_bytes=part_bytes)
+    convert.write_megatron(MegatronEnd(folder / "one"), folder / "other", other, part_bytes=part_bytes)
+    convert.write_hf(MegatronEnd(folder / "other"), folder / "back", part_bytes=part_bytes)
+    back = load_file(folder / "back" / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    digests = [json.loads((folder / name / "conversion.json").read_text())["digests"] for name in ("one", "back")]
+    assert digests == [tensor_digests(weights)] * 2

@@ -63,3 +63,27 @@ def saved(pipe: Any, rank: int, port: int | None, *, source: str, layout: Any, f
 
     with _built(pipe, rank, port, source, layout) as part:
         dist_checkpointing.save(part.sharded_state_dict(), folder)
+
+
+def damaged_export(pipe: Any, rank: int, port: int | None, *, source: str, layout: Any, fault: Any) -> str:
+    """Return what the check of an export says on this rank, where its files lack `fault` = (name, row)."""
+    import torch
+
+    from astar_megatron.model.export_check import check_export
+    from conversion import hf
+    from conversion.families import read_model
+    from conversion.plan import WeightMismatch, plan
+
+    with _built(pipe, rank, port, source, layout) as part:
+        model = read_model(source)
+        route = plan(model.megatron_tiles(layout), model.hf_tiles())
+        tensors = {name: parameter.data for name, parameter in part.named_parameters()}
+        written = {name: torch.empty(shape) for name, shape in model.parameters().items()} if rank == 0 else None
+        if written is not None:
+            hf.load(source, plan(model.hf_tiles(), model.hf_tiles()), 0, written)
+            if fault:
+                written[fault[0]][fault[1]] += 1
+        try:
+            return f"{len(check_export(route, tensors, torch.float32, 4, written))} digests"
+        except WeightMismatch as error:
+            return f"{error.tensor}, row {error.row}"

@@ -72,3 +72,12 @@ def test_experts_go_to_megatron_and_come_back(
     megatrons.mkdir()
     ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **each)
     convert.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))
+
+
+def test_an_export_that_lost_a_row_is_named_on_every_rank(ranks: Any, tied_llama: Path) -> None:
+    each = {"source": str(tied_llama), "layout": ParallelLayout(tensor=2)}
+    for name, row in (("model.layers.4.mlp.down_proj.weight", 31), ("model.norm.weight", 5)):
+        found = ranks.run(checkpoint_ranks.damaged_export, 2, fault=(name, row), **each)
+        assert found == [f"{name}, row {row}"] * 2
+    sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **each)
+    assert sound == [f"{len(HuggingFaceEnd(tied_llama).model.parameters())} digests", "0 digests"]

@@ -1,0 +1,256 @@
+"""What a conversion refuses, in one message and with nothing left behind; and what its verification finds."""
+
+import json
+import math
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import config, random_weights, write_folder
+from torch import Tensor
+
+from conversion import checkpoint, convert, hf
+from conversion.checkpoint import CheckpointReader, DistributedCheckpointError
+from conversion.ends import MegatronEnd, open_end
+from conversion.families import model_from_config
+from conversion.folders import CheckpointError
+from conversion.tiles import ParallelLayout
+
+MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
+ONE = ParallelLayout()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "source", MODEL, random_weights(MODEL))
+
+
+@pytest.fixture
+def megatron(source: Path, tmp_path: Path) -> Path:
+    convert.write_megatron(open_end(source), tmp_path / "megatron", ParallelLayout(tensor=2, expert=2, data=2))
+    return tmp_path / "megatron"
+
+
+def changed(folder: Path, change: Callable[[dict[str, Tensor]], object], target: Path) -> Path:
+    """A copy of an HF folder whose weights `change` has changed."""
+    weights = load_file(folder / hf.WEIGHTS)
+    change(weights)
+    return write_folder(target, MODEL, {name: tensor.contiguous() for name, tensor in weights.items()})
+
+
+def test_weights_that_are_not_finite_are_all_named_and_not_converted(source: Path, tmp_path: Path) -> None:
+    def spoil(weights: dict[str, Tensor]) -> None:
+        weights["model.layers.1.mlp.experts.3.up_proj.weight"][5, 7] = math.nan
+        weights["model.norm.weight"][[2, 9]] = -math.inf
+
+    bad = changed(source, spoil, tmp_path / "bad")
+    wanted = r"NaN or Inf in model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight \(1 values\), model\.norm\.weight \(2 v"
+    for write in (
+        lambda: convert.write_hf(open_end(bad), tmp_path / "out"),
+        lambda: convert.write_megatron(open_end(bad), tmp_path / "out", ParallelLayout(tensor=2)),
+    ):
+        with pytest.raises(CheckpointError, match=wanted):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "source"]
+    assert convert.not_finite(open_end(bad)).total() == 3
+    convert.compare(open_end(bad), open_end(bad))  # the same weights, NaN or not
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """A disk that is full after so many bytes, as far as this process can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_leaves_nothing(source: Path, megatron: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with largest_file(100_000):
+        with pytest.raises(OSError, match=r"can't write .*distcp: File too large"):
+            convert.write_megatron(open_end(source), tmp_path / "out", ONE)
+        with pytest.raises(OSError, match="no room for the"):
+            convert.write_hf(open_end(megatron), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    room = os.statvfs(tmp_path)
+    large = model_from_config(config(vocab_size=room.f_blocks * room.f_frsize // 48))
+    (tmp_path / "config.json").write_text(json.dumps(large.config))
+    end = open_end(tmp_path, plan_only=True)
+    with pytest.raises(OSError, match=r"no room for the [\d,]+ bytes of .*out: [\d,]+ are free"):
+        convert.write_megatron(end, tmp_path.parent / "out", ONE)
+
+
+def test_places_that_can_t_be_written_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place, error, words in (
+        (source, CheckpointError, "is the source itself|is no export"),
+        (source / "inside", CheckpointError, "lies in the other"),
+        (tmp_path, CheckpointError, "lies in the other|is no export"),
+        (tmp_path / "file" / "below", OSError, "can't write .*choose another destination"),
+        (Path("/sys/out"), OSError, "can't write /sys/out"),
+    ):
+        with pytest.raises(error, match=words):
+            convert.write_hf(open_end(source), place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
+
+
+def test_links_are_followed_at_both_ends(source: Path, tmp_path: Path) -> None:
+    """The Hugging Face cache keeps files as links; a destination may be a link to another disk."""
+    (tmp_path / "cache").mkdir()
+    for path in source.iterdir():
+        (tmp_path / "cache" / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):  # the second replaces the first, not the link
+        convert.write_megatron(open_end(tmp_path / "link"), tmp_path / "out", ONE)
+        assert (tmp_path / "out").is_symlink()
+    convert.compare(open_end(tmp_path / "disk"), open_end(source))
+    (tmp_path / "again").symlink_to(source)
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        convert.write_hf(open_end(source), tmp_path / "again")
+
+
+def test_several_types_and_pickles_are_refused(source: Path, tmp_path: Path) -> None:
+    mixed = changed(source, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].half()}), tmp_path / "mixed")
+    with pytest.raises(CheckpointError, match=r"mixes types: float16 \(lm_head\.weight\), float32"):
+        open_end(mixed)
+    for suffix in (".bin", ".pt"):
+        folder = write_folder(tmp_path / f"pickled{suffix}", MODEL, {})
+        (folder / hf.WEIGHTS).rename(folder / f"model{suffix}")
+        with pytest.raises(CheckpointError, match=f"model{suffix} is a pickle checkpoint"):
+            open_end(folder, plan_only=True)
+
+
+def test_a_buffer_of_another_type_is_no_mix(source: Path, tmp_path: Path) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8, dtype=torch.float16)}
+    old = changed(source, lambda w: w.update(extra), tmp_path / "old")
+    convert.compare(open_end(old), open_end(source))
+
+
+def test_a_layout_that_does_not_fit_says_which_would(source: Path) -> None:
+    for layout, words in (
+        (ParallelLayout(pipeline=2), "num_hidden_layers=3 does not divide by pipeline=2; .* by 1, 3$"),
+        (ParallelLayout(expert=4, data=4), "num_experts=6 does not divide by expert=4; .* by 1, 2, 3, 6$"),
+        (ParallelLayout(tensor=3), "num_key_value_heads=2 does not divide by tensor=3.* these do: 1, 2, 4$"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert.preview(open_end(source), layout)
+
+
+def test_a_damaged_index_is_refused(megatron: Path) -> None:
+    index = megatron / ".metadata"
+    data = index.read_bytes()
+    for size in range(0, len(data), len(data) // 40):
+        index.write_bytes(data[:size])
+        with pytest.raises(DistributedCheckpointError, match=r"\.metadata is damaged"):
+            open_end(megatron)
+    index.write_bytes(data.replace(b"__0_0.distcp", b"../../etc/pw"))
+    with pytest.raises(DistributedCheckpointError, match=r"\.metadata names '\.\./\.\./etc/pw'"):
+        open_end(megatron)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("flipped bit", r"^model\.layers\.2\.mlp\.experts\.4\.down_proj\.weight, row 7, column 3: .* 1 of"),
+        ("gate and up swapped", r"^model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight, row 0"),
+        ("heads of keys swapped", r"^model\.layers\.1\.self_attn\.k_proj\.weight, row 0"),
+        ("old head", r"^lm_head\.weight, row 0"),
+    ],
+)
+def test_verify_finds_every_fault_by_name(fault: str, named: str, source: Path, megatron: Path, tmp_path: Path) -> None:
+    def spoil(weights: dict[str, Tensor]) -> None:
+        if fault == "flipped bit":
+            weights["model.layers.2.mlp.experts.4.down_proj.weight"].view(torch.int32)[7, 3] ^= 1
+        elif fault == "gate and up swapped":
+            gate, up = (f"model.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("gate", "up"))
+            weights[gate], weights[up] = weights[up], weights[gate]
+        elif fault == "heads of keys swapped":
+            keys = weights["model.layers.1.self_attn.k_proj.weight"]
+            weights["model.layers.1.self_attn.k_proj.weight"] = torch.cat(keys.chunk(2)[::-1])
+        else:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    bad = changed(source, spoil, tmp_path / "bad")
+    for one, other in ((megatron, bad), (bad, source)):
+        with pytest.raises(convert.MismatchError, match=named):
+            convert.compare(open_end(one), open_end(other))
+
+
+def test_verify_compares_types_as_numbers_and_says_when_only_rounding_differs(
+    source: Path, megatron: Path, tmp_path: Path
+) -> None:
+    weights = load_file(source / hf.WEIGHTS)
+    halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    halves["model.norm.weight"][3] = math.nan
+    hf.save(tmp_path / "bf16", halves, source, max_shard_bytes=30_000)
+    hf.save(tmp_path / "fp32", {name: tensor.float() for name, tensor in halves.items()}, source)
+    convert.compare(open_end(tmp_path / "bf16"), open_end(tmp_path / "fp32"))
+    with pytest.raises(convert.MismatchError, match=r"embed_tokens\.weight, row 0, .* equal once rounded to bfloat16$"):
+        convert.compare(open_end(tmp_path / "bf16"), open_end(megatron))
+
+
+def test_unstacked_layers_and_the_other_norm_s_name_are_read(source: Path, tmp_path: Path) -> None:
+    """Megatron writes layers one by one where they differ, and its local layers call a router's norm otherwise."""
+    end = open_end(source)
+    convert.write_megatron(end, tmp_path / "stacked", ONE)
+    reader = CheckpointReader(tmp_path / "stacked")
+    norm, other = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+    for unstacked in (False, True):
+        parts, origin = {}, {}
+        for name, cut in convert.chunks(MODEL, ONE, torch.float32).items():
+            for index in cut:
+                new = other if name == norm else name
+                if unstacked and ".layers." in name:
+                    new, place = new.replace(".layers.", f".layers.{index[0][0]}."), index[1:]
+                else:
+                    place = index
+                parts.setdefault(new, []).append(place)
+                origin[new, place] = (name, index)
+
+        def read(name: str, place: checkpoint.Index, origin: dict = origin) -> Tensor:
+            return reader.read(*origin[name, place]).reshape([b - a for a, b in place]).clone()
+
+        folder = tmp_path / f"unstacked-{unstacked}"
+        folder.mkdir()
+        checkpoint.write(folder, parts, read, torch.float32, {})
+        convert.compare(MegatronEnd(folder, like=source), end)
+
+
+def peak_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def test_a_conversion_holds_a_few_parts_and_not_the_model(tmp_path: Path) -> None:
+    """610 MB, 410 of them one embedding, through at most 5 parts a thread."""
+    sizes = {"vocab_size": 200_000, "hidden_size": 1024, "intermediate_size": 16384, "tie_word_embeddings": True}
+    model = model_from_config(config("llama", **sizes))
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    with hf.writing(tmp_path / "source", tmp_path, torch.bfloat16) as export:
+        export.record["digests"] = {}  # zeros, which no one need read
+    size = model.num_parameters() * 2
+    for write, source, target in (
+        (lambda end, to: convert.write_megatron(end, to, ONE), "source", "megatron"),
+        (convert.write_hf, "megatron", "hf"),
+    ):
+        end = open_end(tmp_path / source)
+        allowed = convert.preview(end, ONE).peak_bytes
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+        before = peak_bytes()
+        write(end, tmp_path / target)
+        assert peak_bytes() - before < allowed < 0.6 * size
+    records = [json.loads((tmp_path / name / "conversion.json").read_text()) for name in ("megatron", "hf")]
+    assert records[0]["digests"] == records[1]["digests"]
+    assert len(records[0]["digests"]) == len(model.parameters())
