@@ -29,7 +29,7 @@ from conversion.plan import WeightPlan
 from conversion.transfer import TransferError, placed, view
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
 from conversion.transfer.mapped_file import LINE_BYTES, MappedFile, create
-from conversion.transfer.slots import FileSlots, Slots
+from conversion.transfer.slots import IN_THE_FILE, Slots
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0
@@ -59,11 +59,11 @@ class SharedMemorySender:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         num_engines: int = 1,
-        slots: Slots | None = None,
+        slots: Slots = IN_THE_FILE,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._rank, self._timeout = rank, timeout_seconds
-        self._slots = slots or FileSlots()
+        self._slots = slots
         self._schedule = schedule(plan, rank, dtype.itemsize, bucket_bytes)
         targets = _targets(plan, rank)
         self._receivers = [f"worker {t} of engine {e}" for e in range(num_engines) for t in targets]
@@ -179,11 +179,10 @@ class SharedMemoryReceiver:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         engine: int = 0,
-        slots: Slots | None = None,
+        slots: Slots = IN_THE_FILE,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._timeout = timeout_seconds
-        slots = slots or FileSlots()
         self._links = [
             _Link(plan, source, rank, engine, tensors, Path(folder), dtype, bucket_bytes, slots)
             for source in sorted({copy.source.rank for copy in plan.to_rank(rank)})
