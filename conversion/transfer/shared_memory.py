@@ -150,7 +150,7 @@ class SharedMemorySender:
             if state in (0, _GAVE_UP) or state >= goal or self._file.is_held(line) is not False:
                 continue
             in_the_middle = state >> 32 == serial
-            late = time.monotonic() - self._began > _GONE_SECONDS
+            late = time.monotonic() - self._began > min(_GONE_SECONDS, self._timeout / 2)
             if (in_the_middle or late) and self._file.read(line) == state:
                 taken = state & 0xFFFFFFFF if in_the_middle else 0
                 raise TransferError(
