@@ -189,7 +189,7 @@ def test_a_receiver_that_ended_between_two_sends_is_named_long_before_the_deadli
     receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
     at_once([sender.send, receiver.receive])
     receiver.close()
-    with pytest.raises(TransferError, match="worker 0 of engine 0 has ended: .* after 0 of the 16 buckets"):
+    with pytest.raises(TransferError, match=r"worker 0 of engine 0 has ended: .* after 0 of the 16 buckets"):
         sender.send()
     sender.close()
 
