@@ -58,8 +58,8 @@ class Cluster:
         if self.num_nodes > 1:
             ray.shutdown()
             raise ClusterError(
-                f"cluster.address: the Ray cluster has {self.num_nodes} nodes; weights go to the engines through one "
-                "machine's shared memory so far: join a cluster of one node"
+                f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes (gloo "
+                "and NCCL) have run within one machine only so far: join a cluster of one node"
             )
         self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
         return self

@@ -34,8 +34,8 @@ from astar_megatron.model.build import (
     overlaps,
     transformer_config,
 )
-from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.export_check import check_export
+from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import run_loss, run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.optimizer import describe, learning_rate, make_optimizer, make_schedule, take_step

@@ -113,11 +113,12 @@ def _group(world: World, store: Any, number: int, timeout: timedelta, device: to
     if world.backend == "gloo":
         from torch.distributed import ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
 
-        options: Any = ProcessGroupGloo._Options()
+        gloo: Any = ProcessGroupGloo
+        options = gloo._Options()
         # Of all addresses of this machine the one from which the store is reached, loopback if it is here.
-        options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(world), lazy_init=True)]
+        options._devices = [gloo.create_device(hostname=_own_address(world), lazy_init=True)]
         options._timeout = timeout
-        return ProcessGroupGloo(store, number, world.size, options)
+        return gloo(store, number, world.size, options)
     from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportPrivateImportUsage]  # not in a CPU's torch
 
     torch.cuda.set_device(device)

@@ -26,7 +26,7 @@ from conversion.transfer.buckets import BUCKET_BYTES
 from conversion.transfer.cuda_ipc import DeviceSlots, device_name
 from conversion.transfer.process_group import GroupReceiver, GroupSender, World
 from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender
-from conversion.transfer.slots import FileSlots
+from conversion.transfer.slots import IN_THE_FILE, Slots
 
 Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]
 _UNTRIED = "this way has not been run on a GPU yet; each publish is verified all the same"
@@ -112,9 +112,9 @@ class Route:
     def _bounds(self) -> dict[str, Any]:
         return {"bucket_bytes": self.bucket_bytes, "timeout_seconds": self.timeout_seconds}
 
-    def _slots(self, tensors: Mapping[str, Tensor]) -> FileSlots | DeviceSlots:
+    def _slots(self, tensors: Mapping[str, Tensor]) -> Slots:
         if self.way == "shared memory":
-            return FileSlots()
+            return IN_THE_FILE
         return DeviceSlots(next(iter(tensors.values())).device)
 
     def _world(self, backend: Literal["gloo", "nccl"]) -> World:

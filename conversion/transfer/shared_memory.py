@@ -29,7 +29,7 @@ from conversion.plan import WeightPlan
 from conversion.transfer import TransferError, placed, view
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
 from conversion.transfer.mapped_file import LINE_BYTES, MappedFile, create
-from conversion.transfer.slots import FileSlots, Slots
+from conversion.transfer.slots import IN_THE_FILE, Slots
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0
@@ -59,11 +59,11 @@ class SharedMemorySender:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         num_engines: int = 1,
-        slots: Slots | None = None,
+        slots: Slots = IN_THE_FILE,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._rank, self._timeout = rank, timeout_seconds
-        self._slots = slots or FileSlots()
+        self._slots = slots
         self._schedule = schedule(plan, rank, dtype.itemsize, bucket_bytes)
         targets = _targets(plan, rank)
         self._receivers = [f"worker {t} of engine {e}" for e in range(num_engines) for t in targets]
@@ -150,7 +150,7 @@ class SharedMemorySender:
             if state in (0, _GAVE_UP) or state >= goal or self._file.is_held(line) is not False:
                 continue
             in_the_middle = state >> 32 == serial
-            late = time.monotonic() - self._began > _GONE_SECONDS
+            late = time.monotonic() - self._began > min(_GONE_SECONDS, self._timeout / 2)
             if (in_the_middle or late) and self._file.read(line) == state:
                 taken = state & 0xFFFFFFFF if in_the_middle else 0
                 raise TransferError(
@@ -179,11 +179,10 @@ class SharedMemoryReceiver:
         *,
         bucket_bytes: int = BUCKET_BYTES,
         engine: int = 0,
-        slots: Slots | None = None,
+        slots: Slots = IN_THE_FILE,
         timeout_seconds: float = TIMEOUT_SECONDS,
     ) -> None:
         self._timeout = timeout_seconds
-        slots = slots or FileSlots()
         self._links = [
             _Link(plan, source, rank, engine, tensors, Path(folder), dtype, bucket_bytes, slots)
             for source in sorted({copy.source.rank for copy in plan.to_rank(rank)})

@@ -32,12 +32,19 @@ class FileSlots:
     """The slots are the end of the file."""
 
     def num_bytes(self, order: Schedule, num_receivers: int) -> int:
+        """Both slots."""
         return order.num_slots * order.slot_bytes
 
     def create(self, file: MappedFile, order: Schedule, num_receivers: int) -> Tensor:
+        """The bytes of the file, mapped."""
         return file.bytes[file.num_bytes - self.num_bytes(order, num_receivers) :]
 
-    open = create
+    def open(self, file: MappedFile, order: Schedule, receiver: int) -> Tensor:
+        """The same bytes."""
+        return self.create(file, order, receiver + 1)
 
     def settle(self) -> None:
         """Nothing: a copy to or from a host's memory has been made when it returns."""
+
+
+IN_THE_FILE = FileSlots()

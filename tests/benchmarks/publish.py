@@ -5,12 +5,14 @@
 A trainer of one rank and one engine worker in this process hold tensors of SmolLM2-135M's shapes (random, bfloat16,
 269 MB); sender and receiver run at once, in a thread each, through /dev/shm as in training. In every round, one after
 the other: two memcpys (tensors to a buffer that is there, and on to other tensors), the publish, the sampled check at
-both ends, the full check at both ends. Ratios are of the medians, and so are the seconds. Left out: what only a live
-engine adds, the calls, the pause and packing the weights again.
+both ends, the full check at both ends. Ratios are of the medians, and so are the seconds; `load` is the machine's load
+average when it began and ended, which holds this program's own. Left out: what only a live engine adds, the calls, the
+pause and packing the weights again.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -50,6 +52,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict[str, object]:
     dtype, layout = torch.bfloat16, ParallelLayout()
+    load = [round(os.getloadavg()[0], 1)]
     shapes = model.megatron_shapes(layout, 0)
     trainer = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
     worker = {name: torch.zeros(shape, dtype=dtype) for name, shape in model.vllm_shapes(1, 0).items()}
@@ -96,6 +99,7 @@ def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict
         "held_bytes": sender.held_bytes,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
+        "load": [*load, round(os.getloadavg()[0], 1)],
         "seconds": {name: round(value, 4) for name, value in median.items()},
         "first_publish_seconds": round(times["publish"][0], 4),
         "publish_over_two_copies": round(median["publish"] / median["two_copies"], 2),

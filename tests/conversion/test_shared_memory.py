@@ -184,6 +184,16 @@ def test_a_receiver_notices_a_restarted_sender(tmp_path: Path) -> None:
     second.close()
 
 
+def test_a_receiver_that_ended_between_two_sends_is_named_long_before_the_deadline(tmp_path: Path) -> None:
+    sender = SharedMemorySender(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES, timeout_seconds=4)
+    receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
+    at_once([sender.send, receiver.receive])
+    receiver.close()
+    with pytest.raises(TransferError, match=r"worker 0 of engine 0 has ended: .* after 0 of the 16 buckets"):
+        sender.send()
+    sender.close()
+
+
 def test_a_new_receiver_waits_for_the_next_send(tmp_path: Path) -> None:
     """What an earlier receiver in its place has had already is no longer whole in the slots."""
     sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)

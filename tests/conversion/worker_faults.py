@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from live_faults import LiveFault
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
@@ -18,11 +18,9 @@ class FaultyWorker(WorkerExtension):
 
     def remember_packs(self) -> None:
         """Keep the packs that there are now, to bring them back as stale ones."""
-        model: nn.Module = self.model_runner.get_model()
-        self._packs = {name: m.cpu_linear for name, m in model.named_modules() if hasattr(m, "cpu_linear")}
-        self._packs |= {
-            name: m.astar_experts.packed for name, m in model.named_modules() if hasattr(m, "astar_experts")
-        }
+        modules = list(self.model_runner.get_model().named_modules())
+        self._packs: dict[str, Any] = {name: m.cpu_linear for name, m in modules if hasattr(m, "cpu_linear")}
+        self._packs |= {name: m.astar_experts.packed for name, m in modules if hasattr(m, "astar_experts")}
 
     def inject(self, **fields: Any) -> None:
         fault = LiveFault(**fields)
