@@ -6,14 +6,17 @@ from typing import Any
 
 @contextmanager
 def _built(pipe: Any, rank: int, port: int | None, source: str, layout: Any) -> Any:
-    """Yield this rank's part of the model of `source`, built by Megatron in `layout` and filled from the folder."""
+    """Yield this rank's part of the model of `source`, built by Megatron in `layout` and filled from the folder.
+
+    `layout` has one chunk a stage.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from astar_megatron.model import backend as backends
-    from astar_megatron.model.build import build, transformer_config
+    from astar_megatron.model.build import build, initialise, transformer_config
     from conversion import hf
     from conversion.families import read_model
     from conversion.plan import plan
@@ -23,17 +26,11 @@ def _built(pipe: Any, rank: int, port: int | None, source: str, layout: Any) -> 
         pipe.send(store.port)
     backend = backends.choose()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.tensor,
-        create_gloo_process_groups=False,
-    )
+    initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     try:
         model = read_model(source)
-        part = build(model, layout, transformer_config(model, layout, torch.float32, backend), backend)
+        (part,) = build(model, layout, transformer_config(model, layout, torch.float32, backend), backend)
         tensors = {name: parameter.data.zero_() for name, parameter in part.named_parameters()}  # so is the padding
         hf.load(source, plan(model.hf_tiles(), model.megatron_tiles(layout)), rank, tensors)
         yield part
