@@ -38,7 +38,7 @@ class TorchKernels:
         target = torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
         maxima = logits.amax(1)
         copy = logits.clone() if entropy else None
-        # One pass of torch's own softmax: half the time of subtracting, exp and sum apart. Its largest is 1 / sum.
+        # torch's softmax is one pass, with a faster exp than torch.exp; its largest entry is 1 / the sum.
         softmax = torch.softmax(logits, 1, out=logits)
         normaliser = maxima.sub_(softmax.amax(1).log_()).unsqueeze(0)  # of this tile, which stands for its maximum
         return Sums(
