@@ -222,6 +222,7 @@ class _Process:
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), self._cfg.name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the driver, which then ends them
         )
         try:
             value, reason = self._read(_START_SECONDS)
