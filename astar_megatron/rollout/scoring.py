@@ -194,6 +194,8 @@ class _Process:
         """Return an answer for each (response, answer). Raises RewardError where the reward can't be loaded."""
         answers: list[Answer] = []
         while len(answers) < len(items):
+            if self._process is not None and self._process.poll() is not None:
+                self.end()  # killed from outside while it waited: no response is to blame
             process = self._process or self._start()
             assert process.stdin is not None
             try:
