@@ -167,6 +167,8 @@ def _rows(kind: str, place: str, subset: str | None, split: str, problems: Probl
     """The rows of a file or folder of this machine; of the hub otherwise."""
     if Path(place).exists() or kind == "jsonl":
         return read_rows(place, problems)
+    if place.startswith((".", "/", "~")) or place.count("/") > 1 or Path(place).suffix in (".jsonl", ".parquet"):
+        raise PromptError(f"{place}: no such file or folder, and no name of the hub (owner/name)")
     return hub_rows(place, subset, split)
 
 

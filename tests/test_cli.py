@@ -208,6 +208,16 @@ def test_a_reward_module_that_can_t_be_imported_is_named(
         assert name in error and why in error
 
 
+def test_benchmarks_need_their_folder_and_their_files(command: Any, tree: dict[str, Any], tmp_path: Path) -> None:
+    status, error = command("eval", tree, "--benchmarks", "amc23,aime24")
+    assert status == 2
+    assert "eval.folder: needed for eval.benchmarks amc23, aime24" in error
+    model = tree["model"]["path"]
+    status, error = command("eval", tree, "--benchmarks", "amc23", "--data", str(tmp_path), "--model", model)
+    assert status == 2
+    assert f"amc23 is read from amc23.jsonl, which is not in {tmp_path}" in error
+
+
 def test_too_little_memory_or_shared_memory_is_refused(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,12 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar
     assert "left out: 4 of 6 rows" in said and "3 of 6 rows can't be used" in said
 
 
+@pytest.mark.parametrize("name", ["gsm8k.jsonl", "./gsm8k", "/no/such/file", "a/b/c"])
+def test_a_file_that_is_not_there_is_not_looked_for_in_the_hub(name: str, astar: Command, tmp_path: Path) -> None:
+    status, _, error = astar("gsm8k", name, "--out", tmp_path / "x.jsonl")
+    assert status == 2 and f"{name}: no such file or folder" in error
+
+
 @pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])
 def test_what_is_made_is_read_as_prompts(kind: str, astar: Command, tmp_path: Path, tied_llama: Path) -> None:
     status, said, _ = astar(kind, "--out", tmp_path / "x.jsonl", "--rows", 30, "--seed", 5)

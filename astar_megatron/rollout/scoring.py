@@ -194,6 +194,8 @@ class _Process:
         """Return an answer for each (response, answer). Raises RewardError where the reward can't be loaded."""
         answers: list[Answer] = []
         while len(answers) < len(items):
+            if self._process is not None and self._process.poll() is not None:
+                self.end()  # killed from outside while it waited: no response is to blame
             process = self._process or self._start()
             assert process.stdin is not None
             try:
@@ -222,6 +224,7 @@ class _Process:
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), self._cfg.name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the driver, which then ends them
         )
         try:
             value, reason = self._read(_START_SECONDS)

@@ -2,10 +2,15 @@
 that the token limit cut, or that has no EOS, by what it holds."""
 
 import importlib.util
+import json
 import math as mathematics
 import time
+from fractions import Fraction
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.rewards.latex import last_boxed, normalised
@@ -201,6 +206,41 @@ def test_math(response: str, answer: str, expected: float) -> None:
 def test_countdown(response: str, numbers: list[int], target: int, expected: float) -> None:
     answer = f'{{"numbers": {numbers}, "target": {target}}}'
     assert rewards.get("countdown")(response, answer) == expected
+
+
+def _leaf(number: int) -> tuple[str, Fraction | None, list[int]]:
+    return str(number), Fraction(number), [number]
+
+
+def _joined(left: Any, sign: str, right: Any, space: str) -> tuple[str, Fraction | None, list[int]]:
+    """Text, value and numbers of (left sign right), with all its brackets."""
+    (a, x, m), (b, y, n) = left, right
+    value = None
+    if x is not None and y is not None and (sign != "/" or y):
+        value = {"+": x + y, "-": x - y, "*": x * y, "/": x / (y or 1)}[sign]
+    return f"({a}{space}{sign}{b})", value, m + n
+
+
+EXPRESSIONS = st.recursive(
+    st.integers(0, 99).map(_leaf),
+    lambda inner: st.builds(_joined, inner, st.sampled_from("+-*/"), inner, st.sampled_from(["", " ", "\n"])),
+    max_leaves=6,
+)
+
+
+@given(EXPRESSIONS, st.integers(1, 9))
+def test_countdown_computes_exactly_and_counts_the_numbers(expression: Any, other: int) -> None:
+    text, value, numbers = expression
+    reward = rewards.get("countdown")
+
+    def score(numbers: list[int], target: int) -> float:
+        return reward(f"<answer>{text}</answer>", json.dumps({"numbers": numbers, "target": target}))
+
+    whole = value is not None and value.denominator == 1
+    target = int(value) if value is not None else 0
+    assert score(numbers[::-1], target) == (1.0 if whole else 0.1)
+    assert score(numbers, target + other) == 0.1
+    assert score([*numbers, other], target) == 0.1
 
 
 @pytest.mark.parametrize(("response", "answer", "expected"), MULTIPLY)

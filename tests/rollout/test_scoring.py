@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -76,7 +77,7 @@ def test_responses_are_scored_while_others_are_drawn() -> None:
 
 def test_each_way_to_fail_scores_zero_and_is_written_with_prompt_and_response(tmp_path: Path) -> None:
     ways = {
-        "hang": "took more than 1 s (reward.timeout_seconds) and was stopped",
+        "hang": "took more than 3 s (reward.timeout_seconds) and was stopped",
         "die": "ended its process, exit status 3",
         "raise": "raised KeyError: 'boom'",
         "nan": "returned nan, expected a number from -1 to 1",
@@ -85,7 +86,7 @@ def test_each_way_to_fail_scores_zero_and_is_written_with_prompt_and_response(tm
         "nothing": "returned None, expected",
     }
     texts = [text for way in ways for text in ("fine", way)]
-    with _faulty_scorer(tmp_path, seconds=1.0, max_failures=len(ways)) as scorer:
+    with _faulty_scorer(tmp_path, seconds=3.0, max_failures=len(ways)) as scorer:
         scored = scorer.score([_rollout(text, uid=f"u{i}") for i, text in enumerate(texts)])
         assert [rollout.reward for rollout in scored] == [0.5, 0.0] * len(ways)
         rows = [json.loads(line) for line in (tmp_path / "reward_failures.jsonl").read_text().splitlines()]
@@ -134,6 +135,15 @@ def test_closing_ends_a_reward_that_hangs(tmp_path: Path) -> None:
     scorer.close()
     _wait_for(lambda: not _running(os.getpid()))
     assert pending.done()
+
+
+def test_a_process_that_was_killed_while_it_waited_is_replaced_and_no_response_pays_for_it() -> None:
+    with Scorer(RewardConfig(name="faulty_reward:reward", max_failures=0), num_processes=1) as scorer:
+        assert [rollout.reward for rollout in scorer.score([_rollout("fine")])] == [0.5]
+        (waiting,) = _running(os.getpid())
+        os.kill(int(waiting), signal.SIGKILL)
+        _wait_for(lambda: (Path("/proc") / waiting / "cmdline").read_bytes() == b"")  # a zombie has none
+        assert [rollout.reward for rollout in scorer.score([_rollout("fine")] * 2)] == [0.5, 0.5]
 
 
 DRIVER = """

@@ -1,0 +1,169 @@
+"""Evaluation: what rollouts say in numbers, files and tables. The engines are a fake that answers from a list."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from astar_megatron import config
+from astar_megatron.config import RewardConfig, RunConfig
+from astar_megatron.data.rows import PromptError
+from astar_megatron.evaluate import evaluate, hugging_face, markdown, summary
+from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.run import EvalSet, prepare, with_room
+from astar_megatron.tracking import Tracker
+from astar_megatron.types import Prompt, Rollout
+
+type Work = Sequence[tuple[Prompt, int, int]]
+
+
+def _prompt(number: int, answer: str = "5") -> Prompt:
+    return Prompt(uid=f"u{number}", token_ids=(1,), text=f"problem {number}", answer=answer)
+
+
+def _rollout(prompt: Prompt, text: str, sample: int = 0, reward: float | None = None) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        seed=0,
+        token_ids=(1,),
+        text=text,
+        truncated="..." in text,
+        logprob=0.0,
+        version=0,
+        reward=reward,
+    )
+
+
+class Engines:
+    """Answers what `answers` gives for a prompt, a sample and whether it is greedy; finishes last first."""
+
+    def __init__(self, answers: Callable[[Prompt, int, bool], str]) -> None:
+        self._answers = answers
+        self.seeds: list[int] = []
+
+    def generate(self, work: Work, sampling: object, *, greedy: bool) -> Iterator[list[tuple[int, Rollout]]]:
+        self.seeds += [seed for _, _, seed in work]
+        for index in reversed(range(len(work))):
+            prompt, sample, _ = work[index]
+            yield [(index, _rollout(prompt, self._answers(prompt, sample, greedy), sample))]
+
+
+def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
+    prompts = [_prompt(0), _prompt(1), _prompt(2)]
+    eval_set = EvalSet(name="x", prompts=prompts, reward=RewardConfig(name="math"), num_samples=4)
+    right, wrong, other = r"\boxed{5}", r"\boxed{6}", "no answer..."
+    texts = [[right, right, wrong, other], [right, wrong, wrong, other], [other, other, other, other]]
+    greedy = [
+        _rollout(prompts[i], text, reward=reward) for i, (text, reward) in enumerate(((right, 1.0), (wrong, 0.0)))
+    ]
+    greedy.append(_rollout(prompts[2], other, reward=0.0))
+    sampled = [
+        _rollout(prompt, text, sample, float(text == right))
+        for prompt, row in zip(prompts, texts, strict=True)
+        for sample, text in enumerate(row)
+    ]
+    found = summary(eval_set, greedy, sampled)
+    assert (found.prompts, found.num_samples, found.reward_mean) == (3, 4, pytest.approx(1 / 3))
+    assert found.greedy.error == pytest.approx(1 / 3)  # of 1, 0, 0: sqrt((4/9 + 1/9 + 1/9) / 2 / 3)
+    means = {name: estimate.mean for name, estimate in found.sampled.items()}
+    assert means == {
+        "avg@4": pytest.approx((2 / 4 + 1 / 4 + 0) / 3),
+        "maj@4": pytest.approx((1 + 0 + 0) / 3),
+        "pass@1": pytest.approx((2 / 4 + 1 / 4 + 0) / 3),
+        "pass@2": pytest.approx((1 - 1 / 6 + 1 / 2 + 0) / 3),
+        "pass@4": pytest.approx(2 / 3),
+    }
+    assert found.truncated == pytest.approx((1 + 1 + 1 + 4) / 15)
+    assert found.formatted == pytest.approx(1 - found.truncated)
+    assert found.sampled["avg@4"].error == pytest.approx(math.sqrt((0.25**2 + 0.25**2) / 2 / 3))
+
+
+def test_answers_of_a_reward_of_another_are_not_compared() -> None:
+    eval_set = EvalSet(name="x", prompts=[_prompt(0)], reward=RewardConfig(name="some.module:f"), num_samples=2)
+    sampled = [_rollout(_prompt(0), "a", sample, 0.5) for sample in range(2)]
+    found = summary(eval_set, [_rollout(_prompt(0), "a", reward=0.5)], sampled)
+    assert list(found.sampled) == ["avg@2", "pass@1", "pass@2"]
+    assert found.formatted is None and math.isnan(found.greedy.error)
+    assert "in the asked form" not in markdown([found])
+
+
+@pytest.fixture
+def run(tmp_path: Path, tied_llama: Path) -> Callable[..., RunConfig]:
+    """Return a function that gives the configuration of a run with two small benchmarks beside its prompts."""
+    files = {
+        "amc23.jsonl": [{"problem": f"{i} + {i}?", "answer": 2.0 * i} for i in range(3)],
+        "gsm8k_test.jsonl": [{"question": "How many? " * 20, "answer": "thinking\n#### 7"}],
+    }
+    for name, rows in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "prompts.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+
+    def make(**changes: Any) -> RunConfig:
+        tree: dict[str, Any] = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tied_llama), "dtype": "float32"},
+            "data": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 120},
+            "reward": {"name": "last_number"},
+            "sampling": {"max_response_tokens": 8},
+            "eval": {"folder": str(tmp_path)},
+        }
+        for name, section in changes.items():
+            tree[name] = tree[name] | section
+        return config.validate(tree)
+
+    return make
+
+
+def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Callable[..., RunConfig]) -> None:
+    cfg = run(eval={"benchmarks": ["amc23"], "num_samples": 3}, data={"path": "not/there.jsonl"})
+    inputs = prepare(cfg, for_training=False)
+    tracker = Tracker(cfg.run_dir, Console(quiet=True))
+    engines = Engines(lambda prompt, sample, greedy: rf"\boxed{{{prompt.answer if greedy or sample else 'no'}}}")
+    (found,) = evaluate(cfg, inputs, cast(EnginePool, engines), tracker, "eval")
+    assert (found.name, found.reward, found.greedy.mean) == ("amc23", "math", 1.0)
+    assert found.sampled["avg@3"].mean == pytest.approx(2 / 3) and found.sampled["maj@3"].mean == 1.0
+    assert len(set(engines.seeds[3:])) == 9  # a seed for each sample of each problem
+    rows = [json.loads(line) for line in (tracker.run_dir / "eval_amc23.jsonl").read_text().splitlines()]
+    assert [row["sample"] for row in rows] == ["greedy"] * 3 + [0, 1, 2] * 3
+    assert [row["answer"] for row in rows[:3]] == ["0", "2", "4"]
+    assert rows[3] | {"uid": ""} == {
+        "uid": "",
+        "prompt": rows[0]["prompt"],
+        "answer": "0",
+        "sample": 0,
+        "response": r"\boxed{no}",
+        "extracted": "no",
+        "reward": 0.0,
+        "truncated": False,
+    }
+    table = (tracker.run_dir / "eval.md").read_text()
+    assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in table
+
+
+def test_amc23_is_asked_for_32_samples_as_in_the_paper(run: Callable[..., RunConfig]) -> None:
+    cfg = with_room(run(eval={"benchmarks": ["amc23", "gsm8k"], "max_prompts": 2}, sampling={"max_response_tokens": 1}))
+    with pytest.raises(ValueError, match="exceeds the 160 positions"):  # with room for the long one it is too long
+        prepare(cfg, for_training=False)
+    cfg = with_room(run(eval={"benchmarks": ["amc23"], "max_prompts": 2}))
+    (amc,) = prepare(cfg, for_training=False).eval_sets
+    assert (amc.num_samples, len(amc.prompts), amc.reward.name) == (32, 2, "math")
+    (own,) = prepare(run(eval={"folder": None})).eval_sets
+    assert (own.name, own.num_samples, len(own.prompts), own.reward.name) == ("prompts", 0, 1, "last_number")
+
+
+def test_training_refuses_benchmarks_that_do_not_fit_its_engines(run: Callable[..., RunConfig]) -> None:
+    with pytest.raises(PromptError, match=r"1 of 1 prompts of gsm8k exceed data\.max_prompt_tokens = 120; raise it"):
+        prepare(run(eval={"benchmarks": ["gsm8k"]}))
+    with pytest.raises(PromptError, match="no benchmark 'amc24'; there are gsm8k"):
+        prepare(run(eval={"benchmarks": ["amc24"]}))
+
+
+def test_a_hugging_face_folder_is_evaluated_as_it_is(tied_llama: Path, tmp_path: Path) -> None:
+    with hugging_face(tied_llama, Tracker(tmp_path, Console(quiet=True))) as folder:
+        assert folder == tied_llama
+    assert not list(tmp_path.iterdir())
