@@ -105,6 +105,15 @@ def test_refresh_reads_what_other_jobs_added_and_nothing_else(
     assert one.missing([new, prompts[5]], 2) == [(new, 0)]
 
 
+def test_a_shard_that_another_job_sets_aside_meanwhile_is_missing(
+    many: tuple[Path, list[Prompt]], contract: Contract
+) -> None:
+    folder, prompts = many
+    (folder / "shard-000000-gone.parquet").symlink_to("nowhere")  # listed, and not there when it is read
+    for check_whole_bytes in (1 << 20, 0):
+        assert not VStarTable.open(folder, contract, check_whole_bytes).missing(prompts, 4)
+
+
 def test_many_small_lookups_between_appends_agree_with_the_table_read_anew(
     tmp_path: Path, contract: Contract, rollout: MakeRollout
 ) -> None:
