@@ -11,6 +11,7 @@ create; who created one looks again, and steps back if it finds a lease that was
 A lease saves work, it protects nothing: a job that was paused past its expiry works on beside its successor.
 """
 
+import errno
 import json
 import os
 import socket
@@ -123,7 +124,9 @@ class Leases:
         beat |= {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "count": f"{count:0{_COUNT_DIGITS}d}"}
         descriptor = os.open(self._beat_path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            os.pwrite(descriptor, json.dumps(beat).encode(), 0)
+            data = json.dumps(beat).encode()
+            if os.pwrite(descriptor, data, 0) < len(data):  # how a disk that is nearly full answers
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
 

@@ -114,6 +114,8 @@ def _read(path: Path, whole: bool) -> tuple[pa.Table | None, str]:
             columns = found.read(columns=list(COLUMNS), use_threads=False)
     except pa.ArrowException as error:
         return None, str(error)
+    except FileNotFoundError:
+        return None, "it is gone: another job set it aside"
     except OSError as error:
         if error.errno is not None:  # the file system's own; pyarrow reports a bad checksum as an OSError without errno
             raise storage_error(f"{path}: can't read a part of the V* table", error) from error

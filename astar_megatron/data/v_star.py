@@ -322,7 +322,8 @@ class VStarTable:
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
     total = 0
     for name in names:
-        total += (folder / name).stat().st_size
+        with contextlib.suppress(FileNotFoundError):  # another job has just set it aside
+            total += (folder / name).stat().st_size
         if total > limit_bytes:
             return False
     return True

@@ -1,7 +1,8 @@
 """One plain vLLM process, for sweep.py: a line of JSON a command on stdin, an answer on stdout.
 
-The first names model, type and limits, the second the prompts with their seeds; then "n" (n samples a prompt, one
-seed, no log-probs) or "same" (each response a request of its own, with seed and log-prob) draws and answers.
+The first names model, type and limits, the second the prompts with their seeds. Each other draws and is answered: "n"
+(n samples a prompt, one seed, no log-probs), "same" (each response a request of its own, with seed and log-prob) or
+"warm-up".
 """
 
 import json
@@ -39,9 +40,7 @@ def main() -> None:
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
     )
-    answer()
     second = json.loads(sys.stdin.readline())
-    answer()
     prompts = [{"prompt_token_ids": ids} for ids, _ in second["work"]]
     samples = len(second["work"][0][1])
     plain = SamplingParams(n=samples, temperature=1.0, max_tokens=second["max_tokens"], seed=0)
@@ -57,7 +56,7 @@ def main() -> None:
         start = time.perf_counter()
         kind = json.loads(line)
         if kind == "warm-up":
-            outputs = llm.generate([one for one, _ in each[::samples]], each[0][1], use_tqdm=False)
+            outputs = llm.generate([one for one, _ in each[: 8 * samples : samples]], each[0][1], use_tqdm=False)
         elif kind == "n":
             outputs = llm.generate(prompts, plain, use_tqdm=False)  # pyright: ignore[reportArgumentType]
         else:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +24,6 @@ from demo import machine
 
 from astar_megatron import config
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
-from astar_megatron.data.v_star import VStarTable
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import seed_of
 from astar_megatron.run import Inputs, engines_of, prepare
@@ -34,20 +35,24 @@ ROOT = HERE.parents[1]
 
 
 class Plain:
-    """A process of plain vLLM, which draws when told."""
+    """A process of plain vLLM, which loads at once and draws when told."""
 
     def __init__(self, cfg: config.RunConfig, inputs: Inputs, dtype: str, samples: int) -> None:
         env = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, str(HERE / "plain_vllm.py")]
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         work = [(p.token_ids, [seed_of(cfg.seed, "sweep", p.uid, n) for n in range(samples)]) for p in inputs.prompts]
-        self.draw({"model": cfg.model.path, "dtype": dtype, "limits": [cfg.max_tokens, cfg.rollout.max_num_seqs]})
-        self.draw({"work": work, "max_tokens": cfg.sampling.max_response_tokens})
+        self._tell({"model": cfg.model.path, "dtype": dtype, "limits": [cfg.max_tokens, cfg.rollout.max_num_seqs]})
+        self._tell({"work": work, "max_tokens": cfg.sampling.max_response_tokens})
 
-    def draw(self, command: Any) -> dict[str, float]:
-        assert self._process.stdin and self._process.stdout
+    def _tell(self, command: Any) -> None:
+        assert self._process.stdin
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
+
+    def draw(self, command: str) -> dict[str, float]:
+        self._tell(command)
+        assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith("plain "):
                 return json.loads(line.removeprefix("plain "))
@@ -76,27 +81,24 @@ def main() -> None:
     write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
     found: dict[str, list[dict[str, float]]] = {"pool": [], "plain": [], "plain, same requests": []}
-    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as name, engines_of(cfg) as engines:
-        dtype = str(resolve_dtype(cfg.model.dtype, 0)[0]).removeprefix("torch.")
-        plain = Plain(cfg, inputs, dtype, arguments.samples)
-        try:
-            ours(cfg, inputs, engines, 1, Path(name) / "warm-up" / "v_star")
-            plain.draw("warm-up")
-            for turn in range(arguments.turns):
-                folder = Path(name) / str(turn) / "v_star"
-                found["pool"].append(ours(cfg, inputs, engines, arguments.samples, folder))
-                found["plain, same requests"].append(plain.draw("same"))
-                found["plain"].append(plain.draw("n"))
-                write(found)
-        finally:
-            plain.close()
-        tokens = VStarTable.open(folder, inputs.contract).summary().response_tokens
-        assert tokens == found["plain, same requests"][-1]["tokens"], (tokens, found)
-    print(json.dumps(write(found), indent=1))
+    dtype = str(resolve_dtype(cfg.model.dtype, 0)[0]).removeprefix("torch.")
+    plain = Plain(cfg, inputs, dtype, arguments.samples)
+    with closing(plain), tempfile.TemporaryDirectory(dir=ROOT / "runs") as name, engines_of(cfg) as engines:
+        few = replace(inputs, prompts=inputs.prompts[:8])
+        ours(cfg, few, engines, 1, Path(name) / "warm-up" / "v_star")
+        plain.draw("warm-up")
+        for turn in range(arguments.turns):
+            found["pool"].append(ours(cfg, inputs, engines, arguments.samples, Path(name) / str(turn) / "v_star"))
+            found["plain, same requests"].append(plain.draw("same"))
+            write(found)
+            found["plain"].append(plain.draw("n"))
+            write(found)
+            assert found["pool"][turn]["tokens"] == found["plain, same requests"][turn]["tokens"], found
 
 
-def write(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    speed = {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in found.items()}
+def write(found: dict[str, list[dict[str, float]]]) -> None:
+    """Keep and show what is measured so far."""
+    speed = {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in found.items() if turns}
     of_pool = median(speed["pool"])
     result = {
         "machine": machine() | {"load": os.getloadavg()},
@@ -104,7 +106,7 @@ def write(found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         "pool_as_share_of": {name: of_pool / median(each) for name, each in speed.items() if name != "pool"},
     }
     (HERE / "results" / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

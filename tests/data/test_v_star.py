@@ -289,15 +289,6 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path, contract:
         VStarTable.create_or_open(tmp_path / "file" / "t", contract)
 
 
-def test_a_hundred_thousand_rows_open_quickly(tmp_path: Path, contract: Contract, rollout: MakeRollout) -> None:
-    many = [Prompt(uid=f"{i:032x}", token_ids=(1,), text="", answer="") for i in range(12_500)]
-    table = VStarTable.create_or_open(tmp_path, contract)
-    table.append([rollout(prompt, s, float(s % 2)) for prompt in many for s in range(8)])
-    reopened = VStarTable.open(tmp_path, contract)
-    assert reopened.missing(many, 8) == []
-    assert len(reopened.estimate(0.5, many, num_samples=8).by_uid()) == 12_500
-
-
 def test_a_table_without_rows_takes_a_new_contract(tmp_path: Path, contract: Contract) -> None:
     VStarTable.create_or_open(tmp_path, contract)
     other = dataclasses.replace(contract, temperature=contract.temperature / 2)

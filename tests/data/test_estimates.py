@@ -1,0 +1,80 @@
+"""The errors and intervals that come with V*, from a table."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from astar_megatron.algorithm import value
+from astar_megatron.data.contract import Contract
+from astar_megatron.data.v_star import TableError, VStarTable
+from astar_megatron.types import Prompt, Rollout
+
+type MakeRollout = Callable[..., Rollout]
+
+
+@pytest.fixture
+def table(tmp_path: Path, contract: Contract) -> VStarTable:
+    return VStarTable.create_or_open(tmp_path, contract)
+
+
+def test_binary_rewards_have_the_exact_interval_through_v_star(
+    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    passes = [(0, 8), (8, 8), (3, 8), (1, 5), (2, 3), (20, 32)]
+    for prompt, (k, n) in zip(prompts, passes, strict=True):
+        table.append([rollout(prompt, i, float(i < k)) for i in range(n)])
+    for level in (0.5, 0.95):
+        found = table.estimate(0.7, prompts, level=level)
+        for place, (k, n) in enumerate(passes):
+            ends = value.pass_rate_interval(torch.tensor(k), torch.tensor(n), level)
+            low, high = (float(value.v_star_from_pass_rate(end, 1.0, 0.7)) for end in ends)
+            assert (found.low[place], found.high[place]) == (
+                pytest.approx(low, abs=1e-6),
+                pytest.approx(high, abs=1e-6),
+            )
+            rewards = torch.tensor([1.0] * k + [0.0] * (n - k))
+            assert found.error[place] == pytest.approx(float(value.standard_error(rewards, 0.7)))
+        assert (found.low <= found.v_star + 1e-12).all() and (found.v_star <= found.high + 1e-12).all()
+    assert found.low[0] == 0 and found.high[1] == pytest.approx(1)
+    assert found.samples.tolist() == [n for _, n in passes]
+
+
+def test_other_rewards_have_an_approximate_interval_and_one_sample_has_none(
+    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table.append([rollout(prompts[0], i, r) for i, r in enumerate([0.1, 1.0, 0.0, 0.1])])
+    table.append([rollout(prompts[1], 0, 0.1)])
+    found = table.estimate(0.5, level=0.95)
+    error = float(value.standard_error(torch.tensor([0.1, 1.0, 0.0, 0.1]).double(), 0.5))
+    assert found.width[0] == pytest.approx(2 * 1.959964 * error, rel=1e-6)
+    assert np.isinf(found.width[1]) and np.isnan(found.error[1])
+    assert (found.least[0], found.most[0], found.mean[0]) == (0.0, 1.0, pytest.approx(0.3))
+
+
+def test_bias_is_corrected_on_request_only(table: VStarTable, prompts: list[Prompt], rollout: MakeRollout) -> None:
+    table.append([rollout(prompts[0], i, float(i < 3)) for i in range(8)])
+    plain, corrected = table.estimate(0.5), table.estimate(0.5, bias_correction=True)
+    rewards = torch.tensor([1.0] * 3 + [0.0] * 5)
+    assert corrected.v_star[0] - plain.v_star[0] == pytest.approx(float(value.bias_correction(rewards, 0.5)))
+    assert corrected.v_star[0] > plain.v_star[0]
+    assert corrected.low[0] == plain.low[0]
+
+
+def test_each_prompt_may_have_a_number_of_samples_of_its_own(
+    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    for prompt in prompts[:3]:
+        table.append([rollout(prompt, i, float(i % 2), tokens=i + 1) for i in range(6)])
+    wanted = np.array([1, 4, 6])
+    found = table.estimate(0.5, prompts[:3], wanted)
+    assert found.samples.tolist() == [1, 4, 6] and found.tokens.tolist() == [1, 10, 21]
+    assert found.mean.tolist() == [0.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match="1 of 3 prompts have less than 9 samples"):
+        table.estimate(0.5, prompts[:3], np.array([1, 9, 6]))
+    with pytest.raises(TableError, match="at least 1, got 0"):
+        table.estimate(0.5, prompts[:3], np.array([1, 0, 6]))
+    assert table.lacking(prompts[:4], np.array([1, 9, 6, 2])).tolist() == [0, 3, 0, 2]
+    assert table.missing(prompts[:4], np.array([1, 8, 6, 1])) == [(prompts[1], 6), (prompts[1], 7), (prompts[3], 0)]
