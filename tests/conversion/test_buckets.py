@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_both_ends_derive_the_same_schedule() -> None:
 
 
 @pytest.mark.parametrize("replicas", [{"data": 4}, {"context": 2, "data": 2}], ids=str)
-def test_replicas_share_the_bytes(replicas: dict[str, int]) -> None:
+def test_replicas_share_the_bytes(replicas: dict[str, Any]) -> None:
     model = model_from_config(config(num_hidden_layers=8, vocab_size=64))
     layout = ParallelLayout(tensor=2, **replicas)
     weights = plan(model.megatron_tiles(layout), model.vllm_tiles(2))

@@ -40,7 +40,10 @@ def refused(parallel: ParallelConfig, *, experts: bool = False, **arguments: Any
 def proposed(message: str) -> list[ParallelConfig]:
     """The layouts a message proposes, as a user would write them down."""
     texts = message.rpartition("that fit: ")[2].split("; ")
-    return [ParallelConfig(**{axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", text)}) for text in texts]
+    axes: list[dict[str, Any]] = [
+        {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", text)} for text in texts
+    ]
+    return [ParallelConfig(**sizes) for sizes in axes]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def proposed(message: str) -> list[ParallelConfig]:
     ],
 )
 def test_what_does_not_divide_is_named_and_what_would_is_proposed(
-    axes: dict[str, int], number: str, experts: bool
+    axes: dict[str, Any], number: str, experts: bool
 ) -> None:
     message = refused(ParallelConfig(**axes), experts=experts)
     assert message.startswith("parallel: ") and number in message
@@ -82,7 +85,7 @@ def test_no_place_at_all_is_said_without_a_proposal() -> None:
     ),
     sequences=st.integers(1, 12),
 )
-def test_every_refusal_proposes_layouts_that_are_accepted(sizes: dict[str, int], sequences: int) -> None:
+def test_every_refusal_proposes_layouts_that_are_accepted(sizes: dict[str, Any], sequences: int) -> None:
     if sizes["pipeline"] == 1:
         sizes["virtual"] = 1
     try:
@@ -95,7 +98,7 @@ def test_every_refusal_proposes_layouts_that_are_accepted(sizes: dict[str, int],
 
 
 def test_a_layout_has_the_configured_axes() -> None:
-    sizes = {"tensor": 2, "pipeline": 3, "virtual": 2, "context": 4, "data": 5, "expert": 10}
+    sizes: dict[str, Any] = {"tensor": 2, "pipeline": 3, "virtual": 2, "context": 4, "data": 5, "expert": 10}
     layout = layout_of(ParallelConfig(**sizes), fused_norms=True)
     assert {axis: getattr(layout, axis) for axis in sizes} == sizes
     assert layout.fused_norms and layout.world_size == 120
