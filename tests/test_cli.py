@@ -237,6 +237,17 @@ def test_a_layout_that_does_not_divide_is_refused(command: Any, tree: dict[str, 
         assert str(number) in error and ("divide" in error or "choose tensor <= 2" in error), error
 
 
+def test_more_ranks_than_cores_are_refused_with_a_layout_that_fits(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    small = dataclasses.replace(doctor.measure(), num_cores=1.0, num_accelerators=0)
+    monkeypatch.setattr(doctor, "measure", lambda: small)
+    status, error = command("doctor", tree, "--set", "parallel.tensor=2")
+    assert status == 2
+    assert "tensor=2 makes 2 ranks" in error and "room for 1" in error and "one rank" in error
+
+
 def test_training_without_a_table_says_to_sweep_first(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("train", tree)
     assert status == 2
