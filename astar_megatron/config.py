@@ -126,15 +126,28 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Megatron ranks: world = tensor * pipeline * data."""
+    """Megatron ranks: world = tensor * pipeline * context * data.
 
-    tensor: int = Field(default=1, ge=1)
-    pipeline: int = Field(default=1, ge=1)
-    data: int = Field(default=1, ge=1)
+    What needs no key: tensor > 1 is sequence parallel between the matrices, and with more than one replica
+    (context * data) gradients are reduced and weights gathered while others are computed.
+    """
+
+    tensor: int = Field(default=1, ge=1)  # ranks that share each matrix
+    pipeline: int = Field(default=1, ge=1)  # stages of layers
+    virtual: int = Field(default=1, ge=1)  # parts of the model a stage holds, run in turn (interleaved 1F1B)
+    context: int = Field(default=1, ge=1)  # ranks that share the tokens of each sequence
+    data: int = Field(default=1, ge=1)  # ranks that share the sequences
+    expert: int = Field(default=1, ge=1)  # of the context * data replicas, so many share the experts
+    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass:
+    # selective: of attention's core, full: of every layer
+
+    @property
+    def replicas(self) -> int:
+        return self.context * self.data
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
 
 
 class RolloutConfig(Section):
@@ -214,7 +227,29 @@ class RunConfig(Section):
                 f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
                 "lower them"
             )
+        self._axes()
         return self
+
+    def _axes(self) -> None:
+        parallel = self.parallel
+        if parallel.replicas % parallel.expert:
+            raise ValueError(
+                f"parallel.expert: {parallel.expert} does not divide the {parallel.replicas} ranks (parallel.context * "
+                f"parallel.data) that share experts; take {_nearest_divisor(parallel.replicas, parallel.expert)}, or "
+                f"parallel.data a multiple of {parallel.expert}"
+            )
+        if parallel.virtual > 1 and parallel.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual: {parallel.virtual} parts a stage need more than one stage; take parallel.pipeline "
+                "of at least 2, or parallel.virtual 1"
+            )
+        own = self.mini_batch_size // parallel.data
+        if parallel.virtual > 1 and own % parallel.pipeline:
+            raise ValueError(
+                f"parallel.virtual: interleaved stages take micro-batches {parallel.pipeline} at a time, but the {own} "
+                f"sequences of a rank's optimiser step (train.mini_batch_size / parallel.data) are no multiple of "
+                f"parallel.pipeline; take it {_nearest_divisor(own, parallel.pipeline)}, or parallel.virtual 1"
+            )
 
     @property
     def mini_batch_size(self) -> int:

@@ -1,7 +1,7 @@
 """PROGRAM: what this machine has and lacks, and why, in words; and whether a run fits it, before anything starts.
 
 Memory of a run on a machine without accelerators, with P parameters, c bytes a number of the compute type (2 or 4), d
-data-parallel ranks, E engines:
+replicas of the policy (context * data ranks, by expert ranks where these share a model of experts), E engines:
 
     policy     d * (c + 4) * P     weights and fp32 gradients of every replica
              + 8 * P               Adam's two moments, sharded over the replicas
@@ -69,6 +69,7 @@ class Machine:
     shared_bytes: int  # free in /dev/shm
     native_bfloat16: bool
     num_accelerators: int
+    num_cores: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,7 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     )
     num_parameters = model_bytes // 4
     weights = (2 if is_bfloat16 else 4) * num_parameters
-    replicas, engines = cfg.parallel.data, cfg.rollout.num_engines
+    replicas, engines = cfg.parallel.replicas // cfg.parallel.expert, cfg.rollout.num_engines
     optimizer = (12 if is_bfloat16 else 8) * num_parameters
     policy = replicas * (2 * weights + 4 * num_parameters) + optimizer
     ranks = cfg.parallel.world_size
@@ -131,6 +132,22 @@ def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) 
         )
 
 
+def rank_places(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
+    """Return how many Megatron ranks can run on `machine`, and in words why. Pure."""
+    if machine.num_accelerators:
+        return free_accelerators(cfg, machine.num_accelerators)
+    return max(1, int(machine.num_cores)), f"a rank computes on a core of its own, and there are {machine.num_cores:g}"
+
+
+def free_accelerators(cfg: RunConfig, number: int) -> tuple[int, str]:
+    """Return how many of `number` accelerators the engines leave to Megatron's ranks, and in words why. Pure."""
+    engines = cfg.rollout.num_engines * cfg.rollout.tensor
+    return (
+        number - engines,
+        f"of {number} accelerators the engines take {engines} (rollout.num_engines * rollout.tensor)",
+    )
+
+
 def measure() -> Machine:
     """Return what this machine has free now."""
     return Machine(
@@ -138,6 +155,7 @@ def measure() -> Machine:
         shared_bytes=free_bytes(Path("/dev/shm")),
         native_bfloat16=bool(native_bfloat16()),
         num_accelerators=len(accelerators() or ()),
+        num_cores=available_cores(),
     )
 
 

@@ -16,13 +16,13 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
+from astar_megatron.model import layouts
 from astar_megatron.model.backend import check_features, resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
 from conversion import hf
 from conversion.families import Model, read_model
-from conversion.tiles import ParallelLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +44,7 @@ def prepare(cfg: RunConfig) -> Inputs:
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
         model.vllm_tiles(cfg.rollout.tensor)
-    if model.dims.num_experts and cfg.parallel.tensor > 1:
-        raise ValueError(
-            f"parallel.tensor={cfg.parallel.tensor}: megatron trains experts on several tensor ranks with sequence "
-            f"parallelism only, which is not there yet; for {model.architecture} set parallel.tensor=1"
-        )
-    with naming(f"parallel (the model has {model.num_layers} layers, {model.dims.num_kv_heads} key-value heads)"):
-        model.megatron_tiles(
-            ParallelLayout(tensor=cfg.parallel.tensor, pipeline=cfg.parallel.pipeline, data=cfg.parallel.data)
-        )
+    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size)
     limit = model.gpt_options()["max_sequence_length"]
     if cfg.max_tokens > limit:
         raise ValueError(
@@ -79,12 +71,29 @@ def prepare(cfg: RunConfig) -> Inputs:
 def say_fit(cfg: RunConfig) -> None:
     """Say what a run needs of this machine. Raises ValueError, as `prepare`, where it can't start here."""
     inputs = prepare(cfg)
+    check_ranks(cfg)
     need = doctor.needs(cfg, 4 * inputs.model.num_parameters(), doctor.measure())
     print(
-        f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; it "
+        f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; "
+        f"policy on {layouts.described(cfg.parallel)}; it "
         f"needs at least {need.memory_bytes / doctor.GIB:.1f} GiB of memory and {need.shared_bytes / doctor.GIB:.1f} "
         "GiB of /dev/shm, activations on top"
     )
+
+
+def check_ranks(cfg: RunConfig) -> None:
+    """Raise LayoutError where training has more Megatron ranks than this machine has cores or free accelerators.
+
+    A run that joins a Ray cluster asks that one, in `started`.
+    """
+    if cfg.cluster.address is None:
+        places, what = doctor.rank_places(cfg, doctor.measure())
+        _check_places(cfg, places, what)
+
+
+def _check_places(cfg: RunConfig, places: int, what: str) -> None:
+    model = read_model(cfg.model.path)
+    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, what=what)
 
 
 @contextmanager
@@ -138,9 +147,12 @@ def _absolute(path: str) -> str:
 @contextmanager
 def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, EnginePool]]:
     """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir."""
+    check_ranks(cfg)
     with ExitStack() as stack:
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(Cluster(cfg.cluster))
+        if cluster.num_gpus:
+            _check_places(cfg, *doctor.free_accelerators(cfg, cluster.num_gpus))
         engines = stack.enter_context(closing(start_engines(cfg, cluster)))
         policy = stack.enter_context(closing(start_policy(cfg, cluster)))
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")

@@ -33,9 +33,11 @@ class Tile:
 class ParallelLayout:
     """How a Megatron model is spread over ranks: the sizes of the axes, and how its modules are built.
 
-    `expert` divides `data`: the ranks that hold different experts are replicas of everything else (Megatron's default
-    order "tp-cp-ep-dp-pp", experts split by `tensor` too). `virtual` is the number of model chunks a stage holds in
-    Megatron's interleaved schedule; their tensors are named `model0.`, `model1.`, ... as in Megatron's checkpoints.
+    The ranks of `context` share the tokens of each sequence, those of `data` the sequences: both hold the same weights.
+    `expert` divides context * data: the ranks that hold different experts are replicas of everything else (Megatron's
+    default order "tp-cp-ep-dp-pp", experts split by `tensor` too). `virtual` is the number of model chunks a stage
+    holds in Megatron's interleaved schedule; their tensors are named `model0.`, `model1.`, ... as in Megatron's
+    checkpoints.
     `vocabulary_multiple` is Megatron-LM's make_vocab_size_divisible_by, 128 there by default: the vocabulary is padded
     to a multiple of it times `tensor`. `fused_norms` is False for Megatron's local spec and True for Transformer
     Engine's, which keeps the norms inside the linear layers that follow them.
@@ -48,16 +50,17 @@ class ParallelLayout:
     expert: int = 1
     virtual: int = 1
     vocabulary_multiple: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("tensor", "pipeline", "data", "expert", "virtual", "vocabulary_multiple"):
+        for axis in ("tensor", "pipeline", "context", "data", "expert", "virtual", "vocabulary_multiple"):
             size = getattr(self, axis)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{axis}={size!r}: expected a whole number of at least 1")
-        if self.data % self.expert:
+        if self.replicas % self.expert:
             raise ValueError(
-                f"data={self.data} does not divide by expert={self.expert}: experts are spread over the data-parallel "
-                f"ranks; choose data as a multiple of expert"
+                f"context * data={self.replicas} does not divide by expert={self.expert}: experts are spread over the "
+                f"ranks that hold the same weights; choose context * data as a multiple of expert"
             )
         if self.virtual > 1 and self.pipeline == 1:
             raise ValueError(f"virtual={self.virtual} needs pipeline > 1: Megatron interleaves chunks of stages")
@@ -65,22 +68,28 @@ class ParallelLayout:
     @property
     def world_size(self) -> int:
         """The number of ranks."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
 
-    def rank(self, tensor: int, pipeline: int, data: int) -> int:
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same weights, experts apart."""
+        return self.context * self.data
+
+    def rank(self, tensor: int, pipeline: int, data: int, context: int = 0) -> int:
         """The global rank at these coordinates, in Megatron's default order "tp-cp-ep-dp-pp" (tensor fastest)."""
-        for axis, index in (("tensor", tensor), ("pipeline", pipeline), ("data", data)):
+        for axis, index in (("tensor", tensor), ("pipeline", pipeline), ("data", data), ("context", context)):
             if not 0 <= index < getattr(self, axis):
                 raise ValueError(f"{axis} index {index} is outside this layout's {axis}={getattr(self, axis)}")
-        return tensor + self.tensor * (data + self.data * pipeline)
+        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
 
-    def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(tensor, pipeline, data) of a global rank: the inverse of `rank`."""
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(tensor, pipeline, data, context) of a global rank: the inverse of `rank`."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside this layout of {self.world_size} ranks")
         rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
-        return tensor, pipeline, data
+        return tensor, pipeline, data, context
 
     def places(self) -> Iterator[tuple[int, "Place"]]:
         """Every rank with its place, in rank order."""
@@ -89,8 +98,9 @@ class ParallelLayout:
 
     def place(self, rank: int) -> "Place":
         """What of the model lies on `rank`."""
-        tensor, pipeline, data = self.coordinates(rank)
-        return Place(layout=self, tensor=tensor, pipeline=pipeline, expert=data % self.expert)
+        tensor, pipeline, data, context = self.coordinates(rank)
+        expert = (context + self.context * data) % self.expert
+        return Place(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

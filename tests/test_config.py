@@ -53,7 +53,11 @@ KEYS = {
     "optim.offload": False,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.virtual": 1,
+    "parallel.context": 1,
     "parallel.data": 1,
+    "parallel.expert": 1,
+    "parallel.recompute": "none",
     "rollout.num_engines": 1,
     "rollout.tensor": 1,
     "rollout.max_num_seqs": 256,
@@ -265,6 +269,10 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
             "200 optimiser steps of the run",
         ),
         (["model.fp8=tensorwise", "model.dtype=float32"], "model.fp8", "set model.dtype=bfloat16"),
+        (["parallel.data=4", "parallel.expert=3"], "parallel.expert", "take 2"),
+        (["parallel.context=2", "parallel.expert=4"], "parallel.expert", "a multiple of 4"),
+        (["parallel.virtual=2"], "parallel.virtual", "parallel.pipeline of at least 2"),
+        (["train.mini_batch_size=8", "parallel.pipeline=3", "parallel.virtual=2"], "parallel.virtual", "take it 2"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_what_would_do(

@@ -47,6 +47,7 @@ def machine(
         shared_bytes=shared_bytes,
         native_bfloat16=native_bfloat16,
         num_accelerators=num_accelerators,
+        num_cores=8.0,
     )
 
 

@@ -42,11 +42,12 @@ class PackedBatch:
         return tuple(self.sequence.bincount(minlength=self.num_sequences).tolist())
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1, at_least: int = 1) -> list[list[int]]:
     """Return the indices of the sequences of each micro-batch: every sequence once, heaviest micro-batch first.
 
     Balanced by tokens; at most `max_tokens` each unless a sequence alone is longer. Their number is the smallest
-    found that fits and a multiple of `multiple_of` (interleaved pipelines need that). Deterministic. Raises ValueError.
+    found that fits, is not below `at_least`, and a multiple of `multiple_of` (interleaved pipelines need that).
+    Deterministic. Raises ValueError.
     """
     _check_lengths(lengths)
     if max_tokens < 1 or multiple_of < 1:
@@ -58,7 +59,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1)
     # A longer sequence fills its micro-batch and no more, so it counts as max_tokens here; of two above half, each
     # needs its own.
     filled = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)
-    at_least = max(1, filled, sum(2 * length > max_tokens for length in lengths))
+    at_least = max(at_least, filled, sum(2 * length > max_tokens for length in lengths))
     first = -(-at_least // multiple_of) * multiple_of
     for number in range(first, len(lengths) + 1, multiple_of):
         parts = _balance(lengths, number, capacity=len(lengths))
@@ -68,6 +69,21 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1)
         f"micro_batches: {len(lengths)} sequences can't be a multiple of {multiple_of} micro-batches of {max_tokens} "
         "tokens; raise train.micro_batch_tokens or the number of sequences a rank gets"
     )
+
+
+def equally_many_micro_batches(
+    lengths: Sequence[Sequence[int]], max_tokens: int, multiple_of: int = 1
+) -> list[list[list[int]]]:
+    """Return `micro_batches` of each rank, the same number for all: ranks that share experts meet in each of them.
+
+    `lengths` are those of each rank's sequences, of which all have the same number. Raises ValueError.
+    """
+    number = 1
+    while True:  # ends: with a sequence a micro-batch all have the same number
+        found = [micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
+        if len({len(rank) for rank in found}) == 1:
+            return found
+        number = max(len(rank) for rank in found)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:

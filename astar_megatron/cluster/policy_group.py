@@ -10,8 +10,8 @@ from typing import Any
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
+from astar_megatron.model.layouts import layout_of
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
-from conversion.tiles import ParallelLayout
 
 _RANK_CLASS = ("astar_megatron.model.policy", "PolicyRank")
 
@@ -44,12 +44,8 @@ class PolicyGroup:
     ) -> None:
         check_features(model, optim, cluster.num_gpus)
         self.parallel, self.dtype = parallel, dtype
-        self.layout = ParallelLayout(
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            data=parallel.data,
-            fused_norms=uses_transformer_engine(cluster.num_gpus),  # its layers hold the norms inside their linears
-        )
+        # Transformer Engine's layers hold the norms inside their linears.
+        self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
         env = environment(
             num_gpus=cluster.num_gpus, threads=cluster.threads(parallel.world_size), num_nodes=cluster.num_nodes

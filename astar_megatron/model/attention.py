@@ -3,9 +3,13 @@
 A pack is one stream of T tokens: [prefix P | own part of sequence 0 | own part of sequence 1 | ...]; sequence b is the
 prefix followed by its own part. Megatron's local attention knows neither packs nor shared prefixes; these two modules
 replace its core attention and its rotary embedding. Transformer Engine's own, where used, don't share a prefix.
-Leaves out: context parallelism, attention dropout.
 
-Shapes: T packed tokens, P prefix tokens, B sequences, S longest own part, h heads, g key-value heads, d head size.
+Where context-parallel ranks share the tokens (split.py), each takes its own queries to the keys and values of all: they
+are gathered, and their gradients summed and scattered, once a layer. Leaves out: a ring, which would hold fewer of them
+at a time; attention dropout.
+
+Shapes: T packed tokens, t of them on this rank, P prefix tokens, B sequences, S longest own part, s of it on this rank,
+h heads, g key-value heads, d head size.
 """
 
 import math
@@ -13,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,9 +33,10 @@ class PackedSequences(PackedSeqParams):
     """Where the sequences of a pack lie. Its format is not "thd": megatron then leaves [T, 1, h, d] tensors alone."""
 
     qkv_format: Any = "sbhd"
-    position_ids: Any = None  # [T] within the sequence
+    position_ids: Any = None  # [t] within the sequence
     prefix_tokens: int = 0
-    lengths: tuple[int, ...] = field(default_factory=tuple)  # own parts
+    lengths: tuple[int, ...] = field(default_factory=tuple)  # own parts, whole
+    order: Any = None  # [T], where each position lies in the context-parallel ranks' streams; None: in order, all here
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
@@ -53,10 +60,12 @@ class PackedAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-        """Return [T, 1, h*d] of query [T, 1, h, d], key and value [T, 1, g, d]; `packed_seq_params` says the pack."""
+        """Return [t, 1, h*d] of query [t, 1, h, d], key and value [t, 1, g, d]; `packed_seq_params` says the pack."""
         packed: PackedSequences = kwargs["packed_seq_params"]
         streams = [tensor.squeeze(1) for tensor in (query, key, value)]
-        if packed.prefix_tokens:
+        if packed.order is not None:
+            out = self._over_context(streams, packed)
+        elif packed.prefix_tokens:
             out = self._with_prefix(streams, packed.prefix_tokens, packed.lengths)
         else:
             out = self._own_parts(streams, packed.lengths)
@@ -84,6 +93,29 @@ class PackedAttention(MegatronModule):
         parts = zip(*(stream.split(lengths) for stream in streams), strict=True)
         return torch.cat([self._attend([x.unsqueeze(0) for x in part], causal=True).squeeze(0) for part in parts])
 
+    def _over_context(self, streams: list[Tensor], packed: PackedSequences) -> Tensor:
+        query, key, value = streams
+        own = gather_from_sequence_parallel_region(
+            torch.cat((key, value), dim=-1), group=parallel_state.get_context_parallel_group()
+        )
+        key, value = own.index_select(0, packed.order).chunk(2, dim=-1)  # [T, g, d], in the stream's order
+        lengths, num_ranks = packed.lengths, parallel_state.get_context_parallel_world_size()
+        shares = tuple(length // num_ranks for length in lengths)
+        if len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths):
+            pad, wide = _Padding(shares, query.device), _Padding(lengths, query.device)
+            mask = _not_later(pad.spread(packed.position_ids), wide.shape[1]).unsqueeze(1)  # [B, 1, s, S]
+            return pad.gather(self._attend([pad.spread(query), wide.spread(key), wide.spread(value)], mask=mask))
+        parts = zip(
+            *(stream.split(shares) for stream in (query, packed.position_ids)),
+            *(stream.split(lengths) for stream in (key, value)),
+            strict=True,
+        )
+        found = [
+            self._attend([x.unsqueeze(0) for x in (q, k, v)], mask=_not_later(positions, len(k))).squeeze(0)
+            for q, positions, k, v in parts
+        ]
+        return torch.cat(found)
+
     def _attend(self, tensors: list[Tensor], *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Return [B, S, h, d]. Padding comes after the real tokens, so a causal mask hides it from them."""
         query, key, value = (tensor.transpose(1, 2) for tensor in tensors)
@@ -95,6 +127,11 @@ class PackedAttention(MegatronModule):
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         return {}
+
+
+def _not_later(positions: Tensor, size: int) -> Tensor:
+    """Return [..., size], True for the keys that a query at one of `positions` [...] may see."""
+    return positions.unsqueeze(-1) >= torch.arange(size, device=positions.device)
 
 
 class _Padding:

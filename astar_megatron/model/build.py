@@ -1,32 +1,52 @@
 """Builds Megatron's GPTModel from a conversion.families Model; the one file that knows GPTModel's arguments.
 
-Leaves out: grouped GEMM for experts, and training experts with tensor parallelism (it needs sequence parallelism).
+What follows from a layout is switched on without being asked for: sequence parallelism between the matrices that tensor
+ranks share (same numbers, less memory, and experts need it), and, where replicas share the weights, reducing gradients
+and gathering weights while others are computed. Leaves out: grouped GEMM for experts, their load-balancing loss (no
+part of the method).
+
 GPTModel is deprecated in megatron-core 0.19 in favour of HybridModel; when it goes, this file changes.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from astar_megatron.model.attention import PackedAttention, PackedRotaryEmbedding
 from astar_megatron.model.backend import Backend
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
 
+type Recompute = Literal["none", "selective", "full"]
+
 _ACTIVATIONS = {"silu": torch.nn.functional.silu}
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},  # attention's core
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def transformer_config(
-    model: Model, layout: ParallelLayout, dtype: torch.dtype, backend: Backend, fp8: str | None = None
+    model: Model,
+    layout: ParallelLayout,
+    dtype: torch.dtype,
+    backend: Backend,
+    recompute: Recompute = "none",
+    fp8: str | None = None,
 ) -> TransformerConfig:
     """Return megatron's description of `model` split by `layout`, computing in `dtype` (or `fp8`) on `backend`."""
     architecture = dict(model.transformer_config())
@@ -34,7 +54,10 @@ def transformer_config(
     return TransformerConfig(
         **architecture,
         **backend.transformer_options(fp8),
+        **_RECOMPUTE[recompute],
         tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        context_parallel_size=layout.context,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         # With two stages the previous rank is the next one, and gloo mixes up a batch of both messages: silently.
@@ -52,24 +75,75 @@ def transformer_config(
     )
 
 
-def build(
-    model: Model, layout: ParallelLayout, config: TransformerConfig, backend: Backend, chunk: int | None = None
-) -> GPTModel:
-    """Return this rank's part of the model on the backend's device, with megatron's random weights.
+def initialise(layout: ParallelLayout) -> None:
+    """Make megatron's process groups for `layout`; collective over all ranks, after init_process_group."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
+        create_gloo_process_groups=False,
+    )
 
-    `chunk` is the index of one of `layout.virtual` model chunks, None where there is only one. Collective over the
-    ranks of parallel_state, which must be initialised for `layout`.
+
+def build(model: Model, layout: ParallelLayout, config: TransformerConfig, backend: Backend) -> list[GPTModel]:
+    """Return this rank's chunks of the model on the backend's device, with megatron's random weights.
+
+    There are `layout.virtual` of them. Collective over the ranks of parallel_state: see `initialise`.
     """
+    return [_chunk(model, layout, config, backend, chunk) for chunk in range(layout.virtual)]
+
+
+def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of all chunks under the names that the tiles of `conversion` have for them."""
+    if len(chunks) == 1:
+        return dict(chunks[0].named_parameters())
+    return {
+        f"model{i}.{name}": parameter for i, part in enumerate(chunks) for name, parameter in part.named_parameters()
+    }
+
+
+def for_training(chunks: Sequence[GPTModel], config: TransformerConfig) -> list[DistributedDataParallel]:
+    """Return the chunks as the schedule trains them, their gradients summed in float32 over the replicas."""
+    overlap = overlaps()
+    modules = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap,
+            ),
+            module=in_compute_type(part, config),
+            disable_bucketing=chunk > 0,  # only what is reduced last is worth cutting
+        )
+        for chunk, part in enumerate(chunks)
+    ]
+    if overlap:  # or each micro-batch would reduce its own gradients
+        config.no_sync_func = [module.no_sync for module in modules] if len(modules) > 1 else modules[0].no_sync
+    return modules
+
+
+def overlaps() -> bool:
+    """Say whether gradients are reduced and weights gathered while others are computed: wherever there are replicas."""
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
+
+
+def _chunk(model: Model, layout: ParallelLayout, config: TransformerConfig, backend: Backend, chunk: int) -> GPTModel:
+    vp_stage = chunk if layout.virtual > 1 else None
     options = model.gpt_options()
     options["vocab_size"] = model.padded_vocab_size(layout)
     part = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, backend),
-        pre_process=parallel_state.is_pipeline_first_stage() and not chunk,
-        post_process=parallel_state.is_pipeline_last_stage() and chunk in (None, layout.virtual - 1),
+        transformer_layer_spec=_layers(config, backend, vp_stage),
+        pre_process=parallel_state.is_pipeline_first_stage() and chunk == 0,
+        post_process=parallel_state.is_pipeline_last_stage() and chunk == layout.virtual - 1,
         parallel_output=True,
         position_embedding_type="rope",
-        vp_stage=chunk,
+        vp_stage=vp_stage,
         **options,
     )
     if not backend.uses_transformer_engine:
@@ -91,7 +165,17 @@ def in_compute_type(part: GPTModel, config: TransformerConfig) -> Any:
     return Float16Module(config, part) if config.bf16 else part
 
 
-def _layer_spec(config: TransformerConfig, backend: Backend) -> Any:
+class _RMSNorm(torch.nn.RMSNorm):
+    """torch's, marked: with sequence parallelism a rank has a part of the weight's gradient, and megatron sums them."""
+
+    returns_residual = False
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _layers(config: TransformerConfig, backend: Backend, vp_stage: int | None) -> Any:
     kinds = {
         "num_experts": config.num_moe_experts,
         "moe_grouped_gemm": config.moe_grouped_gemm,
@@ -100,5 +184,9 @@ def _layer_spec(config: TransformerConfig, backend: Backend) -> Any:
     if backend.uses_transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(**kinds)
     spec: Any = get_gpt_layer_local_spec(normalization="RMSNorm", **kinds)
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = _RMSNorm
+    attention.q_layernorm = attention.k_layernorm = _RMSNorm if config.qk_layernorm else IdentityOp
+    number = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * number, layer_norm=_RMSNorm)

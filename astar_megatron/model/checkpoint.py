@@ -7,6 +7,7 @@ their global shapes: another layout can load them.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from conversion import folders
 PROGRESS_FILE = "progress.json"
 
 
-def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[str, Any], model_folder: str) -> None:
+def save(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, progress: dict[str, Any], model_folder: str
+) -> None:
     """Write a checkpoint to `folder`, which must not exist yet; collective over all ranks.
 
-    `progress` is JSON-able: what the driver needs to go on. config.json and tokenizer of `model_folder` lie beside, so
-    that `astar convert` can read the checkpoint alone.
+    `chunks` are this rank's of the model. `progress` is JSON-able: what the driver needs to go on. config.json and
+    tokenizer of `model_folder` lie beside, so that `astar convert` can read the checkpoint alone.
     """
     temporary = folder.with_name(folder.name + ".incomplete")
     if dist.get_rank() == 0:
@@ -37,7 +40,7 @@ def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[
         shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
         folders.copy_companions(Path(model_folder), temporary)
     dist.barrier()
-    dist_checkpointing.save(_state(part, optimizer, schedule, loading=False), str(temporary))
+    dist_checkpointing.save(_state(chunks, optimizer, schedule, loading=False), str(temporary))
     if dist.get_rank() == 0:
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
@@ -46,7 +49,7 @@ def save(folder: Path, part: Any, optimizer: Any, schedule: Any, progress: dict[
     dist.barrier()
 
 
-def load(folder: Path, part: Any, optimizer: Any, schedule: Any) -> None:
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
     """Restore a checkpoint into a built model and optimizer; collective over all ranks.
 
     In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
@@ -54,7 +57,7 @@ def load(folder: Path, part: Any, optimizer: Any, schedule: Any) -> None:
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         _fill_adam_state(inner.optimizer)
-    state = _state(part, optimizer, schedule, loading=True)
+    state = _state(chunks, optimizer, schedule, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
     try:
@@ -65,7 +68,8 @@ def load(folder: Path, part: Any, optimizer: Any, schedule: Any) -> None:
             f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"
         ) from error
     _take_learning_rates(loaded["optimizer"], optimizer.param_groups[0])
-    part.load_state_dict(loaded["model"])
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     if "random" in loaded:
@@ -90,21 +94,28 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _state(part: Any, optimizer: Any, schedule: Any, *, loading: bool) -> dict[str, Any]:
+def _names(chunks: Sequence[Any]) -> list[str]:
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: bool) -> dict[str, Any]:
     """Return the sharded state. megatron's default optimizer sharding raises with gloo and torch's AdamW."""
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = part.sharded_state_dict(metadata=metadata)
+    parts = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
+    model = dict(zip(_names(chunks), parts, strict=True))
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
     return {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        **model,
+        "optimizer": optimizer.sharded_state_dict(
+            parts[0] if len(parts) == 1 else model, is_loading=loading, metadata=metadata
+        ),
         "schedule": schedule.state_dict(),
         "random": ShardedObject(
             "random",

@@ -81,6 +81,7 @@ def install() -> None:
     _patch_random()  # 3
     _patch_moe()  # 4
     repair_optimizer_state()  # 5
+    _patch_uneven_parts()  # 6
 
 
 def _patch_torch_cuda() -> None:
@@ -132,6 +133,37 @@ def _patch_moe() -> None:
     if not hasattr(utils, "te_general_gemm"):
         utils.te_general_gemm = None
     utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _patch_uneven_parts() -> None:
+    """Part 6: experts that tensor ranks share gather unequal numbers of tokens; gloo takes equal parts only."""
+    from megatron.core.tensor_parallel import mappings
+
+    module: Any = mappings
+    gather, reduce_scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def lengthened(part: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.cat((part, part.new_zeros(size - len(part), *part.shape[1:])))
+
+    def gather_parts(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, use_global_buffer)
+        size = max(output_split_sizes)
+        parts = gather(lengthened(input_, size), group).split(size) if size else [input_] * group.size()
+        return torch.cat([part[:own] for part, own in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_parts(
+        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, use_global_buffer)
+        size = max(input_split_sizes)
+        if size == 0:
+            return input_
+        parts = [lengthened(part, size) for part in input_.split(input_split_sizes)]
+        return reduce_scatter(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather_parts, reduce_scatter_parts
 
 
 def repair_optimizer_state() -> None:

@@ -1,13 +1,17 @@
 """Runs packs through a Megatron model with its own schedule: scoring without gradients, and the loss with them.
 
 The loss is computed by the model's head (head/), which forms its gradient sequence by sequence. The schedule divides
-it by the number of micro-batches IN PLACE, and DistributedDataParallel averages gradients over data-parallel ranks;
-`run_loss` undoes both, so a caller writes the plain losses of its sequences.
+it by the number of micro-batches IN PLACE (and multiplies it by the context-parallel ranks), DistributedDataParallel
+averages gradients over all replicas; `run_loss` undoes both, so a caller writes the plain losses of its sequences.
 
-Shapes: T stream positions, R response positions, B sequences of one pack, b of them.
+Context-parallel ranks each compute the log-probs of the responses they hold. A sequence's sum is taken over them before
+its loss is, with the loss's slope for each rank's own part of the sum.
+
+Shapes: t stream positions of this rank (split.py), R response positions of a pack, r of this rank, B sequences of one
+pack, b of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,30 +26,38 @@ from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.attention import PackedSequences
 from astar_megatron.model.backend import Backend
 from astar_megatron.model.head import output
-from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary
+from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, sequence_sums
+from astar_megatron.model.head.ranks import summed
+from astar_megatron.model.split import RankStream, held
 
 
 def run_scoring(
-    module: Any, packs: Sequence[PackedBatch], *, vocab_size: int, temperature: float, backend: Backend
+    modules: Sequence[Any], packs: Sequence[PackedBatch], *, vocab_size: int, temperature: float, backend: Backend
 ) -> list[Tensor]:
     """Return the [R] log-probs (nats) of each pack's response tokens on ranks of the last stage, else nothing.
 
-    Collective over tensor and pipeline ranks.
+    `modules` are this rank's chunks of the model. Collective over tensor, pipeline and context ranks.
     """
-    collected: list[Tensor] = []
+    found = []
+    for stream, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend)):
+        everywhere = logprobs.new_zeros(stream.num_responses).index_copy(0, stream.rows.to(logprobs.device), logprobs)
+        found.append(_over_context(everywhere))
+    return found
 
-    def collect(logprobs: Tensor, non_loss_data: bool = False) -> Tensor:
-        collected.append(logprobs)
-        return logprobs
 
-    inputs = _Inputs(vocab_size, temperature, backend)
-    with torch.no_grad():
-        _schedule(module, packs, partial(_forward_step, inputs, None, collect), forward_only=True)
-    return collected
+def run_sums(
+    modules: Sequence[Any], packs: Sequence[PackedBatch], *, vocab_size: int, temperature: float, backend: Backend
+) -> list[Tensor]:
+    """Return for each pack the [B] sums of its responses' log-probs (nats) on ranks of the last stage, else nothing.
+
+    They are bitwise what `run_loss` gives `loss` under the same weights. Collective as `run_scoring`.
+    """
+    scored = _scored(modules, packs, _Inputs(vocab_size, temperature, backend))
+    return [_over_context(sequence_sums(logprobs, stream.response_lengths)) for stream, logprobs in scored]
 
 
 def run_loss(
-    module: Any,
+    modules: Sequence[Any],
     packs: Sequence[PackedBatch],
     loss: Callable[[int, slice, Tensor], Tensor],
     *,
@@ -56,15 +68,41 @@ def run_loss(
     """Accumulate the gradient of the sum of all sequences' losses over the packs of ALL data-parallel ranks.
 
     `loss(i, sequences, sums)` returns the losses [b] of the slice `sequences` of pack i from the sums [b] of their
-    log-probs (nats). It is called on the last stage, once for each sequence. Collective over tensor and pipeline ranks.
+    log-probs (nats). It is called on the last stage, once for each sequence. Collective over tensor, pipeline and
+    context ranks.
     """
-    scale = len(packs) * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    scale = len(packs) * parallel_state.get_data_parallel_world_size()
 
     def scaled(total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return total * scale, {}
 
+    def summed_loss(index: int, sequences: slice, sums: Tensor) -> Tensor:
+        return loss(index, sequences, _over_context(sums))
+
     inputs = _Inputs(vocab_size, temperature, backend)
-    _schedule(module, packs, partial(_forward_step, inputs, loss, scaled), forward_only=False)
+    streams = inputs.streams(packs)
+    _schedule(modules, streams, partial(_forward_step, inputs, summed_loss, scaled), forward_only=False)
+
+
+def _scored(
+    modules: Sequence[Any], packs: Sequence[PackedBatch], inputs: "_Inputs"
+) -> Iterator[tuple[RankStream, Tensor]]:
+    """Yield on ranks of the last stage each pack as split, and the [r] log-probs of the responses that lie here."""
+    collected: list[Tensor] = []
+
+    def collect(logprobs: Tensor, non_loss_data: bool = False) -> Tensor:
+        collected.append(logprobs)
+        return logprobs
+
+    streams = inputs.streams(packs)
+    with torch.no_grad():
+        _schedule(modules, streams, partial(_forward_step, inputs, None, collect), forward_only=True)
+    return zip(streams, collected, strict=False)
+
+
+def _over_context(tensor: Tensor) -> Tensor:
+    """Return the sum over the context-parallel ranks, each of which gets the gradient of the sum."""
+    return summed(tensor, parallel_state.get_context_parallel_group())  # type: ignore[arg-type]
 
 
 class _Inputs:
@@ -74,7 +112,16 @@ class _Inputs:
         self.vocab_size, self.temperature, self.backend = vocab_size, temperature, backend
         self.head = output.choose(backend)
 
-    def model_arguments(self, packed: PackedBatch, padded_vocab: int, loss: SequenceLoss | None) -> dict[str, Any]:
+    def streams(self, packs: Sequence[PackedBatch]) -> list[RankStream]:
+        """Return this rank's part of each pack."""
+        axes = {
+            "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+            "context": parallel_state.get_context_parallel_world_size(),
+            "rank": parallel_state.get_context_parallel_rank(),
+        }
+        return [held(packed, **axes) for packed in packs]
+
+    def model_arguments(self, stream: RankStream, padded_vocab: int, loss: SequenceLoss | None) -> dict[str, Any]:
         device = self.backend.device
         columns = padded_vocab // parallel_state.get_tensor_model_parallel_world_size()
         vocabulary = Vocabulary(
@@ -84,15 +131,17 @@ class _Inputs:
             group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
         )
         return {
-            "input_ids": packed.token_ids[None].to(device),
-            "position_ids": packed.position_ids[None].to(device),
+            "input_ids": stream.token_ids[None].to(device),
+            "position_ids": stream.position_ids[None].to(device),
             "attention_mask": None,
-            "packed_seq_params": _packed_sequences(packed, self.backend),
+            "packed_seq_params": _packed_sequences(stream, self.backend),
             "output_processor": output.head_output,
             "output_processor_context": output.HeadInputs(
                 head=self.head,
-                positions=packed.target_positions.to(device),
-                responses=Responses(targets=packed.targets.to(device), lengths=packed.response_lengths),
+                positions=stream.positions.to(device),
+                responses=Responses(
+                    targets=stream.targets.to(device), lengths=stream.response_lengths, most=stream.most_responses
+                ),
                 vocabulary=vocabulary,
                 loss=loss,
             ),
@@ -107,36 +156,42 @@ def _forward_step(
     module: Any,
     *_: Any,
 ) -> tuple[Tensor, Any]:
-    index, packed = next(iterator)
+    index, stream = next(iterator)
     padded_vocab = _innermost(module).vocab_size
     pack_loss = None if loss is None else partial(loss, index)
-    return module(**inputs.model_arguments(packed, padded_vocab, pack_loss)), finish
+    return module(**inputs.model_arguments(stream, padded_vocab, pack_loss)), finish
 
 
-def _schedule(module: Any, packs: Sequence[PackedBatch], forward_step: Any, *, forward_only: bool) -> None:
+def _schedule(modules: Sequence[Any], streams: Sequence[RankStream], forward_step: Any, *, forward_only: bool) -> None:
+    iterators = [iter(enumerate(streams)) for _ in modules]
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(enumerate(packs)),
-        model=module,
-        num_microbatches=len(packs),
+        data_iterator=iterators if len(modules) > 1 else iterators[0],
+        model=list(modules) if len(modules) > 1 else modules[0],
+        num_microbatches=len(streams),
         seq_length=1,  # unused: get_model_config(module).variable_seq_lengths
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
-    assert get_model_config(module).variable_seq_lengths
+    assert get_model_config(modules[0]).variable_seq_lengths
 
 
-def _packed_sequences(packed: PackedBatch, backend: Backend) -> PackedSeqParams:
+def _packed_sequences(stream: RankStream, backend: Backend) -> PackedSeqParams:
     device = backend.device
     if not backend.uses_transformer_engine:
         return PackedSequences(
-            position_ids=packed.position_ids.to(device), prefix_tokens=packed.prefix_tokens, lengths=packed.lengths
+            position_ids=stream.position_ids.to(device),
+            prefix_tokens=stream.prefix_tokens,
+            lengths=stream.lengths,
+            order=None if stream.order is None else stream.order.to(device),
         )
-    if packed.prefix_tokens:
+    if stream.prefix_tokens:
         raise AssertionError("Transformer Engine's attention takes packs without a shared prefix")
-    bounds = torch.tensor([0, *packed.lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
-    longest = max(packed.lengths)
+    # Of the whole sequences: its attention and megatron's rotary embedding know which pieces of each a rank of the
+    # context axis holds. Padding counts as tokens, so nothing lies between two sequences.
+    bounds = torch.tensor([0, *stream.lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    longest = max(stream.lengths)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -145,6 +200,7 @@ def _packed_sequences(packed: PackedBatch, backend: Backend) -> PackedSeqParams:
         cu_seqlens_kv_padded=bounds,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        pad_between_seqs=False,
     )
 
 

@@ -17,22 +17,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.algorithm.loss import astar_loss, importance_weight
-from astar_megatron.algorithm.packing import PackedBatch, micro_batches, pack, split_evenly
+from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
 from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
-from astar_megatron.model.build import build, in_compute_type, transformer_config
+from astar_megatron.model.build import (
+    build,
+    for_training,
+    initialise,
+    named_parameters,
+    overlaps,
+    transformer_config,
+)
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import run_loss, run_scoring
+from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.optimizer import describe, learning_rate, make_optimizer, make_schedule, take_step
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.statistics import StepRecord
@@ -41,7 +45,6 @@ from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
 from conversion.plan import WeightPlan, plan
-from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender
 from conversion.verify import Holdings, Manifest, Verifier, check_export, sent_parts
 
@@ -73,12 +76,8 @@ class PolicyRank:
         self.backend = backends.choose()
         self.rank = rank
         self.model = read_model(model_path)
-        self.layout = ParallelLayout(
-            tensor=parallel.tensor,
-            pipeline=parallel.pipeline,
-            data=parallel.data,
-            fused_norms=self.backend.uses_transformer_engine,
-        )
+        self.layout = layout_of(parallel, fused_norms=self.backend.uses_transformer_engine)
+        self._recompute = parallel.recompute
         self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
         self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
         self._version = 0  # batches behind the current weights
@@ -104,34 +103,22 @@ class PolicyRank:
             world_size=self.layout.world_size,
             timeout=_COLLECTIVE_TIMEOUT,
         )
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=self.layout.tensor,
-            pipeline_model_parallel_size=self.layout.pipeline,
-            create_gloo_process_groups=False,
-        )
+        initialise(self.layout)
         tensor_parallel.model_parallel_cuda_manual_seed(self._seed + 1)
         self._build()
         return f"{self.backend.describe()}; {describe(self._optimizer)}"
 
     def _build(self) -> None:
-        config = transformer_config(self.model, self.layout, self._dtype, self.backend, self._fp8)
-        part = build(self.model, self.layout, config, self.backend)
-        tensors = {name: parameter.data for name, parameter in part.named_parameters()}
+        config = transformer_config(self.model, self.layout, self._dtype, self.backend, self._recompute, self._fp8)
+        self._chunks = build(self.model, self.layout, config, self.backend)
+        tensors = self.weights()
         check_tensors(self.model, self.layout, self.rank, tensors)
         hf.load(self._path, plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout)), self.rank, tensors)
         self._reference = Reference(
             self.model, self.layout, config, tensors, self.backend, offload=self._offloads_reference
         )
-        self._part = part
-        self._module = DistributedDataParallel(
-            config=config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-            ),
-            module=in_compute_type(part, config),
-        )
-        self._optimizer = make_optimizer([self._module], self._optim, self._dtype)
+        self._modules = for_training(self._chunks, config)
+        self._optimizer = make_optimizer(self._modules, self._optim, self._dtype, overlap=overlaps())
         self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
@@ -168,6 +155,8 @@ class PolicyRank:
                 )
             record.grad_norms.append(norm)
             record.skipped += [] if taken else [index]
+        for module in self._modules if overlaps() else ():
+            module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
         self._version += 1
         record.learning_rate = learning_rate(self._optimizer)
         record.seconds["policy"] = time.perf_counter() - clock
@@ -207,12 +196,13 @@ class PolicyRank:
             record.add(indices, sums, expected, losses)
             return losses * (scale / options.mini_batch_size)
 
-        self._module.zero_grad_buffer()
+        for module in self._modules:
+            module.zero_grad_buffer()
         self._optimizer.zero_grad()
         packs = [packed for _, packed in group]
         record.flops += 3 * sum(forward_flops(self.model, packed) for packed in packs)
         run_loss(
-            self._module,
+            self._modules,
             packs,
             loss,
             vocab_size=self.model.vocab_size,
@@ -225,25 +215,27 @@ class PolicyRank:
     ) -> Iterator[tuple[list[int], PackedBatch]]:
         """Yield this rank's packs of a mini-batch with the batch indices of their sequences."""
         lengths = [len(batch.token_ids[i]) for i in indices]
-        parts = [[indices[i] for i in part] for part in split_evenly(lengths, self.layout.data)]
-        mine = parts[parallel_state.get_data_parallel_rank()]
-        own_lengths = [len(batch.token_ids[i]) for i in mine]
-        for micro in micro_batches(own_lengths, options.micro_batch_tokens):
-            chosen = [mine[i] for i in micro]
-            packed = pack(
-                [batch.token_ids[i] for i in chosen],
-                [batch.prompt_tokens[i] for i in chosen],
-                share_prefix=self.backend.shares_prefix,
-            )
+        parts = split_evenly(lengths, self.layout.data)
+        own = [[lengths[i] for i in part] for part in parts]
+        together = self.layout.pipeline if self.layout.virtual > 1 else 1  # interleaved stages take so many at a time
+        rank = parallel_state.get_data_parallel_rank()
+        for micro in equally_many_micro_batches(own, options.micro_batch_tokens, together)[rank]:
+            chosen = [indices[parts[rank][i]] for i in micro]
+            packed = self._pack([batch.token_ids[i] for i in chosen], [batch.prompt_tokens[i] for i in chosen])
             yield chosen, packed
+
+    def _pack(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> PackedBatch:
+        shares_prefix = self.backend.shares_prefix and self.layout.context == 1
+        return pack(token_ids, prompt_tokens, share_prefix=shares_prefix)
 
     def logprobs(
         self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], temperature: float = 1.0
     ) -> list[list[float]] | None:
         """Return each response token's log-prob under the policy (nats), on the last stage; collective."""
-        packed = pack(token_ids, prompt_tokens, share_prefix=self.backend.shares_prefix)
+        packed = self._pack(token_ids, prompt_tokens)
+        packs = [packed] * (self.layout.pipeline if self.layout.virtual > 1 else 1)
         found = run_scoring(
-            self._module, [packed], vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
+            self._modules, packs, vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
         )
         if not found:
             return None
@@ -254,11 +246,11 @@ class PolicyRank:
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's parameters, current and uncopied."""
-        return {name: parameter.data for name, parameter in self._part.named_parameters()}
+        return {name: parameter.data for name, parameter in named_parameters(self._chunks).items()}
 
     def gradients(self) -> dict[str, Tensor]:
         """Return this rank's accumulated float32 gradients, uncopied."""
-        return {name: parameter.main_grad for name, parameter in self._part.named_parameters()}  # type: ignore[attr-defined]
+        return {name: parameter.main_grad for name, parameter in named_parameters(self._chunks).items()}  # type: ignore[attr-defined]
 
     def open_publish(self, engine_tensor: int, num_engines: int, folder: str, bucket_bytes: int) -> None:
         """Prepare to send this rank's tiles to engines of `engine_tensor` workers through files in `folder`."""
@@ -295,11 +287,11 @@ class PolicyRank:
 
     def save(self, folder: str, progress: dict[str, Any]) -> None:
         """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
-        checkpoint.save(Path(folder), self._part, self._optimizer, self._schedule, progress, self._path)
+        checkpoint.save(Path(folder), self._chunks, self._optimizer, self._schedule, progress, self._path)
 
     def load(self, folder: str, version: int) -> None:
         """Restore what `save` wrote after `version` batches, in any layout; collective."""
-        checkpoint.load(Path(folder), self._part, self._optimizer, self._schedule)
+        checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule)
         self._version = version
 
     def export(self, folder: str, transfer_folder: str, kind: str = "weights") -> None:

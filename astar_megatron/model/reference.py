@@ -11,9 +11,8 @@ from torch import Tensor
 
 from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.backend import Backend
-from astar_megatron.model.build import build, in_compute_type
-from astar_megatron.model.forward import run_scoring
-from astar_megatron.model.head.interface import sequence_sums
+from astar_megatron.model.build import build, in_compute_type, named_parameters
+from astar_megatron.model.forward import run_sums
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
 
@@ -35,14 +34,14 @@ class Reference:
         offload: bool = False,
     ) -> None:
         self._model, self._backend = model, backend
-        part = build(model, layout, config, backend)
+        chunks = build(model, layout, config, backend)
         with torch.no_grad():
-            for name, parameter in part.named_parameters():
+            for name, parameter in named_parameters(chunks).items():
                 parameter.copy_(weights[name])
         # requires_grad stays on, although nothing asks for a gradient: megatron and torch.matmul take other kernels for
         # a frozen weight, and the log-ratio at step 0 would be 1e-5 instead of exactly 0.
-        self._module: Any = in_compute_type(part, config)
-        self._parameters = dict(part.named_parameters())
+        self._modules: list[Any] = [in_compute_type(part, config) for part in chunks]
+        self._parameters = named_parameters(chunks)
         self._host: dict[str, Tensor] = {}
         if offload:
             for name, parameter in self._parameters.items():
@@ -52,14 +51,13 @@ class Reference:
     def score(self, packs: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         """Return for each pack the [B] sums of its responses' log-probs (nats) on the last stage, else nothing."""
         with self._on_device():
-            logprobs = run_scoring(
-                self._module,
+            return run_sums(
+                self._modules,
                 packs,
                 vocab_size=self._model.vocab_size,
                 temperature=temperature,
                 backend=self._backend,
             )
-        return [sequence_sums(values, packed.response_lengths) for packed, values in zip(packs, logprobs, strict=False)]
 
     def equals(self, weights: Mapping[str, Tensor]) -> bool:
         """Say whether every rank's `weights` are bitwise the reference's; collective over all ranks."""

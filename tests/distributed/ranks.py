@@ -3,7 +3,7 @@
 import importlib
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -13,13 +13,23 @@ class Job:
     model_path: str
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
     data: int = 1
+    expert: int = 1
+    recompute: Literal["none", "selective", "full"] = "none"
     lr: float = 1e-3
+    adam_eps: float = 1e-8
     micro_batch_tokens: int = 60
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        names = ("tensor", "pipeline", "virtual", "context", "data", "expert", "recompute")
+        return {name: getattr(self, name) for name in names}
 
 
 def serve(pipe: Any, module: str, name: str, rank: int, arguments: dict[str, Any]) -> None:
@@ -39,8 +49,8 @@ def _start(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
         rank=rank,
         model_path=job.model_path,
         dtype="float32",
-        parallel=ParallelConfig(tensor=job.tensor, pipeline=job.pipeline, data=job.data),
-        optim=OptimConfig(lr=job.lr, clip_grad=0.0, weight_decay=0.1),
+        parallel=ParallelConfig(**job.parallel),
+        optim=OptimConfig(lr=job.lr, adam_eps=job.adam_eps, clip_grad=0.0, weight_decay=0.1),
         seed=0,
     )
     if rank == 0:
@@ -78,11 +88,23 @@ def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, f
     policy = _start(pipe, rank, port, job)
     try:
         stats = policy.step(batch, _options(job, len(batch)))
-        if job.data == 1:  # with more, each rank holds the reduced gradient of its own shard only
-            policy.export(folder, shared, kind="gradients")
+        _gather_gradients(policy)
+        policy.export(folder, shared, kind="gradients")
         return stats
     finally:
         policy.close()
+
+
+def _gather_gradients(policy: Any) -> None:
+    """Give every replica the whole gradient; the distributed optimizer leaves each the sum of its own shard only."""
+    import torch.distributed as dist
+
+    for module in policy._modules:
+        for group in module.bucket_groups + module.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
 
 def logprobs(pipe: Any, rank: int, port: int | None, *, job: Job, token_ids: Any, prompt_tokens: Any) -> Any:
@@ -118,8 +140,9 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
         wanted = {name: weight.clone() for name, weight in policy.weights().items()}
         for weight in policy.weights().values():
             weight.zero_()
-        state = policy._part.sharded_state_dict()
-        policy._part.load_state_dict(dist_checkpointing.load(state, folder))
+        (part,) = policy._chunks
+        state = part.sharded_state_dict()
+        part.load_state_dict(dist_checkpointing.load(state, folder))
         found = policy.weights()
         rows = {name: _real_rows(policy, name) for name in wanted}
         return [name for name in wanted if not torch.equal(found[name][: rows[name]], wanted[name][: rows[name]])]
@@ -162,20 +185,14 @@ def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any,
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from astar_megatron.model import backend as backends
+    from astar_megatron.model.build import initialise
 
     backend = backends.choose()
     store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
     if rank == 0:
         pipe.send(store.port)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
-        expert_model_parallel_size=layout.expert,
-        expert_tensor_parallel_size=layout.tensor,
-        create_gloo_process_groups=False,
-    )
+    initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     place = layout.place(rank)
     assert parallel_state.get_tensor_model_parallel_rank() == place.tensor
@@ -195,7 +212,7 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from astar_megatron.model.attention import PackedSequences
-    from astar_megatron.model.build import build, transformer_config
+    from astar_megatron.model.build import build, named_parameters, transformer_config
     from conversion import hf
     from conversion.families import read_model
     from conversion.megatron import check_tensors
@@ -204,22 +221,19 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
     model = read_model(folder)
     config = transformer_config(model, layout, torch.float32, backend)
     many = layout.virtual > 1
-    chunks: list[Any] = [build(model, layout, config, backend, i if many else None) for i in range(layout.virtual)]
-    tensors = {
-        f"model{chunk}.{name}" if many else name: parameter.data
-        for chunk, part in enumerate(chunks)
-        for name, parameter in part.eval().named_parameters()
-    }
+    chunks: list[Any] = build(model, layout, config, backend)
+    tensors = {name: parameter.data for name, parameter in named_parameters(chunks).items()}
     check_tensors(model, layout, rank, tensors)
     hf.load(folder, plan(model.hf_tiles(), model.megatron_tiles(layout)), rank, tensors)
     found = []
 
     def collect(logits: Any, non_loss_data: bool = False) -> Any:
-        found.append(logits[0].numpy())
+        found.append(logits[0][: sum(map(len, packs[len(found)]))].numpy())
         return logits
 
     def forward(iterator: Any, part: Any, *_: Any) -> Any:
-        sequences = next(iterator)
+        sequences = [list(ids) for ids in next(iterator)]
+        sequences[-1] += [0] * (-sum(map(len, sequences)) % layout.tensor)  # the tensor ranks share the tokens
         positions = torch.cat([torch.arange(len(ids)) for ids in sequences])
         lengths = tuple(len(ids) for ids in sequences)
         out = part(

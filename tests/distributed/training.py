@@ -115,7 +115,7 @@ def shift_a_weight(policy: Any) -> None:
 
 def turn_the_reference(policy: Any) -> None:
     """Other rotary angles with the same weights: as kernels that compute another function would."""
-    policy._reference._module.rotary_pos_emb.inv_freq.mul_(1.1)
+    policy._reference._modules[0].rotary_pos_emb.inv_freq.mul_(1.1)
 
 
 def spoil_a_weight(policy: Any) -> None:

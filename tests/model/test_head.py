@@ -2,7 +2,6 @@
 
 import dataclasses
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from astar_megatron.model.head.fused import groups
 from astar_megatron.model.head.interface import Responses, Vocabulary
-from astar_megatron.model.head.output import HeadInputs, head_output
 
 CASES = {
     "some sequences kept, some made again": Case(),
@@ -163,21 +161,15 @@ def test_what_does_not_belong_together_is_refused() -> None:
         head.token_logprobs(torch.ones(3, 5), torch.ones(11, 5), responses, cold)
 
 
-def test_sequence_parallel_hidden_states_are_refused() -> None:
-    context: Any = HeadInputs(
-        head=make("plain", Case()),
-        positions=torch.tensor([0]),
-        responses=Responses(targets=torch.tensor([1]), lengths=(1,)),
-        vocabulary=Vocabulary(size=11),
-    )
-    for split in (False, True):
-        layer = SimpleNamespace(sequence_parallel=split, weight=torch.ones(11, 5))
-        inputs: Any = {"hidden_states": torch.ones(3, 1, 5), "output_layer": layer, "output_weight": None}
-        if split:
-            with pytest.raises(ValueError, match="got sequence parallelism's"):
-                head_output(**inputs, context=context)
-        else:
-            assert head_output(**inputs, context=context).shape == (1,)
+def test_ranks_that_share_sequences_take_the_same_ones_at_a_time() -> None:
+    """Each loss is summed over them: where one rank has few rows and another many, both must ask for the same."""
+    ranks = [(5, 0, 2, 7, 1), (1, 6, 2, 0, 0)]
+    most = tuple(max(lengths) for lengths in zip(*ranks, strict=True))
+    assert [g.sequences for g in groups(ranks[0], 7)] != [g.sequences for g in groups(ranks[1], 7)]
+    found = [list(groups(lengths, 7, most)) for lengths in ranks]
+    assert [g.sequences for g in found[0]] == [g.sequences for g in found[1]]
+    for lengths, parts in zip(ranks, found, strict=True):
+        assert [g.rows.stop - g.rows.start for g in parts] == [sum(lengths[g.sequences]) for g in parts]
 
 
 @pytest.mark.parametrize("keep", [False, True])

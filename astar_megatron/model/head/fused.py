@@ -10,7 +10,7 @@ c_i (onehot - p) / temperature for each row of logits, and has two ways to be fo
   is too long for that has its tiles made again, in the same place.
 
 Both see tiles of the same sizes for the same pack, with and without gradients: policy and reference with the same
-weights have bitwise the same log-probs. Leaves out: sequence and context parallelism (hidden states must be whole).
+weights have bitwise the same log-probs.
 
 Shapes: R response positions, r rows of one group of sequences, v columns of one tile, H hidden, V columns of the rank.
 """
@@ -159,16 +159,20 @@ class Group:
     fits: bool  # their logits may be kept
 
 
-def groups(lengths: tuple[int, ...], num_rows_kept: int) -> Iterator[Group]:
-    """Yield all sequences in order: as many at a time as `num_rows_kept` rows hold; a longer one alone."""
-    first = start = end = 0
-    for index, length in enumerate(lengths):
-        if index > first and end + length - start > num_rows_kept:
-            yield Group(slice(first, index), slice(start, end), end - start <= num_rows_kept)
-            first, start = index, end
+def groups(lengths: tuple[int, ...], num_rows_kept: int, most: tuple[int, ...] | None = None) -> Iterator[Group]:
+    """Yield all sequences in order: as many at a time as `num_rows_kept` rows hold; a longer one alone.
+
+    `most` are the lengths that decide it, if not these.
+    """
+    first = start = end = taken = 0
+    for index, (length, counted) in enumerate(zip(lengths, most or lengths, strict=True)):
+        if index > first and taken + counted > num_rows_kept:
+            yield Group(slice(first, index), slice(start, end), taken <= num_rows_kept)
+            first, start, taken = index, end, 0
         end += length
+        taken += counted
     if lengths:
-        yield Group(slice(first, len(lengths)), slice(start, end), end - start <= num_rows_kept)
+        yield Group(slice(first, len(lengths)), slice(start, end), taken <= num_rows_kept)
 
 
 class _Done(NamedTuple):
@@ -186,7 +190,7 @@ class _Work:
     def __init__(self, kernels: Kernels, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> None:
         self.responses, self._kernels, self._vocabulary = responses, kernels, vocabulary
         # Of the padded weight, whose size all ranks share: they must form the same groups.
-        self.groups = list(groups(responses.lengths, kernels.num_rows_kept(weight)))
+        self.groups = list(groups(responses.lengths, kernels.num_rows_kept(weight), responses.most))
 
     def forward(
         self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool = False, entropy: bool = False

@@ -32,10 +32,15 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Responses:
-    """The target tokens [R] of a pack, sequence after sequence, and how many each of its B sequences has."""
+    """The target tokens [R] of a pack, sequence after sequence, and how many each of its B sequences has.
+
+    Where ranks share the tokens of a sequence these are the rank's own, and `most` is how many the sequence has on
+    whichever rank has most: all must take the same sequences at a time, for each loss is summed over them.
+    """
 
     targets: Tensor
     lengths: tuple[int, ...]
+    most: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == len(self.targets), (self.lengths, self.targets.shape)

@@ -1,12 +1,13 @@
 """The head as GPTModel's `output_processor`: takes the response positions of the last hidden states to a Head.
 
-Shapes: T packed tokens, R response positions, H hidden, V vocabulary columns of this rank.
+Shapes of this rank: T packed tokens, R response positions, H hidden, V vocabulary columns.
 """
 
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from astar_megatron.model.backend import Backend
@@ -43,9 +44,11 @@ def choose(backend: Backend) -> Head:
 def head_output(
     *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: HeadInputs, **_: Any
 ) -> Tensor:
-    """Return what `context` asks for; every tensor-parallel rank holds all of it. `hidden_states` is [T, 1, H]."""
-    if output_layer.sequence_parallel:
-        raise ValueError("head: expected whole hidden states, got sequence parallelism's; set parallel.sequence: false")
+    """Return what `context` asks for; every tensor-parallel rank holds all of it. `hidden_states` is [T, 1, H], or
+    this rank's equal part of it where the model is sequence parallel.
+    """
+    if output_layer.sequence_parallel:  # the head sums the gradient of hidden states over the ranks itself
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
     hidden = hidden_states.squeeze(1)[context.positions]
     weight = output_layer.weight if output_weight is None else output_weight
     if context.loss is None:
