@@ -92,6 +92,17 @@ def test_a_run_resumed_after_a_skipped_step_is_the_uninterrupted_run(
     assert [one.learning_rate for one in found.stats] == [one.learning_rate for one in wanted.stats[2:]]
 
 
+def test_a_run_whose_every_step_was_skipped_is_saved_and_goes_on(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
+    batches = [spoiled(batch(1), 2), batch(2, version=1), batch(3, version=2)]
+    whole = Run(str(tied_llama), batches)
+    (wanted,) = train(ranks, whole)
+    save = str(tmp_path / "step_00000001")
+    train(ranks, dataclasses.replace(whole, batches=batches[:1], save=save))
+    (found,) = train(ranks, dataclasses.replace(whole, batches=batches[1:], load=save))
+    assert found.digests[1:] == wanted.digests[2:]
+    assert [one.loss for one in found.stats] == [one.loss for one in wanted.stats[1:]]
+
+
 def test_weights_that_are_spoiled_skip_every_step(ranks: Any, tied_llama: Path) -> None:
     run = Run(str(tied_llama), [batch(1), batch(2, version=1)], mini_batch_size=4)
     (found,) = train(ranks, run, tamper=work.spoil_a_weight)
