@@ -135,6 +135,8 @@ def _tracker() -> Any:
 
 def _fill_adam_state(adam: Any, step: float) -> None:
     """Give a fresh torch AdamW its state: megatron's state_dict() asserts that every parameter has a `step`."""
+    if not isinstance(adam, torch.optim.AdamW):  # Transformer Engine's and apex's count steps elsewhere
+        return
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
