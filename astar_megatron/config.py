@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Name = Annotated[str, Field(min_length=1)]
+type Recompute = Literal["none", "selective", "full"]
 type Dtype = Literal["auto", "bfloat16", "float32"]
 
 
@@ -138,7 +139,7 @@ class ParallelConfig(Section):
     context: int = Field(default=1, ge=1)  # ranks that share the tokens of each sequence
     data: int = Field(default=1, ge=1)  # ranks that share the sequences
     expert: int = Field(default=1, ge=1)  # of the context * data replicas, so many share the experts
-    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass:
+    recompute: Recompute = "none"  # activations made again in the backward pass:
     # selective: of attention's core, full: of every layer
 
     @property

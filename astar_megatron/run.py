@@ -158,7 +158,8 @@ def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, Eng
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         with tracker.progress("starting engines and policy", 1):
             engines.start()
-            policy.start()
+            reason = policy.start()
+        tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
         yield policy, engines
 
 

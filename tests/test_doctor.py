@@ -41,13 +41,14 @@ def machine(
     shared_bytes: int = 8 * GIB,
     native_bfloat16: bool = True,
     num_accelerators: int = 0,
+    num_cores: float = 8.0,
 ) -> Machine:
     return Machine(
         memory_bytes=memory_bytes,
         shared_bytes=shared_bytes,
         native_bfloat16=native_bfloat16,
         num_accelerators=num_accelerators,
-        num_cores=8.0,
+        num_cores=num_cores,
     )
 
 
@@ -57,6 +58,25 @@ def write(root: Path, path: str, text: str) -> None:
 
 
 # --- does a run fit
+
+
+def test_ranks_have_the_accelerators_that_engines_leave_or_a_core_each() -> None:
+    cfg = run_config(rollout={"num_engines": 2, "tensor": 3})
+    places, what = doctor.rank_places(cfg, machine(num_accelerators=8))
+    assert places == 2 and "of 8 accelerators the engines take 6" in what
+    assert doctor.rank_places(cfg, machine(num_accelerators=4))[0] == -2
+    places, what = doctor.rank_places(cfg, machine(num_cores=2.5))
+    assert places == 2 and "2.5" in what
+    assert doctor.rank_places(cfg, machine(num_cores=0.5))[0] == 1
+
+
+def test_replicas_that_share_experts_hold_less() -> None:
+    shared, whole = (
+        doctor.needs(run_config(parallel={"context": 2, "data": 2, "expert": expert}), MODEL_BYTES, machine())
+        for expert in (2, 1)
+    )
+    two = doctor.needs(run_config(parallel={"data": 2}), MODEL_BYTES, machine())
+    assert shared.policy_bytes == two.policy_bytes < whole.policy_bytes
 
 
 def test_bytes_a_parameter_are_the_formulas() -> None:

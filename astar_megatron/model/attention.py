@@ -95,11 +95,14 @@ class PackedAttention(MegatronModule):
 
     def _over_context(self, streams: list[Tensor], packed: PackedSequences) -> Tensor:
         query, key, value = streams
-        own = gather_from_sequence_parallel_region(
-            torch.cat((key, value), dim=-1), group=parallel_state.get_context_parallel_group()
-        )
-        key, value = own.index_select(0, packed.order).chunk(2, dim=-1)  # [T, g, d], in the stream's order
-        lengths, num_ranks = packed.lengths, parallel_state.get_context_parallel_world_size()
+        group = parallel_state.get_context_parallel_group()
+        whole = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=group)
+        key, value = whole.index_select(0, packed.order).chunk(2, dim=-1)
+        return self.own_queries(query, key, value, packed)
+
+    def own_queries(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
+        """Return [t, h, d] for this rank's part of the queries and all keys and values [T, g, d], in order."""
+        lengths, num_ranks = packed.lengths, len(key) // max(1, len(query))
         shares = tuple(length // num_ranks for length in lengths)
         if len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths):
             pad, wide = _Padding(shares, query.device), _Padding(lengths, query.device)

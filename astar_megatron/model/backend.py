@@ -34,6 +34,14 @@ _PEAK_FLOPS = {
     "L4": 121e12,
 }
 FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many tokens, or of fewer by recipe
+_LOCAL = (
+    "megatron's local layers and optimizer, and attention in torch (prefixes shared in a pack; context-parallel ranks "
+    "gather keys and values)"
+)
+_ENGINE = (
+    "Transformer Engine's layers, optimizer and attention (packs as thd, no shared prefix; context-parallel ranks pass "
+    "keys and values round a ring)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +117,7 @@ def choose() -> Backend:
             collectives="gloo",
             uses_transformer_engine=False,
             has_triton=False,
-            reason=f"torch {torch.__version__} sees no CUDA device",
+            reason=f"torch {torch.__version__} sees no CUDA device; {_LOCAL}; the head in plain torch",
         )
     torch.cuda.set_device(0)  # Ray shows a rank only its own GPU
     engine, triton = uses_transformer_engine(num_gpus=1), find_spec("triton") is not None
@@ -121,8 +129,8 @@ def choose() -> Backend:
         uses_transformer_engine=engine,
         has_triton=triton,
         reason=f"CUDA device {torch.cuda.get_device_name(0)}; "
-        + ("Transformer Engine; " if engine else "no Transformer Engine: megatron's local layers and optimizer; ")
-        + ("the head in Triton" if triton else "no Triton: the head in plain torch"),
+        + (_ENGINE if engine else f"no Transformer Engine: {_LOCAL}")
+        + ("; the head in Triton" if triton else "; no Triton: the head in plain torch"),
     )
 
 

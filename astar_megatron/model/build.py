@@ -10,7 +10,7 @@ GPTModel is deprecated in megatron-core 0.19 in favour of HybridModel; when it g
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -25,12 +25,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from astar_megatron.config import Recompute
 from astar_megatron.model.attention import PackedAttention, PackedRotaryEmbedding
 from astar_megatron.model.backend import Backend
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
-
-type Recompute = Literal["none", "selective", "full"]
 
 _ACTIVATIONS = {"silu": torch.nn.functional.silu}
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -123,7 +122,8 @@ def for_training(chunks: Sequence[GPTModel], config: TransformerConfig) -> list[
         for chunk, part in enumerate(chunks)
     ]
     if overlap:  # or each micro-batch would reduce its own gradients
-        config.no_sync_func = [module.no_sync for module in modules] if len(modules) > 1 else modules[0].no_sync
+        pauses: Any = [module.no_sync for module in modules]
+        config.no_sync_func = pauses if len(modules) > 1 else pauses[0]
     return modules
 
 

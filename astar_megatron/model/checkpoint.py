@@ -21,6 +21,7 @@ from astar_megatron.data.files import sync
 from conversion import folders
 
 PROGRESS_FILE = "progress.json"
+_SHARDING = "fully_reshardable"
 
 
 def save(
@@ -40,7 +41,7 @@ def save(
         shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
         folders.copy_companions(Path(model_folder), temporary)
     dist.barrier()
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in optimizer.chained_optimizers:
         _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
     dist_checkpointing.save(_state(chunks, optimizer, schedule, loading=False), str(temporary))
     if dist.get_rank() == 0:
@@ -57,7 +58,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
     In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
     """
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for inner in optimizer.chained_optimizers:
         _fill_adam_state(inner.optimizer, step=1.0)
     state = _state(chunks, optimizer, schedule, loading=True)
     if saved["layout"] != _layout():
@@ -69,7 +70,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
             f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
             f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"
         ) from error
-    _take_learning_rates(loaded["optimizer"], optimizer.param_groups[0])
+    _take_groups_of(optimizer, loaded)
     for name, chunk in zip(_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])
@@ -79,14 +80,26 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
         _tracker().set_states(loaded["random"]["tracker"])
 
 
-def _take_learning_rates(saved: Any, current: dict[str, Any]) -> None:
-    """Write the configuration's learning rates into a saved optimizer: megatron finds its groups by them."""
-    for name, value in saved.items():
-        if name == "param_groups":
-            for group in value:
-                group |= {key: current[key] for key in ("max_lr", "min_lr") if key in group}
-        elif isinstance(value, dict):
-            _take_learning_rates(value, current)
+def _take_groups_of(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Give a loaded optimizer state the groups of parameters that `optimizer` has now; of the saved, the step count.
+
+    They follow from the configuration (learning rates) and the layout (experts on their own have an optimizer of their
+    own), and megatron would look for those of the run that saved.
+    """
+    saved, inner = loaded["optimizer"], optimizer.chained_optimizers
+    step = _saved_step(saved)
+    parts = [saved] if len(inner) == 1 else [saved[index] for index in range(len(inner))]
+    for one, part in zip(inner, parts, strict=True):
+        part |= one.state_dict() | {"param_state_sharding_type": _SHARDING}
+        for group in part["optimizer"]["param_groups"]:
+            group["step"] = step
+    loaded["optimizer"] = saved if len(inner) == 1 else dict(enumerate(parts))
+
+
+def _saved_step(saved: dict[Any, Any]) -> float:
+    """Return how many steps an optimizer had taken; each of its groups, at whatever depth, says so."""
+    groups = saved["optimizer"]["param_groups"] if "optimizer" in saved else saved[0]["optimizer"]["param_groups"]
+    return max(group["step"] for group in groups if "step" in group)
 
 
 def _layout() -> dict[str, int]:
@@ -103,7 +116,8 @@ def _names(chunks: Sequence[Any]) -> list[str]:
 def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: bool) -> dict[str, Any]:
     """Return the sharded state. megatron's default optimizer sharding raises with gloo and torch's AdamW."""
     metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": _SHARDING,
+        "chained_optim_avoid_prefix": True,  # names that do not say which optimizer had a parameter
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }

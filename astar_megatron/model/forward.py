@@ -164,7 +164,7 @@ def _forward_step(
 
 
 def _schedule(modules: Sequence[Any], streams: Sequence[RankStream], forward_step: Any, *, forward_only: bool) -> None:
-    iterators = [iter(enumerate(streams)) for _ in modules]
+    iterators: list[Any] = [iter(enumerate(streams)) for _ in modules]
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(modules) > 1 else iterators[0],

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,9 +52,10 @@ def test_both_ends_derive_the_same_schedule() -> None:
     assert set(prints).isdisjoint(order.fingerprint("float16") for order in one)
 
 
-def test_replicas_share_the_bytes() -> None:
+@pytest.mark.parametrize("replicas", [{"data": 4}, {"context": 2, "data": 2}], ids=str)
+def test_replicas_share_the_bytes(replicas: dict[str, Any]) -> None:
     model = model_from_config(config(num_hidden_layers=8, vocab_size=64))
-    layout = ParallelLayout(tensor=2, data=4)
+    layout = ParallelLayout(tensor=2, **replicas)
     weights = plan(model.megatron_tiles(layout), model.vllm_tiles(2))
     sent = [order.total_bytes for order in schedules(weights, layout, 4, 1 << 20)]
     assert sum(sent) == 4 * model.num_parameters()

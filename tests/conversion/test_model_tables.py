@@ -1,5 +1,6 @@
 """The families' tables: shapes, tilings, what Megatron is told, and what is refused."""
 
+import dataclasses
 import json
 import math
 from collections import defaultdict
@@ -130,8 +131,13 @@ def test_a_fused_tensor_of_experts_holds_each_expert_in_a_plane() -> None:
 
 
 def test_experts_are_spread_over_the_data_parallel_ranks() -> None:
-    model, layout = model_from_config(config("qwen3_moe")), ParallelLayout(tensor=2, data=4, expert=2)
+    model = model_from_config(config("qwen3_moe"))
     weights = random_weights(model)
+    layout = ParallelLayout(tensor=2, data=4, expert=2)
+    assert [place for _, place in layout.places()] == [
+        dataclasses.replace(place, layout=layout)
+        for _, place in ParallelLayout(tensor=2, context=2, data=2, expert=2).places()
+    ]  # context-parallel ranks are replicas like any others
     world = reference_world(model.megatron_tiles(layout), weights, megatron_world(model, layout))
     for rank, first in enumerate([0, 0, 3, 3, 0, 0, 3, 3]):  # tensor fastest, then expert, then the replicas
         for own in range(3):
@@ -183,6 +189,9 @@ def test_rank_order_is_megatrons_default() -> None:
     assert layout.rank(0, 0, 1) == 2
     assert layout.rank(0, 1, 0) == 4
     assert [layout.rank(*layout.coordinates(rank)) for rank in range(12)] == list(range(12))
+    layout = ParallelLayout(tensor=2, context=3, pipeline=2, data=2)
+    assert (layout.rank(0, 0, 0, 1), layout.rank(0, 0, 1), layout.rank(0, 1, 0)) == (2, 6, 12)
+    assert [layout.rank(*layout.coordinates(rank)) for rank in range(24)] == list(range(24))
 
 
 def test_the_transformer_configuration_says_what_the_hf_configuration_says() -> None:

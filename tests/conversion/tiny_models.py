@@ -88,14 +88,16 @@ def models(draw: st.DrawFn) -> Model:
 def layouts() -> st.SearchStrategy[ParallelLayout]:
     """Layouts on every axis; `fits` says whether a model can be laid out so."""
     return st.builds(
-        lambda replicas, virtual, pipeline, expert, **rest: ParallelLayout(
-            data=replicas * expert,
+        lambda replicas, virtual, pipeline, expert, context, **rest: ParallelLayout(
+            data=max(1, replicas * expert // context),
+            context=context,
             expert=expert,
             pipeline=pipeline,
             virtual=virtual if pipeline > 1 else 1,
             **rest,
         ),
         replicas=st.sampled_from([1, 2]),
+        context=st.sampled_from([1, 1, 2]),
         virtual=st.sampled_from([1, 1, 2]),
         pipeline=st.sampled_from([1, 2, 3]),
         expert=st.sampled_from([1, 1, 2]),

@@ -95,6 +95,29 @@ def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, f
         policy.close()
 
 
+def trained(
+    pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, folder: str, shared: str, save: str | None
+) -> Any:
+    """Train on `batches`, the last of them in two mini-batches, from step 0; return the statistics.
+
+    `folder` gets the last gradient of each batch and the weights in the end, under HF names; `save` a checkpoint.
+    """
+    policy = _start(pipe, rank, port, job)
+    try:
+        found = []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            found.append(policy.step(batch, _options(job, len(batch) // 2 if last else len(batch))))
+            _gather_gradients(policy)
+            policy.export(f"{folder}/gradients{number}", shared, kind="gradients")
+        policy.export(f"{folder}/weights", shared)
+        if save:
+            policy.save(save, {"step": len(batches)})
+        return found
+    finally:
+        policy.close()
+
+
 def _gather_gradients(policy: Any) -> None:
     """Give every replica the whole gradient; the distributed optimizer leaves each the sum of its own shard only."""
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Megatron's numbers are transformers' numbers, and no layout changes them (fp32, real Megatron over gloo)."""
+"""Megatron's numbers are transformers' numbers, and training goes on from checkpoints (fp32, real Megatron, gloo)."""
 
 import dataclasses
 import random
@@ -15,12 +15,6 @@ from transformers import AutoModelForCausalLM
 from astar_megatron.types import RolloutBatch
 
 MODELS = ["tied_llama", "untied_qwen2"]
-LAYOUTS = {
-    "TP2": {"tensor": 2},
-    "PP2": {"pipeline": 2},
-    "PP3": {"pipeline": 3},
-    "TP2 PP2": {"tensor": 2, "pipeline": 2},
-}
 
 
 def sequences(seed: int, count: int, shared: int) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
@@ -107,50 +101,9 @@ def test_loss_and_gradient_equal_the_formula(
         torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_gradient_is_equal_for_every_layout_and_every_split(
-    kind: str, ranks: Any, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    """Property (vi): the layout, the micro-batches and the packing are no part of the method."""
-    one = Job(str(request.getfixturevalue(kind)))
-    data = batch(3)
-    wanted, base = run_gradients(ranks, tmp_path, one, data, "base")
-    assert max(float(gradient.abs().max()) for gradient in wanted.values()) > 1e-3
-    jobs = {name: dataclasses.replace(one, **layout) for name, layout in LAYOUTS.items()}
-    jobs["one sequence a micro-batch"] = dataclasses.replace(one, micro_batch_tokens=1)
-    jobs["one micro-batch"] = dataclasses.replace(one, micro_batch_tokens=10_000)
-    for name, job in jobs.items():
-        found, stats = run_gradients(ranks, tmp_path, job, data, name.replace(" ", "-"))
-        assert stats.loss == pytest.approx(base.loss, abs=1e-6), name
-        worst = max((found[key] - wanted[key]).abs().max().item() for key in wanted)
-        assert worst <= 1e-6, f"{name}: {worst}"
-
-
-@pytest.mark.parametrize("layout", [{"data": 2}, {"data": 2, "tensor": 2}, {"data": 2, "pipeline": 2}])
-def test_data_parallel_ranks_take_the_same_step(
-    layout: dict[str, int], ranks: Any, untied_qwen2: Path, tmp_path: Path
-) -> None:
-    one = Job(str(untied_qwen2))
-    data = batch(4)
-    _, wanted = run_gradients(ranks, tmp_path, one, data, "base")
-    _, found = run_gradients(ranks, tmp_path, dataclasses.replace(one, **layout), data, "found")
-    assert found.loss == pytest.approx(wanted.loss, abs=1e-6)
-    assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
-
-
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}])
-def test_every_logratio_is_exactly_zero_at_step_0(
-    layout: dict[str, int], ranks: Any, tied_llama: Path, tmp_path: Path
-) -> None:
-    data = batch(5)
-    _, stats = run_gradients(ranks, tmp_path, Job(str(tied_llama), **layout), data, "step0")
-    assert stats.logratio_max == 0.0
-    assert stats.loss == pytest.approx(float((data.v_star - data.reward).square().mean()), abs=1e-6)
-
-
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}])
 def test_training_continues_exactly_from_a_checkpoint(
-    layout: dict[str, int], ranks: Any, tied_llama: Path, tmp_path: Path
+    layout: dict[str, Any], ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:
     """Same layout: bitwise the same losses. Another layout: the same to rounding, which Adam amplifies."""
     one = Job(str(tied_llama))

@@ -1,0 +1,200 @@
+"""No axis changes what training computes: every layout against one rank (fp32, real Megatron over gloo)."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks as work
+import torch
+from ranks import Job
+from safetensors.torch import load_file
+from test_layouts import batch
+
+TOLERANCE = 1e-6
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 SP": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "PP3": {"pipeline": 3},
+    "PP2 VPP3": {"pipeline": 2, "virtual": 3},
+    "CP2": {"context": 2},
+    "DP2 overlap": {"data": 2},
+    "recompute full": {"recompute": "full"},
+    "recompute selective": {"recompute": "selective"},
+    "TP2 PP2 SP": {"tensor": 2, "pipeline": 2},
+    "TP2 CP2 SP": {"tensor": 2, "context": 2},
+    "TP2 DP2 SP overlap": {"tensor": 2, "data": 2},
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "a sequence a micro-batch": {"micro_batch_tokens": 1},
+    "one micro-batch": {"micro_batch_tokens": 10_000},
+    "CP2, one micro-batch": {"context": 2, "micro_batch_tokens": 10_000},
+}
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "EP2 over DP2": {"data": 2, "expert": 2},
+    "EP2 over CP2": {"context": 2, "expert": 2},
+    "TP2 EP2 SP": {"tensor": 2, "data": 2, "expert": 2},
+}
+RARE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "CP2 DP2": {"context": 2, "data": 2},
+    "CP2 PP2 VPP3, full": {"context": 2, "pipeline": 2, "virtual": 3, "recompute": "full"},
+    "CP4": {"context": 4},
+    "TP2 PP2 VPP3 DP2": {"tensor": 2, "pipeline": 2, "virtual": 3, "data": 2},
+    "TP2 CP2 PP2": {"tensor": 2, "context": 2, "pipeline": 2, "micro_batch_tokens": 1},
+}
+RARE_EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "PP2 EP2": {"pipeline": 2, "data": 2, "expert": 2},
+    "EP2 of DP4": {"data": 4, "expert": 2, "recompute": "full"},
+    "PP3 VPP2 CP2 EP2": {"pipeline": 3, "virtual": 2, "context": 2, "expert": 2},
+    "TP2 EP2 over CP2": {"tensor": 2, "context": 2, "expert": 2, "recompute": "selective"},
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
+    """What one rank computes for a model folder, computed once."""
+    known: dict[Path, Any] = {}
+
+    def trained(folder: Path) -> Any:
+        if folder not in known:
+            known[folder] = run(ranks, tmp_path_factory.mktemp("one"), job_of(folder))
+        return known[folder]
+
+    return trained
+
+
+def job_of(folder: Path, **layout: Any) -> Job:
+    """A large epsilon: without it Adam makes steps of full size out of gradients that are rounding errors."""
+    return Job(str(folder), adam_eps=1e-3, **layout)
+
+
+def batches() -> list[Any]:
+    return [batch(3), batch(4, version=1)]
+
+
+def run(ranks: Any, tmp_path: Path, job: Job, save: Path | None = None) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+    """The statistics of two steps (three optimiser steps), and the tensors of each folder that was written."""
+    arguments = {"batches": batches(), "folder": str(tmp_path), "shared": str(tmp_path), "save": save and str(save)}
+    found = ranks.run(work.trained, job.world_size, job=job, **arguments)
+    reports = [stats for stats in found if stats[0] is not None]
+    assert len(reports) == 1  # one rank reports, whatever the axes
+    folders = ("gradients0", "gradients1", "weights")
+    return reports[0], {name: load_file(tmp_path / name / "model.safetensors") for name in folders}
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    """Losses, gradients and weights of `found` are those of `wanted`; the first step knows no log-ratio at all."""
+    (first, second), tensors = found
+    (_, expected), expected_tensors = wanted
+    assert first.logratio_max == 0.0
+    assert expected.logratio_max > 0.01  # the first step did move the policy
+    assert second.logratio_max == pytest.approx(expected.logratio_max, abs=2e-5)
+    assert second.loss == pytest.approx(expected.loss, abs=TOLERANCE)
+    assert second.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for folder, parameters in expected_tensors.items():
+        assert set(tensors[folder]) == set(parameters)
+        assert max(float(parameter.abs().max()) for parameter in parameters.values()) > 1e-3
+        for name, parameter in parameters.items():
+            worst = (tensors[folder][name] - parameter).abs().max().item()
+            assert worst <= TOLERANCE, f"{folder}, {name}: {worst}"
+
+
+@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_axis_computes_what_one_rank_does(
+    name: str, kind: str, ranks: Any, one_rank: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(kind)
+    assert_same(run(ranks, tmp_path, job_of(folder, **LAYOUTS[name])), one_rank(folder))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_micro_batches_change_no_number(name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path) -> None:
+    assert_same(run(ranks, tmp_path, job_of(tied_llama, **SPLITS[name])), one_rank(tied_llama))
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_family: Callable[..., Path]) -> Path:
+    return tiny_family("qwen3_moe")
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_experts_on_several_ranks_compute_what_one_rank_does(
+    name: str, ranks: Any, one_rank: Any, experts: Path, tmp_path: Path
+) -> None:
+    assert_same(run(ranks, tmp_path, job_of(experts, **EXPERT_LAYOUTS[name])), one_rank(experts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RARE_LAYOUTS)
+def test_rarer_combinations_compute_what_one_rank_does(
+    name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    assert_same(run(ranks, tmp_path, job_of(tied_llama, **RARE_LAYOUTS[name])), one_rank(tied_llama))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RARE_EXPERT_LAYOUTS)
+def test_rarer_combinations_with_experts_compute_what_one_rank_does(
+    name: str, ranks: Any, one_rank: Any, experts: Path, tmp_path: Path
+) -> None:
+    assert_same(run(ranks, tmp_path, job_of(experts, **RARE_EXPERT_LAYOUTS[name])), one_rank(experts))
+
+
+def test_norms_of_heads_get_the_gradients_of_all_tensor_ranks(
+    ranks: Any, one_rank: Any, tiny_family: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tiny_family("qwen3", tie_word_embeddings=True)
+    assert_same(run(ranks, tmp_path, job_of(folder, tensor=2)), one_rank(folder))
+
+
+def test_the_order_of_sequences_is_no_part_of_the_gradient(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
+    data = batch(3)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+    turned = dataclasses.replace(
+        data,
+        token_ids=tuple(data.token_ids[i] for i in order),
+        prompt_tokens=tuple(data.prompt_tokens[i] for i in order),
+        reward=data.reward[order],
+        v_star=data.v_star[order],
+    )
+    found = []
+    for name, one in (("given", data), ("turned", turned)):
+        folder = tmp_path / name
+        arguments = {"batch": one, "folder": str(folder), "shared": str(tmp_path)}
+        ranks.run(work.gradients, 2, job=Job(str(tied_llama), context=2), **arguments)
+        found.append(load_file(folder / "model.safetensors"))
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).abs().max().item() <= TOLERANCE, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "loaded"),
+    [
+        ("tied_llama", {"pipeline": 2, "virtual": 3}, {"context": 2}),
+        ("experts", {"data": 2, "expert": 2}, {}),
+        pytest.param("untied_qwen2", {"context": 2}, {"pipeline": 2, "virtual": 3}, marks=pytest.mark.slow),
+        pytest.param("experts", {}, {"context": 2, "expert": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_goes_on_in_another_layout(
+    kind: str,
+    saved: dict[str, Any],
+    loaded: dict[str, Any],
+    ranks: Any,
+    one_rank: Any,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """The step after: its loss says that the weights are the same, its successor's that Adam's state is."""
+    folder = request.getfixturevalue(kind)
+    more = [batch(5, version=2), batch(6, version=3)]
+    checkpoint = tmp_path / "step_00000002"
+    losses = []
+    for job in (job_of(folder, **saved), job_of(folder, **loaded)):
+        if not losses:
+            run(ranks, tmp_path, job, save=checkpoint)
+        found = ranks.run(work.steps, job.world_size, job=job, batches=more, load=str(checkpoint), save=None)
+        losses.append(next([stats.loss for stats in one] for one in found if one[0] is not None))
+    assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE)

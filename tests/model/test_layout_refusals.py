@@ -1,0 +1,105 @@
+"""Layouts that can't run are refused by the number that does not fit, with layouts that do."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astar_megatron.config import ParallelConfig
+from astar_megatron.model.layouts import LayoutError, check, described, layout_of
+from conversion.families import Model, model_from_config
+
+SIZES = {
+    "num_hidden_layers": 6,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 263,
+    "max_position_embeddings": 160,
+    "rms_norm_eps": 1e-5,
+}
+EXPERTS = {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 28, "norm_topk_prob": True}
+
+
+def model(*, experts: bool = False) -> Model:
+    if not experts:
+        return model_from_config(SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 32}
+    return model_from_config(SIZES | kind | EXPERTS)
+
+
+def refused(parallel: ParallelConfig, *, experts: bool = False, **arguments: Any) -> str:
+    with pytest.raises(LayoutError) as caught:
+        check(parallel, model(experts=experts), sequences=8, **arguments)
+    return str(caught.value)
+
+
+def proposed(message: str) -> list[ParallelConfig]:
+    """The layouts a message proposes, as a user would write them down."""
+    texts = message.rpartition("that fit: ")[2].split("; ")
+    axes: list[dict[str, Any]] = [
+        {axis: int(size) for axis, size in re.findall(r"(\w+)=(\d+)", text)} for text in texts
+    ]
+    return [ParallelConfig(**sizes) for sizes in axes]
+
+
+@pytest.mark.parametrize(
+    ("axes", "number", "experts"),
+    [
+        ({"pipeline": 4}, "num_hidden_layers=6", False),
+        ({"pipeline": 2, "virtual": 2}, "num_hidden_layers=6", False),
+        ({"tensor": 4}, "num_attention_heads=6", False),
+        ({"tensor": 3}, "num_key_value_heads=2", False),
+        ({"data": 4, "expert": 4}, "num_experts=10", True),
+        ({"data": 2, "expert": 2}, "expert=2", False),
+    ],
+)
+def test_what_does_not_divide_is_named_and_what_would_is_proposed(
+    axes: dict[str, Any], number: str, experts: bool
+) -> None:
+    message = refused(ParallelConfig(**axes), experts=experts)
+    assert message.startswith("parallel: ") and number in message
+    for layout in proposed(message):
+        check(layout, model(experts=experts), sequences=8)
+
+
+def test_more_ranks_than_places_are_refused_with_smaller_layouts() -> None:
+    parallel = ParallelConfig(tensor=2, pipeline=2, context=2)
+    message = refused(parallel, available=4, what="there are 4 cores")
+    assert "makes 8 ranks" in message and "there are 4 cores" in message
+    layouts = proposed(message)
+    assert [layout.world_size for layout in layouts] == [4, 4, 4]
+    check(parallel, model(), sequences=8, available=8)
+
+
+def test_no_place_at_all_is_said_without_a_proposal() -> None:
+    assert "room for 0" in refused(ParallelConfig(), available=0, what="the engines take all")
+
+
+@given(
+    sizes=st.fixed_dictionaries(
+        {axis: st.integers(1, 5) for axis in ("tensor", "pipeline", "context", "data")} | {"virtual": st.integers(1, 3)}
+    ),
+    sequences=st.integers(1, 12),
+)
+def test_every_refusal_proposes_layouts_that_are_accepted(sizes: dict[str, Any], sequences: int) -> None:
+    if sizes["pipeline"] == 1:
+        sizes["virtual"] = 1
+    try:
+        check(ParallelConfig(**sizes), model(), sequences=sequences)
+    except LayoutError as error:
+        assert proposed(str(error))
+        for layout in proposed(str(error)):
+            check(layout, model(), sequences=sequences)
+            assert sequences % layout.data == 0
+
+
+def test_a_layout_has_the_configured_axes() -> None:
+    sizes: dict[str, Any] = {"tensor": 2, "pipeline": 3, "virtual": 2, "context": 4, "data": 5, "expert": 10}
+    layout = layout_of(ParallelConfig(**sizes), fused_norms=True)
+    assert {axis: getattr(layout, axis) for axis in sizes} == sizes
+    assert layout.fused_norms and layout.world_size == 120
+    assert described(ParallelConfig(**sizes)) == "tensor=2 pipeline=3 virtual=2 context=4 data=5 expert=10"
