@@ -215,7 +215,8 @@ def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied
     (wanted,) = train(ranks, run)
     assert "AdamW of torch" in wanted.reason
     assert "no MFU" in wanted.reason
-    for axes in ({"data": 2}, {"tensor": 2}, {"pipeline": 2, "virtual": 3}, {"context": 2}):
+    layouts: tuple[dict[str, Any], ...] = ({"data": 2}, {"tensor": 2}, {"pipeline": 2, "virtual": 3}, {"context": 2})
+    for axes in layouts:
         found = stats_of(train(ranks, dataclasses.replace(run, axes=axes)))
         for one, other in zip(found, wanted.stats, strict=True):
             for field in dataclasses.fields(Health):

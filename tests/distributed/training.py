@@ -13,7 +13,7 @@ class Run:
     model_path: str
     batches: Any
     optim: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, int] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
     mini_batch_size: int = 8
     micro_batch_tokens: int = 60
     optimizer_steps: int = 10
