@@ -33,6 +33,7 @@ _PEAK_FLOPS = {
     "L40": 181e12,
     "L4": 121e12,
 }
+FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many tokens, or of fewer by recipe
 _LOCAL = (
     "megatron's local layers and optimizer, and attention in torch (prefixes shared in a pack; context-parallel ranks "
     "gather keys and values)"

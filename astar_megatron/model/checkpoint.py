@@ -41,6 +41,8 @@ def save(
         shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
         folders.copy_companions(Path(model_folder), temporary)
     dist.barrier()
+    for inner in optimizer.chained_optimizers:
+        _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
     dist_checkpointing.save(_state(chunks, optimizer, schedule, loading=False), str(temporary))
     if dist.get_rank() == 0:
         for path in [*temporary.rglob("*"), temporary]:
@@ -57,7 +59,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
     """
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
     for inner in optimizer.chained_optimizers:
-        _fill_adam_state(inner.optimizer)
+        _fill_adam_state(inner.optimizer, step=1.0)
     state = _state(chunks, optimizer, schedule, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
@@ -145,13 +147,15 @@ def _tracker() -> Any:
     return get_cuda_rng_tracker()
 
 
-def _fill_adam_state(adam: Any) -> None:
+def _fill_adam_state(adam: Any, step: float) -> None:
     """Give a fresh torch AdamW its state: megatron's state_dict() asserts that every parameter has a `step`."""
+    if not isinstance(adam, torch.optim.AdamW):  # Transformer Engine's and apex's count steps elsewhere
+        return
     for group in adam.param_groups:
         for parameter in group["params"]:
             if not adam.state[parameter]:
                 adam.state[parameter] = {
-                    "step": torch.tensor(1.0),
+                    "step": torch.tensor(step),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.attention import PackedSequences
-from astar_megatron.model.backend import Backend
+from astar_megatron.model.backend import FP8_TOKENS, Backend
 from astar_megatron.model.head import output
 from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, sequence_sums
 from astar_megatron.model.head.ranks import summed
@@ -80,7 +80,7 @@ def run_loss(
         return loss(index, sequences, _over_context(sums))
 
     inputs = _Inputs(vocab_size, temperature, backend)
-    streams = inputs.streams(packs)
+    streams = inputs.streams(modules, packs)
     _schedule(modules, streams, partial(_forward_step, inputs, summed_loss, scaled), forward_only=False)
 
 
@@ -94,7 +94,7 @@ def _scored(
         collected.append(logprobs)
         return logprobs
 
-    streams = inputs.streams(packs)
+    streams = inputs.streams(modules, packs)
     with torch.no_grad():
         _schedule(modules, streams, partial(_forward_step, inputs, None, collect), forward_only=True)
     return zip(streams, collected, strict=False)
@@ -112,9 +112,10 @@ class _Inputs:
         self.vocab_size, self.temperature, self.backend = vocab_size, temperature, backend
         self.head = output.choose(backend)
 
-    def streams(self, packs: Sequence[PackedBatch]) -> list[RankStream]:
+    def streams(self, modules: Sequence[Any], packs: Sequence[PackedBatch]) -> list[RankStream]:
         """Return this rank's part of each pack."""
         axes = {
+            "align": FP8_TOKENS if get_model_config(modules[0]).fp8 else 1,
             "tensor": parallel_state.get_tensor_model_parallel_world_size(),
             "context": parallel_state.get_context_parallel_world_size(),
             "rank": parallel_state.get_context_parallel_rank(),

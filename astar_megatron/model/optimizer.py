@@ -13,13 +13,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from astar_megatron.config import OptimConfig
-from astar_megatron.model.build import overlaps
 
 _STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
 
 
-def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype) -> Any:
-    """Return Megatron's optimizer of the DistributedDataParallel `modules`; collective over all ranks."""
+def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype, *, overlap: bool) -> Any:
+    """Return Megatron's optimizer of the DistributedDataParallel `modules`; collective over all ranks.
+
+    `overlap` says that they gather weights while others are computed.
+    """
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -33,7 +35,7 @@ def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype) -
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
-            overlap_param_gather=overlaps(),
+            overlap_param_gather=overlap,
             optimizer_cpu_offload=optim.offload,
             optimizer_offload_fraction=1.0 if optim.offload else 0.0,
             use_precision_aware_optimizer=optim.offload,  # Megatron offloads through that path only

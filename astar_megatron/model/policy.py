@@ -124,7 +124,7 @@ class PolicyRank:
             self.model, self.layout, config, tensors, self.backend, offload=self._offloads_reference
         )
         self._modules = for_training(self._chunks, config)
-        self._optimizer = make_optimizer(self._modules, self._optim, self._dtype)
+        self._optimizer = make_optimizer(self._modules, self._optim, self._dtype, overlap=overlaps())
         self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads

@@ -37,10 +37,13 @@ class RankStream:
     most_responses: tuple[int, ...]  # of the B sequences, on whichever rank of the context axis has most
 
 
-def held(packed: PackedBatch, *, tensor: int = 1, context: int = 1, rank: int = 0) -> RankStream:
-    """Return what the context-parallel `rank` holds of a pack, whose tokens `tensor` * `context` ranks share."""
+def held(packed: PackedBatch, *, tensor: int = 1, context: int = 1, rank: int = 0, align: int = 1) -> RankStream:
+    """Return what the context-parallel `rank` holds of a pack, whose tokens `tensor` * `context` ranks share.
+
+    Every rank's part is a multiple of `align` tokens.
+    """
     assert not (context > 1 and packed.prefix_tokens), "a shared prefix can't be split over context-parallel ranks"
-    lengths = _padded(packed, tensor, context)
+    lengths = _padded(packed, context, tensor * context * align)
     token_ids, position_ids = _streams(packed, lengths)
     owner = _owners(lengths, packed.prefix_tokens, context)  # [T]
     positions = torch.cat([(owner == r).nonzero().squeeze(1) for r in range(context)])  # [T], rank after rank
@@ -68,12 +71,12 @@ def held(packed: PackedBatch, *, tensor: int = 1, context: int = 1, rank: int = 
     )
 
 
-def _padded(packed: PackedBatch, tensor: int, context: int) -> tuple[int, ...]:
+def _padded(packed: PackedBatch, context: int, multiple: int) -> tuple[int, ...]:
     """Return the lengths of the sequences' own parts with padding; what the whole stream lacks gets the last."""
     piece = 2 * context if context > 1 else 1
     lengths = [-(-length // piece) * piece for length in packed.lengths]
     total = packed.prefix_tokens + sum(lengths)
-    lengths[-1] += -total % math.lcm(piece, tensor * context)
+    lengths[-1] += -total % math.lcm(piece, multiple)
     return tuple(lengths)
 
 

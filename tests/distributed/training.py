@@ -13,7 +13,7 @@ class Run:
     model_path: str
     batches: Any
     optim: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, int] = field(default_factory=dict)
+    axes: dict[str, Any] = field(default_factory=dict)
     mini_batch_size: int = 8
     micro_batch_tokens: int = 60
     optimizer_steps: int = 10
@@ -115,7 +115,7 @@ def shift_a_weight(policy: Any) -> None:
 
 def turn_the_reference(policy: Any) -> None:
     """Other rotary angles with the same weights: as kernels that compute another function would."""
-    policy._reference._module.rotary_pos_emb.inv_freq.mul_(1.1)
+    policy._reference._modules[0].rotary_pos_emb.inv_freq.mul_(1.1)
 
 
 def spoil_a_weight(policy: Any) -> None:
