@@ -2,9 +2,9 @@
 
     python tests/benchmarks/v_star.py FOLDER [--prompts 1000000] [--seconds 200]
 
-Fills FOLDER with shards of 2048 rows, as many as a sweep of four engines writes at once, for so many seconds; run again it
-goes on, and in the end measures and writes results/v_star.json. Only what is timed goes through `append`: the rest is
-written from columns, since making 8 million rollouts would take most of the time.
+Fills FOLDER with shards of 2048 rows, as many as a sweep of four engines writes at once, for so many seconds; run
+again it goes on, and in the end measures and writes results/v_star.json. Only what is timed goes through `append`: the
+rest is written from columns, since making 8 million rollouts would take most of the time.
 """
 
 import argparse
