@@ -70,7 +70,7 @@ def plot(found: Estimates, path: Path) -> Path:
     figure, (rates, values, widths) = pyplot.subplots(1, 3, figsize=(11, 3.4), dpi=120)
     rates.hist(found.mean, bins=21, color="#2a6f97")
     rates.set(xlabel="mean reward", ylabel="prompts")
-    order = np.argsort(found.v_star, kind="stable")
+    order = np.lexsort((found.width, found.v_star))
     share = (np.arange(len(order)) + 0.5) / len(order)
     values.fill_between(share, found.low[order], found.high[order], color="#a9cfe3", linewidth=0)
     values.plot(share, found.v_star[order], color="#2a6f97")

@@ -150,11 +150,9 @@ def _beat_in(path: Path) -> dict[str, str] | None:
 
 def _gone(beat: dict[str, str] | None) -> bool:
     """Whether the owner is a process of this machine that has ended."""
-    return (
-        bool(beat and beat.get("machine"))
-        and beat["machine"] == _machine()
-        and beat["started"] != _started(beat["pid"])
-    )
+    if not beat or not beat.get("machine") or beat["machine"] != _machine():
+        return False
+    return beat.get("started") != _started(beat.get("pid", ""))
 
 
 def _machine() -> str:

@@ -6,7 +6,7 @@
 
 A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole.
 V* itself is not stored: `estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686;
-algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB of shards are
+algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB in 1024 shards are
 checked against their digests when opened; a larger table is read through its indexes, and without whole digests.
 
 Any number of jobs may append at once: nothing is lost, and of a sample that two of them drew the first counts.
@@ -35,6 +35,7 @@ from astar_megatron.types import Prompt, Rollout
 FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
 SHARDS_AN_INDEX = 256
 
+_WHOLE_SHARDS = 4 * SHARDS_AN_INDEX  # each is a file to open
 _MERGE_ROWS = 1 << 16  # so many new rows, or a quarter of the old ones, are sorted in among the old
 
 
@@ -116,15 +117,15 @@ class VStarTable:
     def open(cls, folder: str | Path, contract: Contract | None, check_whole_bytes: int = 64 << 20) -> Self:
         """Return the table at `folder`. A damaged shard is set aside with a warning: its rows are missing again.
 
-        `contract` None takes any table, to look at it. One of more than `check_whole_bytes` is read through its
-        indexes and has only the pages checked that are read; an index is added where many shards have none.
+        `contract` None takes any table, to look at it. One of more than `check_whole_bytes`, or 1024 shards, is read
+        through its indexes and has only the pages checked that are read; many shards without an index get one.
         Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
         """
         folder = Path(folder)
         _check_header(folder, contract)
         table = cls(folder)
         names = table._listed()
-        whole = _no_more_than(check_whole_bytes, folder, names)
+        whole = len(names) <= _WHOLE_SHARDS and _no_more_than(check_whole_bytes, folder, names)
         indexed = {} if whole else table._indexed(set(names))
         for name in names:
             if name in indexed:

@@ -102,7 +102,7 @@ class EnginePool:
             ready, _ = ray.wait(list(streams), num_returns=1)
             for stream in ready:
                 try:
-                    reference = next(stream)
+                    reference = next(stream)  # pyright: ignore[reportArgumentType]
                 except StopIteration:
                     del streams[stream]
                     continue

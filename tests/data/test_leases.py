@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,11 @@ def _hold_and_wait(folder: Path, ready: Callable[[], None]) -> None:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Callable[[], multiprocessing.process.BaseProcess]:
+def holder(tmp_path: Path) -> Callable[[], BaseProcess]:
     """Returns a function that starts a process which holds NAMES[:4]."""
     context = multiprocessing.get_context("forkserver")
 
-    def start() -> multiprocessing.process.BaseProcess:
+    def start() -> BaseProcess:
         ready = context.Event()
         process = context.Process(target=_hold_and_wait, args=(tmp_path / "l", ready.set), daemon=True)
         process.start()
@@ -55,9 +56,7 @@ def holder(tmp_path: Path) -> Callable[[], multiprocessing.process.BaseProcess]:
     return start
 
 
-def test_the_leases_of_a_killed_process_are_free_at_once(
-    tmp_path: Path, holder: Callable[[], multiprocessing.process.BaseProcess]
-) -> None:
+def test_the_leases_of_a_killed_process_are_free_at_once(tmp_path: Path, holder: Callable[[], BaseProcess]) -> None:
     process = holder()
     with Leases(tmp_path / "l", expiry_seconds=3600) as leases:
         assert leases.claim(NAMES[:6]) == NAMES[4:6]
@@ -72,7 +71,7 @@ def test_the_leases_of_a_killed_process_are_free_at_once(
 
 
 def test_a_living_process_of_another_machine_keeps_its_leases_and_a_silent_one_does_not(
-    tmp_path: Path, holder: Callable[[], multiprocessing.process.BaseProcess]
+    tmp_path: Path, holder: Callable[[], BaseProcess]
 ) -> None:
     process = holder()
     with Leases(tmp_path / "l", expiry_seconds=1.0) as leases:
