@@ -153,7 +153,8 @@ class CheckpointReader:
             if self._data_offsets[key] >= 0:
                 return mapped(path, self._data_offsets[key], shape, dtype)
             with path.open("rb") as stream:
-                return torch.load(_Slice(stream, place.offset, place.length), weights_only=True)
+                part: Any = _Slice(stream, place.offset, place.length)
+                return torch.load(part, weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
             raise DistributedCheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
 
@@ -167,7 +168,7 @@ def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torc
     A chunk is what torch.save writes: a zip archive of stored entries, the numbers in the one called data/0.
     """
     with path.open("rb") as stream:
-        blob = _Slice(stream, offset, length)
+        blob: Any = _Slice(stream, offset, length)
         with zipfile.ZipFile(blob) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
         blob.seek(0)

@@ -258,7 +258,8 @@ class _Assembled:
             moved = zip(common, copy.target.index, copy.source.index, strict=True)
             (r0, r1), *columns = [(a - c + e, b - c + e) for (a, b), (c, _), (e, _) in moved]
             values = self._end.rows(copy.source.name, r0, r1)[(slice(None), *(slice(*span) for span in columns))]
-            self._ledger.enter(copy.source.name, (r0, r1, *(columns[0] if columns else (0, 1))), values)
+            c0, c1 = columns[0] if columns else (0, 1)
+            self._ledger.enter(copy.source.name, (r0, r1, c0, c1), values)
             if values.numel() == out.numel() and values.is_contiguous():
                 out = values
             else:

@@ -83,7 +83,7 @@ class ConfigEnd:
     """A config.json whose weights lie elsewhere: enough to plan with, and for nothing else."""
 
     kind = "Hugging Face, its weights are not here"
-    files = ("the weights",)
+    files: tuple[str, ...] = ("the weights",)
 
     def __init__(self, path: str | Path) -> None:
         self.path = self.companions = Path(path)

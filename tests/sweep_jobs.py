@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from astar_megatron import config
-from astar_megatron.algorithm.rewards import Reward
 from astar_megatron.config import SamplingConfig
 from astar_megatron.data.contract import Contract
 from astar_megatron.rollout.pool import EnginePool
@@ -36,10 +35,6 @@ CONTRACT = Contract(
     reward="last_number/1",
 )
 PROMPTS = [Prompt(uid=f"{i:032x}", token_ids=(1, i), text=f"prompt {i}", answer=str(i % 3)) for i in range(300)]
-
-
-def reward(response: str, answer: str) -> float:
-    return float(response == answer)
 
 
 class FakeEngines:
@@ -83,8 +78,7 @@ def run(folder: str, seconds: float, num_prompts: int = 300, **settings: Any) ->
     cfg = config.validate(tree | {"sweep": {"num_samples": 4} | settings, "rollout": {"max_num_seqs": 16}})
     inputs = Inputs(
         prompts=PROMPTS[:num_prompts],
-        eval_prompts=[],
-        reward=cast(Reward, reward),
+        eval_sets=[],
         contract=CONTRACT,
         model=cast(Model, None),  # the fake has no use for it
     )

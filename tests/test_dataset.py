@@ -161,7 +161,7 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
     assert [table.rewards()[prompt.uid] for prompt in prompts] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     columns = pa.concat_tables([pq.read_table(path) for path in sorted(cfg.table_dir.glob("*.parquet"))])
     tok = tokenizer(cfg.model.path)
-    assert columns["truncated"].to_pylist() == [False, False, True] * 2  # eight tokens are the limit
+    assert columns["finish_reason"].to_pylist() == ["stop", "stop", "length"] * 2  # eight tokens are the limit
     assert columns["response"].to_pylist()[1] == [*tok("3")["input_ids"], tok.eos_token_id]
     assert all(math.isnan(value) for value in columns["logprob"].to_pylist())
     status, said, _ = astar("import-stage1", source, "--config", file)

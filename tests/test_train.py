@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from astar_megatron import train
+from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.types import Health, Prompt, Rollout, StepStats
 
 # Every key of a line. A change here is a change of what people's plots read: it belongs in README.md and CHANGELOG.md.
@@ -15,7 +16,7 @@ KEYS = {
     *("logratio_mean", "logratio_std", "logratio_p05", "logratio_p50", "logratio_p95", "logratio_max"),
     *("kl_sequence", "kl_token", "entropy", "residual_mean", "residual_std", "slope", "r_squared"),
     *("engine_gap", "truncated", "tokens", "response_tokens", "tokens_per_second", "model_flops", "mfu"),
-    *("peak_memory_bytes", "seconds"),
+    *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens"),
 }
 ROLLOUT = Rollout(
     prompt=Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2"),
@@ -28,6 +29,7 @@ ROLLOUT = Rollout(
     version=3,
     reward=1.0,
 )
+V_STAR = LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None)
 STATS = StepStats(
     **{name: float(index) for index, name in enumerate(Health.__dataclass_fields__)},
     loss=0.25,
@@ -48,8 +50,9 @@ STATS = StepStats(
 
 
 def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:
-    line = train._metrics(3, [ROLLOUT], {"a": 0.5}, STATS, {"total": 2.0})
+    line = train._metrics(3, [ROLLOUT], V_STAR, STATS, 70, {"total": 2.0})
     assert set(line) == KEYS
+    assert (line["spent_tokens"], line["v_star_shift"]) == (70, 0.0)
     assert (line["truncated"], line["skipped_steps"], line["lr"]) == (1.0, 1, 1e-6)
     assert line["peak_memory_bytes"] == [5, 6]
     assert line["seconds"] == {"policy": 0.4, "reference": 0.1, "total": 2.0}
@@ -64,7 +67,7 @@ def test_the_readme_explains_every_key_of_a_line() -> None:
         names = re.findall(r"`(\w+)`", cell)
         stem = names[0].rpartition("_")[0]
         explained |= {stem + name if name.startswith("_") else name for name in names}
-    assert explained == KEYS
+    assert explained == KEYS | {"eval"}  # a line has it at eval.interval only
 
 
 def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
@@ -74,7 +77,7 @@ def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:
-    batch = train._batch([ROLLOUT], {"a": 0.5}, version=3)
+    batch = train._batch([ROLLOUT], V_STAR, version=3)
     assert batch.response_lengths().tolist() == [2]
     assert batch.response_tokens() == 2
     assert torch.equal(batch.v_star, torch.tensor([0.5], dtype=torch.float64))

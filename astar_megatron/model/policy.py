@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from astar_megatron.algorithm.loss import astar_loss, importance_weight
 from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
-from astar_megatron.config import OptimConfig, ParallelConfig
+from astar_megatron.config import OptimConfig, ParallelConfig, Recompute
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
@@ -78,7 +78,7 @@ class PolicyRank:
         self.rank = rank
         self.model = read_model(model_path)
         self.layout = layout_of(parallel, fused_norms=self.backend.uses_transformer_engine)
-        self._recompute = parallel.recompute
+        self._recompute: Recompute = parallel.recompute
         self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
         self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
         self._version = 0  # batches behind the current weights

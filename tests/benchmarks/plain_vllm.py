@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -56,11 +57,13 @@ def main() -> None:
         start = time.perf_counter()
         kind = json.loads(line)
         if kind == "warm-up":
-            outputs = llm.generate([one for one, _ in each[: 8 * samples : samples]], each[0][1], use_tqdm=False)
+            some: Any = [one for one, _ in each[: 8 * samples : samples]]
+            outputs = llm.generate(some, each[0][1], use_tqdm=False)
         elif kind == "n":
             outputs = llm.generate(prompts, plain, use_tqdm=False)  # pyright: ignore[reportArgumentType]
         else:
-            outputs = llm.generate([one for one, _ in each], [params for _, params in each], use_tqdm=False)
+            alone: Any = [one for one, _ in each]
+            outputs = llm.generate(alone, [params for _, params in each], use_tqdm=False)
         seconds = time.perf_counter() - start
         answer(seconds=seconds, tokens=sum(len(one.token_ids) for output in outputs for one in output.outputs))
 
