@@ -69,7 +69,6 @@ class Machine:
     shared_bytes: int  # free in /dev/shm
     native_bfloat16: bool
     num_accelerators: int
-    num_cores: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,13 +152,6 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
         )
 
 
-def rank_places(cfg: RunConfig, machine: Machine) -> tuple[int, str]:
-    """Return how many Megatron ranks can run on `machine`, and in words why. Pure."""
-    if machine.num_accelerators:
-        return free_accelerators(cfg, machine.num_accelerators)
-    return max(1, int(machine.num_cores)), f"a rank computes on a core of its own, and there are {machine.num_cores:g}"
-
-
 def free_accelerators(cfg: RunConfig, number: int) -> tuple[int, str]:
     """Return how many of `number` accelerators the engines leave to Megatron's ranks, and in words why. Pure."""
     engines = cfg.rollout.num_engines * cfg.rollout.tensor
@@ -176,7 +168,6 @@ def measure() -> Machine:
         shared_bytes=free_bytes(Path("/dev/shm")),
         native_bfloat16=bool(native_bfloat16()),
         num_accelerators=len(accelerators() or ()),
-        num_cores=available_cores(),
     )
 
 

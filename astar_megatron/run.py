@@ -126,13 +126,13 @@ def say_fit(cfg: RunConfig) -> None:
 
 
 def check_ranks(cfg: RunConfig) -> None:
-    """Raise LayoutError where training has more Megatron ranks than this machine has cores or free accelerators.
+    """Raise LayoutError where training has more Megatron ranks than the engines leave accelerators on this machine.
 
-    A run that joins a Ray cluster asks that one, in `started`.
+    Without accelerators ranks share the cores. A run that joins a Ray cluster asks that one, in `started`.
     """
-    if cfg.cluster.address is None:
-        places, what = doctor.rank_places(cfg, doctor.measure())
-        _check_places(cfg, places, what)
+    number = doctor.measure().num_accelerators
+    if cfg.cluster.address is None and number:
+        _check_places(cfg, *doctor.free_accelerators(cfg, number))
 
 
 def _check_places(cfg: RunConfig, places: int, what: str) -> None:

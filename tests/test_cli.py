@@ -237,11 +237,11 @@ def test_a_layout_that_does_not_divide_is_refused(command: Any, tree: dict[str, 
         assert str(number) in error and ("divide" in error or "choose tensor <= 2" in error), error
 
 
-def test_more_ranks_than_cores_are_refused_with_a_layout_that_fits(
+def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "main", lambda: 0)
-    small = dataclasses.replace(doctor.measure(), num_cores=1.0, num_accelerators=0)
+    small = dataclasses.replace(doctor.measure(), num_accelerators=2)
     monkeypatch.setattr(doctor, "measure", lambda: small)
     status, error = command("doctor", tree, "--set", "parallel.tensor=2")
     assert status == 2
