@@ -44,7 +44,7 @@ def _hold_and_wait(folder: Path, ready: Callable[[], None]) -> None:
 @pytest.fixture
 def holder(tmp_path: Path) -> Callable[[], BaseProcess]:
     """Returns a function that starts a process which holds NAMES[:4]."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
 
     def start() -> BaseProcess:
         ready = context.Event()
@@ -125,7 +125,7 @@ def _compete(folder: Path, seed: int, log: Path) -> None:
 
 
 def test_processes_that_race_never_hold_one_name_together(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")
     racers = [context.Process(target=_compete, args=(tmp_path / "l", s, tmp_path / f"{s}.log")) for s in range(4)]
     for racer in racers:
         racer.start()
