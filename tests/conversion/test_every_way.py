@@ -122,8 +122,12 @@ def test_no_process_grows_by_more_than_two_buckets(route: Route, tmp_path: Path)
     """Measured from outside what the code says of itself, with an embedding of six buckets."""
     route = dataclasses.replace(route, bucket_bytes=LARGE_BUCKET_BYTES)
     ends = [start(role, route, tmp_path, "measures") for role in ("sender", "receiver")]
+    assert [said(end) for end in ends] == ["ready", "ready"]
     for end in ends:
-        assert said(end) == "ready"
+        assert end.stdin is not None
+        end.stdin.write("\n")
+        end.stdin.flush()
+    for end in ends:
         grown = json.loads(said(end))["grown"]
         assert LARGE_BUCKET_BYTES < grown < 2 * LARGE_BUCKET_BYTES + (6 << 20)  # 6 MiB: code, sockets, plans
     for end in ends:

@@ -66,13 +66,15 @@ def main(role: str, route: Route, fate: str, device: str = "cpu") -> None:
     if fate == "dies":
         end = dying(end)
     print("ready", flush=True)
+    if fate == "measures":
+        sys.stdin.readline()  # both ends are there
     for version in range({"measures": 2, "tells": 3}.get(fate, 1)):
         (end.send if role == "sender" else end.receive)(version)
         if fate == "tells":
             print(digest(tensors["b"]), flush=True)
             sys.stdin.readline()
     if fate == "measures":
-        print(json.dumps({"grown": memory_bytes("VmHWM") - before}))
+        print(json.dumps({"grown": memory_bytes("VmHWM") - before}), flush=True)
         sys.stdin.readline()
     end.close()
 
