@@ -155,8 +155,13 @@ class CheckpointReader:
             with path.open("rb") as stream:
                 part: Any = _Slice(stream, place.offset, place.length)
                 return torch.load(part, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
-            raise DistributedCheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
+        except OSError as error:
+            raise DistributedCheckpointError(f"{path} is not readable: {error.strerror}") from error
+        except (RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
+            raise DistributedCheckpointError(
+                f"{path} is damaged: what begins at byte {place.offset} is no part of {key.fqn} of shape {shape} in "
+                f"{dtype}; take it from a copy, or use another checkpoint"
+            ) from error
 
 
 _BAD_BLOB = (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError)

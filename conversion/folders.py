@@ -56,8 +56,8 @@ def check_destination(folder: str | Path) -> None:
     if others := [name for name in names if name not in _COMPANIONS and not _EXPORTED.fullmatch(name)]:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         raise CheckpointError(
-            f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}; to replace "
-            "it would delete them: move them away, or choose another place"
+            f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}; to "
+            "replace it would delete them: move them away, or choose another place"
         )
 
 
@@ -66,7 +66,7 @@ def free_bytes(folder: str | Path) -> int:
     folder = Path(folder).resolve()
     place = next(path for path in folder.parents if path.exists())
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{folder.name}.try-", dir=place))
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.try-", dir=place)).rmdir()
     except OSError as error:
         raise _unwritable(folder, error) from error
     return shutil.disk_usage(place).free
