@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -312,8 +312,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one type and shape are the same; eight bytes at a time, torch takes an element."""
     a, b = (values.contiguous().view(-1).view(torch.uint8).numpy() for values in (one, other))
     middle = len(a) // 8 * 8
-    eights = (bits[:middle].view(numpy.int64) for bits in (a, b))
-    return numpy.array_equal(*eights) and numpy.array_equal(a[middle:], b[middle:])
+    eights = (bits[:middle].view(np.int64) for bits in (a, b))
+    return np.array_equal(*eights) and np.array_equal(a[middle:], b[middle:])
 
 
 def _mismatch(a: End, b: End, name: str, shape: Shape, wider: torch.dtype) -> MismatchError:
