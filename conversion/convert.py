@@ -312,8 +312,8 @@ def _equal_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one type and shape are the same; eight bytes at a time, torch takes an element."""
     a, b = (values.contiguous().view(-1).view(torch.uint8).numpy() for values in (one, other))
     middle = len(a) // 8 * 8
-    eights = (bits[:middle].view(np.int64) for bits in (a, b))
-    return np.array_equal(*eights) and np.array_equal(a[middle:], b[middle:])
+    eights = np.array_equal(a[:middle].view(np.int64), b[:middle].view(np.int64))
+    return eights and np.array_equal(a[middle:], b[middle:])
 
 
 def _mismatch(a: End, b: End, name: str, shape: Shape, wider: torch.dtype) -> MismatchError:
