@@ -11,7 +11,7 @@ from astar_megatron.tracking import progress, show_table
 from conversion import convert, folders
 from conversion.ends import End, open_end
 from conversion.folders import CheckpointError
-from conversion.ledger import listed, said
+from conversion.ledger import listed, recorded, said
 from conversion.tiles import ParallelLayout
 
 _LINKS_SHOWN = 16  # more are summed up
@@ -73,7 +73,9 @@ def _opened(source: str, destination: str, like: str | None, dry_run: bool) -> E
     folders.check_destination(destination)
     folders.check_apart(destination, source)
     folders.free_bytes(destination)
-    return open_end(source, like, plan_only=dry_run)
+    end = open_end(source, like, plan_only=dry_run)
+    recorded(end)  # a record that can't be of these weights is refused by a dry run too
+    return end
 
 
 def _run(
