@@ -1,6 +1,7 @@
 """astar: the command line. Each command names a program that is imported only when it runs, so help needs no torch."""
 
 import importlib
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -223,8 +224,15 @@ def _program(name: str) -> Any:
     return importlib.import_module(f"astar_megatron.{name}")
 
 
+def _stop(number: int, _frame: object) -> None:
+    """End on SIGTERM as on an error, so that what is half written is removed; a second one ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends as one message and exit status 2, without a traceback."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,8 @@ from rich.console import Console
 from astar_megatron.tracking import progress, show_table
 from conversion import convert, folders
 from conversion.ends import End, open_end
+from conversion.folders import CheckpointError
+from conversion.ledger import listed, recorded, said
 from conversion.tiles import ParallelLayout
 
 _LINKS_SHOWN = 16  # more are summed up
@@ -19,13 +21,14 @@ def to_megatron(source: str, destination: str, layout: ParallelLayout, *, like: 
     """Write `source`, of either kind, as a distributed checkpoint of Megatron, cut for ranks of `layout`."""
     end = _opened(source, destination, like, dry_run)
     parts = sum(len(cut) for cut in convert.chunks(end.model, layout, end.dtype).values())
+    parts += len(convert.hf_parts(end.model, end.dtype))  # which are read back
     _run(end, layout, destination, parts, dry_run, lambda it: convert.write_megatron(end, destination, layout, it))
 
 
 def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> None:
     """Write `source`, of either kind, as a Hugging Face folder."""
     end = _opened(source, destination, like, dry_run)
-    parts = len(convert.hf_parts(end.model, end.dtype))
+    parts = 2 * len(convert.hf_parts(end.model, end.dtype))  # written, and read back
     _run(end, None, destination, parts, dry_run, lambda it: convert.write_hf(end, destination, it))
 
 
@@ -39,7 +42,7 @@ def verify(a: str, b: str, *, like: str | None) -> None:
 
 
 def inspect(path: str, *, like: str | None) -> None:
-    """Say what a folder holds; then read it, and say which parameters hold NaN or Inf."""
+    """Say what a folder holds; then read it, and say which parameters hold NaN or Inf, or are not as recorded."""
     console = Console(highlight=False)
     end = open_end(path, like)
     model, dims, notes = end.model, end.model.dims, end.notes()
@@ -54,18 +57,25 @@ def inspect(path: str, *, like: str | None) -> None:
     if dims.num_experts:
         rows.append(("experts", f"{dims.num_experts}, {dims.experts_per_token} a token"))
     rows += [*notes.items()]
-    if (record := folders.read_record(end.path)) is not None:
+    try:
+        record = folders.read_record(end.path) or {}
         rows += [(f"{folders.RECORD}: {key}", _shown(value)) for key, value in record.items()]
+    except CheckpointError as error:  # the weights can be sound all the same
+        rows.append((folders.RECORD, str(error)))
     show_table(console, path, rows)
-    with progress(console, "looking for NaN and Inf", len(convert.hf_parts(model, end.dtype))) as advance:
-        bad = convert.not_finite(end, advance)
-    console.print(convert.listed(bad) if bad else "all weights are finite", markup=False, soft_wrap=True)
+    with progress(console, "reading all weights", len(convert.hf_parts(model, end.dtype))) as advance:
+        ledger = convert.read_through(end, advance)
+    for line in (listed(ledger.bad) if ledger.bad else "all weights are finite", said(end, ledger.digests())):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _opened(source: str, destination: str, like: str | None, dry_run: bool) -> End:
     folders.check_destination(destination)
     folders.check_apart(destination, source)
-    return open_end(source, like, plan_only=dry_run)
+    folders.free_bytes(destination)
+    end = open_end(source, like, plan_only=dry_run)
+    recorded(end)  # a record that can't be of these weights is refused by a dry run too
+    return end
 
 
 def _run(
@@ -82,7 +92,9 @@ def _run(
         ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_name(end.dtype)})"),
         ("to", destination),
         ("parameters", f"{found.parameters:,}, {_size(found.num_bytes)}, in {found.copies:,} copies"),
-        *_links(found.links),
+        ("reads", f"{_size(sum(found.reads.values()))} from {_files(len(found.reads))}"),
+        ("disk", f"{_size(found.written_bytes)} needed, {_size(folders.free_bytes(destination))} free"),
+        *_links(found.reads, found.links),
         ("memory at most", f"{_size(found.peak_bytes)} beside the process itself"),
     ]
     show_table(console, "what this conversion does" if dry_run else "conversion", rows)
@@ -92,19 +104,27 @@ def _run(
             write(advance)
 
 
-def _links(links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:
+def _links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:
     """Who gives how much to whom: each link, or of many the least and the most that an end gives or gets."""
     if len(links) <= _LINKS_SHOWN:
         return [(f"{source} -> {target}", _size(size)) for (source, target), size in sorted(links.items())]
-    rows = []
-    for side, verb in ((0, "gives"), (1, "gets")):
-        sums: Counter[str] = Counter()
-        for link, size in links.items():
-            sums[link[side]] += size
-        kind = f"each of {len(sums)} {'ranks' if all(name.startswith('rank ') for name in sums) else 'files'} {verb}"
-        rows.append((kind, " to ".join(dict.fromkeys((_size(min(sums.values())), _size(max(sums.values())))))))
-    low, high = min(links.values()), max(links.values())
-    return [*rows, ("a link", f"{' to '.join(dict.fromkeys((_size(low), _size(high))))}, {len(links):,} of them")]
+    gets: Counter[str] = Counter()
+    for (_, target), size in links.items():
+        gets[target] += size
+    ends = f"{len(gets)} ranks" if all(name.startswith("rank ") for name in gets) else _files(len(gets))
+    return [
+        (f"each of {_files(len(reads))} gives", _range(reads.values())),
+        (f"each of {ends} gets", _range(gets.values())),
+        ("a link", f"{_range(links.values())}, {len(links):,} of them"),
+    ]
+
+
+def _range(sizes: Collection[int]) -> str:
+    return " to ".join(dict.fromkeys((_size(min(sizes)), _size(max(sizes)))))
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count > 1 else ''}"
 
 
 @contextmanager

@@ -155,8 +155,13 @@ class CheckpointReader:
             with path.open("rb") as stream:
                 part: Any = _Slice(stream, place.offset, place.length)
                 return torch.load(part, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
-            raise DistributedCheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
+        except OSError as error:
+            raise DistributedCheckpointError(f"{path} is not readable: {error.strerror}") from error
+        except (RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
+            raise DistributedCheckpointError(
+                f"{path} is damaged: what begins at byte {place.offset} is no part of {key.fqn} of shape {shape} in "
+                f"{dtype}; take it from a copy, or use another checkpoint"
+            ) from error
 
 
 _BAD_BLOB = (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError)
@@ -246,14 +251,18 @@ class _Writer(FileSystemWriter):
 
     def __init__(self, folder: str | Path, threads: int) -> None:
         super().__init__(str(folder), sync_files=True)
-        self._folder, self._threads = Path(folder), threads
+        self._folder, self._threads, self._stopped = Path(folder), threads, False
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         items = sorted(plan.items, key=_bytes_of, reverse=True)
         shares = [items[i :: self._threads] for i in range(self._threads)]  # of about as many bytes each
         with ThreadPoolExecutor(self._threads) as pool:
             written = [pool.submit(self._file, i, share, planner) for i, share in enumerate(shares) if share]
-            results = [result for file in written for result in file.result()]
+            try:
+                results = [result for file in written for result in file.result()]
+            except BaseException:  # an error of one thread, a signal
+                self._stopped = True
+                raise
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -262,6 +271,8 @@ class _Writer(FileSystemWriter):
         name, results = f"__0_{number}.distcp", []
         with PiecewiseFile(self._folder / name, "xb") as stream:
             for item in items:
+                if self._stopped:
+                    break
                 stream.write(bytes(-stream.tell() % _ALIGNMENT))
                 offset, data = stream.tell(), planner.resolve_data(item)
                 if isinstance(data, io.BytesIO):

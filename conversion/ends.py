@@ -20,6 +20,7 @@ from conversion.mapping import mapped
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 
+_HEAD = "output_layer.weight"
 # Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under another name.
 _NORM, _ALSO_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
@@ -40,6 +41,10 @@ class End(Protocol):
 
     def tiles(self) -> list[Tile]:
         """Return what lies in which of the files: their index is the tile's rank."""
+        ...
+
+    def layout(self) -> dict[str, int] | None:
+        """Return the axes of the ranks that it was written by or for; None if nothing says so."""
         ...
 
     def notes(self) -> dict[str, str]:
@@ -75,6 +80,9 @@ class HuggingFaceEnd:
             for tile in self.model.hf_tiles()
         ]
 
+    def layout(self) -> dict[str, int] | None:
+        return _layout(self.path / RECORD)
+
     def notes(self) -> dict[str, str]:
         return {}
 
@@ -99,6 +107,9 @@ class ConfigEnd:
 
     def tiles(self) -> list[Tile]:
         return self.model.hf_tiles()
+
+    def layout(self) -> dict[str, int] | None:
+        return None
 
     def notes(self) -> dict[str, str]:
         return {}
@@ -142,6 +153,11 @@ class MegatronEnd:
         return places[0]
 
     def _check(self) -> None:
+        if self.model.tied and _HEAD in self._shapes:
+            raise ValueError(
+                f"{self.path} holds {_HEAD}, a head of its own, but {self.companions / 'config.json'} ties it to the "
+                "embedding: set tie_word_embeddings to false there, or name the right folder with --like"
+            )
         for name, shape in local_shapes(self.model).items():
             stored, planes = self._places[name]
             if stored not in self._shapes:
@@ -154,17 +170,14 @@ class MegatronEnd:
             if any(plane >= count for plane, count in zip(planes, held, strict=False)):
                 raise ValueError(f"{self.path}: {stored} is {held}, too few for {name}")
 
+    def layout(self) -> dict[str, int] | None:
+        return _layout(self.path / RECORD) or _layout(self.path / "progress.json")  # ours, or a run's
+
     def notes(self) -> dict[str, str]:
         padded = self._shapes["embedding.word_embeddings.weight"][0]
         found = {"vocabulary": f"padded to {padded:,}"} if padded != self.model.vocab_size else {}
-        for file in (RECORD, "progress.json"):  # ours, and a run's
-            if (self.path / file).is_file():
-                try:
-                    layout = json.loads((self.path / file).read_text(encoding="utf-8"))["layout"]
-                    found["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    found["layout"] = f"{file} does not say it ({error!r})"
-                break
+        if (layout := self.layout()) is not None:
+            found["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
         writers = {file.split("_")[2] for file in self.files if file.startswith("__") and file.count("_") >= 3}
         found["files"] = f"{len(self.files)} hold the weights, written by {len(writers) or 'unknown'} ranks"
         return found
@@ -215,12 +228,22 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
     if checkpoint.is_checkpoint(path):
         return MegatronEnd(path, like)
     if (Path(path) / "config.json").is_file():
-        bare = not any(file.suffix in (".safetensors", *hf.PICKLES) for file in Path(path).iterdir())
+        weights = (".safetensors", ".safetensors.index.json", *hf.PICKLES)
+        bare = not any(file.name.endswith(weights) for file in Path(path).iterdir())
         return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)
     raise ValueError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a distributed checkpoint of "
         f"Megatron ({checkpoint.MARK} and .metadata)"
     )
+
+
+def _layout(file: Path) -> dict[str, int] | None:
+    """The layout that a JSON file names; None where it is not there or says nothing of the kind."""
+    try:
+        layout = json.loads(file.read_text(encoding="utf-8"))["layout"]
+        return {str(axis): size for axis, size in layout.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def whole() -> ParallelLayout:
@@ -235,7 +258,7 @@ def local_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def is_vocabulary(name: str) -> bool:
     """Whether a Megatron parameter has a row a token: only those are padded, each checkpoint to its own size."""
-    return name in ("embedding.word_embeddings.weight", "output_layer.weight")
+    return name in ("embedding.word_embeddings.weight", _HEAD)
 
 
 def global_place(name: str, *, stack_layers: bool = True) -> tuple[str, tuple[int, ...]]:

@@ -1,13 +1,20 @@
 """Folders of models: what lies beside the weights, and how a new one takes the place of an old one."""
 
 import errno
+import fcntl
+import glob
 import json
+import logging
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_LOG = logging.getLogger(__name__)
 
 RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
 _COMPANIONS = (
@@ -22,6 +29,13 @@ _COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Every other file that an export holds, of either kind.
+_EXPORTED = re.compile(
+    r"conversion\.json|config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|metadata\.json|\.metadata|__\d+_\d+\.distcp"
+)
+_LOCK, _NEW, _OLD = "lock", "new", "old"  # in the folder that holds a new export until it takes its place
+_NAMED = 8  # files that an error lists
 
 
 class CheckpointError(ValueError):
@@ -38,6 +52,24 @@ def check_destination(folder: str | Path) -> None:
             f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
             "it yourself"
         )
+    names = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in names if name not in _COMPANIONS and not _EXPORTED.fullmatch(name)]:
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise CheckpointError(
+            f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}; to "
+            "replace it would delete them: move them away, or choose another place"
+        )
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Return how much room there is for `folder`. OSError where it can't be written, as `replacing` would find."""
+    folder = Path(folder).resolve()
+    place = next(path for path in folder.parents if path.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{folder.name}.try-", dir=place)).rmdir()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return shutil.disk_usage(place).free
 
 
 def check_apart(folder: str | Path, source: str | Path) -> None:
@@ -55,27 +87,71 @@ def replacing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
 
     OSError, before anything is written, where there is no room for `num_bytes` or no right to write.
 
-    An export that is there already, known by its conversion.json, is replaced (a kill between the two renames leaves
-    the old one as `.NAME.old`). Anything else that is there is refused; after an error all stays as it was.
+    An export that is there already, known by its conversion.json, is replaced; anything else that is there is refused,
+    and so is an export with somebody's files in it. After an error all stays as it was. What a killed process leaves is
+    removed by the next that writes to the same place; an export it had taken out of the way is put back.
     """
     folder = Path(folder).resolve()
     check_destination(folder)
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
+        _remove_wrecks(folder)
+        place, lock = _locked_place(folder)
     except OSError as error:
-        raise OSError(error.errno, f"can't write {folder}: {error.strerror}; choose another destination") from error
+        raise _unwritable(folder, error) from error
     try:
-        free = shutil.disk_usage(new).free
+        free = shutil.disk_usage(place).free
         if free < num_bytes:
             raise OSError(errno.ENOSPC, f"no room for the {num_bytes:,} bytes of {folder}: {free:,} are free")
+        new = place / _NEW
+        new.mkdir()
         yield new
         for path in (*new.iterdir(), new):
             _sync(path)
-        _swap(new, folder)
+        check_destination(folder)  # somebody may have put something there by now
+        _swap(place, folder)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"can't write {folder}: {error.strerror}; choose another destination")
+
+
+def _locked_place(folder: Path) -> tuple[Path, int]:
+    """A new folder beside `folder`, and the descriptor that locks it as long as this process lives."""
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+        lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks, where nobody removes wrecks
+            return place, lock
+        if (place / _LOCK).exists():  # else another process came between, and took it for a wreck
+            return place, lock
+        os.close(lock)
+
+
+def _remove_wrecks(folder: Path) -> None:
+    """Removes what killed processes left beside `folder`: their locks are free."""
+    for lock_file in folder.parent.glob(f".{glob.escape(folder.name)}.new-*/{_LOCK}"):
+        place = lock_file.parent
+        try:
+            lock = os.open(lock_file, os.O_RDWR)
+        except OSError:  # gone, or another user's
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (place / _OLD).exists() and not folder.exists():
+                (place / _OLD).rename(folder)
+                _LOG.warning("%s is put back, which a killed process was replacing", folder)
+            shutil.rmtree(place)
+            _LOG.warning("removed %s, which a killed process had left", place)
+        except OSError:
+            continue  # it is being written, or the file system has no locks
+        finally:
+            os.close(lock)
 
 
 def copy_companions(source_folder: Path, folder: Path) -> None:
@@ -108,15 +184,18 @@ def json_text(value: object) -> str:
     return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def _swap(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+def _swap(place: Path, folder: Path) -> None:
+    """Puts the new export of `place` where `folder` is, which goes to `place`."""
+    old = place / _OLD
+    try:
+        if folder.exists():
+            folder.rename(old)
+        (place / _NEW).rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
     _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

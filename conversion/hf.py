@@ -30,6 +30,8 @@ from conversion.verify import tensor_digests
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5e9
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 1024  # of a tied head, compared at once
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,7 +40,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Return which file holds which parameter. CheckpointError unless the folder holds exactly `shapes`.
 
-    Reads headers, no weights.
+    Reads headers, and no weights but those of a tied head that is stored beside the embedding.
     """
     folder = Path(folder)
     holder = _check(folder, _weight_files(folder), shapes)
@@ -131,7 +133,7 @@ def save(
     The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given.
     """
     model = read_model(source_folder)
-    weights = {name: t for name, t in tensors.items() if not (model.tied and name == "lm_head.weight")}
+    weights = {name: t for name, t in tensors.items() if not (model.tied and name == HEAD)}
     dtype = _check_weights(weights, model.parameters())
     with writing(folder, source_folder, dtype, max_shard_bytes) as export:
         for name, tensor in export.tensors.items():
@@ -145,8 +147,8 @@ def writing(
     """A new HF folder with the configuration and tokenizer of `source_folder`, to be filled inside the `with`.
 
     What is written into the export's tensors goes to the files' pages, which the kernel writes out as it likes: a model
-    larger than memory can be filled. At the end the digests of what the files hold go into conversion.json, unless
-    the record has them, and the dtype into config.json, for readers cast to what it says. It takes the place of what is
+    larger than memory can be filled. The dtype goes into config.json, for readers cast to what it says, and at the end
+    the digests of what the files hold into conversion.json, unless the record has them. It takes the place of what is
     there as `folders.replacing` says.
     """
     source_folder = Path(source_folder)
@@ -155,15 +157,15 @@ def writing(
     with replacing(folder) as new:
         tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
         places = stored(new, shard_names(model.parameters(), dtype, max_shard_bytes))
-        export = Export(new, tensors, {"source": source_folder.name, "dtype": name_of_dtype}, places)
+        config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
+        write_json(new / "config.json", config | {"dtype": name_of_dtype})
+        copy_companions(source_folder, new)
+        export = Export(new, tensors, {"source": source_folder.resolve().name, "dtype": name_of_dtype}, places)
         yield export
         export.record.setdefault("logprobs", {"max_difference": None, "reason": "nobody has compared them yet"})
         if "digests" not in export.record:
             export.record["digests"] = tensor_digests(tensors)
-        config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
-        write_json(new / "config.json", config | {"dtype": name_of_dtype})
         write_json(new / RECORD, export.record)
-        copy_companions(source_folder, new)
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
@@ -224,18 +226,36 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
     for name in shapes:
         if name not in holder:
             raise CheckpointError(f"{folder} does not hold {name}")
+    if HEAD in holder and HEAD not in shapes:
+        _check_tied(folder, holder)
     return holder
+
+
+def _check_tied(folder: Path, holder: Mapping[str, str]) -> None:
+    """Refuses a stored head that is not the embedding: who ties and who reads it would compute different models."""
+    with _opened(folder / holder[EMBEDDING]) as one, _opened(folder / holder[HEAD]) as other:
+        embedding, head = one.get_slice(EMBEDDING), other.get_slice(HEAD)
+        same = (embedding.get_shape(), embedding.get_dtype()) == (head.get_shape(), head.get_dtype())
+        for start in range(0, embedding.get_shape()[0] if same else 0, _ROWS):
+            rows = slice(start, start + _ROWS)
+            same = same and torch.equal(embedding[rows].view(torch.uint8), head[rows].view(torch.uint8))
+    if not same:
+        raise CheckpointError(
+            f"{folder / holder[HEAD]} holds a {HEAD} that is not {EMBEDDING}, but config.json ties them: set "
+            "tie_word_embeddings to false if the model has a head of its own, else remove the tensor"
+        )
 
 
 def _check_extra(path: Path, name: str) -> None:
     """Refuses a tensor that is no parameter of the model, except the two that HF itself ignores."""
-    if name != "lm_head.weight" and not name.endswith(".rotary_emb.inv_freq"):
+    if name != HEAD and not name.endswith(".rotary_emb.inv_freq"):
         raise CheckpointError(f"{path} holds {name}, which the model of config.json does not have")
 
 
 def _opened(path: Path) -> safe_open:
     """An open safetensors file; the header is checked against the file's size."""
     try:
+        path.open("rb").close()  # safetensors says "No such file" of every file that it can't open
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error

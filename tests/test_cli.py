@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -357,6 +358,55 @@ def test_a_72b_model_is_planned_from_its_configuration_alone(convert: Any, tmp_p
     status, _, error = convert(*command)
     assert status == 2
     assert "has neither model.safetensors nor model.safetensors.index.json" in error
+
+
+def test_a_dry_run_counts_replicas_once(convert: Any, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 30, "hidden_size": 4096, "intermediate_size": 1, "vocab_size": 150_000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rms_norm_eps": 1e-6}
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 512, "norm_topk_prob": True}
+    kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16"}
+    more = {"max_position_embeddings": 4096, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads | experts | kind | more))
+    command = ("hf-to-megatron", tmp_path, tmp_path.parent / "out", "--tp", 2, "--pp", 2, "--ep", 8, "--dry-run")
+    status, out, error = convert(*command)
+    assert status == 0, error
+    size = re.search(r"parameters: [\d,]+, ([\d.]+ GB)", out)
+    assert size is not None
+    assert f"each of 1 file gives: {size[1]}" in out
+    assert f"reads: {size[1]} from 1 file" in out
+    assert re.search(rf"disk: {size[1]} needed, [\d.]+ [GM]B free", out)
+
+
+def test_a_dry_run_refuses_what_the_conversion_would(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(tied_llama, gone)
+    (gone / "model.safetensors").unlink()
+    shard = "model-00001-of-00001.safetensors"
+    (gone / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (tmp_path / "file").write_text("")
+    for source, place, word in (
+        (gone, tmp_path / "out", f"names {shard}, which is missing"),
+        (tied_llama, tmp_path / "file" / "below", "can't write"),
+        (tied_llama, Path("/sys/out"), "can't write /sys/out"),
+    ):
+        for dry in ((), ("--dry-run",)):
+            status, _, error = convert("hf-to-megatron", source, place, *dry)
+            assert status == 2
+            assert word in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone"]
+
+
+def test_inspect_says_whether_the_weights_are_as_recorded(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    convert("hf-to-megatron", tied_llama, folder)
+    status, out, _ = convert("inspect", folder)
+    assert (status, "as recorded in conversion.json" in out) == (0, True)
+    for text in ("{", "[]"):
+        (folder / "conversion.json").write_text(text)
+        status, out, _ = convert("inspect", folder)
+        assert status == 0
+        assert "conversion.json" in out and ("is no JSON" in out or "expected a JSON object" in out)
+        assert "all weights are finite" in out
 
 
 def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, tmp_path: Path) -> None:

@@ -124,6 +124,8 @@ class Family:
             value = config.get(key)
             if value is not None and (type(value) is not int or value < 1):
                 raise self._unsupported(f"{key}={value!r}: expected a whole number of at least 1")
+        if (tied := config.get("tie_word_embeddings")) is not None and type(tied) is not bool:
+            raise self._unsupported(f"tie_word_embeddings={tied!r}: expected true or false")
         if set(config.get("layer_types") or ()) - {"full_attention"}:
             raise self._unsupported(f"layer_types={config['layer_types']!r} is not modelled, only 'full_attention'")
         self.rope(config)

@@ -1,0 +1,170 @@
+"""What conversion.json records is compared with what is there; what is written, with what was read."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import config, random_weights, write_folder
+
+from conversion import convert, hf
+from conversion.checkpoint import DistributedCheckpointError
+from conversion.ends import HuggingFaceEnd, open_end
+from conversion.families import model_from_config
+from conversion.folders import CheckpointError, read_record
+from conversion.ledger import said
+from conversion.tiles import ParallelLayout
+
+MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
+NAME = "model.layers.1.mlp.experts.4.up_proj.weight"
+CUT = ParallelLayout(tensor=2, expert=2, data=2)
+
+
+@pytest.fixture
+def megatron(tmp_path: Path) -> Path:
+    source = write_folder(tmp_path / "source", MODEL, random_weights(MODEL))
+    convert.write_megatron(open_end(source), tmp_path / "megatron", CUT)
+    return tmp_path / "megatron"
+
+
+@pytest.fixture
+def exported(megatron: Path, tmp_path: Path) -> Path:
+    convert.write_hf(open_end(megatron), tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+def flip_bit(folder: Path) -> None:
+    """Change one bit of NAME, wherever it lies."""
+    values = open_end(folder).rows(NAME, 7, 8).contiguous().view(torch.uint8).numpy().tobytes()
+    for file in folder.iterdir():
+        data = bytearray(file.read_bytes())
+        if (at := data.find(values)) >= 0:
+            data[at + 5] ^= 1
+            file.write_bytes(data)
+            return
+    raise AssertionError(f"{folder} does not hold {NAME}")
+
+
+def change_record(folder: Path, **changes: object) -> None:
+    file = folder / "conversion.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kind", ["megatron", "exported"])
+def test_a_folder_that_is_not_as_recorded_is_not_converted(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    assert said(open_end(folder), convert.read_through(open_end(folder)).digests()).startswith("as recorded")
+    flip_bit(folder)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for write in (
+        lambda: convert.write_hf(open_end(folder), tmp_path / "out"),
+        lambda: convert.write_megatron(open_end(folder), tmp_path / "out", ParallelLayout()),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{kind}: {NAME}: not what conversion\.json there records"):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert said(open_end(folder), convert.read_through(open_end(folder)).digests()).endswith(f": {NAME}")
+    (folder / "conversion.json").unlink()  # as the message says, for a change on purpose
+    convert.write_hf(open_end(folder), tmp_path / "out")
+    assert "nothing records" in said(open_end(folder), convert.read_through(open_end(folder)).digests())
+
+
+def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp_path: Path) -> None:
+    of_type, of_kind = "weights in bfloat16, these are in float32", "digests are no JSON object"
+    for changes, words in (({"dtype": "bfloat16"}, of_type), ({"digests": [1]}, of_kind)):
+        shutil.copytree(exported, tmp_path / "copy")
+        change_record(tmp_path / "copy", **changes)
+        with pytest.raises(CheckpointError, match=words):
+            convert.write_hf(open_end(tmp_path / "copy"), tmp_path / "out")
+        assert words in said(open_end(tmp_path / "copy"), {})
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_a_write_in_the_wrong_place_is_found(
+    megatron: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are opened again and read by the way that any reader takes."""
+    write = hf.Export.write
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def shifted(export: hf.Export, name: str, row: int, values: torch.Tensor) -> None:
+        write(export, name, row, values.roll(1, 0) if name == NAME else values)
+
+    monkeypatch.setattr(hf.Export, "write", shifted)
+    with pytest.raises(CheckpointError, match=rf"{NAME}.* is not written as it was read"):
+        convert.write_hf(open_end(megatron), tmp_path / "out")
+    monkeypatch.setattr(convert._Assembled, "_place", _swapped(convert._Assembled._place))
+    with pytest.raises(CheckpointError, match="is not written as it was read"):
+        convert.write_megatron(open_end(exported), tmp_path / "out", ParallelLayout())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def _swapped(place: Callable) -> Callable:
+    """Experts 0 and 1 in each other's places: every weight is read once, and digests of what is read are right."""
+
+    def wrong(self: object, stored: str, index: tuple) -> tuple:
+        name, part = place(self, stored, index)
+        for one, other in (("local_experts.0.", "local_experts.1."), ("local_experts.1.", "local_experts.0.")):
+            if one in name:
+                return name.replace(one, other), part
+        return name, part
+
+    return wrong
+
+
+def test_an_export_says_which_folder_and_layout_it_came_from(
+    megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(megatron)
+    convert.write_hf(open_end("."), tmp_path / "out")
+    record = read_record(tmp_path / "out") or {}
+    assert record["source"] == "megatron"
+    assert (record["layout"]["tensor"], record["layout"]["expert"]) == (2, 2)
+    (megatron / "conversion.json").unlink()  # a checkpoint of training says it elsewhere
+    (megatron / "progress.json").write_text(json.dumps({"layout": {"tensor": 5}}))
+    convert.write_hf(open_end(megatron), tmp_path / "out")
+    assert (read_record(tmp_path / "out") or {})["layout"] == {"tensor": 5}
+
+
+def test_a_stored_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path: Path) -> None:
+    model = model_from_config(config(tie_word_embeddings=True, vocab_size=2111))
+    weights = random_weights(model)
+    head = weights["model.embed_tokens.weight"].clone()
+    source = write_folder(tmp_path / "source", model, weights | {"lm_head.weight": head})
+    convert.compare(HuggingFaceEnd(source), HuggingFaceEnd(source))
+    head[2110, 3] *= -1.0
+    for other in (head, weights["model.embed_tokens.weight"].half(), head[:2000].clone()):
+        save_file(weights | {"lm_head.weight": other}, source / hf.WEIGHTS)
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight that is not model\.embed_tokens\.weight"):
+            open_end(source)
+
+
+def test_a_checkpoint_s_own_head_is_not_dropped_for_a_tied_configuration(megatron: Path) -> None:
+    settings = json.loads((megatron / "config.json").read_text())
+    (megatron / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"holds output_layer\.weight, a head of its own"):
+        open_end(megatron)
+
+
+def test_tied_is_true_or_false_and_no_word() -> None:
+    for value in ("false", 0, "true"):
+        with pytest.raises(ValueError, match=r"tie_word_embeddings=.*: expected true or false"):
+            model_from_config(config(tie_word_embeddings=value))
+
+
+def test_errors_of_files_are_said_in_words_of_ours(megatron: Path, exported: Path) -> None:
+    (exported / hf.WEIGHTS).unlink()
+    (exported / hf.WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match=r"Is a directory"):
+        open_end(exported)
+    file = min(megatron.glob("*.distcp"))
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"torch._utils", b"torch.-utils").replace(b"_rebuild_tensor", b"_rebuild_tenser"))
+    with pytest.raises(DistributedCheckpointError, match=r"distcp is damaged: what begins at byte \d+ is no") as found:
+        convert.read_through(open_end(megatron))
+    assert "weights_only" not in str(found.value)
