@@ -19,6 +19,7 @@ from conversion.families import read_model
 MAX_WEIGHT_BYTES = 8 * 10**9  # the program's process holds transformers' copy; above this it is not made
 _LENGTHS = (5, 23, 41, 64)
 # Nats that two right programs may differ by on one token, with the same weights in the compute type of the export.
+# transformers in bfloat16 is 0.42 away from itself in float32 for SmolLM2-135M, and 1.8 with one gate and up swapped.
 _LIMITS = {"float32": 1e-3, "bfloat16": 1.0}
 
 LogProbs = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[float]]]
