@@ -18,7 +18,7 @@ _REQUIRED = (*_SIZES, "max_position_embeddings", "rms_norm_eps")
 _COUNTS = (*_SIZES, "max_position_embeddings", "num_key_value_heads", "head_dim", *_EXPERTS)
 _OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 _NULLABLE = ("num_key_value_heads", "head_dim")  # null is transformers' default, which `dimensions` gives
-# Layers times what lies in each: ten times the largest models'. A damaged number would be listed for hours.
+# Layers times what lies in each: twenty times the largest models'. A damaged number would be listed for hours.
 _MOST_PARTS = 1_000_000
 _ROPE = ("rope_theta", "rope_parameters", "rope_scaling")
 _ROPE_THETA = 10000.0  # transformers' default for every family here
@@ -204,17 +204,16 @@ class Family:
     def rope(self, config: Mapping[str, Any]) -> Rope:
         """The rotary embedding, from `rope_parameters` (transformers 5) or the older top-level keys."""
         try:
-            old, new = (fields.settings(config, key) for key in ("rope_scaling", "rope_parameters"))
-            if old and new and old != new:  # transformers would read rope_scaling alone
-                raise UnsupportedModelError(f"rope_scaling={old} contradicts rope_parameters={new}; leave one out")
-            key = "rope_scaling" if old else "rope_parameters"
-            return self._rope(config, old or new, f"{key}: ")
+            given = {key: fields.settings(config, key) for key in ("rope_scaling", "rope_parameters")}
+            ropes = {self._rope(config, rope, f"{key}: ") for key, rope in given.items() if rope}
+            if len(ropes) > 1:  # transformers would read rope_scaling alone
+                raise UnsupportedModelError(f"{_listed(given)} contradict each other: {_listed(given.values())}")
+            return ropes.pop() if ropes else self._rope(config, {}, "")
         except UnsupportedModelError as error:
             raise self._unsupported(str(error)) from None
 
     def _rope(self, config: Mapping[str, Any], rope: dict[str, Any], where: str) -> Rope:
-        """`rope` is consumed; what remains of it is not modelled."""
-        kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope] or ["default"]
+        kinds = [rope[key] for key in ("rope_type", "type") if key in rope] or ["default"]
         for kind in kinds:
             if kind != kinds[0] or kind not in self.rope_types:
                 types = _listed(self.rope_types)
@@ -226,7 +225,7 @@ class Family:
         if not fields.is_one_of(rope.get("partial_rotary_factor", 1.0), (1.0,)):
             raise UnsupportedModelError(f"{where}partial_rotary_factor is not modelled")
         scaling = _llama3(rope, where) if kinds[0] == "llama3" else None
-        read = {"rope_theta", "partial_rotary_factor", *(_LLAMA3 if scaling else ())}
+        read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(_LLAMA3 if scaling else ())}
         if unread := sorted(rope.keys() - read):
             raise UnsupportedModelError(f"{where}{_listed(unread)} is not modelled with rope_type={kinds[0]!r}")
         return Rope(theta=thetas[0] if thetas else _ROPE_THETA, scaling=scaling)

@@ -15,7 +15,7 @@ class UnsupportedModelError(ValueError):
 
 def count(config: Mapping[str, Any], key: str, where: str = "") -> int:
     """Return a size or a number of things."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if type(value) is not int or not 1 <= value <= _LARGEST:
         raise _wrong(config, key, f"expected a whole number of at least 1 and at most {_LARGEST}", where)
     return value
@@ -23,7 +23,7 @@ def count(config: Mapping[str, Any], key: str, where: str = "") -> int:
 
 def number(config: Mapping[str, Any], key: str, where: str = "") -> float:
     """Return a finite number above 0."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if type(value) not in (int, float) or not 0 < value < 1e30:  # more is a slip, or no float32
         raise _wrong(config, key, "expected a number above 0 and below 1e30", where)
     return float(value)
@@ -39,7 +39,7 @@ def flag(config: Mapping[str, Any], key: str) -> bool:
 
 def names(config: Mapping[str, Any], key: str) -> list[str]:
     """Return a list of strings; null and an absent key are an empty one."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -49,7 +49,7 @@ def names(config: Mapping[str, Any], key: str) -> list[str]:
 
 def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return a copy of an object; null and an absent key are an empty one."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
