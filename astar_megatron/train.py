@@ -111,8 +111,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
         _evaluate(cfg, inputs, engines, tracker, cfg.train.num_steps, Clock())
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
-    tracker.say(f"exported to {cfg.export_dir}")
-    tracker.say(certify(cfg.export_dir, policy.logprobs))
+    tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, policy.logprobs)}")
 
 
 def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:

@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_LARGEST = 2**31 - 1  # of one size: row and column indices of kernels are 32 bits
+_LARGEST = 2**40  # of one size: no memory has as many rows or columns, so the file is damaged
 
 
 class UnsupportedModelError(ValueError):

@@ -89,7 +89,7 @@ def test_whatever_a_field_holds_it_is_understood_or_named(data: st.DataObject, v
         ({"rope_parameters": {"rope_theta": math.nan}}, "rope_parameters: rope_theta=nan, expected a number"),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000 times .*=4 is more than 1000000"),
         ({"num_attention_heads": 10**9, "num_key_value_heads": 10**9, "head_dim": 2}, "times num_attention_heads="),
-        ({"vocab_size": 2**31}, "vocab_size=2147483648, expected a whole number"),
+        ({"vocab_size": 2**41}, "vocab_size=2199023255552, expected a whole number"),
         ({"mlp_bias": 0}, "mlp_bias=0 is not modelled, only False"),
     ],
 )
