@@ -241,6 +241,11 @@ def main() -> None:
     except (ClusterError, WeightMismatch) as error:
         print(f"astar: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):  # what Path.resolve raises before Python 3.13
+            raise
+        print(f"astar: {error}: choose another path", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

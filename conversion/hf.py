@@ -179,6 +179,8 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
+            raise TypeError(f"weight_map names the file {wrong[0]!r}")
         files: dict[str, set[str] | None] = {file: set() for file in weight_map.values()}
         for name, file in weight_map.items():
             files[file] = (files[file] or set()) | {name}

@@ -1,15 +1,18 @@
 """What conversion.json says of an export's log-probs."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from astar_megatron.certificate import certify, fixed_sequences
-from conversion import convert
+from astar_megatron.certificate import DisagreementError, certify, fixed_sequences
+from conversion import convert, hf
 from conversion.ends import open_end
 
 
@@ -38,12 +41,50 @@ def transformers_own(folder: Path, off_by: float):
 
 def test_the_largest_difference_is_recorded_beside_what_stands_there(export: Path, tied_llama: Path) -> None:
     before = json.loads((export / "conversion.json").read_text())
-    for off_by in (0.0, 0.25):
+    for off_by in (0.0, 5e-4):
         words = certify(export, transformers_own(tied_llama, off_by))
         record = json.loads((export / "conversion.json").read_text())
         assert record.pop("logprobs")["max_difference"] == pytest.approx(off_by, abs=1e-5)
         assert record == {key: value for key, value in before.items() if key != "logprobs"}
         assert "transformers" in words
+
+
+def refusal(folder: Path, logprobs: Any) -> dict[str, Any]:
+    """What the record says of an export that is refused, as the message does."""
+    with pytest.raises(DisagreementError) as caught:
+        certify(folder, logprobs)
+    text = (folder / "conversion.json").read_text()
+    found = json.loads(text, parse_constant=pytest.fail)["logprobs"]  # NaN is no JSON
+    assert str(folder) in str(caught.value) and found["reason"] in str(caught.value)
+    assert "within" not in str(caught.value)
+    return found
+
+
+@pytest.mark.parametrize("off_by", [math.nan, math.inf, -math.inf])
+def test_log_probs_that_are_no_numbers_are_refused_on_either_side(
+    off_by: float, export: Path, tied_llama: Path, tmp_path: Path
+) -> None:
+    found = refusal(export, transformers_own(tied_llama, off_by))
+    assert found["max_difference"] is None and found["not_finite"] == ["the policy"]
+    weights = load_file(tied_llama / "model.safetensors")
+    weights["model.norm.weight"][5] = off_by
+    spoiled = tmp_path / "spoiled"
+    hf.save(spoiled, weights, tied_llama)
+    assert refusal(spoiled, transformers_own(tied_llama, 0.0))["not_finite"] == ["transformers"]
+    found = refusal(spoiled, transformers_own(spoiled, 0.0))
+    assert found["max_difference"] is None and found["not_finite"] == ["the policy", "transformers"]
+
+
+@pytest.mark.parametrize(("dtype", "right", "wrong"), [(torch.float32, 5e-4, 2e-3), (torch.bfloat16, 0.5, 1.5)])
+def test_a_difference_above_the_limit_of_the_type_is_refused(
+    dtype: torch.dtype, right: float, wrong: float, tied_llama: Path, tmp_path: Path
+) -> None:
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(tied_llama / "model.safetensors").items()}
+    hf.save(tmp_path / "export", weights, tied_llama)
+    certify(tmp_path / "export", transformers_own(tmp_path / "export", right))
+    found = refusal(tmp_path / "export", transformers_own(tmp_path / "export", wrong))
+    assert found["max_difference"] > found["limit"]
+    assert (tmp_path / "export" / "model.safetensors").exists()
 
 
 def test_large_models_are_not_measured_and_the_record_says_why(export: Path) -> None:

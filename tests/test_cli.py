@@ -410,9 +410,12 @@ def test_inspect_says_whether_the_weights_are_as_recorded(convert: Any, tied_lla
 
 
 def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
-    somebodys = tmp_path / "somebodys"
+    somebodys, loop = tmp_path / "somebodys", tmp_path / "loop"
     shutil.copytree(tied_llama, somebodys)
+    loop.symlink_to(loop)
     for command, word in (
+        (("hf-to-megatron", tied_llama, loop), str(loop)),
+        (("hf-to-megatron", tied_llama, loop, "--dry-run"), str(loop)),
         (("hf-to-megatron", tied_llama, somebodys), "conversion.json"),
         (("hf-to-megatron", tied_llama, tmp_path / "out", "--pp", 4), "divide"),
         (("hf-to-megatron", tied_llama, tmp_path / "out", "--ep", 2), "no experts"),
@@ -422,4 +425,4 @@ def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, t
         status, _, error = convert(*command)
         assert status == 2
         assert word in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["somebodys"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "somebodys"]

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.families.config import Family, RopeScaling, UnsupportedModelError
+from conversion.families import fields
+from conversion.families.config import Family, RopeScaling
+from conversion.families.fields import UnsupportedModelError
 from conversion.families.llama import LLAMA
 from conversion.families.mistral import MISTRAL
 from conversion.families.model import Model, model_of
@@ -31,7 +33,10 @@ REFUSED["Gemma3ForConditionalGeneration"] = REFUSED["Gemma3ForCausalLM"]
 
 
 def read_model(path: str | Path) -> Model:
-    """The model of an HF folder, from its config.json. UnsupportedModelError if it says something not modelled."""
+    """The model of an HF folder, from its config.json. UnsupportedModelError if it says something not modelled.
+
+    Both this and the ValueError of a file that is none name the file.
+    """
     file = Path(path) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -39,16 +44,19 @@ def read_model(path: str | Path) -> Model:
         raise ValueError(
             f"{path} is no model folder in Hugging Face's format: it has no config.json; name one that has"
         ) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, numbers of thousands of digits
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
-    return model_from_config(config)
+    try:
+        return model_from_config(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{file}: {error}") from error
 
 
 def model_from_config(config: Mapping[str, Any]) -> Model:
     """The model an HF configuration describes, as the plain mapping that config.json holds."""
-    architectures = config.get("architectures") or [
+    architectures = fields.names(config, "architectures") or [
         family.architecture for family in FAMILIES if family.model_type == config.get("model_type")
     ]
     for family in FAMILIES:

@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from conversion.families import fields
+from conversion.families.fields import UnsupportedModelError
 from conversion.families.rows import Dimensions, Row
-
-
-class UnsupportedModelError(ValueError):
-    """A configuration says something that is not modelled; the message names the key, its value and what is known."""
-
 
 _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _REQUIRED = (*_SIZES, "max_position_embeddings", "rms_norm_eps")
 _COUNTS = (*_SIZES, "max_position_embeddings", "num_key_value_heads", "head_dim", *_EXPERTS)
 _OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+_NULLABLE = ("num_key_value_heads", "head_dim")  # null is transformers' default, which `dimensions` gives
+# Layers times what lies in each: twenty times the largest models'. A damaged number would be listed for hours.
+_MOST_PARTS = 1_000_000
 _ROPE = ("rope_theta", "rope_parameters", "rope_scaling")
 _ROPE_THETA = 10000.0  # transformers' default for every family here
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -112,7 +112,7 @@ class Family:
         for key, value in config.items():
             if key not in known:
                 raise self._unsupported(f"{key}={value!r} is not modelled")
-            if key in only and value not in only[key]:
+            if key in only and not fields.is_one_of(value, only[key]):
                 raise self._unsupported(f"{key}={value!r} is not modelled, only {_listed(only[key])}")
         for key in required:
             if config.get(key) is None:
@@ -120,15 +120,20 @@ class Family:
         for key in self.explicit:
             if key not in config:
                 raise self._unsupported(f"{key} is missing, and its default is not modelled, only {_listed(only[key])}")
-        for key in _COUNTS:
-            value = config.get(key)
-            if value is not None and (type(value) is not int or value < 1):
-                raise self._unsupported(f"{key}={value!r}: expected a whole number of at least 1")
-        if (tied := config.get("tie_word_embeddings")) is not None and type(tied) is not bool:
-            raise self._unsupported(f"tie_word_embeddings={tied!r}: expected true or false")
-        if set(config.get("layer_types") or ()) - {"full_attention"}:
-            raise self._unsupported(f"layer_types={config['layer_types']!r} is not modelled, only 'full_attention'")
+        try:
+            self._check_types(config)
+        except UnsupportedModelError as error:
+            raise self._unsupported(str(error)) from None
         self.rope(config)
+
+    def _check_types(self, config: Mapping[str, Any]) -> None:
+        for key in _COUNTS:
+            if key in config and not (key in _NULLABLE and config[key] is None):
+                fields.count(config, key)
+        fields.number(config, "rms_norm_eps")
+        fields.flag(config, "tie_word_embeddings")
+        if set(fields.names(config, "layer_types")) - {"full_attention"}:
+            raise UnsupportedModelError(f"layer_types={config['layer_types']!r} is not modelled, only 'full_attention'")
 
     def dimensions(self, config: Mapping[str, Any]) -> Dimensions:
         """The sizes `config` gives."""
@@ -139,6 +144,12 @@ class Family:
         experts, chosen, width = (config[key] if self.experts else 0 for key in _EXPERTS)
         if chosen > experts:
             raise self._unsupported(f"num_experts_per_tok={chosen} is more than num_experts={experts}")
+        for key, parts in {"num_attention_heads": heads, "num_experts": experts}.items():
+            if config["num_hidden_layers"] * max(1, parts) > _MOST_PARTS:
+                raise self._unsupported(
+                    f"num_hidden_layers={config['num_hidden_layers']} times {key}={parts} is more than {_MOST_PARTS}, "
+                    "which no model has: is the file damaged?"
+                )
         return Dimensions(
             num_layers=config["num_hidden_layers"],
             hidden_size=hidden,
@@ -147,7 +158,7 @@ class Family:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=self._head_dim(config, hidden, heads),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=fields.flag(config, "tie_word_embeddings"),
             num_experts=experts,
             experts_per_token=chosen,
             moe_intermediate_size=width,
@@ -192,31 +203,32 @@ class Family:
 
     def rope(self, config: Mapping[str, Any]) -> Rope:
         """The rotary embedding, from `rope_parameters` (transformers 5) or the older top-level keys."""
-        theta, scaling = config.get("rope_theta"), None
-        for key in ("rope_parameters", "rope_scaling"):
-            rope = dict(config.get(key) or {})
-            kind = rope.pop("rope_type", rope.pop("type", "default"))
-            rope.pop("type", None)
-            theta = rope.pop("rope_theta", theta)
-            if kind not in self.rope_types:
-                raise self._unsupported(f"{key}: rope_type={kind!r} is not modelled, only {_listed(self.rope_types)}")
-            if kind == "llama3":
-                if scaling is not None:
-                    raise self._unsupported("rope_parameters and rope_scaling both scale")
-                scaling = self._llama3(key, {name: rope.pop(name, None) for name in _LLAMA3})
-            if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-                raise self._unsupported(f"{key}: partial_rotary_factor is not modelled")
-            if rope:
-                raise self._unsupported(f"{key}: {_listed(sorted(rope))} is not modelled")
-        return Rope(theta=float(_ROPE_THETA if theta is None else theta), scaling=scaling)
+        try:
+            given = {key: fields.settings(config, key) for key in ("rope_scaling", "rope_parameters")}
+            ropes = {self._rope(config, rope, f"{key}: ") for key, rope in given.items() if rope}
+            if len(ropes) > 1:  # transformers would read rope_scaling alone
+                raise UnsupportedModelError(f"{_listed(given)} contradict each other: {_listed(given.values())}")
+            return ropes.pop() if ropes else self._rope(config, {}, "")
+        except UnsupportedModelError as error:
+            raise self._unsupported(str(error)) from None
 
-    def _llama3(self, key: str, values: dict[str, Any]) -> RopeScaling:
-        for name, value in values.items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise self._unsupported(f"{key}: {name}={value!r}, expected a number above 0")
-        if values["low_freq_factor"] >= values["high_freq_factor"]:
-            raise self._unsupported(f"{key}: low_freq_factor must be below high_freq_factor, got {values}")
-        return RopeScaling(**values)
+    def _rope(self, config: Mapping[str, Any], rope: dict[str, Any], where: str) -> Rope:
+        kinds = [rope[key] for key in ("rope_type", "type") if key in rope] or ["default"]
+        for kind in kinds:
+            if kind != kinds[0] or kind not in self.rope_types:
+                types = _listed(self.rope_types)
+                raise UnsupportedModelError(f"{where}rope_type={_listed(kinds)} is not modelled, only {types}")
+        thetas = [fields.number(config, "rope_theta")] if "rope_theta" in config else []
+        thetas += [fields.number(rope, "rope_theta", where)] if "rope_theta" in rope else []
+        if len(set(thetas)) == 2:
+            raise UnsupportedModelError(f"rope_theta={thetas[0]} contradicts {where}rope_theta={thetas[1]}")
+        if not fields.is_one_of(rope.get("partial_rotary_factor", 1.0), (1.0,)):
+            raise UnsupportedModelError(f"{where}partial_rotary_factor is not modelled")
+        scaling = _llama3(rope, where) if kinds[0] == "llama3" else None
+        read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(_LLAMA3 if scaling else ())}
+        if unread := sorted(rope.keys() - read):
+            raise UnsupportedModelError(f"{where}{_listed(unread)} is not modelled with rope_type={kinds[0]!r}")
+        return Rope(theta=thetas[0] if thetas else _ROPE_THETA, scaling=scaling)
 
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.architecture}: {what}")
@@ -224,3 +236,13 @@ class Family:
 
 def _listed(values: Any) -> str:
     return ", ".join(repr(value) for value in values)
+
+
+def _llama3(rope: Mapping[str, Any], where: str) -> RopeScaling:
+    factor, low, high = (fields.number(rope, name, where) for name in _LLAMA3[:3])
+    if low >= high:
+        raise UnsupportedModelError(f"{where}low_freq_factor={low} must be below high_freq_factor={high}")
+    original = fields.count(rope, _LLAMA3[3], where)
+    return RopeScaling(
+        factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
+    )

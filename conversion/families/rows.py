@@ -194,13 +194,7 @@ class QKV(Row):
         the whole together again in the forward pass (megatron/core/transformer/attention.py).
         """
         D, groups = dims.head_dim, dims.num_kv_heads
-        if groups % tensor and tensor % groups:
-            sizes = (n for n in range(1, 65) if dims.num_heads % n == 0)
-            fitting = [str(n) for n in sizes if groups % n == 0 or n % groups == 0]
-            raise ValueError(
-                f"num_key_value_heads={groups} does not divide by tensor={tensor}, nor the other way round: Megatron "
-                f"needs one of the two; of the sizes up to 64 that divide the heads these do: {', '.join(fitting)}"
-            )
+        _check_groups(dims, tensor, "Megatron")
         share(dims.num_heads, tensor, t, "num_attention_heads", "tensor")
         heads = {"q": dims.num_heads // groups * D, "k": D, "v": D}
         window = share((dims.num_heads + 2 * groups) * D, tensor, t, "rows of query, key and value", "tensor")
@@ -218,10 +212,9 @@ class QKV(Row):
         """Where the axis is longer than the key-value heads, neighbours hold the same one."""
         q = share(dims.num_heads, tensor, t, "num_attention_heads", "tensor")
         heads = dims.num_kv_heads
+        _check_groups(dims, tensor, "vLLM")
         if tensor <= heads:
             kv = share(heads, tensor, t, "num_key_value_heads", "tensor")
-        elif tensor % heads:
-            raise ValueError(f"tensor={tensor} does not divide by num_key_value_heads={heads}")
         else:
             kv = share(heads, heads, t // (tensor // heads))
         spans = {"q": q, "k": kv, "v": kv}
@@ -254,6 +247,17 @@ class Vocabulary(Row):
 def rounded_up(n: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below n."""
     return -(-n // multiple) * multiple
+
+
+def _check_groups(dims: Dimensions, tensor: int, who: str) -> None:
+    groups = dims.num_kv_heads
+    if groups % tensor and tensor % groups:
+        sizes = (n for n in range(1, 65) if dims.num_heads % n == 0)
+        fitting = [str(n) for n in sizes if groups % n == 0 or n % groups == 0]
+        raise ValueError(
+            f"num_key_value_heads={groups} does not divide by tensor={tensor}, nor the other way round: {who} needs "
+            f"one of the two; of the sizes up to 64 that divide the heads these do: {', '.join(fitting)}"
+        )
 
 
 def _part(hf: str, part: str) -> str:

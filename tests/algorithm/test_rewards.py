@@ -4,7 +4,6 @@ that the token limit cut, or that has no EOS, by what it holds."""
 import importlib.util
 import json
 import math as mathematics
-import time
 from fractions import Fraction
 from typing import Any
 
@@ -295,10 +294,9 @@ ANSWERS = {"countdown": '{"numbers": [44, 19, 35], "target": 60}'}
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE.keys())
+@pytest.mark.timeout(300)  # quadratic time would be hours
 def test_a_response_of_a_megabyte_takes_linear_time(name: str, text: str) -> None:
-    start = time.perf_counter()
     assert rewards.get(name)(text, ANSWERS.get(name, "42")) == 0
-    assert time.perf_counter() - start < 10  # quadratic time would be hours
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -379,12 +377,3 @@ def test_a_reward_is_found_by_name_or_by_import() -> None:
 def test_an_unknown_reward_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rewards.get(name)
-
-
-def test_the_version_is_stable_and_follows_the_source() -> None:
-    assert rewards.version("gsm8k_strict") == "gsm8k_strict/1"
-    imported = rewards.version("astar_megatron.algorithm.rewards.latex:math")
-    assert imported.startswith("astar_megatron.algorithm.rewards.latex:math/sha256:")
-    assert imported != rewards.version("astar_megatron.algorithm.rewards.latex:normalised")
-    with pytest.raises(ValueError, match="no Python source"):
-        rewards.version("math:fsum")

@@ -183,6 +183,7 @@ def test_a_wrong_index_is_refused(sharded: Path) -> None:
         (index["weight_map"] | {"model.norm.weight": "../escape.safetensors"}, "not a file of this folder"),
         (without, r"does not hold model\.norm\.weight"),
         ([], "no safetensors index"),
+        (index["weight_map"] | {"model.norm.weight": 3}, "no safetensors index.*names the file 3"),
     ):
         path.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(CheckpointError, match=message):

@@ -151,6 +151,21 @@ def test_a_live_engine_says_what_a_fresh_one_on_the_export_says(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_engines_of_the_other_dense_families_do_too(tmp_path: Path) -> None:
+    """Rotary positions that Llama 3 scales, heads of a size of their own, and norms of heads."""
+    pytest.importorskip("vllm")
+    sizes: dict[str, Any] = {"hidden_size": 96, "head_dim": 32}
+    cases: list[tuple[dict[str, object], ParallelLayout, Way]] = [
+        (config("llama3", **sizes, tie_word_embeddings=True), ParallelLayout(tensor=2, pipeline=2), "shared memory"),
+        (config("mistral", **sizes), ParallelLayout(pipeline=2), "gloo"),
+        (config("qwen3", **sizes, tie_word_embeddings=True), ParallelLayout(tensor=2), "shared memory"),
+    ]
+    for answer in published(cases, 1, tmp_path):
+        assert_live_equals_fresh(answer)
+        assert answer["versions"] == [7]
+
+
+@pytest.mark.slow
 def test_an_engine_of_two_workers_with_replicated_key_heads_does_too(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     (answer,) = published([(ONE_KEY_HEAD, ParallelLayout(pipeline=2), "gloo")], 2, tmp_path)

@@ -337,6 +337,11 @@ def test_sizes_that_do_not_divide_are_named() -> None:
         model.megatron_tiles(ParallelLayout(pipeline=4))
     with pytest.raises(ValueError, match="num_attention_heads=6 does not divide by tensor=4"):
         model.vllm_tiles(4)
+    six = model_from_config(config(num_attention_heads=24, num_key_value_heads=6))
+    for tensor in (4, 8):
+        wanted = f"num_key_value_heads=6 does not divide by tensor={tensor}, .*vLLM.* 1, 2, 3, 6, 12, 24$"
+        with pytest.raises(ValueError, match=wanted):
+            six.vllm_tiles(tensor)
     with pytest.raises(ValueError, match="F=7 does not divide by tp=2"):
         share(7, 2, 0, "F", "tp")
 

@@ -70,6 +70,43 @@ def test_experts_on_two_ranks_each_take_the_tokens_of_both(ranks: Any, tiny_fami
     assert_logits(ranks, folders, ParallelLayout(data=2, expert=2), packs_of_sequences(2))
 
 
+@pytest.mark.parametrize(
+    ("layout", "families"),
+    [
+        (ParallelLayout(tensor=2), ["llama3", "qwen3"]),
+        (ParallelLayout(pipeline=2), ["mistral", "qwen3"]),
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_dense_families_on_two_ranks(
+    layout: ParallelLayout, families: list[str], ranks: Any, tiny_family: Callable[..., Path]
+) -> None:
+    folders = [tiny_family(family, tie_word_embeddings=family == "qwen3") for family in families]
+    assert_logits(ranks, folders, layout, packs_of_sequences(1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "families"),
+    [
+        (ParallelLayout(tensor=2), ["mistral", "qwen3_moe"]),
+        (ParallelLayout(pipeline=2), ["llama3", "qwen3_moe"]),
+        (ParallelLayout(tensor=2, pipeline=2), FAMILIES),
+        (ParallelLayout(tensor=4), FAMILIES),
+    ],
+    ids=["tensor", "pipeline", "both", "four"],
+)
+def test_every_family_on_more_layouts(
+    layout: ParallelLayout, families: list[str], ranks: Any, tiny_family: Callable[..., Path]
+) -> None:
+    """With heads that four ranks divide."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    folders = [
+        tiny_family(family, tie_word_embeddings=number % 2 == 0, **sizes) for number, family in enumerate(families)
+    ]
+    assert_logits(ranks, folders, layout, packs_of_sequences(2))
+
+
 def test_more_tensor_ranks_than_query_groups_share_them(ranks: Any, tiny_family: Callable[..., Path]) -> None:
     """Four heads and one group of keys and values on four ranks: each holds the rows of one and a half heads."""
     folders = [

@@ -9,11 +9,12 @@ Leaves out: time limits and processes; rollout/scoring.py has them.
 import difflib
 import hashlib
 import importlib
-import inspect
+import importlib.util
 import numbers as numeric
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,22 +82,18 @@ def extractor(name: str) -> Extract | None:
 
 
 def version(name: str) -> str:
-    """Return the identity of the rule behind `name`: name and version number, or a digest of a function's source.
+    """Return the identity of the rule behind `name`: name and version number, or a digest of its module's file.
 
-    The digest covers the function alone, not what it calls. Raises ValueError.
+    The file is read and not imported: what a stranger's module does when it is imported, it does not do here. Of other
+    modules that it imports the digest says nothing. Raises ValueError.
     """
-    reward = get(name)
     if name == "math_verify":
         return f"{name}/{_NAMED[name].version}+{verified.library_version()}"
     if name in _NAMED:
         return f"{name}/{_NAMED[name].version}"
-    try:
-        source = inspect.getsource(reward)
-    except (OSError, TypeError):
-        raise ValueError(
-            f"reward.name: {name} has no Python source to take a digest of; wrap it in a Python function"
-        ) from None
-    return f"{name}/sha256:{hashlib.sha256(source.encode()).hexdigest()}"
+    if ":" not in name:
+        get(name)  # raises
+    return f"{name}/sha256:{hashlib.sha256(_file(name).read_bytes()).hexdigest()}"
 
 
 def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str]:
@@ -110,10 +107,32 @@ def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str
     return float(value), ""
 
 
-def _imported(name: str) -> Reward:
-    module_name, _, function_name = name.partition(":")
+def _file(name: str) -> Path:
+    """The file of a function's module. Package after package, for `importlib.util.find_spec` alone imports those."""
+    _search_here()
+    parts = name.partition(":")[0].split(".")
+    spec = importlib.util.find_spec(parts[0]) if all(part.isidentifier() for part in parts) else None
+    for end in range(2, len(parts) + 1):
+        inside = spec and spec.submodule_search_locations
+        spec = PathFinder.find_spec(".".join(parts[:end]), inside) if inside else None
+    if spec is None:
+        raise ValueError(
+            f"reward.name: can't import {name!r}: there is no such module; expected package.module:function in the "
+            "current folder or on the Python path"
+        )
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        raise ValueError(f"reward.name: {name} has no Python source to take a digest of; wrap it in a Python function")
+    return Path(spec.origin)
+
+
+def _search_here() -> None:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does; a script like astar's does not
+
+
+def _imported(name: str) -> Reward:
+    module_name, _, function_name = name.partition(":")
+    _search_here()
     try:
         found: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
