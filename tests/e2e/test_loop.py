@@ -27,26 +27,6 @@ from astar_megatron.types import Prompt
 from conversion.convert import compare
 from conversion.ends import open_end
 
-METRICS = {
-    "step",
-    "version",
-    "reward_mean",
-    "v_star_mean",
-    "v_star_shift",
-    "loss",
-    "grad_norm",
-    "logratio_mean",
-    "logratio_std",
-    "logratio_max",
-    "slope",
-    "r_squared",
-    "engine_gap",
-    "truncated",
-    "tokens",
-    "response_tokens",
-    "spent_tokens",
-    "seconds",
-}
 SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}
 
 
@@ -112,10 +92,12 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert [step["step"] for step in steps] == [step["version"] for step in steps] == [0, 1, 2]
     for step in steps:
         evaluates = step["step"] != 1  # eval.interval is 2
-        assert set(step) == METRICS | ({"eval"} if evaluates else set())
+        assert ("eval" in step) == evaluates
         assert set(step["seconds"]) == SECONDS | ({"eval"} if evaluates else set())
         assert abs(step["engine_gap"]) < 1e-3
-        assert all(math.isfinite(value) for name, value in step.items() if name not in ("seconds", "eval"))
+        assert step["mfu"] is None  # the peak of a CPU is not known
+        assert all(math.isfinite(value) for value in step.values() if isinstance(value, int | float))
+        assert step["skipped_steps"] == 0 and all(size > 0 for size in step["peak_memory_bytes"])
     assert steps[0]["eval"]["prompts"]["greedy"] >= 0
     assert not list(Path("/dev/shm").glob(f"astar-{os.getpid()}-*"))
 
