@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,12 +236,15 @@ def _rows(rows: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     columns = _multipliers(_COLUMN_SEED, c0, c1, rows.device)
     height, width = rows.shape
     step = min(height, max(1, _CHUNK_ELEMENTS // width))
-    products = torch.empty(step, width, dtype=torch.int64, device=rows.device)  # one for all chunks: 4 times as fast
+    bits = torch.empty(step, width, dtype=torch.int64, device=rows.device)  # one for all chunks: 4 times as fast
     sums = torch.empty(height, dtype=torch.int64, device=rows.device)
     for start, chunk in zip(range(0, height, step), rows.split(step), strict=True):
-        bits = chunk.to(dtype).contiguous().view(_INTEGERS[dtype.itemsize])
-        torch.mul(bits, columns, out=products[: len(chunk)])
-        torch.sum(products[: len(chunk)], 1, out=sums[start : start + step])
+        part_bits, part_sums = bits[: len(chunk)], sums[start : start + step]
+        part_bits.copy_(chunk.to(dtype).contiguous().view(_INTEGERS[dtype.itemsize]))
+        if rows.device.type == "cpu":  # numpy's sum of products is one pass, torch's two: 1.6 times as fast
+            np.einsum("ij,j->i", part_bits.numpy(), columns.numpy(), out=part_sums.numpy())
+        else:
+            torch.sum(part_bits.mul_(columns), 1, out=part_sums)
     return sums
 
 
