@@ -85,7 +85,7 @@ def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
             f"{name}: needs the package datasets; install it, or download the files and name their folder"
         ) from error
     try:
-        found = datasets.load_dataset(name, subset, split=split)
+        found: Any = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises many kinds: network, unknown names, damaged files
         raise PromptError(f"{name}: the package datasets can't load it (split {split!r}): {error!r:.500}") from error
     return [Row(where=f"row {number}", fields=fields) for number, fields in enumerate(found, start=1)]

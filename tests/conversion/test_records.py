@@ -153,7 +153,7 @@ def test_a_checkpoint_s_own_head_is_not_dropped_for_a_tied_configuration(megatro
 
 def test_tied_is_true_or_false_and_no_word() -> None:
     for value in ("false", 0, "true"):
-        with pytest.raises(ValueError, match=r"tie_word_embeddings=.*: expected true or false"):
+        with pytest.raises(ValueError, match=r"tie_word_embeddings=.*, expected true or false"):
             model_from_config(config(tie_word_embeddings=value))
 
 
