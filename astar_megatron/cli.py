@@ -73,7 +73,7 @@ def evaluate(
     folder: Annotated[str | None, typer.Option("--data", help="Folder of the benchmarks' files.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate the run's export or another model: pass@1, and avg@k, maj@k, pass@k of samples."""
+    """Evaluate the run's export or another model: pass@1, and avg@n, maj@n, pass@k of samples."""
     sets = [f"eval.benchmarks=[{benchmarks}]"] if benchmarks else []
     sets += [f"eval.folder={folder}"] if folder else []
     _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)

@@ -19,7 +19,7 @@ from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multipl
 from astar_megatron.data.benchmarks import SUFFIXES, gsm8k_answer, math_answer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.files import make_folder, write_atomic
-from astar_megatron.data.prompts import read_prompts, tokenizer
+from astar_megatron.data.prompts import tokenizer, usable_prompts
 from astar_megatron.data.rows import (
     Pair,
     Problems,
@@ -129,38 +129,47 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     problems = Problems(source)
     rows = stage1_rows(_rows("stage1", source, None, split, problems), problems)
     problems.refuse(len(rows) + problems.count)
-    _write_prompts(cfg, [row.pair for row in rows])
-    prompts = {(prompt.text, prompt.answer): prompt for prompt in read_prompts(cfg.data, cfg.model.path)}
-    count = len(rows[0].responses)
+    used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
+    prompts, count = list(used.values()), len(rows[0].responses)
+    _check_prompt_file(cfg, prompts)
     contract = contract_of(cfg)
+    drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids[0])]
+    published = [value for i in used for value in rows[i].evals]
+    _check_lengths(cfg, drawn, source)
     with Scorer(cfg.reward) as scorer:
-        scorer.check(list(prompts.values()))
-    table = VStarTable.create_or_open(cfg.table_dir, contract)
-    missing = {(prompt.uid, sample) for prompt, sample in table.missing(list(prompts.values()), count)}
-    work = [
-        (rollout, value)
-        for row in rows
-        if (prompt := prompts.get((row.pair.question, row.pair.answer))) is not None
-        for rollout, value in zip(_rollouts(cfg, prompt, row, contract.stop_token_ids[0]), row.evals, strict=True)
-        if (prompt.uid, rollout.sample) in missing
+        scorer.check(prompts)
+    table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
+    _write_prompts(cfg, prompts)
+    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, count)}
+    pairs = zip(drawn, published, strict=True)
+    work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
+    other, failed = _import(cfg, table, work)
+    held = [
+        ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
+        ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
+        ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
+        ("not scored", f"{failed}, which stay missing"),
+        ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
+        ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
     ]
-    other = 0
+    show_table(Console(highlight=False), f"V* table {table.folder}", held)
+
+
+def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]) -> tuple[int, int]:
+    """Score (response, published reward) pairs into the table; how many rewards differ, and how many there are not."""
+    other = failed = 0
     make_folder(cfg.run_dir)
     console = Console(highlight=False)
     with progress(console, "importing", len(work)) as advance, Scorer(cfg.reward, Path(cfg.run_dir)) as scorer:
         for start in range(0, len(work), _ROWS_A_SHARD):
             part = work[start : start + _ROWS_A_SHARD]
             scored = scorer.score([rollout for rollout, _ in part])
-            other += sum(one.reward != value for one, (_, value) in zip(scored, part, strict=True))
-            table.append(scored)
+            kept = [(one, value) for one, (_, value) in zip(scored, part, strict=True) if one.reward is not None]
+            failed += len(part) - len(kept)
+            other += sum(one.reward != value for one, value in kept)
+            table.append([one for one, _ in kept])
             advance(len(part))
-    held = [
-        ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
-        ("responses", f"{len(work)} imported, {len(prompts) * count - len(work)} were there"),
-        ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
-        ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
-    ]
-    show_table(console, f"V* table {table.folder}", held)
+    return other, failed
 
 
 def _rows(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
@@ -192,15 +201,30 @@ def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> l
     return [*rows, ("reward.name", reward)] if reward else rows
 
 
-def _write_prompts(cfg: RunConfig, pairs: list[Pair]) -> None:
-    data = jsonl({cfg.data.prompt_field: pair.question, cfg.data.answer_field: pair.answer} for pair in pairs)
+def _check_prompt_file(cfg: RunConfig, prompts: list[Prompt]) -> None:
     path = Path(cfg.data.path)
-    if path.exists():
-        if path.read_bytes() != data:
-            raise PromptError(f"data.path: {path} is there with other prompts; remove it or choose another path")
-        return
-    make_folder(path.parent)
-    write_atomic(path, data)
+    if path.exists() and path.read_bytes() != _lines(cfg, prompts):
+        raise PromptError(f"data.path: {path} is there with other prompts; remove it or choose another path")
+
+
+def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
+    limit, lengths = cfg.sampling.max_response_tokens, [len(rollout.token_ids) for rollout in drawn]
+    if over := sum(length > limit for length in lengths):
+        raise PromptError(
+            f"{source}: {over} of {len(drawn)} responses exceed sampling.max_response_tokens = {limit}, so this run "
+            f"could not have drawn them; the longest has {max(lengths)} tokens: set the key to that of their drawing"
+        )
+
+
+def _write_prompts(cfg: RunConfig, prompts: list[Prompt]) -> None:
+    path = Path(cfg.data.path)
+    if not path.exists():
+        make_folder(path.parent)
+        write_atomic(path, _lines(cfg, prompts))
+
+
+def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
+    return jsonl({cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts)
 
 
 def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[Rollout]:

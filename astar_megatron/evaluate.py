@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm import rewards
-from astar_megatron.algorithm.estimators import majority_at_k, mean_and_error, pass_at_k
+from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import tokenizer_digest
 from astar_megatron.data.files import write_atomic
@@ -201,8 +201,7 @@ def _majority(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> flo
     for rollout, answer in zip(rollouts, answers, strict=True):
         if answer is not None:
             groups[answer].append(_reward(rollout))
-    counted = [(len(group), math.fsum(group) / len(group)) for group in groups.values()]
-    return majority_at_k(counted, answers.count(None), len(rollouts))
+    return majority([(len(group), math.fsum(group) / len(group)) for group in groups.values()])
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
@@ -211,5 +210,4 @@ def _estimate(values: Sequence[float]) -> Estimate:
 
 
 def _reward(rollout: Rollout) -> float:
-    assert rollout.reward is not None
-    return rollout.reward
+    return rollout.reward or 0.0  # a failure is 0

@@ -77,11 +77,11 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar
     arguments += ["--reward", "last_number"]
     status, _, error = astar(*arguments)
     assert status == 2 and not out.exists()
-    assert "3 of 6 rows can't be used" in error
+    assert "5 of 6 rows can't be used" in error
     assert "line 3: the reward last_number can't read the answer" in error and "line 4: no field 'a'" in error
     status, said, _ = astar(*arguments, "--drop")
-    assert (status, _read(out)) == (0, [{"question": "one", "answer": "1"}, {"question": "four", "answer": "4"}])
-    assert "left out: 4 of 6 rows" in said and "3 of 6 rows can't be used" in said
+    assert (status, _read(out)) == (0, [{"question": "four", "answer": "4"}])
+    assert "left out: 5 of 6 rows" in said and "5 of 6 rows can't be used" in said
 
 
 @pytest.mark.parametrize("name", ["gsm8k.jsonl", "./gsm8k", "/no/such/file", "a/b/c"])
@@ -166,6 +166,42 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
     assert all(math.isnan(value) for value in columns["logprob"].to_pylist())
     status, said, _ = astar("import-stage1", source, "--config", file)
     assert status == 0 and "0 imported, 6 were there" in said
+
+
+def test_duplicates_of_published_rows_are_imported_once_and_counted(stage1: Any, astar: Command) -> None:
+    source, file = stage1(_stage1(), _stage1(response_0="1"), _stage1())
+    for imported, there in ((3, 0), (0, 3)):
+        status, said, error = astar("import-stage1", source, "--config", file)
+        assert status == 0, error
+        assert f"{imported} imported, {there} were there" in said and "2 of 3: duplicates" in said
+    cfg = config.load(file)
+    assert _read(Path(cfg.data.path)) == [{"question": "What is 1 + 1?", "answer": "2"}]
+    assert list(VStarTable.open(cfg.table_dir, None).rewards().values()) == [[1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward_model": {"style": "rule", "ground_truth": "3"}}, "2 of 2 rows can't be used"),
+        (
+            {"prompt": [{"role": "user", "content": "x"}], "response_1": "7 " * 9},
+            "1 of 6 responses exceed sampling.max_response_tokens = 8",
+        ),
+        ({"prompt": [{"role": "user", "content": "x" * 31}]}, "1 of 2 prompts exceed data.max_prompt_tokens = 30"),
+        (
+            {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"style": "rule", "ground_truth": "y"}},
+            "1 of 2 prompts can't be scored",
+        ),
+    ],
+)
+def test_an_import_that_is_refused_writes_nothing(
+    change: dict[str, Any], message: str, stage1: Any, astar: Command
+) -> None:
+    source, file = stage1(_stage1(), _stage1(**change))
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2 and message in error
+    cfg = config.load(file)
+    assert not Path(cfg.data.path).exists() and not cfg.table_dir.exists()
 
 
 @pytest.mark.parametrize(

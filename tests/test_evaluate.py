@@ -61,7 +61,7 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
     greedy = [
         _rollout(prompts[i], text, reward=reward) for i, (text, reward) in enumerate(((right, 1.0), (wrong, 0.0)))
     ]
-    greedy.append(_rollout(prompts[2], other, reward=0.0))
+    greedy.append(_rollout(prompts[2], other, reward=None))  # it could not be scored: that counts 0
     sampled = [
         _rollout(prompt, text, sample, float(text == right))
         for prompt, row in zip(prompts, texts, strict=True)

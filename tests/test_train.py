@@ -1,5 +1,6 @@
 """What a step leaves in metrics.jsonl, and the end of a run that loses too many steps."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
     train.check_skipped(2, 3, Path("runs/x"))
     with pytest.raises(train.NotFiniteError, match=r"not finite 3 times.*runs/x/bad_batches.*optim\.lr"):
         train.check_skipped(3, 3, Path("runs/x"))
+
+
+def test_a_rollout_that_could_not_be_scored_counts_0() -> None:
+    failed = dataclasses.replace(ROLLOUT, reward=None)
+    assert train._batch([ROLLOUT, failed], V_STAR, version=3).reward.tolist() == [1.0, 0.0]
+    assert train._metrics(3, [ROLLOUT, failed], V_STAR, STATS, 70, {})["reward_mean"] == 0.5
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:

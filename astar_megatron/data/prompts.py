@@ -48,12 +48,18 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
     rows = read_rows(source, problems)
     pairs = pairs_of(rows, cfg.prompt_field, answer_field(cfg.answer_field), problems)
     problems.refuse(len(pairs) + problems.count)
+    return list(usable_prompts(pairs, cfg, model_path, source).values())
+
+
+def usable_prompts(pairs: Sequence[Pair], cfg: DataConfig, model_path: str, source: object) -> dict[int, Prompt]:
+    """Return the prompts of `pairs` by their index, as `read_prompts` has them. Raises as it does."""
+    problems = Problems(source)
     prompts = make_prompts(pairs, cfg.suffix, model_path, source)
     first = without_duplicates(pairs, [prompt.token_ids for prompt in prompts], problems)
     problems.refuse(len(pairs))
     if len(first) < len(pairs):
         _LOG.warning("%s: %d exact duplicates of %d prompts dropped", source, len(pairs) - len(first), len(pairs))
-    return _within_limit(source, [pairs[i].where for i in first], [prompts[i] for i in first], cfg)
+    return _within_limit(source, pairs, {i: prompts[i] for i in first}, cfg)
 
 
 def make_prompts(pairs: Sequence[Pair], suffix: str, model_path: str, source: object) -> list[Prompt]:
@@ -200,20 +206,22 @@ def _encode(tok: "PreTrainedTokenizerBase", messages: Sequence[str], source: obj
     return encoded
 
 
-def _within_limit(source: Path, places: Sequence[str], prompts: list[Prompt], cfg: DataConfig) -> list[Prompt]:
-    lengths = [len(prompt.token_ids) for prompt in prompts]
-    longest, limit = max(range(len(prompts)), key=lengths.__getitem__), cfg.max_prompt_tokens
-    count = sum(length > limit for length in lengths)
+def _within_limit(
+    source: object, pairs: Sequence[Pair], prompts: dict[int, Prompt], cfg: DataConfig
+) -> dict[int, Prompt]:
+    lengths = {i: len(prompt.token_ids) for i, prompt in prompts.items()}
+    longest, limit = max(lengths, key=lengths.__getitem__), cfg.max_prompt_tokens
+    count = sum(length > limit for length in lengths.values())
     if count == 0:
         return prompts
     what = (
         f"{source}: {count} of {len(prompts)} prompts exceed data.max_prompt_tokens = {limit}; the longest "
-        f"({places[longest]}) has {lengths[longest]}"
+        f"({pairs[longest].where}) has {lengths[longest]}"
     )
     if cfg.long_prompts == "refuse" or count == len(prompts):
         raise PromptError(f"{what}; raise data.max_prompt_tokens to {lengths[longest]}, or set data.long_prompts=drop")
     _LOG.warning("%s; dropped, as data.long_prompts says", what)
-    return [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
+    return {i: prompt for i, prompt in prompts.items() if lengths[i] <= limit}
 
 
 def _uid(token_ids: tuple[int, ...], answer: str) -> str:

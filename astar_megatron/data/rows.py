@@ -4,11 +4,16 @@ What can't be used is counted and named by its place, all of it at once; nothing
 """
 
 import json
+import logging
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_LOG = logging.getLogger(__name__)
+_SUFFIXES = (".jsonl", ".parquet")
 _SHOWN = 5  # problems that a message names
 
 
@@ -58,16 +63,18 @@ class Problems:
 def read_rows(source: str | Path, problems: Problems) -> list[Row]:
     """Return the rows of a .jsonl or .parquet file, or of all such files of a folder in order of their names.
 
-    A line that is no JSON object in UTF-8 goes to `problems`. Raises PromptError where nothing can be read.
+    Of a folder, files that are hidden or of another kind are not read, but logged with their count. A line that is
+    no JSON object in UTF-8 goes to `problems`. Raises PromptError where nothing can be read.
     """
     source = Path(source)
     files = [source]
     if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix in (".jsonl", ".parquet"))
+        files = _files(source)
     rows = []
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
-        rows += _parquet_rows(file, within) if file.suffix == ".parquet" else _json_rows(file, within, problems)
+        parquet = file.suffix.lower() == ".parquet"
+        rows += _parquet_rows(file, within) if parquet else _json_rows(file, within, problems)
     if not rows and not problems.count:
         raise PromptError(f"{source}: holds no prompt; expected one JSON object a line, or Parquet files")
     return rows
@@ -115,6 +122,8 @@ def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = Fa
     if name not in fields:
         raise ValueError(f"no field {name!r}, only {', '.join(map(repr, fields)) or 'none'}; set {key}")
     value = fields[name]
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"field {name!r} is {value}, so it is missing; fill it or remove the line")
     if number and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(int(value) if value == value // 1 else value)  # 27.0 is 27; a number is as good as its text
     if not isinstance(value, str):
@@ -129,17 +138,35 @@ def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = Fa
 
 
 def without_duplicates(pairs: Sequence[Pair], keys: Sequence[object], problems: Problems) -> list[int]:
-    """Return the indices of the first pair of each key; a key with two answers goes to `problems`."""
-    first: dict[object, int] = {}
-    for index, (pair, key) in enumerate(zip(pairs, keys, strict=True)):
-        one = pairs[first.setdefault(key, index)]
-        if one.answer != pair.answer:
+    """Return the indices of the first pair of each key; all pairs of a key with two answers go to `problems`."""
+    groups: defaultdict[object, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    first = []
+    for first_index, *others in groups.values():
+        one = pairs[first_index]
+        another = next((pairs[i] for i in others if pairs[i].answer != one.answer), None)
+        if another is None:
+            first.append(first_index)
+            continue
+        for pair in (one, *(pairs[i] for i in others)):
             problems.add(
                 pair.where,
-                f"the prompt of {one.where} with another answer, {one.answer!r:.200} and {pair.answer!r:.200}; "
-                f"keep the right one ({pair.question!r:.200})",
+                f"its prompt has two answers, {one.answer!r:.200} ({one.where}) and {another.answer!r:.200} "
+                f"({another.where}); keep the right one ({one.question!r:.200})",
             )
-    return list(first.values())
+    return first
+
+
+def _files(folder: Path) -> list[Path]:
+    """The data files below a folder, in order of their names."""
+    inside = sorted(path for path in folder.rglob("*") if path.is_file())
+    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = [path for path in shown if path.suffix.lower() in _SUFFIXES]
+    read = set(files)
+    if others := [str(path.relative_to(folder)) for path in inside if path not in read]:
+        _LOG.warning("%s: %d other files not read: %s", folder, len(others), ", ".join(others[:_SHOWN]))
+    return files
 
 
 def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
@@ -157,7 +184,7 @@ def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
             row = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             problems.add(where, f"not UTF-8 ({error}); convert the file to UTF-8")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.add(where, f"not JSON ({error}); expected one object a line")
         else:
             if isinstance(row, dict):

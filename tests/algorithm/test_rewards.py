@@ -307,6 +307,12 @@ def test_an_answer_that_a_reward_cannot_read_is_refused_whatever_the_response(na
         rewards.get(name)(response, answer)
 
 
+@pytest.mark.parametrize("answer", [r"\text{ cm}", r"\boxed{\$}", r"\left\right"])
+def test_an_answer_of_which_normalisation_leaves_nothing_is_refused(answer: str) -> None:
+    with pytest.raises(ValueError, match="answer: expected"):
+        rewards.get("math")(r"\boxed{}", answer)
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -92,11 +92,11 @@ def test_a_byte_order_mark_blank_lines_and_crlf_are_no_trouble(tmp_path: Path, m
         ([{"problem": "a", "answer": "1"}], "line 1: no field 'question'.*set data.prompt_field"),
         ([_row(question=" \n")], "line 1: field 'question' is empty"),
         ([_row(answer="")], "line 1: field 'answer' is empty"),
-        ([_row(answer=None)], "line 1: field 'answer' is NoneType, expected text"),
+        ([_row(answer=None)], "line 1: field 'answer' is None, so it is missing"),
         ([_row(answer=True)], "line 1: field 'answer' is bool, expected text"),
         ([{"question": 4, "answer": "4"}], "line 1: field 'question' is int, expected text"),
         (b'{"question": "\\ud800", "answer": "1"}', "line 1: field 'question' holds half a surrogate"),
-        ([_row(), _row("b"), _row(answer="5")], "line 3: the prompt of line 1 with another answer, '4' and '5'"),
+        ([_row(), _row("b"), _row(answer="5")], "line 3: its prompt has two answers, '4' .line 1. and '5' .line 3"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_line(

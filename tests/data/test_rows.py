@@ -1,6 +1,7 @@
 """Rows from files: JSONL, Parquet and folders, and what can't be used is counted and named."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,24 @@ def _jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def test_parquet_jsonl_and_folders_give_the_same_rows(tmp_path: Path) -> None:
+def test_parquet_jsonl_and_folders_give_the_same_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     folder = tmp_path / "folder"
     (folder / "a").mkdir(parents=True)
-    _jsonl(folder / "b.jsonl", ROWS[1:])
+    _jsonl(folder / "b.JSONL", ROWS[1:])
     pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "a" / "x.parquet")
     (folder / "README.md").write_text("no data")
+    (folder / ".cache").mkdir()
+    for hidden in (folder / ".hidden.jsonl", folder / ".cache" / "c.jsonl"):
+        _jsonl(hidden, ROWS)
     found = [
         [(row.where, dict(row.fields)) for row in read_rows(source, Problems(source))]
         for source in (tmp_path / "rows.parquet", _jsonl(tmp_path / "rows.jsonl", ROWS), folder)
     ]
     assert [[fields for _, fields in rows] for rows in found] == [ROWS] * 3
     assert [where for where, _ in found[0]] == ["row 1", "row 2"]
-    assert [where for where, _ in found[2]] == ["a/x.parquet, row 1", "b.jsonl, line 1"]
+    assert [where for where, _ in found[2]] == ["a/x.parquet, row 1", "b.JSONL, line 1"]
+    assert f"{folder}: 3 other files not read: .cache/c.jsonl, .hidden.jsonl, README.md" in caplog.text
 
 
 def test_a_damaged_or_empty_source_is_refused(tmp_path: Path) -> None:
@@ -75,12 +80,31 @@ def test_a_number_is_as_good_an_answer_as_its_text(value: object, answer: str, t
     assert pair.answer == answer
 
 
-def test_the_first_of_equal_prompts_stays_and_another_answer_is_a_problem() -> None:
-    pairs = [Pair(where=f"line {i}", question=q, answer=a) for i, (q, a) in enumerate(["x1", "y2", "x1", "x3"])]
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e400, None])
+def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) -> None:
+    _jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}])
+    pq.write_table(pa.table({"q": ["text"], "a": pa.array([value], pa.float64())}), tmp_path / "x.parquet")
+    rows = read_rows(tmp_path, problems := Problems("x"))
+    assert len(rows) == 2 and pairs_of(rows, "q", answer_field("a"), problems) == []
+    assert "2 of 2 rows" in (said := problems.message(2)) and said.count("so it is missing") == 2
+
+
+def test_a_line_that_nests_too_deeply_is_counted_as_any_other_bad_line(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path / "x.jsonl", ROWS)
+    path.write_text(path.read_text(encoding="utf-8") + '{"question":' + "[" * 200_000 + "\n", encoding="utf-8")
+    assert len(read_rows(path, problems := Problems("x"))) == 2
+    assert problems.count == 1 and "line 3: not JSON" in problems.message(3)
+
+
+def test_the_first_of_equal_prompts_stays_and_none_of_those_with_two_answers() -> None:
+    pairs = [Pair(where=f"line {i}", question=q, answer=a) for i, (q, a) in enumerate(["x1", "y2", "x1", "x3", "y2"])]
     problems = Problems("file")
-    assert without_duplicates(pairs, [pair.question for pair in pairs], problems) == [0, 1]
-    with pytest.raises(PromptError, match="1 of 4 rows can't be used:\n  line 3: the prompt of line 0 with another"):
-        problems.refuse(4)
+    assert without_duplicates(pairs, [pair.question for pair in pairs], problems) == [1]
+    with pytest.raises(
+        PromptError,
+        match=r"3 of 5 rows can't be used:\n  line 0: its prompt has two answers, '1' .line 0. and '3' .line 3",
+    ):
+        problems.refuse(5)
 
 
 def test_long_prompts_are_dropped_where_the_configuration_says_so(

@@ -2,7 +2,9 @@
 
 The rules are those of the benchmark's own scorer (Hendrycks et al., arXiv 2103.03874), written anew: text is
 rewritten, nothing is computed, so "2" is not "1+1". Two repairs: an escaped brace does not count as a brace, and
-`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. No end-of-text string is asked for. Linear in the response.
+`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. One deviation: units, all from the first `\\text{ ` on, go
+however often that stands there; the official scorer compares the texts as they are where it stands more than once.
+No end-of-text string is asked for. Linear in the response.
 """
 
 import re
@@ -17,12 +19,13 @@ _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
 def math(response: str, answer: str) -> float:
     """Return 1.0 where the last \\boxed{...} of `response` equals the answer after normalisation, else 0.0.
 
-    `answer` is the bare LaTeX or a whole solution with a \\boxed{...}. Raises ValueError where it holds none.
+    `answer` is the bare LaTeX or a whole solution with a \\boxed{...}. Raises ValueError where it holds none, or one
+    of which normalisation leaves nothing.
     """
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
-    if gold is None or not gold.strip():
+    if gold is None or not (wanted := normalised(gold)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    return float(boxed_answer(response) == normalised(gold))
+    return float(boxed_answer(response) == wanted)
 
 
 def boxed_answer(response: str) -> str | None:
