@@ -59,9 +59,7 @@ class RewardConfig(Section):
 
     name: str
     timeout_seconds: float = Field(default=10.0, gt=0.0)  # of one response; a process that takes longer is killed
-    max_failures: int = Field(
-        default=100, ge=0
-    )  # lines of <run_dir>/reward_failures.jsonl, over all resumes; one more stops
+    max_failures: int = Field(default=100, ge=0)  # lines of <run_dir>/reward_failures.jsonl; one more stops the run
 
 
 class SamplingConfig(Section):

@@ -150,7 +150,7 @@ class Scorer:
             with (self._folder / "reward_failures.jsonl").open("a+b", buffering=0) as file:
                 file.write(json.dumps(row).encode() + b"\n")  # at once: other jobs may write too
                 file.seek(0)
-                self._failures = sum(1 for _ in file)
+                self._failures = file.read().count(b"\n")
         if self._failures > self._cfg.max_failures:
             where = f" (all are in {file.name}; move it away to count anew)" if self._folder is not None else ""
             raise RewardError(
