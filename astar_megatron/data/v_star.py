@@ -15,7 +15,6 @@ Legend: R rows, P prompts.
 """
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -26,21 +25,17 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
-from astar_megatron.data.files import StorageError, make_folder, storage_error, write_atomic
+from astar_megatron.data.files import StorageError, make_folder, storage_error
+from astar_megatron.data.header import MissingTableError, check_header, make_header
 from astar_megatron.data.shards import TableError, read_index, read_shard, shard_number, write_index, write_shard
 from astar_megatron.types import Prompt, Rollout
 
-FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
 SHARDS_AN_INDEX = 256
 
 _WHOLE_SHARDS = 4 * SHARDS_AN_INDEX  # each is a file to open
 _MERGE_ROWS = 1 << 16  # so many new rows, or a quarter of the old ones, are sorted in among the old
-
-
-class MissingTableError(TableError, FileNotFoundError):
-    """There is no V* table, or it lacks rows that are needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +80,8 @@ class _Rows:
 class VStarTable:
     """The samples of one folder, made under one contract. Open it with `open` or `create_or_open`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, contract: Contract | None) -> None:
+        self.folder, self._contract = folder, contract
         self._uids: dict[str, int] = {}  # uid -> index, in order of appearance
         self._old = _Rows.together([])  # sorted by prompt, then sample, each once
         self._starts = np.zeros(1, np.int64)  # where in _old the rows of a prompt begin
@@ -100,17 +95,10 @@ class VStarTable:
         """Return the table at `folder`, made empty where there is none. Raises StorageError and what `open` raises."""
         folder = Path(folder)
         make_folder(folder)
-        shards = any(folder.glob("shard-*"))
         if not (folder / "header.json").exists():
-            if shards:
+            if any(folder.glob("shard-*")):
                 raise TableError(f"{folder}: shards without header.json; restore it or choose another sweep.table")
-            _write_header(folder, contract)
-        try:
-            return cls.open(folder, contract)
-        except ContractError:
-            if shards:
-                raise
-        _write_header(folder, contract)  # of a sweep that never drew: it binds nobody
+            make_header(folder, contract)
         return cls.open(folder, contract)
 
     @classmethod
@@ -122,8 +110,8 @@ class VStarTable:
         Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
         """
         folder = Path(folder)
-        _check_header(folder, contract)
-        table = cls(folder)
+        check_header(folder, contract)
+        table = cls(folder, contract)
         names = table._listed()
         whole = len(names) <= _WHOLE_SHARDS and _no_more_than(check_whole_bytes, folder, names)
         indexed = {} if whole else table._indexed(set(names))
@@ -148,9 +136,11 @@ class VStarTable:
 
         `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds; every
         256th shard adds an index of these. Raises StorageError (nothing of the shard is left, earlier ones are
-        untouched) and TableError for a rollout without a finite reward.
+        untouched), TableError for a rollout without a finite reward, and ContractError where the folder has been
+        deleted and made anew for another contract since the table was opened.
         """
         if rollouts:
+            check_header(self.folder, self._contract)
             name, columns = write_shard(self.folder, self._next_shard, rollouts, text)
             self._add(name, columns)
 
@@ -328,38 +318,3 @@ def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
         if total > limit_bytes:
             return False
     return True
-
-
-def _write_header(folder: Path, contract: Contract) -> None:
-    header = {"format": FORMAT, "contract": contract.fields(), "contract_digest": contract.digest()}
-    write_atomic(folder / "header.json", json.dumps(header, indent=1).encode())
-
-
-def _check_header(folder: Path, contract: Contract | None) -> None:
-    path = folder / "header.json"
-    try:
-        header = json.loads(path.read_bytes())
-        version, stored = int(header["format"]), dict(header["contract"])
-    except FileNotFoundError:
-        raise MissingTableError(
-            f"{folder}: no V* table here; run `astar sweep` with this configuration first"
-        ) from None
-    except OSError as error:
-        raise storage_error(f"{path}: can't read the V* table's header", error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise TableError(
-            f"{path}: not the header of a V* table ({error}); restore it or choose another sweep.table"
-        ) from error
-    if version > FORMAT:
-        raise TableError(
-            f"{folder}: the V* table has format {version}, this astar_megatron reads up to {FORMAT}; "
-            "use the version that wrote it or a later one"
-        )
-    if contract is None:
-        return
-    if lines := contract.difference(stored, names=("this run", "the table")):
-        raise ContractError(
-            f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
-            + "\n  ".join(lines)
-            + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
-        )
