@@ -53,12 +53,15 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """ONE rule for sweep, training and evaluation: a name of algorithm/rewards or `package.module:function`.
 
-    A response whose reward raises, takes too long or is no number from -1 to 1 scores 0 and counts as a failure.
+    A response whose reward raises, takes too long or is no number from -1 to 1 is a failure: training and evaluation
+    count it as 0, a V* table does not take it.
     """
 
     name: str
     timeout_seconds: float = Field(default=10.0, gt=0.0)  # of one response; a process that takes longer is killed
-    max_failures: int = Field(default=100, ge=0)  # of a sweep, training or evaluation; one more stops it
+    max_failures: int = Field(
+        default=100, ge=0
+    )  # lines of <run_dir>/reward_failures.jsonl, over all resumes; one more stops
 
 
 class SamplingConfig(Section):

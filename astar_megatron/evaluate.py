@@ -211,5 +211,4 @@ def _estimate(values: Sequence[float]) -> Estimate:
 
 
 def _reward(rollout: Rollout) -> float:
-    assert rollout.reward is not None
-    return rollout.reward
+    return rollout.reward or 0.0  # a failure is 0

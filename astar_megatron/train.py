@@ -98,7 +98,7 @@ def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePo
             stats = policy.step(batch, options)
             spent += stats.response_tokens
             metrics = _metrics(step, rollouts, v_star, stats, spent, clock.stop()) | evaluated
-            v_star.add((rollout.prompt.uid, rollout.reward or 0.0) for rollout in rollouts)
+            v_star.add((one.prompt.uid, one.reward) for one in rollouts if one.reward is not None)
             if stats.skipped:  # first on disk, then in the metrics
                 skipped += len(stats.skipped)
                 tracker.say(_keep(tracker.run_dir, rollouts, batch, stats, options))
@@ -167,7 +167,7 @@ def _batch(rollouts: Sequence[Rollout], v_star: LiveVStar, version: int) -> Roll
     return RolloutBatch(
         token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
         prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
-        reward=torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64),
+        reward=torch.tensor([rollout.reward or 0.0 for rollout in rollouts], dtype=torch.float64),  # a failure is 0
         v_star=torch.tensor([v_star[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64),
         rollout_logprob=torch.tensor([rollout.logprob for rollout in rollouts], dtype=torch.float64),
         version=version,

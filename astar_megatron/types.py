@@ -24,7 +24,8 @@ class Rollout:
 
     `token_ids` are the response's, with its EOS where it ended by itself; `truncated` says that the token limit
     ended it. `logprob` is the engine's sum over the sampled tokens (nats). `version` is the policy version of the
-    weights that drew it: the number of optimiser batches behind them.
+    weights that drew it: the number of optimiser batches behind them. `reward` is None before it is scored, and where
+    scoring failed.
     """
 
     prompt: Prompt

@@ -1,7 +1,8 @@
 """The process in which rewards run, away from the driver: what hangs, leaks or dies here is killed and replaced.
 
 One line of JSON in, a list of [response, answer]; one line of JSON out for each as soon as it is judged,
-[reward or null, why there is none]. The first line out says whether the reward could be loaded.
+[number, reward or null, why there is none], numbered from 0 on. The first line out, number 0 too, says whether the
+reward could be loaded.
 """
 
 import ctypes
@@ -25,13 +26,17 @@ def main(name: str, parent: int) -> None:
         rewards.version(name)  # imports what the reward imports when it is first used
         reward = rewards.get(name)
     except ValueError as error:
-        _say(answers, [None, str(error)])
+        _say(answers, [0, None, str(error)])
         return
-    _say(answers, [0.0, ""])
+    _say(answers, [0, 0.0, ""])
+    own, number = os.getpid(), 0
     for line in sys.stdin.buffer:
         for response, answer in json.loads(line):
             value, reason = rewards.judge(reward, response, answer)
-            _say(answers, [value, reason[:_LONGEST]])
+            if os.getpid() != own:
+                os._exit(1)  # the reward forked: the answer is its parent's to give
+            _say(answers, [number, value, reason[:_LONGEST]])
+            number += 1
 
 
 def _say(answers: IO[str], what: list[object]) -> None:

@@ -1,8 +1,9 @@
 """Rewards in processes beside generation: a reward can neither hang, kill nor slow the driver.
 
 A response whose reward raises, takes longer than `reward.timeout_seconds`, ends its process, or is no number from -1
-to 1 is a failure: it scores 0, is written with its prompt and response to `reward_failures.jsonl`, and once there are
-more than `reward.max_failures` of them the run stops. Before a run, `check` allows none.
+to 1 is a failure: its reward is None, it is written with its prompt and response to `reward_failures.jsonl`, and once
+that holds more than `reward.max_failures` of them the run stops: every program and resume of a run counts there, until
+someone moves the file away. Before a run, `check` allows none.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -49,7 +51,7 @@ class Pending:
         return all(part.done() for part in self._parts)
 
     def result(self) -> Indexed:
-        """Return the rollouts with their rewards; waits. Raises RewardError after too many failures."""
+        """Return the rollouts with their rewards (None: a failure); waits. Raises RewardError after too many."""
         answers = [answer for part in self._parts for answer in part.result()]
         return [
             (index, self._scorer.rewarded(rollout, answer))
@@ -60,7 +62,7 @@ class Pending:
 class Scorer:
     """A pool of `num_processes` processes (none: half of the cores, at most 16) that run one reward.
 
-    `folder` is where `reward_failures.jsonl` goes; none: they are only told.
+    `folder` is where `reward_failures.jsonl` goes; none: failures are only told, and counted by this Scorer.
     """
 
     def __init__(self, cfg: RewardConfig, folder: Path | None = None, num_processes: int | None = None) -> None:
@@ -117,11 +119,11 @@ class Scorer:
             )
 
     def rewarded(self, rollout: Rollout, answer: Answer) -> Rollout:
-        """Return the rollout with the reward of `answer`, or with 0 where there is none. Raises RewardError."""
+        """Return the rollout with the reward of `answer`, None where it failed. Raises RewardError."""
         value, reason = answer
         if value is None:
             self._failed(rollout, reason)
-        return dataclasses.replace(rollout, reward=value or 0.0)
+        return dataclasses.replace(rollout, reward=value)
 
     def _begin(self, rollouts: Sequence[Rollout]) -> list[Future[list[Answer]]]:
         items = [(rollout.text, rollout.prompt.answer) for rollout in rollouts]
@@ -145,14 +147,17 @@ class Scorer:
                 "response": rollout.text,
                 "reason": reason,
             }
-            with (self._folder / "reward_failures.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with (self._folder / "reward_failures.jsonl").open("a+b", buffering=0) as file:
+                file.write(json.dumps(row).encode() + b"\n")  # at once: other jobs may write too
+                file.seek(0)
+                self._failures = sum(1 for _ in file)
         if self._failures > self._cfg.max_failures:
+            where = f" (all are in {file.name}; move it away to count anew)" if self._folder is not None else ""
             raise RewardError(
-                f"{self._failures} responses could not be scored, reward.max_failures is {self._cfg.max_failures}; "
-                f"the last:\n{text}"
+                f"{self._failures} responses could not be scored, reward.max_failures is {self._cfg.max_failures}"
+                f"{where}; the last:\n{text}"
             )
-        _LOG.warning("response %d that can't be scored counts 0: %s", self._failures, text)
+        _LOG.warning("response %d that can't be scored: %s", self._failures, text)
 
     def _explain(self, rollout: Rollout, reason: str) -> str:
         prompt = rollout.prompt
@@ -182,20 +187,25 @@ def gather(pending: Iterable[Pending]) -> list[Rollout]:
 
 
 class _Process:
-    """One process, started when it is first needed and again after each that had to be killed."""
+    """One process, started when it is first needed and again after each that had to be killed.
+
+    A response is to blame for the end of a process only if it was the first that this process judged: else an earlier
+    one may have broken it (closed its input, filled its memory), and a fresh process judges the response again.
+    """
 
     def __init__(self, cfg: RewardConfig) -> None:
         self._cfg = cfg
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
+        self._judged = 0  # by the process that runs: the number of the next answer
         self._closed = False
 
     def judge(self, items: list[tuple[str, str]]) -> list[Answer]:
         """Return an answer for each (response, answer). Raises RewardError where the reward can't be loaded."""
         answers: list[Answer] = []
         while len(answers) < len(items):
-            if self._process is not None and self._process.poll() is not None:
-                self.end()  # killed from outside while it waited: no response is to blame
+            if self._process is not None and (self._process.poll() is not None or self._has_more()):
+                self.end()  # killed from outside while it waited, or it said more than was asked: judge with another
             process = self._process or self._start()
             assert process.stdin is not None
             try:
@@ -203,10 +213,12 @@ class _Process:
                 process.stdin.flush()
                 while len(answers) < len(items):
                     answers.append(self._read(self._cfg.timeout_seconds))
+                    self._judged += 1
             except (TimeoutError, EOFError, BrokenPipeError) as error:
                 if self._closed:
                     raise
-                answers.append((None, str(error) or "ended its process"))
+                if isinstance(error, TimeoutError) or not self._judged:
+                    answers.append((None, str(error) or "ended its process"))
                 self.end()
         return answers
 
@@ -214,17 +226,17 @@ class _Process:
         """End what runs; the thread that serves it hears that and cleans up."""
         self._closed = True
         if (process := self._process) is not None:
-            process.kill()
+            _kill(process)
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise EOFError("the scorer is closed")
-        self._unread = b""
+        self._unread, self._judged = b"", 0
         self._process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), self._cfg.name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the driver, which then ends them
+            start_new_session=True,  # Ctrl-C is for the driver, which then ends them with all that they started
         )
         try:
             value, reason = self._read(_START_SECONDS)
@@ -236,7 +248,7 @@ class _Process:
         return self._process
 
     def _read(self, seconds: float) -> Answer:
-        """The next line of the process. Raises TimeoutError or EOFError in words."""
+        """The next answer of the process. Raises TimeoutError or EOFError in words."""
         process = self._process
         if process is None or process.stdout is None:
             raise EOFError("ended its process")
@@ -248,16 +260,27 @@ class _Process:
                 raise TimeoutError(f"took more than {seconds:g} s (reward.timeout_seconds) and was stopped")
             data = os.read(process.stdout.fileno(), 65536)
             if not data:
-                raise EOFError(f"ended its process, exit status {process.wait()}")
+                try:
+                    raise EOFError(f"ended its process, exit status {process.wait(max(0.0, until - time.monotonic()))}")
+                except subprocess.TimeoutExpired:
+                    raise EOFError("closed its process's output") from None
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
-        value, reason = json.loads(line)
+        number, value, reason = json.loads(line)
+        if number != self._judged:
+            raise EOFError(f"gave answer {number} where {self._judged} was due, and its process was ended")
         return value, reason
+
+    def _has_more(self) -> bool:
+        assert self._process is not None and self._process.stdout is not None
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        return bool(self._unread or poll.poll(0))
 
     def end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
+            _kill(process)
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
@@ -265,6 +288,14 @@ class _Process:
                         stream.close()
                     except BrokenPipeError:  # what was still to be written
                         continue
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it started; they share its session."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all of them have ended
+        return
 
 
 def _empty_response(prompt: Prompt) -> Rollout:

@@ -1,9 +1,12 @@
 """A reward whose response says how it shall fail."""
 
+import contextlib
 import math
 import os
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -30,4 +33,28 @@ def reward(response: str, answer: str) -> float:
         re.match("(a+)+$", "a" * 60 + "b")
     if answer == "unreadable":
         raise ValueError("answer: expected something else")
+    return 0.5
+
+
+def echo(response: str, answer: str) -> float:
+    """Return the answer, after what the response asks for."""
+    match response:
+        case "fork":
+            if os.fork() == 0:
+                time.sleep(0.2)  # until its parent has answered
+        case "closes its input":
+            os.close(0)
+        case "closes its output":
+            os.closerange(3, 100)
+        case "writes more":
+            for descriptor in range(3, 100):
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, b'[3, 0.125, ""]\n')
+    return float(answer)
+
+
+def start(response: str, answer: str) -> float:
+    """Wait for a program whose process number is written to the file `answer`."""
+    with subprocess.Popen(["sleep", "600"]) as program:
+        Path(answer).write_text(str(program.pid))
     return 0.5

@@ -75,7 +75,7 @@ def test_responses_are_scored_while_others_are_drawn() -> None:
         assert list(scorer.scored([])) == [] and scorer.score([]) == []
 
 
-def test_each_way_to_fail_scores_zero_and_is_written_with_prompt_and_response(tmp_path: Path) -> None:
+def test_each_way_to_fail_gives_no_reward_and_is_written_with_prompt_and_response(tmp_path: Path) -> None:
     ways = {
         "hang": "took more than 3 s (reward.timeout_seconds) and was stopped",
         "die": "ended its process, exit status 3",
@@ -88,7 +88,7 @@ def test_each_way_to_fail_scores_zero_and_is_written_with_prompt_and_response(tm
     texts = [text for way in ways for text in ("fine", way)]
     with _faulty_scorer(tmp_path, seconds=3.0, max_failures=len(ways)) as scorer:
         scored = scorer.score([_rollout(text, uid=f"u{i}") for i, text in enumerate(texts)])
-        assert [rollout.reward for rollout in scored] == [0.5, 0.0] * len(ways)
+        assert [rollout.reward for rollout in scored] == [0.5, None] * len(ways)
         rows = [json.loads(line) for line in (tmp_path / "reward_failures.jsonl").read_text().splitlines()]
         assert [row["response"] for row in rows] == list(ways)
         assert [row["uid"] for row in rows] == [f"u{2 * i + 1}" for i in range(len(ways))]
@@ -110,6 +110,38 @@ def test_a_failure_is_told_with_the_beginning_of_a_long_response() -> None:
     assert "last_number raised ValueError: answer: expected a number, got 'Paris'" in message
     assert "What is 3 + 4?" in message and "u1" in message
     assert "r" * 400 in message and "r" * 501 not in message
+
+
+def test_failures_of_all_scorers_of_a_run_count_together(tmp_path: Path) -> None:
+    for number in (1, 2):
+        with _faulty_scorer(tmp_path, max_failures=2) as scorer:
+            assert [one.reward for one in scorer.score([_rollout("raise"), _rollout("fine")])] == [None, 0.5]
+            assert len((tmp_path / "reward_failures.jsonl").read_bytes().splitlines()) == number
+    with _faulty_scorer(tmp_path, max_failures=2) as scorer:
+        assert [one.reward for one in scorer.score([_rollout("fine")])] == [0.5]
+        with pytest.raises(RewardError, match=r"3 responses could not be scored, reward\.max_failures is 2 .*move it"):
+            scorer.score([_rollout("raise")])
+
+
+@pytest.mark.parametrize("way", ["fork", "closes its input", "closes its output", "writes more"])
+def test_what_a_reward_does_to_its_process_changes_no_other_reward(way: str, tmp_path: Path) -> None:
+    values = ["0.25", "0.75", "-0.5"]
+    with Scorer(RewardConfig(name="faulty_reward:echo", timeout_seconds=20.0), num_processes=1) as scorer:
+        texts = ["", way, "", ""]
+        first = scorer.score(
+            [_rollout(text, value) for text, value in zip(texts, ["1", "0.5", *values[:2]], strict=True)]
+        )
+        assert [one.reward for one in first if one.text != way] == [1.0, 0.25, 0.75]
+        time.sleep(0.5)  # until the child of a fork returns
+        assert [one.reward for one in scorer.score([_rollout("", value) for value in values])] == [0.25, 0.75, -0.5]
+
+
+def test_what_a_stopped_reward_has_started_ends_with_it(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    with Scorer(RewardConfig(name="faulty_reward:start", timeout_seconds=3.0), num_processes=1) as scorer:
+        assert [one.reward for one in scorer.score([_rollout("", answer=str(started))])] == [None]
+        status = Path("/proc", started.read_text(), "status")
+        _wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text())
 
 
 def test_check_allows_no_failure_and_counts_them_before_anything_is_generated() -> None:
