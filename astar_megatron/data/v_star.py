@@ -9,12 +9,14 @@ V* itself is not stored: `estimate` computes it from the raw rewards for any bet
 algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB in 1024 shards are
 checked against their digests when opened; a larger table is read through its indexes, and without whole digests.
 
-Any number of jobs may append at once: nothing is lost, and of a sample that two of them drew the first counts.
+Any number of jobs may append at once: nothing is lost. Of a sample that two of them drew one row counts, the one with
+the smallest digest of (uid, sample, reward, tokens): the same in any order of reading, and no reward is favoured.
 
 Legend: R rows, P prompts.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -132,7 +134,7 @@ class VStarTable:
                 self._read(name, whole=True)
 
     def append(self, rollouts: Sequence[Rollout], text: bool = False) -> None:
-        """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice the first counts.
+        """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice one row counts.
 
         `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds; every
         256th shard adds an index of these. Raises StorageError (nothing of the shard is left, earlier ones are
@@ -252,14 +254,18 @@ class VStarTable:
         return sorted(name for name in names if name.startswith("shard-") and name.endswith(".parquet"))
 
     def _indexed(self, shards: set[str]) -> dict[str, _Rows]:
-        """The rows of the shards that indexes cover. An index that names a shard that is gone is not used."""
+        """The rows of the shards that indexes cover, but for those of another size now.
+
+        An index that names a shard that is gone is not used.
+        """
         found: dict[str, _Rows] = {}
         for path in sorted(self.folder.glob("index-*.parquet")):
-            if (read := read_index(path)) is None or not shards.issuperset(name for name, _ in read[0]):
+            if (read := read_index(path)) is None or not shards.issuperset(name for name, _, _ in read[0]):
                 continue
             rows, start = self._numbered(read[1]), 0
-            for name, count in read[0]:
-                found[name] = rows.at(slice(start, start + count))
+            for name, count, size in read[0]:
+                if _size(self.folder / name) == size:
+                    found[name] = rows.at(slice(start, start + count))
                 start += count
         return found
 
@@ -293,16 +299,29 @@ class VStarTable:
         )
 
     def _merge(self) -> None:
-        """Sort the new rows in; of several rows of one (prompt, sample) the first that came stays."""
+        """Sort the new rows in; of several rows of one (prompt, sample) the one of the smallest digest stays."""
         if self._new:
             rows = _Rows.together([self._old, *self._new])
             key = rows.prompt.astype(np.int64) << 32 | rows.sample
             if not (key[1:] > key[:-1]).all():
                 order = np.argsort(key, kind="stable")
-                key = key[order]
-                rows = rows.at(order[np.append(True, key[1:] != key[:-1])])
+                rows, key = rows.at(order), key[order]
+                again = key[1:] == key[:-1]
+                if again.any():
+                    several = np.append(False, again) | np.append(again, False)
+                    digest = np.zeros(len(rows), "S16")
+                    digest[several] = self._digests(rows.at(several))
+                    order = np.lexsort((digest, key))
+                    rows = rows.at(order[np.append(True, ~again)])
             self._old, self._new = rows, []
             self._starts = np.append(0, np.cumsum(np.bincount(rows.prompt, minlength=len(self._uids))))
+
+    def _digests(self, rows: _Rows) -> list[bytes]:
+        """[R], of what a row says, and nothing of when it came."""
+        uids = list(self._uids)
+        columns = (rows.prompt.tolist(), rows.sample.tolist(), rows.reward.tolist(), rows.tokens.tolist())
+        said = (f"{uids[prompt]} {rest!r}" for prompt, *rest in zip(*columns, strict=True))
+        return [hashlib.blake2b(one.encode(), digest_size=8).hexdigest().encode() for one in said]
 
     def _by_prompt(self) -> tuple[_Rows, np.ndarray, np.ndarray]:
         """All rows, and for each prompt [P] where its rows start and how many they are."""
@@ -310,11 +329,17 @@ class VStarTable:
         return self._old, self._starts[:-1], np.diff(self._starts)
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # another job has just set it aside
+        return 0
+
+
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
     total = 0
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # another job has just set it aside
-            total += (folder / name).stat().st_size
+        total += _size(folder / name)
         if total > limit_bytes:
             return False
     return True

@@ -107,13 +107,21 @@ def test_estimate_names_how_many_prompts_lack_rows(
         table.estimate(0.5, num_samples=0)
 
 
-def test_a_sample_that_was_appended_twice_counts_once(
+def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(
     tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
 ) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    table.append([rollout(prompts[0], 0, 1.0)])
-    table.append([rollout(prompts[0], 1, 0.0), rollout(prompts[0], 0, 0.0)])
-    assert table.rewards() == VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0, 0.0]}
+    """Also when a job that was behind gives its shard a number below those of the rows that it draws again."""
+    behind, ahead = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
+    for sample in range(12):
+        ahead.append([rollout(prompts[0], sample, 1.0)])
+    behind.append([rollout(prompts[0], sample, 0.0) for sample in range(12)])
+    ahead.refresh()
+    behind.refresh()
+    found = VStarTable.open(tmp_path, contract).rewards()
+    assert ahead.rewards() == behind.rewards() == found
+    assert 0 < sum(found["uid-0"]) < len(found["uid-0"]) == 12  # neither the order nor the reward decides
+    ahead.append([rollout(prompts[0], 0, 0.5), rollout(prompts[0], 0, 0.5)])
+    assert ahead.rewards() == VStarTable.open(tmp_path, contract).rewards()
 
 
 def test_two_writers_of_one_folder_lose_nothing(
