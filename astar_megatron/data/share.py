@@ -37,7 +37,7 @@ class Share:
         self.lacking = int(rows.sum())
         self._buckets: dict[str, list[int]] = {}
         for i in np.flatnonzero(rows):
-            self._buckets.setdefault(_bucket(prompts[i]), []).append(int(i))
+            self._buckets.setdefault(_bucket(prompts[i]), []).append(i)
         self._rows, self._prompts, self._wanted = rows, prompts, wanted
         self._left: dict[str, int] = {}  # rows of a bucket held that are not on disk
 
