@@ -36,7 +36,7 @@ class Share:
                 rows[i] = len(self._missing([prompts[i]], wanted[[i]]))
         self.lacking = int(rows.sum())
         self._buckets: dict[str, list[int]] = {}
-        for i in np.flatnonzero(rows):
+        for i in np.flatnonzero(rows).tolist():
             self._buckets.setdefault(_bucket(prompts[i]), []).append(i)
         self._rows, self._prompts, self._wanted = rows, prompts, wanted
         self._left: dict[str, int] = {}  # rows of a bucket held that are not on disk
