@@ -41,12 +41,19 @@ def main(cfg: RunConfig) -> None:
     shown = {"V*": found.v_star, "standard error": found.error, "width of the 95 % interval": found.width}
     tracker.table(
         "quantiles over the prompts: " + ", ".join(f"{q:.0%}" for q in _QUANTILES),
-        [(name, "  ".join(f"{v:.3f}" for v in np.nanquantile(x, _QUANTILES))) for name, x in shown.items()]
-        if held.samples > held.prompts
-        else [("V*", "  ".join(f"{v:.3f}" for v in np.quantile(found.v_star, _QUANTILES)))],
+        [(name, _quantiles(x)) for name, x in shown.items()],
     )
     make_folder(cfg.run_dir)
     tracker.say(f"plots in {plot(found, Path(cfg.run_dir) / 'v_star.png')}")
+
+
+def _quantiles(values: np.ndarray) -> str:
+    """Of those that are known: a single sample has no standard error."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return "unknown: it takes more than one sample"
+    rest = f"  (of {len(known)} prompts; the others have one sample)" if len(known) < len(values) else ""
+    return "  ".join(f"{v:.3f}" for v in np.quantile(known, _QUANTILES)) + rest
 
 
 def _histogram(mean: np.ndarray) -> list[tuple[str, str]]:
@@ -75,8 +82,7 @@ def plot(found: Estimates, path: Path) -> Path:
     values.fill_between(share, found.low[order], found.high[order], color="#a9cfe3", linewidth=0)
     values.plot(share, found.v_star[order], color="#2a6f97")
     values.set(xlabel="share of the prompts", ylabel="V*, 95 % interval")
-    finite = found.width[np.isfinite(found.width)]
-    widths.hist(finite, bins=21, color="#2a6f97")
+    widths.hist(found.width, bins=21, color="#2a6f97")
     widths.set(xlabel="width of the interval", ylabel="prompts")
     for axes in (rates, values, widths):
         axes.spines[["top", "right"]].set_visible(False)

@@ -35,16 +35,25 @@ def main(cfg: RunConfig) -> None:
 
 
 def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker) -> VStarTable:
-    """Fill the run's V* table with engines that hold the reference, and return it, whole."""
+    """Fill the run's V* table with engines that hold the reference, and return it.
+
+    It is whole but for the samples whose reward failed in this run, which the next run draws again.
+    """
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     said = False
+    failed: set[tuple[str, int]] = set()
     with Leases(table.folder / "leases") as leases:
         while True:
             wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
-            share = Share(table, inputs.prompts, wanted, leases)
+            share = Share(table, inputs.prompts, wanted, leases, failed)
             if not share.lacking:
+                if lacking := int(table.lacking(inputs.prompts, wanted).sum()):
+                    tracker.say(
+                        f"stage 1: {lacking} samples could not be scored and are not in the table (see "
+                        "reward_failures.jsonl); run `astar sweep` once more: it draws them again"
+                    )
                 return table
-            drawn = _draw(cfg, inputs, engines, tracker, table, share)
+            drawn = _draw(cfg, inputs, engines, tracker, table, share, failed)
             if not drawn:
                 if not said:
                     tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
@@ -54,9 +63,15 @@ def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker)
 
 
 def _draw(
-    cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, table: VStarTable, share: Share
+    cfg: RunConfig,
+    inputs: Inputs,
+    engines: EnginePool,
+    tracker: Tracker,
+    table: VStarTable,
+    share: Share,
+    failed: set[tuple[str, int]],
 ) -> int:
-    """Draw this job's share, all it can get, and return how many rows that were."""
+    """Draw this job's share, all it can get, and return how many rows that were; without a reward: to `failed`."""
     taken = share.take()
     if (first := next(taken, None)) is None:
         return 0
@@ -67,7 +82,8 @@ def _draw(
 
     def append() -> None:
         nonlocal written
-        table.append(waiting, text=cfg.sweep.text)
+        table.append([rollout for rollout in waiting if rollout.reward is not None], text=cfg.sweep.text)
+        failed.update((rollout.prompt.uid, rollout.sample) for rollout in waiting if rollout.reward is None)
         share.appended(waiting)
         waiting.clear()
         written = time.monotonic()

@@ -72,9 +72,9 @@ def answer(prompt: Prompt, sample: int, seed: int) -> Rollout:
     )
 
 
-def run(folder: str, seconds: float, num_prompts: int = 300, **settings: Any) -> None:
+def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last_number", **settings: Any) -> None:
     """Sweep `num_prompts` prompts into `folder`/v_star; `seconds` is the engine's pace, for 13 rows."""
-    tree = {"run_dir": folder, "model": {"path": "m"}, "data": {"path": "p"}, "reward": {"name": "last_number"}}
+    tree = {"run_dir": folder, "model": {"path": "m"}, "data": {"path": "p"}, "reward": {"name": reward}}
     cfg = config.validate(tree | {"sweep": {"num_samples": 4} | settings, "rollout": {"max_num_seqs": 16}})
     inputs = Inputs(
         prompts=PROMPTS[:num_prompts],

@@ -45,6 +45,22 @@ def test_inspect_shows_shares_quantiles_and_tokens_and_draws(
     assert (tmp_path / "v_star.png").stat().st_size > 5000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("samples", "said"), [((1, 1), "unknown: it takes more"), ((1, 3), "(of 1 prompts; the others have one sample)")]
+)
+def test_prompts_with_one_sample_show_no_nan(
+    tmp_path: Path, samples: tuple[int, int], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        dataclasses.replace(answer(PROMPTS[i], n, n), reward=0.1 + i / 2) for i in (0, 1) for n in range(samples[i])
+    ]
+    VStarTable.create_or_open(tmp_path / "v_star", CONTRACT).append(rows)
+    main(config.validate(TREE | {"run_dir": str(tmp_path)}))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown and "nan" not in shown and "inf" not in shown
+
+
 def test_every_prompt_is_in_one_bar() -> None:
     mean = np.array([-0.5, 0.0, 0.0, 0.05, 0.1, 0.999, 1.0, 2.0, 0.55])
     counts = [int(bar.split()[0]) for _, bar in _histogram(mean)]

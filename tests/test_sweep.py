@@ -1,5 +1,6 @@
 """Stage 1 as jobs: killed anywhere, several at once, spending a budget. The engine is a fake; e2e/ has the real."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sweep_jobs import CONTRACT, PROMPTS, expected, rows
+from sweep_jobs import CONTRACT, PROMPTS, answer, expected, rows, run
 
 from astar_megatron.config import SweepConfig
 from astar_megatron.data.allocation import samples_wanted, widest
@@ -129,6 +130,24 @@ def test_more_samples_buy_only_the_difference(tmp_path: Path, start: Start) -> N
     assert keys(tmp_path) == sorted(expected(50, 5))
 
 
+def test_samples_that_could_not_be_scored_are_drawn_again_by_the_next_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = tmp_path / "judge.py"
+    judge.write_text("def reward(response, answer):\n    return 0.25 if response != '3' else 1 / 0\n")
+    run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
+    failures = (tmp_path / "reward_failures.jsonl").read_text().splitlines()
+    failed = {(row["uid"], row["sample"]) for row in map(json.loads, failures)}
+    assert 0 < len(failed) == len(failures)  # each was tried once
+    assert set(keys(tmp_path)) == expected(40) - failed and {row["reward"] for row in rows(tmp_path)} == {0.25}
+    assert f"{len(failed)} samples could not be scored" in " ".join(capsys.readouterr().out.split())
+    judge.write_text("def reward(response, answer):\n    return 0.5\n")
+    run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
+    assert keys(tmp_path) == sorted(expected(40))
+    assert "could not be scored" not in capsys.readouterr().out
+
+
 def test_extra_tokens_go_where_the_interval_is_wide_and_not_beyond_the_budget(tmp_path: Path, start: Start) -> None:
     finish(start(tmp_path, 0.0, num_prompts=60), start(tmp_path, 0.0, num_prompts=60))
     table = VStarTable.open(tmp_path / "v_star", CONTRACT)
@@ -145,9 +164,38 @@ def test_extra_tokens_go_where_the_interval_is_wide_and_not_beyond_the_budget(tm
     assert samples_wanted(table, PROMPTS[:60], cfg, 0.5).tolist() == then.samples.tolist()  # what training uses
 
 
-def test_the_widest_are_chosen_while_the_budget_lasts() -> None:
+def test_the_widest_that_fit_are_chosen() -> None:
     width, cost = np.array([0.2, 0.9, 0.9, 0.0, 0.5]), np.array([10, 30, 40, 1, 20])
     assert widest(width, cost, 90).tolist() == [False, True, True, False, True]
-    assert widest(width, cost, 69).tolist() == [False, True, False, False, False]
-    assert widest(width, cost, 29).tolist() == [False] * 5
+    assert widest(width, cost, 69).tolist() == [True, True, False, False, True]  # one too costly ends nothing
+    assert widest(width, cost, 29).tolist() == [False, False, False, False, True]
+    assert widest(width, cost, 9).tolist() == [False] * 5
     assert widest(width, cost, 1000).tolist() == [True, True, True, False, True]  # nothing is left to learn of the 4th
+
+
+@pytest.mark.parametrize("partial", [0.0, 0.2], ids=["binary", "other rewards from the second round on"])
+def test_heavy_tailed_lengths_spend_the_budget_and_exceed_it_by_one_round_at_most(
+    tmp_path: Path, partial: float
+) -> None:
+    cfg, prompts, over = SweepConfig(num_samples=4, extra_tokens=4000), PROMPTS[:30], 0
+    for seed in range(10):
+        chance, table = random.Random(seed), VStarTable.create_or_open(tmp_path / str(seed), CONTRACT)
+        spent, before = [], np.zeros(len(prompts), np.int64)
+        while missing := table.missing(prompts, wanted := samples_wanted(table, prompts, cfg, 0.5)):
+            assert (wanted >= before).all()
+            before, new = wanted, []
+            for prompt, n in missing:
+                drawn = answer(prompt, n, n)
+                reward = 0.1 if n >= 4 and chance.random() < partial else float(chance.random() < 0.3)
+                tokens = min(1024, int(chance.lognormvariate(3, 1.5)) + 1)
+                new.append(dataclasses.replace(drawn, reward=reward, token_ids=(0,) * tokens))
+            table.append(new)
+            reopened = VStarTable.open(tmp_path / str(seed), CONTRACT)
+            assert samples_wanted(reopened, prompts, cfg, 0.5).tolist() == (
+                samples_wanted(table, prompts, cfg, 0.5).tolist()
+            )
+            spent.append(sum(len(rollout.token_ids) for rollout in new))
+        assert spent[1:] and sum(spent[1:-1]) < cfg.extra_tokens
+        assert 0.3 * cfg.extra_tokens < sum(spent[1:]) < 1.3 * cfg.extra_tokens
+        over += sum(spent[1:]) > cfg.extra_tokens
+    assert over <= 3

@@ -3,7 +3,8 @@
     V*(x) = beta1 * ln E_{y ~ pi_ref} exp(r(x, y) / beta1)         (A*PO, arXiv 2505.20686, stage 1)
 
 estimated by the sample mean inside the logarithm. beta1 -> inf is the mean of the rewards, beta1 -> 0 their maximum.
-Everything is a logsumexp in float64: exp(r / beta1) itself overflows for beta1 < r / 709.
+All in float64, by expm1 and log1p of r minus the largest: exp(r / beta1) itself overflows for beta1 < r / 709, and is
+rounded to 1 for beta1 > 1e16. So both limits hold for beta1 up to 1e300.
 
 With w = exp(r / beta1), the delta method gives the estimate's standard error, beta1 * sd(w) / (sqrt(N) * E[w]), and its
 bias, about -beta1 * Var(w) / (2 N * E[w]^2). Both are 0 where all rewards are equal, which says nothing: of N = 8 wrong
@@ -18,26 +19,28 @@ import math
 import torch
 
 
-def v_star(rewards: torch.Tensor, beta1: float, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Return V* [...] in float64 of `rewards` [..., N]: beta1 * (logsumexp(r / beta1) - ln N).
+def v_star(rewards: torch.Tensor, beta1: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Return V* [...] in float64 of `rewards` [..., N]: max + beta1 * ln E[e^((r - max) / beta1)].
 
-    `mask` [..., N] (bool) says which samples there are; none: all. Each prompt needs at least one. Raises ValueError.
+    `weight` [..., N] says how much each sample counts (False or 0: not at all); none: all the same. Each prompt needs
+    one that counts. Raises ValueError.
     """
     _check_beta1(beta1)
     if rewards.dim() == 0 or rewards.shape[-1] == 0:
         raise ValueError(f"v_star: expected rewards [..., N] with N >= 1, got shape {tuple(rewards.shape)}")
-    scaled = rewards.to(torch.float64) / beta1  # [..., N]
-    if mask is None:
-        return beta1 * (torch.logsumexp(scaled, dim=-1) - math.log(rewards.shape[-1]))
-    if mask.shape != rewards.shape or mask.dtype != torch.bool:
+    if weight is not None and (weight.shape[-1] != rewards.shape[-1] or bool((weight < 0).any())):
         raise ValueError(
-            f"v_star: expected a bool mask of shape {tuple(rewards.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            f"v_star: expected weights [..., N] >= 0, got {tuple(weight.shape)} for {tuple(rewards.shape)}"
         )
-    count = mask.sum(dim=-1)  # [...]
-    if bool((count == 0).any()):
-        raise ValueError(f"v_star: {int((count == 0).sum())} prompts have no sample; run `astar sweep` for them first")
-    scaled = scaled.masked_fill(~mask, -math.inf)
-    return beta1 * (torch.logsumexp(scaled, dim=-1) - count.to(torch.float64).log())
+    counted = torch.ones_like(rewards, dtype=torch.float64) if weight is None else weight.to(torch.float64)
+    total = counted.sum(dim=-1)  # [...]
+    if bool((total == 0).any()):
+        raise ValueError(f"v_star: {int((total == 0).sum())} prompts have no sample; run `astar sweep` for them first")
+    values = rewards.to(torch.float64)
+    top = values.masked_fill(counted == 0, -math.inf).amax(dim=-1, keepdim=True)  # [..., 1]
+    # E[w] - 1 and not E[w], which is rounded to 1 where beta1 is large
+    less = (((values - top) / beta1).clamp(max=0).expm1() * counted).sum(dim=-1) / total
+    return top[..., 0] + beta1 * less.log1p()
 
 
 def v_star_from_pass_rate(k: torch.Tensor | float, n: torch.Tensor | float, beta1: float) -> torch.Tensor:
@@ -50,18 +53,29 @@ def v_star_from_pass_rate(k: torch.Tensor | float, n: torch.Tensor | float, beta
     if bool((total <= 0).any()) or bool((passed < 0).any()) or bool((passed > total).any()):
         raise ValueError(f"v_star_from_pass_rate: expected 0 <= k <= n and n > 0, got k = {k}, n = {n}")
     rate = passed / total
-    # ln((1 - p) + p * e^(1/beta1)) without forming the exponential
-    return beta1 * torch.logaddexp((1 - rate).log(), rate.log() + 1 / beta1)
+    if beta1 > 1 / 700:
+        return beta1 * (rate * math.expm1(1 / beta1)).log1p()
+    # The exponential would overflow; with e^(1/beta1) taken out:
+    value = 1 + beta1 * torch.logaddexp(rate.log(), (1 - rate).log() - 1 / beta1)
+    return torch.where(rate == 0, 0.0, value)
 
 
 def standard_error(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
     """Return the standard error [...], float64, of V* of `rewards` [..., N], by the delta method, NaN for N = 1."""
-    return beta1 * _relative_variance(rewards, beta1).sqrt()
+    _check_beta1(beta1)
+    values, num_samples = rewards.to(torch.float64), rewards.shape[-1]
+    if num_samples == 1:
+        return torch.full(values.shape[:-1], math.nan, dtype=torch.float64)
+    less = ((values - values.amax(dim=-1, keepdim=True)) / beta1).expm1()  # w - 1
+    scale = max(
+        1.0, beta1
+    )  # w - 1 is about r / beta1 where beta1 is large, and its square may be too small for a float
+    return (beta1 / scale) * (less * scale).std(dim=-1) / (math.sqrt(num_samples) * (1 + less.mean(dim=-1)))
 
 
 def bias_correction(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
     """Return what to add [...], float64, to V* of `rewards` [..., N] against its bias of order 1 / N; 0 for N = 1."""
-    return (beta1 * _relative_variance(rewards, beta1) / 2).nan_to_num(nan=0.0)
+    return (standard_error(rewards, beta1).square() / beta1 / 2).nan_to_num(nan=0.0)
 
 
 def pass_rate_interval(k: torch.Tensor, n: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,15 +105,6 @@ def _rate_with_tail(k: torch.Tensor, n: torch.Tensor, log_tail: float) -> torch.
         above = (choose + i * p.log() + left * (1 - p).log()).logsumexp(dim=-1, keepdim=True) > log_tail
         low, high = torch.where(above, low, p), torch.where(above, p, high)
     return torch.where(passed == 0, 0.0, (low + high) / 2)[..., 0]
-
-
-def _relative_variance(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
-    """Var(w) / (N * E[w]^2) of w = exp(r / beta1), the variance of the logarithm of their mean; NaN for N = 1."""
-    _check_beta1(beta1)
-    scaled = rewards.to(torch.float64) / beta1
-    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
-    variance = weights.var(dim=-1) if rewards.shape[-1] > 1 else torch.full(rewards.shape[:-1], math.nan).double()
-    return variance / (rewards.shape[-1] * weights.mean(dim=-1).square())
 
 
 def _check_beta1(beta1: float) -> None:

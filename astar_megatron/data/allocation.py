@@ -1,8 +1,10 @@
 """How many samples each prompt gets: `sweep.num_samples`, and more where V* is least known, within a token budget.
 
-Prompts with the widest intervals of V* get as many samples again as they have, in rounds; a round may spend half of
-what is left of the budget. Which prompts is a function of the finished rounds' rows alone, so every job and every
-resumed sweep comes to the same answer, and training uses the same samples.
+Prompts with the widest intervals of V* get as many samples again as they have, in rounds. A round may cost half of
+what is left of the budget, by an estimate: a prompt's mean response so far, or the mean of all where that is longer (a
+few short ones say little of a heavy tail). What it did cost is taken off before the next, and with nothing left there
+is none: so the budget is exceeded by the last round at most. Which prompts is a function of the finished rounds' rows
+alone, so every job and every resumed sweep comes to the same answer, and training uses the same samples.
 """
 
 from collections.abc import Sequence
@@ -17,8 +19,7 @@ from astar_megatron.types import Prompt
 def samples_wanted(table: VStarTable, prompts: Sequence[Prompt], cfg: SweepConfig, beta1: float) -> np.ndarray:
     """Return [P] int64: how many samples of each prompt belong to the table, as far as its rows tell by now.
 
-    While the table lacks some of these, they are what is to be drawn next. The budget is kept up to what a round's
-    responses turn out longer than the ones before.
+    While the table lacks some of these, they are what is to be drawn next.
     """
     wanted = np.full(len(prompts), cfg.num_samples, dtype=np.int64)
     if not (cfg.extra_tokens and len(prompts)):
@@ -28,7 +29,8 @@ def samples_wanted(table: VStarTable, prompts: Sequence[Prompt], cfg: SweepConfi
         found = table.estimate(beta1, prompts, wanted)
         first = found.tokens if first is None else first
         left = cfg.extra_tokens - int((found.tokens - first).sum())
-        more = widest(found.width, found.tokens, left // 2)
+        cost = np.maximum(found.tokens, np.ceil(wanted * (found.tokens.sum() / wanted.sum())))
+        more = widest(found.width, cost, left // 2)
         if not more.any():
             break
         wanted = wanted + np.where(more, wanted, 0)
@@ -36,8 +38,16 @@ def samples_wanted(table: VStarTable, prompts: Sequence[Prompt], cfg: SweepConfi
 
 
 def widest(width: np.ndarray, cost: np.ndarray, budget: int) -> np.ndarray:
-    """Return [P] bool: the prompts of largest `width`, earlier ones first among equals, as many as `budget` buys."""
-    order = np.argsort(-width, kind="stable")
+    """Return [P] bool: the prompts of largest `width`, earlier ones first among equals, as `budget` buys.
+
+    One that costs more than what the wider ones have left of it is passed over.
+    """
     chosen = np.zeros(len(width), dtype=bool)
-    chosen[order[np.cumsum(cost[order]) <= budget]] = True
-    return chosen & (width > 0)
+    order = np.argsort(-width, kind="stable")
+    order = order[width[order] > 0]
+    while len(order := order[cost[order] <= budget]):  # each pass takes those that fit and drops the first that doesn't
+        fit = int((np.cumsum(cost[order]) <= budget).sum())
+        chosen[order[:fit]] = True
+        budget -= int(cost[order[:fit]].sum())
+        order = order[fit + 1 :]
+    return chosen

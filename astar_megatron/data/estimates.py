@@ -17,9 +17,11 @@ from astar_megatron.algorithm import value
 class Estimates:
     """V* of P prompts, one entry a prompt in each column.
 
-    `low` and `high` are the ends of the interval: exact (Clopper and Pearson, through V*) where all rewards of the
-    table are 0 or 1; otherwise V* minus and plus its standard error times the normal quantile, which is approximate,
-    and infinite for a single sample.
+    `low` and `high` are the ends of the interval, by the prompt's own samples that count, always finite:
+    - all 0 or 1: exact, if rewards have no other values (Clopper and Pearson, through V*);
+    - all equal to another c: p of the responses, at most what Clopper and Pearson allow after none of N, may have any
+      reward of -1 to 1, so V* of (1 - p) at c and p at -1, and of (1 - p) at c and p at 1;
+    - otherwise V* minus and plus its standard error times the normal quantile, which is approximate.
     """
 
     uids: list[str]
@@ -58,11 +60,9 @@ def estimate(
     level: float,
     bias_correction: bool,
 ) -> Estimates:
-    """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1.
-
-    `rewards`, `tokens` [R]: all of the table, which decide whether rewards are 0 or 1 only.
-    """
+    """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1."""
     shape = len(uids)
+    binary = np.empty(shape, bool)
     floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most", "bias")}
     spent = np.empty(shape, np.int64)
     for count in np.unique(counts):  # prompts with equally many samples form one [P, N] array
@@ -75,13 +75,15 @@ def estimate(
         floats["mean"][which] = drawn.mean(dim=-1).numpy()
         floats["least"][which] = drawn.amin(dim=-1).numpy()
         floats["most"][which] = drawn.amax(dim=-1).numpy()
+        binary[which] = ((drawn == 0) | (drawn == 1)).all(dim=-1).numpy()
         spent[which] = tokens[rows].sum(axis=-1, dtype=np.int64)
     bias = floats.pop("bias")
-    if bool(((rewards == 0) | (rewards == 1)).all()):
-        low, high = _exact_interval(np.rint(floats["mean"] * counts).astype(np.int64), counts, beta1, level)
-    else:
-        reach = NormalDist().inv_cdf((1 + level) / 2) * np.where(counts > 1, floats["error"], np.inf)
-        low, high = floats["v_star"] - reach, floats["v_star"] + reach
+    reach = NormalDist().inv_cdf((1 + level) / 2) * floats["error"]
+    low, high = floats["v_star"] - reach, floats["v_star"] + reach
+    k = np.rint(floats["mean"] * counts).astype(np.int64)
+    low[binary], high[binary] = _exact_interval(k[binary], counts[binary], beta1, level)
+    equal = ~binary & (floats["least"] == floats["most"])
+    low[equal], high[equal] = _interval_of_equals(floats["most"][equal], counts[equal], beta1, level)
     if bias_correction:
         floats["v_star"] = floats["v_star"] + bias
     return Estimates(uids=list(uids), **floats, low=low, high=high, samples=np.array(counts, np.int64), tokens=spent)
@@ -94,4 +96,14 @@ def _exact_interval(k: np.ndarray, n: np.ndarray, beta1: float, level: float) ->
         return np.empty(0), np.empty(0)
     ends = value.pass_rate_interval(torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1]), level)
     low, high = (value.v_star_from_pass_rate(end, 1.0, beta1).numpy()[place.reshape(-1)] for end in ends)
+    return low, high
+
+
+def _interval_of_equals(c: np.ndarray, n: np.ndarray, beta1: float, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """[P] each; n samples of reward c."""
+    rate = 1 - ((1 - level) / 2) ** (1 / n)  # the upper end of Clopper and Pearson for 0 of n
+    other = np.stack([np.minimum(c, -1.0), np.maximum(c, 1.0)])  # [2, P]
+    rewards = torch.from_numpy(np.stack([np.stack([c, c]), other], axis=-1))  # [2, P, 2]
+    shares = torch.from_numpy(np.stack([1 - rate, rate], axis=-1))  # [P, 2]
+    low, high = value.v_star(rewards, beta1, shares).numpy()
     return low, high

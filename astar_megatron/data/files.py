@@ -5,7 +5,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,9 +13,10 @@ class StorageError(OSError, ValueError):
     """The file system refused; the message names the path, the reason and what to change."""
 
 
-def write_atomic(path: str | Path, data: bytes) -> None:
+def write_atomic(path: str | Path, data: bytes, *, replace: bool = True) -> None:
     """Write `data` to `path`, replacing what is there: temporary file beside it, fsync, rename, fsync of the folder.
 
+    Without `replace` the first of several writers wins, and what is there stays (a hard link instead of the rename).
     Raises StorageError (full disk, read-only folder, missing folder); `path` is then as it was before.
     """
     path = Path(path)
@@ -26,7 +27,11 @@ def write_atomic(path: str | Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                with suppress(FileExistsError):
+                    os.link(temporary, path)
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)

@@ -80,7 +80,8 @@ class Leases:
         after = self._leases() if created else {}
         for name, path in created.items():
             older = before.get(name, {})
-            if after.get(name, {}).keys() - older.keys() - {max(older, default=0) + 1}:
+            taken = after.get(name, {}).keys() - older.keys() - {max(older, default=0) + 1}
+            if taken or not all(self._expired(old) for old in older.values()):  # generations begin again at 1
                 _unlink([path])
                 continue
             _unlink(older.values())
@@ -88,8 +89,14 @@ class Leases:
         return [name for name in names if self._held.get(name) == created.get(name, "")]
 
     def release(self, names: Collection[str]) -> None:
-        """Give leases back; what was done under them must be on disk."""
-        _unlink([self._held.pop(name) for name in names])
+        """Give leases back; what was done under them must be on disk.
+
+        One that was succeeded while this job slept is not its own any more, even if its file's name is there again.
+        """
+        for path in [self._held.pop(name) for name in names]:
+            with suppress(OSError):
+                if path.samefile(self._beat_path):
+                    path.unlink()
 
     def _leases(self) -> dict[str, dict[int, Path]]:
         """Name -> generation -> file, of all leases that there are."""

@@ -130,8 +130,12 @@ class PromptStream:
         self._prompts = tuple(sorted(prompts, key=lambda prompt: prompt.uid))
         self._batch_size = batch_size
         self._seed, self._weights = seed, weights or {}
-        if not any(self._weights.get(prompt.uid, 1.0) for prompt in prompts):
-            raise PromptError("PromptStream: every prompt has weight 0; loosen the filter")
+        an_epoch = sum(min(1.0, self._weights.get(prompt.uid, 1.0)) for prompt in prompts)
+        if an_epoch < 1 - 1e-9:  # else `take` would go through epoch after epoch that has none
+            raise PromptError(
+                f"PromptStream: the weights of {len(prompts)} prompts add up to {an_epoch:g}, less than one prompt an "
+                "epoch; raise filter.all_wrong, filter.all_right or filter.wide"
+            )
         listed = [prompt.uid for prompt in self._prompts]
         listed += [f"{uid} {weight!r}" for uid, weight in sorted(self._weights.items())]
         self._digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()

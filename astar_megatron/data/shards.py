@@ -1,11 +1,12 @@
 """The files of a V* table: shards of rows, written once, and indexes of many shards, which only save time.
 
     shard-000001-<16 hex of SHA-256>.parquet    rows, one a sample
-    index-<16 hex of SHA-256>.parquet           the small columns of many shards, with these shards' names
+    index-<16 hex of SHA-256>.parquet           the small columns of many shards; their names, rows, bytes
 
 A file appears whole (temporary file, fsync, rename) and its name carries the digest of its content, so a torn one is
 seen. A shard that is damaged is set aside and its rows are missing again; an index that is damaged, or names a shard
-that is gone, is not used. Everything in an index is in the shards: indexes may be deleted at any time.
+that is gone, is not used, nor what it says of a shard that has another size by now. Everything in an index is in the
+shards: indexes may be deleted at any time.
 """
 
 import hashlib
@@ -75,19 +76,25 @@ def shard_number(name: str) -> int:
 
 def write_index(folder: Path, shards: Sequence[tuple[str, pa.Table]]) -> None:
     """Write an index of shards, given by name and small columns. Raises StorageError."""
-    listed = json.dumps([(name, len(columns)) for name, columns in shards])
+    try:
+        listed = json.dumps([(name, len(columns), (folder / name).stat().st_size) for name, columns in shards])
+    except OSError as error:
+        raise storage_error(f"{folder}: can't write an index of shards", error) from error
     rows = pa.concat_tables([_plain(columns) for _, columns in shards])
     _write(folder, "index-", rows.replace_schema_metadata({"shards": listed}))
 
 
-def read_index(path: Path) -> tuple[list[tuple[str, int]], pa.Table] | None:
-    """Return an index's shards, (name, rows) each, and their rows in this order; None for a damaged one."""
+def read_index(path: Path) -> tuple[list[tuple[str, int, int]], pa.Table] | None:
+    """Return an index's shards, (name, rows, bytes) each, and their rows in this order; None for a damaged one."""
     columns, reason = _read(path, whole=True)
-    if columns is None:
-        _LOG.warning("%s: damaged index not used (%s); it may be deleted", path, reason)
-        return None
-    listed = json.loads((columns.schema.metadata or {}).get(b"shards", b"[]"))
-    return [(str(name), int(count)) for name, count in listed], columns
+    if columns is not None:
+        try:
+            listed = json.loads((columns.schema.metadata or {})[b"shards"])
+            return [(str(name), int(count), int(size)) for name, count, size in listed], columns
+        except (KeyError, ValueError):
+            reason = "it does not say its shards' names, rows and bytes"
+    _LOG.warning("%s: damaged index not used (%s); it may be deleted", path, reason)
+    return None
 
 
 def _plain(columns: pa.Table) -> pa.Table:

@@ -9,13 +9,14 @@ V* itself is not stored: `estimate` computes it from the raw rewards for any bet
 algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB in 1024 shards are
 checked against their digests when opened; a larger table is read through its indexes, and without whole digests.
 
-Any number of jobs may append at once: nothing is lost, and of a sample that two of them drew the first counts.
+Any number of jobs may append at once: nothing is lost. Of a sample that two of them drew one row counts, the one with
+the smallest digest of (uid, sample, reward, tokens): the same in any order of reading, and no reward is favoured.
 
 Legend: R rows, P prompts.
 """
 
 import contextlib
-import json
+import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -26,21 +27,17 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
-from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
-from astar_megatron.data.files import StorageError, make_folder, storage_error, write_atomic
+from astar_megatron.data.files import StorageError, make_folder, storage_error
+from astar_megatron.data.header import MissingTableError, check_header, make_header
 from astar_megatron.data.shards import TableError, read_index, read_shard, shard_number, write_index, write_shard
 from astar_megatron.types import Prompt, Rollout
 
-FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
 SHARDS_AN_INDEX = 256
 
 _WHOLE_SHARDS = 4 * SHARDS_AN_INDEX  # each is a file to open
 _MERGE_ROWS = 1 << 16  # so many new rows, or a quarter of the old ones, are sorted in among the old
-
-
-class MissingTableError(TableError, FileNotFoundError):
-    """There is no V* table, or it lacks rows that are needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +82,8 @@ class _Rows:
 class VStarTable:
     """The samples of one folder, made under one contract. Open it with `open` or `create_or_open`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, contract: Contract | None) -> None:
+        self.folder, self._contract = folder, contract
         self._uids: dict[str, int] = {}  # uid -> index, in order of appearance
         self._old = _Rows.together([])  # sorted by prompt, then sample, each once
         self._starts = np.zeros(1, np.int64)  # where in _old the rows of a prompt begin
@@ -100,17 +97,10 @@ class VStarTable:
         """Return the table at `folder`, made empty where there is none. Raises StorageError and what `open` raises."""
         folder = Path(folder)
         make_folder(folder)
-        shards = any(folder.glob("shard-*"))
         if not (folder / "header.json").exists():
-            if shards:
+            if any(folder.glob("shard-*")):
                 raise TableError(f"{folder}: shards without header.json; restore it or choose another sweep.table")
-            _write_header(folder, contract)
-        try:
-            return cls.open(folder, contract)
-        except ContractError:
-            if shards:
-                raise
-        _write_header(folder, contract)  # of a sweep that never drew: it binds nobody
+            make_header(folder, contract)
         return cls.open(folder, contract)
 
     @classmethod
@@ -122,8 +112,8 @@ class VStarTable:
         Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
         """
         folder = Path(folder)
-        _check_header(folder, contract)
-        table = cls(folder)
+        check_header(folder, contract)
+        table = cls(folder, contract)
         names = table._listed()
         whole = len(names) <= _WHOLE_SHARDS and _no_more_than(check_whole_bytes, folder, names)
         indexed = {} if whole else table._indexed(set(names))
@@ -144,13 +134,15 @@ class VStarTable:
                 self._read(name, whole=True)
 
     def append(self, rollouts: Sequence[Rollout], text: bool = False) -> None:
-        """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice the first counts.
+        """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice one row counts.
 
         `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds; every
         256th shard adds an index of these. Raises StorageError (nothing of the shard is left, earlier ones are
-        untouched) and TableError for a rollout without a finite reward.
+        untouched), TableError for a rollout without a finite reward, and ContractError where the folder has been
+        deleted and made anew for another contract since the table was opened.
         """
         if rollouts:
+            check_header(self.folder, self._contract)
             name, columns = write_shard(self.folder, self._next_shard, rollouts, text)
             self._add(name, columns)
 
@@ -262,14 +254,18 @@ class VStarTable:
         return sorted(name for name in names if name.startswith("shard-") and name.endswith(".parquet"))
 
     def _indexed(self, shards: set[str]) -> dict[str, _Rows]:
-        """The rows of the shards that indexes cover. An index that names a shard that is gone is not used."""
+        """The rows of the shards that indexes cover, but for those of another size now.
+
+        An index that names a shard that is gone is not used.
+        """
         found: dict[str, _Rows] = {}
         for path in sorted(self.folder.glob("index-*.parquet")):
-            if (read := read_index(path)) is None or not shards.issuperset(name for name, _ in read[0]):
+            if (read := read_index(path)) is None or not shards.issuperset(name for name, _, _ in read[0]):
                 continue
             rows, start = self._numbered(read[1]), 0
-            for name, count in read[0]:
-                found[name] = rows.at(slice(start, start + count))
+            for name, count, size in read[0]:
+                if _size(self.folder / name) == size:
+                    found[name] = rows.at(slice(start, start + count))
                 start += count
         return found
 
@@ -303,16 +299,29 @@ class VStarTable:
         )
 
     def _merge(self) -> None:
-        """Sort the new rows in; of several rows of one (prompt, sample) the first that came stays."""
+        """Sort the new rows in; of several rows of one (prompt, sample) the one of the smallest digest stays."""
         if self._new:
             rows = _Rows.together([self._old, *self._new])
             key = rows.prompt.astype(np.int64) << 32 | rows.sample
             if not (key[1:] > key[:-1]).all():
                 order = np.argsort(key, kind="stable")
-                key = key[order]
-                rows = rows.at(order[np.append(True, key[1:] != key[:-1])])
+                rows, key = rows.at(order), key[order]
+                again = key[1:] == key[:-1]
+                if again.any():
+                    several = np.append(False, again) | np.append(again, False)
+                    digest = np.zeros(len(rows), "S16")
+                    digest[several] = self._digests(rows.at(several))
+                    order = np.lexsort((digest, key))
+                    rows = rows.at(order[np.append(True, ~again)])
             self._old, self._new = rows, []
             self._starts = np.append(0, np.cumsum(np.bincount(rows.prompt, minlength=len(self._uids))))
+
+    def _digests(self, rows: _Rows) -> list[bytes]:
+        """[R], of what a row says, and nothing of when it came."""
+        uids = list(self._uids)
+        columns = (rows.prompt.tolist(), rows.sample.tolist(), rows.reward.tolist(), rows.tokens.tolist())
+        said = (f"{uids[prompt]} {rest!r}" for prompt, *rest in zip(*columns, strict=True))
+        return [hashlib.blake2b(one.encode(), digest_size=8).hexdigest().encode() for one in said]
 
     def _by_prompt(self) -> tuple[_Rows, np.ndarray, np.ndarray]:
         """All rows, and for each prompt [P] where its rows start and how many they are."""
@@ -320,46 +329,17 @@ class VStarTable:
         return self._old, self._starts[:-1], np.diff(self._starts)
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # another job has just set it aside
+        return 0
+
+
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
     total = 0
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # another job has just set it aside
-            total += (folder / name).stat().st_size
+        total += _size(folder / name)
         if total > limit_bytes:
             return False
     return True
-
-
-def _write_header(folder: Path, contract: Contract) -> None:
-    header = {"format": FORMAT, "contract": contract.fields(), "contract_digest": contract.digest()}
-    write_atomic(folder / "header.json", json.dumps(header, indent=1).encode())
-
-
-def _check_header(folder: Path, contract: Contract | None) -> None:
-    path = folder / "header.json"
-    try:
-        header = json.loads(path.read_bytes())
-        version, stored = int(header["format"]), dict(header["contract"])
-    except FileNotFoundError:
-        raise MissingTableError(
-            f"{folder}: no V* table here; run `astar sweep` with this configuration first"
-        ) from None
-    except OSError as error:
-        raise storage_error(f"{path}: can't read the V* table's header", error) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise TableError(
-            f"{path}: not the header of a V* table ({error}); restore it or choose another sweep.table"
-        ) from error
-    if version > FORMAT:
-        raise TableError(
-            f"{folder}: the V* table has format {version}, this astar_megatron reads up to {FORMAT}; "
-            "use the version that wrote it or a later one"
-        )
-    if contract is None:
-        return
-    if lines := contract.difference(stored, names=("this run", "the table")):
-        raise ContractError(
-            f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
-            + "\n  ".join(lines)
-            + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
-        )

@@ -39,6 +39,35 @@ def test_v_star_goes_from_the_maximum_to_the_mean_as_beta1_grows() -> None:
     assert values[-1] == pytest.approx(1 / 3, abs=1e-6)
 
 
+TINY_TO_HUGE = [5e-324, 1e-310, 1e-300, 1e-30, 1 / 701, 1 / 699, 1.0, 1e8, 1e14, 1e15, 1e16, 1e18, 1e300]
+
+
+@pytest.mark.parametrize("beta1", TINY_TO_HUGE)
+@pytest.mark.parametrize("rewards", [[0.0, 1.0, 1.0, 0.0], [0.1, 0.7, 0.2], [-1.0, 0.5], [0.3, 0.3], [0.0], [1.0, 1.0]])
+def test_every_beta1_lies_between_its_limits_and_reaches_them(rewards: list[float], beta1: float) -> None:
+    values = torch.tensor(rewards, dtype=torch.float64)
+    v, mean, most = float(v_star(values, beta1)), sum(rewards) / len(rewards), max(rewards)
+    assert mean - 1e-15 <= v <= most
+    if beta1 > 1e15:
+        assert v == pytest.approx(mean, abs=1e-15)
+    if beta1 < 1e-20:
+        assert v == most
+    if set(rewards) <= {0.0, 1.0}:
+        assert float(v_star_from_pass_rate(sum(rewards), len(rewards), beta1)) == pytest.approx(v, abs=1e-15)
+    if len(rewards) > 1:
+        error, bias = float(standard_error(values, beta1)), float(bias_correction(values, beta1))
+        assert math.isfinite(error) and math.isfinite(bias)
+        if beta1 > 1e15:
+            assert error == pytest.approx(float(values.std()) / math.sqrt(len(rewards)), rel=1e-12)
+            assert 0 <= bias < 1e-15
+
+
+@pytest.mark.parametrize("beta1", TINY_TO_HUGE)
+def test_v_star_of_no_and_of_every_pass_is_exact_at_every_beta1(beta1: float) -> None:
+    assert float(v_star_from_pass_rate(0, 5, beta1)) == 0
+    assert float(v_star_from_pass_rate(5, 5, beta1)) == pytest.approx(1, abs=1e-15)
+
+
 @given(n=st.integers(1, 32), beta1=st.floats(1e-3, 10))
 def test_v_star_is_monotone_in_the_pass_count(n: int, beta1: float) -> None:
     values = v_star_from_pass_rate(torch.arange(n + 1), n, beta1)
@@ -52,6 +81,10 @@ def test_a_mask_leaves_samples_out() -> None:
     mask = torch.tensor([[True, True, False], [True, True, True]])
     expected = torch.stack([v_star(rewards[0, :2], 0.5), v_star(rewards[1], 0.5)])
     torch.testing.assert_close(v_star(rewards, 0.5, mask), expected)
+    twice = v_star(rewards[0, [0, 0, 1]], 0.5)
+    torch.testing.assert_close(v_star(rewards[0], 0.5, torch.tensor([0.5, 0.25, 0])), twice)
+    with pytest.raises(ValueError, match=r"expected weights \[..., N\] >= 0"):
+        v_star(rewards, 0.5, mask[:, :2])
 
 
 @pytest.mark.parametrize("beta1", [0.0, -1.0, math.inf, math.nan])

@@ -42,16 +42,39 @@ def test_binary_rewards_have_the_exact_interval_through_v_star(
     assert found.samples.tolist() == [n for _, n in passes]
 
 
-def test_other_rewards_have_an_approximate_interval_and_one_sample_has_none(
+def test_other_rewards_have_an_approximate_interval(
     table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
 ) -> None:
     table.append([rollout(prompts[0], i, r) for i, r in enumerate([0.1, 1.0, 0.0, 0.1])])
-    table.append([rollout(prompts[1], 0, 0.1)])
     found = table.estimate(0.5, level=0.95)
     error = float(value.standard_error(torch.tensor([0.1, 1.0, 0.0, 0.1]).double(), 0.5))
     assert found.width[0] == pytest.approx(2 * 1.959964 * error, rel=1e-6)
-    assert np.isinf(found.width[1]) and np.isnan(found.error[1])
     assert (found.least[0], found.most[0], found.mean[0]) == (0.0, 1.0, pytest.approx(0.3))
+
+
+def test_an_interval_is_of_its_prompts_own_samples_alone(
+    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    for prompt, k in ((prompts[0], 0), (prompts[1], 3)):
+        table.append([rollout(prompt, i, float(i < k)) for i in range(8)])
+    before = table.estimate(0.5)
+    table.append([rollout(prompts[2], i, 0.1 * i) for i in range(8)])
+    table.append([rollout(prompts[1], 8, 0.1)])  # beyond those that count
+    after = table.estimate(0.5, prompts[:3], 8)
+    assert after.low[:2].tolist() == before.low.tolist() and after.high[:2].tolist() == before.high.tolist()
+
+
+def test_equal_rewards_leave_room_for_others(table: VStarTable, prompts: list[Prompt], rollout: MakeRollout) -> None:
+    for prompt, n in zip(prompts, (1, 2, 8, 64), strict=False):
+        table.append([rollout(prompt, i, 0.1) for i in range(n)])
+    table.append([rollout(prompts[4], i, -1.0) for i in range(8)])
+    found = table.estimate(0.5, level=0.95)
+    assert np.isnan(found.error[0]) and (found.error[1:] == 0).all()
+    assert (found.low[:4] < 0.1).all() and (found.high[:4] > 0.1).all() and (np.diff(found.width[:4]) < 0).all()
+    rate = 1 - 0.025 ** (1 / 8)  # none of 8 had another reward
+    assert found.low[2] == pytest.approx(0.5 * np.log((1 - rate) * np.exp(0.2) + rate * np.exp(-2)))
+    assert found.high[2] == pytest.approx(0.5 * np.log((1 - rate) * np.exp(0.2) + rate * np.exp(2)))
+    assert found.low[4] == -1 and found.high[4] > 0
 
 
 def test_bias_is_corrected_on_request_only(table: VStarTable, prompts: list[Prompt], rollout: MakeRollout) -> None:

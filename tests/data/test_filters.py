@@ -46,8 +46,10 @@ def test_a_filter_weighs_the_prompts_it_is_about(
 def test_a_filter_that_leaves_nothing_is_refused(table: VStarTable, prompts: list[Prompt]) -> None:
     with pytest.raises(ValueError, match=r"none of the 6 prompts is left; raise filter\.all_wrong"):
         weights(table.estimate(0.5), FilterConfig(wide=0.0, max_width=0.01))
-    with pytest.raises(PromptError, match="every prompt has weight 0"):
-        PromptStream(prompts, 2, 0, dict.fromkeys((prompt.uid for prompt in prompts), 0.0))
+    for weight in (0.0, 1e-9, 0.1):  # of six prompts: epochs without a prompt would follow each other
+        with pytest.raises(PromptError, match="less than one prompt an epoch; raise filter"):
+            PromptStream(prompts, 2, 0, dict.fromkeys((prompt.uid for prompt in prompts), weight))
+    assert PromptStream(prompts, 2, 0, dict.fromkeys((prompt.uid for prompt in prompts), 1 / 6)).take()
 
 
 def test_prompts_come_in_the_share_of_epochs_that_their_weight_says(prompts: list[Prompt]) -> None:

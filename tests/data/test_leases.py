@@ -111,6 +111,31 @@ def test_who_acts_on_an_old_view_steps_back(tmp_path: Path) -> None:
         assert (tmp_path / "000.1").exists() and not (tmp_path / "000.5").exists()
 
 
+def test_a_job_that_wakes_gives_back_nothing_of_another(tmp_path: Path) -> None:
+    with Leases(tmp_path, expiry_seconds=0.3) as woken, Leases(tmp_path, expiry_seconds=0.3) as second:
+        assert woken.claim(["000"]) == ["000"]
+        woken._end.set()  # as if it were stopped: it does not beat
+        woken._thread.join()
+        until = time.monotonic() + 30
+        while not second.claim(["000"]) and time.monotonic() < until:
+            time.sleep(0.1)
+        second.release(["000"])
+        with Leases(tmp_path) as third, Leases(tmp_path) as fourth:
+            assert third.claim(["000"]) == ["000"] and (tmp_path / "000.1").samefile(woken._held["000"])
+            woken.release(["000"])
+            assert (tmp_path / "000.1").exists() and fourth.claim(["000"]) == []
+
+
+def test_who_acts_on_an_old_view_takes_no_lease_whose_name_came_again(tmp_path: Path) -> None:
+    """A late job saw a dead lease of generation 1; meanwhile that was succeeded, given back and taken from 1 on."""
+    with Leases(tmp_path) as quick, Leases(tmp_path) as late:
+        assert quick.claim(["000"]) == ["000"]
+        expired, answers = late._expired, iter([True])
+        late._expired = lambda path: next(answers, None) or expired(path)  # type: ignore[method-assign]
+        assert late.claim(["000"]) == []
+        assert files(tmp_path)[0] == "000.1" and not (tmp_path / "000.2").exists()
+
+
 def _compete(folder: Path, seed: int, log: Path) -> None:
     chance = random.Random(seed)
     with Leases(folder, expiry_seconds=30) as leases, log.open("a") as file:

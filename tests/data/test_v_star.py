@@ -16,7 +16,8 @@ import torch
 from astar_megatron.algorithm.value import v_star
 from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.files import StorageError
-from astar_megatron.data.v_star import FORMAT, MissingTableError, TableError, VStarTable
+from astar_megatron.data.header import FORMAT, make_header
+from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
 from astar_megatron.types import Prompt, Rollout
 
 type MakeRollout = Callable[..., Rollout]
@@ -106,13 +107,21 @@ def test_estimate_names_how_many_prompts_lack_rows(
         table.estimate(0.5, num_samples=0)
 
 
-def test_a_sample_that_was_appended_twice_counts_once(
+def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(
     tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
 ) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    table.append([rollout(prompts[0], 0, 1.0)])
-    table.append([rollout(prompts[0], 1, 0.0), rollout(prompts[0], 0, 0.0)])
-    assert table.rewards() == VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0, 0.0]}
+    """Also when a job that was behind gives its shard a number below those of the rows that it draws again."""
+    behind, ahead = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
+    for sample in range(12):
+        ahead.append([rollout(prompts[0], sample, 1.0)])
+    behind.append([rollout(prompts[0], sample, 0.0) for sample in range(12)])
+    ahead.refresh()
+    behind.refresh()
+    found = VStarTable.open(tmp_path, contract).rewards()
+    assert ahead.rewards() == behind.rewards() == found
+    assert 0 < sum(found["uid-0"]) < len(found["uid-0"]) == 12  # neither the order nor the reward decides
+    ahead.append([rollout(prompts[0], 0, 0.5), rollout(prompts[0], 0, 0.5)])
+    assert ahead.rewards() == VStarTable.open(tmp_path, contract).rewards()
 
 
 def test_two_writers_of_one_folder_lose_nothing(
@@ -289,9 +298,24 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path, contract:
         VStarTable.create_or_open(tmp_path / "file" / "t", contract)
 
 
-def test_a_table_without_rows_takes_a_new_contract(tmp_path: Path, contract: Contract) -> None:
-    VStarTable.create_or_open(tmp_path, contract)
+def test_a_table_without_rows_keeps_its_contract_for_the_job_that_draws(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    drawing = VStarTable.create_or_open(tmp_path, contract)
     other = dataclasses.replace(contract, temperature=contract.temperature / 2)
-    VStarTable.create_or_open(tmp_path, other)
-    with pytest.raises(ContractError):
-        VStarTable.open(tmp_path, contract)
+    with pytest.raises(ContractError, match=r"(?s)temperature.*no rows yet: if no job draws for it, delete"):
+        VStarTable.create_or_open(tmp_path, other)
+    make_header(tmp_path, other)  # by a job that was at it at the same time
+    drawing.append([rollout(prompts[0], 0, 1.0)])
+    assert VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0]}
+
+
+def test_rows_are_not_written_into_another_contracts_table(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    drawing = VStarTable.create_or_open(tmp_path, contract)
+    (tmp_path / "header.json").unlink()  # deleted by hand, and made anew
+    VStarTable.create_or_open(tmp_path, dataclasses.replace(contract, reward="math/1"))
+    with pytest.raises(ContractError, match="reward: this run has last_number/1, the table math/1"):
+        drawing.append([rollout(prompts[0], 0, 1.0)])
+    assert not list(tmp_path.glob("shard-*"))

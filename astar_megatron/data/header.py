@@ -1,0 +1,58 @@
+"""The header of a V* table: the contract that its rows were made under. Written once, by whoever is first.
+
+Nobody replaces it, not even while the table has no rows: another job may be drawing for it.
+"""
+
+import json
+from pathlib import Path
+
+from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.data.shards import TableError
+
+FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
+
+
+class MissingTableError(TableError, FileNotFoundError):
+    """There is no V* table, or it lacks rows that are needed."""
+
+
+def make_header(folder: Path, contract: Contract) -> None:
+    """Write the header of a table that has none; what is there stays, whatever it says. Raises StorageError."""
+    header = {"format": FORMAT, "contract": contract.fields(), "contract_digest": contract.digest()}
+    write_atomic(folder / "header.json", json.dumps(header, indent=1).encode(), replace=False)
+
+
+def check_header(folder: Path, contract: Contract | None) -> None:
+    """Raise ContractError (field by field) unless the table is of this contract; None takes any.
+
+    Raises MissingTableError, TableError (newer format, not a header) and StorageError too.
+    """
+    path = folder / "header.json"
+    try:
+        header = json.loads(path.read_bytes())
+        version, stored = int(header["format"]), dict(header["contract"])
+    except FileNotFoundError:
+        raise MissingTableError(
+            f"{folder}: no V* table here; run `astar sweep` with this configuration first"
+        ) from None
+    except OSError as error:
+        raise storage_error(f"{path}: can't read the V* table's header", error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TableError(
+            f"{path}: not the header of a V* table ({error}); restore it or choose another sweep.table"
+        ) from error
+    if version > FORMAT:
+        raise TableError(
+            f"{folder}: the V* table has format {version}, this astar_megatron reads up to {FORMAT}; "
+            "use the version that wrote it or a later one"
+        )
+    if contract is None:
+        return
+    if lines := contract.difference(stored, names=("this run", "the table")):
+        raise ContractError(
+            f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
+            + "\n  ".join(lines)
+            + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
+            + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
+        )
