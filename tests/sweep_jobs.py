@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from samples import CONTRACT
+
 from astar_megatron import config
 from astar_megatron.config import SamplingConfig
-from astar_megatron.data.contract import Contract
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import Inputs
 from astar_megatron.sweep import sweep
@@ -23,17 +24,6 @@ from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt, Rollout
 from conversion.families import Model
 
-CONTRACT = Contract(
-    model_digest="m" * 64,
-    tokenizer_digest="t" * 64,
-    template_digest="c" * 64,
-    temperature=1.0,
-    top_p=1.0,
-    max_prompt_tokens=5,
-    max_response_tokens=7,
-    stop_token_ids=(2,),
-    reward="last_number/1",
-)
 PROMPTS = [Prompt(uid=f"{i:032x}", token_ids=(1, i), text=f"prompt {i}", answer=str(i % 3)) for i in range(300)]
 
 

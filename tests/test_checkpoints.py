@@ -4,26 +4,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from samples import CONTRACT
 
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
-from astar_megatron.data.contract import Contract
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.types import Prompt
 
-CONTRACT = Contract(
-    model_digest="m",
-    tokenizer_digest="t",
-    template_digest="c",
-    temperature=1.0,
-    top_p=1.0,
-    max_prompt_tokens=5,
-    max_response_tokens=7,
-    stop_token_ids=(2,),
-    reward="last_number/1",
-)
 PROMPTS = [Prompt(uid=str(i), token_ids=(i,), text="", answer="") for i in range(3)]
 
 

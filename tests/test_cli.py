@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray
+import samples
 import yaml
 from safetensors.torch import load_file
 
@@ -17,7 +18,6 @@ from astar_megatron import cli, config, doctor
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import PromptStream, read_prompts
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.types import Rollout
 
 
 @pytest.fixture
@@ -73,17 +73,7 @@ def fill_table(tree: dict[str, Any]) -> None:
     cfg = config.validate(tree)
     prompts = read_prompts(cfg.data, cfg.model.path)
     table = VStarTable.create_or_open(cfg.table_dir, contract_of(cfg))
-    rollout = Rollout(
-        prompt=prompts[0],
-        sample=0,
-        seed=0,
-        token_ids=(5, 2),
-        text="",
-        truncated=False,
-        logprob=-1.0,
-        version=0,
-        reward=1.0,
-    )
+    rollout = samples.rollout(prompts[0])
     table.append([dataclasses.replace(rollout, sample=sample) for sample in range(cfg.sweep.num_samples)])
 
 

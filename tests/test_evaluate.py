@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import samples
 from rich.console import Console
 
 from astar_megatron import config
@@ -26,17 +27,8 @@ def _prompt(number: int, answer: str = "5") -> Prompt:
 
 
 def _rollout(prompt: Prompt, text: str, sample: int = 0, reward: float | None = None) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        sample=sample,
-        seed=0,
-        token_ids=(1,),
-        text=text,
-        truncated="..." in text,
-        logprob=0.0,
-        version=0,
-        reward=reward,
-    )
+    truncated = "..." in text
+    return samples.rollout(prompt, sample=sample, token_ids=(1,), text=text, truncated=truncated, reward=reward)
 
 
 class Engines:

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import samples
 import torch
 
 from astar_megatron import train
 from astar_megatron.algorithm.refresh import LiveVStar
-from astar_megatron.types import Health, Prompt, Rollout, StepStats
+from astar_megatron.types import Health, Prompt, StepStats
 
 # Every key of a line. A change here is a change of what people's plots read: it belongs in README.md and CHANGELOG.md.
 KEYS = {
@@ -19,17 +20,8 @@ KEYS = {
     *("engine_gap", "truncated", "tokens", "response_tokens", "tokens_per_second", "model_flops", "mfu"),
     *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens"),
 }
-ROLLOUT = Rollout(
-    prompt=Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2"),
-    sample=0,
-    seed=0,
-    token_ids=(5, 2),
-    text="2",
-    truncated=True,
-    logprob=-1.5,
-    version=3,
-    reward=1.0,
-)
+PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
+ROLLOUT = samples.rollout(PROMPT, truncated=True, version=3)
 V_STAR = LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None)
 STATS = StepStats(
     **{name: float(index) for index, name in enumerate(Health.__dataclass_fields__)},

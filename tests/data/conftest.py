@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable, Sequence
 
 import pytest
+import samples
 import torch
 
 from astar_megatron.data.contract import Contract
@@ -44,17 +45,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
 
 @pytest.fixture
 def contract() -> Contract:
-    return Contract(
-        model_digest="a" * 64,
-        tokenizer_digest="b" * 64,
-        template_digest="c" * 64,
-        temperature=1.0,
-        top_p=1.0,
-        max_prompt_tokens=256,
-        max_response_tokens=1024,
-        stop_token_ids=(2,),
-        reward="last_number/1",
-    )
+    return samples.CONTRACT
 
 
 @pytest.fixture
@@ -67,16 +58,7 @@ def rollout() -> Callable[..., Rollout]:
     """Returns a function that makes a scored rollout of a prompt."""
 
     def make(prompt: Prompt, sample: int, reward: float | None = 0.0, tokens: int = 3) -> Rollout:
-        return Rollout(
-            prompt=prompt,
-            sample=sample,
-            seed=1000 + sample,
-            token_ids=tuple(range(5, 5 + tokens)),
-            text="text",
-            truncated=False,
-            logprob=-1.5,
-            version=0,
-            reward=reward,
-        )
+        ids = tuple(range(5, 5 + tokens))
+        return samples.rollout(prompt, sample=sample, seed=1000 + sample, token_ids=ids, text="text", reward=reward)
 
     return make

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 from safetensors.torch import load_file
 
@@ -19,17 +20,7 @@ OPTIONS = StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=1, micro_batc
 
 def _rollout(index: int) -> Rollout:
     prompt = Prompt(uid=f"uid{index}", token_ids=(1, 2, 3)[: index + 1], text=f"What is {index}?", answer="ü")
-    return Rollout(
-        prompt=prompt,
-        sample=0,
-        seed=1,
-        token_ids=(7, 2),
-        text="so",
-        truncated=False,
-        logprob=-3.5,
-        version=4,
-        reward=1.0,
-    )
+    return samples.rollout(prompt, token_ids=(7, 2), text="so", logprob=-3.5, version=4)
 
 
 def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout], RolloutBatch, StepStats]:

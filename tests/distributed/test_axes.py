@@ -100,46 +100,35 @@ def assert_same(found: Any, wanted: Any) -> None:
             assert worst <= TOLERANCE, f"{folder}, {name}: {worst}"
 
 
-@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_axis_computes_what_one_rank_does(
-    name: str, kind: str, ranks: Any, one_rank: Any, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    folder = request.getfixturevalue(kind)
-    assert_same(run(ranks, tmp_path, job_of(folder, **LAYOUTS[name])), one_rank(folder))
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_micro_batches_change_no_number(name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path) -> None:
-    assert_same(run(ranks, tmp_path, job_of(tied_llama, **SPLITS[name])), one_rank(tied_llama))
-
-
 @pytest.fixture(scope="module")
 def experts(tiny_family: Callable[..., Path]) -> Path:
     return tiny_family("qwen3_moe")
 
 
-@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
-def test_experts_on_several_ranks_compute_what_one_rank_does(
-    name: str, ranks: Any, one_rank: Any, experts: Path, tmp_path: Path
+def _cases(kind: str, layouts: dict[str, dict[str, Any]], *marks: pytest.MarkDecorator) -> list[Any]:
+    return [pytest.param(kind, layout, id=f"{name}-{kind}", marks=marks) for name, layout in layouts.items()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *_cases("tied_llama", LAYOUTS),
+        *_cases("untied_qwen2", LAYOUTS),
+        *_cases("experts", EXPERT_LAYOUTS),
+        *_cases("tied_llama", RARE_LAYOUTS, pytest.mark.slow),
+        *_cases("experts", RARE_EXPERT_LAYOUTS, pytest.mark.slow),
+    ],
+)
+def test_every_axis_computes_what_one_rank_does(
+    kind: str, layout: dict[str, Any], ranks: Any, one_rank: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    assert_same(run(ranks, tmp_path, job_of(experts, **EXPERT_LAYOUTS[name])), one_rank(experts))
+    folder = request.getfixturevalue(kind)
+    assert_same(run(ranks, tmp_path, job_of(folder, **layout)), one_rank(folder))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RARE_LAYOUTS)
-def test_rarer_combinations_compute_what_one_rank_does(
-    name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path
-) -> None:
-    assert_same(run(ranks, tmp_path, job_of(tied_llama, **RARE_LAYOUTS[name])), one_rank(tied_llama))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RARE_EXPERT_LAYOUTS)
-def test_rarer_combinations_with_experts_compute_what_one_rank_does(
-    name: str, ranks: Any, one_rank: Any, experts: Path, tmp_path: Path
-) -> None:
-    assert_same(run(ranks, tmp_path, job_of(experts, **RARE_EXPERT_LAYOUTS[name])), one_rank(experts))
+@pytest.mark.parametrize("name", SPLITS)
+def test_micro_batches_change_no_number(name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path) -> None:
+    assert_same(run(ranks, tmp_path, job_of(tied_llama, **SPLITS[name])), one_rank(tied_llama))
 
 
 def test_norms_of_heads_get_the_gradients_of_all_tensor_ranks(

@@ -1,0 +1,33 @@
+"""Samples of the types that several tests fill in: what a test does not name does not matter to it."""
+
+from typing import Any
+
+from astar_megatron.data.contract import Contract
+from astar_megatron.types import Prompt, Rollout
+
+CONTRACT = Contract(
+    model_digest="a" * 64,
+    tokenizer_digest="b" * 64,
+    template_digest="c" * 64,
+    temperature=1.0,
+    top_p=1.0,
+    max_prompt_tokens=256,
+    max_response_tokens=1024,
+    stop_token_ids=(2,),
+    reward="last_number/1",
+)
+
+
+def rollout(prompt: Prompt, **fields: Any) -> Rollout:
+    """Return a finished rollout of `prompt`, rewarded with 1, with `fields` in place of the usual ones."""
+    usual: dict[str, Any] = {
+        "sample": 0,
+        "seed": 0,
+        "token_ids": (5, 2),
+        "text": "2",
+        "truncated": False,
+        "logprob": -1.5,
+        "version": 0,
+        "reward": 1.0,
+    }
+    return Rollout(prompt=prompt, **usual | fields)
