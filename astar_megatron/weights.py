@@ -70,15 +70,15 @@ class WeightSync:
         self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path, cfg: ConversionConfig
     ) -> None:
         self._policy, self._engines, self._cfg = policy, engines, cfg
-        way = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
-        self._verifier = Verifier(way, getattr(torch, policy.dtype))
+        weight_plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
+        self._verifier = Verifier(weight_plan, getattr(torch, policy.dtype))
         self._count = 0
         sources, workers = policy.places(), engines.places()
-        links = {(copy.source.rank, copy.target.rank) for copy in way.copies}
-        by, self.reason = choose(sources, workers, links, here(torch.device("cpu")).memory)
+        links = {(copy.source.rank, copy.target.rank) for copy in weight_plan.copies}
+        way, self.reason = choose(sources, workers, links, here(torch.device("cpu")).memory)
         host, port = policy.rendezvous
         route = Route(
-            way=by,
+            way=way,
             num_sources=len(sources),
             num_engines=len(engines),
             num_workers=engines.tensor,

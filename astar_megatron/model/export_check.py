@@ -12,7 +12,7 @@ from conversion.verify import Holdings, Verifier, first_bad_row, sent_parts, ten
 
 
 def check_export(
-    route: WeightPlan,
+    weight_plan: WeightPlan,
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     version: int,
@@ -20,11 +20,11 @@ def check_export(
 ) -> dict[str, str]:
     """Return the digests of the whole tensors `written` by rank 0 (None elsewhere); collective.
 
-    WeightMismatch on every rank, naming tensor and first bad row, unless they are those of what `route` sent.
+    WeightMismatch on every rank, naming tensor and first bad row, unless they are those of what `weight_plan` sent.
     """
     rank = dist.get_rank()
-    holdings = Holdings(sent_parts(route, rank), tensors, dtype)
-    manifest = Verifier(route, dtype).manifest(version, True, _gathered(holdings.full()))
+    holdings = Holdings(sent_parts(weight_plan, rank), tensors, dtype)
+    manifest = Verifier(weight_plan, dtype).manifest(version, True, _gathered(holdings.full()))
     digests = tensor_digests(written or {})
     expected = {name: str(entry["digest"]) for name, entry in manifest.tensors().items()}
     wrong = next((name for name, value in expected.items() if digests.get(name) != value), None)

@@ -264,9 +264,9 @@ class PolicyRank:
 
     def open_publish(self, route: Route) -> None:
         """Prepare to send this rank's tiles by `route` to engines of `route.num_workers` workers."""
-        way = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
-        self._sender = route.sender(way, self.rank, self.weights(), self._dtype)
-        self._holdings = Holdings(sent_parts(way, self.rank), self.weights(), self._dtype)
+        weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
+        self._sender = route.sender(weight_plan, self.rank, self.weights(), self._dtype)
+        self._holdings = Holdings(sent_parts(weight_plan, self.rank), self.weights(), self._dtype)
 
     def publish(self, version: int) -> None:
         """Send the current weights; the engines must be receiving, or about to."""
@@ -303,24 +303,24 @@ class PolicyRank:
         """
         tensors = self.weights() if kind == "weights" else self.gradients()
         dtype = self._dtype if kind == "weights" else torch.float32
-        way = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
+        weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
         route = self._export_route(transfer_folder)
-        sender = route.sender(way, self.rank, tensors, dtype)
+        sender = route.sender(weight_plan, self.rank, tensors, dtype)
         try:
             dist.barrier()  # every sender's file is there
             if self.rank == 0:
                 with hf.writing(folder, self._path, dtype) as export:
-                    receiver = route.receiver(way, 0, export.tensors, dtype)
+                    receiver = route.receiver(weight_plan, 0, export.tensors, dtype)
                     with ThreadPoolExecutor(1) as beside:
                         sending = beside.submit(sender.send)
                         receiver.receive()
                         sending.result()
                     receiver.close()
-                    digests = check_export(way, tensors, dtype, self._version, export.tensors)
+                    digests = check_export(weight_plan, tensors, dtype, self._version, export.tensors)
                     export.record.update(layout=dataclasses.asdict(self.layout), digests=digests)
             else:
                 sender.send()
-                check_export(way, tensors, dtype, self._version, None)
+                check_export(weight_plan, tensors, dtype, self._version, None)
             dist.barrier()
         finally:
             sender.close()

@@ -73,7 +73,7 @@ def damaged_export(pipe: Any, rank: int, port: int | None, *, source: str, layou
 
     with _built(pipe, rank, port, source, layout) as part:
         model = read_model(source)
-        route = plan(model.megatron_tiles(layout), model.hf_tiles())
+        weight_plan = plan(model.megatron_tiles(layout), model.hf_tiles())
         tensors = {name: parameter.data for name, parameter in part.named_parameters()}
         written = {name: torch.empty(shape) for name, shape in model.parameters().items()} if rank == 0 else None
         if written is not None:
@@ -81,6 +81,6 @@ def damaged_export(pipe: Any, rank: int, port: int | None, *, source: str, layou
             if fault:
                 written[fault[0]][fault[1]] += 1
         try:
-            return f"{len(check_export(route, tensors, torch.float32, 4, written))} digests"
+            return f"{len(check_export(weight_plan, tensors, torch.float32, 4, written))} digests"
         except WeightMismatch as error:
             return f"{error.tensor}, row {error.row}"
