@@ -29,8 +29,8 @@ def main(cfg: RunConfig) -> None:
     tracker = Tracker(cfg.run_dir)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     if table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)).any():
-        with Leases(table.folder / "leases"), engines_of(cfg) as engines:  # a read-only table is refused before engines
-            table = sweep(cfg, inputs, engines, tracker)
+        with _leases(table) as leases, engines_of(cfg) as engines:  # a read-only table is refused before engines
+            _fill(cfg, inputs, engines, tracker, table, leases)
     show(table, tracker)
 
 
@@ -40,26 +40,37 @@ def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker)
     It is whole but for the samples whose reward failed in this run, which the next run draws again.
     """
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
+    with _leases(table) as leases:
+        _fill(cfg, inputs, engines, tracker, table, leases)
+    return table
+
+
+def _leases(table: VStarTable) -> Leases:
+    return Leases(table.folder / "leases")
+
+
+def _fill(
+    cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, table: VStarTable, leases: Leases
+) -> None:
+    """Draw this job's shares until the table lacks nothing, or only what could not be scored."""
     said = False
     failed: set[tuple[str, int]] = set()
-    with Leases(table.folder / "leases") as leases:
-        while True:
-            wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
-            share = Share(table, inputs.prompts, wanted, leases, failed)
-            if not share.lacking:
-                if lacking := int(table.lacking(inputs.prompts, wanted).sum()):
-                    tracker.say(
-                        f"stage 1: {lacking} samples could not be scored and are not in the table (see "
-                        "reward_failures.jsonl); run `astar sweep` once more: it draws them again"
-                    )
-                return table
-            drawn = _draw(cfg, inputs, engines, tracker, table, share, failed)
-            if not drawn:
-                if not said:
-                    tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
-                said = True  # once: it is looked every few seconds
-                time.sleep(_POLL_SECONDS)
-            table.refresh()
+    while True:
+        wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
+        share = Share(table, inputs.prompts, wanted, leases, failed)
+        if not share.lacking:
+            if lacking := int(table.lacking(inputs.prompts, wanted).sum()):
+                tracker.say(
+                    f"stage 1: {lacking} samples could not be scored and are not in the table (see "
+                    "reward_failures.jsonl); run `astar sweep` once more: it draws them again"
+                )
+            return
+        if not _draw(cfg, inputs, engines, tracker, table, share, failed):
+            if not said:
+                tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
+            said = True  # once: it is looked every few seconds
+            time.sleep(_POLL_SECONDS)
+        table.refresh()
 
 
 def _draw(
