@@ -39,11 +39,11 @@ class NotFiniteError(ValueError):
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
-    stage_1(cfg, inputs)
+    found = stage_1(cfg, inputs)
     check(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with started(cfg, tracker) as (policy, engines):
-        train(cfg, inputs, policy, engines, tracker)
+        train(cfg, inputs, found, policy, engines, tracker)
 
 
 def check(cfg: RunConfig, inputs: Inputs) -> None:
@@ -62,9 +62,10 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
     doctor.check_disk(cfg, inputs.model.num_parameters())
 
 
-def train(cfg: RunConfig, inputs: Inputs, policy: PolicyGroup, engines: EnginePool, tracker: Tracker) -> None:
-    """Train with a started policy and pool, and export; leaves the final weights in the engines."""
-    found = stage_1(cfg, inputs)
+def train(
+    cfg: RunConfig, inputs: Inputs, found: Estimates, policy: PolicyGroup, engines: EnginePool, tracker: Tracker
+) -> None:
+    """Train on what `stage_1` found, with a started policy and pool, and export; the engines keep the final weights."""
     v_star = LiveVStar(found.by_uid(), found.samples_by_uid(), cfg.astar.beta1, cfg.astar.refresh_decay)
     prompts = _stream(cfg, inputs, found)
     checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))

@@ -21,7 +21,7 @@ from astar_megatron.evaluate import evaluate
 from astar_megatron.run import prepare, started
 from astar_megatron.sweep import show, sweep
 from astar_megatron.tracking import Tracker, plot_rewards, read_metrics
-from astar_megatron.train import check, train
+from astar_megatron.train import check, stage_1, train
 
 
 def main(overrides: list[str]) -> None:
@@ -36,7 +36,7 @@ def main(overrides: list[str]) -> None:
         table = sweep(cfg, inputs, engines, tracker)
         show(table, tracker)
         (before,) = evaluate(cfg, inputs, engines, tracker, "eval_before")
-        train(cfg, inputs, policy, engines, tracker)
+        train(cfg, inputs, stage_1(cfg, inputs), policy, engines, tracker)
         (after,) = evaluate(cfg, inputs, engines, tracker, "eval_after")
     plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
     steps = read_metrics(cfg.run_dir)

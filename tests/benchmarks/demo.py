@@ -32,7 +32,7 @@ def ours(steps: int) -> dict[str, Any]:
     from astar_megatron.run import prepare, started
     from astar_megatron.sweep import sweep
     from astar_megatron.tracking import Tracker, read_metrics
-    from astar_megatron.train import train
+    from astar_megatron.train import stage_1, train
 
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, ExitStack() as stack:
         cfg = config.load(ROOT / "configs/demo.yaml", [f"run_dir={folder}", f"train.num_steps={steps}"])
@@ -42,7 +42,7 @@ def ours(steps: int) -> dict[str, Any]:
         ready = time.perf_counter()
         sweep(cfg, inputs, engines, tracker)
         swept = time.perf_counter()
-        train(cfg, inputs, policy, engines, tracker)
+        train(cfg, inputs, stage_1(cfg, inputs), policy, engines, tracker)
         seconds = [line["seconds"] for line in read_metrics(folder)]
         parts = ("generate", "score", "reference", "policy", "publish")
         return {

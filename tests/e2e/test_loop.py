@@ -22,7 +22,7 @@ from astar_megatron.evaluate import evaluate, hugging_face
 from astar_megatron.run import prepare, start_engines, start_policy
 from astar_megatron.sweep import sweep
 from astar_megatron.tracking import Tracker, read_metrics
-from astar_megatron.train import train
+from astar_megatron.train import stage_1, train
 from astar_megatron.types import Prompt
 from conversion.convert import compare
 from conversion.ends import open_end
@@ -50,7 +50,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert table.summary().samples == 24
         assert table.missing(inputs.prompts, 2) == []
 
-        train(cfg, inputs, policy, engines, tracker)
+        train(cfg, inputs, stage_1(cfg, inputs), policy, engines, tracker)
         (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
