@@ -69,13 +69,7 @@ def train(
     v_star = LiveVStar(found.by_uid(), found.samples_by_uid(), cfg.astar.beta1, cfg.astar.refresh_decay)
     prompts = _stream(cfg, inputs, found)
     checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))
-    options = StepOptions(
-        beta2=cfg.astar.beta2,
-        temperature=cfg.sampling.temperature,
-        mini_batch_size=cfg.mini_batch_size,
-        micro_batch_tokens=cfg.train.micro_batch_tokens,
-        importance_cap=cfg.astar.importance_cap,
-    )
+    options = _step_options(cfg)
     first = checkpoints.resume(policy, prompts, v_star)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
@@ -122,6 +116,16 @@ def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:
             f"train.max_skipped_steps: a loss or a gradient was not finite {skipped} times, {limit} end the run; look "
             f"into {run_dir / bad_batches.FOLDER}, lower optim.lr or raise the key, and run the same command again"
         )
+
+
+def _step_options(cfg: RunConfig) -> StepOptions:
+    return StepOptions(
+        beta2=cfg.astar.beta2,
+        temperature=cfg.sampling.temperature,
+        mini_batch_size=cfg.mini_batch_size,
+        micro_batch_tokens=cfg.train.micro_batch_tokens,
+        importance_cap=cfg.astar.importance_cap,
+    )
 
 
 def _evaluate(
