@@ -1,8 +1,8 @@
-"""What the trained model says beside what transformers says with its export, on fixed tokens: for conversion.json.
+"""What Megatron's model says beside what transformers says with its Hugging Face folder, on fixed tokens.
 
-Digests show that an export holds the policy's weights. This shows that they mean the same there: the log-probs (nats)
-that Megatron gives the tokens of fixed sequences, against those of transformers with the exported folder. Above a limit
-the two compute different models, and the run ends with an error; the export stays.
+Digests show that an export holds the same weights. This shows that they mean the same there: the log-probs (nats) that
+Megatron gives the tokens of fixed sequences, against those of transformers. The difference goes into conversion.json.
+Above a limit the two compute different models: an error, and what was written stays.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ LogProbs = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[float]]]
 
 
 class DisagreementError(ValueError):
-    """transformers computes another model from an export than the policy is; the message names the folder."""
+    """transformers computes another model than Megatron from the same weights; the message names the folder."""
 
 
 def fixed_sequences(vocab_size: int, max_tokens: int) -> list[list[int]]:
@@ -37,36 +37,46 @@ def fixed_sequences(vocab_size: int, max_tokens: int) -> list[list[int]]:
     ]
 
 
-def certify(folder: str | Path, logprobs: LogProbs, max_weight_bytes: int = MAX_WEIGHT_BYTES) -> str:
-    """Write the largest difference into the export's conversion.json; return it in words.
+def certify(
+    folder: str | Path,
+    logprobs: LogProbs,
+    *,
+    record_in: str | Path | None = None,
+    dtype: str = "auto",
+    max_weight_bytes: int = MAX_WEIGHT_BYTES,
+) -> str:
+    """Write the largest difference into a conversion.json; return it in words.
 
-    `logprobs(sequences, prompt_tokens)` are the policy's, of every token after the prompts, whose weights lie in
-    `folder`. Above `max_weight_bytes` null and the reason are written instead. Raises DisagreementError, once it is
-    written, if the difference is above the limit of the export's type or no number at all.
+    `folder` is the Hugging Face folder that transformers reads, in `dtype` or as it is stored; the record is the one
+    there or in `record_in`. `logprobs(sequences, prompt_tokens)` are Megatron's, of every token after the prompts.
+    Where transformers' copy would be larger than `max_weight_bytes`, null and the reason are written instead. Raises
+    DisagreementError, once it is written, if the difference is above the limit of the type or no number at all.
     """
-    folder = Path(folder)
+    folder, target = Path(folder), Path(record_in or folder)
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if dtype != "auto":
+        num_bytes = read_model(folder).num_parameters() * getattr(torch, dtype).itemsize
     if num_bytes > max_weight_bytes:
         reason = f"not measured: the weights have {num_bytes:,} bytes, transformers is asked up to {max_weight_bytes:,}"
         found: dict[str, Any] = {"max_difference": None, "reason": reason}
         agrees = True
     else:
-        found = _compared(folder, logprobs)
+        found = _compared(folder, logprobs, dtype)
         agrees, reason = _judged(found)
         found |= {} if agrees else {"reason": reason}
-    record = (folders.read_record(folder) or {}) | {"logprobs": found}
-    write_atomic(folder / folders.RECORD, folders.json_text(record).encode())
+    record = (folders.read_record(target) or {}) | {"logprobs": found}
+    write_atomic(target / folders.RECORD, folders.json_text(record).encode())
     if not agrees:
         raise DisagreementError(
-            f"the export {folder} is written and its weights are the policy's, but it can't be trusted: {reason}. "
-            "One of the two does not compute what config.json says; find out which before you use the export. The "
-            "run's checkpoints are kept, and the same command exports again"
+            f"{target} is written and holds the right weights, but it can't be trusted: {reason}. One of the two does "
+            "not compute what config.json says; find out which before you use it. What it was made from is kept, and "
+            "the same command writes it again"
         )
     return reason
 
 
 def _judged(found: dict[str, Any]) -> tuple[bool, str]:
-    """Whether the policy and transformers agree, and that in words."""
+    """Whether Megatron and transformers agree, and that in words."""
     worst, limit, against = found["max_difference"], found["limit"], found["against"]
     if worst is None:
         return False, f"the log-probs of {' and of '.join(found['not_finite'])} are not finite numbers ({against})"
@@ -75,13 +85,13 @@ def _judged(found: dict[str, Any]) -> tuple[bool, str]:
     return True, f"log-probs within {worst:.1e} of transformers'"
 
 
-def _compared(folder: Path, logprobs: LogProbs) -> dict[str, Any]:
+def _compared(folder: Path, logprobs: LogProbs, dtype: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     options = read_model(folder).gpt_options()
     sequences = fixed_sequences(options["vocab_size"], options["max_sequence_length"])
     ours = torch.cat([torch.tensor(row) for row in logprobs(sequences, [1] * len(sequences))])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     rows = []
     with torch.no_grad():
         for ids in sequences:
@@ -89,13 +99,13 @@ def _compared(folder: Path, logprobs: LogProbs) -> dict[str, Any]:
             rows.append(logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
     theirs = torch.cat(rows)
     assert ours.shape == theirs.shape
-    sides = {"the policy": ours, "transformers": theirs}
+    sides = {"Megatron": ours, "transformers": theirs}
     not_finite = [name for name, side in sides.items() if not side.isfinite().all()]
-    dtype = str(model.dtype).removeprefix("torch.")
+    used = str(model.dtype).removeprefix("torch.")
     found: dict[str, Any] = {
         "max_difference": None if not_finite else float((theirs - ours).abs().max()),
-        "limit": _LIMITS[dtype],
+        "limit": _LIMITS[used],
         "tokens": len(ours),
-        "against": f"transformers {importlib.metadata.version('transformers')}, {dtype}, CPU",
+        "against": f"transformers {importlib.metadata.version('transformers')}, {used}, CPU",
     }
     return found | ({"not_finite": not_finite} if not_finite else {})

@@ -1,15 +1,21 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
+import json
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from astar_megatron import doctor
+from astar_megatron.certificate import MAX_WEIGHT_BYTES, certify
 from astar_megatron.tracking import progress, show_table
 from conversion import convert, folders
-from conversion.ends import End, open_end
+from conversion.ends import End, MegatronEnd, open_end
 from conversion.folders import CheckpointError
 from conversion.ledger import listed, recorded, said
 from conversion.tiles import ParallelLayout
@@ -102,6 +108,28 @@ def _run(
         # Parts are moved side by side, so one thread each.
         with _torch_threads(1), progress(console, "writing", parts) as advance:
             write(advance)
+        if (end.kind == MegatronEnd.kind) == (layout is None):  # else both are of one kind: see the digests
+            console.print(_certified(end, Path(destination)), markup=False, soft_wrap=True)
+
+
+def _certified(source: End, destination: Path) -> str:
+    """Compare what Megatron computes from one of the folders with transformers on the other; returns that in words.
+
+    In float32 whatever the weights are stored in, so that a small error shows.
+    """
+    ends = (source.path, destination) if source.kind == MegatronEnd.kind else (destination, source.path)
+    megatron, hugging_face = ends
+
+    def logprobs(sequences: Sequence[Sequence[int]], _prompt_tokens: Sequence[int]) -> list[list[float]]:
+        command = [sys.executable, "-m", "astar_megatron.model.alone", str(megatron), str(hugging_face)]
+        done = subprocess.run(command, input=json.dumps(sequences), capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
+            raise ValueError(f"{destination} is written and equals its source, but it is not compared: {said[0]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    most = min(MAX_WEIGHT_BYTES, doctor.available_memory_bytes() // 2)
+    return certify(hugging_face, logprobs, record_in=destination, dtype="float32", max_weight_bytes=most)
 
 
 def _links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:

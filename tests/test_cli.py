@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -316,11 +317,45 @@ def test_a_model_goes_to_megatron_and_back(convert: Any, tied_llama: Path, tmp_p
         ("verify", tied_llama, back),
         ("verify", megatron, back),
     ):
-        status, _, error = convert(*command)
+        status, out, error = convert(*command)
         assert status == 0, error
+        assert ("of transformers'" in out) == (command[0] in ("hf-to-megatron", "megatron-to-hf"))
+    for folder in (megatron, back):
+        found = json.loads((folder / "conversion.json").read_text())["logprobs"]
+        assert 0 < found["max_difference"] < 1e-4
+        assert (found["tokens"], found["limit"]) == (129, 1e-3)
+    assert "runs no model" in (tmp_path / "other" / "conversion.json").read_text()
     status, out, _ = convert("inspect", megatron)
     assert status == 0
     assert "LlamaForCausalLM, tied head" in out and "263, padded to 264" in out
+
+
+def test_a_folder_that_megatron_computes_otherwise_is_named(
+    convert: Any, monkeypatch: pytest.MonkeyPatch, tied_llama: Path, tmp_path: Path
+) -> None:
+    """The right weights under another rotary base, as if the two programs read config.json differently."""
+    other = tmp_path / "other"
+    shutil.copytree(tied_llama, other)
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 77.0
+    (other / "config.json").write_text(json.dumps(config))
+    run = subprocess.run
+
+    def misled(command: list[str], **options: Any) -> Any:
+        return run([*command[:-1], str(other)] if "astar_megatron.model.alone" in command else command, **options)
+
+    monkeypatch.setattr(subprocess, "run", misled)
+    status, _, error = convert("hf-to-megatron", tied_llama, tmp_path / "megatron")
+    assert status == 2
+    assert f"{tmp_path / 'megatron'} is written" in error and "nats" in error
+    assert json.loads((tmp_path / "megatron" / "conversion.json").read_text())["logprobs"]["max_difference"] > 1e-3
+
+
+def test_weights_that_megatron_does_not_load_are_not_called_compared(tied_llama: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "astar_megatron.model.alone", str(tmp_path), str(tied_llama)]
+    done = subprocess.run(command, input="[[1, 2]]", capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith(f"Megatron can't load {tmp_path}: ")
 
 
 def test_a_dry_run_says_who_gives_how_much_to_whom(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
