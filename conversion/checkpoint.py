@@ -14,8 +14,9 @@ import pickle
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from conversion.mapping import PiecewiseFile, mapped
 from conversion.tiles import Span
@@ -227,12 +229,12 @@ def write(
     objects: Mapping[str, object],
     threads: int = 1,
 ) -> None:
-    """Write a distributed checkpoint into an empty folder, one chunk a thread in memory at a time.
+    """Write a distributed checkpoint into an empty folder, one chunk a thread in memory at a time; nothing is synced.
 
     `chunks` are the parts of every global tensor, which together are the whole; `read(name, index)` gives one, of
     `dtype`, in any thread. `objects` are what Megatron keeps beside tensors, by their keys.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_crc32():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             save(
@@ -246,11 +248,22 @@ def write(
     (Path(folder) / MARK).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
 
 
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Lets torch.save leave out the zip archives' checksums, which torch.load never looks at: see `verify` instead."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
 class _Writer(FileSystemWriter):
     """Writes a file a thread. FileSystemWriter's own threads lose their errors, a full disk's among them."""
 
     def __init__(self, folder: str | Path, threads: int) -> None:
-        super().__init__(str(folder), sync_files=True)
+        super().__init__(str(folder), sync_files=False)
         self._folder, self._threads, self._stopped = Path(folder), threads, False
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -283,7 +296,6 @@ class _Writer(FileSystemWriter):
                 results.append(
                     WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
                 )
-            os.fsync(stream.fileno())
         return results
 
 

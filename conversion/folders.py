@@ -106,8 +106,7 @@ def replacing(folder: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         new = place / _NEW
         new.mkdir()
         yield new
-        for path in (*new.iterdir(), new):
-            _sync(path)
+        sync(new)
         check_destination(folder)  # somebody may have put something there by now
         _swap(place, folder)
     finally:
@@ -196,6 +195,12 @@ def _swap(place: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     _sync(folder.parent)
+
+
+def sync(folder: Path) -> None:
+    """Wait until the files of a folder, and it itself, are on the disk."""
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

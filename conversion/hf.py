@@ -12,8 +12,9 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -111,12 +112,14 @@ class Export:
     tensors: dict[str, Tensor]
     record: dict[str, Any]
     places: dict[str, Stored]
+    _writing: Lock = field(default_factory=Lock)
 
     def write(self, name: str, row: int, values: Tensor) -> None:
         """Write rows of a parameter, from `row` on; from any thread. OSError."""
         place = self.places[name]
         row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
-        with PiecewiseFile(self.folder / place.file, "r+b") as file:
+        # One at a time: Linux has a lock a file too, and who waits for that one keeps a core busy.
+        with self._writing, PiecewiseFile(self.folder / place.file, "r+b") as file:
             file.seek(place.offset + row * row_bytes)
             file.write(values.contiguous().view(-1).view(torch.uint8).numpy())
 

@@ -6,7 +6,9 @@ The model is random, in bfloat16 (3.1 GB), and written first; it lies in the pag
 reads. In every round, one after the other: `cp -r` of the folder and an fsync of each file, `hf-to-megatron` (cut for
 tensor=2) and `megatron-to-hf`, each in a process of its own that reports the seconds of the conversion itself (digests,
 check for NaN, fsync of each file; without the start of Python) and by how much it raised the peak of its resident
-memory. The last round's files are then compared byte by byte. Also the time to plan Qwen2.5-72B for 256 ranks.
+memory. Right before each, as many bytes are written and removed: a virtual machine gives free pages back to its host
+after two seconds, and to get them again costs whoever is first up to ten. The last round's files are then compared
+byte by byte. Also the time to plan Qwen2.5-72B for 256 ranks.
 """
 
 import argparse
@@ -66,6 +68,7 @@ def converted(direction: str, source: Path, target: Path) -> None:
     """One conversion, in this process; prints its seconds and what it added to the peak of memory."""
     torch.set_num_threads(1)  # as `astar convert`
     end = open_end(source)
+    warm(source, target.parent)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     before, start = peak_bytes(), time.perf_counter()
     if direction == "hf-to-megatron":
@@ -90,6 +93,12 @@ def copied(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
+def warm(source: Path, folder: Path) -> None:
+    """Write and remove as many bytes: what is timed next gets their pages."""
+    copied(source, folder / "warm")
+    shutil.rmtree(folder / "warm")
+
+
 def random_model(folder: Path, layers: int) -> Path:
     (folder / "config").mkdir()
     (folder / "config" / "config.json").write_text(json.dumps(QWEN_1_5B | {"num_hidden_layers": layers}))
@@ -111,14 +120,16 @@ def plan_seconds() -> float:
 
 def measured(folder: Path, rounds: int, layers: int) -> dict[str, object]:
     source = random_model(folder, layers)
-    names = ("cp", "megatron", "hf")
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    runs = {
+        "cp": lambda: {"seconds": warm(source, folder) or copied(source, folder / "cp"), "peak_bytes": 0},
+        "megatron": lambda: in_a_process("hf-to-megatron", source, folder / "megatron"),
+        "hf": lambda: in_a_process("megatron-to-hf", folder / "megatron", folder / "hf"),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name in names:
+        for name, run in runs.items():
             shutil.rmtree(folder / name, ignore_errors=True)
-        found["cp"].append({"seconds": copied(source, folder / "cp"), "peak_bytes": 0})
-        found["megatron"].append(in_a_process("hf-to-megatron", source, folder / "megatron"))
-        found["hf"].append(in_a_process("megatron-to-hf", folder / "megatron", folder / "hf"))
+            found[name].append(run())
     weights = sorted(path.name for path in source.glob("*.safetensors"))
     _, different, missing = filecmp.cmpfiles(source, folder / "hf", weights, shallow=False)
     seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
