@@ -25,6 +25,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2 SP": {"tensor": 2, "pipeline": 2},
     "TP2 CP2 SP": {"tensor": 2, "context": 2},
     "TP2 DP2 SP overlap": {"tensor": 2, "data": 2},
+    "PP2 DP2 overlap": {"pipeline": 2, "data": 2},  # a tied head is gathered by itself, on another stage
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "a sequence a micro-batch": {"micro_batch_tokens": 1},
@@ -40,6 +41,7 @@ RARE_LAYOUTS: dict[str, dict[str, Any]] = {
     "CP2 DP2": {"context": 2, "data": 2},
     "CP2 PP2 VPP3, full": {"context": 2, "pipeline": 2, "virtual": 3, "recompute": "full"},
     "CP4": {"context": 4},
+    "PP3 CP2": {"pipeline": 3, "context": 2},
     "TP2 PP2 VPP3 DP2": {"tensor": 2, "pipeline": 2, "virtual": 3, "data": 2},
     "TP2 CP2 PP2": {"tensor": 2, "context": 2, "pipeline": 2, "micro_batch_tokens": 1},
 }

@@ -50,6 +50,8 @@ def head_output(
     if output_layer.sequence_parallel:  # the head sums the gradient of hidden states over the ranks itself
         hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
     hidden = hidden_states.squeeze(1)[context.positions]
+    for hook in output_layer._forward_pre_hooks.values():  # as if it were called: they wait for weights under way
+        hook(output_layer, ())
     weight = output_layer.weight if output_weight is None else output_weight
     if context.loss is None:
         return context.head.token_logprobs(hidden, weight, context.responses, context.vocabulary)
