@@ -43,6 +43,7 @@ def save(
     dist.barrier()
     for inner in optimizer.chained_optimizers:
         _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
+        _leave_gaps_between_buckets(inner)
     dist_checkpointing.save(_state(chunks, optimizer, schedule, loading=False), str(temporary))
     if dist.get_rank() == 0:
         for path in [*temporary.rglob("*"), temporary]:
@@ -60,6 +61,7 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
     for inner in optimizer.chained_optimizers:
         _fill_adam_state(inner.optimizer, step=1.0)
+        _leave_gaps_between_buckets(inner)
     state = _state(chunks, optimizer, schedule, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
@@ -145,6 +147,37 @@ def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: boo
 
 def _tracker() -> Any:
     return get_cuda_rng_tracker()
+
+
+def _leave_gaps_between_buckets(inner: Any) -> None:
+    """Let a distributed optimizer find the state of every parameter; megatron-core 0.19 does in the first bucket only.
+
+    It gathers the buckets of a buffer without the padding between them, and looks parameters up where they lie with it:
+    a tied head, a bucket by itself, moves all others of its stage where its size is no multiple of 128.
+    """
+    if hasattr(inner, "_astar_gathers"):
+        return
+    inner._astar_gathers = inner.get_parameter_state_dp_zero
+
+    def gathered(*arguments: Any, **options: Any) -> Any:
+        state = inner._astar_gathers(*arguments, **options)
+        for index, buffer in enumerate(inner.buffers if state else ()):
+            for of_dtype in state[index].values():
+                for key, dense in of_dtype.items():
+                    if isinstance(dense, torch.Tensor):
+                        of_dtype[key] = _spread(dense, buffer)
+        return state
+
+    inner.get_parameter_state_dp_zero = gathered
+
+
+def _spread(dense: Any, buffer: Any) -> torch.Tensor:
+    """Return the buckets of `dense`, which lie end to end, where `buffer` has them."""
+    spread, taken = dense.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = dense[taken : taken + bucket.numel_unpadded]
+        taken += bucket.numel_unpadded
+    return spread
 
 
 def _fill_adam_state(adam: Any, step: float) -> None:
