@@ -121,11 +121,11 @@ def _certified(source: End, destination: Path) -> str:
     megatron, hugging_face = ends
 
     def logprobs(sequences: Sequence[Sequence[int]], _prompt_tokens: Sequence[int]) -> list[list[float]]:
-        command = [sys.executable, "-m", "astar_megatron.model.alone", str(megatron), str(hugging_face)]
+        command = [sys.executable, "-P", "-m", "astar_megatron.model.alone", str(megatron), str(hugging_face)]
         done = subprocess.run(command, input=json.dumps(sequences), capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
-            raise ValueError(f"{destination} is written and equals its source, but it is not compared: {said[0]}")
+            raise ValueError(said[0])
         return json.loads(done.stdout.splitlines()[-1])
 
     most = min(MAX_WEIGHT_BYTES, doctor.available_memory_bytes() // 2)

@@ -56,7 +56,7 @@ class Ledger:
             "source_kind": self.end.kind,
             "dtype": str(self.end.dtype).removeprefix("torch."),
             "digests": self.digests(),
-            "logprobs": {"max_difference": None, "reason": "a conversion moves weights and runs no model: see digests"},
+            "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
         } | ({} if layout is None else {"layout": layout})
 
 

@@ -65,14 +65,14 @@ def test_log_probs_that_are_no_numbers_are_refused_on_either_side(
     off_by: float, export: Path, tied_llama: Path, tmp_path: Path
 ) -> None:
     found = refusal(export, transformers_own(tied_llama, off_by))
-    assert found["max_difference"] is None and found["not_finite"] == ["the policy"]
+    assert found["max_difference"] is None and found["not_finite"] == ["Megatron"]
     weights = load_file(tied_llama / "model.safetensors")
     weights["model.norm.weight"][5] = off_by
     spoiled = tmp_path / "spoiled"
     hf.save(spoiled, weights, tied_llama)
     assert refusal(spoiled, transformers_own(tied_llama, 0.0))["not_finite"] == ["transformers"]
     found = refusal(spoiled, transformers_own(spoiled, 0.0))
-    assert found["max_difference"] is None and found["not_finite"] == ["the policy", "transformers"]
+    assert found["max_difference"] is None and found["not_finite"] == ["Megatron", "transformers"]
 
 
 @pytest.mark.parametrize(("dtype", "right", "wrong"), [(torch.float32, 5e-4, 2e-3), (torch.bfloat16, 0.5, 1.5)])
@@ -98,10 +98,10 @@ def test_large_models_are_not_measured_and_the_record_says_why(export: Path) -> 
     assert f"{size:,} bytes" in words
 
 
-def test_a_conversion_says_that_it_ran_no_model(export: Path) -> None:
+def test_a_conversion_by_itself_says_that_nobody_compared(export: Path) -> None:
     found = json.loads((export / "conversion.json").read_text())["logprobs"]
     assert found["max_difference"] is None
-    assert "runs no model" in found["reason"]
+    assert "nobody has compared" in found["reason"]
 
 
 def test_fixed_sequences_are_fixed_legal_and_spread() -> None:
@@ -110,3 +110,28 @@ def test_fixed_sequences_are_fixed_legal_and_spread() -> None:
     assert [len(ids) for ids in sequences] == [5, 23, 41, 48]
     tokens = {token for ids in sequences for token in ids}
     assert min(tokens) < 20 and max(tokens) in range(240, 263) and len(tokens) > 60
+
+
+def test_what_config_json_asks_of_transformers_alone_is_not_asked(export: Path, tied_llama: Path) -> None:
+    config = json.loads((export / "config.json").read_text())
+    asked = {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"}
+    (export / "config.json").write_text(json.dumps(config | asked | {"return_dict": False}))
+    assert "within" in certify(export, transformers_own(tied_llama, 0.0))
+
+
+def test_a_comparison_that_fails_is_recorded_with_its_reason(export: Path) -> None:
+    def failing(*_: object) -> list[list[float]]:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(ValueError, match=rf"{export} is written .* not compared, RuntimeError: no such kernel"):
+        certify(export, failing)
+    assert "no such kernel" in json.loads((export / "conversion.json").read_text())["logprobs"]["reason"]
+
+
+def test_large_logits_may_differ_by_more(tied_llama: Path, tmp_path: Path) -> None:
+    weights = load_file(tied_llama / "model.safetensors")
+    weights["model.norm.weight"] *= 1000.0
+    hf.save(tmp_path / "loud", weights, tied_llama)
+    certify(tmp_path / "loud", transformers_own(tmp_path / "loud", 2e-3))
+    found = json.loads((tmp_path / "loud" / "conversion.json").read_text())["logprobs"]
+    assert found["limit"] > 2e-3
