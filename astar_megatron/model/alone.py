@@ -9,11 +9,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.algorithm.packing import pack
 from astar_megatron.model import backend as backends
@@ -30,7 +32,7 @@ def logprobs(folder: Path, model_folder: Path, sequences: Sequence[Sequence[int]
     where Megatron can't load them.
     """
     backend = backends.choose()
-    dist.init_process_group(backend.collectives, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend.collectives, store=HashStore(), rank=0, world_size=1)
     layout = ParallelLayout(fused_norms=backend.uses_transformer_engine)
     initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -49,13 +51,14 @@ def _fill(part: GPTModel, folder: Path) -> None:
     """Loads the weights; what Transformer Engine keeps beside them is not asked for, not every writer has it."""
     state = {name: entry for name, entry in part.sharded_state_dict().items() if not name.endswith("_extra_state")}
     try:
-        part.load_state_dict(dist_checkpointing.load(state, str(folder)), strict=False)
+        loaded: Any = dist_checkpointing.load(state, str(folder))
+        part.load_state_dict(loaded, strict=False)
     except Exception as error:  # torch and megatron raise a dozen kinds
         raise ValueError(f"Megatron can't load {folder}: {type(error).__name__}: {error!s:.300}") from None
 
 
 def main() -> None:
-    """Answer standard input; what the user can mend ends as one line and exit status 2."""
+    """Answer standard input; what the user can mend ends as one line of standard error and exit status 1."""
     sequences = json.load(sys.stdin)
     try:
         print(json.dumps(logprobs(Path(sys.argv[1]), Path(sys.argv[2]), sequences)))
