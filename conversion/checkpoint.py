@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from conversion.mapping import PiecewiseFile, mapped
+from conversion.mapping import FileSlice, PiecewiseFile, mapped
 from conversion.tiles import Span
 
 MARK = "metadata.json"
@@ -155,7 +155,7 @@ class CheckpointReader:
             if self._data_offsets[key] >= 0:
                 return mapped(path, self._data_offsets[key], shape, dtype)
             with path.open("rb") as stream:
-                part: Any = _Slice(stream, place.offset, place.length)
+                part: Any = FileSlice(stream, place.offset, place.length)
                 return torch.load(part, weights_only=True)
         except OSError as error:
             raise DistributedCheckpointError(f"{path} is not readable: {error.strerror}") from error
@@ -175,7 +175,7 @@ def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torc
     A chunk is what torch.save writes: a zip archive of stored entries, the numbers in the one called data/0.
     """
     with path.open("rb") as stream:
-        blob: Any = _Slice(stream, offset, length)
+        blob: Any = FileSlice(stream, offset, length)
         with zipfile.ZipFile(blob) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
         blob.seek(0)
@@ -188,32 +188,6 @@ def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torc
         blob.seek(entries[0].header_offset + 26)  # of the local header: the lengths of name and extra field
         name, extra = (int.from_bytes(blob.read(2), "little") for _ in range(2))
         return offset + entries[0].header_offset + 30 + name + extra
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: Any, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
-        self._at += count
-        return count
 
 
 def is_checkpoint(folder: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors in files: mapped to be read, so that what is let go of is not held, and written in pieces."""
+"""Tensors in files: mapped to be read, so that what is let go of is not held, and written in pieces; parts of files."""
 
 import io
 import math
@@ -45,4 +45,30 @@ class PiecewiseFile(io.FileIO):
         except OSError as error:
             self.failure = OSError(error.errno, f"can't write {self.name}: {error.strerror}")
             raise self.failure from None
+        return count
+
+
+class FileSlice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._at)])
+        self._at += count
         return count
