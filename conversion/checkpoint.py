@@ -9,7 +9,6 @@ of and refuses everything else; the chunks themselves are read with weights_only
 
 import io
 import json
-import os
 import pickle
 import warnings
 import zipfile
