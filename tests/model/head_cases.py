@@ -29,6 +29,27 @@ class Case:
     kept_rows: int = 15
 
 
+CASES = {
+    "some sequences kept, some made again": Case(),
+    "all kept": Case(kept_rows=500),
+    "none kept": Case(kept_rows=1),
+    "temperature": Case(temperature=0.7, columns=264, size=264),
+    "padded vocabulary": Case(columns=320, size=263, hidden=80, temperature=1.3),
+    "several tiles wide": Case(columns=5003, size=5001, lengths=(9, 4, 30), kept_rows=14),
+    "no token": Case(lengths=(0, 0)),
+    "one token": Case(lengths=(1,)),
+}
+# Of float64's norm. Sums and products are in float32 for every input type; bfloat16 and float16 gradients are rounded.
+FLOAT32 = 2e-6
+GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def assert_close(found: dict[str, float], case: Case) -> None:
+    for name, error in found.items():
+        limit = GRADIENT[case.dtype] if name.endswith(("hidden", "weight")) else FLOAT32
+        assert error <= limit, f"{name}: {error} of float64's norm, {limit} allowed"
+
+
 def make(name: str, case: Case, num_ranks: int = 1) -> Head:
     if name == "plain":
         return PlainHead()

@@ -6,33 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import BETA2, Case, errors, make, scoring_gap
-from hypothesis import given
-from hypothesis import strategies as st
+from head_cases import BETA2, CASES, FLOAT32, Case, assert_close, errors, make, scoring_gap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astar_megatron.model.head.fused import groups
 from astar_megatron.model.head.interface import Responses, Vocabulary
 
-CASES = {
-    "some sequences kept, some made again": Case(),
-    "all kept": Case(kept_rows=500),
-    "none kept": Case(kept_rows=1),
-    "temperature": Case(temperature=0.7, columns=264, size=264),
-    "padded vocabulary": Case(columns=320, size=263, hidden=80, temperature=1.3),
-    "several tiles wide": Case(columns=5003, size=5001, lengths=(9, 4, 30), kept_rows=14),
-    "no token": Case(lengths=(0, 0)),
-    "one token": Case(lengths=(1,)),
-}
-# Of float64's norm. Sums and products are in float32 for every input type; bfloat16 and float16 gradients are rounded.
-FLOAT32 = 2e-6
-GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-
-
-def assert_close(found: dict[str, float], case: Case) -> None:
-    for name, error in found.items():
-        limit = GRADIENT[case.dtype] if name.endswith(("hidden", "weight")) else FLOAT32
-        assert error <= limit, f"{name}: {error} of float64's norm, {limit} allowed"
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -4,6 +4,10 @@ import re
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
+pytest.importorskip("megatron")
 from hypothesis import given
 from hypothesis import strategies as st
 
