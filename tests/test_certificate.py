@@ -65,14 +65,14 @@ def test_log_probs_that_are_no_numbers_are_refused_on_either_side(
     off_by: float, export: Path, tied_llama: Path, tmp_path: Path
 ) -> None:
     found = refusal(export, transformers_own(tied_llama, off_by))
-    assert found["max_difference"] is None and found["not_finite"] == ["the policy"]
+    assert found["max_difference"] is None and found["not_finite"] == ["Megatron"]
     weights = load_file(tied_llama / "model.safetensors")
     weights["model.norm.weight"][5] = off_by
     spoiled = tmp_path / "spoiled"
     hf.save(spoiled, weights, tied_llama)
     assert refusal(spoiled, transformers_own(tied_llama, 0.0))["not_finite"] == ["transformers"]
     found = refusal(spoiled, transformers_own(spoiled, 0.0))
-    assert found["max_difference"] is None and found["not_finite"] == ["the policy", "transformers"]
+    assert found["max_difference"] is None and found["not_finite"] == ["Megatron", "transformers"]
 
 
 @pytest.mark.parametrize(("dtype", "right", "wrong"), [(torch.float32, 5e-4, 2e-3), (torch.bfloat16, 0.5, 1.5)])
@@ -108,5 +108,6 @@ def test_fixed_sequences_are_fixed_legal_and_spread() -> None:
     sequences = fixed_sequences(263, 48)
     assert sequences == fixed_sequences(263, 48)
     assert [len(ids) for ids in sequences] == [5, 23, 41, 48]
+    assert [len(ids) for ids in fixed_sequences(263, 1)] == [2, 2, 2, 2]  # of one token there is nothing to compare
     tokens = {token for ids in sequences for token in ids}
     assert min(tokens) < 20 and max(tokens) in range(240, 263) and len(tokens) > 60
