@@ -81,6 +81,27 @@ def scoring_gap(
     return inputs.gap(make(name, case, num_ranks))
 
 
+def entropy_error(name: str, gap: float) -> float:
+    """Return the largest relative error of an entropy, of logits that float32 holds exactly.
+
+    The first row's two largest are equal and lie in different tiles; in the others one is larger by `gap`.
+    """
+    case = Case(columns=2600, size=2600, hidden=8, temperature=0.5)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(-40, 1, (case.columns, case.hidden), generator=generator) / 8 + 30
+    peaks = torch.randint(case.columns, (case.hidden,), generator=generator)
+    weight[peaks, torch.arange(case.hidden)] = 30 + gap
+    weight[[3, 2500], 0] = 31 + gap
+    responses = Responses(targets=peaks, lengths=(5, 3))
+    vocabulary = Vocabulary(size=case.size, temperature=case.temperature)
+    found = make(name, case).token_entropy(torch.eye(case.hidden), weight, responses, vocabulary)
+    logits = (weight.double().t() / case.temperature).sort(descending=True).values
+    gaps = logits - logits[:, :1]
+    others = gaps[:, 1:].exp().sum(1)  # log_softmax would round the largest probability to 1 in float64, too
+    wanted = others.log1p() - (gaps * gaps.exp()).sum(1) / (1 + others)
+    return float(((found - wanted) / wanted).abs().max())
+
+
 def _distance(found: Tensor, wanted: Tensor) -> float:
     scale = wanted.norm().item()
     return (found.double().cpu() - wanted).norm().item() / (scale if scale else 1.0)
