@@ -58,7 +58,7 @@ def test_triton_refuses_rows_that_are_no_multiple_of_16_bytes(interpreted: Any) 
 @pytest.mark.parametrize("gap", [0.0, 3.0, 12.0, 35.0])
 @pytest.mark.parametrize("head", ["plain", "chunked", "triton"])
 def test_entropy_keeps_its_digits_however_peaked_a_distribution_is(head: str, gap: float, interpreted: Any) -> None:
-    """Of one token alone above the others by `gap` / temperature, down to an entropy of 1e-27 nats."""
+    """Of one token alone above the others by `gap` / temperature, down to an entropy of 1e-26 nats."""
     error = interpreted(entropy_error, head, gap) if head == "triton" else entropy_error(head, gap)
     assert error < 1e-5
 
