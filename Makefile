@@ -30,6 +30,7 @@ test-all: setup
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check: export PYTHONWARNINGS := ignore
 gpu-check:
+	@$(GPU_PYTHON) tests/benchmarks/gpu_machine.py
 	$(GPU_PYTHON) -m pytest -m gpu -rs tests/model tests/conversion/test_every_way.py $(ARGS)
 	$(GPU_PYTHON) tests/benchmarks/gpu_head.py $(if $(GPU_JSON),--json $(GPU_JSON))
 

@@ -33,7 +33,8 @@ class DisagreementError(ValueError):
 
 
 def fixed_sequences(vocab_size: int, max_tokens: int) -> list[list[int]]:
-    """Return the same few sequences of tokens from all over the vocabulary at every call."""
+    """Return the same few sequences of tokens from all over the vocabulary at every call; a log-prob needs two."""
+    max_tokens = max(2, max_tokens)
     return [
         [(104729 * (i + 1) + 7919 * j * (i + j)) % vocab_size for j in range(min(length, max_tokens))]
         for i, length in enumerate(_LENGTHS)

@@ -254,29 +254,7 @@ class RunConfig(Section):
                 f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to the folder of "
                 "their files"
             )
-        self._axes()
         return self
-
-    def _axes(self) -> None:
-        parallel = self.parallel
-        if parallel.replicas % parallel.expert:
-            raise ValueError(
-                f"parallel.expert: {parallel.expert} does not divide the {parallel.replicas} ranks (parallel.context * "
-                f"parallel.data) that share experts; take {_nearest_divisor(parallel.replicas, parallel.expert)}, or "
-                f"parallel.data a multiple of {parallel.expert}"
-            )
-        if parallel.virtual > 1 and parallel.pipeline == 1:
-            raise ValueError(
-                f"parallel.virtual: {parallel.virtual} parts a stage need more than one stage; take parallel.pipeline "
-                "of at least 2, or parallel.virtual 1"
-            )
-        own = self.mini_batch_size // parallel.data
-        if parallel.virtual > 1 and own % parallel.pipeline:
-            raise ValueError(
-                f"parallel.virtual: interleaved stages take micro-batches {parallel.pipeline} at a time, but the {own} "
-                f"sequences of a rank's optimiser step (train.mini_batch_size / parallel.data) are no multiple of "
-                f"parallel.pipeline; take it {_nearest_divisor(own, parallel.pipeline)}, or parallel.virtual 1"
-            )
 
     @property
     def mini_batch_size(self) -> int:

@@ -7,16 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 torch.set_num_threads(1)  # tiny tensors: waking threads costs more than they do
 
@@ -59,18 +49,21 @@ TEMPLATE = "{% for message in messages %}<user>{{ message.content }}{% endfor %}
 @pytest.fixture(scope="session")
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with a tied head, heads of 32 and 263 tokens."""
+    transformers = _transformers()
     torch.manual_seed(3)
-    config = LlamaConfig(**SIZES, head_dim=32, vocab_size=263, tie_word_embeddings=True)
-    return _write(LlamaForCausalLM(config), tmp_path_factory.mktemp("tied_llama"))
+    config = transformers.LlamaConfig(**SIZES, head_dim=32, vocab_size=263, tie_word_embeddings=True)
+    return _write(transformers.LlamaForCausalLM(config), tmp_path_factory.mktemp("tied_llama"))
 
 
 @pytest.fixture(scope="session")
 def untied_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 with a head of its own, biases on q, k and v that are not zero, and 271 tokens."""
+    transformers = _transformers()
     torch.manual_seed(4)
     sizes: Any = SIZES | {"hidden_size": 192, "initializer_range": 0.05}
     # Qwen2's heads fill the hidden size, and vLLM's CPU attention takes no head below 32.
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=271, tie_word_embeddings=False))
+    config = transformers.Qwen2Config(**sizes, vocab_size=271, tie_word_embeddings=False)
+    model = transformers.Qwen2ForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -81,14 +74,20 @@ def untied_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a random model of a family of FAMILIES, with changes to its sizes, and returns its folder."""
+    transformers = _transformers()
 
     def write(family: str, **changes: Any) -> Path:
         sizes = SIZES | {"vocab_size": 263, "tie_word_embeddings": False, "model_type": family}
-        config = AutoConfig.for_model(**(sizes | FAMILIES[family] | changes))
+        config = transformers.AutoConfig.for_model(**(sizes | FAMILIES[family] | changes))
         torch.manual_seed(5)
-        return _write(AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(family))
+        return _write(transformers.AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(family))
 
     return write
+
+
+def _transformers() -> Any:
+    """The package; without it or what it writes folders with, the test is skipped by the name of what is missing."""
+    return [pytest.importorskip(name) for name in ("tokenizers", "safetensors", "transformers")][-1]
 
 
 def _write(model: torch.nn.Module, folder: Path) -> Path:
@@ -103,8 +102,11 @@ def _write(model: torch.nn.Module, folder: Path) -> Path:
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer() -> Any:
     """One token a character of arithmetic; id 2 ends a response."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     pieces = [
         "<unk>",
         "<s>",

@@ -108,6 +108,7 @@ def test_fixed_sequences_are_fixed_legal_and_spread() -> None:
     sequences = fixed_sequences(263, 48)
     assert sequences == fixed_sequences(263, 48)
     assert [len(ids) for ids in sequences] == [5, 23, 41, 48]
+    assert [len(ids) for ids in fixed_sequences(263, 1)] == [2, 2, 2, 2]  # of one token there is nothing to compare
     tokens = {token for ids in sequences for token in ids}
     assert min(tokens) < 20 and max(tokens) in range(240, 263) and len(tokens) > 60
 

@@ -289,10 +289,6 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         ),
         (["model.fp8=tensorwise", "model.dtype=float32"], "model.fp8", "set model.dtype=bfloat16"),
         (["eval.benchmarks=[amc23, gsm8k]"], "eval.folder", "needed for eval.benchmarks amc23, gsm8k"),
-        (["parallel.data=4", "parallel.expert=3"], "parallel.expert", "take 2"),
-        (["parallel.context=2", "parallel.expert=4"], "parallel.expert", "a multiple of 4"),
-        (["parallel.virtual=2"], "parallel.virtual", "parallel.pipeline of at least 2"),
-        (["train.mini_batch_size=8", "parallel.pipeline=3", "parallel.virtual=2"], "parallel.virtual", "take it 2"),
     ],
 )
 def test_an_impossible_combination_is_refused_with_what_would_do(

@@ -1,6 +1,6 @@
 """Which layouts of Megatron ranks a model, a mini-batch and a machine allow; others are refused by name.
 
-Imports no Megatron. What the configuration alone can tell is checked there (config.py).
+Imports no Megatron. That the data axis divides the mini-batch is checked before (config.py).
 """
 
 import math
@@ -32,7 +32,7 @@ def check(
 
     `sequences` are those of an optimiser step; `what` says in words what is available.
     """
-    problem, size = _problem(parallel, model), parallel.world_size
+    problem, size = _problem(parallel, model, sequences), parallel.world_size
     if problem is None and available is not None and size > available:
         problem = f"{described(parallel)} makes {size} ranks, and this machine has room for {available}: {what}"
         size = available
@@ -45,22 +45,28 @@ def check(
     raise LayoutError(f"parallel: {problem}. The nearest layouts of up to {size} ranks that fit: {fitting}")
 
 
-def _problem(parallel: ParallelConfig, model: Model) -> str | None:
-    """Return what of the model the layout does not divide."""
+def _problem(parallel: ParallelConfig, model: Model, sequences: int) -> str | None:
+    """Return what of the model, of the optimiser step or of another axis the layout does not divide."""
     if parallel.expert > 1 and not model.dims.num_experts:
-        return f"expert={parallel.expert}, but {model.architecture} has no experts; take expert=1"
+        return f"expert={parallel.expert}, but {model.architecture} has no experts"
+    own = sequences // parallel.data
+    if parallel.virtual > 1 and own % parallel.pipeline:
+        return (
+            f"virtual={parallel.virtual}: interleaved stages take micro-batches pipeline={parallel.pipeline} at a time "
+            f"and the {own} sequences of a rank's optimiser step (train.mini_batch_size / data) are no multiple of it"
+        )
     try:
         layout = layout_of(parallel, fused_norms=False)
         model.megatron_shapes(layout, 0)
     except ValueError as error:
-        return str(error)
+        return str(error).partition("; ")[0]  # what follows is advice for this size alone; others may refuse it
     return None
 
 
 def _nearest(parallel: ParallelConfig, model: Model, *, sequences: int, world_size: int) -> list[ParallelConfig]:
     """Return the layouts with most ranks, up to `world_size`, that fit; of those the ones most like `parallel`."""
     for size in range(world_size, 0, -1):
-        found = [one for one in _layouts(size, parallel, sequences) if _problem(one, model) is None]
+        found = [one for one in _layouts(size, parallel, sequences) if _problem(one, model, sequences) is None]
         if found:
             return sorted(found, key=lambda one: _distance(one, parallel))[:_NUM_NAMED]
     raise AssertionError("a layout of one rank fits every model")

@@ -6,7 +6,8 @@
   the back, so that all have the same work in causal attention. It is the split of Transformer Engine's attention, too.
 
 Padding is tokens behind the last of a sequence: causal attention hides them from the others, no response lies there,
-and so they change no number. Sequences of a pack that is split by `context` share no prefix.
+and so they change no number. A pack without any token gets some: Megatron's layers take no empty stream. Sequences of
+a pack that is split by `context` share no prefix.
 
 Shapes: T positions of the padded stream, t of them held here, R responses of the pack, r of them here, B sequences.
 """
@@ -76,7 +77,8 @@ def _padded(packed: PackedBatch, context: int, multiple: int) -> tuple[int, ...]
     piece = 2 * context if context > 1 else 1
     lengths = [-(-length // piece) * piece for length in packed.lengths]
     total = packed.prefix_tokens + sum(lengths)
-    lengths[-1] += -total % math.lcm(piece, multiple)
+    whole = math.lcm(piece, multiple)
+    lengths[-1] += -total % whole if total else whole
     return tuple(lengths)
 
 

@@ -12,10 +12,12 @@ gradients. Errors are norms relative to float64.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_machine
 import torch
 import triton
 from torch import Tensor
@@ -116,6 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if (problem := gpu_machine.problem()) is not None:
+        sys.exit(problem)
     inputs = Inputs()
     products = bare(inputs)
     once = sum(products.values())

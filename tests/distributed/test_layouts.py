@@ -101,6 +101,23 @@ def test_loss_and_gradient_equal_the_formula(
         torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"context": 2}], ids=["one rank", "tensor", "context"])
+def test_a_micro_batch_without_any_token_changes_no_number(
+    layout: dict[str, Any], ranks: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    """Of one-token prompts with empty responses: alone in a forward pass they leave it no token."""
+    full = batch(2)
+    empty = (full.token_ids[0][:1], full.token_ids[1][:1], *full.token_ids[2:])
+    data = dataclasses.replace(full, token_ids=empty, prompt_tokens=(1, 1, *full.prompt_tokens[2:]))
+    one = Job(str(tied_llama), micro_batch_tokens=1000)
+    wanted, expected = run_gradients(ranks, tmp_path, one, data, "together")
+    alone = dataclasses.replace(one, micro_batch_tokens=1, **layout)
+    found, stats = run_gradients(ranks, tmp_path, alone, data, "alone")
+    assert stats.loss == pytest.approx(expected.loss, abs=1e-6)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}])
 def test_training_continues_exactly_from_a_checkpoint(
     layout: dict[str, Any], ranks: Any, tied_llama: Path, tmp_path: Path

@@ -29,6 +29,27 @@ class Case:
     kept_rows: int = 15
 
 
+CASES = {
+    "some sequences kept, some made again": Case(),
+    "all kept": Case(kept_rows=500),
+    "none kept": Case(kept_rows=1),
+    "temperature": Case(temperature=0.7, columns=264, size=264),
+    "padded vocabulary": Case(columns=320, size=263, hidden=80, temperature=1.3),
+    "several tiles wide": Case(columns=5003, size=5001, lengths=(9, 4, 30), kept_rows=14),
+    "no token": Case(lengths=(0, 0)),
+    "one token": Case(lengths=(1,)),
+}
+# Of float64's norm. Sums and products are in float32 for every input type; bfloat16 and float16 gradients are rounded.
+FLOAT32 = 2e-6
+GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+def assert_close(found: dict[str, float], case: Case) -> None:
+    for name, error in found.items():
+        limit = GRADIENT[case.dtype] if name.endswith(("hidden", "weight")) else FLOAT32
+        assert error <= limit, f"{name}: {error} of float64's norm, {limit} allowed"
+
+
 def make(name: str, case: Case, num_ranks: int = 1) -> Head:
     if name == "plain":
         return PlainHead()
@@ -58,6 +79,27 @@ def scoring_gap(
     """Return the largest difference between a sequence's sum as scored without gradients and as the loss is given."""
     inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
     return inputs.gap(make(name, case, num_ranks))
+
+
+def entropy_error(name: str, gap: float) -> float:
+    """Return the largest relative error of an entropy, of logits that float32 holds exactly.
+
+    The first row's two largest are equal and lie in different tiles; in the others one is larger by `gap`.
+    """
+    case = Case(columns=2600, size=2600, hidden=8, temperature=0.5)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(-40, 1, (case.columns, case.hidden), generator=generator) / 8 + 30
+    peaks = torch.randint(case.columns, (case.hidden,), generator=generator)
+    weight[peaks, torch.arange(case.hidden)] = 30 + gap
+    weight[[3, 2500], 0] = 31 + gap
+    responses = Responses(targets=peaks, lengths=(5, 3))
+    vocabulary = Vocabulary(size=case.size, temperature=case.temperature)
+    found = make(name, case).token_entropy(torch.eye(case.hidden), weight, responses, vocabulary)
+    logits = (weight.double().t() / case.temperature).sort(descending=True).values
+    gaps = logits - logits[:, :1]
+    others = gaps[:, 1:].exp().sum(1)  # log_softmax would round the largest probability to 1 in float64, too
+    wanted = others.log1p() - (gaps * gaps.exp()).sum(1) / (1 + others)
+    return float(((found - wanted) / wanted).abs().max())
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
+
 from astar_megatron.config import ModelConfig, OptimConfig
 from astar_megatron.model import backend as backends
 from astar_megatron.model.backend import Backend, check_features

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM
 
 from astar_megatron.algorithm.packing import pack

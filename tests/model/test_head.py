@@ -6,33 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import BETA2, Case, errors, make, scoring_gap
-from hypothesis import given
-from hypothesis import strategies as st
+from head_cases import BETA2, CASES, FLOAT32, Case, assert_close, entropy_error, errors, make, scoring_gap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from astar_megatron.model.head.fused import groups
 from astar_megatron.model.head.interface import Responses, Vocabulary
 
-CASES = {
-    "some sequences kept, some made again": Case(),
-    "all kept": Case(kept_rows=500),
-    "none kept": Case(kept_rows=1),
-    "temperature": Case(temperature=0.7, columns=264, size=264),
-    "padded vocabulary": Case(columns=320, size=263, hidden=80, temperature=1.3),
-    "several tiles wide": Case(columns=5003, size=5001, lengths=(9, 4, 30), kept_rows=14),
-    "no token": Case(lengths=(0, 0)),
-    "one token": Case(lengths=(1,)),
-}
-# Of float64's norm. Sums and products are in float32 for every input type; bfloat16 and float16 gradients are rounded.
-FLOAT32 = 2e-6
-GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-
-
-def assert_close(found: dict[str, float], case: Case) -> None:
-    for name, error in found.items():
-        limit = GRADIENT[case.dtype] if name.endswith(("hidden", "weight")) else FLOAT32
-        assert error <= limit, f"{name}: {error} of float64's norm, {limit} allowed"
+pytest.importorskip("hypothesis")
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -71,6 +53,14 @@ def test_triton_kernels_sum_16_bits_in_float32_in_the_interpreter(interpreted: A
 def test_triton_refuses_rows_that_are_no_multiple_of_16_bytes(interpreted: Any) -> None:
     with pytest.raises(ValueError, match="expected a hidden size that fills a multiple of 16 bytes, got 46"):
         interpreted(errors, "triton", Case(hidden=46))
+
+
+@pytest.mark.parametrize("gap", [0.0, 3.0, 12.0, 35.0])
+@pytest.mark.parametrize("head", ["plain", "chunked", "triton"])
+def test_entropy_keeps_its_digits_however_peaked_a_distribution_is(head: str, gap: float, interpreted: Any) -> None:
+    """Of one token alone above the others by `gap` / temperature, down to an entropy of 1e-26 nats."""
+    error = interpreted(entropy_error, head, gap) if head == "triton" else entropy_error(head, gap)
+    assert error < 1e-5
 
 
 class _Memory(TorchDispatchMode):
@@ -185,7 +175,7 @@ def test_triton_kernels_compile_without_a_gpu(dtype: str, keep: bool) -> None:
     rows, columns, inner, warps, stages = triton_kernels._BLOCKS[{"bf16": 2, "fp32": 4}[dtype]]
     constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "INNER": inner, "BAND": 16, "KEEP": keep}
     constants |= {"ENTROPY": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-    types = dict.fromkeys(["maxima", "totals", "weighted", "target_logits"], "*fp32")
+    types = dict.fromkeys(["maxima", "totals", "excess", "weighted", "target_logits"], "*fp32")
     types |= {"hidden": f"tensordesc<{dtype}[{rows},{inner}]>", "weight": f"tensordesc<{dtype}[{columns},{inner}]>"}
     types |= {"targets": "*i64", "kept": f"*{dtype}", "scale": "fp32"}
     types |= dict.fromkeys(["kept_stride", "r", "v", "depth"], "i32") | dict.fromkeys(constants, "constexpr")

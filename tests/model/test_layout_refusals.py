@@ -4,6 +4,10 @@ import re
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,6 +59,11 @@ def proposed(message: str) -> list[ParallelConfig]:
         ({"tensor": 3}, "num_key_value_heads=2", False),
         ({"data": 4, "expert": 4}, "num_experts=10", True),
         ({"data": 2, "expert": 2}, "expert=2", False),
+        ({"data": 2, "expert": 3}, "no experts", False),
+        ({"data": 4, "expert": 3}, "does not divide by expert=3", True),
+        ({"context": 2, "expert": 4}, "does not divide by expert=4", True),
+        ({"virtual": 2}, "virtual=2 needs pipeline > 1", False),
+        ({"pipeline": 3, "virtual": 2}, "8 sequences", False),
     ],
 )
 def test_what_does_not_divide_is_named_and_what_would_is_proposed(
@@ -62,6 +71,7 @@ def test_what_does_not_divide_is_named_and_what_would_is_proposed(
 ) -> None:
     message = refused(ParallelConfig(**axes), experts=experts)
     assert message.startswith("parallel: ") and number in message
+    assert "; of the sizes" not in message  # advice that knows one size of the model alone
     for layout in proposed(message):
         check(layout, model(experts=experts), sequences=8)
 
@@ -86,8 +96,6 @@ def test_no_place_at_all_is_said_without_a_proposal() -> None:
     sequences=st.integers(1, 12),
 )
 def test_every_refusal_proposes_layouts_that_are_accepted(sizes: dict[str, Any], sequences: int) -> None:
-    if sizes["pipeline"] == 1:
-        sizes["virtual"] = 1
     try:
         check(ParallelConfig(**sizes), model(), sequences=sequences)
     except LayoutError as error:

@@ -1,6 +1,6 @@
-"""What a GPU alone can show: the head's kernels compiled, and a policy on one GPU, with or without Transformer Engine.
+"""What a GPU alone can show of a policy on it, with or without Transformer Engine.
 
-`make gpu-check` runs these; a machine with torch, Triton, transformers and megatron-core is enough.
+`make gpu-check` runs these; a test without its packages (transformers, megatron-core) is skipped by their names.
 """
 
 import dataclasses
@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import Case, errors, scoring_gap
+
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+pytest.importorskip("transformers")
 from safetensors.torch import load_file
-from test_head import CASES, assert_close
 from test_layouts import batch, expected_step, sequences
 from transformers import AutoModelForCausalLM
 
@@ -32,6 +36,7 @@ DTYPES = ["float32", "bfloat16"]
 @contextmanager
 def policy(folder: Path, dtype: str, **more: Any) -> Iterator[Any]:
     """A started PolicyRank on the only GPU."""
+    pytest.importorskip("megatron")
     from astar_megatron.model.policy import PolicyRank  # takes seconds, and no machine without a GPU gets here
 
     rank = PolicyRank(
@@ -53,26 +58,6 @@ def policy(folder: Path, dtype: str, **more: Any) -> Iterator[Any]:
 def step(rank: Any, data: RolloutBatch) -> StepStats:
     options = StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=len(data), micro_batch_tokens=60)
     return rank.step(data, options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_triton_head_equals_float64(case: Case, dtype: torch.dtype) -> None:
-    case = dataclasses.replace(case, dtype=dtype)
-    assert_close(errors("triton", case, "cuda"), case)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_head_equals_float64_on_the_gpu(dtype: torch.dtype) -> None:
-    case = Case(dtype=dtype, columns=264)
-    assert_close(errors("chunked", case, "cuda"), case)
-
-
-def test_scoring_and_training_agree_bitwise_at_the_sizes_of_a_model() -> None:
-    """The kernel that keeps its exponentials and the one that does not are compiled apart."""
-    for dtype in (torch.bfloat16, torch.float32):
-        case = Case(lengths=(700, 31, 90, 1200), hidden=1536, columns=151936, size=151936, dtype=dtype, kept_rows=800)
-        assert scoring_gap("triton", case, "cuda") == 0.0
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -166,9 +151,3 @@ def test_backend_says_what_it_runs_on(tied_llama: Path) -> None:
         assert rank.backend.uses_transformer_engine == rank.layout.fused_norms == has_engine
         assert torch.cuda.get_device_name(0) in rank.backend.reason
         assert ("no Transformer Engine" in rank.backend.reason) == (not has_engine)
-
-
-@pytest.mark.parametrize("package", ["transformer_engine", "vllm", "ray"])
-def test_packages_of_the_whole_lane_import(package: str) -> None:
-    """The rest of the lane for CUDA; what is missing here is named in the summary of skipped tests."""
-    pytest.importorskip(package)

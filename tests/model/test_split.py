@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
+pytest.importorskip("megatron")
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +35,7 @@ def packs(draw: st.DrawFn) -> PackedBatch:
 def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tensor: int, context: int) -> None:
     streams = [held(packed, tensor=tensor, context=context, rank=rank) for rank in range(context)]
     assert len({len(stream.token_ids) for stream in streams}) == 1
-    assert len(streams[0].token_ids) % tensor == 0
+    assert len(streams[0].token_ids) % tensor == 0 and len(streams[0].token_ids)
     together = torch.cat([stream.token_ids for stream in streams])
     positions = torch.cat([stream.position_ids for stream in streams])
     order = torch.arange(len(together)) if context == 1 else streams[0].order

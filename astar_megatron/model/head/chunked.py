@@ -6,6 +6,7 @@ Shapes: r rows, v columns of a tile, V columns of the rank.
 import torch
 from torch import Tensor
 
+from astar_megatron.model.head.entropy import spread
 from astar_megatron.model.head.fused import Sums, Tile, add_product
 
 # Of the logits that may lie in memory, in float32; a GPU's products want larger ones.
@@ -37,14 +38,14 @@ class TorchKernels:
         column, here = _target_column(tile)
         target = torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
         maxima = logits.amax(1)
-        copy = logits.clone() if entropy else None
+        found = spread(logits) if entropy else None
         # torch's softmax is one pass, with a faster exp than torch.exp; its largest entry is 1 / the sum.
         softmax = torch.softmax(logits, 1, out=logits)
         normaliser = maxima.sub_(softmax.amax(1).log_()).unsqueeze(0)  # of this tile, which stands for its maximum
         return Sums(
             maxima=normaliser,
             totals=torch.ones_like(normaliser),
-            weighted=copy.mul_(softmax).sum(1).unsqueeze(0) if copy is not None else None,
+            spread=found,
             target=target,
             kept=softmax if keep else None,
         )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from astar_megatron.model.head.entropy import Spread, entropies
 from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check, sequence_sums
 from astar_megatron.model.head.ranks import reduced, shared
 
@@ -44,7 +45,7 @@ class Sums:
 
     maxima: Tensor  # [n, r], or another number of the size of the logits that the sums are relative to
     totals: Tensor  # [n, r], of exp(logit - maximum)
-    weighted: Tensor | None  # [n, r], of logit * exp(logit - maximum), where the entropy is asked for
+    spread: Spread | None  # where the entropy is asked for
     target: Tensor  # [r], the target's logit, 0 where the target is not in these tiles
     kept: Tensor | None = None  # [r, v] exp(logit - maximum) of one tile
 
@@ -282,20 +283,17 @@ def _merged(found: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tens
         torch.cat([sums.totals for sums in found]).mul_(factors).sum(0),
         torch.stack([sums.target for sums in found]).sum(0),
     ]
-    weighted = [sums.weighted for sums in found if sums.weighted is not None]
-    if weighted:
-        parts.append(torch.cat(weighted).mul_(factors).sum(0))
-    total, target, *rest = reduced(torch.stack(parts), group)
+    total, target = reduced(torch.stack(parts), group)
     normaliser = maximum + total.log()
-    return target - normaliser, normaliser, normaliser - rest[0] / total if rest else None
+    spreads = [sums.spread for sums in found if sums.spread is not None]
+    return target - normaliser, normaliser, entropies(spreads, group) if spreads else None
 
 
 def _no_sums(num_rows: int, device: torch.device, *, entropy: bool) -> Sums:
     zeros = torch.zeros(1, num_rows, device=device)
-    weighted = zeros.clone() if entropy else None
-    return Sums(
-        maxima=torch.full_like(zeros, -math.inf), totals=zeros, weighted=weighted, target=torch.zeros_like(zeros[0])
-    )
+    maxima = torch.full_like(zeros, -math.inf)
+    spread = Spread(maxima=maxima, excess=zeros, weighted=zeros) if entropy else None
+    return Sums(maxima=maxima, totals=zeros, spread=spread, target=torch.zeros_like(zeros[0]))
 
 
 def _joined(parts: list[Tensor], hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from astar_megatron.model.head.entropy import entropies, spread
 from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check, sequence_sums
 from astar_megatron.model.head.ranks import reduced, shared, summed
 
@@ -20,10 +21,8 @@ class PlainHead:
 
     @torch.no_grad()
     def token_entropy(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
-        logits, normaliser = _logits(hidden, weight, responses, vocabulary)
-        surprise = normaliser.unsqueeze(1) - logits
-        probability = (-surprise).exp()
-        return summed(torch.where(probability > 0, probability * surprise, 0.0).sum(1), vocabulary.group)
+        logits, _ = _logits(hidden, weight, responses, vocabulary)
+        return entropies([spread(logits)], vocabulary.group)
 
     def sequence_loss(
         self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss

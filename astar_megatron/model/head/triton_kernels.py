@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from astar_megatron.model.head.entropy import Spread
 from astar_megatron.model.head.fused import Sums, Tile
 
 LOGITS_BYTES = 1 << 31  # of the logits that may lie in memory, in the weight's type
@@ -50,7 +51,7 @@ class TritonKernels:
             )
         rows, columns, inner, warps, stages = _BLOCKS[hidden.element_size()]
         num_blocks = _num_blocks(v, columns)
-        partial = torch.empty(3 if entropy else 2, num_blocks, r, dtype=torch.float32, device=hidden.device)
+        partial = torch.empty(4 if entropy else 2, num_blocks, r, dtype=torch.float32, device=hidden.device)
         target = torch.zeros(r, dtype=torch.float32, device=hidden.device)
         kept = _aligned(r, v, hidden) if keep else None
         kernel: Any = _sums_kernel
@@ -59,7 +60,7 @@ class TritonKernels:
             TensorDescriptor.from_tensor(weight, [columns, inner]),
             tile.targets,
             *partial[:2],
-            partial[-1],
+            *partial[-2:],  # unused without entropy
             target,
             target if kept is None else kept,
             0 if kept is None else kept.stride(0),
@@ -80,7 +81,7 @@ class TritonKernels:
         return Sums(
             maxima=partial[0],
             totals=partial[1],
-            weighted=partial[2] if entropy else None,
+            spread=Spread(maxima=partial[0], excess=partial[2], weighted=partial[3]) if entropy else None,
             target=target,
             kept=kept,
         )
@@ -132,6 +133,7 @@ def _sums_kernel(
     targets,
     maxima,
     totals,
+    excess,
     weighted,
     target_logits,
     kept,
@@ -160,13 +162,17 @@ def _sums_kernel(
     real = columns[None, :] < v
     logits = tl.where(real, product * scale, float("-inf"))
     maximum = tl.max(logits, axis=1)
-    exponentials = tl.exp(logits - maximum[:, None])
+    gaps = logits - maximum[:, None]
+    exponentials = tl.exp(gaps)
     inside = rows < r
     place = column_block * r + rows
     tl.store(maxima + place, maximum, mask=inside)
     tl.store(totals + place, tl.sum(exponentials, axis=1), mask=inside)
     if ENTROPY:
-        tl.store(weighted + place, tl.sum(tl.where(real, logits, 0.0) * exponentials, axis=1), mask=inside)
+        others = tl.where(gaps == 0.0, 0.0, exponentials)
+        number = tl.sum((gaps == 0.0).to(tl.float32), axis=1)
+        tl.store(excess + place, tl.sum(others, axis=1) + (number - 1.0), mask=inside)
+        tl.store(weighted + place, tl.sum(tl.where(real, gaps, 0.0) * exponentials, axis=1), mask=inside)
     target = tl.load(targets + rows, mask=inside, other=-1)
     hit = (target >= column_block * COLUMNS) & (target < tl.minimum(v, (column_block + 1) * COLUMNS))
     found = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), axis=1)

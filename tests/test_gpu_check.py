@@ -1,0 +1,62 @@
+"""`make gpu-check` says in words what a machine lacks, and skips what it has no packages for by their names."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WITHOUT = """
+import os, sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *more):
+        return None if name.partition(".")[0] in os.environ["MISSING"].split() else self.finder.find_spec(name, *more)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+OTHERS = "hypothesis megatron pyarrow pydantic ray rich safetensors tokenizers transformers typer vllm yaml"
+
+
+def run(command: list[str], folder: Path, missing: str) -> subprocess.CompletedProcess[str]:
+    """In a python without the packages `missing`, which sees no GPU."""
+    (folder / "sitecustomize.py").write_text(WITHOUT)
+    path = os.pathsep.join([str(folder), str(ROOT), str(ROOT / "tests/benchmarks")])
+    more = {"PYTHONPATH": path, "MISSING": missing, "CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | more, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("torch", "has no torch"), ("pytest triton", "has no triton and no pytest"), ("", "sees no GPU")],
+)
+def test_what_the_machine_lacks_is_one_line(missing: str, words: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: that is what gpu-check would say")
+    done = run(["make", "--silent", "gpu-check", f"GPU_PYTHON={sys.executable}"], tmp_path, missing)
+    first, *rest = done.stderr.splitlines()
+    assert done.returncode and first.startswith("gpu-check: ") and words in first
+    assert all(line.startswith("make") for line in rest) and not done.stdout
+
+
+@pytest.mark.parametrize("missing", [OTHERS, "transformers tokenizers safetensors", "megatron"])
+def test_a_test_without_its_packages_is_skipped_by_name(missing: str, tmp_path: Path) -> None:
+    options = ["-p", "no:cacheprovider", "-m", "gpu", "-rs", "--collect-only"]
+    files = ["tests/model", "tests/conversion/test_every_way.py"]
+    done = run([sys.executable, "-m", "pytest", *options, *files], tmp_path, missing)
+    assert done.returncode == 0, done.stdout
+    assert "tests/model/test_head_on_gpu.py::" in done.stdout  # they need torch and Triton alone
+    assert any(f"No module named '{package}" in done.stdout for package in missing.split())
+
+
+def test_the_table_of_the_head_needs_torch_and_triton_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: the table needs it")
+    done = run([sys.executable, "tests/benchmarks/gpu_head.py"], tmp_path, OTHERS)
+    assert done.returncode == 1 and done.stderr.startswith("gpu-check: torch ") and "sees no GPU" in done.stderr
