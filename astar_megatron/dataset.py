@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from astar_megatron.algorithm import rewards
@@ -130,7 +131,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     rows = stage1_rows(_rows("stage1", source, None, split, problems), problems)
     problems.refuse(len(rows) + problems.count)
     used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
-    prompts, count = list(used.values()), len(rows[0].responses)
+    prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
     _check_prompt_file(cfg, prompts)
     contract = contract_of(cfg)
     drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids[0])]
@@ -140,7 +141,8 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         scorer.check(prompts)
     table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
     _write_prompts(cfg, prompts)
-    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, count)}
+    wanted = np.array([max(rows[i].samples) + 1 for i in used])
+    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, wanted)}
     pairs = zip(drawn, published, strict=True)
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
     other, failed = _import(cfg, table, work)
@@ -148,6 +150,8 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
         ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
         ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
+        ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
+        ("responses a prompt", f"{min(counts)} to {max(counts)}"),
         ("not scored", f"{failed}, which stay missing"),
         ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
@@ -230,7 +234,7 @@ def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
 def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[Rollout]:
     """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
     tok, rollouts = tokenizer(cfg.model.path), []
-    for sample, response in enumerate(row.responses):
+    for sample, response in zip(row.samples, row.responses, strict=True):
         text = response.removesuffix(str(tok.eos_token))
         token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
         truncated = len(token_ids) >= cfg.sampling.max_response_tokens

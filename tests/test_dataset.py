@@ -129,7 +129,9 @@ def stage1(tmp_path: Path, tied_llama: Path) -> Callable[..., tuple[Path, Path]]
     """Return a function that writes stage-1 rows and the configuration of a run; it gives both paths."""
 
     def write(*rows: dict[str, Any]) -> tuple[Path, Path]:
-        pq.write_table(pa.Table.from_pylist(list(rows)), tmp_path / "stage1.parquet")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+        pq.write_table(table, tmp_path / "stage1.parquet")
         tree = {
             "run_dir": str(tmp_path / "run"),
             "model": {"path": str(tied_llama)},
@@ -223,6 +225,30 @@ def test_stage1_rows_that_lack_a_part_are_refused_and_nothing_is_written(
     assert status == 2
     assert "1 of 2 rows can't be used" in error and "row 2: " in error and message in error
     assert not Path(config.load(file).data.path).exists()
+
+
+def test_every_published_pair_is_imported_whatever_the_first_row_has(stage1: Any, astar: Command) -> None:
+    short = _stage1(
+        prompt=[{"role": "user", "content": "x"}], response_0=None, eval_0=None, response_2=None, eval_2=None
+    )
+    source, file = stage1(short, _stage1(response_9="2", eval_9=1.0), _stage1(response_9="2", eval_9=1.0))
+    status, said, error = astar("import-stage1", source, "--config", file)
+    assert status == 0, error
+    assert "5 imported" in said and "responses left out: 4," in said and "responses a prompt: 1 to 4" in said
+    cfg = config.load(file)
+    columns = pa.concat_tables([pq.read_table(path) for path in sorted(cfg.table_dir.glob("*.parquet"))])
+    assert columns["sample"].to_pylist() == [1, 0, 1, 2, 9]
+    status, said, _ = astar("import-stage1", source, "--config", file)
+    assert status == 0 and "0 imported, 5 were there" in said
+
+
+def test_half_a_published_pair_is_refused_wherever_it_stands(stage1: Any, astar: Command) -> None:
+    empty = {f"{name}_{i}": None for name in ("response", "eval") for i in range(3)}
+    source, file = stage1(_stage1(), _stage1(response_7="2"), _stage1(eval_8=1.0), _stage1(**empty))
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2 and "3 of 4 rows can't be used" in error
+    assert "row 2: eval_7 is None, expected a finite number" in error
+    assert "row 3: response_8 is None, expected text" in error and "row 4: it has no response_i" in error
 
 
 def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Any, astar: Command) -> None:
