@@ -78,6 +78,7 @@ _GENERATED = {"countdown": countdown, "arithmetic": arithmetic, "multiply": mult
 def generate(kind: str, out: str, *, rows: int, seed: int) -> None:
     """Write `rows` problems that this project makes itself."""
     problems = _GENERATED[kind](rows, seed)
+    _check_out(out, jsonl(problems))
     write_jsonl(out, problems)
     show_table(Console(highlight=False), f"{kind}, seed {seed}", _settings(out, len(problems), kind, suffix=""))
 
@@ -111,7 +112,9 @@ def prepare(
         problems.refuse(total)
     if not kept:
         raise PromptError(problems.message(total))
-    write_jsonl(out, ({"question": pair.question, "answer": pair.answer} for pair in kept))
+    written = [{"question": pair.question, "answer": pair.answer} for pair in kept]
+    _check_out(out, jsonl(written), place)
+    write_jsonl(out, written)
     table = _settings(out, len(kept), name, known.suffix)
     if len(kept) < total:
         table.insert(1, ("left out", f"{total - len(kept)} of {total} rows: duplicates, or not usable"))
@@ -206,9 +209,22 @@ def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> l
 
 
 def _check_prompt_file(cfg: RunConfig, prompts: list[Prompt]) -> None:
-    path = Path(cfg.data.path)
-    if path.exists() and path.read_bytes() != _lines(cfg, prompts):
-        raise PromptError(f"data.path: {path} is there with other prompts; remove it or choose another path")
+    _refuse_other("data.path", Path(cfg.data.path), _lines(cfg, prompts))
+
+
+def _check_out(out: str, data: bytes, source: str | None = None) -> None:
+    """Raises PromptError where `out` is what the rows came from, by any link, or has other content than `data`."""
+    path, place = Path(out), Path(source or out)
+    if source and path.is_file() and place.exists():
+        for file in [place, *place.rglob("*")] if place.is_dir() else [place]:
+            if file.exists() and file.samefile(path):
+                raise PromptError(f"--out: {out} is {file}, which the rows come from; choose another path")
+    _refuse_other("--out", path, data)
+
+
+def _refuse_other(key: str, path: Path, data: bytes) -> None:
+    if path.exists() and path.read_bytes() != data:
+        raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")
 
 
 def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:

@@ -57,6 +57,7 @@ def test_gsm8k_and_math_keep_the_final_answer_and_name_suffix_and_reward(astar: 
     assert "reward.name: gsm8k_strict" in said
     suffix = next(line.partition(": ")[2] for line in said.splitlines() if "data.suffix" in line)
     assert yaml.safe_load(suffix) == ' Let\'s think step by step and output the final answer after "####".'
+    out = tmp_path / "math" / "prompts.jsonl"
     source = _jsonl(tmp_path / "math.jsonl", [{"problem": "Why?", "solution": r"\boxed{1} so \boxed{\frac12}"}])
     status, said, _ = astar("math", source, "--out", out)
     assert (status, _read(out)) == (0, [{"question": "Why?", "answer": r"\frac12"}])
@@ -82,6 +83,33 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar
     status, said, _ = astar(*arguments, "--drop")
     assert (status, _read(out)) == (0, [{"question": "four", "answer": "4"}])
     assert "left out: 5 of 6 rows" in said and "5 of 6 rows can't be used" in said
+
+
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard", "folder"])
+def test_the_source_is_never_overwritten(link: str, astar: Command, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    source = _jsonl(tmp_path / "data" / "x.jsonl", [{"question": "a", "answer": "1"}])
+    before, out = source.read_bytes(), tmp_path / "out.jsonl"
+    if link == "symbolic":
+        out.symlink_to(source)
+    elif link == "hard":
+        out.hardlink_to(source)
+    else:
+        out = source
+    status, _, error = astar("jsonl", source.parent if link == "folder" else source, "--out", out)
+    assert status == 2 and f"--out: {out} is {source}, which the rows come from" in error
+    assert source.read_bytes() == before and out.samefile(source)
+
+
+def test_what_is_there_with_other_prompts_is_kept(astar: Command, tmp_path: Path) -> None:
+    source, out = _jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "1"}]), tmp_path / "out.jsonl"
+    for arguments in (["jsonl", source, "--out", out], ["countdown", "--out", tmp_path / "c", "--rows", 3]):
+        assert astar(*arguments)[0] == astar(*arguments)[0] == 0  # again: the same content
+    out.write_text("mine")
+    for arguments in (["jsonl", source, "--out", out], ["countdown", "--out", out, "--rows", 3]):
+        status, _, error = astar(*arguments)
+        assert status == 2 and f"--out: {out} is there with other prompts; remove it" in error
+    assert out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["gsm8k.jsonl", "./gsm8k", "/no/such/file", "a/b/c"])
