@@ -38,9 +38,11 @@ class Engines:
     def __init__(self, answers: Callable[[Prompt, int, bool], str]) -> None:
         self._answers = answers
         self.seeds: list[int] = []
+        self.work: list[tuple[str, int, int]] = []
 
     def generate(self, work: Work, sampling: object, *, greedy: bool) -> Iterator[list[tuple[int, Rollout]]]:
         self.seeds += [seed for _, _, seed in work]
+        self.work += [(prompt.uid, sample, seed) for prompt, sample, seed in work]
         for index in reversed(range(len(work))):
             prompt, sample, _ = work[index]
             yield [(index, _rollout(prompt, self._answers(prompt, sample, greedy), sample))]
@@ -166,6 +168,20 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     }
     table = (tracker.run_dir / "eval.md").read_text()
     assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in table
+
+
+def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(
+    run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    drawn = []
+    for changed in (lambda rows: rows, lambda rows: rows[:0:-1]):
+        rows = changed((tmp_path / "amc23.jsonl").read_text().splitlines())
+        (tmp_path / "amc23.jsonl").write_text("".join(row + "\n" for row in rows))
+        cfg, engines = run(eval={"benchmarks": ["amc23"], "num_samples": 2}), Engines(lambda *_: "")
+        tracker = Tracker(cfg.run_dir, Console(quiet=True))
+        evaluate(cfg, prepare(cfg, for_training=False), cast(EnginePool, engines), tracker, "eval")
+        drawn.append(set(engines.work))
+    assert len(drawn[1]) == 2 * 2 and drawn[1] < drawn[0]
 
 
 def test_amc23_is_asked_for_32_samples_as_in_the_paper(run: Callable[..., RunConfig]) -> None:
