@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from astar_megatron.algorithm import rewards
@@ -77,6 +78,7 @@ _GENERATED = {"countdown": countdown, "arithmetic": arithmetic, "multiply": mult
 def generate(kind: str, out: str, *, rows: int, seed: int) -> None:
     """Write `rows` problems that this project makes itself."""
     problems = _GENERATED[kind](rows, seed)
+    _check_out(out, jsonl(problems))
     write_jsonl(out, problems)
     show_table(Console(highlight=False), f"{kind}, seed {seed}", _settings(out, len(problems), kind, suffix=""))
 
@@ -110,7 +112,9 @@ def prepare(
         problems.refuse(total)
     if not kept:
         raise PromptError(problems.message(total))
-    write_jsonl(out, ({"question": pair.question, "answer": pair.answer} for pair in kept))
+    written = [{"question": pair.question, "answer": pair.answer} for pair in kept]
+    _check_out(out, jsonl(written), place)
+    write_jsonl(out, written)
     table = _settings(out, len(kept), name, known.suffix)
     if len(kept) < total:
         table.insert(1, ("left out", f"{total - len(kept)} of {total} rows: duplicates, or not usable"))
@@ -130,7 +134,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     rows = stage1_rows(_rows("stage1", source, None, split, problems), problems)
     problems.refuse(len(rows) + problems.count)
     used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
-    prompts, count = list(used.values()), len(rows[0].responses)
+    prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
     _check_prompt_file(cfg, prompts)
     contract = contract_of(cfg)
     drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids[0])]
@@ -140,7 +144,8 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         scorer.check(prompts)
     table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
     _write_prompts(cfg, prompts)
-    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, count)}
+    wanted = np.array([max(rows[i].samples) + 1 for i in used])
+    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, wanted)}
     pairs = zip(drawn, published, strict=True)
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
     other, failed = _import(cfg, table, work)
@@ -148,6 +153,8 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
         ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
         ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
+        ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
+        ("responses a prompt", f"{min(counts)} to {max(counts)}"),
         ("not scored", f"{failed}, which stay missing"),
         ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
@@ -202,9 +209,22 @@ def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> l
 
 
 def _check_prompt_file(cfg: RunConfig, prompts: list[Prompt]) -> None:
-    path = Path(cfg.data.path)
-    if path.exists() and path.read_bytes() != _lines(cfg, prompts):
-        raise PromptError(f"data.path: {path} is there with other prompts; remove it or choose another path")
+    _refuse_other("data.path", Path(cfg.data.path), _lines(cfg, prompts))
+
+
+def _check_out(out: str, data: bytes, source: str | None = None) -> None:
+    """Raises PromptError where `out` is what the rows came from, by any link, or has other content than `data`."""
+    path, place = Path(out), Path(source or out)
+    if source and path.is_file() and place.exists():
+        for file in [place, *place.rglob("*")] if place.is_dir() else [place]:
+            if file.exists() and file.samefile(path):
+                raise PromptError(f"--out: {out} is {file}, which the rows come from; choose another path")
+    _refuse_other("--out", path, data)
+
+
+def _refuse_other(key: str, path: Path, data: bytes) -> None:
+    if path.exists() and path.read_bytes() != data:
+        raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")
 
 
 def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
@@ -230,7 +250,7 @@ def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
 def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[Rollout]:
     """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
     tok, rollouts = tokenizer(cfg.model.path), []
-    for sample, response in enumerate(row.responses):
+    for sample, response in zip(row.samples, row.responses, strict=True):
         text = response.removesuffix(str(tok.eos_token))
         token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
         truncated = len(token_ids) >= cfg.sampling.max_response_tokens

@@ -165,8 +165,8 @@ def _draw(
 ) -> list[Rollout]:
     """Scored rollouts, problem by problem; greedy ones where no number of samples is given."""
     work = [
-        (prompt, sample, seed_of(cfg.seed, "eval", eval_set.name, index, sample))
-        for index, prompt in enumerate(eval_set.prompts)
+        (prompt, sample, seed_of(cfg.seed, "eval", eval_set.name, prompt.uid, sample))
+        for prompt in eval_set.prompts
         for sample in range(num_samples or 1)
     ]
     label = f"{name}, {eval_set.name}, {f'{num_samples} samples' if num_samples else 'greedy'}"

@@ -57,6 +57,7 @@ def test_gsm8k_and_math_keep_the_final_answer_and_name_suffix_and_reward(astar: 
     assert "reward.name: gsm8k_strict" in said
     suffix = next(line.partition(": ")[2] for line in said.splitlines() if "data.suffix" in line)
     assert yaml.safe_load(suffix) == ' Let\'s think step by step and output the final answer after "####".'
+    out = tmp_path / "math" / "prompts.jsonl"
     source = _jsonl(tmp_path / "math.jsonl", [{"problem": "Why?", "solution": r"\boxed{1} so \boxed{\frac12}"}])
     status, said, _ = astar("math", source, "--out", out)
     assert (status, _read(out)) == (0, [{"question": "Why?", "answer": r"\frac12"}])
@@ -82,6 +83,33 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar
     status, said, _ = astar(*arguments, "--drop")
     assert (status, _read(out)) == (0, [{"question": "four", "answer": "4"}])
     assert "left out: 5 of 6 rows" in said and "5 of 6 rows can't be used" in said
+
+
+@pytest.mark.parametrize("link", ["itself", "symbolic", "hard", "folder"])
+def test_the_source_is_never_overwritten(link: str, astar: Command, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    source = _jsonl(tmp_path / "data" / "x.jsonl", [{"question": "a", "answer": "1"}])
+    before, out = source.read_bytes(), tmp_path / "out.jsonl"
+    if link == "symbolic":
+        out.symlink_to(source)
+    elif link == "hard":
+        out.hardlink_to(source)
+    else:
+        out = source
+    status, _, error = astar("jsonl", source.parent if link == "folder" else source, "--out", out)
+    assert status == 2 and f"--out: {out} is {source}, which the rows come from" in error
+    assert source.read_bytes() == before and out.samefile(source)
+
+
+def test_what_is_there_with_other_prompts_is_kept(astar: Command, tmp_path: Path) -> None:
+    source, out = _jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "1"}]), tmp_path / "out.jsonl"
+    for arguments in (["jsonl", source, "--out", out], ["countdown", "--out", tmp_path / "c", "--rows", 3]):
+        assert astar(*arguments)[0] == astar(*arguments)[0] == 0  # again: the same content
+    out.write_text("mine")
+    for arguments in (["jsonl", source, "--out", out], ["countdown", "--out", out, "--rows", 3]):
+        status, _, error = astar(*arguments)
+        assert status == 2 and f"--out: {out} is there with other prompts; remove it" in error
+    assert out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["gsm8k.jsonl", "./gsm8k", "/no/such/file", "a/b/c"])
@@ -129,7 +157,9 @@ def stage1(tmp_path: Path, tied_llama: Path) -> Callable[..., tuple[Path, Path]]
     """Return a function that writes stage-1 rows and the configuration of a run; it gives both paths."""
 
     def write(*rows: dict[str, Any]) -> tuple[Path, Path]:
-        pq.write_table(pa.Table.from_pylist(list(rows)), tmp_path / "stage1.parquet")
+        columns = dict.fromkeys(name for row in rows for name in row)
+        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+        pq.write_table(table, tmp_path / "stage1.parquet")
         tree = {
             "run_dir": str(tmp_path / "run"),
             "model": {"path": str(tied_llama)},
@@ -223,6 +253,30 @@ def test_stage1_rows_that_lack_a_part_are_refused_and_nothing_is_written(
     assert status == 2
     assert "1 of 2 rows can't be used" in error and "row 2: " in error and message in error
     assert not Path(config.load(file).data.path).exists()
+
+
+def test_every_published_pair_is_imported_whatever_the_first_row_has(stage1: Any, astar: Command) -> None:
+    short = _stage1(
+        prompt=[{"role": "user", "content": "x"}], response_0=None, eval_0=None, response_2=None, eval_2=None
+    )
+    source, file = stage1(short, _stage1(response_9="2", eval_9=1.0), _stage1(response_9="2", eval_9=1.0))
+    status, said, error = astar("import-stage1", source, "--config", file)
+    assert status == 0, error
+    assert "5 imported" in said and "responses left out: 4," in said and "responses a prompt: 1 to 4" in said
+    cfg = config.load(file)
+    columns = pa.concat_tables([pq.read_table(path) for path in sorted(cfg.table_dir.glob("*.parquet"))])
+    assert columns["sample"].to_pylist() == [1, 0, 1, 2, 9]
+    status, said, _ = astar("import-stage1", source, "--config", file)
+    assert status == 0 and "0 imported, 5 were there" in said
+
+
+def test_half_a_published_pair_is_refused_wherever_it_stands(stage1: Any, astar: Command) -> None:
+    empty = {f"{name}_{i}": None for name in ("response", "eval") for i in range(3)}
+    source, file = stage1(_stage1(), _stage1(response_7="2"), _stage1(eval_8=1.0), _stage1(**empty))
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2 and "3 of 4 rows can't be used" in error
+    assert "row 2: eval_7 is None, expected a finite number" in error
+    assert "row 3: response_8 is None, expected text" in error and "row 4: it has no response_i" in error
 
 
 def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Any, astar: Command) -> None:

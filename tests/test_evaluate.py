@@ -11,6 +11,7 @@ import samples
 from rich.console import Console
 
 from astar_megatron import config
+from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data.rows import PromptError
 from astar_megatron.evaluate import evaluate, hugging_face, markdown, summary
@@ -37,9 +38,11 @@ class Engines:
     def __init__(self, answers: Callable[[Prompt, int, bool], str]) -> None:
         self._answers = answers
         self.seeds: list[int] = []
+        self.work: list[tuple[str, int, int]] = []
 
     def generate(self, work: Work, sampling: object, *, greedy: bool) -> Iterator[list[tuple[int, Rollout]]]:
         self.seeds += [seed for _, _, seed in work]
+        self.work += [(prompt.uid, sample, seed) for prompt, sample, seed in work]
         for index in reversed(range(len(work))):
             prompt, sample, _ = work[index]
             yield [(index, _rollout(prompt, self._answers(prompt, sample, greedy), sample))]
@@ -73,6 +76,36 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
     assert found.truncated == pytest.approx((1 + 1 + 1 + 4) / 15)
     assert found.formatted == pytest.approx(1 - found.truncated)
     assert found.sampled["avg@4"].error == pytest.approx(math.sqrt((0.25**2 + 0.25**2) / 2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "texts", "formatted"),
+    [
+        ("last_number", "7", ["7", "7.0", "$7.00", "5", "5"], 1),
+        ("last_number", "1000", ["1,000", "1000", "5"], 1),
+        ("gsm8k_strict", "12", ["#### 12", "#### .", "#### .", "#### ,"], 1 / 4),
+        ("multiply", "12", ["<answer>12</answer>", "<answer>+12</answer>", *["<answer>abc</answer>"] * 3], 2 / 5),
+        ("multiply", "12", ["<answer>12</answer>", "<answer></answer>", "<answer></answer>"], 1 / 3),
+        ("math", "5", [r"\boxed{5}", r"\boxed{}", r"\boxed{}"], 1 / 3),
+        ("boxed_integer", "25", [r"\boxed{025}", r"\boxed{25.0}", r"\boxed{4}", *[r"\boxed{x}"] * 3], 1 / 2),
+        (
+            "countdown",
+            '{"numbers": [3, 4], "target": 7}',
+            ["<answer>3+4</answer>", "<answer>4 + 3</answer>", "<answer>7</answer>", *["<answer>none</answer>"] * 3],
+            1 / 2,
+        ),
+    ],
+)
+def test_the_vote_is_by_the_value_that_the_reward_compares(
+    name: str, answer: str, texts: list[str], formatted: float
+) -> None:
+    prompt, reward = _prompt(0, answer), rewards.get(name)
+    eval_set = EvalSet(name="x", prompts=[prompt], reward=RewardConfig(name=name), num_samples=len(texts))
+    sampled = [_rollout(prompt, text, i, reward(text, answer)) for i, text in enumerate(texts)]
+    found = summary(eval_set, sampled[:1], sampled)
+    assert found.sampled[f"maj@{len(texts)}"].mean == 1
+    count = len(texts)
+    assert found.formatted == pytest.approx((1 + count * formatted) / (count + 1))  # the greedy one too
 
 
 def test_answers_of_a_reward_of_another_are_not_compared() -> None:
@@ -117,7 +150,7 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     tracker = Tracker(cfg.run_dir, Console(quiet=True))
     engines = Engines(lambda prompt, sample, greedy: rf"\boxed{{{prompt.answer if greedy or sample else 'no'}}}")
     (found,) = evaluate(cfg, inputs, cast(EnginePool, engines), tracker, "eval")
-    assert (found.name, found.reward, found.greedy.mean) == ("amc23", "math", 1.0)
+    assert (found.name, found.reward, found.greedy.mean) == ("amc23", "boxed_integer", 1.0)
     assert found.sampled["avg@3"].mean == pytest.approx(2 / 3) and found.sampled["maj@3"].mean == 1.0
     assert len(set(engines.seeds[3:])) == 9  # a seed for each sample of each problem
     rows = [json.loads(line) for line in (tracker.run_dir / "eval_amc23.jsonl").read_text().splitlines()]
@@ -129,12 +162,26 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
         "answer": "0",
         "sample": 0,
         "response": r"\boxed{no}",
-        "extracted": "no",
+        "extracted": None,
         "reward": 0.0,
         "truncated": False,
     }
     table = (tracker.run_dir / "eval.md").read_text()
     assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in table
+
+
+def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(
+    run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    drawn = []
+    for changed in (lambda rows: rows, lambda rows: rows[:0:-1]):
+        rows = changed((tmp_path / "amc23.jsonl").read_text().splitlines())
+        (tmp_path / "amc23.jsonl").write_text("".join(row + "\n" for row in rows))
+        cfg, engines = run(eval={"benchmarks": ["amc23"], "num_samples": 2}), Engines(lambda *_: "")
+        tracker = Tracker(cfg.run_dir, Console(quiet=True))
+        evaluate(cfg, prepare(cfg, for_training=False), cast(EnginePool, engines), tracker, "eval")
+        drawn.append(set(engines.work))
+    assert len(drawn[1]) == 2 * 2 and drawn[1] < drawn[0]
 
 
 def test_amc23_is_asked_for_32_samples_as_in_the_paper(run: Callable[..., RunConfig]) -> None:
@@ -143,7 +190,7 @@ def test_amc23_is_asked_for_32_samples_as_in_the_paper(run: Callable[..., RunCon
         prepare(cfg, for_training=False)
     cfg = with_room(run(eval={"benchmarks": ["amc23"], "max_prompts": 2}))
     (amc,) = prepare(cfg, for_training=False).eval_sets
-    assert (amc.num_samples, len(amc.prompts), amc.reward.name) == (32, 2, "math")
+    assert (amc.num_samples, len(amc.prompts), amc.reward.name) == (32, 2, "boxed_integer")
     (own,) = prepare(run(eval={"folder": None})).eval_sets
     assert (own.name, own.num_samples, len(own.prompts), own.reward.name) == ("prompts", 0, 1, "last_number")
 

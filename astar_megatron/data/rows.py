@@ -6,14 +6,15 @@ What can't be used is counted and named by its place, all of it at once; nothing
 import json
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _LOG = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".parquet")
+_ROWS_AT_ONCE = 1024  # of Parquet
 _SHOWN = 5  # problems that a message names
 
 
@@ -63,8 +64,9 @@ class Problems:
 def read_rows(source: str | Path, problems: Problems) -> list[Row]:
     """Return the rows of a .jsonl or .parquet file, or of all such files of a folder in order of their names.
 
-    Of a folder, files that are hidden or of another kind are not read, but logged with their count. A line that is
-    no JSON object in UTF-8 goes to `problems`. Raises PromptError where nothing can be read.
+    Of a folder, files that are hidden or of another kind are not read, but logged with their count. A line that is no
+    JSON object in UTF-8 or has a key twice goes to `problems`, and so does a row of Parquet that is not UTF-8. Raises
+    PromptError where nothing can be read.
     """
     source = Path(source)
     files = [source]
@@ -74,7 +76,7 @@ def read_rows(source: str | Path, problems: Problems) -> list[Row]:
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
         parquet = file.suffix.lower() == ".parquet"
-        rows += _parquet_rows(file, within) if parquet else _json_rows(file, within, problems)
+        rows += _parquet_rows(file, within, problems) if parquet else _json_rows(file, within, problems)
     if not rows and not problems.count:
         raise PromptError(f"{source}: holds no prompt; expected one JSON object a line, or Parquet files")
     return rows
@@ -181,7 +183,7 @@ def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8"))
+            row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
         except UnicodeDecodeError as error:
             problems.add(where, f"not UTF-8 ({error}); convert the file to UTF-8")
         except (ValueError, RecursionError) as error:
@@ -194,12 +196,40 @@ def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
     return rows
 
 
-def _parquet_rows(file: Path, within: str) -> list[Row]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
+
+
+def _parquet_rows(file: Path, within: str, problems: Problems) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        found = pq.read_table(file, page_checksum_verification=True).to_pylist()
+        table = pq.read_table(file, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{file}: not readable as Parquet: {error}; copy it again") from error
-    return [Row(where=f"{within}row {number}", fields=row) for number, row in enumerate(found, start=1)]
+    rows = []
+    for start in range(0, len(table), _ROWS_AT_ONCE):
+        for number, fields in _decoded(table.slice(start, _ROWS_AT_ONCE), start + 1):
+            where = f"{within}row {number}"
+            if isinstance(fields, UnicodeDecodeError):
+                problems.add(where, f"not UTF-8 ({fields}); convert the text to UTF-8")
+            else:
+                rows.append(Row(where=where, fields=fields))
+    return rows
+
+
+def _decoded(part: Any, first: int) -> Iterator[tuple[int, Any]]:
+    """The rows of a part of a table with their numbers; the error of a row that holds text which is not UTF-8."""
+    try:
+        yield from enumerate(part.to_pylist(), first)
+    except UnicodeDecodeError as error:
+        if len(part) == 1:
+            yield first, error
+            return
+        for i in range(len(part)):
+            yield from _decoded(part.slice(i, 1), first + i)

@@ -1,15 +1,19 @@
 """The stage-1 data sets that the authors of A*PO published, for a V* table (arXiv 2505.20686, official code).
 
-Columns: prompt (a chat of one user message), reward_model.ground_truth, response_0..N-1 and eval_0..N-1 (the reward by
-the official code's rule). A row that lacks one of them is a problem: the official code would take V* = 0.
+Columns: prompt (a chat of one user message), reward_model.ground_truth, and pairs response_i, eval_i (the reward by the
+official code's rule), numbered from 0. A row may have fewer pairs than another (null); one that lacks half of a pair is
+a problem: the official code would take V* = 0.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from astar_megatron.data.rows import Pair, Problems, PromptError, Row
+
+_COLUMN = re.compile(r"(response|eval)_(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,30 +21,30 @@ class Stage1Row:
     """A prompt with N responses of the reference and what the official code rewarded them with."""
 
     pair: Pair
+    samples: tuple[int, ...]  # [N], the i of response_i
     responses: tuple[str, ...]
     evals: tuple[float, ...]
 
 
 def stage1_rows(rows: list[Row], problems: Problems) -> list[Stage1Row]:
     """Return the rows of a published stage-1 data set; what lacks a part goes to `problems`. Raises PromptError."""
-    count = 0
-    while rows and f"response_{count}" in rows[0].fields and f"eval_{count}" in rows[0].fields:
-        count += 1
-    if not count:
-        columns = ", ".join(rows[0].fields) if rows else "nothing"
+    columns = dict.fromkeys(name for row in rows for name in row.fields)
+    numbers = sorted({int(match[2]) for name in columns if (match := _COLUMN.fullmatch(name))})
+    if not any({f"response_{i}", f"eval_{i}"} <= columns.keys() for i in numbers):
         raise PromptError(
-            f"no stage-1 data set: expected columns response_0, eval_0, response_1, ...; it has {columns}"
+            "no stage-1 data set: expected columns response_0, eval_0, response_1, ...; "
+            f"it has {', '.join(columns) or 'nothing'}"
         )
     found = []
     for row in rows:
         try:
-            found.append(_read(row, count))
+            found.append(_read(row, numbers))
         except ValueError as error:
             problems.add(row.where, str(error))
     return found
 
 
-def _read(row: Row, count: int) -> Stage1Row:
+def _read(row: Row, numbers: list[int]) -> Stage1Row:
     chat = row.fields.get("prompt")
     if not isinstance(chat, list) or [_get(turn, "role") for turn in chat] != ["user"]:
         raise ValueError(f"prompt is {chat!r:.200}, expected a chat of one user message")
@@ -49,18 +53,27 @@ def _read(row: Row, count: int) -> Stage1Row:
         raise ValueError(f"the user message is {question!r}, expected text")
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"reward_model.ground_truth is {answer!r:.80}, expected text")
-    responses = [row.fields.get(f"response_{i}") for i in range(count)]
-    evals = [row.fields.get(f"eval_{i}") for i in range(count)]
-    for i, (response, value) in enumerate(zip(responses, evals, strict=True)):
-        if not isinstance(response, str):
-            raise ValueError(f"response_{i} is {response!r:.80}, expected text")
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"eval_{i} is {value!r:.80}, expected a finite number")
+    found = {i: pair for i in numbers if (pair := _response(row, i)) is not None}
+    if not found:
+        raise ValueError("it has no response_i with its eval_i; expected at least one such pair")
     return Stage1Row(
         pair=Pair(where=row.where, question=question, answer=answer),
-        responses=tuple(str(response) for response in responses),
-        evals=tuple(float(value or 0.0) for value in evals),
+        samples=tuple(found),
+        responses=tuple(response for response, _ in found.values()),
+        evals=tuple(value for _, value in found.values()),
     )
+
+
+def _response(row: Row, i: int) -> tuple[str, float] | None:
+    """response_i and eval_i; None where the row has neither."""
+    response, value = row.fields.get(f"response_{i}"), row.fields.get(f"eval_{i}")
+    if response is None and value is None:
+        return None
+    if not isinstance(response, str):
+        raise ValueError(f"response_{i} is {response!r:.80}, expected text")
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"eval_{i} is {value!r:.80}, expected a finite number")
+    return response, float(value)
 
 
 def _get(value: Any, name: str) -> Any:

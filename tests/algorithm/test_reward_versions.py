@@ -9,7 +9,7 @@ from astar_megatron.algorithm import rewards
 
 
 def test_the_version_is_stable_and_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rewards.version("gsm8k_strict") == "gsm8k_strict/1"
+    assert rewards.version("gsm8k_strict") == "gsm8k_strict/2"
     imported = rewards.version("astar_megatron.algorithm.rewards.latex:math")
     assert imported.startswith("astar_megatron.algorithm.rewards.latex:math/sha256:")
     assert imported != rewards.version("astar_megatron.algorithm.rewards.latex:normalised")

@@ -65,6 +65,14 @@ GSM8K = [  # response, answer, strict, flexible
     ("42 ... , .", "42", 0, 1),
     ("#### 42.0", "42", 0, 0),
     ("no number, at all.", "42", 0, 0),
+    ("#### 7", "7.0", 1, 1),
+    ("#### 7.0", "7.0", 1, 1),
+    ("#### 7", "$7.00", 1, 1),
+    ("#### 42", "42.", 1, 1),
+    ("#### -7", "\N{MINUS SIGN}7", 1, 1),
+    ("#### \N{MINUS SIGN}7", "-7", 1, 1),
+    ("\N{MINUS SIGN}7", "7", 0, 0),
+    ("#### " + "9" * 50 + ".0", "9" * 50 + ".0", 1, 1),
     ("", "42", 0, 0),
 ]
 
@@ -105,6 +113,13 @@ MATH = [
     (r"\boxed{5}", "-5", 0),
     (r"\boxed{\frac{\sqrt{\frac{1}{2}}}{3}}", r"\dfrac{\sqrt{\tfrac{1}{2}}}{3}", 1),  # nested braces
     (r"\boxed{12\text{ m}^2}", "12", 1),
+    (r"\boxed{27}", "$27$", 1),
+    (r"\boxed{27}", r" \(27\) ", 1),
+    (r"\boxed{27}", "$$27$$", 1),
+    (r"\boxed{$27$}", r"\[27\]", 1),
+    (r"\boxed{\frac12}", r"$\frac{1}{2} \text{ cm}$", 1),
+    (r"\boxed{$1$ and $2$}", "1$ and $2", 0),  # not around the whole
+    (r"\boxed{ k = 3}", "3", 0),  # the official rule
     (r"so \boxed{\frac{1}{2}} and then", r"\frac12", 1),  # cut by the limit after the box
 ]
 
@@ -307,6 +322,18 @@ def test_an_answer_that_a_reward_cannot_read_is_refused_whatever_the_response(na
         rewards.get(name)(response, answer)
 
 
+@pytest.mark.parametrize("name", ["gsm8k_strict", "gsm8k_flexible", "last_number"])
+@pytest.mark.parametrize("answer", ["1/2", "50%", "70 dollars", "1.2.3", "1 2", "7-", "1e3", "", ".", "1,5x"])
+def test_an_answer_that_is_not_one_number_is_refused(name: str, answer: str) -> None:
+    with pytest.raises(ValueError, match="answer: expected"):
+        rewards.get(name)(f"#### {answer}", answer)
+
+
+def test_a_decimal_comma_is_no_answer_for_the_last_number() -> None:
+    with pytest.raises(ValueError, match="answer: expected one number, got '1,5'"):
+        rewards.get("last_number")("1,5", "1,5")
+
+
 @pytest.mark.parametrize("answer", [r"\text{ cm}", r"\boxed{\$}", r"\left\right"])
 def test_an_answer_of_which_normalisation_leaves_nothing_is_refused(answer: str) -> None:
     with pytest.raises(ValueError, match="answer: expected"):
@@ -349,12 +376,14 @@ def test_what_is_no_reward_is_told_why(reward: rewards.Reward, reason: str) -> N
 @pytest.mark.parametrize(
     ("name", "response", "answer"),
     [
-        ("last_number", "first 3, then -$1,200", "-$1,200"),
+        ("last_number", "first 3, then -$1,200.0", "-1200"),
         ("gsm8k_strict", "3 #### 1,200", "1200"),
         ("gsm8k_flexible", "it is 1,200.", "1200"),
         ("math", r"\boxed{\dfrac12}", r"\frac{1}{2}"),
-        ("countdown", "<answer> 1+2 </answer>", "1+2"),
-        ("multiply", "<answer> 12 </answer>", "12"),
+        ("countdown", "<answer> 2+1/3 </answer>", "7/3 of 1, 2, 3"),
+        ("countdown", "<answer>2/0</answer>", "nothing of 0, 2"),
+        ("multiply", "<answer> +012 </answer>", "12"),
+        ("boxed_integer", r"\boxed{012.0}", "12"),
     ],
 )
 def test_the_answer_that_a_reward_compares_can_be_extracted(name: str, response: str, answer: str) -> None:
@@ -373,7 +402,7 @@ def test_a_reward_is_found_by_name_or_by_import() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gsm8k_strikt", "nearest is gsm8k_strict, all are arithmetic, countdown, gsm8k_flexible"),
+        ("gsm8k_strikt", "nearest is gsm8k_strict, all are arithmetic, boxed_integer, countdown, gsm8k_flexible"),
         ("no_such_package.x:f", "can't import"),
         ("os.path:no_such_function", "can't import"),
         ("os.path:sep", "is str, expected a function"),

@@ -81,6 +81,7 @@ def test_math_verify_agrees_on_gold_answers(name: str) -> None:
         ("olympiadbench", {"question": "q", "final_answer": ["$3 n$"]}, "3 n"),
         ("olympiadbench", {"question": "q", "final_answer": ["1", "$2$"]}, "1, 2"),
         ("amc23", {"problem": "q", "answer": 27.0}, "27"),
+        ("amc23", {"problem": "q", "answer": "27.0"}, "27"),
         ("aime24", {"problem": "q", "answer": "025"}, "25"),
     ],
 )
@@ -90,6 +91,16 @@ def test_an_answer_is_taken_without_what_belongs_to_the_file_s_format(
     (tmp_path / BENCHMARKS[name].file).write_text(json.dumps(row) + "\n")
     (pair,) = read_benchmark(name, tmp_path)
     assert (pair.question, pair.answer) == ("q", answer)
+
+
+@pytest.mark.parametrize("name", ["amc23", "aime24"])
+@pytest.mark.parametrize("text", ["25", "025", "25.0", "+25"])
+def test_a_contest_s_integer_is_right_in_any_form(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / BENCHMARKS[name].file).write_text(json.dumps({"problem": "q", "answer": text.strip("+")}) + "\n")
+    (pair,) = read_benchmark(name, tmp_path)
+    reward = rewards.get(BENCHMARKS[name].reward)
+    assert all(reward(response("math", form), pair.answer) == 1 for form in ("25", "025", "25.0", "+25"))
+    assert not any(reward(response("math", form), pair.answer) for form in ("26", "25.5", "-25", "2 5x", ""))
 
 
 def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) ->
     assert "2 of 2 rows" in (said := problems.message(2)) and said.count("so it is missing") == 2
 
 
+def test_a_row_of_parquet_that_is_not_utf_8_is_a_problem_of_its_own(tmp_path: Path) -> None:
+    texts = [b"a", b"\xff", *[b"b"] * 1100, b"\xfe", b"c"]  # in two of the parts that are read at once
+    column = pa.array(texts, pa.binary()).cast(pa.string(), safe=False).view(pa.string())
+    pq.write_table(pa.table({"q": column}), tmp_path / "x.parquet")
+    rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
+    assert len(rows) == 1102 and [row.where for row in rows][:2] == ["row 1", "row 3"]
+    assert (rows[-1].where, rows[-1].fields["q"]) == ("row 1104", "c")
+    said = problems.message(1104)
+    assert "2 of 1104 rows" in said and "row 2: not UTF-8" in said and "row 1103: not UTF-8" in said
+
+
+def test_a_line_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    path = _jsonl(tmp_path / "x.jsonl", ROWS)
+    path.write_text(path.read_text(encoding="utf-8") + '{"question": "a", "answer": "1", "answer": "2"}\n', "utf-8")
+    assert len(read_rows(path, problems := Problems("x"))) == 2
+    assert "line 3: not JSON (the key 'answer' stands twice)" in problems.message(3)
+
+
 def test_a_line_that_nests_too_deeply_is_counted_as_any_other_bad_line(tmp_path: Path) -> None:
     path = _jsonl(tmp_path / "x.jsonl", ROWS)
     path.write_text(path.read_text(encoding="utf-8") + '{"question":' + "[" * 200_000 + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from astar_megatron.algorithm.rewards import verified
-from astar_megatron.algorithm.rewards.latex import boxed_answer, math
+from astar_megatron.algorithm.rewards.latex import boxed_answer, boxed_integer, integer_in, math
 from astar_megatron.algorithm.rewards.numbers import (
     flexible_answer,
     gsm8k_flexible,
@@ -28,11 +28,11 @@ from astar_megatron.algorithm.rewards.numbers import (
     number_in,
     strict_answer,
 )
-from astar_megatron.algorithm.rewards.tags import countdown, multiply, tagged
+from astar_megatron.algorithm.rewards.tags import countdown, multiply, tagged_integer, tagged_value
 from astar_megatron.algorithm.rewards.verified import math_verify
 
 type Reward = Callable[[str, str], float]  # (response text, answer) -> reward
-type Extract = Callable[[str], str | None]  # response text -> the answer it gives, None where it has the wrong form
+type Extract = Callable[[str], str | None]  # response text -> the value that is compared; None: wrong form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +43,15 @@ class _Named:
 
 
 _NAMED: dict[str, _Named] = {
-    "arithmetic": _Named(reward=multiply, version=1, extract=tagged),  # the same rule for other data
-    "countdown": _Named(reward=countdown, version=1, extract=tagged),
-    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=1, extract=flexible_answer),
-    "gsm8k_strict": _Named(reward=gsm8k_strict, version=1, extract=strict_answer),
-    "last_number": _Named(reward=last_number, version=1, extract=number_in),
-    "math": _Named(reward=math, version=1, extract=boxed_answer),
+    "arithmetic": _Named(reward=multiply, version=1, extract=tagged_integer),  # the same rule for other data
+    "boxed_integer": _Named(reward=boxed_integer, version=1, extract=integer_in),
+    "countdown": _Named(reward=countdown, version=1, extract=tagged_value),
+    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=2, extract=flexible_answer),
+    "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
+    "last_number": _Named(reward=last_number, version=2, extract=number_in),
+    "math": _Named(reward=math, version=2, extract=boxed_answer),
     "math_verify": _Named(reward=math_verify, version=1, extract=boxed_answer),
-    "multiply": _Named(reward=multiply, version=1, extract=tagged),
+    "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
 }
 
 
@@ -77,7 +78,10 @@ def get(name: str) -> Reward:
 
 
 def extractor(name: str) -> Extract | None:
-    """Return the function that finds the answer which the reward `name` compares; None for a reward of another."""
+    """Return the function that finds the value which the reward `name` compares, one text for all equal ones.
+
+    None for a reward of another.
+    """
     return _NAMED[name].extract if name in _NAMED else None
 
 

@@ -2,9 +2,11 @@
 
 The rules are those of the benchmark's own scorer (Hendrycks et al., arXiv 2103.03874), written anew: text is
 rewritten, nothing is computed, so "2" is not "1+1". Two repairs: an escaped brace does not count as a brace, and
-`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. One deviation: units, all from the first `\\text{ ` on, go
+`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. Two deviations: units, all from the first `\\text{ ` on, go
 however often that stands there; the official scorer compares the texts as they are where it stands more than once.
-No end-of-text string is asked for. Linear in the response.
+And math signs around the whole (`$27$`, `\\(27\\)`) go. No end-of-text string is asked for. Linear in the response.
+
+`boxed_integer` is for contests whose answers are integers: "025" and "27.0" are 25 and 27.
 """
 
 import re
@@ -13,6 +15,8 @@ _REMOVED = ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character counts as none
 _SHORT_FRACTION = re.compile(r"\\frac([^{\\])(?:([^{\\])|(?=\{))")  # \frac12, \frac1{72}
 _SHORT_ROOT = re.compile(r"\\sqrt([^{\[\\])")  # \sqrt3
+_AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read integers of more than 4300 digits
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
 
 
@@ -31,7 +35,31 @@ def math(response: str, answer: str) -> float:
 def boxed_answer(response: str) -> str | None:
     """Return what `math` compares: the last \\boxed{...} of `response` in normal form."""
     found = last_boxed(response)
-    return normalised(found) if found is not None else None
+    return (normalised(found) or None) if found is not None else None
+
+
+def boxed_integer(response: str, answer: str) -> float:
+    """Return 1.0 where the last \\boxed{...} of `response` is the integer `answer`, else 0.0.
+
+    Both in the normal form of `math`. Raises ValueError where `answer` is no integer.
+    """
+    gold = integer_of(answer)
+    return float(integer_in(response) == gold)
+
+
+def integer_in(response: str) -> str | None:
+    """Return what `boxed_integer` compares; None where the last \\boxed{...} is no integer."""
+    found = boxed_answer(response)
+    match = _INTEGER.fullmatch(found) if found is not None else None
+    return str(int(match[1])) if match else None
+
+
+def integer_of(answer: str) -> str:
+    """Return an integer such as "025" or "27.0" in its shortest form. Raises ValueError."""
+    match = _INTEGER.fullmatch(normalised(answer))
+    if match is None:
+        raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
+    return str(int(match[1]))
 
 
 def last_boxed(text: str) -> str | None:
@@ -63,7 +91,7 @@ def normalised(latex: str) -> str:
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     for removed in _REMOVED:
         text = text.replace(removed, "")
-    text = text.partition("\\text{ ")[0]  # units on the right
+    text = _without_math_signs(text).partition("\\text{ ")[0]  # units on the right
     text = text.replace(" .", " 0.").replace("{.", "{0.")
     if text.startswith("."):
         text = "0" + text
@@ -77,6 +105,15 @@ def normalised(latex: str) -> str:
         return "\\frac{1}{2}"
     slash = _SLASH.fullmatch(text)
     return f"\\frac{{{slash[1]}}}{{{slash[2]}}}" if slash else text
+
+
+def _without_math_signs(text: str) -> str:
+    whole = text.strip()
+    for left, right in _AROUND:
+        if whole.startswith(left) and whole.endswith(right) and len(whole) >= len(left + right):
+            inside = whole[len(left) : -len(right)]
+            return text if left in inside or right in inside else inside
+    return text
 
 
 def _long_fraction(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """Rewards whose answer is a number: `last_number` and the two GSM8K rules.
 
-Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". An answer without
-a number raises ValueError: such a reward could only ever be 0.
+Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". An answer that is
+not one number ("1/2", "50%", "70 dollars") raises ValueError: such a reward could only ever be 0.
 """
 
 import re
@@ -13,35 +13,40 @@ _NUMBER = re.compile(
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
 )
 _OFFICIAL = re.compile(r"-?[0-9.,]+")
+_PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def last_number(response: str, answer: str) -> float:
     """Return 1.0 where the last number of `response` equals `answer`, else 0.0; "7", "7.0" and "$7.00" are equal."""
     gold = _decimal(answer)  # refuses an answer that is no number, whatever the response
+    itself = number_in(answer)
+    if itself is None or _decimal(itself) != gold:  # "1,5" is two numbers
+        raise ValueError(f"answer: expected one number, got {answer[:80]!r}")
     found = number_in(response)
     return float(found is not None and _decimal(found) == gold)
 
 
 def number_in(response: str) -> str | None:
-    """Return what `last_number` compares: the last number of `response`, as text."""
-    return next(reversed(_NUMBER.findall(_plain_minus(response))), None)
+    """Return what `last_number` compares: the last number of `response`, in its shortest form ("7.50" is "7.5")."""
+    found = next(reversed(_NUMBER.findall(_plain_minus(response))), None)
+    return _shortest(_decimal(found)) if found is not None else None
 
 
 def gsm8k_strict(response: str, answer: str) -> float:
     """Return 1.0 where what follows the first "#### " of `response` is the answer, else 0.0.
 
     The official rule: `#### (\\-?[0-9\\.\\,]+)`, commas removed, exact match of the text ("42." is not "42").
-    `answer` is "42" or a GSM8K solution that ends in "#### 42".
+    `answer` is "42" or a GSM8K solution that ends in "#### 42"; of "7.0" both "7.0" and "7" are right.
     """
-    gold = _gold(answer)
-    return float(strict_answer(response) == gold)
+    golds = _golds(answer)
+    return float(strict_answer(response) in golds)
 
 
 def strict_answer(response: str) -> str | None:
-    """Return what `gsm8k_strict` compares."""
-    match = _OFFICIAL_STRICT.search(response)
-    return _bare(match[1]) if match is not None else None
+    """Return what `gsm8k_strict` compares; None also where that is no number (".")."""
+    match = _OFFICIAL_STRICT.search(_plain_minus(response))
+    return _number(_bare(match[1])) if match is not None else None
 
 
 def gsm8k_flexible(response: str, answer: str) -> float:
@@ -50,21 +55,34 @@ def gsm8k_flexible(response: str, answer: str) -> float:
     The official rule's last `\\-?[0-9\\.\\,]+`, with two repairs: commas go ("1,000" is "1000"), and so does the full
     stop that ends a sentence. Exact match of the text, so "42.0" is not "42".
     """
-    gold = _gold(answer)
-    return float(flexible_answer(response) == gold)
+    golds = _golds(answer)
+    return float(flexible_answer(response) in golds)
 
 
 def flexible_answer(response: str) -> str | None:
-    """Return what `gsm8k_flexible` compares."""
-    found = next((text for text in reversed(_OFFICIAL.findall(response)) if text.strip("-.,")), None)
-    return _bare(found).rstrip(".") if found is not None else None
+    """Return what `gsm8k_flexible` compares; None also where that is no number ("1.2.3")."""
+    found = next((text for text in reversed(_OFFICIAL.findall(_plain_minus(response))) if text.strip("-.,")), None)
+    return _number(_bare(found).rstrip(".")) if found is not None else None
 
 
-def _gold(answer: str) -> str:
-    gold = _bare(answer.rpartition("####")[2]).strip()
-    if re.search("[0-9]", gold) is None:
-        raise ValueError(f'answer: expected a number or a solution that ends in "#### number", got {answer[-80:]!r}')
-    return gold
+def _golds(answer: str) -> set[str]:
+    """The texts that are right: the answer's number as it is written and in its shortest form."""
+    written = _plain_minus(answer.rpartition("####")[2]).strip().removeprefix("$")
+    gold = written.replace(",", "").removesuffix(".")
+    if _number(gold) is None:
+        raise ValueError(f'answer: expected one number or a solution that ends in "#### number", got {answer[-80:]!r}')
+    return {gold, _shortest(Decimal(gold))}
+
+
+def _number(text: str) -> str | None:
+    return text if _PLAIN.fullmatch(text) else None
+
+
+def _shortest(number: Decimal) -> str:
+    """A number without an exponent and needless zeros; of every digit, unlike Decimal.normalize."""
+    text = f"{number:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def _decimal(text: str) -> Decimal:

@@ -23,8 +23,7 @@ def countdown(response: str, answer: str) -> float:
     0.1 for any other expression, 0 without one. `answer` is JSON: {"numbers": [3, 7, 5], "target": 26}.
     """
     numbers, target = _problem(answer)
-    expression = tagged(response)
-    used = _parse(expression) if expression is not None else None
+    used = _expression(response)
     if used is None:
         return 0.0
     integers, value = used
@@ -37,11 +36,26 @@ def multiply(response: str, answer: str) -> float:
     gold = _INTEGER.fullmatch(answer)
     if gold is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
-    text = tagged(response)
-    found = _INTEGER.fullmatch(text) if text is not None else None
+    found = tagged_integer(response)
     if found is None:
         return 0.0
-    return 1.0 if int(found[1]) == int(gold[1]) else _WRONG
+    return 1.0 if int(found) == int(gold[1]) else _WRONG
+
+
+def tagged_value(response: str) -> str | None:
+    """Return what `countdown` compares: the value of the tagged expression and its numbers; None without one."""
+    used = _expression(response)
+    if used is None:
+        return None
+    integers, value = used
+    return f"{'nothing' if value is None else value} of {', '.join(map(str, sorted(integers)))}"
+
+
+def tagged_integer(response: str) -> str | None:
+    """Return what `multiply` compares: the tagged integer; None without one."""
+    text = tagged(response)
+    found = _INTEGER.fullmatch(text) if text is not None else None
+    return str(int(found[1])) if found is not None else None
 
 
 def tagged(response: str) -> str | None:
@@ -61,6 +75,11 @@ def _problem(answer: str) -> tuple[list[int], int]:
     if not whole or not numbers:
         raise ValueError(f'answer: expected JSON like {{"numbers": [3, 7, 5], "target": 26}}, got {answer[:80]!r}')
     return sorted(numbers), target
+
+
+def _expression(response: str) -> tuple[list[int], Fraction | None] | None:
+    text = tagged(response)
+    return _parse(text) if text is not None else None
 
 
 def _parse(text: str) -> tuple[list[int], Fraction | None] | None:
