@@ -123,3 +123,13 @@ def test_each_prompt_may_have_a_number_of_samples_of_its_own(
         table.estimate(0.5, prompts[:3], np.array([1, 0, 6]))
     assert table.lacking(prompts[:4], np.array([1, 9, 6, 2])).tolist() == [0, 3, 0, 2]
     assert table.missing(prompts[:4], np.array([1, 8, 6, 1])) == [(prompts[1], 6), (prompts[1], 7), (prompts[3], 0)]
+
+
+def test_a_sample_beyond_those_that_count_does_not_stand_in_for_a_missing_one(
+    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table.append([rollout(prompts[0], i, float(i >= 8)) for i in range(16) if i != 3])
+    assert table.lacking(prompts[:1], 8).tolist() == [1]
+    with pytest.raises(ValueError, match="1 of 1 prompts have less than 8 samples"):
+        table.estimate(0.5, prompts[:1], 8)
+    assert table.estimate(0.5, prompts[:1], 3).mean[0] == 0 and table.estimate(0.5).samples[0] == 15
