@@ -53,7 +53,7 @@ class Checkpoints:
         return int(progress["step"])
 
     def resume(self, policy: PolicyGroup, prompts: PromptStream, v_star: LiveVStar) -> int:
-        """As `restore`, and the policy and what V* was refreshed with too."""
+        """As `restore`, and the policy and the refreshed V* too. Raises ValueError for one of other settings."""
         step, folder = self.restore(prompts), self.latest
         if folder is not None:
             v_star.restore(self._progress(folder).get("v_star", {}))

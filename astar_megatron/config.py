@@ -92,7 +92,7 @@ class AstarConfig(Section):
 class FilterConfig(Section):
     """The share of epochs that take a prompt of which stage 1 says this; 1: all, 0: none, 0.1: now and then again."""
 
-    all_wrong: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward above 0
+    all_wrong: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward of 1, whatever the part for a form
     all_right: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward below 1
     wide: float = Field(default=1.0, ge=0.0, le=1.0)  # V*'s 95 % interval wider than max_width
     max_width: float = Field(default=1.0, gt=0.0)  # in units of reward

@@ -1,8 +1,9 @@
 """V* that follows the policy: stage 1's estimate, refreshed by the rewards of training's own rollouts.
 
-Of each prompt two numbers: the decayed sum of w = exp(r / beta1) over its samples, and their decayed count. A new
-reward multiplies both by `decay` and adds w and 1; V* = beta1 * ln(sum / count). For rewards of 0 and 1 these are the
-counts of a Beta distribution of the pass rate, forgotten at the same pace.
+Of each prompt two numbers: V* and the decayed count of its samples. A new reward r multiplies the count by `decay`, and
+V* becomes beta1 * ln of the mean of exp(V* / beta1), weighing that count, and exp(r / beta1), weighing 1; the count
+grows by 1. For rewards of 0 and 1 these are the counts of a Beta distribution of the pass rate, forgotten at the same
+pace.
 
 Strictly on-policy V* is a baseline: the expected gradient is the same for any, so a fresher one lowers the variance.
 What it estimates is no more the value under the reference. A reward enters after its own step: before, V* would depend
@@ -13,6 +14,7 @@ Leaves out: which prompts are drawn (data/filters.py).
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class LiveVStar:
@@ -22,13 +24,10 @@ class LiveVStar:
         self, v_star: Mapping[str, float], samples: Mapping[str, int], beta1: float, decay: float | None
     ) -> None:
         self._first, self._samples, self._beta1, self._decay = v_star, samples, beta1, decay
-        self._refreshed: dict[str, tuple[float, float]] = {}  # uid -> ln of the sum of w, count
+        self._refreshed: dict[str, tuple[float, float]] = {}  # uid -> V*, count
 
     def __getitem__(self, uid: str) -> float:
-        if uid not in self._refreshed:
-            return self._first[uid]
-        log_sum, count = self._refreshed[uid]
-        return self._beta1 * (log_sum - math.log(count))
+        return self._refreshed[uid][0] if uid in self._refreshed else self._first[uid]
 
     def shift(self, uids: Iterable[str]) -> float:
         """Return the mean of V* now minus V* of stage 1 over `uids`; 0 without a decay."""
@@ -40,19 +39,33 @@ class LiveVStar:
         if self._decay is None:
             return
         for uid, reward in rewards:
-            log_sum, count = self._refreshed.get(uid) or (
-                self._first[uid] / self._beta1 + math.log(self._samples[uid]),
-                float(self._samples[uid]),
-            )
-            log_sum, scaled = log_sum + math.log(self._decay), reward / self._beta1
-            high = max(log_sum, scaled)
-            log_sum = high + math.log(math.exp(log_sum - high) + math.exp(scaled - high))
-            self._refreshed[uid] = log_sum, self._decay * count + 1
+            before, count = self._refreshed.get(uid) or (self._first[uid], float(self._samples[uid]))
+            count *= self._decay
+            top = max(before, reward)
+            old, new = (before - top) / self._beta1, (reward - top) / self._beta1
+            less = (count * math.expm1(old) + math.expm1(new)) / (count + 1)  # E[w] - 1: exact where beta1 is large
+            small = less < -0.5  # where it would be rounded to -1, for a tiny decay
+            log_mean = math.log((count * math.exp(old) + math.exp(new)) / (count + 1)) if small else math.log1p(less)
+            self._refreshed[uid] = top + self._beta1 * log_mean, count + 1
 
-    def state(self) -> dict[str, list[float]]:
-        """Return what was refreshed, ready for JSON."""
-        return {uid: list(pair) for uid, pair in self._refreshed.items()}
+    def state(self) -> dict[str, Any]:
+        """Return what was refreshed, and with which beta1 and decay, ready for JSON."""
+        refreshed = {uid: list(pair) for uid, pair in self._refreshed.items()}
+        return {"beta1": self._beta1, "decay": self._decay, "refreshed": refreshed} if refreshed else {}
 
-    def restore(self, state: Mapping[str, list[float]]) -> None:
-        """Continue where `state` was taken."""
-        self._refreshed = {uid: (float(log_sum), float(count)) for uid, (log_sum, count) in state.items()}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; without a decay, from stage 1.
+
+        Raises ValueError for a state of another beta1 or decay.
+        """
+        if self._decay is None or not state:
+            self._refreshed = {}
+            return
+        for key, name, now in (("beta1", "beta1", self._beta1), ("decay", "refresh_decay", self._decay)):
+            if state.get(key) != now:
+                was = f"astar.{name} {state[key]}" if key in state else "an earlier version of astar_megatron"
+                raise ValueError(
+                    f"astar.{name}: the checkpoint's V* was refreshed with {was}, this run has {now}; set it as it "
+                    "was, set astar.refresh_decay to null (V* is stage 1's again), or choose a new run_dir"
+                )
+        self._refreshed = {uid: (float(found), float(count)) for uid, (found, count) in state["refreshed"].items()}

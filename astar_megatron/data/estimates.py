@@ -3,9 +3,9 @@
 Legend: P prompts, N samples of a prompt, R rows.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from astar_megatron.algorithm import value
 class Estimates:
     """V* of P prompts, one entry a prompt in each column.
 
-    `low` and `high` are the ends of the interval, by the prompt's own samples that count, always finite:
+    `low` and `high` are the ends of the interval, by the prompt's own samples that count, always finite. Each rule
+    covers the true V* of rewards from -1 to 1 with probability `level` or more, for any N and beta1:
     - all 0 or 1: exact, if rewards have no other values (Clopper and Pearson, through V*);
     - all equal to another c: p of the responses, at most what Clopper and Pearson allow after none of N, may have any
       reward of -1 to 1, so V* of (1 - p) at c and p at -1, and of (1 - p) at c and p at 1;
-    - otherwise V* minus and plus its standard error times the normal quantile, which is approximate.
+    - otherwise V* where a share sqrt(ln(2 / (1 - level)) / 2N) of the samples, the highest, has reward -1 instead, or
+      the lowest 1: the bound of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (Ann. Prob. 18, 1990) for the
+      distribution, in which V* is monotone. Never narrower than the pass rate's of as many samples.
     """
 
     uids: list[str]
@@ -62,7 +65,7 @@ def estimate(
 ) -> Estimates:
     """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1."""
     shape = len(uids)
-    binary = np.empty(shape, bool)
+    binary, low, high = np.empty(shape, bool), np.empty(shape), np.empty(shape)
     floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most", "bias")}
     spent = np.empty(shape, np.int64)
     for count in np.unique(counts):  # prompts with equally many samples form one [P, N] array
@@ -76,10 +79,9 @@ def estimate(
         floats["least"][which] = drawn.amin(dim=-1).numpy()
         floats["most"][which] = drawn.amax(dim=-1).numpy()
         binary[which] = ((drawn == 0) | (drawn == 1)).all(dim=-1).numpy()
+        low[which], high[which] = _interval_of_any(drawn, beta1, level)
         spent[which] = tokens[rows].sum(axis=-1, dtype=np.int64)
     bias = floats.pop("bias")
-    reach = NormalDist().inv_cdf((1 + level) / 2) * floats["error"]
-    low, high = floats["v_star"] - reach, floats["v_star"] + reach
     k = np.rint(floats["mean"] * counts).astype(np.int64)
     low[binary], high[binary] = _exact_interval(k[binary], counts[binary], beta1, level)
     equal = ~binary & (floats["least"] == floats["most"])
@@ -106,4 +108,18 @@ def _interval_of_equals(c: np.ndarray, n: np.ndarray, beta1: float, level: float
     rewards = torch.from_numpy(np.stack([np.stack([c, c]), other], axis=-1))  # [2, P, 2]
     shares = torch.from_numpy(np.stack([1 - rate, rate], axis=-1))  # [P, 2]
     low, high = value.v_star(rewards, beta1, shares).numpy()
+    return low, high
+
+
+def _interval_of_any(drawn: torch.Tensor, beta1: float, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """[P] each, of rewards [P, N]."""
+    num_samples = drawn.shape[-1]
+    share = min(1.0, math.sqrt(math.log(2 / (1 - level)) / 2 / num_samples))
+    left = (torch.arange(1, num_samples + 1, dtype=torch.float64) / num_samples - share).clamp(0, 1 / num_samples)
+    left[left < 1e-12] = 0  # rounding, which a small beta1 would blow up
+    weight = torch.cat([left, left.new_tensor([share])]).expand(len(drawn), -1)
+    rising = drawn.to(torch.float64).sort(dim=-1).values
+    least, most = rising[:, :1].clamp(max=-1), rising[:, -1:].clamp(min=1)
+    ends = (torch.cat([rising.flip(-1), least], dim=-1), torch.cat([rising, most], dim=-1))
+    low, high = (value.v_star(rewards, beta1, weight).numpy() for rewards in ends)
     return low, high

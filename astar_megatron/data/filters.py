@@ -2,6 +2,8 @@
 
 A prompt's weight is the share of the epochs that take it: 1 all, 0 none (dropped), 0.1 every tenth on average (taken
 less, and tested again each time). The gradient's expectation is weighted so, and the loss knows nothing of it.
+
+A response is right whose reward is 1. Some rewards give a wrong one a part for its form (0.1): wrong all the same.
 """
 
 import numpy as np
@@ -17,7 +19,7 @@ def weights(found: Estimates, cfg: FilterConfig) -> dict[str, float]:
     """
     weight = np.ones(len(found.uids))
     for applies, share in (
-        (found.most <= 0, cfg.all_wrong),
+        (found.most < 1, cfg.all_wrong),
         (found.least >= 1, cfg.all_right),
         (found.width > cfg.max_width, cfg.wide),
     ):

@@ -31,14 +31,16 @@ def check_header(folder: Path, contract: Contract | None) -> None:
     path = folder / "header.json"
     try:
         header = json.loads(path.read_bytes())
-        version, stored = int(header["format"]), dict(header["contract"])
+        version, stored = header["format"], dict(header["contract"])
+        if type(version) is not int or version < 1:  # True is an int too
+            raise TypeError(f"format: got {version!r}, expected {FORMAT}")
     except FileNotFoundError:
         raise MissingTableError(
             f"{folder}: no V* table here; run `astar sweep` with this configuration first"
         ) from None
     except OSError as error:
         raise storage_error(f"{path}: can't read the V* table's header", error) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TableError(
             f"{path}: not the header of a V* table ({error}); restore it or choose another sweep.table"
         ) from error

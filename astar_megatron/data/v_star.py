@@ -47,7 +47,7 @@ class TableSummary:
     prompts: int
     samples: int
     mean_reward: float
-    all_wrong: float  # share of prompts whose rewards are all <= 0
+    all_wrong: float  # share of prompts without a reward of 1: a part of it is for the form
     all_right: float  # share of prompts whose rewards are all >= 1
     response_tokens: int  # tokens spent
 
@@ -148,13 +148,8 @@ class VStarTable:
 
     def lacking(self, prompts: Sequence[Prompt], num_samples: int | np.ndarray) -> np.ndarray:
         """Return [P] how many of the samples below `num_samples` (one for all, or [P]) each prompt lacks."""
-        rows, _, _ = self._by_prompt()
         wanted = np.broadcast_to(np.asarray(num_samples), len(prompts))
-        limit = np.zeros(len(self._uids), np.int64)
-        index = self._index([prompt.uid for prompt in prompts])
-        limit[index[index >= 0]] = wanted[index >= 0]
-        there = np.bincount(rows.prompt[rows.sample < limit[rows.prompt]], minlength=len(self._uids))
-        return wanted - np.where(index >= 0, np.append(there, 0)[index], 0)
+        return wanted - self._have(self._index([prompt.uid for prompt in prompts]), wanted)
 
     def missing(self, prompts: Sequence[Prompt], num_samples: int | np.ndarray) -> list[tuple[Prompt, int]]:
         """Return what a sweep still has to draw: (prompt, sample < `num_samples`), in order of `prompts`.
@@ -191,17 +186,18 @@ class VStarTable:
     ) -> Estimates:
         """Return V* with its error and interval, of `prompts` (none: all in the table).
 
-        Of each prompt the first `num_samples` samples count (one number for all, or [P]; none: all there are).
+        Of each prompt the samples below `num_samples` count (one number for all, or [P]; none: all there are).
         `level` is of the interval; `bias_correction` adds what a logarithm of a mean lacks (algorithm/value.py).
-        Raises MissingTableError where a prompt has none, or fewer than `num_samples`.
+        Raises MissingTableError where a prompt has none, or `lacking` says that it lacks some.
         """
         if num_samples is not None and np.any(np.asarray(num_samples) < 1):
             raise TableError(f"V* table: expected num_samples of at least 1, got {np.min(num_samples)}")
         rows, starts, counts = self._by_prompt()
         names = list(self._uids) if prompts is None else [prompt.uid for prompt in prompts]
         index = self._index(names)
-        have = np.where(index >= 0, np.append(counts, 0)[index], 0)
-        use = have if num_samples is None else np.broadcast_to(np.asarray(num_samples), len(names))
+        every = np.where(index >= 0, np.append(counts, 0)[index], 0)
+        use = every if num_samples is None else np.broadcast_to(np.asarray(num_samples), len(names))
+        have = every if num_samples is None else self._have(index, use)
         lacks = have < np.maximum(use, 1)
         if lacking := int(lacks.sum()):
             raise MissingTableError(
@@ -225,7 +221,7 @@ class VStarTable:
         """Return counts and shares of the whole table."""
         rows, _, counts = self._by_prompt()
         num_prompts = len(counts)
-        some_right = np.bincount(rows.prompt[rows.reward > 0], minlength=num_prompts) > 0
+        some_right = np.bincount(rows.prompt[rows.reward >= 1], minlength=num_prompts) > 0
         some_wrong = np.bincount(rows.prompt[rows.reward < 1], minlength=num_prompts) > 0
         return TableSummary(
             prompts=num_prompts,
@@ -235,6 +231,14 @@ class VStarTable:
             all_right=float((~some_wrong).mean()) if num_prompts else math.nan,
             response_tokens=int(rows.tokens.sum(dtype=np.int64)),
         )
+
+    def _have(self, index: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """[P] int64: how many of the samples below `wanted` [P] the prompts at `index` [P] have."""
+        rows, _, _ = self._by_prompt()
+        limit = np.zeros(len(self._uids), np.int64)
+        limit[index[index >= 0]] = wanted[index >= 0]
+        there = np.bincount(rows.prompt[rows.sample < limit[rows.prompt]], minlength=len(self._uids))
+        return np.where(index >= 0, np.append(there, 0)[index], 0)
 
     def _index(self, uids: Sequence[str]) -> np.ndarray:
         """[P] int64: where each uid is in the table; -1: nowhere."""

@@ -72,3 +72,37 @@ def test_it_is_finite_where_the_exponential_overflows() -> None:
     for reward in (1.0, 0.0, -1.0):
         live.add([("u", reward)])
     assert math.isfinite(live["u"]) and 0.99 < live["u"] <= 1
+
+
+def refreshed(beta1: float, decay: float | None) -> LiveVStar:
+    live = LiveVStar({"u": 0.25}, {"u": 8}, beta1, decay)
+    live.add([("u", 1.0)])
+    return live
+
+
+@pytest.mark.parametrize(("beta1", "decay", "key"), [(5.0, 0.9, "beta1 0.5"), (0.5, 0.8, "refresh_decay 0.9")])
+def test_a_state_of_another_beta1_or_decay_is_refused(beta1: float, decay: float, key: str) -> None:
+    state = json.loads(json.dumps(refreshed(0.5, 0.9).state()))
+    with pytest.raises(ValueError, match=f"refreshed with astar.{key}, this run has .*; set it as it was"):
+        refreshed(beta1, decay).restore(state)
+    with pytest.raises(ValueError, match="earlier version"):
+        refreshed(beta1, decay).restore({"u": [1.0, 8.2]})
+
+
+def test_with_the_refresh_turned_off_a_resume_has_stage_1_s() -> None:
+    live = refreshed(0.5, None)
+    live.restore(refreshed(0.5, 0.9).state())
+    assert (live["u"], live.state()) == (0.25, {})
+
+
+@pytest.mark.parametrize("beta1", [1e8, 1e12, 1e15, 1e17, 1e100])
+def test_at_a_large_beta1_it_is_the_mean_of_the_rewards(beta1: float) -> None:
+    live = LiveVStar({"u": 0.5}, {"u": 8}, beta1, 0.9)
+    live.add([("u", 1.0)])
+    assert live["u"] == pytest.approx((0.9 * 8 * 0.5 + 1) / (0.9 * 8 + 1), rel=1e-8)
+
+
+def test_a_tiny_decay_leaves_a_number() -> None:
+    live = LiveVStar({"u": 1.0}, {"u": 8}, 0.01, 1e-20)
+    live.add([("u", 0.0)])
+    assert live["u"] == pytest.approx(1 + 0.01 * math.log(8e-20))

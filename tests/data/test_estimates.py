@@ -9,6 +9,7 @@ import torch
 
 from astar_megatron.algorithm import value
 from astar_megatron.data.contract import Contract
+from astar_megatron.data.estimates import estimate
 from astar_megatron.data.v_star import TableError, VStarTable
 from astar_megatron.types import Prompt, Rollout
 
@@ -42,13 +43,34 @@ def test_binary_rewards_have_the_exact_interval_through_v_star(
     assert found.samples.tolist() == [n for _, n in passes]
 
 
-def test_other_rewards_have_an_approximate_interval(
+@pytest.mark.parametrize("shares", [(0.5, 0.45, 0.05), (0.05, 0.9, 0.05), (0.2, 0.7, 0.1), (0.9, 0.09, 0.01)])
+@pytest.mark.parametrize("beta1", [0.05, 0.5, 5.0])
+def test_intervals_of_other_rewards_cover(shares: tuple[float, ...], beta1: float) -> None:
+    rewards = np.array([0.0, 0.1, 1.0])
+    true = float(value.v_star(torch.from_numpy(rewards), beta1, torch.tensor(shares)))
+    for n in (2, 8, 32):
+        drawn = np.random.default_rng(0).choice(rewards, p=shares, size=(1000, n))
+        starts, counts = np.arange(1000) * n, np.full(1000, n)
+        found = estimate(
+            [""] * 1000, drawn.ravel(), np.ones(drawn.size), starts, counts, beta1, level=0.95, bias_correction=False
+        )
+        covered = (found.low <= true) & (true <= found.high)
+        assert covered.mean() >= 0.95, (n, covered.mean())
+
+
+def test_other_rewards_have_the_interval_of_their_distribution(
     table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
 ) -> None:
-    table.append([rollout(prompts[0], i, r) for i, r in enumerate([0.1, 1.0, 0.0, 0.1])])
+    for prompt, rewards in zip(prompts, ([0.1, 1.0, 0.0, 0.1], [0.0, 0.1] * 4, [0.0] * 8), strict=False):
+        table.append([rollout(prompt, i, r) for i, r in enumerate(rewards)])
     found = table.estimate(0.5, level=0.95)
-    error = float(value.standard_error(torch.tensor([0.1, 1.0, 0.0, 0.1]).double(), 0.5))
-    assert found.width[0] == pytest.approx(2 * 1.959964 * error, rel=1e-6)
+    share = (np.log(40) / 8) ** 0.5  # of 4: two and 0.716 of the third
+    ends = [
+        0.5 * np.log(w @ np.exp(np.array(r) / 0.5))
+        for w, r in (((0.25, 0.75 - share, share), (0, 0.1, -1)), ((0.25, 0.75 - share, share), (1, 0.1, 1)))
+    ]
+    assert (found.low[0], found.high[0]) == (pytest.approx(ends[0]), pytest.approx(ends[1]))
+    assert found.low[1] <= found.low[2] and found.high[1] >= found.high[2]  # 4 of 0 and 4 of 0.1 say less than 8 of 0
     assert (found.least[0], found.most[0], found.mean[0]) == (0.0, 1.0, pytest.approx(0.3))
 
 
@@ -101,3 +123,13 @@ def test_each_prompt_may_have_a_number_of_samples_of_its_own(
         table.estimate(0.5, prompts[:3], np.array([1, 0, 6]))
     assert table.lacking(prompts[:4], np.array([1, 9, 6, 2])).tolist() == [0, 3, 0, 2]
     assert table.missing(prompts[:4], np.array([1, 8, 6, 1])) == [(prompts[1], 6), (prompts[1], 7), (prompts[3], 0)]
+
+
+def test_a_sample_beyond_those_that_count_does_not_stand_in_for_a_missing_one(
+    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table.append([rollout(prompts[0], i, float(i >= 8)) for i in range(16) if i != 3])
+    assert table.lacking(prompts[:1], 8).tolist() == [1]
+    with pytest.raises(ValueError, match="1 of 1 prompts have less than 8 samples"):
+        table.estimate(0.5, prompts[:1], 8)
+    assert table.estimate(0.5, prompts[:1], 3).mean[0] == 0 and table.estimate(0.5).samples[0] == 15

@@ -80,3 +80,12 @@ def test_a_filtered_order_resumes_and_refuses_another_filter(prompts: list[Promp
         assert [p.uid for p in resumed.take()] == [p.uid for p in ahead.take()] == [p.uid for p in stream.take()]
     with pytest.raises(PromptError, match="has prompts"):
         PromptStream(prompts, 2, 0, some | {"uid-2": 0.4}).restore(stream.state())
+
+
+def test_responses_rewarded_for_their_form_alone_are_all_wrong(
+    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: Callable[..., Rollout]
+) -> None:
+    table = VStarTable.create_or_open(tmp_path, contract)
+    for prompt, rewards in zip(prompts, [(0.1, 0.1), (0.0, 0.1), (0.1, 1.0), (-1.0, 0.0)], strict=False):
+        table.append([rollout(prompt, n, reward) for n, reward in enumerate(rewards)])
+    assert weights(table.estimate(0.5), FilterConfig(all_wrong=0.0)) == {"uid-0": 0.0, "uid-1": 0.0, "uid-3": 0.0}

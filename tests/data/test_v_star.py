@@ -147,7 +147,7 @@ def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(
         ]
     )
     summary = table.summary()
-    assert (summary.all_wrong, summary.all_right, summary.mean_reward) == (0.25, 0.25, pytest.approx(3.1 / 8))
+    assert (summary.all_wrong, summary.all_right, summary.mean_reward) == (0.5, 0.25, pytest.approx(3.1 / 8))
 
 
 def _torn(data: bytes) -> bytes:
@@ -232,6 +232,11 @@ def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path, contract: Contrac
         ("", "not the header of a V\\* table"),
         ("[]", "not the header of a V\\* table"),
         ('{"format": 1}', "not the header of a V\\* table"),
+        ("[" * 100_000, "not the header of a V\\* table"),
+        *(
+            (f'{{"format": {wrong}, "contract": {{}}}}', f"not the header .*expected {FORMAT}")
+            for wrong in ("true", '"1"', "0", "1.0", "1.9", "1e400", "null", "[1]")
+        ),
         (json.dumps({"format": FORMAT + 1, "contract": {}}), f"has format {FORMAT + 1}, .* reads up to {FORMAT}"),
     ],
 )
