@@ -127,6 +127,15 @@ def _block(program, r, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.co
 
 
 @triton.jit
+def _excess(gaps, exponentials):
+    """The sum of exponentials without 1 for the largest, which would cost the digits of the others."""
+    others = tl.where(gaps == 0.0, 0.0, exponentials)
+    number = tl.sum((gaps == 0.0).to(tl.float32), axis=1)
+    return tl.sum(others, axis=1) + (number - 1.0)
+
+
+# One block of logits and what the softmax needs of it.
+@triton.jit
 def _sums_kernel(
     hidden,
     weight,
@@ -150,7 +159,6 @@ def _sums_kernel(
     ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of logits and what the softmax needs of it."""
     row_block, column_block = _block(tl.program_id(0), r, v, ROWS, COLUMNS, BAND)  # pyright: ignore[reportGeneralTypeIssues]
     product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, depth, INNER):
@@ -169,9 +177,7 @@ def _sums_kernel(
     tl.store(maxima + place, maximum, mask=inside)
     tl.store(totals + place, tl.sum(exponentials, axis=1), mask=inside)
     if ENTROPY:
-        others = tl.where(gaps == 0.0, 0.0, exponentials)
-        number = tl.sum((gaps == 0.0).to(tl.float32), axis=1)
-        tl.store(excess + place, tl.sum(others, axis=1) + (number - 1.0), mask=inside)
+        tl.store(excess + place, _excess(gaps, exponentials), mask=inside)
         tl.store(weighted + place, tl.sum(tl.where(real, gaps, 0.0) * exponentials, axis=1), mask=inside)
     target = tl.load(targets + rows, mask=inside, other=-1)
     hit = (target >= column_block * COLUMNS) & (target < tl.minimum(v, (column_block + 1) * COLUMNS))
