@@ -129,7 +129,7 @@ def test_no_process_grows_by_more_than_two_buckets(route: Route, tmp_path: Path)
         end.stdin.flush()
     for end in ends:
         grown = json.loads(said(end))["grown"]
-        assert LARGE_BUCKET_BYTES < grown < 2 * LARGE_BUCKET_BYTES + (7 << 20)  # 7 MiB: code, sockets, plans; not a third bucket
+        assert LARGE_BUCKET_BYTES < grown < 2 * LARGE_BUCKET_BYTES + (7 << 20)  # code, sockets, plans; no third bucket
     for end in ends:
         end.communicate("\n")
         assert end.returncode == 0
