@@ -117,8 +117,8 @@ def _certified(source: End, destination: Path) -> str:
 
     In float32 whatever the weights are stored in, so that a small error shows.
     """
-    ends = (source.path, destination) if source.kind == MegatronEnd.kind else (destination, source.path)
-    megatron, hugging_face = ends
+    from_megatron = source.kind == MegatronEnd.kind
+    megatron, hugging_face = (source.path, destination) if from_megatron else (destination, source.path)
 
     def logprobs(sequences: Sequence[Sequence[int]], _prompt_tokens: Sequence[int]) -> list[list[float]]:
         command = [sys.executable, "-P", "-m", "astar_megatron.model.alone", str(megatron), str(hugging_face)]
