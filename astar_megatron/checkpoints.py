@@ -40,8 +40,8 @@ class Checkpoints:
             )
         return folder
 
-    def restore(self, prompts: PromptStream) -> int:
-        """Set the prompt order to the newest checkpoint's and return the steps behind it, 0 without one.
+    def restore(self, prompts: PromptStream, v_star: LiveVStar) -> int:
+        """Set prompt order and refreshed V* to the newest checkpoint's; return the steps behind it, 0 without one.
 
         Raises ContractError or ValueError for a checkpoint of other settings that this run can't go on from.
         """
@@ -50,13 +50,13 @@ class Checkpoints:
             return 0
         progress = self._progress(folder)
         prompts.restore(progress["prompts"])
+        v_star.restore(progress.get("v_star", {}))
         return int(progress["step"])
 
     def resume(self, policy: PolicyGroup, prompts: PromptStream, v_star: LiveVStar) -> int:
-        """As `restore`, and the policy and the refreshed V* too. Raises ValueError for one of other settings."""
-        step, folder = self.restore(prompts), self.latest
+        """As `restore`, and the policy too."""
+        step, folder = self.restore(prompts, v_star), self.latest
         if folder is not None:
-            v_star.restore(self._progress(folder).get("v_star", {}))
             policy.load(folder, step)
         return step
 

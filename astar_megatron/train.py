@@ -50,7 +50,8 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
     filtered = cfg.filter != FilterConfig()  # which needs stage 1
     prompts = _stream(cfg, inputs, stage_1(cfg, inputs) if filtered else None)
-    done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg)).restore(prompts)
+    v_star = LiveVStar({}, {}, cfg.astar.beta1, cfg.astar.refresh_decay)  # no values: to see that a saved one fits
+    done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg)).restore(prompts, v_star)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "

@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept (the policy's part is a fake that makes the folder)."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ class FakePolicy:
 
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
+        (folder / "progress.json").write_text(json.dumps(progress))
 
 
 def saved(run_dir: Path, keep: int, steps: list[int]) -> list[int]:
@@ -41,3 +43,17 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
 def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path: Path) -> None:
     assert saved(tmp_path, 2, [10, 20]) == [10, 20]
     assert saved(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
+
+
+def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(tmp_path: Path) -> None:
+    def live(beta1: float) -> LiveVStar:
+        return LiveVStar({"0": 0.5}, {"0": 4}, beta1, 0.9)
+
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
+    before, stream = live(0.5), PromptStream(PROMPTS, 2, 0)
+    before.add([("0", 1.0)])
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, before)
+    after = live(0.5)
+    assert checkpoints.restore(stream, after) == 3 and after["0"] == before["0"] != 0.5
+    with pytest.raises(ValueError, match=r"astar\.beta1: the checkpoint's V\* was refreshed with astar\.beta1 0\.5"):
+        checkpoints.restore(stream, live(0.25))

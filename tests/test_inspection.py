@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sweep_jobs import CONTRACT, PROMPTS, answer
 
 from astar_megatron import config
+from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
 from astar_megatron.inspection import _histogram, main
 
@@ -76,6 +78,23 @@ def test_a_table_without_rows_or_none_at_all_is_a_clear_error(tmp_path: Path) ->
         main(cfg)
 
 
+def test_it_says_what_the_table_was_made_under_and_whether_this_run_could_use_it(
+    tmp_path: Path, tied_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config.validate(TREE | {"run_dir": str(tmp_path), "model": {"path": str(tied_llama)}})
+    contract, rows = contract_of(cfg), [dataclasses.replace(answer(PROMPTS[0], n, n), reward=1.0) for n in range(2)]
+    table = VStarTable.create_or_open(tmp_path / "v_star", dataclasses.replace(contract, temperature=0.5))
+    table.append(rows)
+    main(cfg)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "temperature: 0.5" in shown and f"reward: {contract.reward}" in shown
+    assert "this run can't use it: temperature: this run has 1.0, the table 0.5" in shown
+    shutil.rmtree(tmp_path / "v_star")
+    VStarTable.create_or_open(tmp_path / "v_star", contract).append(rows)
+    main(cfg)
+    assert "this run's contract is the same" in " ".join(capsys.readouterr().out.split())
+
+
 def test_inspect_runs_on_a_machine_without_ray_vllm_megatron_and_transformers(tmp_path: Path) -> None:
     fill(tmp_path / "v_star", (0.0, 1.0))
     (tmp_path / "run.yaml").write_text(str(TREE | {"run_dir": str(tmp_path)}))
@@ -96,3 +115,4 @@ def test_inspect_runs_on_a_machine_without_ray_vllm_megatron_and_transformers(tm
     )
     assert done.returncode == 0, done.stderr
     assert "prompts by mean reward" in done.stdout
+    assert "not compared with this run's contract: " in done.stdout

@@ -41,6 +41,10 @@ class PackedBatch:
         """How many of the R response tokens each of the B sequences has; they lie in the sequences' order."""
         return tuple(self.sequence.bincount(minlength=self.num_sequences).tolist())
 
+    def by_sequence(self, values: torch.Tensor) -> list[list[float]]:
+        """Return the values [R] of the response tokens as a list a sequence."""
+        return [part.tolist() for part in values.split(self.response_lengths)]
+
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1, at_least: int = 1) -> list[list[int]]:
     """Return the indices of the sequences of each micro-batch: every sequence once, heaviest micro-batch first.

@@ -129,6 +129,11 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def described(fields: Mapping[str, Value]) -> list[tuple[str, str]]:
+    """Return the stored fields of a contract with their names, in words."""
+    return [(name.replace("_", " "), _shown(fields, name)) for name in fields]
+
+
 def _shown(fields: Mapping[str, Value], name: str) -> str:
     value = fields.get(name, "nothing recorded")
     return value[:12] + "..." if isinstance(value, str) and name.endswith("_digest") else str(value)

@@ -6,7 +6,7 @@ Nobody replaces it, not even while the table has no rows: another job may be dra
 import json
 from pathlib import Path
 
-from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.contract import Contract, ContractError, Value
 from astar_megatron.data.files import storage_error, write_atomic
 from astar_megatron.data.shards import TableError
 
@@ -23,10 +23,10 @@ def make_header(folder: Path, contract: Contract) -> None:
     write_atomic(folder / "header.json", json.dumps(header, indent=1).encode(), replace=False)
 
 
-def check_header(folder: Path, contract: Contract | None) -> None:
-    """Raise ContractError (field by field) unless the table is of this contract; None takes any.
+def stored_contract(folder: Path) -> dict[str, Value]:
+    """Return the fields of the contract that the table was made under.
 
-    Raises MissingTableError, TableError (newer format, not a header) and StorageError too.
+    Raises MissingTableError, TableError (newer format, not a header) and StorageError.
     """
     path = folder / "header.json"
     try:
@@ -49,6 +49,15 @@ def check_header(folder: Path, contract: Contract | None) -> None:
             f"{folder}: the V* table has format {version}, this astar_megatron reads up to {FORMAT}; "
             "use the version that wrote it or a later one"
         )
+    return stored
+
+
+def check_header(folder: Path, contract: Contract | None) -> None:
+    """Raise ContractError (field by field) unless the table is of this contract; None takes any.
+
+    Raises what `stored_contract` does too.
+    """
+    stored = stored_contract(folder)
     if contract is None:
         return
     if lines := contract.difference(stored, names=("this run", "the table")):

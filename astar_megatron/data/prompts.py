@@ -165,7 +165,7 @@ class PromptStream:
             if state.get(name) != mine:
                 raise PromptError(
                     f"PromptStream: the saved cursor has {name} {state.get(name)!r}, this run {mine!r}; "
-                    "continue with the data and seed it was saved with, or start a new run_dir"
+                    "continue with the data, the filter and the seed it was saved with, or start a new run_dir"
                 )
         epoch, taken = state.get("epoch"), state.get("taken")
         if (

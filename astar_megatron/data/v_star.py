@@ -306,6 +306,7 @@ class VStarTable:
         """Sort the new rows in; of several rows of one (prompt, sample) the one of the smallest digest stays."""
         if self._new:
             rows = _Rows.together([self._old, *self._new])
+            self._old, self._new = rows, []  # lets go of the parts, as large as they are together
             key = rows.prompt.astype(np.int64) << 32 | rows.sample
             if not (key[1:] > key[:-1]).all():
                 order = np.argsort(key, kind="stable")
@@ -317,7 +318,7 @@ class VStarTable:
                     digest[several] = self._digests(rows.at(several))
                     order = np.lexsort((digest, key))
                     rows = rows.at(order[np.append(True, ~again)])
-            self._old, self._new = rows, []
+            self._old = rows
             self._starts = np.append(0, np.cumsum(np.bincount(rows.prompt, minlength=len(self._uids))))
 
     def _digests(self, rows: _Rows) -> list[bytes]:

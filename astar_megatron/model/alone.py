@@ -41,10 +41,7 @@ def logprobs(folder: Path, model_folder: Path, sequences: Sequence[Sequence[int]
     _fill(part, folder)
     packed = pack(sequences, [1] * len(sequences), share_prefix=backend.shares_prefix)
     (found,) = run_scoring([part], [packed], vocab_size=model.vocab_size, temperature=1.0, backend=backend)
-    rows: list[list[float]] = [[] for _ in sequences]
-    for sequence, value in zip(packed.sequence.tolist(), found.tolist(), strict=True):
-        rows[sequence].append(value)
-    return rows
+    return packed.by_sequence(found)
 
 
 def _fill(part: GPTModel, folder: Path) -> None:

@@ -243,12 +243,7 @@ class PolicyRank:
         found = run_scoring(
             self._modules, packs, vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
         )
-        if not found:
-            return None
-        rows: list[list[float]] = [[] for _ in token_ids]
-        for sequence, value in zip(packed.sequence.tolist(), found[0].tolist(), strict=True):
-            rows[sequence].append(value)
-        return rows
+        return packed.by_sequence(found[0]) if found else None
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's parameters, current and uncopied."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conversion.verify import (
     Manifest,
     Part,
     Verifier,
+    digest,
     held_parts,
     mismatch,
     sent_parts,
@@ -177,17 +179,32 @@ def test_samples_reach_every_row_in_time() -> None:
     assert len({holdings.sampled(version)[0] for version in range(40 * height)} - {0}) == height
 
 
-def test_every_bit_of_every_element_counts() -> None:
-    tensor = torch.zeros(3, 5)
-    part = Part(Piece(rank=0, name="t", index=((0, 3), (0, 5))), "w", (4, 7, 2, 7))
-    seen = {Holdings([part], {"t": tensor}, torch.float32).full()[0]}
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)]
+)
+@pytest.mark.parametrize("columns", [(2, 7), (3, 7), (0, 6)])
+def test_every_bit_of_every_element_counts(dtype: torch.dtype, bits: torch.dtype, columns: tuple[int, int]) -> None:
+    width, size = columns[1] - columns[0], 8 * dtype.itemsize
+    tensor = torch.zeros(3, width, dtype=dtype)
+    part = Part(Piece(rank=0, name="t", index=((0, 3), (0, width))), "w", (4, 7, *columns))
+    seen = {Holdings([part], {"t": tensor}, dtype).full()[0]}
     for row in range(3):
-        for col in range(5):
-            for bit in range(32):
+        for col in range(width):
+            for bit in range(size):
                 changed = tensor.clone()
-                changed.view(torch.int32)[row, col] ^= -(1 << 31) if bit == 31 else 1 << bit
-                seen.add(Holdings([part], {"t": changed}, torch.float32).full()[0])
-    assert len(seen) == 1 + 3 * 5 * 32
+                changed.view(bits)[row, col] ^= -(1 << bit) if bit == size - 1 else 1 << bit
+                seen.add(Holdings([part], {"t": changed}, dtype).full()[0])
+    assert len(seen) == 1 + 3 * width * size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("cuts", [(0, 3, 8, 11), (0, 4, 8, 11), (0, 1, 2, 11)])
+def test_digests_of_columns_add_up_wherever_they_are_cut(dtype: torch.dtype, cuts: tuple[int, ...]) -> None:
+    values = torch.randn(5, 11, generator=torch.Generator().manual_seed(7)).to(dtype)
+    parts = [digest(values[:, a:b], (0, 5, a, b)) for a, b in pairwise(cuts)]
+    assert (sum(parts) - digest(values, (0, 5, 0, 11))) % (1 << 64) == 0
+    unaligned = torch.frombuffer(bytearray(b"\0" + values.view(torch.uint8).numpy().tobytes()), dtype=dtype, offset=1)
+    assert digest(unaligned.view(5, 11), (0, 5, 0, 11)) == digest(values, (0, 5, 0, 11))
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 5), (1, 3, 5)])
