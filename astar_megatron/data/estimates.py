@@ -4,13 +4,15 @@ Legend: P prompts, N samples of a prompt, R rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from astar_megatron.algorithm import value
+
+_ROWS_AT_ONCE = 1 << 19  # 4 MiB of rewards, and about ten arrays as large beside them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +70,7 @@ def estimate(
     binary, low, high = np.empty(shape, bool), np.empty(shape), np.empty(shape)
     floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most", "bias")}
     spent = np.empty(shape, np.int64)
-    for count in np.unique(counts):  # prompts with equally many samples form one [P, N] array
-        which = np.flatnonzero(counts == count)
+    for count, which in _of_equal_count(counts):  # [P, N] arrays
         rows = starts[which, None] + np.arange(count)
         drawn = torch.from_numpy(rewards[rows])  # [P, N]
         floats["v_star"][which] = value.v_star(drawn, beta1).numpy()
@@ -89,6 +90,15 @@ def estimate(
     if bias_correction:
         floats["v_star"] = floats["v_star"] + bias
     return Estimates(uids=list(uids), **floats, low=low, high=high, samples=np.array(counts, np.int64), tokens=spent)
+
+
+def _of_equal_count(counts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each number of samples, and the prompts that have as many, no more at once than memory has room for."""
+    for count in np.unique(counts):
+        which = np.flatnonzero(counts == count)
+        step = max(1, _ROWS_AT_ONCE // int(count))
+        for start in range(0, len(which), step):
+            yield int(count), which[start : start + step]
 
 
 def _exact_interval(k: np.ndarray, n: np.ndarray, beta1: float, level: float) -> tuple[np.ndarray, np.ndarray]:
