@@ -69,6 +69,11 @@ class _Rows:
             prompt=self.prompt[rows], sample=self.sample[rows], reward=self.reward[rows], tokens=self.tokens[rows]
         )
 
+    def rearrange(self, to: np.ndarray | slice, rows: np.ndarray) -> None:
+        """Put `rows` where `to` is, in place: of no more than one column there is a copy."""
+        for column in (self.prompt, self.sample, self.reward, self.tokens):
+            column[to] = column[rows]
+
     @classmethod
     def together(cls, parts: Sequence["_Rows"]) -> "_Rows":
         return cls(
@@ -306,18 +311,18 @@ class VStarTable:
         """Sort the new rows in; of several rows of one (prompt, sample) the one of the smallest digest stays."""
         if self._new:
             rows = _Rows.together([self._old, *self._new])
-            self._old, self._new = rows, []  # lets go of the parts, as large as they are together
+            self._old, self._new = _Rows.together([]), []  # lets go of the parts, as large as they are together
             key = rows.prompt.astype(np.int64) << 32 | rows.sample
             if not (key[1:] > key[:-1]).all():
                 order = np.argsort(key, kind="stable")
-                rows, key = rows.at(order), key[order]
+                rows.rearrange(slice(None), order)
+                key = key[order]
                 again = key[1:] == key[:-1]
                 if again.any():
-                    several = np.append(False, again) | np.append(again, False)
-                    digest = np.zeros(len(rows), "S16")
-                    digest[several] = self._digests(rows.at(several))
-                    order = np.lexsort((digest, key))
-                    rows = rows.at(order[np.append(True, ~again)])
+                    several = np.flatnonzero(np.append(False, again) | np.append(again, False))
+                    digests = np.array(self._digests(rows.at(several)))
+                    rows.rearrange(several, several[np.lexsort((digests, key[several]))])
+                    rows = rows.at(np.append(True, ~again))
             self._old = rows
             self._starts = np.append(0, np.cumsum(np.bincount(rows.prompt, minlength=len(self._uids))))
 

@@ -115,11 +115,14 @@ def opened(folder: Path) -> dict[str, float]:
 
 
 def append_milliseconds(table: VStarTable, number: int) -> dict[str, float]:
-    seconds = []
+    """Of REPEATS shards, which are removed again: the next run measures the same table."""
+    seconds, before = [], set(table.folder.iterdir())
     for rollouts in [shard(number + i) for i in range(REPEATS)]:
         start, start_cpu = time.perf_counter(), time.process_time()
         table.append(rollouts)
         seconds.append((time.perf_counter() - start, time.process_time() - start_cpu))
+    for path in {*table.folder.iterdir()} - before:
+        path.unlink()
     return {
         "median": 1e3 * median(wall for wall, _ in seconds),
         "median of the processor's time": 1e3 * median(cpu for _, cpu in seconds),
