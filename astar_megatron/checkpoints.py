@@ -49,9 +49,12 @@ class Checkpoints:
         if folder is None:
             return 0
         progress = self._progress(folder)
-        prompts.restore(progress["prompts"])
-        v_star.restore(progress.get("v_star", {}))
-        return int(progress["step"])
+        try:
+            prompts.restore(progress["prompts"])
+            v_star.restore(progress.get("v_star", {}))
+            return int(progress["step"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._damaged(folder, repr(error)) from error
 
     def resume(self, policy: PolicyGroup, prompts: PromptStream, v_star: LiveVStar) -> int:
         """As `restore`, and the policy too."""
@@ -73,16 +76,19 @@ class Checkpoints:
         except (OSError, ValueError, AttributeError) as error:
             missing = {f"{type(error).__name__}: {error}"}
         if missing:
-            raise ValueError(
-                f"{folder / _PROGRESS_FILE}: missing or damaged ({', '.join(sorted(missing))}); write the name of "
-                f"another step_* folder into {self._folder / 'latest'}, or remove {self._folder} to start over"
-            )
+            raise self._damaged(folder, ", ".join(sorted(missing)))
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
             raise ContractError(
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
                 + "\n  ".join(differences)
             )
         return progress
+
+    def _damaged(self, folder: Path, reason: str) -> ValueError:
+        return ValueError(
+            f"{folder / _PROGRESS_FILE}: missing or damaged ({reason}); write the name of another step_* folder into "
+            f"{self._folder / 'latest'}, or remove {self._folder} to start over"
+        )
 
     def save(self, policy: PolicyGroup, step: int, prompts: PromptStream, v_star: LiveVStar) -> None:
         """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few."""

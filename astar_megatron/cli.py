@@ -211,7 +211,7 @@ def doctor(
     """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it."""
     status = _program("doctor").main()
     if config_file is not None:
-        _program("run").say_fit(config.load(config_file, overrides or ()))
+        _program("train").say_fit(config.load(config_file, overrides or ()))
     raise typer.Exit(status)
 
 

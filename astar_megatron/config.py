@@ -111,8 +111,8 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch.
 
-    After `warmup_steps` of linear rise the learning rate is constant; with `cosine` it falls to `min_lr` until the end
-    of training, with `wsd` in a straight line over the last `decay_steps`.
+    After `warmup_steps` of linear rise the learning rate is constant; with `cosine` it falls until the end of training,
+    with `wsd` in a straight line over the last `decay_steps`. `min_lr` is where a step after the last would be.
     """
 
     lr: float = Field(default=1e-6, gt=0.0)
@@ -243,7 +243,7 @@ class RunConfig(Section):
                 f"take a divisor of it, for example {_nearest_divisor(mini, self.parallel.data)}"
             )
         needed = self.optim.warmup_steps + (self.optim.decay_steps or 0)
-        if self.optim.schedule != "constant" and needed >= self.optimizer_steps:
+        if needed >= self.optimizer_steps:
             raise ValueError(
                 f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
                 f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "

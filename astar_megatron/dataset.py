@@ -143,11 +143,12 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     with Scorer(cfg.reward) as scorer:
         scorer.check(prompts)
     table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
-    _write_prompts(cfg, prompts)
     wanted = np.array([max(rows[i].samples) + 1 for i in used])
     missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, wanted)}
+    _check_there(table, drawn, missing)
     pairs = zip(drawn, published, strict=True)
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
+    _write_prompts(cfg, prompts)
     other, failed = _import(cfg, table, work)
     held = [
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
@@ -233,6 +234,22 @@ def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
         raise PromptError(
             f"{source}: {over} of {len(drawn)} responses exceed sampling.max_response_tokens = {limit}, so this run "
             f"could not have drawn them; the longest has {max(lengths)} tokens: set the key to that of their drawing"
+        )
+
+
+def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str, int]]) -> None:
+    """Raises PromptError where the table has another response of a prompt under the same number."""
+    places = {(one.prompt.uid, one.sample): one for one in drawn}
+    other = {place: one for place, one in places.items() if place not in missing}
+    for uid, sample, token_ids in table.responses() if other else ():
+        if (uid, sample) in other and other[uid, sample].token_ids == token_ids:
+            del other[uid, sample]
+    if other:
+        one = next(iter(other.values()))
+        raise PromptError(
+            f"sweep.table: {table.folder} has other responses where {len(other)} of {len(drawn)} would go, for example "
+            f"response_{one.sample} of {one.prompt.text!r:.80}: it holds another data set or a sweep's own; choose "
+            "another sweep.table"
         )
 
 

@@ -112,19 +112,6 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
     return sets
 
 
-def say_fit(cfg: RunConfig) -> None:
-    """Say what a run needs of this machine. Raises ValueError, as `prepare`, where it can't start here."""
-    inputs = prepare(cfg)
-    check_ranks(cfg)
-    need = doctor.needs(cfg, 4 * inputs.model.num_parameters(), doctor.measure())
-    print(
-        f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; "
-        f"policy on {layouts.described(cfg.parallel)}; it "
-        f"needs at least {need.memory_bytes / doctor.GIB:.1f} GiB of memory and {need.shared_bytes / doctor.GIB:.1f} "
-        "GiB of /dev/shm, activations on top"
-    )
-
-
 def check_ranks(cfg: RunConfig) -> None:
     """Raise LayoutError where training has more Megatron ranks than the engines leave accelerators on this machine.
 

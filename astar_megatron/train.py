@@ -20,12 +20,14 @@ from astar_megatron.config import FilterConfig, RunConfig
 from astar_megatron.data import bad_batches, filters
 from astar_megatron.data.allocation import samples_wanted
 from astar_megatron.data.estimates import Estimates
+from astar_megatron.data.header import MissingTableError
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import evaluate, show
+from astar_megatron.model import layouts
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.rollout.scoring import Scorer, gather
-from astar_megatron.run import Inputs, prepare, started
+from astar_megatron.run import Inputs, check_ranks, prepare, started
 from astar_megatron.tracking import Clock, Tracker, read_metrics
 from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 from astar_megatron.weights import TransferFolder, WeightSync
@@ -48,32 +50,59 @@ def main(cfg: RunConfig) -> None:
 
 def check(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
-    filtered = cfg.filter != FilterConfig()  # which needs stage 1
-    prompts = _stream(cfg, inputs, stage_1(cfg, inputs) if filtered else None)
-    v_star = LiveVStar({}, {}, cfg.astar.beta1, cfg.astar.refresh_decay)  # no values: to see that a saved one fits
-    done = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg)).restore(prompts, v_star)
+    needs_stage_1 = cfg.filter != FilterConfig() or cfg.astar.refresh_decay is not None
+    found = stage_1(cfg, inputs) if needs_stage_1 else None
+    checkpoints = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg))
+    done = checkpoints.restore(_stream(cfg, inputs, found), _live(cfg, found))
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
             f"{done} steps; raise it, choose a new run_dir, or write the name of an earlier step_* folder into "
             f"{cfg.run_dir}/checkpoints/latest"
         )
+    _check_places(cfg, inputs)
+
+
+def _check_places(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError where what a run writes has no place."""
     read_metrics(cfg.run_dir)  # damaged ones are refused here
     folders.check_destination(cfg.export_dir)
     doctor.check_disk(cfg, inputs.model.num_parameters())
+
+
+def say_fit(cfg: RunConfig) -> None:
+    """Say what a run needs of this machine. Raises ValueError, as `main` would, where it can't start or go on here."""
+    inputs = prepare(cfg)
+    check_ranks(cfg)
+    try:
+        stage_1(cfg, inputs)
+    except MissingTableError:
+        done = "stage 1 is still to be done"
+        _check_places(cfg, inputs)
+    else:
+        done = "stage 1 is done"
+        check(cfg, inputs)
+    need = doctor.needs(cfg, 4 * inputs.model.num_parameters(), doctor.measure())
+    print(
+        f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; "
+        f"{done}; policy on {layouts.described(cfg.parallel)}; it needs at least "
+        f"{need.memory_bytes / doctor.GIB:.1f} GiB of memory and {need.shared_bytes / doctor.GIB:.1f} "
+        "GiB of /dev/shm, activations on top"
+    )
 
 
 def train(
     cfg: RunConfig, inputs: Inputs, found: Estimates, policy: PolicyGroup, engines: EnginePool, tracker: Tracker
 ) -> None:
     """Train on what `stage_1` found, with a started policy and pool, and export; the engines keep the final weights."""
-    v_star = LiveVStar(found.by_uid(), found.samples_by_uid(), cfg.astar.beta1, cfg.astar.refresh_decay)
+    v_star = _live(cfg, found)
     prompts = _stream(cfg, inputs, found)
     checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))
     options = _step_options(cfg)
     first = checkpoints.resume(policy, prompts, v_star)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
+    bad_batches.set_aside(tracker.run_dir, first)
     earlier = tracker.begin(first)
     skipped = sum(line.get("skipped_steps", 0) for line in earlier)
     spent = int(found.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
@@ -152,6 +181,11 @@ def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates:
 def _stream(cfg: RunConfig, inputs: Inputs, found: Estimates | None) -> PromptStream:
     weights = filters.weights(found, cfg.filter) if found else None
     return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
+
+
+def _live(cfg: RunConfig, found: Estimates | None) -> LiveVStar:
+    first, samples = (found.by_uid(), found.samples_by_uid()) if found else ({}, {})
+    return LiveVStar(first, samples, cfg.astar.beta1, cfg.astar.refresh_decay)
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:

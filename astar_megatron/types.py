@@ -108,12 +108,13 @@ class StepStats(Health):
     """What one training step did, over its B sequences.
 
     `seconds` holds reference (its forward) and policy (forward, backward, optimiser); tokens_per_second and mfu are of
-    their sum. `logprobs` and `reference_logprobs` are the sums over each response (nats).
+    their sum. `logprobs` and `reference_logprobs` are the sums over each response (nats), `losses` those of sequences.
     """
 
     loss: float
     engine_gap: float  # mean of ln pi by the policy minus by the engine, over the first mini-batch: the same weights
-    grad_norm: float
+    grad_norm: float  # mean over the mini-batches whose step was taken, NaN without any
+    grad_norms: tuple[float, ...]  # of each mini-batch
     learning_rate: float
     skipped: tuple[int, ...]  # mini-batches whose optimiser step was left out: a loss or a gradient was not finite
     tokens: int
@@ -125,3 +126,4 @@ class StepStats(Health):
     seconds: dict[str, float] = field(default_factory=dict)
     logprobs: tuple[float, ...]  # [B]
     reference_logprobs: tuple[float, ...]  # [B]
+    losses: tuple[float, ...]  # [B]

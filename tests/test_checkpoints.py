@@ -45,6 +45,22 @@ def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path
     assert saved(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"prompts": None}, {"prompts": []}, {"v_star": {"beta1": 0.5, "decay": 0.9}}, {"v_star": 7}, {"step": None}],
+)
+def test_progress_that_is_damaged_inside_is_said_to_be(damage: dict[str, Any], tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
+    live, stream = LiveVStar({}, {}, 0.5, 0.9), PromptStream(PROMPTS, 2, 0)
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, live)
+    path = tmp_path / "checkpoints" / "step_00000003" / "progress.json"
+    if "beta1" in str(damage):
+        damage = {"v_star": damage["v_star"] | {"stage_1": live._digest()}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ValueError, match=r"progress\.json: missing or damaged"):
+        checkpoints.restore(stream, live)
+
+
 def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(tmp_path: Path) -> None:
     def live(beta1: float) -> LiveVStar:
         return LiveVStar({"0": 0.5}, {"0": 4}, beta1, 0.9)

@@ -280,6 +280,19 @@ def test_doctor_says_whether_a_run_fits(command: Any, tree: dict[str, Any], monk
     assert error.startswith("astar: memory")
 
 
+def test_doctor_says_of_a_run_what_training_would(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    cfg = config.validate(tree)
+    VStarTable.create_or_open(cfg.table_dir, dataclasses.replace(contract_of(cfg), temperature=0.5))
+    status, error = command("doctor", tree)
+    assert status == 2 and "temperature: this run has 1.0, the table 0.5" in error
+    shutil.rmtree(cfg.table_dir)
+    status, error = command("doctor", tree, "--set", "checkpoint.keep=1000000000")
+    assert status == 2 and "GiB are free" in error
+
+
 def test_an_unknown_key_is_refused_with_the_nearest(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("sweep", tree, "--set", "optim.learning_rate=1")
     assert status == 2

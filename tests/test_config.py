@@ -282,6 +282,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         (["optim.schedule=wsd"], "optim.decay_steps", "schedule wsd needs it"),
         (["optim.schedule=cosine", "optim.decay_steps=3"], "optim.decay_steps", "no other has it"),
         (["optim.schedule=cosine", "optim.warmup_steps=100"], "optim.warmup_steps", "100 optimiser steps of the run"),
+        (["optim.warmup_steps=100"], "optim.warmup_steps", "100 optimiser steps of the run"),
         (
             ["optim.schedule=wsd", "optim.decay_steps=150", "optim.warmup_steps=50", "train.mini_batch_size=128"],
             "optim.warmup_steps",

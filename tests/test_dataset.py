@@ -198,6 +198,25 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
     assert status == 0 and "0 imported, 6 were there" in said
 
 
+def test_other_responses_of_the_same_prompts_are_refused_and_nothing_is_written(
+    stage1: Any, astar: Command, tmp_path: Path
+) -> None:
+    source, file = stage1(_stage1())
+    assert astar("import-stage1", source, "--config", file)[0] == 0
+    before = sorted((tmp_path / "run" / "v_star").glob("shard-*"))
+    source, file = stage1(_stage1(response_1="4</s>", response_3="2", eval_3=1.0))
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2
+    assert "has other responses where 1 of 4 would go, for example response_1 of 'What is 1 + 1?'" in error
+    assert sorted((tmp_path / "run" / "v_star").glob("shard-*")) == before
+
+
+def test_a_column_whose_number_begins_with_zeros_is_refused(stage1: Any, astar: Command) -> None:
+    source, file = stage1(_stage1(response_01="2", eval_01=1.0))
+    status, _, error = astar("import-stage1", source, "--config", file)
+    assert status == 2 and "response_01 has zeros before its number" in error
+
+
 def test_duplicates_of_published_rows_are_imported_once_and_counted(stage1: Any, astar: Command) -> None:
     source, file = stage1(_stage1(), _stage1(response_0="1"), _stage1())
     for imported, there in ((3, 0), (0, 3)):

@@ -1,6 +1,7 @@
 """What a step leaves in metrics.jsonl, and the end of a run that loses too many steps."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -28,6 +29,7 @@ STATS = StepStats(
     loss=0.25,
     engine_gap=0.5,
     grad_norm=2.0,
+    grad_norms=(2.0, math.inf),
     learning_rate=1e-6,
     skipped=(1,),
     tokens=4,
@@ -39,6 +41,7 @@ STATS = StepStats(
     seconds={"policy": 0.4, "reference": 0.1},
     logprobs=(-1.0,),
     reference_logprobs=(-2.0,),
+    losses=(0.25,),
 )
 
 

@@ -12,6 +12,8 @@ on the response it is subtracted from, which biases the gradient.
 Leaves out: which prompts are drawn (data/filters.py).
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,14 +51,16 @@ class LiveVStar:
             self._refreshed[uid] = top + self._beta1 * log_mean, count + 1
 
     def state(self) -> dict[str, Any]:
-        """Return what was refreshed, and with which beta1 and decay, ready for JSON."""
+        """Return what was refreshed, from which V* of stage 1 and with which beta1 and decay, ready for JSON."""
         refreshed = {uid: list(pair) for uid, pair in self._refreshed.items()}
-        return {"beta1": self._beta1, "decay": self._decay, "refreshed": refreshed} if refreshed else {}
+        if not refreshed:
+            return {}
+        return {"beta1": self._beta1, "decay": self._decay, "stage_1": self._digest(), "refreshed": refreshed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; without a decay, from stage 1.
 
-        Raises ValueError for a state of another beta1 or decay.
+        Raises ValueError for a state of another beta1, decay or stage 1.
         """
         if self._decay is None or not state:
             self._refreshed = {}
@@ -68,4 +72,15 @@ class LiveVStar:
                     f"astar.{name}: the checkpoint's V* was refreshed with {was}, this run has {now}; set it as it "
                     "was, set astar.refresh_decay to null (V* is stage 1's again), or choose a new run_dir"
                 )
+        if state.get("stage_1") != self._digest():
+            raise ValueError(
+                "astar.refresh_decay: the checkpoint's V* was refreshed from other samples of stage 1 than this run "
+                "has (sweep.num_samples, sweep.extra_tokens, or another table); set them as they were, set "
+                "astar.refresh_decay to null (V* is stage 1's again), or choose a new run_dir"
+            )
         self._refreshed = {uid: (float(found), float(count)) for uid, (found, count) in state["refreshed"].items()}
+
+    def _digest(self) -> str:
+        """Of V* of stage 1, but for what machines differ in, and the samples behind it."""
+        rows = sorted((uid, f"{value:.6f}", self._samples[uid]) for uid, value in self._first.items())
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

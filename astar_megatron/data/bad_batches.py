@@ -3,7 +3,8 @@
     batch.safetensors    what the policy got, and the sums of log-probs that it and the reference gave:
                          token_ids [all tokens], lengths [B], prompt_tokens [B], reward, v_star, rollout_logprob,
                          logprob, reference_logprob [B] float64
-    batch.json           which mini-batches, the step's options, and each sequence's prompt, answer and response
+    batch.json           which mini-batches, their gradients' norms, the step's options, and each sequence's prompt,
+                         answer, response, log-probs and loss
 
 The folder is written beside under another name and renamed: where it is, it is whole.
 
@@ -47,6 +48,15 @@ def write(
     return folder
 
 
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename the folders of steps from `step` on, which a resumed run takes again, to step_<n>.undone."""
+    for folder in (run_dir / FOLDER).glob("step_" + "[0-9]" * 8):
+        if int(folder.name.removeprefix("step_")) >= step:
+            undone = folder.with_suffix(".undone")
+            shutil.rmtree(undone, ignore_errors=True)
+            folder.rename(undone)
+
+
 def _tensors(batch: RolloutBatch, stats: StepStats) -> dict[str, torch.Tensor]:
     return {
         "token_ids": torch.tensor([token for ids in batch.token_ids for token in ids]),
@@ -66,7 +76,7 @@ def _words(
     return {
         "version": batch.version,
         "skipped_mini_batches": list(stats.skipped),
-        "grad_norm": str(stats.grad_norm),
+        "grad_norms": [str(norm) for norm in stats.grad_norms],  # of each mini-batch
         "options": dataclasses.asdict(options),
         "sequences": [
             {
@@ -77,7 +87,10 @@ def _words(
                 "truncated": rollout.truncated,
                 "logprob": str(logprob),
                 "reference_logprob": str(reference),
+                "loss": str(loss),
             }
-            for rollout, logprob, reference in zip(rollouts, stats.logprobs, stats.reference_logprobs, strict=True)
+            for rollout, logprob, reference, loss in zip(
+                rollouts, stats.logprobs, stats.reference_logprobs, stats.losses, strict=True
+            )
         ],
     }

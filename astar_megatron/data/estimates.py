@@ -21,7 +21,9 @@ class Estimates:
 
     `low` and `high` are the ends of the interval, by the prompt's own samples that count, always finite. Each rule
     covers the true V* of rewards from -1 to 1 with probability `level` or more, for any N and beta1:
-    - all 0 or 1: exact, if rewards have no other values (Clopper and Pearson, through V*);
+    - all 0 or 1, and no reward of any prompt in the table below 0: Clopper and Pearson's, through V*. Exact for rewards
+      of 0 and 1. It covers for others from 0 to 1 too: V* is at least that of the share of 1 and at most that of the
+      share that is not 0, so where it lies outside, one of these two counts is in its tail;
     - all equal to another c: p of the responses, at most what Clopper and Pearson allow after none of N, may have any
       reward of -1 to 1, so V* of (1 - p) at c and p at -1, and of (1 - p) at c and p at 1;
     - otherwise V* where a share sqrt(ln(2 / (1 - level)) / 2N) of the samples, the highest, has reward -1 instead, or
@@ -66,6 +68,8 @@ def estimate(
     bias_correction: bool,
 ) -> Estimates:
     """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1."""
+    if not 0 < level < 1:
+        raise ValueError(f"estimate: expected a level between 0 and 1, got {level}; 0.95 is usual")
     shape = len(uids)
     binary, low, high = np.empty(shape, bool), np.empty(shape), np.empty(shape)
     floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most", "bias")}
@@ -82,6 +86,7 @@ def estimate(
         binary[which] = ((drawn == 0) | (drawn == 1)).all(dim=-1).numpy()
         low[which], high[which] = _interval_of_any(drawn, beta1, level)
         spent[which] = tokens[rows].sum(axis=-1, dtype=np.int64)
+    binary &= not (rewards < 0).any()
     bias = floats.pop("bias")
     k = np.rint(floats["mean"] * counts).astype(np.int64)
     low[binary], high[binary] = _exact_interval(k[binary], counts[binary], beta1, level)

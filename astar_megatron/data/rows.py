@@ -9,8 +9,9 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _LOG = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".parquet")
@@ -127,16 +128,42 @@ def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = Fa
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"field {name!r} is {value}, so it is missing; fill it or remove the line")
     if number and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(int(value) if value == value // 1 else value)  # 27.0 is 27; a number is as good as its text
+        value = _number_text(value)  # as good as its text
     if not isinstance(value, str):
         raise ValueError(f"field {name!r} is {type(value).__name__}, expected text; repair it or set {key}")
     if not value.strip():
         raise ValueError(f"field {name!r} is empty; fill it or remove the line")
+    if not is_text(value):
+        raise ValueError(f"field {name!r} holds half a surrogate pair, which is no text; repair it")
+    return value
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written: JSON may name half a surrogate pair, which is no character."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"field {name!r} holds half a surrogate pair, which is no text; repair it") from None
-    return value
+        return False
+    return True
+
+
+class _JsonNumber(float):
+    """A number of JSON with its digits as they stand there."""
+
+    def __new__(cls, text: str) -> Self:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
+def _number_text(value: float) -> str:
+    """A number as a person would write it: 27.0 as 27, 1e-07 as 0.0000001; JSON's with all their digits."""
+    if isinstance(value, int):
+        return str(value)
+    exact = Decimal(value.text if isinstance(value, _JsonNumber) else repr(value))
+    return str(int(exact)) if exact == exact.to_integral_value() else format(exact, "f").rstrip("0")
 
 
 def without_duplicates(pairs: Sequence[Pair], keys: Sequence[object], problems: Problems) -> list[int]:
@@ -183,7 +210,7 @@ def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
         if not raw.strip():
             continue
         try:
-            row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+            row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_float=_JsonNumber)
         except UnicodeDecodeError as error:
             problems.add(where, f"not UTF-8 ({error}); convert the file to UTF-8")
         except (ValueError, RecursionError) as error:
@@ -218,16 +245,18 @@ def _parquet_rows(file: Path, within: str, problems: Problems) -> list[Row]:
             where = f"{within}row {number}"
             if isinstance(fields, UnicodeDecodeError):
                 problems.add(where, f"not UTF-8 ({fields}); convert the text to UTF-8")
+            elif isinstance(fields, OverflowError):
+                problems.add(where, f"holds what Python can't ({fields}); drop that column")
             else:
                 rows.append(Row(where=where, fields=fields))
     return rows
 
 
 def _decoded(part: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """The rows of a part of a table with their numbers; the error of a row that holds text which is not UTF-8."""
+    """The rows of a part of a table with their numbers; of a row that Python can't hold, the error."""
     try:
         yield from enumerate(part.to_pylist(), first)
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, OverflowError) as error:
         if len(part) == 1:
             yield first, error
             return

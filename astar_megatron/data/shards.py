@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,6 +68,15 @@ def read_shard(path: Path, whole: bool) -> pa.Table | None:
     return columns
 
 
+def read_responses(path: Path) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Yield uid, sample and response tokens of each row. Raises TableError for a damaged shard."""
+    columns, reason = _read(path, whole=False, names=("uid", "sample", "response"))
+    if columns is None:
+        raise TableError(f"{path}: damaged ({reason}); open the V* table again, which sets it aside")
+    for uid, sample, response in zip(*(column.to_pylist() for column in columns.columns), strict=True):
+        yield uid, sample, tuple(response)
+
+
 def shard_number(name: str) -> int:
     """Return the number in a shard's name; 0 where there is none."""
     digits = name.split("-")[1]
@@ -110,15 +119,15 @@ def _write(folder: Path, prefix: str, rows: pa.Table) -> str:
     return name
 
 
-def _read(path: Path, whole: bool) -> tuple[pa.Table | None, str]:
-    """The small columns of a file, or the reason why it is damaged."""
+def _read(path: Path, whole: bool, names: Sequence[str] = COLUMNS) -> tuple[pa.Table | None, str]:
+    """Columns of a file, the small ones, or the reason why it is damaged."""
     try:
         with path.open("rb") as file:
             if whole and not path.stem.endswith(hashlib.sha256(file.read()).hexdigest()[:16]):
                 return None, "its content does not have the digest of its name"
             # Not pq.read_table, which takes five times as long for a small file.
             found = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=["uid"])
-            columns = found.read(columns=list(COLUMNS), use_threads=False)
+            columns = found.read(columns=list(names), use_threads=False)
     except pa.ArrowException as error:
         return None, str(error)
     except FileNotFoundError:
@@ -127,9 +136,9 @@ def _read(path: Path, whole: bool) -> tuple[pa.Table | None, str]:
         if error.errno is not None:  # the file system's own; pyarrow reports a bad checksum as an OSError without errno
             raise storage_error(f"{path}: can't read a part of the V* table", error) from error
         return None, str(error)
-    if set(columns.column_names) != set(COLUMNS):
-        return None, f"it has the columns {', '.join(columns.column_names)} of {', '.join(COLUMNS)} only"
-    return columns.select(list(COLUMNS)), ""
+    if set(columns.column_names) != set(names):
+        return None, f"it has the columns {', '.join(columns.column_names)} of {', '.join(names)} only"
+    return columns.select(list(names)), ""
 
 
 def _rows(rollouts: Sequence[Rollout], text: bool) -> pa.Table:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from astar_megatron.data.rows import Pair, Problems, PromptError, Row
+from astar_megatron.data.rows import Pair, Problems, PromptError, Row, is_text
 
-_COLUMN = re.compile(r"(response|eval)_(0|[1-9][0-9]*)")
+_COLUMN = re.compile(r"(response|eval)_([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ def stage1_rows(rows: list[Row], problems: Problems) -> list[Stage1Row]:
     """Return the rows of a published stage-1 data set; what lacks a part goes to `problems`. Raises PromptError."""
     columns = dict.fromkeys(name for row in rows for name in row.fields)
     numbers = sorted({int(match[2]) for name in columns if (match := _COLUMN.fullmatch(name))})
+    if odd := [name for name in columns if (match := _COLUMN.fullmatch(name)) and str(int(match[2])) != match[2]]:
+        raise PromptError(f"the column {odd[0]} has zeros before its number, expected response_0, response_1, ...")
     if not any({f"response_{i}", f"eval_{i}"} <= columns.keys() for i in numbers):
         raise PromptError(
             "no stage-1 data set: expected columns response_0, eval_0, response_1, ...; "
@@ -49,9 +51,9 @@ def _read(row: Row, numbers: list[int]) -> Stage1Row:
     if not isinstance(chat, list) or [_get(turn, "role") for turn in chat] != ["user"]:
         raise ValueError(f"prompt is {chat!r:.200}, expected a chat of one user message")
     question, answer = _get(chat[0], "content"), _get(row.fields.get("reward_model"), "ground_truth")
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"the user message is {question!r}, expected text")
-    if not isinstance(answer, str) or not answer.strip():
+    if not isinstance(question, str) or not question.strip() or not is_text(question):
+        raise ValueError(f"the user message is {question!r:.200}, expected text")
+    if not isinstance(answer, str) or not answer.strip() or not is_text(answer):
         raise ValueError(f"reward_model.ground_truth is {answer!r:.80}, expected text")
     found = {i: pair for i in numbers if (pair := _response(row, i)) is not None}
     if not found:
@@ -69,7 +71,7 @@ def _response(row: Row, i: int) -> tuple[str, float] | None:
     response, value = row.fields.get(f"response_{i}"), row.fields.get(f"eval_{i}")
     if response is None and value is None:
         return None
-    if not isinstance(response, str):
+    if not isinstance(response, str) or not is_text(response):
         raise ValueError(f"response_{i} is {response!r:.80}, expected text")
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"eval_{i} is {value!r:.80}, expected a finite number")

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -31,7 +31,15 @@ from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
 from astar_megatron.data.files import StorageError, make_folder, storage_error
 from astar_megatron.data.header import MissingTableError, check_header, make_header
-from astar_megatron.data.shards import TableError, read_index, read_shard, shard_number, write_index, write_shard
+from astar_megatron.data.shards import (
+    TableError,
+    read_index,
+    read_responses,
+    read_shard,
+    shard_number,
+    write_index,
+    write_shard,
+)
 from astar_megatron.types import Prompt, Rollout
 
 SHARDS_AN_INDEX = 256
@@ -213,6 +221,11 @@ class VStarTable:
         return estimate(
             names, rows.reward, rows.tokens, starts[index], use, beta1, level=level, bias_correction=bias_correction
         )
+
+    def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+        """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""
+        for name in self._listed():
+            yield from read_responses(self.folder / name)
 
     def rewards(self) -> dict[str, list[float]]:
         """Return the raw rewards by uid, in order of their sample index."""

@@ -4,6 +4,8 @@ Shapes: B sequences of the step, b of them.
 """
 
 import dataclasses
+import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +68,7 @@ class StepRecord:
         seconds = sum(self.seconds.values())
         peak = self._backend.peak_flops
         tokens = sum(len(ids) for ids in batch.token_ids)
+        taken = [norm for index, norm in enumerate(self.grad_norms) if index not in self.skipped]
         found = health(
             logprob=logprob,
             reference_logprob=reference,
@@ -78,7 +81,8 @@ class StepRecord:
             **dataclasses.asdict(found),
             loss=float(rows[:, _LOSS].mean()),
             engine_gap=float((logprob - batch.rollout_logprob)[:first].mean()),
-            grad_norm=sum(self.grad_norms) / len(self.grad_norms),
+            grad_norm=statistics.fmean(taken) if taken else math.nan,
+            grad_norms=tuple(self.grad_norms),
             learning_rate=self.learning_rate,
             skipped=tuple(self.skipped),
             tokens=tokens,
@@ -90,6 +94,7 @@ class StepRecord:
             seconds=dict(self.seconds),
             logprobs=tuple(logprob.tolist()),
             reference_logprobs=tuple(reference.tolist()),
+            losses=tuple(rows[:, _LOSS].tolist()),
         )
 
     def _memory_of_all_ranks(self) -> tuple[int, ...]:

@@ -89,6 +89,13 @@ def test_a_state_of_another_beta1_or_decay_is_refused(beta1: float, decay: float
         refreshed(beta1, decay).restore({"u": [1.0, 8.2]})
 
 
+def test_a_state_that_began_from_other_samples_of_stage_1_is_refused() -> None:
+    state = json.loads(json.dumps(refreshed(0.5, 0.9).state()))
+    for first, samples in ((0.26, 8), (0.25, 4)):
+        with pytest.raises(ValueError, match=r"other samples of stage 1 .*sweep\.num_samples"):
+            LiveVStar({"u": first}, {"u": samples}, 0.5, 0.9).restore(state)
+
+
 def test_with_the_refresh_turned_off_a_resume_has_stage_1_s() -> None:
     live = refreshed(0.5, None)
     live.restore(refreshed(0.5, 0.9).state())

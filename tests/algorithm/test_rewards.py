@@ -384,6 +384,8 @@ def test_what_is_no_reward_is_told_why(reward: rewards.Reward, reason: str) -> N
         ("countdown", "<answer>2/0</answer>", "nothing of 0, 2"),
         ("multiply", "<answer> +012 </answer>", "12"),
         ("boxed_integer", r"\boxed{012.0}", "12"),
+        ("boxed_integer", r"\boxed{3,159}", "3159"),
+        ("boxed_integer", r"\boxed{1{,}003\,159}", "1003159"),
     ],
 )
 def test_the_answer_that_a_reward_compares_can_be_extracted(name: str, response: str, answer: str) -> None:

@@ -38,6 +38,7 @@ def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout]
         loss=math.nan,
         engine_gap=0.0,
         grad_norm=math.nan,
+        grad_norms=(math.nan, 3.0),
         learning_rate=1e-6,
         skipped=(0,),
         tokens=7,
@@ -48,6 +49,7 @@ def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout]
         peak_memory_bytes=(1,),
         logprobs=logprobs,
         reference_logprobs=(-1.0, -2.5),
+        losses=(math.nan, 0.25),
     )
     return rollouts, batch, stats
 
@@ -65,7 +67,19 @@ def test_what_was_written_is_read_back_and_replaced_by_a_second_try(tmp_path: Pa
     assert (words["version"], words["skipped_mini_batches"]) == (4, [0])
     assert words["options"]["temperature"] == 0.8
     assert [one["logprob"] for one in words["sequences"]] == ["nan", "-2.0"]
+    assert [one["loss"] for one in words["sequences"]] == ["nan", "0.25"]
+    assert words["grad_norms"] == ["nan", "3.0"]
     assert (words["sequences"][1]["uid"], words["sequences"][1]["answer"]) == ("uid1", "ü")
+
+
+def test_batches_of_steps_that_are_taken_again_are_set_aside(tmp_path: Path) -> None:
+    for _ in range(2):
+        folder = bad_batches.write(tmp_path, *_case(), OPTIONS)
+        bad_batches.set_aside(tmp_path, 5)
+        assert folder.is_dir()
+        bad_batches.set_aside(tmp_path, 4)
+        assert [path.name for path in folder.parent.iterdir()] == ["step_00000004.undone"]
+    bad_batches.set_aside(tmp_path / "none", 0)
 
 
 def test_a_run_dir_that_is_no_folder_is_refused_by_name(tmp_path: Path) -> None:

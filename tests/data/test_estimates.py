@@ -133,3 +133,26 @@ def test_a_sample_beyond_those_that_count_does_not_stand_in_for_a_missing_one(
     with pytest.raises(ValueError, match="1 of 1 prompts have less than 8 samples"):
         table.estimate(0.5, prompts[:1], 8)
     assert table.estimate(0.5, prompts[:1], 3).mean[0] == 0 and table.estimate(0.5).samples[0] == 15
+
+
+@pytest.mark.parametrize("values", [(-1.0, 1.0), (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("beta1", [0.5, 5.0])
+def test_intervals_of_rewards_below_0_cover(values: tuple[float, ...], beta1: float) -> None:
+    rewards, shares = np.array(values), np.array([0.15, *[0.85 / (len(values) - 1)] * (len(values) - 1)])
+    true = float(value.v_star(torch.from_numpy(rewards), beta1, torch.from_numpy(shares)))
+    for n in (1, 4, 8):
+        drawn = np.random.default_rng(0).choice(rewards, p=shares, size=(1000, n))
+        starts, counts = np.arange(1000) * n, np.full(1000, n)
+        found = estimate(
+            [""] * 1000, drawn.ravel(), np.ones(drawn.size), starts, counts, beta1, level=0.95, bias_correction=False
+        )
+        assert ((found.low <= true) & (true <= found.high)).mean() >= 0.95, n
+
+
+@pytest.mark.parametrize("level", [-1.0, 0.0, 1.0, 1.5, np.nan])
+def test_a_level_that_is_none_is_refused(
+    level: float, table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
+) -> None:
+    table.append([rollout(prompts[0], 0, 0.3)])
+    with pytest.raises(ValueError, match="level between 0 and 1"):
+        table.estimate(0.5, level=level)

@@ -72,7 +72,17 @@ def test_all_problems_are_counted_and_the_first_five_named(tmp_path: Path, model
 
 
 @pytest.mark.parametrize(
-    ("value", "answer"), [(27.0, "27"), (27, "27"), (0.5, "0.5"), (-3.0, "-3"), ("27.0", "27.0"), (1e16, str(10**16))]
+    ("value", "answer"),
+    [
+        (27.0, "27"),
+        (27, "27"),
+        (0.5, "0.5"),
+        (-3.0, "-3"),
+        ("27.0", "27.0"),
+        (1e16, str(10**16)),
+        (1e23, str(10**23)),
+        (1e-7, "0.0000001"),
+    ],
 )
 def test_a_number_is_as_good_an_answer_as_its_text(value: object, answer: str, tmp_path: Path) -> None:
     rows = read_rows(_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}]), problems := Problems("x"))

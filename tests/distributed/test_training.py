@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
     stats = stats_of(found)
     assert [one.skipped for one in stats] == [(), (0,), ()]
     assert math.isfinite(stats[1].loss) == (value == 1.5e19)
-    assert not math.isfinite(stats[1].grad_norm)
+    assert not math.isfinite(stats[1].grad_norms[0]) and math.isnan(stats[1].grad_norm)
     assert math.isfinite(stats[2].loss + stats[2].grad_norm)
 
 
@@ -74,6 +74,7 @@ def test_a_bad_mini_batch_leaves_the_good_one_beside_it(ranks: Any, tied_llama: 
     assert [one.skipped for one in found.stats] == [(1,), ()]
     assert found.digests == wanted.digests
     assert found.stats[1].loss == wanted.stats[1].loss
+    assert found.stats[0].grad_norm == found.stats[0].grad_norms[0] == wanted.stats[0].grad_norm
 
 
 def test_a_run_resumed_after_a_skipped_step_is_the_uninterrupted_run(

@@ -27,6 +27,7 @@ from astar_megatron.types import Prompt
 from conversion.convert import compare
 from conversion.ends import open_end
 
+MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
 SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}
 
 
@@ -133,6 +134,6 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(run_tree: Any, ti
     killed = command("train", "killed", 4)
     assert len(whole) == len(killed) == 4
     for one, other in zip(whole, killed, strict=True):
-        assert {k: v for k, v in one.items() if k != "seconds"} == {k: v for k, v in other.items() if k != "seconds"}
+        assert one | MEASURED == other | MEASURED
     exported = json.loads((tmp_path / "killed" / "hf" / "config.json").read_text())
     assert exported["architectures"] == ["LlamaForCausalLM"]

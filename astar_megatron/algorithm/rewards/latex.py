@@ -6,7 +6,7 @@ rewritten, nothing is computed, so "2" is not "1+1". Two repairs: an escaped bra
 however often that stands there; the official scorer compares the texts as they are where it stands more than once.
 And math signs around the whole (`$27$`, `\\(27\\)`) go. No end-of-text string is asked for. Linear in the response.
 
-`boxed_integer` is for contests whose answers are integers: "025" and "27.0" are 25 and 27.
+`boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159.
 """
 
 import re
@@ -17,6 +17,7 @@ _SHORT_FRACTION = re.compile(r"\\frac([^{\\])(?:([^{\\])|(?=\{))")  # \frac12, \
 _SHORT_ROOT = re.compile(r"\\sqrt([^{\[\\])")  # \sqrt3
 _AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read integers of more than 4300 digits
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
 
 
@@ -50,16 +51,20 @@ def boxed_integer(response: str, answer: str) -> float:
 def integer_in(response: str) -> str | None:
     """Return what `boxed_integer` compares; None where the last \\boxed{...} is no integer."""
     found = boxed_answer(response)
-    match = _INTEGER.fullmatch(found) if found is not None else None
-    return str(int(match[1])) if match else None
+    return _integer(found) if found is not None else None
 
 
 def integer_of(answer: str) -> str:
     """Return an integer such as "025" or "27.0" in its shortest form. Raises ValueError."""
-    match = _INTEGER.fullmatch(normalised(answer))
-    if match is None:
+    found = _integer(normalised(answer))
+    if found is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
-    return str(int(match[1]))
+    return found
+
+
+def _integer(text: str) -> str | None:
+    match = _INTEGER.fullmatch(_THOUSANDS.sub("", text))
+    return str(int(match[1])) if match else None
 
 
 def last_boxed(text: str) -> str | None:
