@@ -17,7 +17,7 @@ from astar_megatron.tracking import progress, show_table
 from conversion import convert, folders
 from conversion.ends import End, MegatronEnd, open_end
 from conversion.folders import CheckpointError
-from conversion.ledger import listed, recorded, said
+from conversion.ledger import check_record, config_said, listed, said
 from conversion.tiles import ParallelLayout
 
 _LINKS_SHOWN = 16  # more are summed up
@@ -71,7 +71,8 @@ def inspect(path: str, *, like: str | None) -> None:
     show_table(console, path, rows)
     with progress(console, "reading all weights", len(convert.hf_parts(model, end.dtype))) as advance:
         ledger = convert.read_through(end, advance)
-    for line in (listed(ledger.bad) if ledger.bad else "all weights are finite", said(end, ledger.digests())):
+    finite = listed(ledger.bad) if ledger.bad else "all weights are finite"
+    for line in dict.fromkeys((finite, said(end, ledger.digests()), config_said(end))):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -80,7 +81,7 @@ def _opened(source: str, destination: str, like: str | None, dry_run: bool) -> E
     folders.check_apart(destination, source)
     folders.free_bytes(destination)
     end = open_end(source, like, plan_only=dry_run)
-    recorded(end)  # a record that can't be of these weights is refused by a dry run too
+    check_record(end)  # by a dry run too
     return end
 
 

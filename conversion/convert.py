@@ -21,9 +21,9 @@ from torch import Tensor
 from conversion import checkpoint, folders, hf
 from conversion.checkpoint import Index, Shape
 from conversion.ends import End, HuggingFaceEnd, MegatronEnd, global_place, is_vocabulary, local_shapes, whole
-from conversion.families import Model
+from conversion.families import Model, contrast
 from conversion.folders import CheckpointError
-from conversion.ledger import Ledger, recorded
+from conversion.ledger import Ledger, check_record
 from conversion.plan import Copy, WeightPlan, plan
 from conversion.tiles import ParallelLayout, Span, Tile, share
 
@@ -98,7 +98,7 @@ def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None, pa
     files, opened again, hold a part in a wrong place.
     """
     folders.check_apart(folder, end.path)
-    recorded(end)  # a record that can't be of these weights is refused here
+    check_record(end)
     ledger, count = Ledger(end), _Counted(advance)
     with hf.writing(folder, end.companions, end.dtype) as export:
 
@@ -137,7 +137,7 @@ def write_megatron(
     model = end.model
     model.megatron_tiles(layout)  # a size that does not divide is refused here
     folders.check_apart(folder, end.path)
-    recorded(end)
+    check_record(end)
     ledger = Ledger(end)
     source = _Assembled(end, model, ledger, _Counted(advance))
     with folders.replacing(folder, _written_bytes(model, layout, end.dtype)) as new:
@@ -288,10 +288,12 @@ class _Assembled:
 
 
 def compare(a: End, b: End, advance: Advance = lambda _: None) -> None:
-    """Raise MismatchError unless both hold the same values; `advance` hears of each parameter.
+    """Raise MismatchError unless both compute alike and hold the same values; `advance` hears of each parameter.
 
     Of the same type, bit by bit; of others as numbers: bfloat16 equals itself in float32, and NaN equals NaN.
     """
+    if found := contrast(a.model.computation(), b.model.computation()):
+        raise MismatchError(f"{a.path} and {b.path} compute differently, by their config.json: {found}")
     if a.model.parameters() != b.model.parameters():
         names = sorted(a.model.parameters().items() ^ b.model.parameters().items())
         raise MismatchError(f"{a.path} and {b.path} hold different models: {names[0][0]} differs in name or shape")

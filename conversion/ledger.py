@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from conversion.ends import End
+from conversion.families import contrast
 from conversion.folders import RECORD, CheckpointError, read_record
 from conversion.plan import Rectangle
 from conversion.verify import digest
@@ -55,6 +56,7 @@ class Ledger:
             "source": self.end.path.resolve().name,
             "source_kind": self.end.kind,
             "dtype": str(self.end.dtype).removeprefix("torch."),
+            "config": self.end.model.computation(),
             "digests": self.digests(),
             "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
         } | ({} if layout is None else {"layout": layout})
@@ -75,6 +77,29 @@ def recorded(end: End) -> dict[str, str]:
             "on purpose, remove it"
         )
     return digests
+
+
+def check_record(end: End) -> None:
+    """Raise CheckpointError where the folder's conversion.json can't be of these weights, or of its config.json."""
+    recorded(end)
+    _check_config(end)
+
+
+def _check_config(end: End) -> None:
+    """Raise CheckpointError where config.json computes otherwise than the folder's conversion.json records, if it does.
+
+    The weights alone do not say what a model computes: another epsilon or rotary base has the same digests.
+    """
+    config, file = (read_record(end.path) or {}).get("config"), end.companions / "config.json"
+    if config is None:
+        return
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{end.path / RECORD}: config is no JSON object: remove it if config.json is right")
+    if found := contrast(config, end.model.computation()):
+        raise CheckpointError(
+            f"{end.path / RECORD} records another computation than {file} says: {found}: restore config.json, or, if "
+            f"it was changed on purpose, remove {RECORD}"
+        )
 
 
 def differing(expected: dict[str, str], found: dict[str, str]) -> list[str]:
@@ -104,6 +129,18 @@ def said(end: End, found: dict[str, str]) -> str:
         return f"nothing records what the weights should be (no digests in {RECORD})"
     wrong = differing(expected, found)
     return f"not as recorded in {RECORD}: {_named(wrong)}" if wrong else f"as recorded in {RECORD}"
+
+
+def config_said(end: End) -> str:
+    """Return in words whether the folder's config.json computes what its record says."""
+    try:
+        _check_config(end)
+        has_config = (read_record(end.path) or {}).get("config") is not None
+    except CheckpointError as error:
+        return str(error)
+    if not has_config:
+        return f"nothing records what config.json should say (no config in {RECORD})"
+    return f"config.json computes as recorded in {RECORD}"
 
 
 def _named(names: Sequence[str]) -> str:
