@@ -51,15 +51,19 @@ class Ledger:
 
     def record(self) -> dict[str, Any]:
         """Return what stands in conversion.json of a folder made of this one."""
-        layout = self.end.layout()
-        return {
-            "source": self.end.path.resolve().name,
-            "source_kind": self.end.kind,
-            "dtype": str(self.end.dtype).removeprefix("torch."),
-            "config": self.end.model.computation(),
-            "digests": self.digests(),
-            "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
-        } | ({} if layout is None else {"layout": layout})
+        layout, like = self.end.layout(), self.end.companions
+        return (
+            {
+                "source": self.end.path.resolve().name,
+                "source_kind": self.end.kind,
+                "dtype": str(self.end.dtype).removeprefix("torch."),
+                "config": self.end.model.computation(),
+                "digests": self.digests(),
+                "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
+            }
+            | ({} if layout is None else {"layout": layout})
+            | ({} if like == self.end.path else {"like": like.resolve().name})
+        )
 
 
 def recorded(end: End) -> dict[str, str]:

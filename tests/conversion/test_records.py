@@ -174,6 +174,25 @@ def test_an_export_says_which_folder_and_layout_it_came_from(
     assert (read_record(tmp_path / "out") or {})["layout"] == {"tensor": 5}
 
 
+def test_a_folder_named_as_like_is_recorded_and_may_not_contradict_the_checkpoint_s_own(
+    megatron: Path, tmp_path: Path
+) -> None:
+    other = write_folder(tmp_path / "other", MODEL, {})
+    convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    assert (read_record(tmp_path / "out") or {})["like"] == "other"
+    convert.write_hf(open_end(megatron, like=megatron), tmp_path / "own")
+    assert "like" not in (read_record(tmp_path / "own") or {})
+    change_config(other, rms_norm_eps=0.1, rope_theta=5e5)
+    words = r"megatron/config\.json and .*other/config\.json.* rms_norm_eps 1e-06 and 0\.1; rope_theta 10000\.0 and 50"
+    with pytest.raises(ValueError, match=words + ".*leave out --like, or, if the first is wrong, remove it"):
+        open_end(megatron, like=other)
+    (megatron / "config.json").unlink()  # as the message says; what its record says stands
+    with pytest.raises(CheckpointError, match=r"records another computation than .*other/config\.json says"):
+        convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    (megatron / "conversion.json").unlink()
+    convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+
+
 def test_a_stored_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path: Path) -> None:
     model = model_from_config(config(tie_word_embeddings=True, vocab_size=2111))
     weights = random_weights(model)
