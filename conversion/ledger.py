@@ -3,6 +3,7 @@
 A digest is entered part by part, in any order and from any thread; see `verify`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from threading import Lock
@@ -14,8 +15,10 @@ from conversion.ends import End
 from conversion.families import contrast
 from conversion.folders import RECORD, CheckpointError, read_record
 from conversion.plan import Rectangle
-from conversion.verify import digest
+from conversion.verify import DIGEST_RULE, digest
 
+_LOG = logging.getLogger(__name__)
+_ANOTHER_RULE = "its digests are by another rule than this version's, so nothing says what the weights should be"
 _NAMED = 8  # parameters that an error lists
 
 
@@ -43,6 +46,8 @@ class Ledger:
         """Raise CheckpointError where a weight is not finite, or is not what the folder's own record says."""
         if self.bad:
             raise CheckpointError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
+        if _by_another_rule(self.end):
+            _LOG.warning("%s: %s: the weights are converted as they are", self.end.path / RECORD, _ANOTHER_RULE)
         if wrong := differing(recorded(self.end), self.digests()):
             raise CheckpointError(
                 f"{self.end.path}: {_named(wrong)}: not what {RECORD} there records, so the folder is damaged or was "
@@ -58,6 +63,7 @@ class Ledger:
                 "source_kind": self.end.kind,
                 "dtype": str(self.end.dtype).removeprefix("torch."),
                 "config": self.end.model.computation(),
+                "digest_rule": DIGEST_RULE,
                 "digests": self.digests(),
                 "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
             }
@@ -69,7 +75,8 @@ class Ledger:
 def recorded(end: End) -> dict[str, str]:
     """Return the digests that the folder's conversion.json holds, none if it has none. CheckpointError: no such thing.
 
-    Digests are of the bits of one type: a record of another type is not of these weights.
+    Digests are of the bits of one type: a record of another type is not of these weights. Digests by another rule, or
+    by one that is not named, as before there were two, are none.
     """
     record = read_record(end.path) or {}
     digests, dtype = record.get("digests") or {}, str(end.dtype).removeprefix("torch.")
@@ -80,7 +87,12 @@ def recorded(end: End) -> dict[str, str]:
             f"{end.path / RECORD} is of weights in {record.get('dtype')}, these are in {dtype}: if they were changed "
             "on purpose, remove it"
         )
-    return digests
+    return {} if _by_another_rule(end) else digests
+
+
+def _by_another_rule(end: End) -> bool:
+    record = read_record(end.path) or {}
+    return bool(record.get("digests")) and record.get("digest_rule") != DIGEST_RULE
 
 
 def check_record(end: End) -> None:
@@ -129,6 +141,8 @@ def said(end: End, found: dict[str, str]) -> str:
         expected = recorded(end)
     except CheckpointError as error:
         return str(error)
+    if _by_another_rule(end):
+        return f"{RECORD}: {_ANOTHER_RULE}"
     if not expected:
         return f"nothing records what the weights should be (no digests in {RECORD})"
     wrong = differing(expected, found)

@@ -17,6 +17,7 @@ from conversion.families import model_from_config
 from conversion.folders import CheckpointError, read_record
 from conversion.ledger import config_said, said
 from conversion.tiles import ParallelLayout
+from conversion.verify import DIGEST_RULE
 
 MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
 NAME = "model.layers.1.mlp.experts.4.up_proj.weight"
@@ -126,6 +127,20 @@ def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp
             convert.write_hf(open_end(tmp_path / "copy"), tmp_path / "out")
         assert words in said(open_end(tmp_path / "copy"), {})
         shutil.rmtree(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("rule", [None, "elements"])
+def test_digests_by_another_rule_are_not_compared_and_that_is_said(
+    rule: str | None, exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = (read_record(exported) or {})["digests"]
+    change_record(exported, digest_rule=rule, digests=dict.fromkeys(digests, 16 * "0"))
+    words = "its digests are by another rule than this version's, so nothing says what the weights should be"
+    assert words in said(open_end(exported), digests)
+    convert.write_hf(open_end(exported), tmp_path / "out")
+    assert [words in line for line in caplog.messages] == [True]
+    record = read_record(tmp_path / "out") or {}
+    assert (record["digest_rule"], record["digests"]) == (DIGEST_RULE, digests)
 
 
 def test_a_write_in_the_wrong_place_is_found(
