@@ -95,12 +95,13 @@ def _run(
 ) -> None:
     console = Console(highlight=False)
     found = convert.preview(end, layout)
+    allowance = "" if layout is None else f" (with {convert.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
         ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_name(end.dtype)})"),
         ("to", destination),
         ("parameters", f"{found.parameters:,}, {_size(found.num_bytes)}, in {found.copies:,} copies"),
         ("reads", f"{_size(sum(found.reads.values()))} from {_files(len(found.reads))}"),
-        ("disk", f"{_size(found.written_bytes)} needed, {_size(folders.free_bytes(destination))} free"),
+        ("disk", f"{_size(found.written_bytes)} needed{allowance}, {_size(folders.free_bytes(destination))} free"),
         *_links(found.reads, found.links),
         ("memory at most", f"{_size(found.peak_bytes)} beside the process itself"),
     ]
