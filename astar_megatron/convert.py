@@ -1,6 +1,7 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -137,7 +138,8 @@ def _certified(source: End, destination: Path) -> str:
 def _links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:
     """Who gives how much to whom: each link, or of many the least and the most that an end gives or gets."""
     if len(links) <= _LINKS_SHOWN:
-        return [(f"{source} -> {target}", _size(size)) for (source, target), size in sorted(links.items())]
+        in_order = sorted(links.items(), key=lambda link: [_numbered(name) for name in link[0]])
+        return [(f"{source} -> {target}", _size(size)) for (source, target), size in in_order]
     gets: Counter[str] = Counter()
     for (_, target), size in links.items():
         gets[target] += size
@@ -147,6 +149,11 @@ def _links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable
         (f"each of {ends} gets", _range(gets.values())),
         ("a link", f"{_range(links.values())}, {len(links):,} of them"),
     ]
+
+
+def _numbered(name: str) -> list[int | str]:
+    """A name's place in an order where rank 2 is before rank 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _range(sizes: Collection[int]) -> str:
@@ -179,4 +186,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{digits}f} {unit}"
+    return f"{num_bytes} bytes"

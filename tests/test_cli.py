@@ -362,11 +362,21 @@ def test_a_dry_run_says_who_gives_how_much_to_whom(convert: Any, tied_llama: Pat
     status, out, _ = convert("hf-to-megatron", tied_llama, tmp_path / "out", "--tp", 2, "--dry-run")
     assert status == 0
     size = sum(weight.nbytes for weight in load_file(tied_llama / "model.safetensors").values())
-    shown = [float(line.split(": ")[1].split()[0]) for line in out.splitlines() if "-> rank" in line]
-    assert len(shown) == 2
+    shown = [line.split(": ")[1].split() for line in out.splitlines() if "-> rank" in line]
+    assert [unit for _, unit in shown] == ["kB", "kB"]  # a small model's links are no 0.0 MB
     norms = 13 * 48 * 4  # which both ranks hold
-    assert sum(shown) == pytest.approx((size + norms) / 1e6, abs=0.11)
+    assert sum(float(number) for number, _ in shown) == pytest.approx((size + norms) / 1e3, abs=0.11)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_lists_ranks_by_their_numbers(convert: Any, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 12, "hidden_size": 4, "intermediate_size": 4, "vocab_size": 8, "rms_norm_eps": 1e-6}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 8, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads | {"architectures": ["LlamaForCausalLM"]}))
+    out = convert("hf-to-megatron", tmp_path, tmp_path.parent / "out", "--pp", 12, "--dry-run")[1]
+    shown = re.findall(r"-> rank (\d+): ([\d.]+ \w+)", out)
+    assert [int(rank) for rank, _ in shown] == list(range(12))
+    assert shown[1][1] == "240 bytes"
 
 
 def test_a_72b_model_is_planned_from_its_configuration_alone(convert: Any, tmp_path: Path) -> None:
