@@ -435,11 +435,22 @@ def test_a_dry_run_refuses_what_the_conversion_would(convert: Any, tied_llama: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone"]
 
 
-def test_inspect_says_whether_the_weights_are_as_recorded(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+def test_inspect_says_whether_weights_and_configuration_are_as_recorded(
+    convert: Any, tied_llama: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "megatron"
     convert("hf-to-megatron", tied_llama, folder)
     status, out, _ = convert("inspect", folder)
     assert (status, "as recorded in conversion.json" in out) == (0, True)
+    assert "config.json computes as recorded" in out
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 0.5}))
+    words = "conversion.json records another computation"
+    assert words in convert("inspect", folder)[1]
+    for dry in ((), ("--dry-run",)):
+        status, _, error = convert("megatron-to-hf", folder, tmp_path / "out", *dry)
+        assert (status, words in error, "and 0.5" in error) == (2, True, True)
+    (folder / "config.json").write_text(text)
     for text in ("{", "[]"):
         (folder / "conversion.json").write_text(text)
         status, out, _ = convert("inspect", folder)
