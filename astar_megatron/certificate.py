@@ -69,14 +69,16 @@ def certify(
     except Exception as error:  # transformers raises of all kinds
         reason = f"not compared, {type(error).__name__}: {error!s:.300}"
         _record(target, {"max_difference": None, "reason": reason})
-        raise ValueError(f"{target} is written and holds the right weights, but it is {reason}") from error
+        raise ValueError(
+            f"{target} is written and holds the weights that it was made from, but it is {reason}"
+        ) from error
     agrees, reason = _judged(found)
     _record(target, found if agrees else found | {"reason": reason})
     if not agrees:
         raise DisagreementError(
-            f"{target} is written and holds the right weights, but it can't be trusted: {reason}. One of the two does "
-            "not compute what config.json says; find out which before you use it. What it was made from is kept, and "
-            "the same command writes it again"
+            f"{target} is written and holds the weights that it was made from, but it can't be trusted: {reason}. One "
+            "of the two does not compute what config.json says; find out which before you use it. What it was made "
+            "from is kept, and the same command writes it again"
         )
     return reason
 

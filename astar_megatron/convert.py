@@ -1,6 +1,7 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from astar_megatron.tracking import progress, show_table
 from conversion import convert, folders
 from conversion.ends import End, MegatronEnd, open_end
 from conversion.folders import CheckpointError
-from conversion.ledger import listed, recorded, said
+from conversion.ledger import check_record, config_said, listed, said
 from conversion.tiles import ParallelLayout
 
 _LINKS_SHOWN = 16  # more are summed up
@@ -71,7 +72,8 @@ def inspect(path: str, *, like: str | None) -> None:
     show_table(console, path, rows)
     with progress(console, "reading all weights", len(convert.hf_parts(model, end.dtype))) as advance:
         ledger = convert.read_through(end, advance)
-    for line in (listed(ledger.bad) if ledger.bad else "all weights are finite", said(end, ledger.digests())):
+    finite = listed(ledger.bad) if ledger.bad else "all weights are finite"
+    for line in dict.fromkeys((finite, said(end, ledger.digests()), config_said(end))):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -80,7 +82,7 @@ def _opened(source: str, destination: str, like: str | None, dry_run: bool) -> E
     folders.check_apart(destination, source)
     folders.free_bytes(destination)
     end = open_end(source, like, plan_only=dry_run)
-    recorded(end)  # a record that can't be of these weights is refused by a dry run too
+    check_record(end)  # by a dry run too
     return end
 
 
@@ -94,12 +96,13 @@ def _run(
 ) -> None:
     console = Console(highlight=False)
     found = convert.preview(end, layout)
+    allowance = "" if layout is None else f" (with {convert.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
         ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_name(end.dtype)})"),
         ("to", destination),
         ("parameters", f"{found.parameters:,}, {_size(found.num_bytes)}, in {found.copies:,} copies"),
         ("reads", f"{_size(sum(found.reads.values()))} from {_files(len(found.reads))}"),
-        ("disk", f"{_size(found.written_bytes)} needed, {_size(folders.free_bytes(destination))} free"),
+        ("disk", f"{_size(found.written_bytes)} needed{allowance}, {_size(folders.free_bytes(destination))} free"),
         *_links(found.reads, found.links),
         ("memory at most", f"{_size(found.peak_bytes)} beside the process itself"),
     ]
@@ -135,7 +138,8 @@ def _certified(source: End, destination: Path) -> str:
 def _links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable[tuple[str, str]]:
     """Who gives how much to whom: each link, or of many the least and the most that an end gives or gets."""
     if len(links) <= _LINKS_SHOWN:
-        return [(f"{source} -> {target}", _size(size)) for (source, target), size in sorted(links.items())]
+        in_order = sorted(links.items(), key=lambda link: [_numbered(name) for name in link[0]])
+        return [(f"{source} -> {target}", _size(size)) for (source, target), size in in_order]
     gets: Counter[str] = Counter()
     for (_, target), size in links.items():
         gets[target] += size
@@ -145,6 +149,11 @@ def _links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable
         (f"each of {ends} gets", _range(gets.values())),
         ("a link", f"{_range(links.values())}, {len(links):,} of them"),
     ]
+
+
+def _numbered(name: str) -> list[int | str]:
+    """A name's place in an order where rank 2 is before rank 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _range(sizes: Collection[int]) -> str:
@@ -177,4 +186,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    for unit, size, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{digits}f} {unit}"
+    return f"{num_bytes} bytes"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conversion import checkpoint, hf
 from conversion.checkpoint import CheckpointReader, Index
-from conversion.families import Model, read_model
+from conversion.families import Model, contrast, read_model
 from conversion.folders import RECORD, CheckpointError
 from conversion.mapping import mapped
 from conversion.plan import Copy, plan
@@ -130,6 +130,7 @@ class MegatronEnd:
             )
         self.companions = Path(like or self.path)
         self.model = read_model(self.companions)
+        self._check_like()
         self._shapes, self._wanted = self._reader.shapes(), self.model.parameters()
         self._places = {name: self._place(name) for name in local_shapes(self.model)}
         self._copies: dict[str, list[Copy]] = {}
@@ -144,6 +145,17 @@ class MegatronEnd:
         self.dtype = types.popitem()[0]
         self.files = tuple(sorted({file for name in stored for _, _, file in self._reader.chunks(name)}))
 
+    def _check_like(self) -> None:
+        """Refuses another folder's configuration where the checkpoint's own says that it computes otherwise."""
+        own = self.path / "config.json"
+        if not own.is_file() or self.companions == self.path:
+            return
+        if found := contrast(read_model(self.path).computation(), self.model.computation()):
+            raise ValueError(
+                f"{own} and {self.companions / 'config.json'}, named with --like, compute differently: {found}: leave "
+                f"out --like, or, if the first is wrong, remove it"
+            )
+
     def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Where it lies here: layers may be stacked or not, and a norm has two names."""
         places = [global_place(name), global_place(name, stack_layers=False)]
@@ -154,9 +166,10 @@ class MegatronEnd:
 
     def _check(self) -> None:
         if self.model.tied and _HEAD in self._shapes:
+            other = "" if self.companions == self.path else ", or name the right folder with --like"
             raise ValueError(
                 f"{self.path} holds {_HEAD}, a head of its own, but {self.companions / 'config.json'} ties it to the "
-                "embedding: set tie_word_embeddings to false there, or name the right folder with --like"
+                f"embedding: set tie_word_embeddings to false there{other}"
             )
         for name, shape in local_shapes(self.model).items():
             stored, planes = self._places[name]

@@ -26,7 +26,7 @@ from conversion.folders import RECORD, CheckpointError, copy_companions, replaci
 from conversion.mapping import PiecewiseFile
 from conversion.plan import Copy, WeightPlan
 from conversion.transfer import view
-from conversion.verify import tensor_digests
+from conversion.verify import DIGEST_RULE, tensor_digests
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -163,7 +163,8 @@ def writing(
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
         write_json(new / "config.json", config | {"dtype": name_of_dtype})
         copy_companions(source_folder, new)
-        export = Export(new, tensors, {"source": source_folder.resolve().name, "dtype": name_of_dtype}, places)
+        record = {"source": source_folder.resolve().name, "dtype": name_of_dtype, "config": model.computation()}
+        export = Export(new, tensors, record | {"digest_rule": DIGEST_RULE}, places)
         yield export
         export.record.setdefault("logprobs", {"max_difference": None, "reason": "nobody has compared them yet"})
         if "digests" not in export.record:

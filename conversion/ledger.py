@@ -3,6 +3,7 @@
 A digest is entered part by part, in any order and from any thread; see `verify`.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from threading import Lock
@@ -11,10 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from conversion.ends import End
+from conversion.families import contrast
 from conversion.folders import RECORD, CheckpointError, read_record
 from conversion.plan import Rectangle
-from conversion.verify import digest
+from conversion.verify import DIGEST_RULE, digest
 
+_LOG = logging.getLogger(__name__)
+_ANOTHER_RULE = "its digests are by another rule than this version's, so nothing says what the weights should be"
 _NAMED = 8  # parameters that an error lists
 
 
@@ -42,6 +46,8 @@ class Ledger:
         """Raise CheckpointError where a weight is not finite, or is not what the folder's own record says."""
         if self.bad:
             raise CheckpointError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
+        if _by_another_rule(self.end):
+            _LOG.warning("%s: %s: the weights are converted as they are", self.end.path / RECORD, _ANOTHER_RULE)
         if wrong := differing(recorded(self.end), self.digests()):
             raise CheckpointError(
                 f"{self.end.path}: {_named(wrong)}: not what {RECORD} there records, so the folder is damaged or was "
@@ -50,20 +56,27 @@ class Ledger:
 
     def record(self) -> dict[str, Any]:
         """Return what stands in conversion.json of a folder made of this one."""
-        layout = self.end.layout()
-        return {
-            "source": self.end.path.resolve().name,
-            "source_kind": self.end.kind,
-            "dtype": str(self.end.dtype).removeprefix("torch."),
-            "digests": self.digests(),
-            "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
-        } | ({} if layout is None else {"layout": layout})
+        layout, like = self.end.layout(), self.end.companions
+        return (
+            {
+                "source": self.end.path.resolve().name,
+                "source_kind": self.end.kind,
+                "dtype": str(self.end.dtype).removeprefix("torch."),
+                "config": self.end.model.computation(),
+                "digest_rule": DIGEST_RULE,
+                "digests": self.digests(),
+                "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
+            }
+            | ({} if layout is None else {"layout": layout})
+            | ({} if like == self.end.path else {"like": like.resolve().name})
+        )
 
 
 def recorded(end: End) -> dict[str, str]:
     """Return the digests that the folder's conversion.json holds, none if it has none. CheckpointError: no such thing.
 
-    Digests are of the bits of one type: a record of another type is not of these weights.
+    Digests are of the bits of one type: a record of another type is not of these weights. Digests by another rule, or
+    by one that is not named, as before there were two, are none.
     """
     record = read_record(end.path) or {}
     digests, dtype = record.get("digests") or {}, str(end.dtype).removeprefix("torch.")
@@ -74,7 +87,35 @@ def recorded(end: End) -> dict[str, str]:
             f"{end.path / RECORD} is of weights in {record.get('dtype')}, these are in {dtype}: if they were changed "
             "on purpose, remove it"
         )
-    return digests
+    return {} if _by_another_rule(end) else digests
+
+
+def _by_another_rule(end: End) -> bool:
+    record = read_record(end.path) or {}
+    return bool(record.get("digests")) and record.get("digest_rule") != DIGEST_RULE
+
+
+def check_record(end: End) -> None:
+    """Raise CheckpointError where the folder's conversion.json can't be of these weights, or of its config.json."""
+    recorded(end)
+    _check_config(end)
+
+
+def _check_config(end: End) -> None:
+    """Raise CheckpointError where config.json computes otherwise than the folder's conversion.json records, if it does.
+
+    The weights alone do not say what a model computes: another epsilon or rotary base has the same digests.
+    """
+    config, file = (read_record(end.path) or {}).get("config"), end.companions / "config.json"
+    if config is None:
+        return
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{end.path / RECORD}: config is no JSON object: remove it if config.json is right")
+    if found := contrast(config, end.model.computation()):
+        raise CheckpointError(
+            f"{end.path / RECORD} records another computation than {file} says: {found}: restore config.json, or, if "
+            f"it was changed on purpose, remove {RECORD}"
+        )
 
 
 def differing(expected: dict[str, str], found: dict[str, str]) -> list[str]:
@@ -100,10 +141,24 @@ def said(end: End, found: dict[str, str]) -> str:
         expected = recorded(end)
     except CheckpointError as error:
         return str(error)
+    if _by_another_rule(end):
+        return f"{RECORD}: {_ANOTHER_RULE}"
     if not expected:
         return f"nothing records what the weights should be (no digests in {RECORD})"
     wrong = differing(expected, found)
     return f"not as recorded in {RECORD}: {_named(wrong)}" if wrong else f"as recorded in {RECORD}"
+
+
+def config_said(end: End) -> str:
+    """Return in words whether the folder's config.json computes what its record says."""
+    try:
+        _check_config(end)
+        has_config = (read_record(end.path) or {}).get("config") is not None
+    except CheckpointError as error:
+        return str(error)
+    if not has_config:
+        return f"nothing records what config.json should say (no config in {RECORD})"
+    return f"config.json computes as recorded in {RECORD}"
 
 
 def _named(names: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from conversion.plan import Piece, Rectangle, WeightMismatch, WeightPlan
 from conversion.transfer import view
 
+DIGEST_RULE = "words of 32 bits"  # what follows, by name: digests by another rule say nothing of these
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # sign-extended, the same at both ends
 _WORD_BYTES = 4  # an element that is larger is a word
 _CHUNK_WORDS = 1 << 18  # 1 MiB: stays in a core's cache
@@ -199,13 +200,16 @@ def digest(values: Tensor, rectangle: Rectangle) -> int:
     return _folded(part, _rows(_as_rows(values, part), part, values.dtype))
 
 
+@torch.no_grad()
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The digest of each whole HF tensor, 16 hex digits, as it stands in conversion.json."""
+    """The digest of each whole HF tensor, 16 hex digits, as it stands in conversion.json.
+
+    Of [experts, rows, columns] it is that of [experts * rows, columns].
+    """
     found = {}
     for name, tensor in tensors.items():
         height, width = (tensor.numel() // tensor.shape[-1], tensor.shape[-1]) if tensor.dim() > 1 else (len(tensor), 1)
-        part = Part(Piece(rank=0, name=name, index=tuple((0, n) for n in tensor.shape)), name, (0, height, 0, width))
-        found[name] = f"{Holdings([part], tensors, tensor.dtype).full()[0] & _MASK:016x}"
+        found[name] = f"{digest(tensor, (0, height, 0, width)) & _MASK:016x}"
     return found
 
 
@@ -235,7 +239,7 @@ def mismatch(version: int, part: Part, where: str, sent: Iterable[int], held: It
 
 
 def _as_rows(tensor: Tensor, part: Part) -> Tensor:
-    """The local piece as a matrix of the rectangle's shape: a vector is one column, an expert axis joins the rows."""
+    """The tensor as a matrix of the rectangle's shape: a vector is one column, an expert axis joins the rows."""
     rows = tensor.unsqueeze(1) if tensor.dim() == 1 else tensor.view(-1, tensor.shape[-1])
     r0, r1, c0, c1 = part.rectangle
     if tuple(rows.shape) != (r1 - r0, c1 - c0):

@@ -57,6 +57,7 @@ def refusal(folder: Path, logprobs: Any) -> dict[str, Any]:
     found = json.loads(text, parse_constant=pytest.fail)["logprobs"]  # NaN is no JSON
     assert str(folder) in str(caught.value) and found["reason"] in str(caught.value)
     assert "within" not in str(caught.value)
+    assert "holds the weights that it was made from" in str(caught.value)  # a wrong rotary base is no wrong weight
     return found
 
 

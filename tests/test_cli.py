@@ -375,11 +375,21 @@ def test_a_dry_run_says_who_gives_how_much_to_whom(convert: Any, tied_llama: Pat
     status, out, _ = convert("hf-to-megatron", tied_llama, tmp_path / "out", "--tp", 2, "--dry-run")
     assert status == 0
     size = sum(weight.nbytes for weight in load_file(tied_llama / "model.safetensors").values())
-    shown = [float(line.split(": ")[1].split()[0]) for line in out.splitlines() if "-> rank" in line]
-    assert len(shown) == 2
+    shown = [line.split(": ")[1].split() for line in out.splitlines() if "-> rank" in line]
+    assert [unit for _, unit in shown] == ["kB", "kB"]  # a small model's links are no 0.0 MB
     norms = 13 * 48 * 4  # which both ranks hold
-    assert sum(shown) == pytest.approx((size + norms) / 1e6, abs=0.11)
+    assert sum(float(number) for number, _ in shown) == pytest.approx((size + norms) / 1e3, abs=0.11)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_lists_ranks_by_their_numbers(convert: Any, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 12, "hidden_size": 4, "intermediate_size": 4, "vocab_size": 8, "rms_norm_eps": 1e-6}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 8, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | heads | {"architectures": ["LlamaForCausalLM"]}))
+    out = convert("hf-to-megatron", tmp_path, tmp_path.parent / "out", "--pp", 12, "--dry-run")[1]
+    shown = re.findall(r"-> rank (\d+): ([\d.]+ \w+)", out)
+    assert [int(rank) for rank, _ in shown] == list(range(12))
+    assert shown[1][1] == "240 bytes"
 
 
 def test_a_72b_model_is_planned_from_its_configuration_alone(convert: Any, tmp_path: Path) -> None:
@@ -412,7 +422,11 @@ def test_a_dry_run_counts_replicas_once(convert: Any, tmp_path: Path) -> None:
     assert size is not None
     assert f"each of 1 file gives: {size[1]}" in out
     assert f"reads: {size[1]} from 1 file" in out
-    assert re.search(rf"disk: {size[1]} needed, [\d.]+ [GM]B free", out)
+    disk = re.search(
+        r"disk: ([\d.]+) GB needed \(with 4 KiB a part for its archive and index\), [\d.]+ [GM]B free", out
+    )
+    assert disk is not None
+    assert float(disk[1]) == pytest.approx(float(size[1].split()[0]), abs=0.1)
 
 
 def test_a_dry_run_refuses_what_the_conversion_would(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
@@ -434,11 +448,22 @@ def test_a_dry_run_refuses_what_the_conversion_would(convert: Any, tied_llama: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone"]
 
 
-def test_inspect_says_whether_the_weights_are_as_recorded(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+def test_inspect_says_whether_weights_and_configuration_are_as_recorded(
+    convert: Any, tied_llama: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "megatron"
     convert("hf-to-megatron", tied_llama, folder)
     status, out, _ = convert("inspect", folder)
     assert (status, "as recorded in conversion.json" in out) == (0, True)
+    assert "config.json computes as recorded" in out
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(text) | {"rms_norm_eps": 0.5}))
+    words = "conversion.json records another computation"
+    assert words in convert("inspect", folder)[1]
+    for dry in ((), ("--dry-run",)):
+        status, _, error = convert("megatron-to-hf", folder, tmp_path / "out", *dry)
+        assert (status, words in error, "and 0.5" in error) == (2, True, True)
+    (folder / "config.json").write_text(text)
     for text in ("{", "[]"):
         (folder / "conversion.json").write_text(text)
         status, out, _ = convert("inspect", folder)

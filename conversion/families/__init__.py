@@ -10,12 +10,12 @@ from conversion.families.config import Family, RopeScaling
 from conversion.families.fields import UnsupportedModelError
 from conversion.families.llama import LLAMA
 from conversion.families.mistral import MISTRAL
-from conversion.families.model import Model, model_of
+from conversion.families.model import Model, contrast, model_of
 from conversion.families.qwen2 import QWEN2
 from conversion.families.qwen3 import QWEN3
 from conversion.families.qwen3_moe import QWEN3_MOE
 
-__all__ = ["FAMILIES", "Model", "RopeScaling", "UnsupportedModelError", "model_from_config", "read_model"]
+__all__ = ["FAMILIES", "Model", "RopeScaling", "UnsupportedModelError", "contrast", "model_from_config", "read_model"]
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE)
 

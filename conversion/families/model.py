@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from conversion.families.config import Family, RopeScaling
@@ -106,6 +106,30 @@ class Model:
         """
         return self.family.rope(self.config).scaling
 
+    def computation(self) -> dict[str, Any]:
+        """What it computes with besides its weights, as plain JSON, by config.json's names; all families have all."""
+        config, dims, options = self.family.renamed(self.config), self.dims, self.transformer_config()
+        rope, experts = self.family.rope(config), bool(dims.num_experts)
+        return {
+            "num_hidden_layers": dims.num_layers,
+            "hidden_size": dims.hidden_size,
+            "intermediate_size": None if experts else dims.intermediate_size,  # no layer has that one
+            "vocab_size": dims.vocab_size,
+            "num_attention_heads": dims.num_heads,
+            "num_key_value_heads": dims.num_kv_heads,
+            "head_dim": dims.head_dim,
+            "tie_word_embeddings": dims.tied,
+            "num_experts": dims.num_experts,
+            "num_experts_per_tok": dims.experts_per_token,
+            "moe_intermediate_size": dims.moe_intermediate_size,
+            "norm_topk_prob": config["norm_topk_prob"] if experts else None,
+            "rms_norm_eps": options["layernorm_epsilon"],
+            "rope_theta": rope.theta,
+            "rope_scaling": None if rope.scaling is None else asdict(rope.scaling),
+            "qkv_bias": options["add_qkv_bias"],
+            "qk_norm": options["qk_layernorm"],
+        }
+
     def hf_tiles(self) -> list[Tile]:
         """The trivial tiling: every parameter whole, on rank 0, under its own name."""
         return [
@@ -179,6 +203,12 @@ def model_of(family: Family, config: Mapping[str, Any]) -> Model:
     dims = family.dimensions(renamed)
     family.transformer_options(renamed, dims)  # what Megatron cannot do is refused here too
     return Model(family=family, config=dict(config), dims=dims)
+
+
+def contrast(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In words where two `Model.computation`s differ, "" where they don't; what only one of them has is left out."""
+    keys = [key for key in one if key in other and one[key] != other[key]]
+    return "; ".join(f"{key} {one[key]!r} and {other[key]!r}" for key in keys)
 
 
 def _placed(rank: int, name: str, layer: int, shard: Shard) -> list[Tile]:

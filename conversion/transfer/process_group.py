@@ -15,6 +15,7 @@ NCCL sees it at its deadline. Tested with gloo between processes of one machine;
 """
 
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -81,13 +82,26 @@ class _Member:
         self.num_bytes += payload.nbytes
         return self._opened().recv([payload], peer, 0)
 
-    def wait(self, work: Any, late: str) -> None:
-        """Returns when a message has been sent or has come. TransferError saying who is `late`."""
+    def wait(self, work: Any, peer: str, late: str) -> None:
+        """Returns when a message has been sent or has come. TransferError as `failure`."""
+        began = time.monotonic()
         try:
             work.wait(self._timeout)
         except RuntimeError as error:
-            seconds = self._timeout.total_seconds()
-            raise TransferError(f"{late} in {seconds:.0f} s, or its process has ended: {error}") from error
+            raise self.failure(error, began, peer, late) from error
+
+    def failure(self, error: RuntimeError, began: float, peer: str, late: str) -> TransferError:
+        """What an exchange with `peer` failed of: it is `late`, or the connection broke; torch's error is one for both.
+
+        Whoever fails closes its connections, so a broken one does not say which process was the first.
+        """
+        seconds, allowed = time.monotonic() - began, self._timeout.total_seconds()
+        if seconds < 0.99 * allowed:  # by two clocks
+            return TransferError(
+                f"the exchange with {peer} broke after {seconds:.1f} s: it, or a process that it waits for, has ended "
+                f"or given up: {error}"
+            )
+        return TransferError(f"{peer} is late: it {late} in {allowed:.0f} s; its process hangs or has ended: {error}")
 
     def settle(self) -> None:
         """Returns when a GPU has made the copies it was given."""
@@ -224,7 +238,7 @@ class GroupSender:
 
     def _finish(self, works: list[tuple[Any, str]]) -> None:
         for work, name in works:
-            self._member.wait(work, f"{name} is late: it does not take what source rank {self._rank} sends")
+            self._member.wait(work, name, f"does not take what source rank {self._rank} sends")
         works.clear()
 
     def close(self) -> None:
@@ -290,7 +304,7 @@ class GroupReceiver:
         under_way = None
         for turn, (source, _, copies) in enumerate(self._arrivals):
             work = under_way or self._begin(turn, begun, version)
-            self._member.wait(work, f"source rank {source} is late: its bucket does not come")
+            self._member.wait(work, f"source rank {source}", "does not send its bucket")
             following = turn + 1 < len(self._arrivals)
             under_way = self._begin(turn + 1, begun, version) if following else None
             for target, place in copies:
@@ -298,20 +312,21 @@ class GroupReceiver:
         self._member.settle()
 
     def _begin(self, turn: int, begun: set[int], version: int) -> Any:
-        source, payload, _ = self._arrivals[turn]
+        (source, payload, _), began = self._arrivals[turn], time.monotonic()
         try:
             if source not in begun:
                 begun.add(source)
                 first = torch.zeros(1, dtype=torch.int64, device=self._member.device)
-                late = f"source rank {source} is late: it does not begin to send"
-                self._member.wait(self._member.receive(first, source), late)
+                self._member.wait(
+                    self._member.receive(first, source), f"source rank {source}", "does not begin to send"
+                )
                 if (got := int(first)) != version:
                     raise TransferError(f"source rank {source} sends version {got}, expected {version}")
             return self._member.receive(payload, source)
         except TransferError:
             raise
         except RuntimeError as error:
-            raise TransferError(f"source rank {source} is late, or its process has ended: {error}") from error
+            raise self._member.failure(error, began, f"source rank {source}", "does not answer") from error
 
     def close(self) -> None:
         """Leaves the group and lets go of the buffers."""

@@ -1,10 +1,10 @@
 """A program: all ends of a publish through a process group, a process each.
 
-    python group_process.py FOLDER {none|late}
+    python group_process.py FOLDER {none|late|ended}
 
 The policy's ranks 0 and 1 (data parallel, so that they share the load) and two engines of two workers. Each end writes
 what it counted, and a worker what it then holds, to FOLDER; whoever fails writes its error. With "late" rank 1 never
-sends.
+sends, with "ended" its process ends after the first of two.
 """
 
 import json
@@ -31,7 +31,7 @@ BUCKET_BYTES = 3000
 
 
 def run(number: int, world: World, folder: Path, fault: str) -> None:
-    seconds = 60.0 if fault == "none" else 1.0
+    seconds = 1.0 if fault == "late" else 60.0
     counted: dict[str, int] = {}
     tensors = {}
     try:
@@ -45,6 +45,8 @@ def run(number: int, world: World, folder: Path, fault: str) -> None:
                 if fault == "late" and number == 1:
                     time.sleep(2.5)
                     return
+                if fault == "ended" and number == 1 and version == 4:
+                    os._exit(0)  # no farewell
                 sender.send(version)
             counted = {"held": sender.held_bytes, "sent": sender.sent_bytes, "packed": sender.total_bytes}
         else:

@@ -91,6 +91,15 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path: Path) 
         convert.write_megatron(end, tmp_path.parent / "out", ONE)
 
 
+@pytest.mark.parametrize("layout", [ONE, ParallelLayout(tensor=2, expert=2, data=2)])
+def test_the_disk_that_a_preview_asks_for_is_enough(layout: ParallelLayout, source: Path, tmp_path: Path) -> None:
+    """Of small experts archives and index are as large as the numbers."""
+    end = open_end(source)
+    convert.write_megatron(end, tmp_path / "out", layout)
+    used = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+    assert used <= convert.preview(end, layout).written_bytes < 2 * used
+
+
 def test_places_that_can_t_be_written_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place, error, words in (

@@ -65,6 +65,16 @@ def test_a_late_sender_is_named_by_who_waits_for_it_and_everyone_ends(tmp_path: 
     assert all("is late" in error or "ended" in error or "reached" in error for error in errors)
 
 
+def test_a_connection_that_breaks_is_not_said_to_be_late(tmp_path: Path) -> None:
+    """Whoever was connected to the ended process names it; the others name who gave up before them, and say so."""
+    run(tmp_path, "ended")
+    errors = {path.stem: path.read_text() for path in tmp_path.glob("*.error")}
+    assert any("exchange with source rank 1 broke after" in error for error in errors.values())
+    for error in errors.values():
+        assert "has ended or given up" in error or "can not be reached" in error
+        assert "is late" not in error and "60 s" not in error
+
+
 def test_processes_are_numbered_policy_first_then_engine_by_engine() -> None:
     world = World(backend="nccl", host="h", port=1, name="n", num_sources=3, num_engines=2, num_workers=4)
     numbers = [world.worker(engine, rank) for engine in range(2) for rank in range(4)]

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import config, random_weights, write_folder
+from tiny_models import FAMILIES, config, random_weights, write_folder
 
 from conversion import convert, hf
 from conversion.checkpoint import DistributedCheckpointError
 from conversion.ends import HuggingFaceEnd, open_end
 from conversion.families import model_from_config
 from conversion.folders import CheckpointError, read_record
-from conversion.ledger import said
+from conversion.ledger import config_said, said
 from conversion.tiles import ParallelLayout
+from conversion.verify import DIGEST_RULE
 
 MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
 NAME = "model.layers.1.mlp.experts.4.up_proj.weight"
@@ -34,6 +35,49 @@ def megatron(tmp_path: Path) -> Path:
 def exported(megatron: Path, tmp_path: Path) -> Path:
     convert.write_hf(open_end(megatron), tmp_path / "exported")
     return tmp_path / "exported"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("kind", ["megatron", "exported"])
+def test_a_configuration_that_is_not_as_recorded_is_not_converted(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    change_config(folder, max_position_embeddings=64, dtype="bfloat16", eos_token_id=3, intermediate_size=9)
+    assert config_said(open_end(folder)) == "config.json computes as recorded in conversion.json"
+    convert.write_hf(open_end(folder), tmp_path / "before")
+    change_config(folder, rms_norm_eps=0.5, rope_theta=123.0, norm_topk_prob=False)
+    words = r"norm_topk_prob True and False; rms_norm_eps 1e-06 and 0\.5; rope_theta 10000\.0 and 123\.0: restore conf"
+    for write in (
+        lambda: convert.write_hf(open_end(folder), tmp_path / "out"),
+        lambda: convert.write_megatron(open_end(folder), tmp_path / "out", ParallelLayout()),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{kind}/conversion\.json records another computation .*{words}"):
+            write()
+    assert not (tmp_path / "out").exists()
+    assert "norm_topk_prob True and False" in config_said(open_end(folder))
+    with pytest.raises(convert.MismatchError, match=r"compute differently.*norm_topk_prob False and True"):
+        convert.compare(open_end(folder), open_end(tmp_path / "before"))
+    change_record(folder, config=[])
+    with pytest.raises(CheckpointError, match="config is no JSON object"):
+        convert.write_hf(open_end(folder), tmp_path / "out")
+    change_record(folder, config=None)  # as in a record of before
+    convert.write_hf(open_end(folder), tmp_path / "out")
+    assert "nothing records what config.json" in config_said(open_end(folder))
+
+
+def test_exports_of_training_record_what_their_configuration_computes(tmp_path: Path) -> None:
+    for family in FAMILIES:
+        model = model_from_config(config(family))
+        source = write_folder(tmp_path / "source", model, random_weights(model))
+        hf.save(tmp_path / family, random_weights(model), source)
+        assert (read_record(tmp_path / family) or {})["config"] == model.computation()
+    scaling = (read_record(tmp_path / "llama3") or {})["config"]["rope_scaling"]
+    assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (8.0, 24)
 
 
 def flip_bit(folder: Path) -> None:
@@ -85,6 +129,20 @@ def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp
         shutil.rmtree(tmp_path / "copy")
 
 
+@pytest.mark.parametrize("rule", [None, "elements"])
+def test_digests_by_another_rule_are_not_compared_and_that_is_said(
+    rule: str | None, exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = (read_record(exported) or {})["digests"]
+    change_record(exported, digest_rule=rule, digests=dict.fromkeys(digests, 16 * "0"))
+    words = "its digests are by another rule than this version's, so nothing says what the weights should be"
+    assert words in said(open_end(exported), digests)
+    convert.write_hf(open_end(exported), tmp_path / "out")
+    assert [words in line for line in caplog.messages] == [True]
+    record = read_record(tmp_path / "out") or {}
+    assert (record["digest_rule"], record["digests"]) == (DIGEST_RULE, digests)
+
+
 def test_a_write_in_the_wrong_place_is_found(
     megatron: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +187,25 @@ def test_an_export_says_which_folder_and_layout_it_came_from(
     (megatron / "progress.json").write_text(json.dumps({"layout": {"tensor": 5}}))
     convert.write_hf(open_end(megatron), tmp_path / "out")
     assert (read_record(tmp_path / "out") or {})["layout"] == {"tensor": 5}
+
+
+def test_a_folder_named_as_like_is_recorded_and_may_not_contradict_the_checkpoint_s_own(
+    megatron: Path, tmp_path: Path
+) -> None:
+    other = write_folder(tmp_path / "other", MODEL, {})
+    convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    assert (read_record(tmp_path / "out") or {})["like"] == "other"
+    convert.write_hf(open_end(megatron, like=megatron), tmp_path / "own")
+    assert "like" not in (read_record(tmp_path / "own") or {})
+    change_config(other, rms_norm_eps=0.1, rope_theta=5e5)
+    words = r"megatron/config\.json and .*other/config\.json.* rms_norm_eps 1e-06 and 0\.1; rope_theta 10000\.0 and 50"
+    with pytest.raises(ValueError, match=words + ".*leave out --like, or, if the first is wrong, remove it"):
+        open_end(megatron, like=other)
+    (megatron / "config.json").unlink()  # as the message says; what its record says stands
+    with pytest.raises(CheckpointError, match=r"records another computation than .*other/config\.json says"):
+        convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    (megatron / "conversion.json").unlink()
+    convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
 
 
 def test_a_stored_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path: Path) -> None:

@@ -218,3 +218,9 @@ def test_pieces_of_one_to_three_dimensions_are_digested(shape: tuple[int, ...]) 
 
     tensor = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape).bfloat16()
     assert digests(tensor) == digests(tensor.float()) != digests(tensor.flip(-1))
+
+
+def test_an_expert_axis_joins_the_rows() -> None:
+    """Experts that are one tensor have the digest of their rows one below the other."""
+    experts = torch.randn(3, 4, 6, requires_grad=True)
+    assert tensor_digests({"w": experts}) == tensor_digests({"w": experts.detach().reshape(12, 6)})
