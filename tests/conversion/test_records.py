@@ -37,8 +37,7 @@ def exported(megatron: Path, tmp_path: Path) -> Path:
     return tmp_path / "exported"
 
 
-def change_config(folder: Path, **changes: object) -> None:
-    file = folder / "config.json"
+def change(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
@@ -47,10 +46,10 @@ def test_a_configuration_that_is_not_as_recorded_is_not_converted(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    change_config(folder, max_position_embeddings=64, dtype="bfloat16", eos_token_id=3, intermediate_size=9)
+    change(folder / "config.json", max_position_embeddings=64, dtype="bfloat16", eos_token_id=3, intermediate_size=9)
     assert config_said(open_end(folder)) == "config.json computes as recorded in conversion.json"
     convert.write_hf(open_end(folder), tmp_path / "before")
-    change_config(folder, rms_norm_eps=0.5, rope_theta=123.0, norm_topk_prob=False)
+    change(folder / "config.json", rms_norm_eps=0.5, rope_theta=123.0, norm_topk_prob=False)
     words = r"norm_topk_prob True and False; rms_norm_eps 1e-06 and 0\.5; rope_theta 10000\.0 and 123\.0: restore conf"
     for write in (
         lambda: convert.write_hf(open_end(folder), tmp_path / "out"),
@@ -62,10 +61,10 @@ def test_a_configuration_that_is_not_as_recorded_is_not_converted(
     assert "norm_topk_prob True and False" in config_said(open_end(folder))
     with pytest.raises(convert.MismatchError, match=r"compute differently.*norm_topk_prob False and True"):
         convert.compare(open_end(folder), open_end(tmp_path / "before"))
-    change_record(folder, config=[])
+    change(folder / "conversion.json", config=[])
     with pytest.raises(CheckpointError, match="config is no JSON object"):
         convert.write_hf(open_end(folder), tmp_path / "out")
-    change_record(folder, config=None)  # as in a record of before
+    change(folder / "conversion.json", config=None)  # as in a record of before
     convert.write_hf(open_end(folder), tmp_path / "out")
     assert "nothing records what config.json" in config_said(open_end(folder))
 
@@ -90,11 +89,6 @@ def flip_bit(folder: Path) -> None:
             file.write_bytes(data)
             return
     raise AssertionError(f"{folder} does not hold {NAME}")
-
-
-def change_record(folder: Path, **changes: object) -> None:
-    file = folder / "conversion.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize("kind", ["megatron", "exported"])
@@ -122,7 +116,7 @@ def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp
     of_type, of_kind = "weights in bfloat16, these are in float32", "digests are no JSON object"
     for changes, words in (({"dtype": "bfloat16"}, of_type), ({"digests": [1]}, of_kind)):
         shutil.copytree(exported, tmp_path / "copy")
-        change_record(tmp_path / "copy", **changes)
+        change(tmp_path / "copy" / "conversion.json", **changes)
         with pytest.raises(CheckpointError, match=words):
             convert.write_hf(open_end(tmp_path / "copy"), tmp_path / "out")
         assert words in said(open_end(tmp_path / "copy"), {})
@@ -134,7 +128,7 @@ def test_digests_by_another_rule_are_not_compared_and_that_is_said(
     rule: str | None, exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     digests = (read_record(exported) or {})["digests"]
-    change_record(exported, digest_rule=rule, digests=dict.fromkeys(digests, 16 * "0"))
+    change(exported / "conversion.json", digest_rule=rule, digests=dict.fromkeys(digests, 16 * "0"))
     words = "its digests are by another rule than this version's, so nothing says what the weights should be"
     assert words in said(open_end(exported), digests)
     convert.write_hf(open_end(exported), tmp_path / "out")
@@ -197,7 +191,7 @@ def test_a_folder_named_as_like_is_recorded_and_may_not_contradict_the_checkpoin
     assert (read_record(tmp_path / "out") or {})["like"] == "other"
     convert.write_hf(open_end(megatron, like=megatron), tmp_path / "own")
     assert "like" not in (read_record(tmp_path / "own") or {})
-    change_config(other, rms_norm_eps=0.1, rope_theta=5e5)
+    change(other / "config.json", rms_norm_eps=0.1, rope_theta=5e5)
     words = r"megatron/config\.json and .*other/config\.json.* rms_norm_eps 1e-06 and 0\.1; rope_theta 10000\.0 and 50"
     with pytest.raises(ValueError, match=words + ".*leave out --like, or, if the first is wrong, remove it"):
         open_end(megatron, like=other)
