@@ -125,6 +125,7 @@ class OptimConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0.0)  # global norm; 0: no clipping
     warmup_steps: int = Field(default=0, ge=0)
     decay_steps: int | None = Field(default=None, ge=1)
+    dither: bool = True  # bfloat16: begin each fp32 master anywhere in what rounds to its weight (model/dither.py)
     loss_scale: Literal["paper", "pg"] = "paper"  # pg: loss / (2 beta2), whose gradient is a policy gradient's
     offload: bool = False  # on GPU with Transformer Engine: states and step in host memory
 

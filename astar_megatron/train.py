@@ -243,6 +243,7 @@ def _metrics(
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "lr": stats.learning_rate,
+        "changed_weights": stats.changed_weights,
         "skipped_steps": len(stats.skipped),
         **{field.name: getattr(stats, field.name) for field in dataclasses.fields(Health)},
         "engine_gap": stats.engine_gap,

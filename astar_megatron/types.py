@@ -116,6 +116,7 @@ class StepStats(Health):
     grad_norm: float  # mean over the mini-batches whose step was taken, NaN without any
     grad_norms: tuple[float, ...]  # of each mini-batch
     learning_rate: float
+    changed_weights: float  # share of the weights, as they were before the step, that are not the reference's
     skipped: tuple[int, ...]  # mini-batches whose optimiser step was left out: a loss or a gradient was not finite
     tokens: int
     response_tokens: int

@@ -59,6 +59,7 @@ KEYS = {
     "optim.clip_grad": 1.0,
     "optim.warmup_steps": 0,
     "optim.decay_steps": None,
+    "optim.dither": True,
     "optim.loss_scale": "paper",
     "optim.offload": False,
     "parallel.tensor": 1,

@@ -19,7 +19,7 @@ KEYS = {
     *("logratio_mean", "logratio_std", "logratio_p05", "logratio_p50", "logratio_p95", "logratio_max"),
     *("kl_sequence", "kl_token", "entropy", "residual_mean", "residual_std", "slope", "r_squared"),
     *("engine_gap", "truncated", "tokens", "response_tokens", "tokens_per_second", "model_flops", "mfu"),
-    *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens"),
+    *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens", "changed_weights"),
 }
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
 ROLLOUT = samples.rollout(PROMPT, truncated=True, version=3)
@@ -31,6 +31,7 @@ STATS = StepStats(
     grad_norm=2.0,
     grad_norms=(2.0, math.inf),
     learning_rate=1e-6,
+    changed_weights=0.125,
     skipped=(1,),
     tokens=4,
     response_tokens=2,

@@ -34,6 +34,7 @@ from astar_megatron.model.build import (
     overlaps,
     transformer_config,
 )
+from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.export_check import check_export
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import run_loss, run_scoring
@@ -80,6 +81,7 @@ class PolicyRank:
         self.layout = layout_of(parallel, fused_norms=self.backend.uses_transformer_engine)
         self._recompute: Recompute = parallel.recompute
         self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
+        self._dithers = optim.dither and self._dtype == torch.bfloat16
         self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
@@ -110,7 +112,8 @@ class PolicyRank:
         initialise(self.layout)
         tensor_parallel.model_parallel_cuda_manual_seed(self._seed + 1)
         self._build()
-        return f"{self.backend.describe()}; {describe(self._optimizer)}"
+        dithered = "; master weights dithered within what rounds to bfloat16's" if self._dithers else ""
+        return f"{self.backend.describe()}; {describe(self._optimizer)}{dithered}"
 
     def _build(self) -> None:
         config = transformer_config(
@@ -121,10 +124,13 @@ class PolicyRank:
         check_tensors(self.model, self.layout, self.rank, tensors)
         hf.load(self._path, plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout)), self.rank, tensors)
         self._reference = Reference(
-            self.model, self.layout, config, tensors, self.backend, offload=self._offloads_reference
+            self.model, self.layout, self.rank, config, tensors, self.backend, offload=self._offloads_reference
         )
         self._modules = for_training(self._chunks, config)
         self._optimizer = make_optimizer(self._modules, self._optim, self._dtype, overlap=overlaps())
+        if self._dithers:
+            parameters = named_parameters(self._chunks)
+            dither_masters(self._optimizer, parameters, self.model, self.layout, self.rank, self._seed)
         self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
@@ -142,7 +148,8 @@ class PolicyRank:
         clock = time.perf_counter()
         groups = [list(self._micro_batches(batch, indices, options)) for indices in _mini_batches(batch, options)]
         with self.backend.range("reference"):
-            at_start = self._version == 0 and self._reference.equals(self.weights())
+            record.changed_weights = self._reference.share_changed(self.weights())
+            at_start = self._version == 0 and record.changed_weights == 0.0
             references = [
                 self._score(group, options, record, checks_only=at_start and not index)
                 for index, group in enumerate(groups)

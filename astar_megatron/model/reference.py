@@ -14,7 +14,9 @@ from astar_megatron.model.backend import Backend
 from astar_megatron.model.build import build, in_compute_type, named_parameters
 from astar_megatron.model.forward import run_sums
 from conversion.families import Model
+from conversion.plan import plan
 from conversion.tiles import ParallelLayout
+from conversion.transfer import view
 
 
 class Reference:
@@ -27,6 +29,7 @@ class Reference:
         self,
         model: Model,
         layout: ParallelLayout,
+        rank: int,
         config: TransformerConfig,
         weights: Mapping[str, Tensor],
         backend: Backend,
@@ -42,6 +45,8 @@ class Reference:
         # a frozen weight, and the log-ratio at step 0 would be 1e-5 instead of exactly 0.
         self._modules: list[Any] = [in_compute_type(part, config) for part in chunks]
         self._parameters = named_parameters(chunks)
+        # Each element of the model once, whatever layout holds copies of it.
+        self._pieces = {copy.source for copy in plan(model.megatron_tiles(layout), model.hf_tiles()).from_rank(rank)}
         self._host: dict[str, Tensor] = {}
         if offload:
             for name, parameter in self._parameters.items():
@@ -59,14 +64,16 @@ class Reference:
                 backend=self._backend,
             )
 
-    def equals(self, weights: Mapping[str, Tensor]) -> bool:
-        """Say whether every rank's `weights` are bitwise the reference's; collective over all ranks."""
+    def share_changed(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the share of all ranks' `weights` that are not bitwise the reference's; collective over all ranks."""
         with self._on_device():
-            # in the reference's type, which the forward pass computes in
-            same = all(torch.equal(mine, weights[name].to(mine.dtype)) for name, mine in self._parameters.items())
-        found = torch.tensor(float(same), device=self._backend.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        return bool(found.item())
+            changed = torch.zeros((), dtype=torch.float64, device=self._backend.device)
+            for piece in self._pieces:
+                mine = view(self._parameters, piece)
+                # in the reference's type, which the forward pass computes in
+                changed += (mine != view(weights, piece).to(mine.dtype)).sum()
+        dist.all_reduce(changed)
+        return float(changed) / self._model.num_parameters()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

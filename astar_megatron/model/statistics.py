@@ -29,6 +29,7 @@ class StepRecord:
         self.grad_norms: list[float] = []
         self.skipped: list[int] = []  # mini-batches whose step was not taken
         self.learning_rate = 0.0
+        self.changed_weights = 0.0
         self.flops = 0  # model FLOPs of this rank's packs
         self.seconds: dict[str, float] = {}
 
@@ -84,6 +85,7 @@ class StepRecord:
             grad_norm=statistics.fmean(taken) if taken else math.nan,
             grad_norms=tuple(self.grad_norms),
             learning_rate=self.learning_rate,
+            changed_weights=self.changed_weights,
             skipped=tuple(self.skipped),
             tokens=tokens,
             response_tokens=batch.response_tokens(),

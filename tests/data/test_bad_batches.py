@@ -40,6 +40,7 @@ def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout]
         grad_norm=math.nan,
         grad_norms=(math.nan, 3.0),
         learning_rate=1e-6,
+        changed_weights=0.125,
         skipped=(0,),
         tokens=7,
         response_tokens=4,

@@ -14,6 +14,7 @@ class Run:
     batches: Any
     optim: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
     mini_batch_size: int = 8
     micro_batch_tokens: int = 60
     optimizer_steps: int = 10
@@ -47,7 +48,7 @@ def trained(
     policy = PolicyRank(
         rank=rank,
         model_path=run.model_path,
-        dtype="float32",
+        dtype=run.dtype,
         parallel=ParallelConfig(**run.axes),
         optim=OptimConfig(**optim),
         seed=0,
@@ -96,9 +97,11 @@ def _moved(before: Any, after: Any) -> tuple[float, set[str], dict[str, tuple[fl
 
 def _digest(policy: Any) -> str:
     """Of this rank's weights, and of all that optimizer and schedule hold."""
+    import torch
+
     digest = hashlib.sha256()
     for name, weight in sorted(policy.weights().items()):
-        digest.update(name.encode() + weight.contiguous().view(-1).numpy().tobytes())
+        digest.update(name.encode() + weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for inner in policy._optimizer.chained_optimizers:
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
