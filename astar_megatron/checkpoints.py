@@ -16,6 +16,8 @@ from astar_megatron.data.files import write_atomic
 from astar_megatron.data.prompts import PromptStream
 
 _PROGRESS_FILE = "progress.json"  # model/checkpoint.py writes it
+_BEFORE_DITHER = {"optim.dither": False}  # of checkpoints that are older than the key
+_AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
 
 
 class Checkpoints:
@@ -66,8 +68,12 @@ class Checkpoints:
     def changed_settings(self) -> list[str]:
         """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
         folder = self.latest
-        before = self._progress(folder).get("settings", {}) if folder else {}
-        return [f"{key} {before[key]} -> {new}" for key, new in self._settings.items() if before.get(key, new) != new]
+        before = _BEFORE_DITHER | self._progress(folder).get("settings", {}) if folder else {}
+        return [
+            f"{key} {before[key]} -> {new}{_AT_THE_START.get(key, '')}"
+            for key, new in self._settings.items()
+            if before.get(key, new) != new
+        ]
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         try:

@@ -136,7 +136,8 @@ def train(
         _evaluate(cfg, inputs, engines, tracker, cfg.train.num_steps, Clock())
     with TransferFolder() as folder:
         policy.export(cfg.export_dir, folder.path)
-    tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, policy.logprobs)}")
+    rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * (policy.dtype == "float32")
+    tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, policy.logprobs)}{rounding}")
 
 
 def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:

@@ -73,3 +73,16 @@ def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(
     assert checkpoints.restore(stream, after) == 3 and after["0"] == before["0"] != 0.5
     with pytest.raises(ValueError, match=r"astar\.beta1: the checkpoint's V\* was refreshed with astar\.beta1 0\.5"):
         checkpoints.restore(stream, live(0.25))
+
+
+def test_a_checkpoint_from_before_the_key_goes_on_without_dither_and_that_is_said(tmp_path: Path) -> None:
+    def changed(written: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+        before, now = (Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, keys) for keys in (written, settings))
+        before.save(cast(PolicyGroup, FakePolicy()), 1, PromptStream(PROMPTS, 2, 0), LiveVStar({}, {}, 0.5, None))
+        return now.changed_settings()
+
+    as_saved = "(master weights go on as the checkpoint has them)"
+    assert changed({"seed": 1}, {"seed": 1, "optim.dither": True}) == [f"optim.dither False -> True {as_saved}"]
+    assert changed({"optim.dither": True}, {"optim.dither": False}) == [f"optim.dither True -> False {as_saved}"]
+    assert changed({"seed": 1}, {"seed": 1, "optim.dither": False}) == []
+    assert changed({"optim.dither": True, "seed": 1}, {"seed": 2, "optim.dither": True}) == ["seed 1 -> 2"]

@@ -1,7 +1,6 @@
 """Dithered masters on real ranks in bfloat16: the same in every layout, drawn once, and what they change."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
