@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.algorithm.refresh import LiveVStar
+from astar_megatron.algorithm.objective import Objective
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
 from astar_megatron.data.contract import Contract, ContractError
@@ -42,8 +42,8 @@ class Checkpoints:
             )
         return folder
 
-    def restore(self, prompts: PromptStream, v_star: LiveVStar) -> int:
-        """Set prompt order and refreshed V* to the newest checkpoint's; return the steps behind it, 0 without one.
+    def restore(self, prompts: PromptStream, objective: Objective) -> int:
+        """Set prompt order and objective to the newest checkpoint's; return the steps behind it, 0 without one.
 
         Raises ContractError or ValueError for a checkpoint of other settings that this run can't go on from.
         """
@@ -53,14 +53,14 @@ class Checkpoints:
         progress = self._progress(folder)
         try:
             prompts.restore(progress["prompts"])
-            v_star.restore(progress.get("v_star", {}))
+            objective.restore(progress)
             return int(progress["step"])
         except (AttributeError, KeyError, TypeError) as error:
             raise self._damaged(folder, repr(error)) from error
 
-    def resume(self, policy: PolicyGroup, prompts: PromptStream, v_star: LiveVStar) -> int:
+    def resume(self, policy: PolicyGroup, prompts: PromptStream, objective: Objective) -> int:
         """As `restore`, and the policy too."""
-        step, folder = self.restore(prompts, v_star), self.latest
+        step, folder = self.restore(prompts, objective), self.latest
         if folder is not None:
             policy.load(folder, step)
         return step
@@ -96,13 +96,13 @@ class Checkpoints:
             f"{self._folder / 'latest'}, or remove {self._folder} to start over"
         )
 
-    def save(self, policy: PolicyGroup, step: int, prompts: PromptStream, v_star: LiveVStar) -> None:
+    def save(self, policy: PolicyGroup, step: int, prompts: PromptStream, objective: Objective) -> None:
         """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few."""
         folder = self._folder / f"step_{step:08d}"
         if folder.exists():  # of a run that was set back by hand
             shutil.rmtree(folder)
         progress = {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()}
-        policy.save(folder, progress | {"settings": self._settings, "v_star": v_star.state()})
+        policy.save(folder, progress | objective.state() | {"settings": self._settings})
         write_atomic(self._folder / "latest", folder.name.encode())
         # Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
         earlier = sorted(path for path in self._folder.glob("step_????????") if path.name < folder.name)

@@ -4,14 +4,15 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint.
 """
 
-import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from astar_megatron import config, doctor
+from astar_megatron.algorithm.astar import Astar
+from astar_megatron.algorithm.objective import Objective
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.certificate import certify
 from astar_megatron.checkpoints import Checkpoints
@@ -29,7 +30,7 @@ from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.rollout.scoring import Scorer, gather
 from astar_megatron.run import Inputs, check_ranks, prepare, started
 from astar_megatron.tracking import Clock, Tracker, read_metrics
-from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepOptions, StepStats
 from astar_megatron.weights import TransferFolder, WeightSync
 from conversion import folders
 
@@ -53,7 +54,7 @@ def check(cfg: RunConfig, inputs: Inputs) -> None:
     needs_stage_1 = cfg.filter != FilterConfig() or cfg.astar.refresh_decay is not None
     found = stage_1(cfg, inputs) if needs_stage_1 else None
     checkpoints = Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg))
-    done = checkpoints.restore(_stream(cfg, inputs, found), _live(cfg, found))
+    done = checkpoints.restore(_stream(cfg, inputs, found), _objective(cfg, found))
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
@@ -95,11 +96,11 @@ def train(
     cfg: RunConfig, inputs: Inputs, found: Estimates, policy: PolicyGroup, engines: EnginePool, tracker: Tracker
 ) -> None:
     """Train on what `stage_1` found, with a started policy and pool, and export; the engines keep the final weights."""
-    v_star = _live(cfg, found)
+    objective = _objective(cfg, found)
     prompts = _stream(cfg, inputs, found)
     checkpoints = Checkpoints(tracker.run_dir, cfg.checkpoint, inputs.contract, config.flat(cfg))
     options = _step_options(cfg)
-    first = checkpoints.resume(policy, prompts, v_star)
+    first = checkpoints.resume(policy, prompts, objective)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     bad_batches.set_aside(tracker.run_dir, first)
@@ -119,19 +120,20 @@ def train(
                 pending = [scorer.submit(finished) for finished in engines.generate(work, cfg.sampling)]
             with clock.span("score"):  # what generation did not hide
                 rollouts = gather(pending)
-            batch = _batch(rollouts, v_star, step)
-            stats = policy.step(batch, options)
+            batch = _batch(rollouts, objective, step)
+            stats = policy.step(batch, objective.loss, options)
             spent += stats.response_tokens
-            metrics = _metrics(step, rollouts, v_star, stats, spent, clock.stop()) | evaluated
-            v_star.add((one.prompt.uid, one.reward) for one in rollouts if one.reward is not None)
+            health = _health(objective, rollouts, stats, options.mini_batch_size)
+            metrics = _metrics(step, rollouts, health, stats, spent, clock.stop()) | evaluated
+            objective.learn(rollouts)
             if stats.skipped:  # first on disk, then in the metrics
                 skipped += len(stats.skipped)
-                tracker.say(_keep(tracker.run_dir, rollouts, batch, stats, options))
+                tracker.say(_keep(tracker.run_dir, rollouts, batch, stats, cfg))
             tracker.log(metrics)
             tracker.say(_line(metrics, cfg.train.num_steps))
             check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
-                checkpoints.save(policy, step + 1, prompts, v_star)
+                checkpoints.save(policy, step + 1, prompts, objective)
         weights.publish(version=cfg.train.num_steps)
         _evaluate(cfg, inputs, engines, tracker, cfg.train.num_steps, Clock())
     with TransferFolder() as folder:
@@ -151,11 +153,9 @@ def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:
 
 def _step_options(cfg: RunConfig) -> StepOptions:
     return StepOptions(
-        beta2=cfg.astar.beta2,
         temperature=cfg.sampling.temperature,
         mini_batch_size=cfg.mini_batch_size,
         micro_batch_tokens=cfg.train.micro_batch_tokens,
-        importance_cap=cfg.astar.importance_cap,
     )
 
 
@@ -184,9 +184,10 @@ def _stream(cfg: RunConfig, inputs: Inputs, found: Estimates | None) -> PromptSt
     return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
 
 
-def _live(cfg: RunConfig, found: Estimates | None) -> LiveVStar:
+def _objective(cfg: RunConfig, found: Estimates | None) -> Objective:
     first, samples = (found.by_uid(), found.samples_by_uid()) if found else ({}, {})
-    return LiveVStar(first, samples, cfg.astar.beta1, cfg.astar.refresh_decay)
+    v_star = LiveVStar(first, samples, cfg.astar.beta1, cfg.astar.refresh_decay)
+    return Astar(cfg.astar, v_star, cfg.optim.loss_scale)
 
 
 def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
@@ -200,36 +201,44 @@ def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt,
     return work
 
 
-def _batch(rollouts: Sequence[Rollout], v_star: LiveVStar, version: int) -> RolloutBatch:
+def _batch(rollouts: Sequence[Rollout], objective: Objective, version: int) -> RolloutBatch:
     """The rollouts as the policy needs them; all must come from the weights it has now."""
     stale = {rollout.version for rollout in rollouts} - {version}
     if stale:
         raise AssertionError(f"rollouts of versions {sorted(stale)} in a step of version {version}")
+    columns = objective.columns(rollouts)
     return RolloutBatch(
         token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
         prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
-        reward=torch.tensor([rollout.reward or 0.0 for rollout in rollouts], dtype=torch.float64),  # a failure is 0
-        v_star=torch.tensor([v_star[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64),
-        rollout_logprob=torch.tensor([rollout.logprob for rollout in rollouts], dtype=torch.float64),
+        columns=columns.sequences,
+        token_columns=columns.tokens,
         version=version,
     )
 
 
-def _keep(
-    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: StepOptions
-) -> str:
+def _keep(run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, cfg: RunConfig) -> str:
     """Write a batch that spoiled a step to disk and return in words what happened."""
-    folder = bad_batches.write(run_dir, rollouts, batch, stats, options)
+    folder = bad_batches.write(run_dir, rollouts, batch, stats, config.flat(cfg))
     return (
         f"step {batch.version}: a loss or a gradient was not finite in mini-batches {list(stats.skipped)}; their "
         f"optimiser steps were left out, weights and optimiser are as before; the batch is in {folder}"
     )
 
 
+def _health(objective: Objective, rollouts: Sequence[Rollout], stats: StepStats, on_policy: int) -> dict[str, float]:
+    """What the objective makes of a step, and how far the engines were; the first `on_policy` rollouts are of the
+    weights that were scored."""
+    logprobs = torch.tensor(stats.logprobs, dtype=torch.float64)
+    reference = torch.tensor(stats.reference_logprobs, dtype=torch.float64)
+    drawn = torch.tensor([rollout.logprob for rollout in rollouts], dtype=torch.float64)
+    gap = float((logprobs - drawn)[:on_policy].mean())
+    return {**objective.metrics(rollouts, logprobs, reference, on_policy), "engine_gap": gap}
+
+
 def _metrics(
     step: int,
     rollouts: Sequence[Rollout],
-    v_star: LiveVStar,
+    health: Mapping[str, float],
     stats: StepStats,
     spent_tokens: int,
     seconds: dict[str, float],
@@ -239,15 +248,12 @@ def _metrics(
         "step": step,
         "version": step,
         "reward_mean": sum(rollout.reward or 0.0 for rollout in rollouts) / count,
-        "v_star_mean": sum(v_star[rollout.prompt.uid] for rollout in rollouts) / count,
-        "v_star_shift": v_star.shift(rollout.prompt.uid for rollout in rollouts),
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "lr": stats.learning_rate,
         "changed_weights": stats.changed_weights,
         "skipped_steps": len(stats.skipped),
-        **{field.name: getattr(stats, field.name) for field in dataclasses.fields(Health)},
-        "engine_gap": stats.engine_gap,
+        **health,
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,
         "response_tokens": stats.response_tokens,

@@ -3,6 +3,7 @@
 Legend: B sequences, T packed tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -43,15 +44,15 @@ class Rollout:
 class RolloutBatch:
     """The sequences of one step as the policy needs them.
 
-    `token_ids[b]` is prompt + response of sequence b; `prompt_tokens[b]` how many of them are prompt. `reward`,
-    `v_star` and `rollout_logprob` are [B] float64. All rollouts have the same `version`.
+    `token_ids[b]` is prompt + response of sequence b; `prompt_tokens[b]` how many of them are prompt. The columns are
+    what the objective's loss reads, by name: a number of each sequence, or of each response token of all sequences in
+    order (algorithm/objective.py). All rollouts have the same `version`.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     prompt_tokens: tuple[int, ...]
-    reward: torch.Tensor  # [B]
-    v_star: torch.Tensor  # [B]
-    rollout_logprob: torch.Tensor  # [B], the engine's, nats
+    columns: Mapping[str, torch.Tensor]  # [B] each
+    token_columns: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [response tokens] each
     version: int
 
     def __len__(self) -> int:
@@ -68,43 +69,15 @@ class RolloutBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
-    """How a step is computed: the regression's beta2, the sampling temperature, sequences and tokens at a time.
+    """How a step is computed, beside the objective's loss: the sampling temperature, sequences and tokens at a time."""
 
-    With `importance_cap` each loss is weighed by min(cap, pi / the engine's pi) of its response: algorithm/loss.py.
-    """
-
-    beta2: float
     temperature: float
     mini_batch_size: int  # sequences an optimiser step, over all data-parallel ranks
     micro_batch_tokens: int
-    importance_cap: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
-    """How a batch stands to the objective, over its sequences; algorithm/metrics.py computes and explains it.
-
-    D = ln pi - ln pi_ref of a whole response, A = r - V*. "On-policy": over the first mini-batch, whose log-probs are
-    those of the weights that drew the rollouts.
-    """
-
-    logratio_mean: float  # of D, nats
-    logratio_std: float
-    logratio_p05: float
-    logratio_p50: float
-    logratio_p95: float
-    logratio_max: float  # of |D|: exactly 0 before the first optimiser step
-    kl_sequence: float  # nats a response, on-policy
-    kl_token: float  # nats a response token, on-policy
-    entropy: float  # nats a response token, on-policy
-    residual_mean: float  # of beta2 * D - A, in units of the reward
-    residual_std: float
-    slope: float  # of the line of beta2 * D on A: 1 at the objective's optimum, NaN where all A are equal
-    r_squared: float  # of that line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats(Health):
+class StepStats:
     """What one training step did, over its B sequences.
 
     `seconds` holds reference (its forward) and policy (forward, backward, optimiser); tokens_per_second and mfu are of
@@ -112,7 +85,6 @@ class StepStats(Health):
     """
 
     loss: float
-    engine_gap: float  # mean of ln pi by the policy minus by the engine, over the first mini-batch: the same weights
     grad_norm: float  # mean over the mini-batches whose step was taken, NaN without any
     grad_norms: tuple[float, ...]  # of each mini-batch
     learning_rate: float
@@ -128,3 +100,9 @@ class StepStats(Health):
     logprobs: tuple[float, ...]  # [B]
     reference_logprobs: tuple[float, ...]  # [B]
     losses: tuple[float, ...]  # [B]
+
+    @property
+    def logratio_max(self) -> float:
+        """The largest |ln pi - ln pi_ref| of a response (nats): exactly 0 before the first optimiser step."""
+        pairs = zip(self.logprobs, self.reference_logprobs, strict=True)
+        return max(abs(logprob - reference) for logprob, reference in pairs)

@@ -7,13 +7,15 @@ from typing import Any, cast
 import pytest
 from samples import CONTRACT
 
+from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.config import CheckpointConfig
+from astar_megatron.config import AstarConfig, CheckpointConfig
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.types import Prompt
 
+FIXED = Astar(AstarConfig(), LiveVStar({}, {}, 0.5, None))
 PROMPTS = [Prompt(uid=str(i), token_ids=(i,), text="", answer="") for i in range(3)]
 
 
@@ -28,9 +30,7 @@ class FakePolicy:
 def saved(run_dir: Path, keep: int, steps: list[int]) -> list[int]:
     checkpoints = Checkpoints(run_dir, CheckpointConfig(keep=keep), CONTRACT, {})
     for step in steps:
-        checkpoints.save(
-            cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0), LiveVStar({}, {}, 0.5, None)
-        )
+        checkpoints.save(cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0), FIXED)
     return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
@@ -52,13 +52,13 @@ def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path
 def test_progress_that_is_damaged_inside_is_said_to_be(damage: dict[str, Any], tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
     live, stream = LiveVStar({}, {}, 0.5, 0.9), PromptStream(PROMPTS, 2, 0)
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, live)
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, Astar(AstarConfig(), live))
     path = tmp_path / "checkpoints" / "step_00000003" / "progress.json"
     if "beta1" in str(damage):
         damage = {"v_star": damage["v_star"] | {"stage_1": live._digest()}}
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(ValueError, match=r"progress\.json: missing or damaged"):
-        checkpoints.restore(stream, live)
+        checkpoints.restore(stream, Astar(AstarConfig(), live))
 
 
 def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(tmp_path: Path) -> None:
@@ -68,17 +68,17 @@ def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
     before, stream = live(0.5), PromptStream(PROMPTS, 2, 0)
     before.add([("0", 1.0)])
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, before)
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, Astar(AstarConfig(), before))
     after = live(0.5)
-    assert checkpoints.restore(stream, after) == 3 and after["0"] == before["0"] != 0.5
+    assert checkpoints.restore(stream, Astar(AstarConfig(), after)) == 3 and after["0"] == before["0"] != 0.5
     with pytest.raises(ValueError, match=r"astar\.beta1: the checkpoint's V\* was refreshed with astar\.beta1 0\.5"):
-        checkpoints.restore(stream, live(0.25))
+        checkpoints.restore(stream, Astar(AstarConfig(), live(0.25)))
 
 
 def test_a_checkpoint_from_before_the_key_goes_on_without_dither_and_that_is_said(tmp_path: Path) -> None:
     def changed(written: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         before, now = (Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, keys) for keys in (written, settings))
-        before.save(cast(PolicyGroup, FakePolicy()), 1, PromptStream(PROMPTS, 2, 0), LiveVStar({}, {}, 0.5, None))
+        before.save(cast(PolicyGroup, FakePolicy()), 1, PromptStream(PROMPTS, 2, 0), FIXED)
         return now.changed_settings()
 
     as_saved = "(master weights go on as the checkpoint has them)"

@@ -10,8 +10,10 @@ import samples
 import torch
 
 from astar_megatron import train
+from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
-from astar_megatron.types import Health, Prompt, StepStats
+from astar_megatron.config import AstarConfig
+from astar_megatron.types import Prompt, StepStats
 
 # Every key of a line. A change here is a change of what people's plots read: it belongs in README.md and CHANGELOG.md.
 KEYS = {
@@ -23,11 +25,9 @@ KEYS = {
 }
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
 ROLLOUT = samples.rollout(PROMPT, truncated=True, version=3)
-V_STAR = LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None)
+OBJECTIVE = Astar(AstarConfig(), LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None))
 STATS = StepStats(
-    **{name: float(index) for index, name in enumerate(Health.__dataclass_fields__)},
     loss=0.25,
-    engine_gap=0.5,
     grad_norm=2.0,
     grad_norms=(2.0, math.inf),
     learning_rate=1e-6,
@@ -47,13 +47,14 @@ STATS = StepStats(
 
 
 def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:
-    line = train._metrics(3, [ROLLOUT], V_STAR, STATS, 70, {"total": 2.0})
+    health = train._health(OBJECTIVE, [ROLLOUT], STATS, 1)
+    line = train._metrics(3, [ROLLOUT], health, STATS, 70, {"total": 2.0})
     assert set(line) == KEYS
     assert (line["spent_tokens"], line["v_star_shift"]) == (70, 0.0)
     assert (line["truncated"], line["skipped_steps"], line["lr"]) == (1.0, 1, 1e-6)
     assert line["peak_memory_bytes"] == [5, 6]
     assert line["seconds"] == {"policy": 0.4, "reference": 0.1, "total": 2.0}
-    assert (line["logratio_mean"], line["slope"]) == (STATS.logratio_mean, STATS.slope)
+    assert (line["logratio_mean"], line["logratio_max"], line["engine_gap"]) == (1.0, STATS.logratio_max, 0.5)
 
 
 def test_the_readme_explains_every_key_of_a_line() -> None:
@@ -75,12 +76,12 @@ def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
 
 def test_a_rollout_that_could_not_be_scored_counts_0() -> None:
     failed = dataclasses.replace(ROLLOUT, reward=None)
-    assert train._batch([ROLLOUT, failed], V_STAR, version=3).reward.tolist() == [1.0, 0.0]
-    assert train._metrics(3, [ROLLOUT, failed], V_STAR, STATS, 70, {})["reward_mean"] == 0.5
+    assert train._batch([ROLLOUT, failed], OBJECTIVE, version=3).columns["reward"].tolist() == [1.0, 0.0]
+    assert train._metrics(3, [ROLLOUT, failed], {}, STATS, 70, {})["reward_mean"] == 0.5
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:
-    batch = train._batch([ROLLOUT], V_STAR, version=3)
+    batch = train._batch([ROLLOUT], OBJECTIVE, version=3)
     assert batch.response_lengths().tolist() == [2]
     assert batch.response_tokens() == 2
-    assert torch.equal(batch.v_star, torch.tensor([0.5], dtype=torch.float64))
+    assert torch.equal(batch.columns["v_star"], torch.tensor([0.5], dtype=torch.float64))

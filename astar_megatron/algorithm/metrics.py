@@ -1,9 +1,6 @@
-"""Health of a step. The loss is no metric: with beta1 != beta2 its target is unattainable, it stays near E(r - V*)^2.
+"""How far the policy is from the reference on a step's rollouts, and least-squares lines.
 
-What does tell: whether beta2 * D (D = ln pi - ln pi_ref of a response, nats) follows the advantage A = r - V*. At the
-optimum of the objective the slope of beta2 * D on A is 1 and R^2 is 1; at step 0 both are 0.
-
-KL(pi || pi_ref) and the entropy of pi are estimated from the sampled responses alone, y ~ pi:
+KL(pi || pi_ref) and the entropy of pi are estimated from the sampled responses alone, y ~ pi, by D = ln pi - ln pi_ref:
 
     KL of a response = mean of D             KL a token = sum of D / sum of response tokens
     entropy a token  = - sum of ln pi(y|x) / sum of response tokens
@@ -18,8 +15,20 @@ from dataclasses import dataclass
 
 import torch
 
-from astar_megatron.algorithm.loss import residual
-from astar_megatron.types import Health
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """Of D of whole responses. "On-policy": over the sequences whose weights drew them."""
+
+    logratio_mean: float  # of D, nats
+    logratio_std: float
+    logratio_p05: float
+    logratio_p50: float
+    logratio_p95: float
+    logratio_max: float  # of |D|: exactly 0 before the first optimiser step
+    kl_sequence: float  # nats a response, on-policy
+    kl_token: float  # nats a response token, on-policy
+    entropy: float  # nats a response token, on-policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +41,7 @@ class Regression:
 
 
 def regression(x: torch.Tensor, y: torch.Tensor) -> Regression:
-    """Return the least-squares line of `y` [B] on `x` [B], in float64; here x = A and y = beta2 * D.
+    """Return the least-squares line of `y` [B] on `x` [B], in float64.
 
     A constant y has slope 0 and R^2 0 (nothing of it is explained). Raises ValueError for other shapes or B = 0.
     """
@@ -51,25 +60,17 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> Regression:
     )
 
 
-def health(
-    *,
-    logprob: torch.Tensor,
-    reference_logprob: torch.Tensor,
-    advantage: torch.Tensor,
-    response_tokens: torch.Tensor,
-    beta2: float,
-    on_policy: int,
-) -> Health:
-    """Return the health of a batch from [B] sums of log-probs (nats), advantages A and lengths of the responses.
+def divergence(
+    logprob: torch.Tensor, reference_logprob: torch.Tensor, response_tokens: torch.Tensor, on_policy: int
+) -> Divergence:
+    """Return it from [B] sums of log-probs (nats) and lengths of the responses.
 
     The first `on_policy` sequences were scored by the weights that drew them. NaN in, NaN out.
     """
     logratio = (logprob - reference_logprob).double()
-    error = residual(logprob, reference_logprob, advantage, beta2)
-    line = regression(advantage, beta2 * logratio)
     low, median, high = logratio.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     num_tokens = float(response_tokens[:on_policy].sum())
-    return Health(
+    return Divergence(
         logratio_mean=float(logratio.mean()),
         logratio_std=float(logratio.std(correction=0)),
         logratio_p05=low,
@@ -79,10 +80,6 @@ def health(
         kl_sequence=float(logratio[:on_policy].mean()),
         kl_token=_ratio(logratio[:on_policy].sum(), num_tokens),
         entropy=_ratio(-logprob[:on_policy].sum(), num_tokens),
-        residual_mean=float(error.mean()),
-        residual_std=float(error.std(correction=0)),
-        slope=line.slope,
-        r_squared=line.r_squared,
     )
 
 

@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
@@ -78,9 +79,9 @@ class PolicyGroup:
         self.rendezvous = (host, port)
         return self._all("start", host, port, timeout_seconds=timeout)[0]
 
-    def step(self, batch: RolloutBatch, options: StepOptions) -> StepStats:
+    def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""
-        return next(stats for stats in self._all("step", batch, options) if stats is not None)
+        return next(stats for stats in self._all("step", batch, loss, options) if stats is not None)
 
     def logprobs(self, *args: Any) -> list[list[float]]:
         """Return each response token's log-prob under the policy (nats)."""

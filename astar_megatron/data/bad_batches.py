@@ -1,8 +1,8 @@
 """Batches whose loss or gradient was not finite, kept for inspection: `<run_dir>/bad_batches/step_<n>/`.
 
     batch.safetensors    what the policy got, and the sums of log-probs that it and the reference gave:
-                         token_ids [all tokens], lengths [B], prompt_tokens [B], reward, v_star, rollout_logprob,
-                         logprob, reference_logprob [B] float64
+                         token_ids [all tokens], lengths [B], prompt_tokens [B], logprob, reference_logprob [B]
+                         float64, and the objective's columns (A*PO: reward, v_star, rollout_logprob [B] float64)
     batch.json           which mini-batches, their gradients' norms, the step's options, and each sequence's prompt,
                          answer, response, log-probs and loss
 
@@ -11,25 +11,27 @@ The folder is written beside under another name and renamed: where it is, it is 
 Legend: B sequences.
 """
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from astar_megatron.data.files import make_folder, storage_error, sync
-from astar_megatron.types import Rollout, RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import Rollout, RolloutBatch, StepStats
 
 FOLDER = "bad_batches"
 
 
 def write(
-    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: StepOptions
+    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: Mapping[str, object]
 ) -> Path:
-    """Write the batch of one step, replacing one of an earlier try, and return its folder. Raises StorageError."""
+    """Write the batch of one step, replacing one of an earlier try, and return its folder. Raises StorageError.
+
+    `options` are JSON-able: how the step was computed.
+    """
     folder = run_dir / FOLDER / f"step_{batch.version:08d}"
     temporary = folder.with_suffix(".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -62,22 +64,21 @@ def _tensors(batch: RolloutBatch, stats: StepStats) -> dict[str, torch.Tensor]:
         "token_ids": torch.tensor([token for ids in batch.token_ids for token in ids]),
         "lengths": torch.tensor([len(ids) for ids in batch.token_ids]),
         "prompt_tokens": torch.tensor(batch.prompt_tokens),
-        "reward": batch.reward,
-        "v_star": batch.v_star,
-        "rollout_logprob": batch.rollout_logprob,
+        **batch.columns,
+        **batch.token_columns,
         "logprob": torch.tensor(stats.logprobs, dtype=torch.float64),
         "reference_logprob": torch.tensor(stats.reference_logprobs, dtype=torch.float64),
     }
 
 
 def _words(
-    rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: StepOptions
+    rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, options: Mapping[str, object]
 ) -> dict[str, object]:
     return {
         "version": batch.version,
         "skipped_mini_batches": list(stats.skipped),
         "grad_norms": [str(norm) for norm in stats.grad_norms],  # of each mini-batch
-        "options": dataclasses.asdict(options),
+        "options": dict(options),
         "sequences": [
             {
                 "uid": rollout.prompt.uid,

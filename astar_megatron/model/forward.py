@@ -4,14 +4,15 @@ The loss is computed by the model's head (head/), which forms its gradient seque
 it by the number of micro-batches IN PLACE (and multiplies it by the context-parallel ranks), DistributedDataParallel
 averages gradients over all replicas; `run_loss` undoes both, so a caller writes the plain losses of its sequences.
 
-Context-parallel ranks each compute the log-probs of the responses they hold. A sequence's sum is taken over them before
-its loss is, with the loss's slope for each rank's own part of the sum.
+Context-parallel ranks each compute the log-probs of the responses they hold. What a loss sums over a sequence's tokens
+is summed over these ranks too (`HeldTokens.total`), with the loss's slope for each rank's own part of the sum.
 
 Shapes: t stream positions of this rank (split.py), R response positions of a pack, r of this rank, B sequences of one
 pack, b of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,21 +46,37 @@ def run_scoring(
     return found
 
 
-def run_sums(
+def run_own_scoring(
     modules: Sequence[Any], packs: Sequence[PackedBatch], *, vocab_size: int, temperature: float, backend: Backend
 ) -> list[Tensor]:
-    """Return for each pack the [B] sums of its responses' log-probs (nats) on ranks of the last stage, else nothing.
+    """Return for each pack the [r] log-probs (nats) of the response tokens that this rank of the last stage holds.
 
     They are bitwise what `run_loss` gives `loss` under the same weights. Collective as `run_scoring`.
     """
-    scored = _scored(modules, packs, _Inputs(vocab_size, temperature, backend))
-    return [_over_context(sequence_sums(logprobs, stream.response_lengths)) for stream, logprobs in scored]
+    return [logprobs for _, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldTokens:
+    """Which response tokens of a pack some of its sequences have on this rank."""
+
+    sequences: slice  # of the pack's
+    lengths: tuple[int, ...]  # response tokens of each of them here
+    own: slice  # where they lie among this rank's response tokens of the pack
+    rows: Tensor  # [r] where they lie among all response tokens of the pack
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sums [b] of `values` [r] over each sequence's tokens, on all ranks that share them; collective.
+
+        Each rank gets the gradient of the sum.
+        """
+        return _over_context(sequence_sums(values, self.lengths))
 
 
 def run_loss(
     modules: Sequence[Any],
     packs: Sequence[PackedBatch],
-    loss: Callable[[int, slice, Tensor], Tensor],
+    loss: Callable[[int, HeldTokens, Tensor], Tensor],
     *,
     vocab_size: int,
     temperature: float,
@@ -67,21 +84,29 @@ def run_loss(
 ) -> None:
     """Accumulate the gradient of the sum of all sequences' losses over the packs of ALL data-parallel ranks.
 
-    `loss(i, sequences, sums)` returns the losses [b] of the slice `sequences` of pack i from the sums [b] of their
-    log-probs (nats). It is called on the last stage, once for each sequence. Collective over tensor, pipeline and
-    context ranks.
+    `loss(i, held, logprobs)` returns the losses [b] of some sequences of pack i from the log-probs [r] (nats) of the
+    response tokens that this rank holds of them. It is called on the last stage, once for each sequence. Collective
+    over tensor, pipeline and context ranks.
     """
     scale = len(packs) * parallel_state.get_data_parallel_world_size()
 
     def scaled(total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return total * scale, {}
 
-    def summed_loss(index: int, sequences: slice, sums: Tensor) -> Tensor:
-        return loss(index, sequences, _over_context(sums))
-
     inputs = _Inputs(vocab_size, temperature, backend)
     streams = inputs.streams(modules, packs)
-    _schedule(modules, streams, partial(_forward_step, inputs, summed_loss, scaled), forward_only=False)
+
+    def pack_loss(index: int, sequences: slice, logprobs: Tensor) -> Tensor:
+        return loss(index, _held_tokens(streams[index], sequences), logprobs)
+
+    _schedule(modules, streams, partial(_forward_step, inputs, pack_loss, scaled), forward_only=False)
+
+
+def _held_tokens(stream: RankStream, sequences: slice) -> HeldTokens:
+    first = sum(stream.response_lengths[: sequences.start])
+    lengths = stream.response_lengths[sequences]
+    own = slice(first, first + sum(lengths))
+    return HeldTokens(sequences=sequences, lengths=lengths, own=own, rows=stream.rows[own])
 
 
 def _scored(

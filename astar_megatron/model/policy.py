@@ -21,7 +21,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from astar_megatron.algorithm.loss import astar_loss, importance_weight
+from astar_megatron.algorithm.objective import Loss, ResponseTokens
 from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
 from astar_megatron.config import OptimConfig, ParallelConfig, Recompute
 from astar_megatron.model import backend as backends
@@ -37,7 +37,7 @@ from astar_megatron.model.build import (
 from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.export_check import check_export
 from astar_megatron.model.flops import forward_flops
-from astar_megatron.model.forward import run_loss, run_scoring
+from astar_megatron.model.forward import HeldTokens, run_loss, run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.optimizer import describe, learning_rate, make_optimizer, make_schedule, take_step
 from astar_megatron.model.reference import Reference
@@ -135,16 +135,15 @@ class PolicyRank:
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
 
-    def step(self, batch: RolloutBatch, options: StepOptions) -> StepStats | None:
-        """Score the reference, then one optimiser step a mini-batch; collective.
+    def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats | None:
+        """Score the reference, then one optimiser step a mini-batch by the mean of its sequences' losses; collective.
 
-        Returns the statistics on the first tensor- and data-parallel rank of the last stage, None elsewhere.
-        Loss: mean over the mini-batch's sequences of the squared residual (algorithm/loss.py). A mini-batch whose
-        losses or gradient are not finite changes nothing and is named in the statistics.
+        Returns the statistics on the first tensor- and data-parallel rank of the last stage, None elsewhere. A
+        mini-batch whose losses or gradient are not finite changes nothing and is named in the statistics.
         """
         if batch.version != self._version:
             raise ValueError(f"policy: rollouts of version {batch.version} for weights of version {self._version}")
-        record = StepRecord(batch, options, self.backend)
+        record = StepRecord(batch, self.backend)
         clock = time.perf_counter()
         groups = [list(self._micro_batches(batch, indices, options)) for indices in _mini_batches(batch, options)]
         with self.backend.range("reference"):
@@ -158,7 +157,7 @@ class PolicyRank:
         clock = time.perf_counter()
         for index, (group, reference) in enumerate(zip(groups, references, strict=True)):
             with self.backend.range("policy"):
-                self._accumulate(group, reference, batch, options, record)
+                self._accumulate(group, reference, batch, loss, options, record)
             if at_start and not index:
                 _check_start(record.largest_logratio())
             is_finite = record.is_finite([i for indices, _ in group for i in indices])
@@ -176,7 +175,7 @@ class PolicyRank:
         return record.stats()
 
     def _score(self, group: _Group, options: StepOptions, record: StepRecord, *, checks_only: bool) -> list[Any]:
-        """Return the reference's [b] sums of each pack, None where the policy's own are to be taken.
+        """Return the reference's log-probs [r] of each pack, None where the policy's own are to be taken.
 
         With the reference's weights policy and reference are the same function: `checks_only` scores the lightest packs
         alone, as many as a pipeline needs, to see that they are.
@@ -191,23 +190,28 @@ class PolicyRank:
         group: _Group,
         reference: Sequence[Tensor | None],
         batch: RolloutBatch,
+        loss: Loss,
         options: StepOptions,
         record: StepRecord,
     ) -> None:
         """Form the gradient of a mini-batch's mean loss and note its sequences in `record`."""
-        device = self.backend.device
-        advantage = (batch.reward - batch.v_star).float().to(device)
-        drawn = batch.rollout_logprob.float().to(device)
-        scale = 1.0 if self._optim.loss_scale == "paper" else 1.0 / (2.0 * options.beta2)
+        columns = {name: column.to(self.backend.device) for name, column in batch.columns.items()}
+        token_columns = [self._token_columns(batch, indices) for indices, _ in group]
+        scale = loss.gradient_scale / options.mini_batch_size
 
-        def loss(index: int, sequences: slice, sums: Tensor) -> Tensor:
-            indices, known = group[index][0][sequences], reference[index]
-            expected = sums.detach() if known is None else known[sequences]
-            losses = astar_loss(sums, expected, advantage[indices], options.beta2)
-            if options.importance_cap is not None:
-                losses = importance_weight(sums, drawn[indices], options.importance_cap) * losses
-            record.add(indices, sums, expected, losses)
-            return losses * (scale / options.mini_batch_size)
+        def scaled_loss(index: int, held: HeldTokens, logprobs: Tensor) -> Tensor:
+            indices, known = group[index][0][held.sequences], reference[index]
+            tokens = ResponseTokens(
+                logprobs=logprobs,
+                reference_logprobs=logprobs.detach() if known is None else known[held.own],
+                lengths=held.lengths,
+                sum_tokens=held.total,
+            )
+            of_sequences = {name: column[indices] for name, column in columns.items()}
+            of_tokens = {name: column[held.rows.to(column.device)] for name, column in token_columns[index].items()}
+            losses = loss(tokens, of_sequences | of_tokens)
+            record.add(indices, tokens.sums, tokens.reference_sums, losses)
+            return losses * scale
 
         for module in self._modules:
             module.zero_grad_buffer()
@@ -217,11 +221,19 @@ class PolicyRank:
         run_loss(
             self._modules,
             packs,
-            loss,
+            scaled_loss,
             vocab_size=self.model.vocab_size,
             temperature=options.temperature,
             backend=self.backend,
         )
+
+    def _token_columns(self, batch: RolloutBatch, indices: list[int]) -> dict[str, Tensor]:
+        """Return the columns of the response tokens of one pack's sequences, on the device."""
+        lengths = batch.response_lengths().tolist()
+        return {
+            name: torch.cat([column.split(lengths)[i] for i in indices]).to(self.backend.device)
+            for name, column in batch.token_columns.items()
+        }
 
     def _micro_batches(
         self, batch: RolloutBatch, indices: list[int], options: StepOptions

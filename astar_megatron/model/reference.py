@@ -12,7 +12,7 @@ from torch import Tensor
 from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.backend import Backend
 from astar_megatron.model.build import build, in_compute_type, named_parameters
-from astar_megatron.model.forward import run_sums
+from astar_megatron.model.forward import run_own_scoring
 from conversion.families import Model
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
@@ -54,9 +54,9 @@ class Reference:
             self._release()
 
     def score(self, packs: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
-        """Return for each pack the [B] sums of its responses' log-probs (nats) on the last stage, else nothing."""
+        """Return for each pack the [r] log-probs (nats) of the response tokens held here, on the last stage only."""
         with self._on_device():
-            return run_sums(
+            return run_own_scoring(
                 self._modules,
                 packs,
                 vocab_size=self._model.vocab_size,

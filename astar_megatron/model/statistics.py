@@ -3,7 +3,6 @@
 Shapes: B sequences of the step, b of them.
 """
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from astar_megatron.algorithm.metrics import health
 from astar_megatron.model.backend import Backend
-from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, StepStats
 
 _LOGPROB, _REFERENCE, _LOSS = range(3)
 
@@ -23,8 +21,8 @@ _LOGPROB, _REFERENCE, _LOSS = range(3)
 class StepRecord:
     """Rows of one step, filled on the last stage while its losses are computed."""
 
-    def __init__(self, batch: RolloutBatch, options: StepOptions, backend: Backend) -> None:
-        self._batch, self._options, self._backend = batch, options, backend
+    def __init__(self, batch: RolloutBatch, backend: Backend) -> None:
+        self._batch, self._backend = batch, backend
         self._rows = torch.zeros(len(batch), 3, dtype=torch.float64)
         self.grad_norms: list[float] = []
         self.skipped: list[int] = []  # mini-batches whose step was not taken
@@ -64,24 +62,14 @@ class StepRecord:
         return None if any(ranks) else self._summed_up(float(flops), memory)
 
     def _summed_up(self, flops: float, memory: tuple[int, ...]) -> StepStats:
-        batch, rows, first = self._batch, self._rows, self._options.mini_batch_size
+        batch, rows = self._batch, self._rows
         logprob, reference = rows[:, _LOGPROB], rows[:, _REFERENCE]
         seconds = sum(self.seconds.values())
         peak = self._backend.peak_flops
         tokens = sum(len(ids) for ids in batch.token_ids)
         taken = [norm for index, norm in enumerate(self.grad_norms) if index not in self.skipped]
-        found = health(
-            logprob=logprob,
-            reference_logprob=reference,
-            advantage=batch.reward - batch.v_star,
-            response_tokens=batch.response_lengths(),
-            beta2=self._options.beta2,
-            on_policy=first,
-        )
         return StepStats(
-            **dataclasses.asdict(found),
             loss=float(rows[:, _LOSS].mean()),
-            engine_gap=float((logprob - batch.rollout_logprob)[:first].mean()),
             grad_norm=statistics.fmean(taken) if taken else math.nan,
             grad_norms=tuple(self.grad_norms),
             learning_rate=self.learning_rate,

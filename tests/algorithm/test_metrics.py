@@ -1,24 +1,31 @@
 """The health of a step: estimators against what they estimate, on a tabular policy whose KL and entropy are known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import samples
 import torch
 
-from astar_megatron.algorithm.metrics import health
+from astar_megatron.algorithm.astar import Astar
+from astar_megatron.algorithm.metrics import divergence
+from astar_megatron.algorithm.refresh import LiveVStar
+from astar_megatron.config import AstarConfig
+from astar_megatron.types import Prompt
+
+PROMPT = Prompt(uid="a", token_ids=(1,), text="", answer="")
 
 
 def _health(
     logprob: torch.Tensor, reference: torch.Tensor, advantage: torch.Tensor, lengths: torch.Tensor, on_policy: int
-):
-    return health(
-        logprob=logprob,
-        reference_logprob=reference,
-        advantage=advantage,
-        response_tokens=lengths,
-        beta2=0.25,
-        on_policy=on_policy,
-    )
+) -> SimpleNamespace:
+    """A*PO's metrics of a step, with V* = 0."""
+    rollouts = [
+        samples.rollout(PROMPT, token_ids=(2,) * int(length), reward=float(reward))
+        for reward, length in zip(advantage, lengths, strict=True)
+    ]
+    objective = Astar(AstarConfig(beta2=0.25), LiveVStar({"a": 0.0}, {"a": 4}, 0.5, None))
+    return SimpleNamespace(**objective.metrics(rollouts, logprob, reference, on_policy))
 
 
 def test_kl_and_entropy_converge_to_those_of_the_policy() -> None:
@@ -27,13 +34,7 @@ def test_kl_and_entropy_converge_to_those_of_the_policy() -> None:
     policy, reference = torch.randn(2, 7, generator=random, dtype=torch.float64).log_softmax(-1)
     tokens = torch.multinomial(policy.exp(), 600_000, replacement=True, generator=random).view(-1, 3)
     count = len(tokens)
-    found = _health(
-        policy[tokens].sum(1),
-        reference[tokens].sum(1),
-        torch.rand(count, generator=random, dtype=torch.float64),
-        torch.full((count,), 3),
-        count,
-    )
+    found = divergence(policy[tokens].sum(1), reference[tokens].sum(1), torch.full((count,), 3), count)
     kl = float((policy.exp() * (policy - reference)).sum())
     assert kl > 0.1
     assert found.kl_token == pytest.approx(kl, rel=0.02)

@@ -55,7 +55,8 @@ class Passes:
         self.vocabulary = Vocabulary(size=columns)
         self.head = FusedHead(TorchKernels())
 
-    def loss(self, sequences: slice, sums: Tensor) -> Tensor:
+    def loss(self, sequences: slice, logprobs: Tensor) -> Tensor:
+        sums = sequence_sums(logprobs, self.lengths[sequences])
         return (1e-3 * sums - self.advantage[sequences]).square()
 
     def inputs(self, lengths: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
@@ -68,8 +69,7 @@ class Passes:
         return torch.autograd.grad(loss, (self.hidden, self.weight))
 
     def of_sums(self, logprobs: Tensor) -> tuple[Tensor, ...]:
-        sums = sequence_sums(logprobs, self.lengths)
-        return self.gradients(self.loss(slice(0, len(self.lengths)), sums).sum())
+        return self.gradients(self.loss(slice(0, len(self.lengths)), logprobs).sum())
 
     def named(self) -> dict[str, Callable[[], Any]]:
         mine = self.inputs(self.lengths)

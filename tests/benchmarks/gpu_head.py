@@ -44,7 +44,8 @@ class Inputs:
         self.vocabulary = Vocabulary(size=COLUMNS)
         self.advantage = torch.randn(len(LENGTHS), device="cuda")
 
-    def loss(self, sequences: slice, sums: Tensor) -> Tensor:
+    def loss(self, sequences: slice, logprobs: Tensor) -> Tensor:
+        sums = sequence_sums(logprobs, LENGTHS[sequences])
         return (1e-3 * sums - self.advantage[sequences]).square()
 
     @property
@@ -59,8 +60,8 @@ class Inputs:
         return torch.autograd.grad(head.sequence_loss(*self.arguments, self.loss), (self.hidden, self.weight))
 
     def again(self, head: Any) -> tuple[Tensor, ...]:
-        sums = sequence_sums(head.token_logprobs(*self.arguments), LENGTHS)
-        return torch.autograd.grad(self.loss(slice(0, len(LENGTHS)), sums).sum(), (self.hidden, self.weight))
+        loss = self.loss(slice(0, len(LENGTHS)), head.token_logprobs(*self.arguments)).sum()
+        return torch.autograd.grad(loss, (self.hidden, self.weight))
 
     @torch.no_grad()
     def exact(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import samples
@@ -12,10 +11,9 @@ from safetensors.torch import load_file
 
 from astar_megatron.data import bad_batches
 from astar_megatron.data.files import StorageError
-from astar_megatron.types import Health, Prompt, Rollout, RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import Prompt, Rollout, RolloutBatch, StepStats
 
-HEALTH: dict[str, Any] = dict.fromkeys(Health.__dataclass_fields__, math.nan)
-OPTIONS = StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=1, micro_batch_tokens=60)
+OPTIONS = {"sampling.temperature": 0.8}
 
 
 def _rollout(index: int) -> Rollout:
@@ -28,15 +26,15 @@ def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout]
     batch = RolloutBatch(
         token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
         prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
-        reward=torch.tensor([1.0, 0.0], dtype=torch.float64),
-        v_star=torch.tensor([math.nan, 0.5], dtype=torch.float64),
-        rollout_logprob=torch.tensor([-3.5, -3.5], dtype=torch.float64),
+        columns={
+            "reward": torch.tensor([1.0, 0.0], dtype=torch.float64),
+            "v_star": torch.tensor([math.nan, 0.5], dtype=torch.float64),
+        },
+        token_columns={"rollout_token_logprob": torch.tensor([-3.0, -0.5, -1.0, -2.5])},
         version=4,
     )
     stats = StepStats(
-        **HEALTH,
         loss=math.nan,
-        engine_gap=0.0,
         grad_norm=math.nan,
         grad_norms=(math.nan, 3.0),
         learning_rate=1e-6,
@@ -64,9 +62,10 @@ def test_what_was_written_is_read_back_and_replaced_by_a_second_try(tmp_path: Pa
     assert tensors["token_ids"].split(tensors["lengths"].tolist())[1].tolist() == [1, 2, 7, 2]
     assert tensors["prompt_tokens"].tolist() == [1, 2]
     assert tensors["v_star"].isnan().tolist() == tensors["logprob"].isnan().tolist() == [True, False]
+    assert tensors["rollout_token_logprob"].tolist() == [-3.0, -0.5, -1.0, -2.5]
     words = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
     assert (words["version"], words["skipped_mini_batches"]) == (4, [0])
-    assert words["options"]["temperature"] == 0.8
+    assert words["options"]["sampling.temperature"] == 0.8
     assert [one["logprob"] for one in words["sequences"]] == ["nan", "-2.0"]
     assert [one["loss"] for one in words["sequences"]] == ["nan", "0.25"]
     assert words["grad_norms"] == ["nan", "3.0"]

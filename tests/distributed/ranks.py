@@ -4,6 +4,10 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from astar_megatron.algorithm.astar import AstarLoss
+
+ASTAR = AstarLoss(beta2=0.05)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -20,6 +24,7 @@ class Job:
     lr: float = 1e-3
     adam_eps: float = 1e-8
     micro_batch_tokens: int = 60
+    loss: Any = ASTAR
 
     @property
     def world_size(self) -> int:
@@ -79,14 +84,14 @@ def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any,
 def _options(job: Job, size: int) -> Any:
     from astar_megatron.types import StepOptions
 
-    return StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=size, micro_batch_tokens=job.micro_batch_tokens)
+    return StepOptions(temperature=0.8, mini_batch_size=size, micro_batch_tokens=job.micro_batch_tokens)
 
 
 def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str, shared: str) -> Any:
     """Take one step and write the gradient under HF names to `folder`; return the statistics."""
     policy = _start(pipe, rank, port, job)
     try:
-        stats = policy.step(batch, _options(job, len(batch)))
+        stats = policy.step(batch, job.loss, _options(job, len(batch)))
         _gather_gradients(policy)
         policy.export(folder, shared, kind="gradients")
         return stats
@@ -106,7 +111,7 @@ def trained(
         found = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            found.append(policy.step(batch, _options(job, len(batch) // 2 if last else len(batch))))
+            found.append(policy.step(batch, job.loss, _options(job, len(batch) // 2 if last else len(batch))))
             _gather_gradients(policy)
             policy.export(f"{folder}/gradients{number}", shared, kind="gradients")
         policy.export(f"{folder}/weights", shared)
@@ -144,7 +149,7 @@ def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, loa
     try:
         if load:
             policy.load(load, batches[0].version)
-        found = [policy.step(batch, _options(job, len(batch) // 2)) for batch in batches]
+        found = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
         if save:
             policy.save(save, {"step": len(batches)})
         return found
@@ -189,7 +194,7 @@ def exported(
     policy = _start(pipe, rank, port, job)
     try:
         for batch in batches:
-            policy.step(batch, _options(job, len(batch)))
+            policy.step(batch, job.loss, _options(job, len(batch)))
         policy.save(save, {"step": len(batches)})
         policy.export(folder, shared)
     finally:

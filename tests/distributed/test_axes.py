@@ -147,8 +147,7 @@ def test_the_order_of_sequences_is_no_part_of_the_gradient(ranks: Any, tied_llam
         data,
         token_ids=tuple(data.token_ids[i] for i in order),
         prompt_tokens=tuple(data.prompt_tokens[i] for i in order),
-        reward=data.reward[order],
-        v_star=data.v_star[order],
+        columns={name: column[order] for name, column in data.columns.items()},
     )
     found = []
     for name, one in (("given", data), ("turned", turned)):

@@ -36,9 +36,11 @@ def batch(seed: int, count: int = 8, version: int = 0, shared: int = 5) -> Rollo
     return RolloutBatch(
         token_ids=token_ids,
         prompt_tokens=prompt_tokens,
-        reward=torch.rand(count, generator=generator, dtype=torch.float64),
-        v_star=torch.rand(count, generator=generator, dtype=torch.float64),
-        rollout_logprob=torch.zeros(count, dtype=torch.float64),
+        columns={
+            "reward": torch.rand(count, generator=generator, dtype=torch.float64),
+            "v_star": torch.rand(count, generator=generator, dtype=torch.float64),
+            "rollout_logprob": torch.zeros(count, dtype=torch.float64),
+        },
         version=version,
     )
 
@@ -63,7 +65,8 @@ def expected_step(folder: Path, data: RolloutBatch) -> tuple[float, dict[str, An
     """The loss and its gradient by the formula, sequence by sequence, with plain transformers at step 0."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = []
-    for ids, prompt, reward, value in zip(data.token_ids, data.prompt_tokens, data.reward, data.v_star, strict=True):
+    columns = data.columns["reward"], data.columns["v_star"]
+    for ids, prompt, reward, value in zip(data.token_ids, data.prompt_tokens, *columns, strict=True):
         logits = model(torch.tensor([ids])).logits[0] / 0.8
         rows = logits.log_softmax(-1)[torch.arange(prompt - 1, len(ids) - 1), torch.tensor(ids[prompt:])]
         logprob = rows.sum()

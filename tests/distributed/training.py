@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Run:
     optimizer_steps: int = 10
     reference: str = "resident"
     importance_cap: float | None = None
+    scale: Literal["paper", "pg"] = "paper"
     load: str | None = None
     save: str | None = None
 
@@ -40,6 +41,7 @@ def trained(
     pipe: Any, rank: int, port: int | None, *, run: Run, tamper: Callable[[Any], None] | None = None
 ) -> Trained:
     """Train; `tamper` gets the started policy before the first step."""
+    from astar_megatron.algorithm.astar import AstarLoss
     from astar_megatron.config import OptimConfig, ParallelConfig
     from astar_megatron.model.policy import PolicyRank
     from astar_megatron.types import StepOptions
@@ -66,16 +68,15 @@ def trained(
         if tamper:
             tamper(policy)
         options = StepOptions(
-            beta2=0.05,
             temperature=0.8,
             mini_batch_size=run.mini_batch_size,
             micro_batch_tokens=run.micro_batch_tokens,
-            importance_cap=run.importance_cap,
         )
+        loss = AstarLoss(beta2=0.05, importance_cap=run.importance_cap, scale=run.scale)
         before = {name: weight.clone() for name, weight in policy.weights().items()}
         stats, digests = [], [_digest(policy)]
         for batch in run.batches:
-            stats.append(policy.step(batch, options))
+            stats.append(policy.step(batch, loss, options))
             digests.append(_digest(policy))
         if run.save:
             policy.save(run.save, {"step": len(run.batches)})

@@ -76,30 +76,9 @@ def errors(
 def scoring_gap(
     name: str, case: Case, device: str = "cpu", rank: int = 0, num_ranks: int = 1, group: ProcessGroup | None = None
 ) -> float:
-    """Return the largest difference between a sequence's sum as scored without gradients and as the loss is given."""
+    """Return the summed difference between log-probs as scored without gradients and as the loss is given it."""
     inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
     return inputs.gap(make(name, case, num_ranks))
-
-
-def entropy_error(name: str, gap: float) -> float:
-    """Return the largest relative error of an entropy, of logits that float32 holds exactly.
-
-    The first row's two largest are equal and lie in different tiles; in the others one is larger by `gap`.
-    """
-    case = Case(columns=2600, size=2600, hidden=8, temperature=0.5)
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randint(-40, 1, (case.columns, case.hidden), generator=generator) / 8 + 30
-    peaks = torch.randint(case.columns, (case.hidden,), generator=generator)
-    weight[peaks, torch.arange(case.hidden)] = 30 + gap
-    weight[[3, 2500], 0] = 31 + gap
-    responses = Responses(targets=peaks, lengths=(5, 3))
-    vocabulary = Vocabulary(size=case.size, temperature=case.temperature)
-    found = make(name, case).token_entropy(torch.eye(case.hidden), weight, responses, vocabulary)
-    logits = (weight.double().t() / case.temperature).sort(descending=True).values
-    gaps = logits - logits[:, :1]
-    others = gaps[:, 1:].exp().sum(1)  # log_softmax would round the largest probability to 1 in float64, too
-    wanted = others.log1p() - (gaps * gaps.exp()).sum(1) / (1 + others)
-    return float(((found - wanted) / wanted).abs().max())
 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
@@ -118,11 +97,18 @@ class _Inputs:
         self.slopes = torch.randn(rows, generator=generator)
         self.reference = torch.randn(len(case.lengths), generator=generator).mul(9)
         self.advantage = torch.randn(len(case.lengths), generator=generator)
+        with torch.no_grad():  # near the head's own, so that some ratios are clipped and some are not
+            near = self._logprobs64(self.hidden.double(), self.weight.double())
+            self.old_logprobs = near + 0.3 * torch.randn(rows, generator=generator)
         self.responses = Responses(targets=self.targets.to(device), lengths=case.lengths)
         self.vocabulary = Vocabulary(
             size=case.size, temperature=case.temperature, first_column=self.mine.start, group=group
         )
         self.device = device
+
+    def _logprobs64(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        table = (hidden @ weight[: self.case.size].t() / self.case.temperature).log_softmax(1)
+        return table[torch.arange(len(hidden)), self.targets]
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         # A copy: the slice alone keeps the whole weight's storage, and the heads must not read past their part.
@@ -130,21 +116,32 @@ class _Inputs:
         hidden, weight = (part.clone().to(self.device).requires_grad_() for part in parts)
         return hidden, weight
 
-    def loss(self, sequences: slice, sums: Tensor) -> Tensor:
+    def loss(self, sequences: slice, logprobs: Tensor) -> Tensor:
+        """A*PO's: of the sums."""
+        sums = torch.stack([part.double().sum() for part in logprobs.split(self.case.lengths[sequences])]).to(logprobs)
         reference, advantage = (x[sequences].to(sums) for x in (self.reference, self.advantage))
         return (BETA2 * (sums - reference) - advantage).square() / 7
+
+    def ratio_loss(self, sequences: slice, logprobs: Tensor) -> Tensor:
+        """Of the ratio of each token to a log-prob beside its own, clipped: a slope for each token, many of them 0."""
+        lengths = self.case.lengths[sequences]
+        first = sum(self.case.lengths[: sequences.start])
+        old = self.old_logprobs[first : first + sum(lengths)].to(logprobs)
+        advantage = self.advantage[sequences].to(logprobs).repeat_interleave(torch.tensor(lengths).to(logprobs.device))
+        ratio = (logprobs - old).exp()
+        token_losses = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        return torch.stack([part.sum() for part in token_losses.split(lengths)])
 
     def expected(self) -> dict[str, Tensor]:
         """By the formulas, in float64, on one CPU."""
         hidden, weight = self.hidden.double().requires_grad_(), self.weight.double().requires_grad_()
-        table = (hidden @ weight[: self.case.size].t() / self.case.temperature).log_softmax(1)
-        logprobs = table[torch.arange(len(hidden)), self.targets]
-        entropy = -(table.exp() * table).sum(1).detach()
+        logprobs = self._logprobs64(hidden, weight)
+        everything = slice(0, len(self.case.lengths))
         token = torch.autograd.grad((logprobs * self.slopes).sum(), (hidden, weight), retain_graph=True)
-        sums = torch.stack([part.sum() for part in logprobs.split(self.case.lengths)])
-        loss = self.loss(slice(0, len(sums)), sums).sum()
-        sequence = torch.autograd.grad(3 * loss, (hidden, weight))
-        found = self._named(logprobs, entropy, loss, token, sequence)
+        loss = self.loss(everything, logprobs).sum()
+        sequence = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+        ratio = torch.autograd.grad(self.ratio_loss(everything, logprobs).sum(), (hidden, weight))
+        found = self._named(logprobs, loss, token, sequence, ratio)
         return {name: tensor[self.mine] if "weight" in name else tensor for name, tensor in found.items()}
 
     def found(self, head: Head) -> dict[str, Tensor]:
@@ -154,30 +151,31 @@ class _Inputs:
         token = torch.autograd.grad((logprobs * self.slopes.to(self.device)).sum(), (hidden, weight))
         loss = head.sequence_loss(*inputs, self.loss)
         sequence = torch.autograd.grad(3 * loss, (hidden, weight))
-        return self._named(logprobs, head.token_entropy(*inputs), loss, token, sequence)
+        ratio = torch.autograd.grad(head.sequence_loss(*inputs, self.ratio_loss), (hidden, weight))
+        return self._named(logprobs, loss, token, sequence, ratio)
 
     def gap(self, head: Head) -> float:
         seen: list[Tensor] = []
 
-        def remember(sequences: slice, sums: Tensor) -> Tensor:
-            seen.append(sums.detach())
-            return self.loss(sequences, sums)
+        def remember(sequences: slice, logprobs: Tensor) -> Tensor:
+            seen.append(logprobs.detach())
+            return self.loss(sequences, logprobs)
 
         hidden, weight = self.leaves()
         head.sequence_loss(hidden, weight, self.responses, self.vocabulary, remember)
         with torch.no_grad():
             scores = head.token_logprobs(hidden, weight, self.responses, self.vocabulary)
-        scored = torch.stack([part.double().sum() for part in scores.split(self.case.lengths)]).float()
-        return (torch.cat(seen) - scored).abs().max().item()
+        return float((torch.cat(seen) - scores).abs().sum())
 
     @staticmethod
-    def _named(logprobs: Tensor, entropy: Tensor, loss: Tensor, token: Any, sequence: Any) -> dict[str, Tensor]:
+    def _named(logprobs: Tensor, loss: Tensor, token: Any, sequence: Any, ratio: Any) -> dict[str, Tensor]:
         return {
             "logprobs": logprobs.detach(),
-            "entropy": entropy,
             "loss": loss.detach(),
             "recomputed hidden": token[0],
             "recomputed weight": token[1],
             "sequence hidden": sequence[0],
             "sequence weight": sequence[1],
+            "ratio hidden": ratio[0],
+            "ratio weight": ratio[1],
         }

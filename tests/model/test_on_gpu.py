@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_layouts import batch, expected_step, sequences
 from transformers import AutoModelForCausalLM
 
+from astar_megatron.algorithm.astar import AstarLoss
 from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 
@@ -56,8 +57,8 @@ def policy(folder: Path, dtype: str, **more: Any) -> Iterator[Any]:
 
 
 def step(rank: Any, data: RolloutBatch) -> StepStats:
-    options = StepOptions(beta2=0.05, temperature=0.8, mini_batch_size=len(data), micro_batch_tokens=60)
-    return rank.step(data, options)
+    options = StepOptions(temperature=0.8, mini_batch_size=len(data), micro_batch_tokens=60)
+    return rank.step(data, AstarLoss(beta2=0.05), options)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -84,13 +85,15 @@ def test_first_logratio_is_exactly_zero_on_the_gpu(kind: str, dtype: str, reques
     with policy(request.getfixturevalue(kind), dtype) as rank:
         before = {name: weight.clone() for name, weight in rank.weights().items()}
         first = step(rank, data)
-        assert first.logratio_max == 0.0
-        assert first.loss == pytest.approx(float((data.v_star - data.reward).square().mean()), abs=1e-6)
+        assert first.logprobs == first.reference_logprobs
+        residual = data.columns["v_star"] - data.columns["reward"]
+        assert first.loss == pytest.approx(float(residual.square().mean()), abs=1e-6)
         changed = {name for name, weight in rank.weights().items() if not torch.equal(weight, before[name])}
         # A step of 1e-3 is less than half of what bfloat16 can add to the norms' weights, which are about 1.
         assert changed >= {name for name in before if dtype == "float32" or "norm" not in name}
         second = step(rank, dataclasses.replace(data, version=1))
-        assert second.logratio_max > 0.01
+        pairs = zip(second.logprobs, second.reference_logprobs, strict=True)
+        assert max(abs(own - reference) for own, reference in pairs) > 0.01
         assert second.loss < first.loss
 
 

@@ -6,7 +6,6 @@ Shapes: r rows, v columns of a tile, V columns of the rank.
 import torch
 from torch import Tensor
 
-from astar_megatron.model.head.entropy import spread
 from astar_megatron.model.head.fused import Sums, Tile, add_product
 
 # Of the logits that may lie in memory, in float32; a GPU's products want larger ones.
@@ -31,21 +30,19 @@ class TorchKernels:
         default = CPU_LOGITS_BYTES if weight.device.type == "cpu" else GPU_LOGITS_BYTES
         return (self._logits_bytes or default) // 4
 
-    def sums(self, tile: Tile, *, keep: bool, entropy: bool) -> Sums:
+    def sums(self, tile: Tile, *, keep: bool) -> Sums:
         shape = len(tile.hidden), len(tile.weight)
         logits = torch.empty(shape, dtype=torch.float32, device=tile.hidden.device)
         add_product(logits, tile.hidden, tile.weight.t(), fresh=True, scale=tile.scale)
         column, here = _target_column(tile)
         target = torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
         maxima = logits.amax(1)
-        found = spread(logits) if entropy else None
         # torch's softmax is one pass, with a faster exp than torch.exp; its largest entry is 1 / the sum.
         softmax = torch.softmax(logits, 1, out=logits)
         normaliser = maxima.sub_(softmax.amax(1).log_()).unsqueeze(0)  # of this tile, which stands for its maximum
         return Sums(
             maxima=normaliser,
             totals=torch.ones_like(normaliser),
-            spread=found,
             target=target,
             kept=softmax if keep else None,
         )

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from astar_megatron.model.head.entropy import Spread, entropies
-from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check, sequence_sums
+from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check
 from astar_megatron.model.head.ranks import reduced, shared
 
 
@@ -45,7 +44,6 @@ class Sums:
 
     maxima: Tensor  # [n, r], or another number of the size of the logits that the sums are relative to
     totals: Tensor  # [n, r], of exp(logit - maximum)
-    spread: Spread | None  # where the entropy is asked for
     target: Tensor  # [r], the target's logit, 0 where the target is not in these tiles
     kept: Tensor | None = None  # [r, v] exp(logit - maximum) of one tile
 
@@ -61,7 +59,7 @@ class Kernels(Protocol):
         """Return the columns of one tile of `num_rows` rows; equal with and without `keep` if rounding needs that."""
         ...
 
-    def sums(self, tile: Tile, *, keep: bool, entropy: bool) -> Sums: ...
+    def sums(self, tile: Tile, *, keep: bool) -> Sums: ...
 
     def gradient(self, tile: Tile, sums: Sums, normaliser: Tensor, slope: Tensor) -> Tensor:
         """Return slope * (onehot - softmax) [r, v] for the matrix products, in place of `sums.kept`."""
@@ -78,13 +76,6 @@ class FusedHead:
         check(hidden, weight, responses, vocabulary)
         work = _Work(self._kernels, weight, responses, vocabulary)
         return _TokenLogprobs.apply(shared(hidden, vocabulary.group), weight, work)  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def token_entropy(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
-        check(hidden, weight, responses, vocabulary)
-        work = _Work(self._kernels, weight, responses, vocabulary)
-        found = [work.forward(hidden, weight, group, entropy=True).entropy for group in work.groups]
-        return torch.cat([part for part in found if part is not None]) if found else hidden.new_zeros(0).float()
 
     def sequence_loss(
         self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss
@@ -134,20 +125,18 @@ class _SequenceLoss(torch.autograd.Function):
         hidden: Tensor, weight: Tensor, work: "_Work", loss: SequenceLoss, group: "Group", gradients: "_Gradients"
     ) -> Tensor:
         """Return the group's summed loss; its gradient is added, and its logits are gone, when this returns."""
-        lengths = work.responses.lengths[group.sequences]
         done = work.forward(hidden, weight, group, keep=group.fits)
-        losses, slopes = _losses_and_slopes(loss, group.sequences, sequence_sums(done.logprobs, lengths))
-        slopes = slopes.repeat_interleave(torch.tensor(lengths, device=slopes.device), output_size=sum(lengths))
+        losses, slopes = _losses_and_slopes(loss, group.sequences, done.logprobs)
         work.backward(hidden, weight, group, done.kept, done.normaliser, slopes, gradients)
         return losses.sum()
 
 
-def _losses_and_slopes(loss: SequenceLoss, sequences: slice, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses [b] and their derivatives by the sums [b]."""
+def _losses_and_slopes(loss: SequenceLoss, sequences: slice, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses [b] and the derivatives of their sum by the log-probs [r]."""
     with torch.enable_grad():
-        sums = sums.detach().requires_grad_()
-        losses = loss(sequences, sums)
-        (slopes,) = torch.autograd.grad(losses.sum(), sums)
+        logprobs = logprobs.detach().requires_grad_()
+        losses = loss(sequences, logprobs)
+        (slopes,) = torch.autograd.grad(losses.sum(), logprobs)
     return losses.detach(), slopes
 
 
@@ -181,7 +170,6 @@ class _Done(NamedTuple):
 
     logprobs: Tensor  # [r]
     normaliser: Tensor  # [r]
-    entropy: Tensor | None  # [r]
     kept: list[Sums] | None  # of each tile
 
 
@@ -193,14 +181,12 @@ class _Work:
         # Of the padded weight, whose size all ranks share: they must form the same groups.
         self.groups = list(groups(responses.lengths, kernels.num_rows_kept(weight), responses.most))
 
-    def forward(
-        self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool = False, entropy: bool = False
-    ) -> _Done:
+    def forward(self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool = False) -> _Done:
         found = []
         for _, tile in self._tiles(hidden, weight, group, keep=keep):
-            found.append(self._kernels.sums(tile, keep=keep, entropy=entropy))
+            found.append(self._kernels.sums(tile, keep=keep))
         if not found:  # no rows, or no tokens on this rank
-            found = [_no_sums(group.rows.stop - group.rows.start, hidden.device, entropy=entropy)]
+            found = [_no_sums(group.rows.stop - group.rows.start, hidden.device)]
         return _Done(*_merged(found, self._vocabulary.group), found if keep else None)
 
     def backward(
@@ -216,7 +202,7 @@ class _Work:
         """Add the gradient of sum_i slopes_i * logprob_i over the group's rows i to `gradients`."""
         slopes = slopes / self._vocabulary.temperature
         for index, (columns, tile) in enumerate(self._tiles(hidden, weight, group, keep=True)):
-            sums = kept[index] if kept else self._kernels.sums(tile, keep=True, entropy=False)
+            sums = kept[index] if kept else self._kernels.sums(tile, keep=True)
             gradients.add(group.rows, columns, tile, self._kernels.gradient(tile, sums, normaliser, slopes))
             del sums  # or two tiles would lie in memory while the next is made
         gradients.is_fresh &= group.rows.start == group.rows.stop
@@ -274,8 +260,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False, scale
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)  # type: ignore[call-overload]
 
 
-def _merged(found: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return log-probs, normalisers and (if its sums are there) entropies [r] of all tiles of all ranks."""
+def _merged(found: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return log-probs and normalisers [r] of all tiles of all ranks."""
     maxima = torch.cat([sums.maxima for sums in found])  # [n, r]
     maximum = reduced(maxima.amax(0), group, ReduceOp.MAX)
     factors = maxima.sub_(maximum).exp_()
@@ -285,15 +271,12 @@ def _merged(found: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tens
     ]
     total, target = reduced(torch.stack(parts), group)
     normaliser = maximum + total.log()
-    spreads = [sums.spread for sums in found if sums.spread is not None]
-    return target - normaliser, normaliser, entropies(spreads, group) if spreads else None
+    return target - normaliser, normaliser
 
 
-def _no_sums(num_rows: int, device: torch.device, *, entropy: bool) -> Sums:
+def _no_sums(num_rows: int, device: torch.device) -> Sums:
     zeros = torch.zeros(1, num_rows, device=device)
-    maxima = torch.full_like(zeros, -math.inf)
-    spread = Spread(maxima=maxima, excess=zeros, weighted=zeros) if entropy else None
-    return Sums(maxima=maxima, totals=zeros, spread=spread, target=torch.zeros_like(zeros[0]))
+    return Sums(maxima=torch.full_like(zeros, -math.inf), totals=zeros, target=torch.zeros_like(zeros[0]))
 
 
 def _joined(parts: list[Tensor], hidden: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ Shapes: R response positions of a pack, B its sequences, H hidden, V vocabulary 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The losses [b] of some sequences of a pack: `loss(sequences, sums)` gets which ones, as a slice of the pack's, and the
-# sums [b] of their response log-probs (nats). Called once for every sequence, in order.
+# The losses [b] of some sequences of a pack: `loss(sequences, logprobs)` gets which ones, as a slice of the pack's, and
+# the log-probs [r] of their response tokens (nats), by which it is differentiated. Called once for every sequence.
 SequenceLoss = Callable[[slice, Tensor], Tensor]
 
 
@@ -57,10 +57,6 @@ class Head(Protocol):
         """Return the log-probs [R] of the targets, differentiable."""
         ...
 
-    def token_entropy(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
-        """Return the entropy [R] of the distribution each target was drawn from, a metric without gradients."""
-        ...
-
     def sequence_loss(
         self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss
     ) -> Tensor:
@@ -68,12 +64,26 @@ class Head(Protocol):
         ...
 
 
-def sequence_sums(logprobs: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Return [B], the sum of each sequence's part of the log-probs [R]; 0 for an empty response.
+def sequence_sums(values: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Return [B], the sum of each sequence's part of the values [R], differentiable; 0 for an empty response.
 
     Each sequence alone and in float64: the sum is the same whatever lies beside it in the pack, on every device.
     """
-    return torch.stack([part.double().sum() for part in logprobs.split(lengths)]).float()
+    return _SequenceSums.apply(values, lengths)  # type: ignore[return-value]
+
+
+class _SequenceSums(torch.autograd.Function):
+    """Autograd's own backward pass would take several small operations a sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        ctx.lengths = lengths
+        return torch.stack([part.double().sum() for part in values.split(lengths)]).float()
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        lengths = torch.tensor(ctx.lengths, device=slopes[0].device)
+        return slopes[0].repeat_interleave(lengths, output_size=sum(ctx.lengths)), None
 
 
 def check(hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> None:

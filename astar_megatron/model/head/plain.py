@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from astar_megatron.model.head.entropy import entropies, spread
-from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check, sequence_sums
+from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, check
 from astar_megatron.model.head.ranks import reduced, shared, summed
 
 
@@ -19,16 +18,11 @@ class PlainHead:
         found = logits.gather(1, columns.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
         return summed(torch.where(here, found, 0.0), vocabulary.group) - normaliser
 
-    @torch.no_grad()
-    def token_entropy(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
-        logits, _ = _logits(hidden, weight, responses, vocabulary)
-        return entropies([spread(logits)], vocabulary.group)
-
     def sequence_loss(
         self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss
     ) -> Tensor:
         logprobs = self.token_logprobs(hidden, weight, responses, vocabulary)
-        return loss(slice(0, len(responses.lengths)), sequence_sums(logprobs, responses.lengths)).sum()
+        return loss(slice(0, len(responses.lengths)), logprobs).sum()
 
 
 def _logits(hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from astar_megatron.model.head.entropy import Spread
 from astar_megatron.model.head.fused import Sums, Tile
 
 LOGITS_BYTES = 1 << 31  # of the logits that may lie in memory, in the weight's type
@@ -41,7 +40,7 @@ class TritonKernels:
         fitting = min(self._logits_bytes, _TILE_BYTES) // (weight.element_size() * num_rows)
         return min(weight.size(0), max(1, fitting // columns) * columns)
 
-    def sums(self, tile: Tile, *, keep: bool, entropy: bool) -> Sums:
+    def sums(self, tile: Tile, *, keep: bool) -> Sums:
         hidden, weight = tile.hidden.contiguous(), tile.weight
         (r, depth), v = hidden.shape, len(weight)
         if depth * hidden.element_size() % 16:
@@ -51,7 +50,7 @@ class TritonKernels:
             )
         rows, columns, inner, warps, stages = _BLOCKS[hidden.element_size()]
         num_blocks = _num_blocks(v, columns)
-        partial = torch.empty(4 if entropy else 2, num_blocks, r, dtype=torch.float32, device=hidden.device)
+        partial = torch.empty(2, num_blocks, r, dtype=torch.float32, device=hidden.device)
         target = torch.zeros(r, dtype=torch.float32, device=hidden.device)
         kept = _aligned(r, v, hidden) if keep else None
         kernel: Any = _sums_kernel
@@ -59,8 +58,7 @@ class TritonKernels:
             TensorDescriptor.from_tensor(hidden, [rows, inner]),
             TensorDescriptor.from_tensor(weight, [columns, inner]),
             tile.targets,
-            *partial[:2],
-            *partial[-2:],  # unused without entropy
+            *partial,
             target,
             target if kept is None else kept,
             0 if kept is None else kept.stride(0),
@@ -73,7 +71,6 @@ class TritonKernels:
             INNER=inner,
             BAND=_BAND,
             KEEP=keep,
-            ENTROPY=entropy,
             PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
             num_warps=warps,
             num_stages=stages,
@@ -81,7 +78,6 @@ class TritonKernels:
         return Sums(
             maxima=partial[0],
             totals=partial[1],
-            spread=Spread(maxima=partial[0], excess=partial[2], weighted=partial[3]) if entropy else None,
             target=target,
             kept=kept,
         )
@@ -126,14 +122,6 @@ def _block(program, r, v, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.co
     return band * BAND + within % height, within // height
 
 
-@triton.jit
-def _excess(gaps, exponentials):
-    """The sum of exponentials without 1 for the largest, which would cost the digits of the others."""
-    others = tl.where(gaps == 0.0, 0.0, exponentials)
-    number = tl.sum((gaps == 0.0).to(tl.float32), axis=1)
-    return tl.sum(others, axis=1) + (number - 1.0)
-
-
 # One block of logits and what the softmax needs of it.
 @triton.jit
 def _sums_kernel(
@@ -142,8 +130,6 @@ def _sums_kernel(
     targets,
     maxima,
     totals,
-    excess,
-    weighted,
     target_logits,
     kept,
     kept_stride,
@@ -156,7 +142,6 @@ def _sums_kernel(
     INNER: tl.constexpr,
     BAND: tl.constexpr,
     KEEP: tl.constexpr,
-    ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     row_block, column_block = _block(tl.program_id(0), r, v, ROWS, COLUMNS, BAND)  # pyright: ignore[reportGeneralTypeIssues]
@@ -170,15 +155,11 @@ def _sums_kernel(
     real = columns[None, :] < v
     logits = tl.where(real, product * scale, float("-inf"))
     maximum = tl.max(logits, axis=1)
-    gaps = logits - maximum[:, None]
-    exponentials = tl.exp(gaps)
+    exponentials = tl.exp(logits - maximum[:, None])
     inside = rows < r
     place = column_block * r + rows
     tl.store(maxima + place, maximum, mask=inside)
     tl.store(totals + place, tl.sum(exponentials, axis=1), mask=inside)
-    if ENTROPY:
-        tl.store(excess + place, _excess(gaps, exponentials), mask=inside)
-        tl.store(weighted + place, tl.sum(tl.where(real, gaps, 0.0) * exponentials, axis=1), mask=inside)
     target = tl.load(targets + rows, mask=inside, other=-1)
     hit = (target >= column_block * COLUMNS) & (target < tl.minimum(v, (column_block + 1) * COLUMNS))
     found = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), axis=1)

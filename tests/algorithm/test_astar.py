@@ -6,7 +6,7 @@ Legend: X prompts, Y responses of the tabular policy (each response is one actio
 import pytest
 import torch
 
-from astar_megatron.algorithm.loss import astar_loss, importance_weight, residual
+from astar_megatron.algorithm.astar import astar_loss, importance_weight, residual
 from astar_megatron.algorithm.metrics import regression
 from astar_megatron.algorithm.value import v_star
 

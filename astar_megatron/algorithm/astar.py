@@ -1,0 +1,135 @@
+"""A*PO, stage 2: regress beta2 * ln(pi / pi_ref) on the optimal advantage (arXiv 2505.20686).
+
+    loss_b = ( beta2 * (ln pi(y_b | x_b) - ln pi_ref(y_b | x_b)) - (r_b - V*(x_b)) )^2
+
+The log-probs are sums over the response's tokens, up to and including its EOS (nats). The loss of a batch is the plain
+mean over sequences. V* is estimated by stage 1 (value.py) and may follow the policy (refresh.py).
+
+Leaves out, because the method has none: critic, clip, group or advantage normalisation, length normalisation, a token
+denominator, a KL or an entropy term.
+
+The loss is no metric: with beta1 != beta2 its target is unattainable, it stays near E(r - V*)^2. What does tell is
+whether beta2 * D (D = ln pi - ln pi_ref of a response) follows the advantage A = r - V*: at the optimum of the
+objective the slope of the one on the other is 1 and R^2 is 1; at step 0 both are 0.
+
+Legend: B sequences of a step, b of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from astar_megatron.algorithm.metrics import divergence, regression
+from astar_megatron.algorithm.objective import Columns, ResponseTokens
+from astar_megatron.algorithm.refresh import LiveVStar
+from astar_megatron.config import AstarConfig
+from astar_megatron.types import Rollout
+
+
+def residual(logprob: Tensor, reference_logprob: Tensor, advantage: Tensor, beta2: float) -> Tensor:
+    """Return beta2 * (logprob - reference_logprob) - advantage, [B]; all three are [B]. At step 0 it is V* - r.
+
+    Raises ValueError where the shapes differ: [B] and [B, 1] would broadcast to [B, B] in silence.
+    """
+    shapes = {tuple(tensor.shape) for tensor in (logprob, reference_logprob, advantage)}
+    if len(shapes) != 1 or logprob.dim() != 1:
+        raise ValueError(
+            "loss: expected logprob, reference_logprob and advantage of one shape [B], got "
+            f"{tuple(logprob.shape)}, {tuple(reference_logprob.shape)}, {tuple(advantage.shape)}"
+        )
+    if not (beta2 > 0 and math.isfinite(beta2)):
+        raise ValueError(f"beta2: expected a positive finite number, got {beta2}; the paper uses 1e-3")
+    return beta2 * (logprob - reference_logprob) - advantage
+
+
+def astar_loss(logprob: Tensor, reference_logprob: Tensor, advantage: Tensor, beta2: float) -> Tensor:
+    """Return the squared residual of each sequence, [B]; `advantage` is r - V*. Its mean is the loss of A*PO."""
+    return residual(logprob, reference_logprob, advantage, beta2).square()
+
+
+def importance_weight(logprob_train: Tensor, logprob_rollout: Tensor, cap: float) -> Tensor:
+    """Return min(cap, pi_train / pi_rollout) of whole sequences, [B], detached: it weighs the squared loss.
+
+    For off-policy data only. Exactly 1 where the two summed log-probs [B] are equal. `cap` is at least 1.
+    """
+    if logprob_train.shape != logprob_rollout.shape or logprob_train.dim() != 1:
+        raise ValueError(
+            "importance_weight: expected two log-probs of one shape [B], got "
+            f"{tuple(logprob_train.shape)} and {tuple(logprob_rollout.shape)}"
+        )
+    if not cap >= 1:
+        raise ValueError(f"importance_weight: expected a cap of at least 1, got {cap}; below it scales on-policy data")
+    ratio = (logprob_train - logprob_rollout).detach()
+    # the minimum is taken before exp, so that a ratio of e^1000 is the cap and not an overflow
+    return ratio.clamp(max=math.log(cap)).exp().clamp(max=cap)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AstarLoss:
+    """See objective.Loss. `scale` pg divides the gradient by 2 beta2, which makes it a policy gradient's."""
+
+    beta2: float
+    importance_cap: float | None = None  # weigh each loss by min(cap, pi / the engine's pi) of its response
+    scale: Literal["paper", "pg"] = "paper"
+
+    @property
+    def gradient_scale(self) -> float:
+        return 1.0 if self.scale == "paper" else 1.0 / (2.0 * self.beta2)
+
+    def __call__(self, tokens: ResponseTokens, columns: Mapping[str, Tensor]) -> Tensor:
+        advantage = (columns["reward"] - columns["v_star"]).float()
+        losses = astar_loss(tokens.sums, tokens.reference_sums, advantage, self.beta2)
+        if self.importance_cap is None:
+            return losses
+        return importance_weight(tokens.sums, columns["rollout_logprob"].float(), self.importance_cap) * losses
+
+
+class Astar:
+    """See objective.Objective. `v_star` is that of stage 1, which rewards of training refresh where it has a decay."""
+
+    def __init__(self, cfg: AstarConfig, v_star: LiveVStar, scale: Literal["paper", "pg"] = "paper") -> None:
+        self.loss = AstarLoss(beta2=cfg.beta2, importance_cap=cfg.importance_cap, scale=scale)
+        self._v_star = v_star
+
+    def columns(self, rollouts: Sequence[Rollout]) -> Columns:
+        """Return reward, v_star and rollout_logprob [B] in float64."""
+        values = {
+            "reward": [rollout.reward or 0.0 for rollout in rollouts],
+            "v_star": [self._v_star[rollout.prompt.uid] for rollout in rollouts],
+            "rollout_logprob": [rollout.logprob for rollout in rollouts],
+        }
+        return Columns(sequences={name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()})
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+    ) -> dict[str, float]:
+        """Return `metrics.divergence`, the residual's mean and deviation, and the line of beta2 * D on A."""
+        columns = self.columns(rollouts).sequences
+        advantage = columns["reward"] - columns["v_star"]
+        error = residual(logprobs, reference_logprobs, advantage, self.loss.beta2)
+        line = regression(advantage, self.loss.beta2 * (logprobs - reference_logprobs).double())
+        num_tokens = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
+        return {
+            "v_star_mean": sum(columns["v_star"].tolist()) / len(rollouts),
+            "v_star_shift": self._v_star.shift(rollout.prompt.uid for rollout in rollouts),
+            **dataclasses.asdict(divergence(logprobs, reference_logprobs, num_tokens, on_policy)),
+            "residual_mean": float(error.mean()),
+            "residual_std": float(error.std(correction=0)),
+            "slope": line.slope,
+            "r_squared": line.r_squared,
+        }
+
+    def learn(self, rollouts: Sequence[Rollout]) -> None:
+        """Refresh V* by the rewards: after the step that they were in, or V* would depend on its own responses."""
+        self._v_star.add((rollout.prompt.uid, rollout.reward) for rollout in rollouts if rollout.reward is not None)
+
+    def state(self) -> dict[str, Any]:
+        return {"v_star": self._v_star.state()}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        self._v_star.restore(progress.get("v_star", {}))

@@ -1,0 +1,104 @@
+"""What a method of policy optimisation is to the rest of the system.
+
+The program gives an `Objective` its scored rollouts: it turns them into columns, numbers of each sequence or of each
+response token, and learns from them afterwards. Its `Loss` goes to the ranks with the batch, and is a pure function of
+the tokens' log-probs and those columns. A method is one page: its equation, its columns, its loss, its health.
+
+Legend: B sequences of a step, b of them, r of their response tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from astar_megatron.types import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """What an objective says of a batch: by name a number of each sequence, or of each response token in order."""
+
+    sequences: Mapping[str, Tensor]  # [B] each
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)  # [response tokens of all B] each
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponseTokens:
+    """The response tokens of b sequences, one sequence after the other, as a loss sees them.
+
+    A machine may hold a part of them only. `total` and `spread` are then of the whole sequences all the same, so a loss
+    that goes from tokens to sequences by `total` alone is right wherever it runs.
+    """
+
+    logprobs: Tensor  # [r] of the policy, nats; the loss is differentiated by these
+    reference_logprobs: Tensor  # [r] of the reference, nats
+    lengths: tuple[int, ...]  # how many of the r tokens each sequence has here
+    sum_tokens: Callable[[Tensor], Tensor]  # see `total`
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sums [b] over each sequence's tokens of `values` [r], summed in float64; differentiable."""
+        return self.sum_tokens(values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return [r], for each token the value of its sequence of `values` [b]."""
+        lengths = torch.tensor(self.lengths, device=values.device)
+        return values.repeat_interleave(lengths, output_size=sum(self.lengths))
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """ln pi of the responses [b], differentiable."""
+        return self.total(self.logprobs)
+
+    @cached_property
+    def reference_sums(self) -> Tensor:
+        """ln pi_ref of the responses [b]."""
+        return self.total(self.reference_logprobs)
+
+
+class Loss(Protocol):
+    """The part of an objective that the ranks compute; picklable."""
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the gradient is multiplied with; losses are reported without."""
+        ...
+
+    def __call__(self, tokens: ResponseTokens, columns: Mapping[str, Tensor]) -> Tensor:
+        """Return the losses [b]; `columns` are those of these sequences [b] and of these tokens [r]."""
+        ...
+
+
+class Objective(Protocol):
+    """A method, while a program trains with it."""
+
+    @property
+    def loss(self) -> Loss: ...
+
+    def columns(self, rollouts: Sequence[Rollout]) -> Columns:
+        """Return what the loss needs of a batch; a rollout that could not be scored counts with a reward of 0."""
+        ...
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+    ) -> Mapping[str, float]:
+        """Return a step's health from the [B] sums of log-probs (nats) that the step found.
+
+        The first `on_policy` rollouts were scored by the weights that drew them.
+        """
+        ...
+
+    def learn(self, rollouts: Sequence[Rollout]) -> None:
+        """Take in rollouts whose step is done."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what was learnt, ready for JSON: entries of a checkpoint's progress, by name."""
+        ...
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Continue where the progress was written. Raises ValueError where this run can't."""
+        ...
