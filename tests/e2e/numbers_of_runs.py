@@ -6,6 +6,7 @@ Products differ from one kind of CPU to the next, so the file has an entry a kin
 """
 
 import hashlib
+import importlib
 import json
 import os
 import subprocess
@@ -92,8 +93,7 @@ def merged(tree: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 def demo_tree(folder: Path) -> dict[str, Any]:
     """Return three steps of the demo, in the type that this machine takes, with model and prompts made in `folder`."""
     sys.path.insert(0, str(ROOT / "examples"))
-    from smollm2 import ensure_model
-
+    ensure_model = importlib.import_module("smollm2").ensure_model
     from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 
     tree = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8"))

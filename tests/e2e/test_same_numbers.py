@@ -30,5 +30,6 @@ def test_a_run_has_the_numbers_it_had(case: str, run_tree: Any, request: pytest.
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         file.write_text(json.dumps(known | {case: numbers_now}), encoding="utf-8")
         return
+    assert wanted is not None
     for part, value in wanted.items():
         assert numbers_now[part] == value, part
