@@ -26,6 +26,7 @@ KEYS = {
     "data.max_prompt_tokens": 256,
     "data.long_prompts": "refuse",
     "data.eval_path": None,
+    "data.date": None,
     "reward.name": REQUIRED,
     "reward.timeout_seconds": 10.0,
     "reward.max_failures": 100,

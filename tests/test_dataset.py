@@ -15,8 +15,9 @@ import yaml
 
 from astar_megatron import cli, config
 from astar_megatron.config import DataConfig
+from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
-from astar_megatron.data.prompts import read_prompts, tokenizer
+from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.rows import hub_rows
 from astar_megatron.data.v_star import VStarTable
 

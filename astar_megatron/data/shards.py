@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from astar_megatron.data.files import storage_error, write_atomic
@@ -75,6 +76,16 @@ def read_responses(path: Path) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         raise TableError(f"{path}: damaged ({reason}); open the V* table again, which sets it aside")
     for uid, sample, response in zip(*(column.to_pylist() for column in columns.columns), strict=True):
         yield uid, sample, tuple(response)
+
+
+def num_holding(path: Path, token_ids: Sequence[int]) -> int:
+    """Return how many responses of a shard hold one of these tokens; 0 for a damaged shard."""
+    columns, _ = _read(path, whole=False, names=("response",))
+    if columns is None:
+        return 0
+    responses = columns["response"].combine_chunks()
+    held = pc.is_in(pc.list_flatten(responses), value_set=pa.array(token_ids, pa.int32()))
+    return len(pc.unique(pc.list_parent_indices(responses).filter(held)))
 
 
 def shard_number(name: str) -> int:

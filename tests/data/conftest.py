@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
         inner.add_special_tokens(special)
         tok = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, pad_token=eos, chat_template=template)
         tok.save_pretrained(folder)
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": len(special + alphabet)}))
         if stop is not None:
             (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
         header = json.dumps({"w": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()

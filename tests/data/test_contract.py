@@ -11,7 +11,7 @@ import pytest
 
 from astar_megatron.config import validate
 from astar_megatron.data.contract import Contract, ContractError, contract_of
-from astar_megatron.data.prompts import TokenizerError
+from astar_megatron.data.chat import TokenizerError
 
 
 def _contract(model: str, **sections: dict[str, Any]) -> Contract:
@@ -74,7 +74,7 @@ def _type(folder: Path) -> None:
 
 
 def _config(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"vocab_size": 1000}')
 
 
 def _tokenizer(folder: Path) -> None:
