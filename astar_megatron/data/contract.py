@@ -30,9 +30,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_LATER = ("date", "kept_token_ids")  # fields that contracts of earlier versions lack
+# Fields that contracts of earlier versions lack, and what that means.
+_LATER = {"date": "nothing recorded", "kept_token_ids": "none: its rewards read text without special tokens"}
 _MOST_SHOWN = 8  # numbers of a list
-_NOTHING = "nothing recorded"
 _BLOCKS, _BLOCK_BYTES = 16, 4096  # sampled from each weight file
 
 
@@ -77,7 +77,7 @@ class Contract:
         return [
             f"{name.replace('_', ' ')}: {names[0]} has {_shown(mine, name)}, {names[1]} {_shown(theirs, name)}"
             for name in [*mine, *(name for name in theirs if name not in mine)]
-            if (name in theirs or name != "date") and mine.get(name, _NOTHING) != theirs.get(name, _NOTHING)
+            if (name in theirs or name != "date") and mine.get(name) != theirs.get(name)
         ]
 
 
@@ -152,7 +152,7 @@ def described(fields: Mapping[str, Value]) -> list[tuple[str, str]]:
 
 
 def _shown(fields: Mapping[str, Value], name: str) -> str:
-    value = fields.get(name, _NOTHING)
+    value = fields.get(name, _LATER.get(name, "nothing recorded"))
     if isinstance(value, list) and len(value) > _MOST_SHOWN:
         return f"{len(value)} of digest {hashlib.sha256(str(value).encode()).hexdigest()[:12]}..."
     return value[:12] + "..." if isinstance(value, str) and name.endswith("_digest") else str(value)
