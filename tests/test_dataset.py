@@ -212,7 +212,7 @@ def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special
     cfg = config.load(file, options[1:])
     (path,) = cfg.table_dir.glob("shard-*")
     tok = tokenizer(cfg.model.path)
-    two, three = tok.convert_tokens_to_ids(["2", "3"])
+    two, three = (tok.convert_tokens_to_ids(text) for text in "23")
     assert pq.read_table(path)["response"].to_pylist()[:2] == [[two, 4], [three, 3, two, 2]]
 
 

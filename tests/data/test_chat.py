@@ -46,6 +46,10 @@ def _edit_config(model: str, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def _ids(model: str, text: str) -> list[int]:
+    return list(tokenizer(model)(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
 # --- the day
 
 
@@ -80,7 +84,7 @@ def test_a_prompt_has_the_day_of_its_configuration_a_benchmark_s_too(tmp_path: P
 
 def test_a_prompt_of_a_token_without_a_row_is_refused_with_its_line(tmp_path: Path, model_folder: MakeModel) -> None:
     model = model_folder()
-    exclamation, tilde = (tokenizer(model).convert_tokens_to_ids(text) for text in "!~")
+    exclamation, tilde = _ids(model, "!~")
     _edit_config(model, vocab_size=tilde)  # the tokenizer knows more
     assert exclamation < tilde
     assert len(read_prompts(DataConfig(path=_file(tmp_path, "a!")), model)) == 1
@@ -111,10 +115,6 @@ def test_a_model_folder_that_does_not_say_how_many_tokens_it_has_is_refused(
 
 
 # --- what rewards read
-
-
-def _ids(model: str, text: str) -> list[int]:
-    return list(tokenizer(model)(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def test_a_reward_reads_special_tokens_but_the_one_that_ended_the_response(model_folder: MakeModel) -> None:
