@@ -16,8 +16,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from astar_megatron.data.files import storage_error, write_atomic
@@ -84,8 +84,8 @@ def num_holding(path: Path, token_ids: Sequence[int]) -> int:
     if columns is None:
         return 0
     responses = columns["response"].combine_chunks()
-    held = pc.is_in(pc.list_flatten(responses), value_set=pa.array(token_ids, pa.int32()))
-    return len(pc.unique(pc.list_parent_indices(responses).filter(held)))
+    held = np.isin(responses.flatten().to_numpy(), token_ids)
+    return len(np.unique(responses.value_parent_indices().to_numpy()[held]))
 
 
 def shard_number(name: str) -> int:
