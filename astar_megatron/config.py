@@ -5,16 +5,28 @@ wrong types and impossible combinations are refused here, before anything starts
 machine knows (memory, GPUs, what a model folder holds) - doctor.py and model/ check that.
 """
 
+import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, read
 
+
+def _day(value: Any) -> str:
+    """A day as its text; YAML reads 2026-11-28 as a date."""
+    try:
+        text = value.isoformat() if type(value) is datetime.date else value
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"data.date: expected a day as 2026-11-28, got {value!r}") from None
+
+
 Name = Annotated[str, Field(min_length=1)]
+Day = Annotated[str, BeforeValidator(_day)]
 type Recompute = Literal["none", "selective", "full"]
 type Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -48,6 +60,7 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(default=256, ge=1)
     long_prompts: Literal["refuse", "drop"] = "refuse"  # what is done with prompts over the limit; none is ever cut
     eval_path: Name | None = None  # evaluation prompts; none: those of `path`
+    date: Day | None = None  # the day that a chat template which asks for the time writes; it never gets the clock's
 
 
 class RewardConfig(Section):

@@ -16,11 +16,12 @@ from rich.console import Console
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RunConfig
+from astar_megatron.data import chat
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
 from astar_megatron.data.benchmarks import SUFFIXES, gsm8k_answer, math_answer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.files import make_folder, write_atomic
-from astar_megatron.data.prompts import tokenizer, usable_prompts
+from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import (
     Pair,
     Problems,
@@ -137,9 +138,10 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
     _check_prompt_file(cfg, prompts)
     contract = contract_of(cfg)
-    drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids[0])]
+    drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids)]
     published = [value for i in used for value in rows[i].evals]
     _check_lengths(cfg, drawn, source)
+    _check_tokens(cfg, drawn, source)
     with Scorer(cfg.reward) as scorer:
         scorer.check(prompts)
     table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
@@ -237,6 +239,15 @@ def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
         )
 
 
+def _check_tokens(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
+    size = chat.vocab_size(cfg.model.path)
+    if beyond := [most for one in drawn if (most := max(one.token_ids, default=0)) >= size]:
+        raise PromptError(
+            f"{source}: {len(beyond)} of {len(drawn)} responses hold what {cfg.model.path} could not have drawn, "
+            f"{chat.no_row(cfg.model.path, beyond[0])}"
+        )
+
+
 def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str, int]]) -> None:
     """Raises PromptError where the table has another response of a prompt under the same number."""
     places = {(one.prompt.uid, one.sample): one for one in drawn}
@@ -264,11 +275,13 @@ def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
     return jsonl({cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts)
 
 
-def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[Rollout]:
+def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, stops: tuple[int, ...]) -> list[Rollout]:
     """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
-    tok, rollouts = tokenizer(cfg.model.path), []
+    tok, rollouts = chat.tokenizer(cfg.model.path), []
+    ends = {str(tok.convert_ids_to_tokens(stop)): stop for stop in stops}
     for sample, response in zip(row.samples, row.responses, strict=True):
-        text = response.removesuffix(str(tok.eos_token))
+        end = next((end for end in ends if response.endswith(end)), str(tok.eos_token))
+        text = response.removesuffix(end)
         token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
         truncated = len(token_ids) >= cfg.sampling.max_response_tokens
         rollouts.append(
@@ -276,7 +289,7 @@ def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[
                 prompt=prompt,
                 sample=sample,
                 seed=0,
-                token_ids=token_ids if truncated else (*token_ids, eos),
+                token_ids=token_ids if truncated else (*token_ids, ends[end]),
                 text=text,
                 truncated=truncated,
                 logprob=math.nan,

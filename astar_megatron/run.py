@@ -3,7 +3,8 @@
 `prepare` reads everything that a user can have got wrong and refuses it before a process is started.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from astar_megatron import doctor
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RewardConfig, RunConfig
-from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names
+from astar_megatron.data import chat
+from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.files import exclusive
-from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
+from astar_megatron.data.prompts import read_prompts
 from astar_megatron.model import layouts
 from astar_megatron.model.backend import check_features, resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
@@ -24,6 +26,8 @@ from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
 from conversion import hf
 from conversion.families import Model, read_model
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
             scorer.check([prompt for one in eval_sets if one.reward.name == name for prompt in one.prompts])
             scorer.check(prompts if name == cfg.reward.name else [])
     doctor.check_run(cfg, model_bytes=4 * model.num_parameters())
+    _say_template(cfg, contract)
     return Inputs(
         prompts=prompts,
         eval_sets=eval_sets,
@@ -82,15 +87,22 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     )
 
 
+def _say_template(cfg: RunConfig, contract: Contract) -> None:
+    """Log what of the chat template no number shows: the day that it writes, and a turn's end that ends no response."""
+    if contract.date is not None:
+        _LOG.warning("data.date: the chat template writes the day %s into each prompt of this run", contract.date)
+    elif cfg.data.date is not None:
+        _LOG.warning("data.date: %s has no effect: the chat template asks for no time", cfg.data.date)
+    if said := chat.unstopped_turn(cfg.model.path, cfg.data.date):
+        _LOG.warning("%s", said)
+
+
 def with_room(cfg: RunConfig) -> RunConfig:
     """Return the configuration with room for its benchmarks' longest prompt, for a program that only evaluates."""
     if not cfg.eval.benchmarks or cfg.eval.folder is None:
         return cfg
-    longest = max(
-        len(prompt.token_ids)
-        for name in cfg.eval.benchmarks
-        for prompt in benchmark_prompts(name, cfg.eval.folder, cfg.model.path, None)
-    )
+    folder, model_path = cfg.eval.folder, cfg.model.path
+    longest = max(longest_prompt(name, folder, cfg.data, model_path) for name in cfg.eval.benchmarks)
     room = max(longest, cfg.data.max_prompt_tokens)
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_prompt_tokens": room})})
 
@@ -106,7 +118,7 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
     sets = []
     for name in cfg.eval.benchmarks:
         asked = BENCHMARKS[name].num_samples if cfg.eval.num_samples is None else cfg.eval.num_samples
-        problems = benchmark_prompts(name, cfg.eval.folder, cfg.model.path, cfg.data.max_prompt_tokens)
+        problems = benchmark_prompts(name, cfg.eval.folder, cfg.data, cfg.model.path)
         rule = cfg.reward.model_copy(update={"name": BENCHMARKS[name].reward})
         sets.append(EvalSet(name=name, prompts=problems[first], reward=rule, num_samples=asked))
     return sets
@@ -150,8 +162,8 @@ def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = Non
         model_path=_absolute(model_path or cfg.model.path),
         dtype=compute_type(cfg, cluster)[0],
         max_tokens=cfg.max_tokens,
-        stop_token_ids=stop_token_ids(cfg.model.path),
-        detokenize=detokenizer(cfg.model.path),
+        stop_token_ids=chat.stop_token_ids(cfg.model.path),
+        detokenize=chat.detokenizer(cfg.model.path),
         seed=cfg.seed,
     )
 
@@ -204,9 +216,3 @@ def engines_of(cfg: RunConfig, model_path: str | None = None) -> Iterator[Engine
             yield engines
         finally:
             engines.close()
-
-
-def detokenizer(model_path: str) -> Callable[..., str]:
-    """Return the function from response tokens to the text that the reward reads, special tokens removed."""
-    tok = tokenizer(model_path)
-    return lambda token_ids: str(tok.decode(list(token_ids), skip_special_tokens=True))

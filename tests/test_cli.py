@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import yaml
 from safetensors.torch import load_file
 
 from astar_megatron import cli, config, doctor
+from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import PromptStream, read_prompts
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.run import prepare
+from astar_megatron.train import stage_1
 
 
 @pytest.fixture
@@ -164,6 +168,72 @@ def test_a_tokenizer_without_eos_is_refused(command: Any, tree: dict[str, Any]) 
     status, error = command("sweep", tree)
     assert status == 2
     assert "EOS" in error
+
+
+CLOCK = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}<assistant>"
+
+
+def test_prompts_are_the_same_on_every_day_of_a_table_s_life(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(CLOCK)
+    for name in ("sweep", "train", "doctor"):
+        status, error = command(name, tree)
+        assert status == 2
+        assert f"data.date: the chat template of {tree['model']['path']}" in error and "data.date=20" in error
+    cfg = config.validate(tree | {"data": tree["data"] | {"date": "2026-11-28"}})
+    try:
+        for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):  # never on the same day
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            if not cfg.table_dir.exists():
+                fill_table(cfg.model_dump())
+            assert stage_1(cfg, prepare(cfg)).samples.tolist() == [8]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert "the chat template writes the day 2026-11-28 into each prompt" in caplog.text
+
+
+def test_another_day_than_the_table_s_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(CLOCK)
+    tree["data"]["date"] = "2026-11-28"
+    fill_table(tree)
+    status, error = command("sweep", tree, "--set", "data.date=2026-11-29")
+    assert status == 2 and "date: this run has 2026-11-29, the table 2026-11-28" in error
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    tok = tokenizer(tree["model"]["path"])
+    tok.add_tokens([f"more{i}" for i in range(300)])  # the model has 263 rows
+    tok.save_pretrained(tree["model"]["path"])
+    tokenizer.cache_clear()
+    beyond = tok.convert_tokens_to_ids("more299")
+    for key, other in (("path", "eval_path"), ("eval_path", "path")):
+        good, bad = (Path(tree["run_dir"]).with_name(f"{name}.jsonl") for name in ("good", "bad"))
+        good.write_text(json.dumps({"question": "1 + 1", "answer": "2"}) + "\n")
+        bad.write_text(good.read_text() + json.dumps({"question": "more299", "answer": "2"}) + "\n")
+        status, error = command("sweep", tree, "--set", f"data.{key}={bad}", "--set", f"data.{other}={good}")
+        assert status == 2
+        assert f"{bad}: 1 of 2 prompts" in error and f"line 2, has token 'more299' ({beyond})" in error
+        assert "vocab_size is 263" in error
+    (Path(tree["model"]["path"]) / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, beyond]}))
+    status, error = command("sweep", tree)
+    assert status == 2 and f"a response is to end at token 'more299' ({beyond})" in error
+
+
+def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    turn = (
+        "{% for m in messages %}{{ m.content }}<user>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(turn)
+    assert command("doctor", tree)[0] == 0
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "ends a turn with '<user>' (3), but a response ends only at '</s>' (2)" in said
 
 
 def test_prompts_over_the_limit_are_refused_with_their_number(command: Any, tree: dict[str, Any]) -> None:

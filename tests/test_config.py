@@ -26,6 +26,7 @@ KEYS = {
     "data.max_prompt_tokens": 256,
     "data.long_prompts": "refuse",
     "data.eval_path": None,
+    "data.date": None,
     "reward.name": REQUIRED,
     "reward.timeout_seconds": 10.0,
     "reward.max_failures": 100,
@@ -157,6 +158,15 @@ def test_the_papers_runs_have_the_papers_settings(name: str) -> None:
     assert (cfg.astar.beta1, cfg.astar.beta2, cfg.sweep.num_samples) == (0.5, 1e-3, 8)
     assert (cfg.sampling.temperature, cfg.sampling.top_p) == (1.0, 1.0)
     assert cfg.parallel.world_size + cfg.rollout.num_engines * cfg.rollout.tensor == 4  # GPUs
+
+
+def test_a_day_is_text_whether_yaml_reads_a_date_or_text(tmp_path: Path) -> None:
+    for written in ("2026-11-28", "'2026-11-28'"):
+        assert load(tmp_path, f"data.date={written}").data.date == "2026-11-28"
+    for wrong in ("28.11.2026", "20261128", "2026-11-28 10:00:00", "today", "''", "[]"):
+        assert refusal(tmp_path, f"data.date={wrong}").startswith("data.date: expected a day as 2026-11-28, got ")
+    assert "not readable as YAML: day is out of range" in refusal(tmp_path, "data.date=2026-11-31")
+    assert "not readable as YAML: day is out of range" in refusal(tmp_path, text=SMALLEST + "seed: 2026-11-31\n")
 
 
 @pytest.mark.parametrize(

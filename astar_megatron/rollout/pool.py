@@ -19,7 +19,7 @@ from conversion.transfer.route import Place
 
 
 class Detokenize(Protocol):
-    def __call__(self, token_ids: Sequence[int]) -> str: ...
+    def __call__(self, token_ids: Sequence[int], /) -> str: ...
 
 
 def seed_of(run_seed: int, *what: object) -> int:
