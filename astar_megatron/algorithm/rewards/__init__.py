@@ -45,10 +45,10 @@ class _Named:
 _NAMED: dict[str, _Named] = {
     "arithmetic": _Named(reward=multiply, version=1, extract=tagged_integer),  # the same rule for other data
     "boxed_integer": _Named(reward=boxed_integer, version=2, extract=integer_in),
-    "countdown": _Named(reward=countdown, version=1, extract=tagged_value),
-    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=2, extract=flexible_answer),
+    "countdown": _Named(reward=countdown, version=2, extract=tagged_value),
+    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=3, extract=flexible_answer),
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
-    "last_number": _Named(reward=last_number, version=2, extract=number_in),
+    "last_number": _Named(reward=last_number, version=3, extract=number_in),
     "math": _Named(reward=math, version=2, extract=boxed_answer),
     "math_verify": _Named(reward=math_verify, version=1, extract=boxed_answer),
     "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
@@ -102,8 +102,11 @@ def version(name: str) -> str:
 
 def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str]:
     """Return the reward and "", or None and in words why there is none: it raised, or returned no number in [-1, 1]."""
+    value: Any
     try:
         value = reward(response, answer)
+        if getattr(value, "shape", None) == ():  # of numpy or torch: an array of no dimensions, numpy.bool
+            value = value.item()
     except (Exception, SystemExit) as error:  # a stranger's function
         return None, f"raised {type(error).__name__}: {error}"
     if not isinstance(value, numeric.Real) or not -1 <= value <= 1:
