@@ -3,8 +3,8 @@
 Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". An answer that is
 not one number ("1/2", "50%", "70 dollars") raises ValueError: such a reward could only ever be 0.
 
-TeX's thousands, "9{,}500", "9\\,500" and "9,\\!500", are 9500, as `boxed_integer` reads them, but for `gsm8k_strict`: its
-official rule ends at the brace or the backslash.
+TeX's thousands, "9{,}500", "9\\,500" and "9,\\!500", are 9500, as `boxed_integer` reads them, but for `gsm8k_strict`:
+its official rule ends at the brace or the backslash.
 """
 
 import re
