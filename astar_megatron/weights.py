@@ -150,8 +150,8 @@ class LoadedWeights:
             file = self._places[error.tensor].file if error.tensor in self._places else "its file"
             raise CheckpointError(
                 f"{self._folder}: {error.where} loaded another {error.tensor} than {file} holds, first bad row "
-                f"{error.row}: {error.detail}. vLLM has read other files, or these in another way: leave nothing but the "
-                "model in the folder, and report this if that changes nothing"
+                f"{error.row}: {error.detail}. vLLM has read other files, or these in another way: leave nothing but "
+                "the model in the folder, and report this if that changes nothing"
             ) from None
 
     def _in_file(self, part: Part) -> Holdings:
