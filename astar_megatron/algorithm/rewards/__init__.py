@@ -112,7 +112,7 @@ def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str
             value = value.item()
     except (Exception, SystemExit) as error:  # a stranger's function
         return None, f"raised {type(error).__name__}: {error}"
-    if not isinstance(value, numeric.Real) or not -1 <= value <= 1:
+    if not isinstance(value, numeric.Real) or not -1 <= cast(float, value) <= 1:
         return None, f"returned {value!r}, expected a number from -1 to 1"
     return float(value), ""
 
