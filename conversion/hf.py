@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -50,12 +51,14 @@ def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     folder = Path(folder)
     holder = _check(folder, _weight_files(folder), shapes)
     if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
-        _LOG.warning(
-            "%s: %s is left out: the weights are read without it; merge it into them if it belongs to the model",
-            folder,
-            " and ".join(adapters),
-        )
+        _say_left_out(folder, " and ".join(adapters))
     return {name: file for name, file in holder.items() if name in shapes}
+
+
+@cache
+def _say_left_out(folder: Path, adapters: str) -> None:
+    """Once a process, however often the folder is checked."""
+    _LOG.warning("%s: %s: left out; merge the adapter into the weights if it belongs to the model", folder, adapters)
 
 
 def check_engines_read(folder: str | Path) -> None:
