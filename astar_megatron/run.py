@@ -24,6 +24,7 @@ from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
+from astar_megatron.weights import LoadedWeights
 from conversion import hf
 from conversion.families import Model, read_model
 
@@ -70,6 +71,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         )
     with naming("model.path"):
         hf.check(cfg.model.path, model.parameters())
+        hf.check_engines_read(cfg.model.path)
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
     eval_sets = _eval_sets(cfg, prompts)
@@ -189,7 +191,10 @@ def _absolute(path: str) -> str:
 
 @contextmanager
 def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, EnginePool]]:
-    """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir."""
+    """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir.
+
+    Raises CheckpointError where an engine has not loaded what model.path holds.
+    """
     check_ranks(cfg)
     with ExitStack() as stack:
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
@@ -200,7 +205,9 @@ def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, Eng
         policy = stack.enter_context(closing(start_policy(cfg, cluster)))
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         with tracker.progress("starting engines and policy", 1):
+            loaded = LoadedWeights(cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
             engines.start()
+            loaded.verify(engines)
             reason = policy.start()
         tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
         yield policy, engines
@@ -208,11 +215,12 @@ def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, Eng
 
 @contextmanager
 def engines_of(cfg: RunConfig, model_path: str | None = None) -> Iterator[EnginePool]:
-    """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`."""
-    with Cluster(cfg.cluster) as cluster:
-        engines = start_engines(cfg, cluster, model_path)
+    """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`.
+
+    Raises CheckpointError where an engine has not loaded what the folder holds.
+    """
+    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
+        loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
         engines.start()
-        try:
-            yield engines
-        finally:
-            engines.close()
+        loaded.verify(engines)
+        yield engines

@@ -24,6 +24,10 @@ from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
 _LOOPBACK = "127.0.0.1"
+# Ray puts the folder in which it is started or joined before everything else on its workers' Python path: a numbers.py
+# of the user's would be imported there in place of Python's. No module lies here.
+_NEUTRAL_FOLDER = "/"
+_SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # nor do processes that an actor starts look for modules where they run
 _CLOSE_SECONDS = 20.0
 
 
@@ -44,7 +48,8 @@ class Cluster:
                 os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
             try:
                 _knock(self._cfg.address)
-                ray.init(address=self._cfg.address, **common)
+                with contextlib.chdir(_NEUTRAL_FOLDER):
+                    ray.init(address=self._cfg.address, **common)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"cluster.address: no Ray cluster answers at {self._cfg.address!r} ({error}); "
@@ -53,7 +58,8 @@ class Cluster:
                 ) from None
         else:
             # Ray listens on all interfaces; since 2.60 it turns token authentication on by itself for such a session.
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            with contextlib.chdir(_NEUTRAL_FOLDER):
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
         self.num_nodes = sum(node["Alive"] for node in ray.nodes())
         if self.num_nodes > 1:
             ray.shutdown()
@@ -106,7 +112,11 @@ class Cluster:
 
         It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
         """
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "runtime_env": {"env_vars": dict(env)}}
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": num_gpus,
+            "runtime_env": {"env_vars": _SAFE_PATH | dict(env)},
+        }
         if concurrency:
             options["max_concurrency"] = concurrency
         handle = ray.remote(cls).options(**options).remote(**init)

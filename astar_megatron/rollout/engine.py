@@ -156,6 +156,10 @@ class Engine:
         """Return where each worker's parameters are: memory and device, as in conversion's `Place`."""
         return await self._llm.collective_rpc("place")
 
+    async def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        """Prepare to audit what the workers loaded by themselves; see conversion.vllm."""
+        await self._llm.collective_rpc("open_audit", args=(config, dtype))
+
     async def audit(self, version: int, full: bool) -> list[dict[str, Any]]:
         """Return what each worker holds, in digests, and the faults it found itself; see conversion.vllm."""
         return await self._llm.collective_rpc("audit", args=(version, full))
@@ -176,6 +180,9 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
     rollout = options.rollout
     arguments: dict[str, Any] = {
         "model": options.model_path,
+        # Not "auto": a consolidated*.safetensors or a params.json of Mistral's would be taken instead of ours.
+        "load_format": "safetensors",
+        "config_format": "hf",
         "dtype": options.dtype,
         "seed": options.seed,
         "max_model_len": options.max_tokens,

@@ -157,6 +157,10 @@ class EnginePool:
         calls = [engine.update.remote(version) for engine in self._engines]
         self._cluster.wait("publish", [*calls, *sending])
 
+    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""
+        self._all("open_audit", config, dtype)
+
     def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
         """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
         return self._all("audit", version, full)

@@ -233,7 +233,7 @@ class _Process:
             raise EOFError("the scorer is closed")
         self._unread, self._judged = b"", 0
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), self._cfg.name, str(os.getpid())],
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(_path()), self._cfg.name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the driver, which then ends them with all that they started
@@ -288,6 +288,12 @@ class _Process:
                         stream.close()
                     except BrokenPipeError:  # what was still to be written
                         continue
+
+
+def _path() -> list[str]:
+    """The Python path with the current folder last, wherever it stands here: see rewards.get."""
+    here = str(Path.cwd())
+    return [*(place for place in sys.path if place not in ("", here)), here]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,10 @@
 """Actors that fail, hang or end are named at once (real Ray)."""
 
+import contextlib
+import importlib
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -28,23 +31,38 @@ class Worker:
             raise ValueError("data.path: no such file")
         if order == "break":
             raise KeyError("weights")
+        if order in ("conversion", "statistics"):
+            return str(importlib.import_module(order).__file__)
         return order
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster(ClusterConfig()) as cluster:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Started in a folder with modules that have the names of ours and of Python's."""
+    folder = tmp_path_factory.mktemp("here")
+    for name in ("conversion", "statistics"):
+        (folder / f"{name}.py").write_text("")
+    with contextlib.chdir(folder), Cluster(ClusterConfig()) as cluster:
+        assert Path.cwd() == folder
         yield cluster
 
 
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
-    env = {"PYTHONPATH": str(Path(__file__).parent)}
+    env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
     return [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
 
 
 def test_results_come_in_the_order_of_the_calls(cluster: Cluster, workers: list[Any]) -> None:
     assert cluster.wait("work", [w.obey.remote(str(i)) for i, w in enumerate(workers)], 60) == ["0", "1"]
+
+
+def test_what_lies_where_a_run_is_started_takes_no_modules_place_in_its_workers(
+    cluster: Cluster, workers: list[Any]
+) -> None:
+    ours, pythons = cluster.wait("work", [workers[0].obey.remote(name) for name in ("conversion", "statistics")], 60)
+    assert ours == str(Path(__file__).parents[2] / "conversion/__init__.py")
+    assert pythons == statistics.__file__
 
 
 def test_a_failure_ends_the_wait_although_another_rank_hangs(cluster: Cluster, workers: list[Any]) -> None:
