@@ -1,0 +1,122 @@
+"""The folder of one run's Ray session: sockets and logs in a short place of its own, whatever TMPDIR and HOME are.
+
+Linux limits the name of a unix socket to 107 bytes, and Ray's own part of it takes 64. The folder's name also begins
+the names of the semaphores that the run's processes make, so that those of a killed process can be found.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.data.files import exclusive
+
+_LOG = logging.getLogger(__name__)
+PREFIX = "astar-"
+_LOCK = "lock"  # held while the run lives
+_SHARED_MEMORY = Path("/dev/shm")
+_LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
+_LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
+_START_SECONDS = 10.0  # within which a run that has made its lock also holds it
+
+
+class SessionFolder:
+    """A folder that only this user can enter. A context manager: it goes with the run; after an error its logs stay."""
+
+    def __init__(self) -> None:
+        remove_left_behind()
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place()))  # made anew, 0700; no link is followed
+        self._lock = exclusive(self.path / _LOCK, "this run")
+
+    def __enter__(self) -> Self:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _remove_semaphores(self.path.name)
+        if kind is not None and issubclass(kind, Exception):
+            _remove_all_but_logs(self.path)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.__exit__(None, None, None)
+
+    @property
+    def semaphore_prefix(self) -> str:
+        """What the name of every semaphore of the run begins with, as multiprocessing wants it."""
+        return f"/{self.path.name}"
+
+
+def place() -> Path:
+    """Return the folder for sessions: TMPDIR where its name is short enough, else a usual one, and that is said.
+
+    Raises ClusterError where there is none.
+    """
+    first = Path(tempfile.gettempdir())
+    for folder in places(first):
+        if problem(folder) is None:
+            if folder != first:
+                _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", problem(first), folder)
+            return folder
+    raise ClusterError(
+        "TMPDIR: no folder for the sockets of this run's processes: "
+        + "; ".join(str(problem(folder)) for folder in places(first))
+        + "; set TMPDIR to a short folder that you can write to"
+    )
+
+
+def places(first: Path) -> list[Path]:
+    """Return the folders that are tried, in order."""
+    return list(dict.fromkeys([first, Path("/tmp"), Path("/var/tmp"), Path(f"/run/user/{os.getuid()}")]))
+
+
+def problem(folder: Path) -> str | None:
+    """Return why `folder` can't hold a session; None if it can."""
+    if len(os.fsencode(folder)) > _LONGEST_PLACE:
+        return f"{folder} is too long for the names of Ray's sockets ({_LONGEST_PLACE} bytes)"
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        return f"{folder} is no folder that this user can write to"
+    status = folder.stat()
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    if others_write or status.st_uid not in (os.getuid(), 0):
+        return f"{folder} is open to changes of other users"
+    return None
+
+
+def remove_left_behind() -> None:
+    """Remove what runs that were killed left: semaphores at once, folders with their logs after a day."""
+    for folder in {path for place in places(Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}????????")}:
+        with contextlib.suppress(OSError):  # held, of another user, no folder of a run, or just removed
+            lock = folder / _LOCK
+            if folder.is_symlink() or lock.is_symlink() or lock.stat().st_uid != os.getuid():
+                continue
+            age = time.time() - lock.stat().st_mtime
+            if age < _START_SECONDS:
+                continue
+            with exclusive(lock, "another run"):
+                _remove_semaphores(folder.name)
+                if age > _LOGS_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_semaphores(name: str) -> None:
+    for path in _SHARED_MEMORY.glob(f"sem.{name}-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _remove_all_but_logs(folder: Path) -> None:
+    kept = {path for logs in folder.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / _LOCK}
+    for path in (*folder.glob("session_*/*"), *folder.iterdir()):
+        if path in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

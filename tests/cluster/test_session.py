@@ -1,0 +1,107 @@
+"""The folder of a session: short, private, gone afterwards, whatever TMPDIR is; and what is left of killed runs."""
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from astar_megatron.cluster import session
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.session import SessionFolder
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def test_the_folder_is_private_and_short_and_goes_with_the_run() -> None:
+    with SessionFolder() as folder:
+        status = folder.path.lstat()
+        assert stat.S_IMODE(status.st_mode) == 0o700 and status.st_uid == os.getuid()
+        longest = folder.path / "session_2026-11-28_00-24-26_240500_4194304" / "sockets" / "plasma_store"
+        assert len(os.fsencode(longest)) <= 107
+        semaphore = SHARED_MEMORY / f"sem.{folder.semaphore_prefix[1:]}-abc"
+        semaphore.touch()
+    assert not folder.path.exists() and not semaphore.exists()
+
+
+def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
+    with pytest.raises(ClusterError), SessionFolder() as folder:
+        logs = folder.path / "session_1" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "worker.err").touch()
+        (folder.path / "session_1" / "sockets").mkdir()
+        (folder.path / "session_latest").symlink_to("session_1")
+        (folder.path / "ray_current_cluster").touch()
+        raise ClusterError("an engine did not start")
+    held = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
+    assert held == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
+    age(folder.path, days=2)
+    session.remove_left_behind()
+    assert not folder.path.exists()
+
+
+def age(folder: Path, days: float) -> None:
+    when = time.time() - days * 86400
+    os.utime(folder / "lock", (when, when))
+
+
+KILLED = """
+import os, signal
+from astar_megatron.cluster.session import SessionFolder
+with SessionFolder() as folder:
+    open(f"/dev/shm/sem.{folder.path.name}-abc", "w").close()
+    print(folder.path, flush=True)
+    input()
+"""
+
+
+def test_a_killed_run_leaves_no_semaphores_to_the_next_and_a_living_one_keeps_its_own() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().decode().strip())
+        semaphore = SHARED_MEMORY / f"sem.{folder.name}-abc"
+        age(folder, days=0.5)
+        session.remove_left_behind()
+        assert semaphore.exists()
+        process.kill()
+        process.wait()
+        session.remove_left_behind()
+        assert not semaphore.exists() and folder.exists()
+        age(folder, days=2)
+        session.remove_left_behind()
+        assert not folder.exists()
+
+
+PLACE = "from astar_megatron.cluster import session; print(session.place())"
+
+
+def place(temporary: Path) -> tuple[str, str]:
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, "-c", PLACE], env=environment, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_long_temporary_folder_is_left_for_a_usual_one_and_that_is_said(tmp_path: Path) -> None:
+    long = tmp_path / ("d" * 100)
+    long.mkdir()
+    used, said = place(long)
+    assert used == "/tmp"
+    assert said.startswith(f"TMPDIR: {long} is too long for the names of Ray's sockets") and "lie in /tmp" in said
+    assert place(Path("/var/tmp")) == ("/var/tmp", "")
+
+
+def test_a_folder_that_others_may_change_or_that_is_not_there_holds_no_session(tmp_path: Path) -> None:
+    short = Path("/tmp") / f"a{os.getpid()}"
+    short.mkdir(mode=0o700)
+    try:
+        assert session.problem(short) is None
+        short.chmod(0o777)
+        assert session.problem(short) == f"{short} is open to changes of other users"
+        short.chmod(0o1777)
+        assert session.problem(short) is None
+    finally:
+        short.rmdir()
+    assert session.problem(short) == f"{short} is no folder that this user can write to"
