@@ -40,6 +40,7 @@ PROGRAMS = {
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
     *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
+    "stage1_import",  # published stage-1 data
     "certificate",  # what an export's conversion.json says of its log-probs
     "inspection",  # what a V* table holds
 }

@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any, Self
 import ray
 from ray._private import ray_constants, state
 from ray._private.worker import global_worker
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
@@ -52,7 +54,10 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(SessionFolder())
             stack.callback(ray.shutdown)
+            handler = signal.getsignal(signal.SIGTERM)
             self._join(self._cfg.address) if self._cfg.address else self._begin()
+            if threading.current_thread() is threading.main_thread() and handler is not None:
+                signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
             self.num_nodes = sum(node["Alive"] for node in ray.nodes())
             if self.num_nodes > 1:
                 raise ClusterError(
@@ -190,7 +195,9 @@ class Cluster:
                 cause = _cause_in(outputs) or core_end(cause) or cause
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
-        return ClusterError(f"{what}: {name}: {kind}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}")
+        return ClusterError(
+            f"{what}: {name}: {kind}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
+        )
 
     def _late(self, what: str, pending: Sequence[Any], seconds: float) -> ClusterError:
         """What to raise where there was no answer in time, with the last error of each that did not answer."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.errors import PlaceError
 from astar_megatron.data.files import exclusive
 
 _LOG = logging.getLogger(__name__)
@@ -32,7 +32,10 @@ class SessionFolder:
 
     def __init__(self) -> None:
         remove_left_behind()
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place()))  # made anew, 0700; no link is followed
+        folder, reason = place()
+        if reason:
+            _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
         self._lock = exclusive(self.path / _LOCK, "this run")
 
     def __enter__(self) -> Self:
@@ -53,21 +56,21 @@ class SessionFolder:
         return f"/{self.path.name}"
 
 
-def place() -> Path:
-    """Return the folder for sessions: TMPDIR where its name is short enough, else a usual one, and that is said.
+def place() -> tuple[Path, str | None]:
+    """Return the folder for sessions, TMPDIR where it can hold one; else a usual one, and why.
 
-    Raises ClusterError where there is none.
+    Raises PlaceError where there is none.
     """
     first = Path(tempfile.gettempdir())
+    reasons = []
     for folder in places(first):
-        if problem(folder) is None:
-            if folder != first:
-                _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", problem(first), folder)
-            return folder
-    raise ClusterError(
-        "TMPDIR: no folder for the sockets of this run's processes: "
-        + "; ".join(str(problem(folder)) for folder in places(first))
-        + "; set TMPDIR to a short folder that you can write to"
+        reason = problem(folder)
+        if reason is None:
+            return folder, reasons[0] if reasons else None
+        reasons.append(reason)
+    raise PlaceError(
+        f"TMPDIR: no folder for the sockets of this run's processes: {'; '.join(reasons)}; "
+        "set TMPDIR to a short folder that you can write to"
     )
 
 

@@ -55,7 +55,9 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
     env = {"PYTHONPATH": str(Path(__file__).parent)}
-    return [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    both = [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    cluster.wait("start", [worker.obey.remote("") for worker in both], 60)
+    return both
 
 
 def test_results_come_in_the_order_of_the_calls(cluster: Cluster, workers: list[Any]) -> None:
@@ -78,16 +80,14 @@ def test_a_wrong_input_that_only_the_actor_could_see_keeps_its_message(cluster: 
     [
         ("end", r"was killed \(SIGKILL\), or ended itself at once: it left no word"),
         ("leave", "ended with exit status 4"),
-        ("crash", r"\*\*\* SIGSEGV received.*"),
+        ("crash", "Fatal Python error: Segmentation fault"),
         ("tell", "RuntimeError: Unable to find address for: nope0"),
         ("point", "OSError: no space left for the cache"),
     ],
 )
-def test_a_failure_ends_with_its_cause_in_one_line(
-    cluster: Cluster, workers: list[Any], order: str, end: str
-) -> None:
+def test_a_failure_ends_with_its_cause_in_one_line(cluster: Cluster, workers: list[Any], order: str, end: str) -> None:
     with pytest.raises(ClusterError) as caught:
-        cluster.wait("work", [workers[0].obey.remote("0"), workers[1].obey.remote(order)], 60)
+        cluster.wait("work", [workers[1].obey.remote(order)], 60)
     assert str(caught.value).startswith("work: worker 1: ")
     assert re.fullmatch(f"worker 1: {end}", str(caught.value).splitlines()[-1])
 
