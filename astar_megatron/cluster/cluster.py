@@ -105,10 +105,9 @@ class Cluster:
         self._actors.clear()
         self._ends.__exit__(kind, error, tb)
 
-    @property
-    def semaphore_prefix(self) -> str:
-        """What the names of the run's semaphores begin with: those of a killed process are removed by it."""
-        return self._folder.semaphore_prefix
+    def remember_shared_files(self) -> None:
+        """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
+        self._folder.remember(os.getpid())
 
     @property
     def socket_folder(self) -> str | None:

@@ -1,7 +1,7 @@
 """The folder of one run's Ray session: sockets and logs in a short place of its own, whatever TMPDIR and HOME are.
 
-Linux limits the name of a unix socket to 107 bytes, and Ray's own part of it takes 64. The folder's name also begins
-the names of the semaphores that the run's processes make, so that those of a killed process can be found.
+Linux limits the name of a unix socket to 107 bytes, and Ray's own part of it takes 64. The folder also lists what the
+run's processes have in /dev/shm (vLLM's semaphores and buffers): a killed process leaves it there.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from astar_megatron.data.files import exclusive
 _LOG = logging.getLogger(__name__)
 PREFIX = "astar-"
 _LOCK = "lock"  # held while the run lives
+_SHARED_FILES = "shared_files"  # a name a line
 _SHARED_MEMORY = Path("/dev/shm")
 _LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
@@ -43,17 +44,43 @@ class SessionFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _remove_semaphores(self.path.name)
+        _remove_shared_files(self.path)
         if kind is not None and issubclass(kind, Exception):
             _remove_all_but_logs(self.path)
         else:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.__exit__(None, None, None)
 
-    @property
-    def semaphore_prefix(self) -> str:
-        """What the name of every semaphore of the run begins with, as multiprocessing wants it."""
-        return f"/{self.path.name}"
+    def remember(self, pid: int) -> None:
+        """Note what process `pid` and its descendants have in /dev/shm now, to be removed after the run if still there.
+
+        For processes whose shared memory is theirs alone.
+        """
+        (self.path / _SHARED_FILES).write_text("".join(f"{name}\n" for name in shared_files(pid)), encoding="utf-8")
+
+
+def shared_files(pid: int) -> list[str]:
+    """Return the names of the files of /dev/shm, not of folders in it, that the descendants of a process have mapped."""
+    names = set()
+    for member in process_tree(pid) - {pid}:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{member}/maps").read_text(errors="replace").splitlines():
+                _, found, name = line.partition(f" {_SHARED_MEMORY}/")
+                if found and "/" not in name and not name.endswith(" (deleted)"):
+                    names.add(name)
+    return sorted(names)
+
+
+def process_tree(pid: int) -> set[int]:
+    """Return a process and all its descendants."""
+    parents, tree = {}, {pid}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            # pid (name) state parent: a name may hold anything, so what follows its last bracket is read
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    while more := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return tree
 
 
 def place() -> tuple[Path, str | None]:
@@ -93,7 +120,7 @@ def problem(folder: Path) -> str | None:
 
 
 def remove_left_behind() -> None:
-    """Remove what runs that were killed left: semaphores at once, folders with their logs after a day."""
+    """Remove what runs that were killed left: files of /dev/shm at once, folders with their logs after a day."""
     for folder in {path for place in places(Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}????????")}:
         with contextlib.suppress(OSError):  # held, of another user, no folder of a run, or just removed
             lock = folder / _LOCK
@@ -103,15 +130,18 @@ def remove_left_behind() -> None:
             if age < _START_SECONDS:
                 continue
             with exclusive(lock, "another run"):
-                _remove_semaphores(folder.name)
+                _remove_shared_files(folder)
                 if age > _LOGS_SECONDS:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_semaphores(name: str) -> None:
-    for path in _SHARED_MEMORY.glob(f"sem.{name}-*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+def _remove_shared_files(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for name in (folder / _SHARED_FILES).read_text(encoding="utf-8").splitlines():
+            path = _SHARED_MEMORY / Path(name).name
+            with contextlib.suppress(OSError):
+                if path.lstat().st_uid == os.getuid():
+                    path.unlink()
 
 
 def _remove_all_but_logs(folder: Path) -> None:

@@ -54,7 +54,6 @@ class EngineOptions:
     seed: int
     rollout: RolloutConfig
     on_gpu: bool
-    semaphore_prefix: str  # of those that vLLM's processes make
 
 
 class Engine:
@@ -68,8 +67,6 @@ class Engine:
 
     async def start(self) -> list[str]:
         """Load the model; returns when the engine can generate: which environment variables it left out, and why."""
-        # In the children's names too. A process that is killed leaves its semaphores: the driver removes them by name.
-        multiprocessing.current_process()._config["semprefix"] = self._options.semaphore_prefix  # type: ignore[attr-defined]
         left_out = leave_out_unreadable()
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -66,7 +66,6 @@ class EnginePool:
             seed=seed,
             rollout=rollout,
             on_gpu=on_gpu,
-            semaphore_prefix=cluster.semaphore_prefix,
         )
         self._engines = [
             cluster.actor(
@@ -87,6 +86,7 @@ class EnginePool:
     def start(self) -> None:
         """Wait until every engine can generate."""
         answers = self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
+        self._cluster.remember_shared_files()
         for left_out in dict.fromkeys(text for answer in answers for text in answer):
             _LOG.warning("not passed on to the engines: %s", left_out)
 

@@ -1,6 +1,7 @@
 """The folder of a session: short, private, gone afterwards, whatever TMPDIR is; and what is left of killed runs."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -22,9 +23,7 @@ def test_the_folder_is_private_and_short_and_goes_with_the_run() -> None:
         assert stat.S_IMODE(status.st_mode) == 0o700 and status.st_uid == os.getuid()
         longest = folder.path / "session_2026-11-28_00-24-26_240500_4194304" / "sockets" / "plasma_store"
         assert len(os.fsencode(longest)) <= 107
-        semaphore = SHARED_MEMORY / f"sem.{folder.semaphore_prefix[1:]}-abc"
-        semaphore.touch()
-    assert not folder.path.exists() and not semaphore.exists()
+    assert not folder.path.exists()
 
 
 def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
@@ -48,31 +47,57 @@ def age(folder: Path, days: float) -> None:
     os.utime(folder / "lock", (when, when))
 
 
-KILLED = """
-import os, signal
+HOLDER = """
+import multiprocessing, os
+lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name[1:], flush=True)
+input()
+"""
+KILLED = f"""
+import os, subprocess, sys
 from astar_megatron.cluster.session import SessionFolder
 with SessionFolder() as folder:
-    open(f"/dev/shm/sem.{folder.path.name}-abc", "w").close()
-    print(folder.path, flush=True)
+    holder = subprocess.Popen([sys.executable, "-c", {HOLDER!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              start_new_session=True)
+    name = holder.stdout.readline().decode().strip()
+    folder.remember(os.getpid())
+    print(holder.pid, folder.path, name, flush=True)
     input()
 """
 
 
-def test_a_killed_run_leaves_no_semaphores_to_the_next_and_a_living_one_keeps_its_own() -> None:
+def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run_keeps_its_own() -> None:
     with subprocess.Popen([sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        folder = Path(process.stdout.readline().decode().strip())
-        semaphore = SHARED_MEMORY / f"sem.{folder.name}-abc"
+        holder, path, name = process.stdout.readline().decode().split()
+        folder, semaphore = Path(path), SHARED_MEMORY / f"sem.{name}"
         age(folder, days=0.5)
         session.remove_left_behind()
         assert semaphore.exists()
         process.kill()
         process.wait()
+        os.killpg(int(holder), signal.SIGKILL)  # with the process that would have removed it, as Ray does
         session.remove_left_behind()
         assert not semaphore.exists() and folder.exists()
         age(folder, days=2)
         session.remove_left_behind()
         assert not folder.exists()
+
+
+def test_shared_memory_of_others_and_in_folders_is_not_the_run_s() -> None:
+    shared = SHARED_MEMORY / f"test-{os.getpid()}"
+    shared.write_bytes(b"x" * 4096)
+    program = "import mmap; f = open({!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    try:
+        arguments = [sys.executable, "-c", program.format(str(shared))]
+        with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            assert shared.name in session.shared_files(os.getpid())
+            assert session.shared_files(child.pid) == []  # what it has itself is for its parent to say
+            child.kill()
+    finally:
+        shared.unlink()
 
 
 PLACE = "from astar_megatron.cluster import session; print(*session.place(), sep='\\n')"
