@@ -47,7 +47,7 @@ def listening(pids: set[int]) -> dict[str, int]:
     for pid in pids:
         for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
             try:
-                inodes.add(os.readlink(descriptor))
+                inodes.add(str(descriptor.readlink()))
             except OSError:
                 continue
     found: dict[str, int] = {}
