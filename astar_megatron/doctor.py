@@ -326,9 +326,8 @@ def _sockets() -> Finding:
         folder, reason = session.place()
     except PlaceError as error:
         return Finding(what="sockets", level="fail", found=str(error), remedy="set TMPDIR as it says")
-    if reason:
-        return Finding(what="sockets", level="ok", found=f"of a run in {folder}, not in TMPDIR: {reason}")
-    return Finding(what="sockets", level="ok", found=f"of a run in {folder}")
+    found = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
+    return Finding(what="sockets", level="ok", found=found)
 
 
 def _space(what: str, free: int, wanted: int, remedy: str) -> Finding:
@@ -368,9 +367,9 @@ def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[
 
     `requirements` as in `packages`; without it this project's own.
     """
-    wanted = _BROUGHT_BY.get(top := module.partition(".")[0], top)
-    pattern = re.compile(rf"{re.escape(wanted)}\b.*extra == ['\"](\w+)['\"]")
-    matches = map(pattern.match, requirements if requirements is not None else _own_requirements())
+    top = module.partition(".")[0]
+    pattern = re.compile(rf"{re.escape(_BROUGHT_BY.get(top, top))}\b.*extra == ['\"](\w+)['\"]")
+    matches = map(pattern.match, requirements if requirements is not None else _own_requirements()) if top else ()
     return list(dict.fromkeys(match[1] for match in matches if match))
 
 

@@ -60,15 +60,14 @@ class SessionFolder:
 
 
 def shared_files(pid: int) -> list[str]:
-    """Return the names of the files of /dev/shm, not of folders in it, that the descendants of a process have mapped."""
-    names = set()
+    """Return the names of files of /dev/shm, not of folders in it, that the descendants of a process have mapped."""
+    inodes = set()  # a semaphore's file is mapped under a temporary name, and then linked to its own
     for member in process_tree(pid) - {pid}:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{member}/maps").read_text(errors="replace").splitlines():
-                _, found, name = line.partition(f" {_SHARED_MEMORY}/")
-                if found and "/" not in name and not name.endswith(" (deleted)"):
-                    names.add(name)
-    return sorted(names)
+                if f" {_SHARED_MEMORY}/" in line:
+                    inodes.add(int(line.split(maxsplit=5)[4]))  # address, rights, offset, device, inode, name
+    return sorted(entry.name for entry in os.scandir(_SHARED_MEMORY) if entry.inode() in inodes)
 
 
 def process_tree(pid: int) -> set[int]:

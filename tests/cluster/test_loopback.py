@@ -18,7 +18,8 @@ signal.signal(signal.SIGTERM, stop)
 class Worker:
     def answer(self): return 41 + 1
 with Cluster(ClusterConfig()) as cluster:
-    print(cluster.wait("worker", [cluster.actor("worker", Worker, env={}, num_gpus=0).answer.remote()], 120), flush=True)
+    worker = cluster.actor("worker", Worker, env={}, num_gpus=0)
+    print(cluster.wait("worker", [worker.answer.remote()], 120), flush=True)
     time.sleep(600)
 """
 LISTENS = "0A"  # a state in /proc/net/tcp

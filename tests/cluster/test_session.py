@@ -48,10 +48,10 @@ def age(folder: Path, days: float) -> None:
 
 
 HOLDER = """
-import multiprocessing, os
+import multiprocessing, time
 lock = multiprocessing.get_context("spawn").Lock()
 print(lock._semlock.name[1:], flush=True)
-input()
+time.sleep(60)
 """
 KILLED = f"""
 import os, subprocess, sys
@@ -77,6 +77,7 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run
         process.kill()
         process.wait()
         os.killpg(int(holder), signal.SIGKILL)  # with the process that would have removed it, as Ray does
+        assert semaphore.exists()
         session.remove_left_behind()
         assert not semaphore.exists() and folder.exists()
         age(folder, days=2)
