@@ -4,6 +4,7 @@ Ray says of most ends only that a connection broke, and vLLM that its core faile
 of the process.
 """
 
+import contextlib
 import re
 import signal
 from collections.abc import Iterable
@@ -14,14 +15,15 @@ _TAIL_BYTES = 256 << 10  # of an output that is read: a traceback of every worke
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # What vLLM's logger puts before each line of a traceback: (EngineCore pid=7) ERROR 11-28 00:24:04 [core.py:1510]
 _PREFIX = re.compile(r"^(?:\([^()]* pid=\d+\) )?(?:ERROR|CRITICAL|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] ")
-_CAUSES = (
-    re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Expired|Refused)\b(?::.*)?$"),
-    re.compile(r"^\*{3} SIG[A-Z]+ received"),  # written by the handler that Ray installs
-    re.compile(r"^Fatal Python error: "),
-    re.compile(r"^terminate called "),
-    re.compile(r"died unexpectedly \(exit code: "),
-    re.compile(r"^[\w ]+ (?:ended with exit status [1-9]|was killed by )"),  # as `ended` says it
+_ERROR = re.compile(
+    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Expired|Refused)\b(?::.*)?$"
+    r"|^terminate called "
 )
+_KILLED = re.compile(
+    r"^\*{3} SIG[A-Z]+ received|^Fatal Python error: "  # by the handlers that Ray and Python install
+    r"|died unexpectedly \(exit code: -|^[\w ]+ was killed by "  # as vLLM says it of its workers, and `ended`
+)
+_LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit status [1-9]")
 # Errors that only point to another, or that follow from it.
 _SECONDARY = re.compile(
     r"root cause|stack trace|background process|EngineDeadError|CancelledError|BrokenPipeError|ConnectionResetError"
@@ -42,13 +44,22 @@ def ended(status: int) -> str:
 
 
 def last_error(text: str) -> str | None:
-    """Return the last error in the output of a process and its children, without what only points to another."""
-    found = None
+    """Return the last error in the output of a process and its children, without what only points to another.
+
+    What follows the first child that was killed follows from that.
+    """
+    error = left = None
     for line in _COLOURS.sub("", text).splitlines():
-        line = _PREFIX.sub("", line)
-        if any(pattern.search(line) for pattern in _CAUSES) and not _SECONDARY.search(line):
-            found = line.strip()[:_LONGEST]
-    return found
+        line = _PREFIX.sub("", line).strip()[:_LONGEST]
+        if _SECONDARY.search(line):
+            continue
+        if _KILLED.search(line):
+            return f"{line}; the last error before: {error}" if error else line
+        if _ERROR.search(line):
+            error = line
+        elif _LEFT.search(line):
+            left = line
+    return error or left
 
 
 def core_end(message: str) -> str | None:
@@ -64,17 +75,13 @@ def is_secondary(message: str) -> bool:
 
 
 def cause_in(outputs: Iterable[Path]) -> str | None:
-    """Return the last error of the first of `outputs` that holds one; files that are not there hold none."""
+    """Return the last error of `outputs`, read one after the other; files that are not there hold none."""
+    texts = []
     for path in outputs:
-        try:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-                text = file.read().decode(errors="replace")
-        except OSError:
-            continue
-        if cause := last_error(text):
-            return cause
-    return None
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            texts.append(file.read().decode(errors="replace"))
+    return last_error("\n".join(texts))
 
 
 def memory_kills(root: Path = Path("/")) -> int:

@@ -66,12 +66,22 @@ def test_output_without_an_error_holds_no_cause() -> None:
     assert endings.last_error(text + "exit status 0\n") is None
 
 
-def test_the_first_output_with_an_error_counts_and_missing_ones_hold_none(tmp_path: Path) -> None:
+def test_what_follows_the_end_of_a_killed_worker_follows_from_it() -> None:
+    death = "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor."
+    assert endings.last_error(f"{CORE}{death}\n{CORE}RuntimeError: cancelled\n") == death
+    first = endings.last_error(f"{WORKER}ValueError: a\nEngineCore was killed by SIGTERM\nRuntimeError: cancelled\n")
+    assert first == "EngineCore was killed by SIGTERM; the last error before: ValueError: a"
+    assert endings.last_error("ValueError: a\nEngineCore ended with exit status 1\n") == "ValueError: a"
+    assert endings.last_error("EngineCore ended with exit status 1\n") == "EngineCore ended with exit status 1"
+
+
+def test_the_outputs_of_a_process_are_read_together_and_missing_ones_hold_none(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("fine\n")
     (tmp_path / "out").write_text("x" * 600_000 + "\nValueError: a\n")
     (tmp_path / "err").write_text("ValueError: b\n")
     paths = [tmp_path / name for name in ("none", "empty", "out", "err")]
-    assert endings.cause_in(paths) == "ValueError: a"
+    assert endings.cause_in(paths) == "ValueError: b"
+    assert endings.cause_in(paths[:3]) == "ValueError: a"
     assert endings.cause_in(paths[:2]) is None
 
 
