@@ -29,7 +29,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from astar_megatron.cluster import session
 from astar_megatron.cluster.cores import available_cores
+from astar_megatron.cluster.errors import PlaceError
 from astar_megatron.config import RunConfig
 
 GIB = 1 << 30
@@ -42,6 +44,7 @@ DEMO_BYTES = 10 * GIB  # `make demo` at work
 DEMO_SHARED_BYTES = GIB + OBJECT_STORE_BYTES
 DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
 _OWN_NAME = "astar-megatron"
+_BROUGHT_BY = {"safetensors": "transformers", "tokenizers": "transformers", "math_verify": "math-verify"}
 _PYTHONS = ((3, 12), (3, 15))  # from, below
 
 type Level = Literal["ok", "warn", "fail"]
@@ -107,12 +110,13 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
 
 
 def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) -> None:
-    """Raise ResourceError if this machine can't hold the run; `model_bytes` as in `needs`.
+    """Raise ResourceError or PlaceError if this machine can't hold the run; `model_bytes` as in `needs`.
 
     A run that joins a Ray cluster (`cluster.address`) lies on other machines, which are not checked from here.
     """
     if cfg.cluster.address is not None:
         return
+    session.place()
     machine = machine or measure()
     need = needs(cfg, model_bytes, machine)
     if need.shared_bytes > machine.shared_bytes:
@@ -218,6 +222,7 @@ def report() -> list[Finding]:
             DEMO_SHARED_BYTES,
             "remove old files there or enlarge it (docker run --shm-size=2g); weights reach the engines through it",
         ),
+        _sockets(),
         _space("disk", free_bytes(Path.cwd()), DISK_BYTES, "free some space; an environment takes 7 GiB"),
     ]
 
@@ -316,6 +321,15 @@ def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
     return [*findings, Finding(what="bfloat16", level="warn", found=found, remedy="nothing to do; steps are slower")]
 
 
+def _sockets() -> Finding:
+    try:
+        folder, reason = session.place()
+    except PlaceError as error:
+        return Finding(what="sockets", level="fail", found=str(error), remedy="set TMPDIR as it says")
+    found = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
+    return Finding(what="sockets", level="ok", found=found)
+
+
 def _space(what: str, free: int, wanted: int, remedy: str) -> Finding:
     found = f"{_size(free)} free"
     if free >= wanted:
@@ -346,6 +360,17 @@ def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str |
         if match and version(match[1]) is not None:
             found.append(match[2])
     return found
+
+
+def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[str]:
+    """Return the extras that bring a module which this project imports; none for other modules.
+
+    `requirements` as in `packages`; without it this project's own.
+    """
+    top = module.partition(".")[0]
+    pattern = re.compile(rf"{re.escape(_BROUGHT_BY.get(top, top))}\b.*extra == ['\"](\w+)['\"]")
+    matches = map(pattern.match, requirements if requirements is not None else _own_requirements()) if top else ()
+    return list(dict.fromkeys(match[1] for match in matches if match))
 
 
 def _pins(requirements: Iterable[str], lane: str) -> list[tuple[str, str]]:

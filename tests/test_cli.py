@@ -559,3 +559,24 @@ def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, t
         assert status == 2
         assert word in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "somebodys"]
+
+
+TWICE = """
+import os, signal, sys, time
+from astar_megatron import cli
+signal.signal(signal.SIGTERM, cli._stop)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+finally:
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status", "said"), [(0.0, 143, "cleaned up\n"), (1.2, -15, "")])
+def test_the_same_sigterm_again_lets_a_program_clean_up_and_a_later_one_ends_it(
+    seconds: float, status: int, said: str
+) -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE, str(seconds)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, said)

@@ -237,6 +237,14 @@ def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:
     assert (both.level, "cpu and gpu" in both.found) == ("fail", True)
 
 
+def test_the_extras_that_bring_a_module_are_found_by_it_and_none_for_others() -> None:
+    requirements = [*REQUIREMENTS, "megatron-core==0.19.2; extra == 'cpu'", "transformers==5; extra == 'gpu'"]
+    assert doctor.extras_with("vllm.envs", requirements) == ["cpu", "gpu"]
+    assert doctor.extras_with("megatron", requirements) == ["cpu"]
+    assert doctor.extras_with("safetensors", requirements) == ["gpu"]
+    assert doctor.extras_with("astar_megatron", requirements) == doctor.extras_with("", requirements) == []
+
+
 # --- the report
 
 
@@ -257,7 +265,9 @@ def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
 
 def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
     findings = doctor.report()
-    assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "disk"} <= {f.what for f in findings}
+    assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "sockets", "disk"} <= {
+        f.what for f in findings
+    }
     assert all(finding.remedy for finding in findings if finding.level != "ok")
 
 

@@ -4,6 +4,7 @@ Everything that depends on the device and is not the engine's is decided here on
 """
 
 import contextlib
+import os
 import resource
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,7 @@ _PEAK_FLOPS = {
     "L40": 181e12,
     "L4": 121e12,
 }
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}  # the variable may name an interface that is not there, or one that goes
 FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many tokens, or of fewer by recipe
 _LOCAL = (
     "megatron's local layers and optimizer, and attention in torch (prefixes shared in a pack; context-parallel ranks "
@@ -175,7 +177,12 @@ def environment(*, num_gpus: int, threads: int, num_nodes: int) -> dict[str, str
         "GOMP_SPINCOUNT": "0",
         "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than the work it would save
     }
-    return common | ({"GLOO_SOCKET_IFNAME": "lo"} if num_nodes == 1 else {})
+    return common | (_LOOPBACK if num_nodes == 1 else {})
+
+
+def stay_on_loopback() -> None:
+    """Make gloo in this process, a rank alone, use loopback; before its group is made."""
+    os.environ.update(_LOOPBACK)
 
 
 def resolve_dtype(name: Literal["auto", "bfloat16", "float32"], num_gpus: int) -> tuple[torch.dtype, str]:

@@ -5,10 +5,18 @@ Requests name their own seed, so any subset of them reproduces whatever else run
 
 import asyncio
 import contextlib
+import importlib.util
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from astar_megatron.cluster.endings import ended
 from astar_megatron.config import RolloutConfig, SamplingConfig
 
 
@@ -57,12 +65,16 @@ class Engine:
         self._count = 0
         self._llm: Any = None
 
-    async def start(self) -> None:
-        """Load the model; returns when the engine can generate."""
+    async def start(self) -> list[str]:
+        """Load the model; returns when the engine can generate: which environment variables it left out, and why."""
+        left_out = leave_out_unreadable()
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(self._options)))
+        manager = self._llm.engine_core.resources.engine_manager
+        threading.Thread(target=_tell_ends, args=(list(manager.processes),), daemon=True).start()
+        return left_out
 
     async def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, greedy: bool
@@ -175,6 +187,17 @@ class Engine:
                 self._llm.shutdown()
 
 
+def _tell_ends(processes: list[Any]) -> None:
+    """Write how each of vLLM's core processes ended to the actor's output: vLLM itself says only that one is dead."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            process = running.pop(sentinel)
+            while process.exitcode is None:  # another thread waits for it too, and one of the two hears it
+                time.sleep(0.01)
+            print(f"{process.name} {ended(process.exitcode)}", file=sys.stderr, flush=True)
+
+
 def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
     """The engine's one device function: vLLM's arguments on CPU and on GPU."""
     rollout = options.rollout
@@ -209,9 +232,47 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
     }
 
 
-def environment(*, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int) -> dict[str, str]:
-    """Return the environment variables that vLLM reads before it is imported."""
+def leave_out_unreadable() -> list[str]:
+    """Remove the environment variables that vLLM could not read, and return them in words. Before vLLM is imported.
+
+    Kubernetes sets VLLM_PORT=tcp://... beside any service named vllm, and vLLM reads all its variables at start: one of
+    the wrong type ends the engine.
+    """
+    package = importlib.util.find_spec("vllm")
+    assert package is not None and package.origin is not None
+    spec = importlib.util.spec_from_file_location("_vllm_variables", Path(package.origin).with_name("envs.py"))
+    assert spec is not None and spec.loader is not None
+    variables = importlib.util.module_from_spec(spec)  # alone: some are read while the package is imported
+    sys.modules[spec.name] = variables
+    left_out = []
+    try:
+        spec.loader.exec_module(variables)
+        for name, read in variables.environment_variables.items():
+            if (value := os.environ.pop(name, None)) is None:
+                continue
+            os.environ[name] = value
+            try:
+                read()
+            except ValueError as error:
+                os.environ.pop(name)
+                left_out.append(f"{name}={value!r:.100}, which vLLM can't read: {error!s:.200}")
+    finally:
+        del sys.modules[spec.name]
+    return left_out
+
+
+def environment(
+    *, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int, num_nodes: int, socket_folder: str | None
+) -> dict[str, str]:
+    """Return the environment variables that vLLM reads before it is imported.
+
+    Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be short.
+    """
     common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if num_nodes == 1:  # loopback: no name of an interface that is not there, no address that changes
+        common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    if socket_folder:
+        common |= {"VLLM_RPC_BASE_PATH": socket_folder}
     if on_gpu:
         return common
     if tensor == 1:

@@ -5,6 +5,7 @@ and no two prompts share their random numbers.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Respon
 from astar_megatron.rollout.feed import Feed, Item
 from astar_megatron.types import Rollout
 from conversion.transfer.route import Place
+
+_LOG = logging.getLogger(__name__)
 
 
 class Detokenize(Protocol):
@@ -52,6 +55,8 @@ class EnginePool:
             threads=cluster.threads(rollout.num_engines * rollout.tensor),
             tensor=rollout.tensor,
             kv_cache_gib=rollout.kv_cache_gib,
+            num_nodes=cluster.num_nodes,
+            socket_folder=cluster.socket_folder,
         )
         options = EngineOptions(
             model_path=model_path,
@@ -80,7 +85,10 @@ class EnginePool:
 
     def start(self) -> None:
         """Wait until every engine can generate."""
-        self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
+        answers = self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
+        self._cluster.remember_shared_files()
+        for left_out in dict.fromkeys(text for answer in answers for text in answer):
+            _LOG.warning("not passed on to the engines: %s", left_out)
 
     def generate(
         self, work: Iterable[Item], sampling: SamplingConfig, *, greedy: bool = False

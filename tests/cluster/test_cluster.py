@@ -1,8 +1,10 @@
 """Actors that fail, hang or end are named at once (real Ray)."""
 
 import contextlib
+import ctypes
 import importlib
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -27,6 +29,19 @@ class Worker:
             time.sleep(600)
         if order == "end":
             os._exit(3)
+        if order == "end later":
+            time.sleep(0.3)
+            os._exit(3)
+        if order == "leave":
+            sys.exit(4)
+        if order == "crash":
+            ctypes.string_at(0)
+        if order == "tell":
+            print("RuntimeError: Unable to find address for: nope0", file=sys.stderr, flush=True)
+            os._exit(1)
+        if order == "point":
+            print("(Core pid=7) ERROR 11-28 00:24:04 [core.py:1510] OSError: no space left for the cache", flush=True)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
         if order == "refuse":
             raise ValueError("data.path: no such file")
         if order == "break":
@@ -50,7 +65,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
     env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
-    return [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    both = [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    cluster.wait("start", [worker.obey.remote("") for worker in both], 60)
+    return both
 
 
 def test_results_come_in_the_order_of_the_calls(cluster: Cluster, workers: list[Any]) -> None:
@@ -76,9 +93,27 @@ def test_a_wrong_input_that_only_the_actor_could_see_keeps_its_message(cluster: 
         cluster.wait("work", [workers[0].obey.remote("refuse")], 60)
 
 
-def test_an_ended_process_is_named(cluster: Cluster, workers: list[Any]) -> None:
-    with pytest.raises(ClusterError, match="work: the process ended"):
-        cluster.wait("work", [workers[0].obey.remote("end")], 60)
+@pytest.mark.parametrize(
+    ("order", "end"),
+    [
+        ("end", r"was killed \(SIGKILL\), or ended itself at once: it left no word"),
+        ("leave", "ended with exit status 4"),
+        ("crash", r"(\*\*\* SIGSEGV received|Fatal Python error: Segmentation fault).*"),
+        ("tell", "RuntimeError: Unable to find address for: nope0"),
+        ("point", "OSError: no space left for the cache"),
+    ],
+)
+def test_a_failure_ends_with_its_cause_in_one_line(cluster: Cluster, workers: list[Any], order: str, end: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        cluster.wait("work", [workers[1].obey.remote(order)], 60)
+    assert str(caught.value).startswith("work: worker 1: ")
+    assert re.fullmatch(f"worker 1: {end}", str(caught.value).splitlines()[-1])
+
+
+def test_who_died_is_blamed_and_not_who_heard_of_it(cluster: Cluster, workers: list[Any]) -> None:
+    calls = [workers[0].obey.remote("break"), workers[1].obey.remote("end later")]
+    with pytest.raises(ClusterError, match=r"^work: worker 1: the process ended"):
+        cluster.wait("work", calls, 60)
 
 
 def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
