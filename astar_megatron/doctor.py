@@ -69,6 +69,7 @@ class Machine:
     shared_bytes: int  # free in /dev/shm
     native_bfloat16: bool
     num_accelerators: int
+    accelerator_bytes: int = 0  # of the smallest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,15 +153,6 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
         )
 
 
-def free_accelerators(cfg: RunConfig, number: int) -> tuple[int, str]:
-    """Return how many of `number` accelerators the engines leave to Megatron's ranks, and in words why. Pure."""
-    engines = cfg.rollout.num_engines * cfg.rollout.tensor
-    return (
-        number - engines,
-        f"of {number} accelerators the engines take {engines} (rollout.num_engines * rollout.tensor)",
-    )
-
-
 def measure() -> Machine:
     """Return what this machine has free now."""
     return Machine(
@@ -168,6 +160,7 @@ def measure() -> Machine:
         shared_bytes=free_bytes(Path("/dev/shm")),
         native_bfloat16=bool(native_bfloat16()),
         num_accelerators=len(accelerators() or ()),
+        accelerator_bytes=accelerator_bytes(),
     )
 
 
@@ -200,6 +193,17 @@ def accelerators() -> list[str] | None:
         return []
     device = torch.get_device_module()
     return [device.get_device_name(index) for index in range(torch.accelerator.device_count())]
+
+
+def accelerator_bytes() -> int:
+    """Return the memory of the smallest accelerator that torch sees; 0 without any."""
+    count = len(accelerators() or ())
+    if not count:
+        return 0
+    import torch
+
+    device = torch.get_device_module()
+    return min(device.get_device_properties(index).total_memory for index in range(count))
 
 
 def report() -> list[Finding]:
@@ -298,6 +302,9 @@ def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
     if names and lanes == ["cpu"]:
         found = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
         return Finding(what=what, level="warn", found=found, remedy="make an environment with the GPU extra")
+    if len(names) == 1:
+        found = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
+        return Finding(what=what, level="ok", found=found)
     if names:
         return Finding(what=what, level="ok", found=", ".join(names))
     if Path("/dev/nvidia0").exists() or (lanes and lanes != ["cpu"]):

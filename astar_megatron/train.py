@@ -73,7 +73,7 @@ def _check_places(cfg: RunConfig, inputs: Inputs) -> None:
 def say_fit(cfg: RunConfig) -> None:
     """Say what a run needs of this machine. Raises ValueError, as `main` would, where it can't start or go on here."""
     inputs = prepare(cfg)
-    check_ranks(cfg)
+    shares = check_ranks(cfg)
     try:
         stage_1(cfg, inputs)
     except MissingTableError:
@@ -89,6 +89,8 @@ def say_fit(cfg: RunConfig) -> None:
         f"{need.memory_bytes / doctor.GIB:.1f} GiB of memory and {need.shared_bytes / doctor.GIB:.1f} "
         "GiB of /dev/shm, activations on top"
     )
+    if shares:
+        print(shares.describe())
 
 
 def train(

@@ -39,6 +39,7 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "tracking"),
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
+    "accelerators",  # who gets which, and what of one that policy and engine share
     *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
     "certificate",  # what an export's conversion.json says of its log-probs
     "inspection",  # what a V* table holds

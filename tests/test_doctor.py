@@ -58,13 +58,6 @@ def write(root: Path, path: str, text: str) -> None:
 # --- does a run fit
 
 
-def test_ranks_have_the_accelerators_that_engines_leave() -> None:
-    cfg = run_config(rollout={"num_engines": 2, "tensor": 3})
-    places, what = doctor.free_accelerators(cfg, 8)
-    assert places == 2 and "of 8 accelerators the engines take 6" in what
-    assert doctor.free_accelerators(cfg, 4)[0] == -2
-
-
 def test_replicas_that_share_experts_hold_less() -> None:
     shared, whole = (
         doctor.needs(run_config(parallel={"context": 2, "data": 2, "expert": expert}), MODEL_BYTES, machine())

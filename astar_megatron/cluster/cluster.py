@@ -77,6 +77,11 @@ class Cluster:
         return _LOOPBACK if self.num_nodes == 1 else ray.util.get_node_ip_address()
 
     @property
+    def log_folder(self) -> Path:
+        """Where the output of this session's processes lies, on this machine."""
+        return Path(_log_folder())
+
+    @property
     def timeout_seconds(self) -> float:
         return self._cfg.start_timeout_seconds
 
@@ -98,7 +103,7 @@ class Cluster:
         cls: type,
         *,
         env: Mapping[str, str],
-        num_gpus: int,
+        num_gpus: float,
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
@@ -142,6 +147,16 @@ class Cluster:
             raise ClusterError(
                 f"{what}: the process ended ({_plain(error)}); its output lies in {_log_folder()}"
             ) from None
+
+
+def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
+    """Return how many GPUs an actor of so many `workers` asks Ray for, in a cluster that has `num_gpus`.
+
+    An actor that shares a GPU with one other asks for half of it, whatever memory it gets: Ray counts no bytes.
+    """
+    if not num_gpus:
+        return 0
+    return 0.5 if shared else workers
 
 
 def _plain(error: Exception) -> str:
