@@ -1,7 +1,7 @@
 """What vLLM says while an engine starts: its own log, in a file beside those of Ray's processes.
 
-vLLM is told how to log by a JSON file, and tells every process that it starts. The driver, which is on the same machine,
-reads the last line: loading, compiling, capturing graphs, in vLLM's own words.
+vLLM is told how to log by a JSON file, and tells every process that it starts. The driver, on the same machine, reads
+the last line: loading, compiling, capturing graphs, in vLLM's own words.
 """
 
 import json

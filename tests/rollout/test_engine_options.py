@@ -45,28 +45,47 @@ def test_decode_graphs_without_a_gpu_are_refused_by_name() -> None:
     check_graphs(RolloutConfig(), on_gpu=False)
 
 
-READ = """
+PROGRAM = """
 import json, sys
 from vllm import AsyncEngineArgs
+from vllm.config.compilation import CompilationMode
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging, init_logger
 found = []
 for arguments in json.load(sys.stdin):
     args = AsyncEngineArgs(**arguments)
-    config = args.compilation_config
-    graphs = config.cudagraph_mode
-    found.append([args.enforce_eager, config.mode and config.mode.name, graphs and graphs.name, args.hf_overrides])
+    mode, graphs = args.compilation_config.mode, args.compilation_config.cudagraph_mode
+    mode = None if mode is None else CompilationMode(mode).name
+    found.append([args.enforce_eager, mode, graphs and graphs.name, args.hf_overrides])
 print(json.dumps(found))
+configure_logging(LoggingConfig())  # as an engine does, and the processes that it starts
+logger = init_logger("vllm.anything")
+logger.info("Starting to load model %s", "m")
+logger.error("no such thing")
+logger.info("Capturing decode graphs\\nof several sizes")
 """
 
 
-def test_vllm_reads_the_arguments_as_they_are_meant(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], StartLog, str]:
+    """What vLLM reads of the arguments, its log, and what it wrote on stderr; one process, for its imports are slow."""
     pytest.importorskip("vllm")
-    model = str(tmp_path)  # there is such a folder: nothing more is looked for yet
+    folder = tmp_path_factory.mktemp("engine")
+    log = StartLog.make(folder, "engine-0")
+    assert log.last_words() == ""
+    model = str(folder)  # there is such a folder: nothing more is looked for yet
     cases = [options(on_gpu=True, model_path=model, graphs=graphs) for graphs in ("none", "decode", "compiled", None)]
     text = json.dumps([engine_arguments(case) for case in [*cases, options(on_gpu=False, model_path=model)]])
-    done = subprocess.run([sys.executable, "-c", READ], input=text, capture_output=True, text=True, timeout=300)
+    env = os.environ | log.environment() | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, input=text, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), log, done.stderr
+
+
+def test_vllm_reads_the_arguments_as_they_are_meant(told: tuple[list[Any], StartLog, str]) -> None:
     head = {"head_dtype": "float32"}
-    assert json.loads(done.stdout.splitlines()[-1]) == [
+    assert told[0] == [
         [True, None, None, head],
         [False, "NONE", "FULL_DECODE_ONLY", head],
         [False, None, None, head],
@@ -75,37 +94,11 @@ def test_vllm_reads_the_arguments_as_they_are_meant(tmp_path: Path) -> None:
     ]
 
 
-SPEAK = """
-import multiprocessing
-from vllm.config.logging import LoggingConfig
-from vllm.logger import configure_logging, init_logger
-logger = init_logger("vllm.anything")
-def child(config):
-    configure_logging(config)  # as vLLM's own processes do
-    logger.info("Capturing decode graphs\\nof several sizes")
-if __name__ == "__main__":
-    config = LoggingConfig()
-    configure_logging(config)
-    logger.info("Starting to load model %s", "m")
-    logger.error("no such thing")
-    process = multiprocessing.get_context("spawn").Process(target=child, args=(config,))
-    process.start()
-    process.join()
-"""
-
-
-def test_what_vllm_says_in_any_of_its_processes_is_read_while_it_runs(tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    log = StartLog.make(tmp_path, "engine-0")
-    assert log.last_words() == ""
-    (tmp_path / "speak.py").write_text(SPEAK)
-    more = log.environment() | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, str(tmp_path / "speak.py")]
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_what_vllm_said_last_is_known(told: tuple[list[Any], StartLog, str]) -> None:
+    _, log, errors = told
     assert log.last_words() == "Capturing decode graphs"  # the line below is the message's, and no message
     assert "Starting to load model m" in log.log.read_text()
-    assert "no such thing" in done.stderr and "Starting to load" not in done.stderr
+    assert "no such thing" in errors and "Starting to load" not in errors
 
 
 def test_long_words_are_cut_and_half_a_file_is_enough(tmp_path: Path) -> None:
