@@ -4,6 +4,7 @@ Everything that depends on the device and is not the engine's is decided here on
 """
 
 import contextlib
+import importlib
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,9 +111,8 @@ class Backend:
         """Raise ValueError where the layers multiply float32 in fewer bits than it has: tried here, not assumed."""
         if dtype != torch.float32 or not self.uses_transformer_engine:
             return  # torch multiplies float32 in float32 unless it is told otherwise
-        from transformer_engine.pytorch import Linear
-
-        linear = Linear(512, 64, bias=False, params_dtype=torch.float32, device=self.device)
+        engine: Any = importlib.import_module("transformer_engine.pytorch")
+        linear = engine.Linear(512, 64, bias=False, params_dtype=torch.float32, device=self.device)
         check_float32(product_error(linear, linear.weight.detach()))
 
     def range(self, name: str) -> contextlib.AbstractContextManager[None]:

@@ -218,9 +218,9 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             # The other kernels for experts lay their weights out anew at load, where a publish could not write to them.
             "moe_backend": "triton",
-            # Logits in float32, as the policy's head has them; the product of bfloat16 factors sums in it anyway. Not on
-            # a CPU, where vLLM casts the whole weight at each step: SmolLM2's gap to the policy fell from 0.25 to 0.19
-            # nat (root mean square, 24 tokens), and generation took 1.2 to 1.4 times the CPU seconds.
+            # Logits in float32, as the policy's head has them; the product of bfloat16 factors sums in it anyway. Not
+            # on a CPU, where vLLM casts the whole weight at each step: SmolLM2's gap to the policy fell from 0.25 to
+            # 0.19 nat (root mean square, 24 tokens), and generation took 1.2 to 1.4 times the CPU seconds.
             "hf_overrides": {"head_dtype": "float32"},
         }
     return arguments | {
