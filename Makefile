@@ -25,8 +25,8 @@ test: setup
 test-all: setup
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "" $(ARGS)
 
-# Under 12 minutes: what only a GPU shows, with the python that has torch there; then the tables of the head and of a
-# policy rank, which fails where a step is slower than its fusions make it. What lacks its packages is skipped by name.
+# What only a GPU shows, with the python that has torch there; then the tables of the head (under 8 minutes so far) and of
+# a policy rank, which fails where a step is slower than its fusions make it. What lacks packages is skipped by name.
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check: export PYTHONWARNINGS := ignore
 gpu-check:

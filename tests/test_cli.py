@@ -240,6 +240,22 @@ def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(
     assert "tensor=2 makes 2 ranks" in error and "room for 1" in error and "one rank" in error
 
 
+def test_a_run_fits_the_only_accelerator_or_is_refused_with_the_figures(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    one = dataclasses.replace(doctor.measure(), num_accelerators=1, accelerator_bytes=80 * doctor.GIB)
+    monkeypatch.setattr(doctor, "measure", lambda: one)
+    status, out = command("doctor", tree, "--set", "rollout.gpu_memory_utilization=0.25")
+    assert status == 0, out
+    small = dataclasses.replace(one, accelerator_bytes=4 * doctor.GIB)
+    monkeypatch.setattr(doctor, "measure", lambda: small)
+    status, error = command("doctor", tree)
+    assert status == 2 and "memory of the one GPU: the policy needs about 2." in error
+    status, error = command("doctor", tree, "--set", "rollout.num_engines=2")
+    assert status == 2 and "of 1 accelerators the engines take 2" in error
+
+
 def test_training_without_a_table_says_to_sweep_first(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("train", tree)
     assert status == 2
@@ -355,7 +371,10 @@ def test_a_folder_that_megatron_computes_otherwise_is_named(
     run = subprocess.run
 
     def misled(command: list[str], **options: Any) -> Any:
-        return run([*command[:-1], str(other)] if "astar_megatron.model.alone" in command else command, **options)
+        if "astar_megatron.model.alone" not in command:
+            return run(command, **options)
+        assert command[:2] == ["env", "NVIDIA_TF32_OVERRIDE=0"]  # it computes in float32, on a GPU too
+        return run([*command[:-1], str(other)], **options)
 
     monkeypatch.setattr(subprocess, "run", misled)
     status, _, error = convert("hf-to-megatron", tied_llama, tmp_path / "megatron")

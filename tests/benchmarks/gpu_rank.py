@@ -1,6 +1,6 @@
 """One policy rank alone: seconds a step, MFU and memory, so that a fusion that is lost is seen.
 
-    PYTHONPATH=. python3 tests/benchmarks/gpu_rank.py [SHAPE ...] [--json FILE]     (about three minutes on a GPU)
+    PYTHONPATH=. python3 tests/benchmarks/gpu_rank.py [SHAPE ...] [--json FILE]
 
 Random weights of Qwen2.5-1.5B's and Qwen3-0.6B's shape in bfloat16; reference, policy and optimiser on one device; 128
 sequences of 128 + 1024 tokens a step in two mini-batches, packs of 16,384 tokens. The first step is not counted: it
