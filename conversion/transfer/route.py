@@ -8,8 +8,8 @@
 | on GPUs, each process on one of its own | NCCL |
 | any mixture of these | through the hosts' memory: shared memory, or gloo between hosts |
 
-On a CPU gloo runs the code of NCCL's way. CUDA IPC has run on one GPU, between one rank and one engine; NCCL has not run
-yet, and a reason that names it says so.
+On a CPU gloo runs the code of NCCL's way. CUDA IPC has run on one GPU, between one rank and one engine; NCCL has not
+run yet, and a reason that names it says so.
 """
 
 import os
