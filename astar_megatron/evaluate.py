@@ -85,7 +85,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     cfg = with_room(cfg)
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir)
-    with hugging_face(path, tracker) as folder, engines_of(cfg, str(folder)) as engines:
+    with hugging_face(path, tracker) as folder, engines_of(cfg, tracker, str(folder)) as engines:
         show(str(path), evaluate(cfg, inputs, engines, tracker, "eval"), tracker)
 
 

@@ -39,6 +39,8 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "tracking"),
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
+    "resources",  # what a run needs and this machine has
+    "accelerators",  # who gets which, and what of one that policy and engine share
     *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
     "stage1_import",  # published stage-1 data
     "certificate",  # what an export's conversion.json says of its log-probs

@@ -16,7 +16,7 @@ import samples
 import yaml
 from safetensors.torch import load_file
 
-from astar_megatron import cli, config, doctor
+from astar_megatron import cli, config, doctor, resources
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import PromptStream, read_prompts
@@ -283,10 +283,10 @@ def test_benchmarks_need_their_folder_and_their_files(command: Any, tree: dict[s
 def test_too_little_memory_or_shared_memory_is_refused(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = doctor.measure()
+    machine = resources.measure()
     for field, word in (("memory_bytes", "memory"), ("shared_bytes", "/dev/shm")):
         small = dataclasses.replace(machine, **{field: 1000})
-        monkeypatch.setattr(doctor, "measure", lambda small=small: small)
+        monkeypatch.setattr(resources, "measure", lambda small=small: small)
         status, error = command("sweep", tree)
         assert status == 2
         assert error.startswith(f"astar: {word}")
@@ -303,11 +303,27 @@ def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "main", lambda: 0)
-    small = dataclasses.replace(doctor.measure(), num_accelerators=2)
-    monkeypatch.setattr(doctor, "measure", lambda: small)
+    small = dataclasses.replace(resources.measure(), num_accelerators=2)
+    monkeypatch.setattr(resources, "measure", lambda: small)
     status, error = command("doctor", tree, "--set", "parallel.tensor=2")
     assert status == 2
     assert "tensor=2 makes 2 ranks" in error and "room for 1" in error and "one rank" in error
+
+
+def test_a_run_fits_the_only_accelerator_or_is_refused_with_the_figures(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    one = dataclasses.replace(resources.measure(), num_accelerators=1, accelerator_bytes=80 * resources.GIB)
+    monkeypatch.setattr(resources, "measure", lambda: one)
+    status, out = command("doctor", tree, "--set", "rollout.gpu_memory_utilization=0.25")
+    assert status == 0, out
+    small = dataclasses.replace(one, accelerator_bytes=4 * resources.GIB)
+    monkeypatch.setattr(resources, "measure", lambda: small)
+    status, error = command("doctor", tree)
+    assert status == 2 and "memory of the one GPU: the policy needs about 2." in error
+    status, error = command("doctor", tree, "--set", "rollout.num_engines=2")
+    assert status == 2 and "of 1 accelerators the engines take 2" in error
 
 
 def test_training_without_a_table_says_to_sweep_first(command: Any, tree: dict[str, Any]) -> None:
@@ -343,8 +359,8 @@ def test_another_tokenizer_than_the_runs_is_refused_by_eval(
 def test_doctor_says_whether_a_run_fits(command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "main", lambda: 0)
     assert command("doctor", tree) == (0, "")
-    small = dataclasses.replace(doctor.measure(), memory_bytes=1000)
-    monkeypatch.setattr(doctor, "measure", lambda: small)
+    small = dataclasses.replace(resources.measure(), memory_bytes=1000)
+    monkeypatch.setattr(resources, "measure", lambda: small)
     status, error = command("doctor", tree)
     assert status == 2
     assert error.startswith("astar: memory")
@@ -425,7 +441,10 @@ def test_a_folder_that_megatron_computes_otherwise_is_named(
     run = subprocess.run
 
     def misled(command: list[str], **options: Any) -> Any:
-        return run([*command[:-1], str(other)] if "astar_megatron.model.alone" in command else command, **options)
+        if "astar_megatron.model.alone" not in command:
+            return run(command, **options)
+        assert command[:2] == ["env", "NVIDIA_TF32_OVERRIDE=0"]  # it computes in float32, on a GPU too
+        return run([*command[:-1], str(other)], **options)
 
     monkeypatch.setattr(subprocess, "run", misled)
     status, _, error = convert("hf-to-megatron", tied_llama, tmp_path / "megatron")

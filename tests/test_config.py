@@ -75,7 +75,7 @@ KEYS = {
     "rollout.max_num_seqs": 256,
     "rollout.kv_cache_gib": 1,
     "rollout.gpu_memory_utilization": 0.5,
-    "rollout.eager": True,
+    "rollout.graphs": None,
     "conversion.bucket_bytes": 64 << 20,
     "conversion.verify_interval": 50,
     "cluster.address": None,
@@ -200,7 +200,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(
         ("optim.lr=fast", "optim.lr"),
         ("optim.lr=-1e-6", "optim.lr"),
         ("optim.lr=", "optim.lr"),
-        ("rollout.eager=1", "rollout.eager"),
+        ("rollout.graphs=1", "rollout.graphs"),
         ("rollout.gpu_memory_utilization=1.0", "rollout.gpu_memory_utilization"),
         ("sampling.top_p=1.1", "sampling.top_p"),
         ("astar.beta1=0", "astar.beta1"),
@@ -215,6 +215,11 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_was_given(tmp_path: Pat
     assert message.startswith(f"{path}: ")
     assert ", got " in message
     assert "\n" not in message
+
+
+def test_a_key_that_has_another_name_now_is_refused_with_that(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "rollout.eager=true")
+    assert message.startswith("rollout.eager: no such key any more; it is rollout.graphs now")
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

@@ -126,6 +126,11 @@ class Cluster:
         return _LOOPBACK if self.num_nodes == 1 else ray.util.get_node_ip_address()
 
     @property
+    def log_folder(self) -> Path:
+        """Where the output of this session's processes lies, on this machine."""
+        return Path(_log_folder())
+
+    @property
     def timeout_seconds(self) -> float:
         return self._cfg.start_timeout_seconds
 
@@ -147,7 +152,7 @@ class Cluster:
         cls: type,
         *,
         env: Mapping[str, str],
-        num_gpus: int,
+        num_gpus: float,
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
@@ -247,6 +252,16 @@ def _end_of_process(text: str) -> str:
     if "connection error code 2" in text:
         return "was killed (SIGKILL), or ended itself at once: it left no word"
     return text.strip().splitlines()[-1]
+
+
+def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
+    """Return how many GPUs an actor of so many `workers` asks Ray for, in a cluster that has `num_gpus`.
+
+    An actor that shares a GPU with one other asks for half of it, whatever memory it gets: Ray counts no bytes.
+    """
+    if not num_gpus:
+        return 0
+    return 0.5 if shared else workers
 
 
 def _plain(error: Exception) -> str:

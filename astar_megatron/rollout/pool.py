@@ -6,15 +6,25 @@ and no two prompts share their random numbers.
 
 import hashlib
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ray
 
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import RolloutConfig, SamplingConfig
-from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Response, environment
+from astar_megatron.rollout.engine import (
+    Engine,
+    EngineOptions,
+    Request,
+    Response,
+    check_graphs,
+    environment,
+    graphs_of,
+)
 from astar_megatron.rollout.feed import Feed, Item
+from astar_megatron.rollout.start_log import StartLog
 from astar_megatron.types import Rollout
 from conversion.transfer.route import Place
 
@@ -32,7 +42,11 @@ def seed_of(run_seed: int, *what: object) -> int:
 
 
 class EnginePool:
-    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready."""
+    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready.
+
+    `graphs` says what they do beside running the model as it is. With `shares_gpu` the only engine has a policy rank
+    beside it on its GPU.
+    """
 
     def __init__(
         self,
@@ -45,8 +59,11 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Detokenize,
         seed: int,
+        shares_gpu: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
+        check_graphs(rollout, on_gpu=on_gpu)
+        self.graphs = graphs_of(rollout, on_gpu=on_gpu)[1]
         self.tensor = rollout.tensor
         self._max_num_seqs = rollout.max_num_seqs
         self._cluster, self._detokenize = cluster, detokenize
@@ -67,21 +84,39 @@ class EnginePool:
             rollout=rollout,
             on_gpu=on_gpu,
         )
+        pool = uuid.uuid4().hex[:8]  # a session may have several pools
+        self._logs = [
+            StartLog.make(cluster.log_folder, f"engine-{pool}-{index}") for index in range(rollout.num_engines)
+        ]
         self._engines = [
             cluster.actor(
                 f"engine {index}",
                 Engine,
-                env=env,
-                num_gpus=rollout.tensor if on_gpu else 0,
+                env=env | log.environment(),
+                num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
                 concurrency=1000,
                 options=options,
             )
-            for index in range(rollout.num_engines)
+            for index, log in enumerate(self._logs)
         ]
         self._starting = [engine.start.remote() for engine in self._engines]
 
     def __len__(self) -> int:
         return len(self._engines)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every engine can generate."""
+        return self._first_starting() is None
+
+    def phase(self) -> str:
+        """Return in vLLM's words what the first engine that can't generate yet is doing."""
+        index = self._first_starting()
+        return "" if index is None else f"engine {index}: {self._logs[index].last_words() or 'starting its process'}"
+
+    def _first_starting(self) -> int | None:
+        _, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        return self._starting.index(starting[0]) if starting else None
 
     def start(self) -> None:
         """Wait until every engine can generate."""

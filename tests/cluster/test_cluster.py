@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import ClusterConfig
 
@@ -121,25 +121,37 @@ def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[
         cluster.wait("work", [workers[0].obey.remote("hang")], 1)
 
 
+def test_an_actor_asks_for_its_own_gpus_or_for_half_of_the_only_one() -> None:
+    assert gpus_asked(8, 2, shared=False) == 2
+    assert gpus_asked(1, 1, shared=True) == 0.5
+    assert gpus_asked(0, 2, shared=False) == 0
+
+
 JOIN = """
 import sys
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import ClusterConfig
 class Where:
     def answer(self): return 41 + 1
 with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
     actor = cluster.actor("where", Where, env={}, num_gpus=0)
     print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
+    half = gpus_asked(cluster.num_gpus, 1, shared=True)
+    both = [cluster.actor(name, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
+    print(cluster.num_gpus, cluster.wait("both", [one.answer.remote() for one in both], 60))
 """
 
 
 def test_a_cluster_that_runs_already_is_joined() -> None:
-    """With the token authentication that `ray start` turns on by itself; this run's end leaves it running."""
+    """With the token authentication that `ray start` turns on by itself; this run's end leaves it running.
+
+    Its one GPU, of which Ray only knows the number, has room for a rank and an engine that share it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray_command = str(Path(sys.executable).with_name("ray"))
-    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1"]
+    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=1"]
     with subprocess.Popen(
         [ray_command, "start", "--head", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as head:
@@ -150,7 +162,7 @@ def test_a_cluster_that_runs_already_is_joined() -> None:
                 done = subprocess.run(
                     [sys.executable, "-c", JOIN, f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=120
                 )
-                assert done.stdout.strip() == "1 [42]", done.stderr
+                assert done.stdout.splitlines() == ["1 [42]", "1 [42, 42]"], done.stderr
         finally:
             head.terminate()
             head.communicate(timeout=60)
