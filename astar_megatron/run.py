@@ -223,7 +223,8 @@ def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, Eng
             tracker.say(shares.describe())
             _wait_for(engines, tracker)
         policy = stack.enter_context(closing(start_policy(cfg, cluster, shares)))
-        _wait_for(engines, tracker)
+        if not shares:
+            _wait_for(engines, tracker)
         loaded.verify(engines)
         with tracker.waiting("starting the policy"):
             reason = policy.start()
@@ -232,8 +233,6 @@ def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, Eng
 
 
 def _wait_for(engines: EnginePool, tracker: Tracker) -> None:
-    if engines.is_ready:
-        return
     tracker.say(f"engines {engines.graphs}")
     with tracker.waiting("starting the engines", engines.phase):
         engines.start()

@@ -67,14 +67,6 @@ class EnginePool:
         self.tensor = rollout.tensor
         self._max_num_seqs = rollout.max_num_seqs
         self._cluster, self._detokenize = cluster, detokenize
-        env = environment(
-            on_gpu=on_gpu,
-            threads=cluster.threads(rollout.num_engines * rollout.tensor),
-            tensor=rollout.tensor,
-            kv_cache_gib=rollout.kv_cache_gib,
-            num_nodes=cluster.num_nodes,
-            socket_folder=cluster.socket_folder,
-        )
         options = EngineOptions(
             model_path=model_path,
             dtype=dtype,
@@ -85,9 +77,9 @@ class EnginePool:
             on_gpu=on_gpu,
         )
         pool = uuid.uuid4().hex[:8]  # a session may have several pools
-        self._logs = [
-            StartLog.make(cluster.log_folder, f"engine-{pool}-{index}") for index in range(rollout.num_engines)
-        ]
+        names = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
+        self._logs = [StartLog.make(cluster.log_folder, name) for name in names]
+        env = _environment(cluster, rollout)
         self._engines = [
             cluster.actor(
                 f"engine {index}",
@@ -104,19 +96,13 @@ class EnginePool:
     def __len__(self) -> int:
         return len(self._engines)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether every engine can generate."""
-        return self._first_starting() is None
-
     def phase(self) -> str:
         """Return in vLLM's words what the first engine that can't generate yet is doing."""
-        index = self._first_starting()
-        return "" if index is None else f"engine {index}: {self._logs[index].last_words() or 'starting its process'}"
-
-    def _first_starting(self) -> int | None:
         _, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
-        return self._starting.index(starting[0]) if starting else None
+        if not starting:
+            return ""
+        index = self._starting.index(starting[0])
+        return f"engine {index}: {self._logs[index].last_words() or 'starting its process'}"
 
     def start(self) -> None:
         """Wait until every engine can generate."""
@@ -219,3 +205,14 @@ class EnginePool:
     def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]
         return self._cluster.wait(f"engines: {method}", calls)
+
+
+def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
+    return environment(
+        on_gpu=cluster.num_gpus > 0,
+        threads=cluster.threads(rollout.num_engines * rollout.tensor),
+        tensor=rollout.tensor,
+        kv_cache_gib=rollout.kv_cache_gib,
+        num_nodes=cluster.num_nodes,
+        socket_folder=cluster.socket_folder,
+    )
