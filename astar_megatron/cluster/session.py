@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from astar_megatron.cluster.errors import PlaceError
-from astar_megatron.data.files import exclusive
+from astar_megatron.data.files import exclusive, write_atomic
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "astar-"
@@ -38,6 +38,7 @@ class SessionFolder:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
         self._lock = exclusive(self.path / _LOCK, "this run")
+        self._shared: set[str] = set()
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
@@ -52,11 +53,12 @@ class SessionFolder:
         self._lock.__exit__(None, None, None)
 
     def remember(self, pid: int) -> None:
-        """Note what process `pid` and its descendants have in /dev/shm now, to be removed after the run if still there.
+        """Note what process `pid` and its descendants now have in /dev/shm, to be removed after the run if still there.
 
         For processes whose shared memory is theirs alone.
         """
-        (self.path / _SHARED_FILES).write_text("".join(f"{name}\n" for name in shared_files(pid)), encoding="utf-8")
+        self._shared |= set(shared_files(pid))
+        write_atomic(self.path / _SHARED_FILES, "".join(f"{name}\n" for name in sorted(self._shared)).encode())
 
 
 def shared_files(pid: int) -> list[str]:

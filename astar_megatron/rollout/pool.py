@@ -127,6 +127,7 @@ class EnginePool:
                 call = self._engines[engine].generate.options(num_returns="streaming")
                 streams[call.remote(requests, sampling, greedy)] = engine
             if not streams:
+                self._cluster.remember_shared_files()  # the first requests make some
                 return
             ready, _ = ray.wait(list(streams), num_returns=1)
             for stream in ready:
