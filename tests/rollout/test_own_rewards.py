@@ -37,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in NEIGHBOURS:
         (here / f"{name}.py").write_text(f"raise AssertionError('{name}.py of the current folder was imported')")
     monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # loading a reward here adds the folder
     return here
 
 
