@@ -25,14 +25,15 @@ test: setup
 test-all: setup
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "" $(ARGS)
 
-# Under 8 minutes: what only a GPU shows, with the python that has torch there; then the head's table. A test whose
-# packages are missing is skipped by name.
+# What only a GPU shows, with the python that has torch there; then the tables of the head (under 8 minutes so far) and of
+# a policy rank, which fails where a step is slower than its fusions make it. What lacks packages is skipped by name.
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check: export PYTHONWARNINGS := ignore
 gpu-check:
 	@$(GPU_PYTHON) tests/benchmarks/gpu_machine.py
 	$(GPU_PYTHON) -m pytest -m gpu -rs tests/model tests/conversion/test_every_way.py $(ARGS)
 	$(GPU_PYTHON) tests/benchmarks/gpu_head.py $(if $(GPU_JSON),--json $(GPU_JSON))
+	$(GPU_PYTHON) tests/benchmarks/gpu_rank.py $(if $(GPU_JSON),--json $(GPU_JSON:.json=_rank.json))
 
 lint: setup
 	$(PYTHON) -m ruff check .

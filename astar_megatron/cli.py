@@ -3,6 +3,7 @@
 import importlib
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,8 @@ import typer
 from astar_megatron import config
 from astar_megatron.cluster.errors import ClusterError
 from conversion.plan import WeightMismatch
+
+_SAME_SIGNAL_SECONDS = 1.0
 
 app = typer.Typer(
     help="A*PO on Megatron-Core with vLLM rollouts.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -146,7 +149,7 @@ def import_stage1(
     overrides: Overrides = None,
 ) -> None:
     """Published stage-1 data of A*PO: prompts to data.path, responses to the V* table of the run."""
-    _program("dataset").import_stage1(config.load(config_file, overrides or ()), source, split)
+    _program("stage1_import").import_stage1(config.load(config_file, overrides or ()), source, split)
 
 
 def _prepare(kind: str, source: str | None, out: str, **changes: Any) -> None:
@@ -225,8 +228,18 @@ def _program(name: str) -> Any:
 
 
 def _stop(number: int, _frame: object) -> None:
-    """End on SIGTERM as on an error, so that what is half written is removed; a second one ends at once."""
-    signal.signal(number, signal.SIG_DFL)
+    """End on SIGTERM as on an error, so that what is half written is removed; a second one ends at once.
+
+    The same one again is no second: `timeout`, among others, sends it to the process and to its group.
+    """
+    first = time.monotonic()
+
+    def stop_at_once(number: int, _frame: object) -> None:
+        if time.monotonic() - first > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    signal.signal(number, stop_at_once)
     raise SystemExit(128 + number)
 
 
@@ -237,6 +250,13 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         print(f"astar: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        extras = _program("doctor").extras_with(error.name or "")
+        if not extras:
+            raise
+        names = " or ".join(f"astar-megatron[{extra}]" for extra in extras)
+        print(f"astar: this needs {error.name}, which is not installed: install {names}", file=sys.stderr)
         raise SystemExit(2) from None
     except (ClusterError, WeightMismatch) as error:
         print(f"astar: {error}", file=sys.stderr)

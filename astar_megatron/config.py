@@ -2,21 +2,34 @@
 
 One YAML file (with at most one `base:` file below it) plus `key=value` overrides give one RunConfig. Unknown keys,
 wrong types and impossible combinations are refused here, before anything starts. Leaves out: what only a running
-machine knows (memory, GPUs, what a model folder holds) - doctor.py and model/ check that.
+machine knows (memory, GPUs, what a model folder holds) - resources.py and model/ check that.
 """
 
+import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, read
 
+
+def _day(value: Any) -> str:
+    """A day as its text; YAML reads 2026-11-28 as a date."""
+    try:
+        text = value.isoformat() if type(value) is datetime.date else value
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"data.date: expected a day as 2026-11-28, got {value!r}") from None
+
+
 Name = Annotated[str, Field(min_length=1)]
+Day = Annotated[str, BeforeValidator(_day)]
 type Recompute = Literal["none", "selective", "full"]
 type Dtype = Literal["auto", "bfloat16", "float32"]
+type Graphs = Literal["none", "decode", "compiled"]
 
 
 class Section(BaseModel):
@@ -48,6 +61,7 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(default=256, ge=1)
     long_prompts: Literal["refuse", "drop"] = "refuse"  # what is done with prompts over the limit; none is ever cut
     eval_path: Name | None = None  # evaluation prompts; none: those of `path`
+    date: Day | None = None  # the day that a chat template which asks for the time writes; it never gets the clock's
 
 
 class RewardConfig(Section):
@@ -176,7 +190,9 @@ class RolloutConfig(Section):
     max_num_seqs: int = Field(default=256, ge=1)  # sequences an engine decodes at once
     kv_cache_gib: int = Field(default=1, ge=1)  # on CPU, GiB of host memory an engine
     gpu_memory_utilization: float = Field(default=0.5, gt=0.0, lt=1.0)  # on GPU, share of the device
-    eager: bool = True  # False compiles the model: 40-60 s at start on CPU, faster decoding on GPU
+    # decode, on GPU: a captured graph for each decode step; compiled: torch.compile too, minutes at the start. Left out
+    # it is decode on GPU, none on CPU
+    graphs: Graphs | None = None
 
 
 class ConversionConfig(Section):
@@ -317,9 +333,16 @@ def flat(section: Section, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+_RENAMED = {
+    "rollout.eager": "it is rollout.graphs now: true is none, false is compiled, and decode lies between them",
+}
+
+
 def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
+    if path in _RENAMED:
+        return f"{path}: no such key any more; {_RENAMED[path]}"
     if problem["type"] == "extra_forbidden":
         section = path.rpartition(".")[0]
         siblings = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]

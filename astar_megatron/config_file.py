@@ -58,7 +58,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; the ones that ship are in configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(tree).__name__}")
@@ -71,7 +71,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=1e-6")
     try:
         tree: Any = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
         raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
     for name in reversed(key.strip().split(".")):
         tree = {name: tree}

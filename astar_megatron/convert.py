@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from astar_megatron import doctor
+from astar_megatron import resources
 from astar_megatron.certificate import MAX_WEIGHT_BYTES, certify
+from astar_megatron.model.backend import FLOAT32_ENVIRONMENT
 from astar_megatron.tracking import progress, show_table
 from conversion import convert, folders
 from conversion.ends import End, MegatronEnd, open_end
@@ -124,14 +125,16 @@ def _certified(source: End, destination: Path) -> str:
     megatron, hugging_face = (source.path, destination) if from_megatron else (destination, source.path)
 
     def logprobs(sequences: Sequence[Sequence[int]], _prompt_tokens: Sequence[int]) -> list[list[float]]:
-        command = [sys.executable, "-P", "-m", "astar_megatron.model.alone", str(megatron), str(hugging_face)]
+        variables = [f"{name}={value}" for name, value in FLOAT32_ENVIRONMENT.items()]
+        program = [sys.executable, "-P", "-m", "astar_megatron.model.alone"]
+        command = ["env", *variables, *program, str(megatron), str(hugging_face)]
         done = subprocess.run(command, input=json.dumps(sequences), capture_output=True, text=True, check=False)
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
             raise ValueError(said[0])
         return json.loads(done.stdout.splitlines()[-1])
 
-    most = min(MAX_WEIGHT_BYTES, doctor.available_memory_bytes() // 2)
+    most = min(MAX_WEIGHT_BYTES, resources.available_memory_bytes() // 2)
     return certify(hugging_face, logprobs, record_in=destination, dtype="float32", max_weight_bytes=most)
 
 

@@ -1,26 +1,20 @@
-"""PROGRAM: `astar data` prepares prompts as the JSONL that `data.path` reads, and imports published stage-1 data.
+"""PROGRAM: `astar data` prepares prompts as the JSONL that `data.path` reads; no torch is needed.
 
 Every row has a question and an answer that the data set's reward can read. What can't be used is counted and refused,
 or left out where the user says so; exact duplicates are left out and counted; nothing is repaired in silence.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from astar_megatron.algorithm import rewards
-from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
 from astar_megatron.data.benchmarks import SUFFIXES, gsm8k_answer, math_answer
-from astar_megatron.data.contract import contract_of
-from astar_megatron.data.files import make_folder, write_atomic
-from astar_megatron.data.prompts import tokenizer, usable_prompts
 from astar_megatron.data.rows import (
     Pair,
     Problems,
@@ -32,13 +26,7 @@ from astar_megatron.data.rows import (
     read_rows,
     without_duplicates,
 )
-from astar_megatron.data.stage1 import Stage1Row, stage1_rows
-from astar_megatron.data.v_star import VStarTable
-from astar_megatron.rollout.scoring import Scorer
-from astar_megatron.tracking import progress, show_table
-from astar_megatron.types import Prompt, Rollout
-
-_ROWS_A_SHARD = 512
+from astar_megatron.tracking import show_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +89,7 @@ def prepare(
     if place is None:
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
     problems = Problems(place)
-    rows = _rows(kind, place, subset or known.subset, split, problems)
+    rows = rows_of(kind, place, subset or known.subset, split, problems)
     total = len(rows) + problems.count
     read = known.answer or answer_field(answer)
     pairs = pairs_of(rows, known.question or question, read, problems)
@@ -123,64 +111,7 @@ def prepare(
         console.print(problems.message(total), markup=False, soft_wrap=True)
 
 
-def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
-    """Write the prompts of a published stage-1 data set to `data.path` and its responses to the run's V* table.
-
-    Rewards are scored anew by the run's own rule, which its contract names, and compared with the published ones.
-    """
-    if cfg.data.suffix:
-        raise PromptError("data.suffix: the published prompts hold their suffix already; set it to '' for this run")
-    problems = Problems(source)
-    rows = stage1_rows(_rows("stage1", source, None, split, problems), problems)
-    problems.refuse(len(rows) + problems.count)
-    used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
-    prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
-    _check_prompt_file(cfg, prompts)
-    contract = contract_of(cfg)
-    drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids[0])]
-    published = [value for i in used for value in rows[i].evals]
-    _check_lengths(cfg, drawn, source)
-    with Scorer(cfg.reward) as scorer:
-        scorer.check(prompts)
-    table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
-    wanted = np.array([max(rows[i].samples) + 1 for i in used])
-    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, wanted)}
-    _check_there(table, drawn, missing)
-    pairs = zip(drawn, published, strict=True)
-    work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
-    _write_prompts(cfg, prompts)
-    other, failed = _import(cfg, table, work)
-    held = [
-        ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
-        ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
-        ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
-        ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
-        ("responses a prompt", f"{min(counts)} to {max(counts)}"),
-        ("not scored", f"{failed}, which stay missing"),
-        ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
-        ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
-    ]
-    show_table(Console(highlight=False), f"V* table {table.folder}", held)
-
-
-def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]) -> tuple[int, int]:
-    """Score (response, published reward) pairs into the table; how many rewards differ, and how many there are not."""
-    other = failed = 0
-    make_folder(cfg.run_dir)
-    console = Console(highlight=False)
-    with progress(console, "importing", len(work)) as advance, Scorer(cfg.reward, Path(cfg.run_dir)) as scorer:
-        for start in range(0, len(work), _ROWS_A_SHARD):
-            part = work[start : start + _ROWS_A_SHARD]
-            scored = scorer.score([rollout for rollout, _ in part])
-            kept = [(one, value) for one, (_, value) in zip(scored, part, strict=True) if one.reward is not None]
-            failed += len(part) - len(kept)
-            other += sum(one.reward != value for one, value in kept)
-            table.append([one for one, _ in kept])
-            advance(len(part))
-    return other, failed
-
-
-def _rows(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
+def rows_of(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
     """The rows of a file or folder of this machine; of the hub otherwise."""
     if Path(place).exists() or kind == "jsonl":
         return read_rows(place, problems)
@@ -209,10 +140,6 @@ def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> l
     return [*rows, ("reward.name", reward)] if reward else rows
 
 
-def _check_prompt_file(cfg: RunConfig, prompts: list[Prompt]) -> None:
-    _refuse_other("data.path", Path(cfg.data.path), _lines(cfg, prompts))
-
-
 def _check_out(out: str, data: bytes, source: str | None = None) -> None:
     """Raises PromptError where `out` is what the rows came from, by any link, or has other content than `data`."""
     path, place = Path(out), Path(source or out)
@@ -220,67 +147,9 @@ def _check_out(out: str, data: bytes, source: str | None = None) -> None:
         for file in [place, *place.rglob("*")] if place.is_dir() else [place]:
             if file.exists() and file.samefile(path):
                 raise PromptError(f"--out: {out} is {file}, which the rows come from; choose another path")
-    _refuse_other("--out", path, data)
+    refuse_other("--out", path, data)
 
 
-def _refuse_other(key: str, path: Path, data: bytes) -> None:
+def refuse_other(key: str, path: Path, data: bytes) -> None:
     if path.exists() and path.read_bytes() != data:
         raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")
-
-
-def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
-    limit, lengths = cfg.sampling.max_response_tokens, [len(rollout.token_ids) for rollout in drawn]
-    if over := sum(length > limit for length in lengths):
-        raise PromptError(
-            f"{source}: {over} of {len(drawn)} responses exceed sampling.max_response_tokens = {limit}, so this run "
-            f"could not have drawn them; the longest has {max(lengths)} tokens: set the key to that of their drawing"
-        )
-
-
-def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str, int]]) -> None:
-    """Raises PromptError where the table has another response of a prompt under the same number."""
-    places = {(one.prompt.uid, one.sample): one for one in drawn}
-    other = {place: one for place, one in places.items() if place not in missing}
-    for uid, sample, token_ids in table.responses() if other else ():
-        if (uid, sample) in other and other[uid, sample].token_ids == token_ids:
-            del other[uid, sample]
-    if other:
-        one = next(iter(other.values()))
-        raise PromptError(
-            f"sweep.table: {table.folder} has other responses where {len(other)} of {len(drawn)} would go, for example "
-            f"response_{one.sample} of {one.prompt.text!r:.80}: it holds another data set or a sweep's own; choose "
-            "another sweep.table"
-        )
-
-
-def _write_prompts(cfg: RunConfig, prompts: list[Prompt]) -> None:
-    path = Path(cfg.data.path)
-    if not path.exists():
-        make_folder(path.parent)
-        write_atomic(path, _lines(cfg, prompts))
-
-
-def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
-    return jsonl({cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts)
-
-
-def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, eos: int) -> list[Rollout]:
-    """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
-    tok, rollouts = tokenizer(cfg.model.path), []
-    for sample, response in zip(row.samples, row.responses, strict=True):
-        text = response.removesuffix(str(tok.eos_token))
-        token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        truncated = len(token_ids) >= cfg.sampling.max_response_tokens
-        rollouts.append(
-            Rollout(
-                prompt=prompt,
-                sample=sample,
-                seed=0,
-                token_ids=token_ids if truncated else (*token_ids, eos),
-                text=text,
-                truncated=truncated,
-                logprob=math.nan,
-                version=0,
-            )
-        )
-    return rollouts

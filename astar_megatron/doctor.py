@@ -1,25 +1,8 @@
-"""PROGRAM: what this machine has and lacks, and why, in words; and whether a run fits it, before anything starts.
-
-Memory of a run on a machine without accelerators, with P parameters, c bytes a number of the compute type (2 or 4), d
-replicas of the policy (context * data ranks, by expert ranks where these share a model of experts), E engines:
-
-    policy     d * (c + 4) * P     weights and fp32 gradients of every replica
-             + 8 * P               Adam's two moments, sharded over the replicas
-             + 4 * P if c = 2      fp32 master weights, sharded; at c = 4 the weights are their own master
-             + d * c * P           the reference
-    engines    E * (c * P + kv_cache_gib)
-    shared     2 buckets a rank for the published weights, 2 for an export on its way to disk, at most c * P each,
-               and 256 MiB for Ray's object store
-    processes  the Python, torch, Megatron, vLLM and Ray of each process, as measured
-
-It is the least a run needs: activations come on top, and with accelerators all but `shared` and `processes` lie there.
-Leaves out: the memory of accelerators and the time of a step, which are for `astar plan`.
-"""
+"""PROGRAM: what this machine has and lacks, and why, in words; and whether a run fits it, before anything starts."""
 
 import importlib.metadata
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,26 +12,27 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from astar_megatron.cluster import session
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.config import RunConfig
+from astar_megatron.cluster.errors import PlaceError
+from astar_megatron.resources import (
+    GIB,
+    OBJECT_STORE_BYTES,
+    accelerators,
+    available_memory_bytes,
+    free_bytes,
+    gib,
+    native_bfloat16,
+)
 
-GIB = 1 << 30
-OBJECT_STORE_BYTES = 256 << 20  # as in cluster/cluster.py, which needs Ray to import
-EXPORT_BUCKET_BYTES = 64 << 20  # as in conversion/transfer/buckets.py, which needs torch to import
-RANK_BYTES = GIB * 3 // 4  # a Megatron process without its tensors
-ENGINE_BYTES = 2 * GIB  # an engine's actor and its core without weights and cache
-DRIVER_BYTES = GIB * 3 // 4  # the driver and Ray's own processes
 DEMO_BYTES = 10 * GIB  # `make demo` at work
 DEMO_SHARED_BYTES = GIB + OBJECT_STORE_BYTES
 DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
 _OWN_NAME = "astar-megatron"
+_BROUGHT_BY = {"safetensors": "transformers", "tokenizers": "transformers", "math_verify": "math-verify"}
 _PYTHONS = ((3, 12), (3, 15))  # from, below
 
 type Level = Literal["ok", "warn", "fail"]
-
-
-class ResourceError(ValueError):
-    """This machine is too small for the run; the message names what is needed, what is free and what to change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,147 +43,6 @@ class Finding:
     level: Level
     found: str
     remedy: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a run can use, measured now."""
-
-    memory_bytes: int
-    shared_bytes: int  # free in /dev/shm
-    native_bfloat16: bool
-    num_accelerators: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
-    """The least host memory of a run, by the formula above."""
-
-    policy_bytes: int
-    engines_bytes: int
-    shared_bytes: int
-    processes_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.policy_bytes + self.engines_bytes + self.shared_bytes + self.processes_bytes
-
-
-def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
-    """Return what the run needs of the host; `model_bytes` are the weights in fp32, 4 bytes a parameter. Pure."""
-    accelerated = machine.num_accelerators > 0
-    is_bfloat16 = cfg.model.dtype == "bfloat16" or (
-        cfg.model.dtype == "auto" and (accelerated or machine.native_bfloat16)
-    )
-    num_parameters = model_bytes // 4
-    weights = (2 if is_bfloat16 else 4) * num_parameters
-    replicas, engines = cfg.parallel.replicas // cfg.parallel.expert, cfg.rollout.num_engines
-    optimizer = (12 if is_bfloat16 else 8) * num_parameters
-    policy = replicas * (2 * weights + 4 * num_parameters) + optimizer
-    ranks = cfg.parallel.world_size
-    buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, EXPORT_BUCKET_BYTES)]
-    return Needs(
-        policy_bytes=0 if accelerated else policy,
-        engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
-        shared_bytes=sum(buckets) + OBJECT_STORE_BYTES,
-        processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
-    )
-
-
-def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) -> None:
-    """Raise ResourceError if this machine can't hold the run; `model_bytes` as in `needs`.
-
-    A run that joins a Ray cluster (`cluster.address`) lies on other machines, which are not checked from here.
-    """
-    if cfg.cluster.address is not None:
-        return
-    machine = machine or measure()
-    need = needs(cfg, model_bytes, machine)
-    if need.shared_bytes > machine.shared_bytes:
-        raise ResourceError(
-            f"/dev/shm: this run needs {_size(need.shared_bytes)} (weights on their way to the engines and to disk, "
-            f"Ray's object store), {_size(machine.shared_bytes)} are free; remove old files there or enlarge it "
-            "(mount -o remount,size=..., or docker run --shm-size=...), or take a smaller model"
-        )
-    if need.memory_bytes > machine.memory_bytes:
-        raise ResourceError(
-            f"memory: this run needs at least {_size(need.memory_bytes)} (policy, optimiser and reference "
-            f"{_size(need.policy_bytes)}, engines {_size(need.engines_bytes)}, shared {_size(need.shared_bytes)}, "
-            f"processes {_size(need.processes_bytes)}; activations come on top), {_size(machine.memory_bytes)} are "
-            "available; close other programs, lower rollout.kv_cache_gib, rollout.num_engines or parallel.data, or "
-            "take a smaller model"
-        )
-
-
-def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> None:
-    """Raise ResourceError if `free` bytes (none: measured) don't hold what training will write to `run_dir`.
-
-    That is checkpoint.keep checkpoints and one on its way, each of weights and Adam's two fp32 moments, with fp32
-    master weights beside bfloat16 ones (12 or 14 bytes a parameter), and the export. What lies there already counts.
-    """
-    run_dir = Path(cfg.run_dir).absolute()
-    checkpoint, export = (12, 4) if cfg.model.dtype == "float32" else (14, 2)
-    need = ((cfg.checkpoint.keep + 1) * checkpoint + export) * num_parameters
-    if free is None:
-        written = (path for name in ("checkpoints", "hf") for path in (run_dir / name).rglob("*"))
-        there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
-        free = free_bytes(there) + sum(path.stat().st_size for path in written if path.is_file())
-    if need > free:
-        raise ResourceError(
-            f"run_dir={cfg.run_dir}: training will write {_size(need)} ({cfg.checkpoint.keep + 1} checkpoints of "
-            f"{_size(checkpoint * num_parameters)}, the export), {_size(free)} are free; free some space, "
-            "lower checkpoint.keep, or choose a run_dir on a larger disk"
-        )
-
-
-def free_accelerators(cfg: RunConfig, number: int) -> tuple[int, str]:
-    """Return how many of `number` accelerators the engines leave to Megatron's ranks, and in words why. Pure."""
-    engines = cfg.rollout.num_engines * cfg.rollout.tensor
-    return (
-        number - engines,
-        f"of {number} accelerators the engines take {engines} (rollout.num_engines * rollout.tensor)",
-    )
-
-
-def measure() -> Machine:
-    """Return what this machine has free now."""
-    return Machine(
-        memory_bytes=available_memory_bytes(),
-        shared_bytes=free_bytes(Path("/dev/shm")),
-        native_bfloat16=bool(native_bfloat16()),
-        num_accelerators=len(accelerators() or ()),
-    )
-
-
-def available_memory_bytes(root: Path = Path("/")) -> int:
-    """Return the memory that new processes can have: the system's, or less where a control group limits it."""
-    system = int(_field(root / "proc/meminfo", "MemAvailable") or 0) * 1024
-    group = root / "sys/fs/cgroup"
-    limit = _text(group / "memory.max").strip()
-    if not limit.isdigit():  # "max", or no such file: no limit
-        return system
-    used = int(_text(group / "memory.current") or 0)
-    cache = int(_field(group / "memory.stat", "inactive_file") or 0)  # given back when needed
-    return min(system, max(0, int(limit) - used + cache))
-
-
-def native_bfloat16(root: Path = Path("/")) -> list[str]:
-    """Return the CPU's instructions that multiply bfloat16, by the kernel's names; none: it is emulated."""
-    cpuinfo = root / "proc/cpuinfo"
-    flags = (_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split()
-    return [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
-
-
-def accelerators() -> list[str] | None:
-    """Return the names of the accelerators that torch sees; None where torch is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.accelerator.is_available():
-        return []
-    device = torch.get_device_module()
-    return [device.get_device_name(index) for index in range(torch.accelerator.device_count())]
 
 
 def report() -> list[Finding]:
@@ -218,13 +61,9 @@ def report() -> list[Finding]:
             DEMO_SHARED_BYTES,
             "remove old files there or enlarge it (docker run --shm-size=2g); weights reach the engines through it",
         ),
+        _sockets(),
         _space("disk", free_bytes(Path.cwd()), DISK_BYTES, "free some space; an environment takes 7 GiB"),
     ]
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the bytes free in `folder`; 0 where it does not exist."""
-    return shutil.disk_usage(folder).free if folder.is_dir() else 0
 
 
 def packages(requirements: Sequence[str], version: Callable[[str], str | None]) -> list[Finding]:
@@ -298,6 +137,9 @@ def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
     if names and lanes == ["cpu"]:
         found = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
         return Finding(what=what, level="warn", found=found, remedy="make an environment with the GPU extra")
+    if len(names) == 1:
+        found = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
+        return Finding(what=what, level="ok", found=found)
     if names:
         return Finding(what=what, level="ok", found=", ".join(names))
     if Path("/dev/nvidia0").exists() or (lanes and lanes != ["cpu"]):
@@ -316,12 +158,21 @@ def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
     return [*findings, Finding(what="bfloat16", level="warn", found=found, remedy="nothing to do; steps are slower")]
 
 
+def _sockets() -> Finding:
+    try:
+        folder, reason = session.place()
+    except PlaceError as error:
+        return Finding(what="sockets", level="fail", found=str(error), remedy="set TMPDIR as it says")
+    found = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
+    return Finding(what="sockets", level="ok", found=found)
+
+
 def _space(what: str, free: int, wanted: int, remedy: str) -> Finding:
-    found = f"{_size(free)} free"
+    found = f"{gib(free)} free"
     if free >= wanted:
         return Finding(what=what, level="ok", found=found)
     level: Level = "warn" if free else "fail"
-    return Finding(what=what, level=level, found=f"{found}, {_size(wanted)} wanted", remedy=remedy)
+    return Finding(what=what, level=level, found=f"{found}, {gib(wanted)} wanted", remedy=remedy)
 
 
 def _own_requirements() -> list[str]:
@@ -348,26 +199,20 @@ def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str |
     return found
 
 
+def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[str]:
+    """Return the extras that bring a module which this project imports; none for other modules.
+
+    `requirements` as in `packages`; without it this project's own.
+    """
+    top = module.partition(".")[0]
+    pattern = re.compile(rf"{re.escape(_BROUGHT_BY.get(top, top))}\b.*extra == ['\"](\w+)['\"]")
+    matches = map(pattern.match, requirements if requirements is not None else _own_requirements()) if top else ()
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
 def _pins(requirements: Iterable[str], lane: str) -> list[tuple[str, str]]:
     pattern = re.compile(rf"([\w.-]+)==([\w.]+)\s*;.*extra == ['\"]{lane}['\"]")
     return [(match[1], match[2]) for match in map(pattern.match, requirements) if match]
-
-
-def _field(path: Path, name: str) -> str | None:
-    """Return what follows `name` in a file of the kernel's, such as `MemAvailable:  123 kB`; without its unit."""
-    match = re.search(rf"^{name}\s*:?[ \t]*(.*?)(?: kB)?$", _text(path), re.MULTILINE)
-    return match[1] if match else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from astar_megatron.rollout.scoring import Scorer, gather
 from astar_megatron.run import EvalSet, Inputs, engines_of, prepare, with_room
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Rollout
-from conversion import convert
+from conversion import convert, hf
 from conversion.ends import open_end
 
 
@@ -85,7 +85,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     cfg = with_room(cfg)
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir)
-    with hugging_face(path, tracker) as folder, engines_of(cfg, str(folder)) as engines:
+    with hugging_face(path, tracker) as folder, engines_of(cfg, tracker, str(folder)) as engines:
         show(str(path), evaluate(cfg, inputs, engines, tracker, "eval"), tracker)
 
 
@@ -94,6 +94,7 @@ def hugging_face(path: Path, tracker: Tracker) -> Iterator[Path]:
     """The Hugging Face folder `path`, checked; of a checkpoint of Megatron a copy in that format, for as long."""
     end = open_end(path)
     if end.kind != "Megatron":
+        hf.check_engines_read(path)
         yield path
         return
     with tempfile.TemporaryDirectory(dir=tracker.run_dir, prefix="eval_") as temporary:

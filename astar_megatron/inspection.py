@@ -3,16 +3,15 @@
 Leaves out: the responses, which stay on disk (column `response` of the shards, any Parquet reader).
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from astar_megatron.config import RunConfig
-from astar_megatron.data.contract import Value, contract_of, described
+from astar_megatron.data.contract import contract_of, described
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.files import make_folder
-from astar_megatron.data.header import stored_contract
+from astar_megatron.data.header import differences, stored_contract
 from astar_megatron.data.v_star import TableError, VStarTable
 from astar_megatron.tracking import Tracker
 
@@ -42,7 +41,7 @@ def main(cfg: RunConfig) -> None:
     )
     made = stored_contract(table.folder)
     tracker.table("made under this contract", described(made))
-    tracker.say(_fits(cfg, made))
+    tracker.say(_fits(cfg, table.folder))
     tracker.table("prompts by mean reward", _histogram(found.mean))
     shown = {"V*": found.v_star, "standard error": found.error, "width of the 95 % interval": found.width}
     tracker.table(
@@ -53,13 +52,13 @@ def main(cfg: RunConfig) -> None:
     tracker.say(f"plots in {plot(found, Path(cfg.run_dir) / 'v_star.png')}")
 
 
-def _fits(cfg: RunConfig, made: Mapping[str, Value]) -> str:
+def _fits(cfg: RunConfig, folder: Path) -> str:
     """Whether a run of this configuration could use the table; to know that takes its model's folder."""
     try:
-        differences = contract_of(cfg).difference(made, names=("this run", "the table"))
+        lines = differences(folder, contract_of(cfg))
     except (ImportError, ValueError) as error:  # no transformers here, no model, a reward that is not here
         return f"not compared with this run's contract: {error}"
-    return f"this run can't use it: {'; '.join(differences)}" if differences else "this run's contract is the same"
+    return f"this run can't use it: {'; '.join(lines)}" if lines else "this run's contract is the same"
 
 
 def _quantiles(values: np.ndarray) -> str:

@@ -3,27 +3,34 @@
 `prepare` reads everything that a user can have got wrong and refuses it before a process is started.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from astar_megatron import doctor
+from astar_megatron import accelerators, resources
+from astar_megatron.accelerators import Shares
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RewardConfig, RunConfig
-from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names
+from astar_megatron.data import chat
+from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.files import exclusive
-from astar_megatron.data.prompts import read_prompts, stop_token_ids, tokenizer
+from astar_megatron.data.prompts import read_prompts
 from astar_megatron.model import layouts
 from astar_megatron.model.backend import check_features, resolve_dtype
+from astar_megatron.rollout.engine import check_graphs
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt
+from astar_megatron.weights import LoadedWeights
 from conversion import hf
 from conversion.families import Model, read_model
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +59,9 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     Without training, and with benchmarks to evaluate, the run's prompts are not needed and stay empty.
     """
     if cfg.cluster.address is None:  # else its machines are asked when it is joined
-        check_features(cfg.model, cfg.optim, doctor.measure().num_accelerators)
+        num_accelerators = resources.measure().num_accelerators
+        check_features(cfg.model, cfg.optim, num_accelerators)
+        check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
     with naming("model.path"):
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
@@ -66,6 +75,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         )
     with naming("model.path"):
         hf.check(cfg.model.path, model.parameters())
+        hf.check_engines_read(cfg.model.path)
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
     eval_sets = _eval_sets(cfg, prompts)
@@ -73,7 +83,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
             scorer.check([prompt for one in eval_sets if one.reward.name == name for prompt in one.prompts])
             scorer.check(prompts if name == cfg.reward.name else [])
-    doctor.check_run(cfg, model_bytes=4 * model.num_parameters())
+    resources.check_run(cfg, model_bytes=4 * model.num_parameters())
+    _say_template(cfg, contract)
     return Inputs(
         prompts=prompts,
         eval_sets=eval_sets,
@@ -82,15 +93,22 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     )
 
 
+def _say_template(cfg: RunConfig, contract: Contract) -> None:
+    """Log what of the chat template no number shows: the day that it writes, and a turn's end that ends no response."""
+    if contract.date is not None:
+        _LOG.warning("data.date: the chat template writes the day %s into each prompt of this run", contract.date)
+    elif cfg.data.date is not None:
+        _LOG.warning("data.date: %s has no effect: the chat template asks for no time", cfg.data.date)
+    if said := chat.unstopped_turn(cfg.model.path, cfg.data.date):
+        _LOG.warning("%s", said)
+
+
 def with_room(cfg: RunConfig) -> RunConfig:
     """Return the configuration with room for its benchmarks' longest prompt, for a program that only evaluates."""
     if not cfg.eval.benchmarks or cfg.eval.folder is None:
         return cfg
-    longest = max(
-        len(prompt.token_ids)
-        for name in cfg.eval.benchmarks
-        for prompt in benchmark_prompts(name, cfg.eval.folder, cfg.model.path, None)
-    )
+    folder, model_path = cfg.eval.folder, cfg.model.path
+    longest = max(longest_prompt(name, folder, cfg.data, model_path) for name in cfg.eval.benchmarks)
     room = max(longest, cfg.data.max_prompt_tokens)
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"max_prompt_tokens": room})})
 
@@ -106,20 +124,23 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
     sets = []
     for name in cfg.eval.benchmarks:
         asked = BENCHMARKS[name].num_samples if cfg.eval.num_samples is None else cfg.eval.num_samples
-        problems = benchmark_prompts(name, cfg.eval.folder, cfg.model.path, cfg.data.max_prompt_tokens)
+        problems = benchmark_prompts(name, cfg.eval.folder, cfg.data, cfg.model.path)
         rule = cfg.reward.model_copy(update={"name": BENCHMARKS[name].reward})
         sets.append(EvalSet(name=name, prompts=problems[first], reward=rule, num_samples=asked))
     return sets
 
 
-def check_ranks(cfg: RunConfig) -> None:
+def check_ranks(cfg: RunConfig) -> Shares | None:
     """Raise LayoutError where training has more Megatron ranks than the engines leave accelerators on this machine.
 
-    Without accelerators ranks share the cores. A run that joins a Ray cluster asks that one, in `started`.
+    Without accelerators ranks share the cores. A run that joins a Ray cluster asks that one, in `started`. Returns the
+    shares of policy and engine where there is one accelerator for both, and raises ResourceError if they don't fit it.
     """
-    number = doctor.measure().num_accelerators
-    if cfg.cluster.address is None and number:
-        _check_places(cfg, *doctor.free_accelerators(cfg, number))
+    machine = resources.measure()
+    if cfg.cluster.address is not None or not machine.num_accelerators:
+        return None
+    _check_places(cfg, *accelerators.free_accelerators(cfg, machine.num_accelerators))
+    return accelerators.shares_of(cfg, read_model(cfg.model.path), machine)
 
 
 def _check_places(cfg: RunConfig, places: int, what: str) -> None:
@@ -142,22 +163,28 @@ def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
     return str(dtype).removeprefix("torch."), reason
 
 
-def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = None) -> EnginePool:
-    """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it."""
+def start_engines(
+    cfg: RunConfig, cluster: Cluster, model_path: str | None = None, shares: Shares | None = None
+) -> EnginePool:
+    """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it.
+
+    With `shares` the engine has its GPU together with the policy.
+    """
     return EnginePool(
         cluster,
         cfg.rollout,
         model_path=_absolute(model_path or cfg.model.path),
         dtype=compute_type(cfg, cluster)[0],
         max_tokens=cfg.max_tokens,
-        stop_token_ids=stop_token_ids(cfg.model.path),
-        detokenize=detokenizer(cfg.model.path),
+        stop_token_ids=chat.stop_token_ids(cfg.model.path),
+        detokenize=chat.detokenizer(cfg.model.path),
         seed=cfg.seed,
+        shares_gpu=shares is not None,
     )
 
 
-def start_policy(cfg: RunConfig, cluster: Cluster) -> PolicyGroup:
-    """Begin to start the Megatron ranks; `.start()` waits for them."""
+def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None) -> PolicyGroup:
+    """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as in `start_engines`."""
     return PolicyGroup(
         cluster,
         model=cfg.model,
@@ -167,6 +194,7 @@ def start_policy(cfg: RunConfig, cluster: Cluster) -> PolicyGroup:
         optim=cfg.optim,
         optimizer_steps=cfg.optimizer_steps,
         seed=cfg.seed,
+        gpu_share=shares.policy_share if shares else 1.0,
     )
 
 
@@ -177,36 +205,47 @@ def _absolute(path: str) -> str:
 
 @contextmanager
 def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, EnginePool]]:
-    """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir."""
-    check_ranks(cfg)
+    """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir.
+
+    Where they share a GPU the policy starts when the engine has taken its part: see accelerators.py. Raises
+    CheckpointError where an engine has not loaded what model.path holds.
+    """
+    shares = check_ranks(cfg)
     with ExitStack() as stack:
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(Cluster(cfg.cluster))
         if cluster.num_gpus:
-            _check_places(cfg, *doctor.free_accelerators(cfg, cluster.num_gpus))
-        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
-        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
+            _check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        with tracker.progress("starting engines and policy", 1):
-            engines.start()
+        engines = stack.enter_context(closing(start_engines(cfg, cluster, shares=shares)))
+        loaded = LoadedWeights(cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
+        if shares:
+            tracker.say(shares.describe())
+            _wait_for(engines, tracker)
+        policy = stack.enter_context(closing(start_policy(cfg, cluster, shares)))
+        if not shares:
+            _wait_for(engines, tracker)
+        loaded.verify(engines)
+        with tracker.waiting("starting the policy"):
             reason = policy.start()
         tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
         yield policy, engines
 
 
-@contextmanager
-def engines_of(cfg: RunConfig, model_path: str | None = None) -> Iterator[EnginePool]:
-    """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`."""
-    with Cluster(cfg.cluster) as cluster:
-        engines = start_engines(cfg, cluster, model_path)
+def _wait_for(engines: EnginePool, tracker: Tracker) -> None:
+    tracker.say(f"engines {engines.graphs}")
+    with tracker.waiting("starting the engines", engines.phase):
         engines.start()
-        try:
-            yield engines
-        finally:
-            engines.close()
 
 
-def detokenizer(model_path: str) -> Callable[..., str]:
-    """Return the function from response tokens to the text that the reward reads, special tokens removed."""
-    tok = tokenizer(model_path)
-    return lambda token_ids: str(tok.decode(list(token_ids), skip_special_tokens=True))
+@contextmanager
+def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) -> Iterator[EnginePool]:
+    """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`.
+
+    Raises CheckpointError where an engine has not loaded what the folder holds.
+    """
+    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
+        loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
+        _wait_for(engines, tracker)
+        loaded.verify(engines)
+        yield engines

@@ -29,7 +29,10 @@ def main(cfg: RunConfig) -> None:
     tracker = Tracker(cfg.run_dir)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     if table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)).any():
-        with _leases(table) as leases, engines_of(cfg) as engines:  # a read-only table is refused before engines
+        with (
+            _leases(table) as leases,
+            engines_of(cfg, tracker) as engines,
+        ):  # a read-only table is refused before engines
             _fill(cfg, inputs, engines, tracker, table, leases)
     show(table, tracker)
 

@@ -6,6 +6,7 @@ On a terminal progress is drawn by rich; elsewhere it is plain lines.
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 METRICS_FILE = "metrics.jsonl"
+_SECONDS_A_LINE = 15.0  # of waiting, where there is no terminal
 
 
 class Clock:
@@ -79,6 +82,12 @@ class Tracker:
         with progress(self.console, label, total) as advance:
             yield advance
 
+    @contextmanager
+    def waiting(self, label: str, now: Callable[[], str] = str) -> Iterator[None]:
+        """As the function `waiting`, on this tracker's console."""
+        with waiting(self.console, label, now):
+            yield
+
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Show two columns under a title."""
         show_table(self.console, title, rows)
@@ -103,6 +112,38 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
     with Progress(*columns, console=console, transient=False) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.update(task, advance=count)
+
+
+@contextmanager
+def waiting(
+    console: Console, label: str, now: Callable[[], str] = str, seconds_a_line: float = _SECONDS_A_LINE
+) -> Iterator[None]:
+    """Show how long the body already takes, and what `now()` says of it: on a terminal each second, else a line.
+
+    `now` is called in another thread. At the end one line stays, unless the body failed.
+    """
+    start, ended = time.perf_counter(), threading.Event()
+
+    def passed() -> str:
+        return f"{label}: {time.perf_counter() - start:.0f} s" + (f"; {words}" if (words := now()) else "")
+
+    def watch() -> None:
+        if not console.is_terminal:
+            while not ended.wait(seconds_a_line):
+                _say(console, passed())
+            return
+        with console.status(Text(label)) as status:
+            while not ended.wait(1.0):
+                status.update(Text(passed()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    _say(console, f"{label}: {time.perf_counter() - start:.1f} s")
 
 
 def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from astar_megatron import config, doctor
+from astar_megatron import config, resources
 from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.algorithm.refresh import LiveVStar
@@ -68,13 +68,13 @@ def _check_places(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where what a run writes has no place."""
     read_metrics(cfg.run_dir)  # damaged ones are refused here
     folders.check_destination(cfg.export_dir)
-    doctor.check_disk(cfg, inputs.model.num_parameters())
+    resources.check_disk(cfg, inputs.model.num_parameters())
 
 
 def say_fit(cfg: RunConfig) -> None:
     """Say what a run needs of this machine. Raises ValueError, as `main` would, where it can't start or go on here."""
     inputs = prepare(cfg)
-    check_ranks(cfg)
+    shares = check_ranks(cfg)
     try:
         stage_1(cfg, inputs)
     except MissingTableError:
@@ -83,13 +83,15 @@ def say_fit(cfg: RunConfig) -> None:
     else:
         done = "stage 1 is done"
         check(cfg, inputs)
-    need = doctor.needs(cfg, 4 * inputs.model.num_parameters(), doctor.measure())
+    need = resources.needs(cfg, 4 * inputs.model.num_parameters(), resources.measure())
     print(
         f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; "
         f"{done}; policy on {layouts.described(cfg.parallel)}; it needs at least "
-        f"{need.memory_bytes / doctor.GIB:.1f} GiB of memory and {need.shared_bytes / doctor.GIB:.1f} "
+        f"{need.memory_bytes / resources.GIB:.1f} GiB of memory and {need.shared_bytes / resources.GIB:.1f} "
         "GiB of /dev/shm, activations on top"
     )
+    if shares:
+        print(shares.describe())
 
 
 def train(

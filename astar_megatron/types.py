@@ -5,8 +5,10 @@ Legend: B sequences, T packed tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # preparing prompts needs no torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +53,17 @@ class RolloutBatch:
 
     token_ids: tuple[tuple[int, ...], ...]
     prompt_tokens: tuple[int, ...]
-    columns: Mapping[str, torch.Tensor]  # [B] each
-    token_columns: Mapping[str, torch.Tensor] = field(default_factory=dict)  # [response tokens] each
+    columns: Mapping[str, "torch.Tensor"]  # [B] each
+    token_columns: Mapping[str, "torch.Tensor"] = field(default_factory=dict)  # [response tokens] each
     version: int
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def response_lengths(self) -> torch.Tensor:
+    def response_lengths(self) -> "torch.Tensor":
         """How many tokens each response has, [B] int64."""
+        import torch
+
         pairs = zip(self.token_ids, self.prompt_tokens, strict=True)
         return torch.tensor([len(ids) - prompt for ids, prompt in pairs])
 

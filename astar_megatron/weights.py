@@ -1,8 +1,11 @@
-"""WeightSync: the one place where weights move from the policy to the engines.
+"""WeightSync: the one place where weights move from the policy to the engines; LoadedWeights: what these begin with.
 
 Planned once from the two layouts; in each publish the policy packs its tiles into buckets while every engine takes them
 over, in vLLM's order pause, update, finish(version), resume, with the prefix cache dropped. By which way the buckets go
 follows from where ranks and workers are: conversion/transfer/route.py.
+
+Before the first publish engines hold what vLLM loaded, by its own choice of files and in its own way; that these are
+the weights of the folder is proved with the same digests, before anything is drawn.
 """
 
 import contextlib
@@ -11,20 +14,25 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
-from conversion.families import Model
+from conversion import hf
+from conversion.families import Model, read_model
+from conversion.folders import CheckpointError
 from conversion.plan import WeightMismatch, plan
 from conversion.transfer.route import Route, choose, here
-from conversion.verify import Verifier, mismatch
+from conversion.verify import Holdings, Manifest, Part, Verifier, mismatch, sent_parts
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "astar-"
@@ -110,13 +118,59 @@ class WeightSync:
 
     def _verify(self, version: int, full: bool) -> None:
         expected = self._verifier.manifest(version, full, self._policy.digests(version, full))
-        for engine, workers in enumerate(self._engines.audit(version, full)):
-            for worker, answer in enumerate(workers):
-                where = f"worker {worker} of engine {engine}"
-                index = self._verifier.first_mismatch(expected, worker, answer["digests"])
-                if index is not None:
-                    sent = self._policy.digest_rows(*self._verifier.origin(worker, index))
-                    held = self._engines.digest_rows(engine, worker, index)
-                    raise mismatch(version, self._verifier.held[worker][index], where, sent, held)
-                for tensor, row, detail in answer["faults"]:
-                    raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)
+        _check_held(self._engines, self._verifier, expected, self._policy.digest_rows)
+
+
+class LoadedWeights:
+    """What engines must hold that loaded a Hugging Face folder by themselves: the digests of its files.
+
+    Construction reads the files, once, as threads for each core can, and needs no engine: so it can be done while the
+    engines start. `tensor` and `dtype` are the engines'. Raises CheckpointError as hf.check does.
+    """
+
+    def __init__(self, folder: str | Path, tensor: int, dtype: str) -> None:
+        self._folder, self._dtype = Path(folder), dtype
+        self._model = read_model(folder)
+        weight_plan = plan(self._model.hf_tiles(), self._model.vllm_tiles(tensor))
+        self._verifier = Verifier(weight_plan, getattr(torch, dtype))
+        self._parts = sent_parts(weight_plan, 0)
+        self._places = hf.places(self._folder, hf.check(self._folder, self._model.parameters()))
+        with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:
+            digests = list(threads.map(lambda part: self._in_file(part).full()[0], self._parts))
+        self._expected = self._verifier.manifest(0, True, [digests])
+
+    def verify(self, engines: EnginePool) -> None:
+        """Raise CheckpointError, naming the first parameter that an engine does not hold as the folder has it."""
+        engines.open_audit(self._model.config, self._dtype)
+        try:
+            _check_held(
+                engines, self._verifier, self._expected, lambda _, index: self._in_file(self._parts[index]).rows(0)
+            )
+        except WeightMismatch as error:
+            file = self._places[error.tensor].file if error.tensor in self._places else "its file"
+            raise CheckpointError(
+                f"{self._folder}: {error.where} loaded another {error.tensor} than {file} holds, first bad row "
+                f"{error.row}: {error.detail}. vLLM has read other files, or these in another way: leave nothing but "
+                "the model in the folder, and report this if that changes nothing"
+            ) from None
+
+    def _in_file(self, part: Part) -> Holdings:
+        tensor = hf.rows(self._folder, self._places[part.hf])
+        return Holdings([part], {part.piece.name: tensor}, getattr(torch, self._dtype))
+
+
+def _check_held(
+    engines: EnginePool, verifier: Verifier, expected: Manifest, sent_rows: Callable[[int, int], list[int]]
+) -> None:
+    """Raise WeightMismatch where a worker does not hold what is expected; `sent_rows` as in PolicyGroup.digest_rows."""
+    version = expected.version
+    for engine, workers in enumerate(engines.audit(version, expected.rows == "all")):
+        for worker, answer in enumerate(workers):
+            where = f"worker {worker} of engine {engine}"
+            index = verifier.first_mismatch(expected, worker, answer["digests"])
+            if index is not None:
+                sent = sent_rows(*verifier.origin(worker, index))
+                held = engines.digest_rows(engine, worker, index)
+                raise mismatch(version, verifier.held[worker][index], where, sent, held)
+            for tensor, row, detail in answer["faults"]:
+                raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)

@@ -16,7 +16,6 @@ from conversion import checkpoint, hf
 from conversion.checkpoint import CheckpointReader, Index
 from conversion.families import Model, contrast, read_model
 from conversion.folders import RECORD, CheckpointError
-from conversion.mapping import mapped
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 
@@ -65,13 +64,7 @@ class HuggingFaceEnd:
         self.files = tuple(sorted({place.file for place in self._stored.values()}))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        place = self._stored[name]
-        row_bytes = torch.Size(place.shape[1:]).numel() * self.dtype.itemsize
-        path, shape = self.path / place.file, (stop - start, *place.shape[1:])
-        try:
-            return mapped(path, place.offset + start * row_bytes, shape, self.dtype)
-        except (OSError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
+        return hf.rows(self.path, self._stored[name], start, stop)
 
     def tiles(self) -> list[Tile]:
         ranks = {file: rank for rank, file in enumerate(self.files)}

@@ -6,6 +6,7 @@ with the digests of what it holds. Pickle checkpoints are refused: opening one r
 """
 
 import json
+import logging
 import math
 import mmap
 import os
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from conversion.families import read_model
 from conversion.folders import RECORD, CheckpointError, copy_companions, replacing, write_json
-from conversion.mapping import PiecewiseFile
+from conversion.mapping import PiecewiseFile, mapped
 from conversion.plan import Copy, WeightPlan
 from conversion.transfer import view
 from conversion.verify import DIGEST_RULE, tensor_digests
@@ -34,6 +36,8 @@ MAX_SHARD_BYTES = 5e9
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 1024  # of a tied head, compared at once
 
+_LOG = logging.getLogger(__name__)
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,11 +45,34 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Return which file holds which parameter. CheckpointError unless the folder holds exactly `shapes`.
 
-    Reads headers, and no weights but those of a tied head that is stored beside the embedding.
+    Reads headers, and no weights but those of a tied head that is stored beside the embedding. Says that an adapter
+    beside them is left out.
     """
     folder = Path(folder)
     holder = _check(folder, _weight_files(folder), shapes)
+    if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
+        _say_left_out(folder, " and ".join(adapters))
     return {name: file for name, file in holder.items() if name in shapes}
+
+
+@cache
+def _say_left_out(folder: Path, adapters: str) -> None:
+    """Once a process, however often the folder is checked."""
+    _LOG.warning("%s: %s: left out; merge the adapter into the weights if it belongs to the model", folder, adapters)
+
+
+def check_engines_read(folder: str | Path) -> None:
+    """Raise CheckpointError where vLLM would load other files of the folder than those that are read here.
+
+    Without an index it loads every *.safetensors of a folder, one after the other.
+    """
+    folder = Path(folder)
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.name != WEIGHTS)
+    if others and not (folder / INDEX).exists():
+        raise CheckpointError(
+            f"{folder} holds {', '.join(others)} beside {WEIGHTS}, and no {INDEX} that says which are the weights: "
+            f"{WEIGHTS} alone is read here, but vLLM would load all of them over each other; move the others away"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +85,8 @@ class Stored:
     dtype: torch.dtype
 
 
-def stored(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
-    """Return where the parameters in `holder` lie, which are as `check` gives them. CheckpointError: several types."""
+def places(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
+    """Return where the parameters in `holder` lie, which are as `check` gives them."""
     found: dict[str, Stored] = {}
     for file in sorted(set(holder.values())):
         with (folder / file).open("rb") as shard:  # safetensors has checked the header
@@ -73,11 +100,28 @@ def stored(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
                     shape=tuple(entry["shape"]),
                     dtype=_DTYPES[entry["dtype"]],
                 )
+    return found
+
+
+def stored(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
+    """Return the `places` of parameters that are of one type. CheckpointError: several types."""
+    found = places(folder, holder)
     of_type = {str(place.dtype).removeprefix("torch."): name for name, place in sorted(found.items(), reverse=True)}
     if len(of_type) != 1:
         mix = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(of_type.items()))
         raise CheckpointError(f"{folder} mixes types: {mix}; convert it to one first, for example with transformers")
     return found
+
+
+def rows(folder: Path, place: Stored, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return rows of a parameter, mapped from its file as it is stored; from any thread. CheckpointError if damaged."""
+    count = (place.shape[0] if stop is None else stop) - start
+    row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
+    path = folder / place.file
+    try:
+        return mapped(path, place.offset + start * row_bytes, (count, *place.shape[1:]), place.dtype)
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
 
 
 @torch.no_grad()
@@ -174,9 +218,9 @@ def writing(
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     """The weight files of a folder, each with the tensors the index says it holds (None: whatever it holds)."""
-    if (folder / WEIGHTS).exists():
-        return {WEIGHTS: None}
     if not (folder / INDEX).exists():
+        if (folder / WEIGHTS).exists():
+            return {WEIGHTS: None}
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise CheckpointError(f"{folder}: {pickled[0]} is a pickle checkpoint, which is refused: use safetensors")
@@ -195,6 +239,11 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             raise CheckpointError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
         if not (folder / file).exists():
             raise CheckpointError(f"{folder / INDEX} names {file}, which is missing")
+    if (folder / WEIGHTS).exists() and WEIGHTS not in files:
+        raise CheckpointError(
+            f"{folder} holds {WEIGHTS} beside {INDEX}, which names other files: transformers would read the first, "
+            f"vLLM those of the index; move away {WEIGHTS}, or the index with its files"
+        )
     return files
 
 
@@ -214,9 +263,14 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
     for file, listed in files.items():
         with _opened(folder / file) as shard:
             held = set(shard.keys())
-            for name in sorted(held if listed is None else listed):
+            for name in sorted(held | (listed or set())):
                 if name not in held:
                     raise CheckpointError(f"{folder / INDEX} says {file} holds {name}, but it does not")
+                if listed is not None and name not in listed and name in shapes:
+                    raise CheckpointError(
+                        f"{folder / file} holds a {name} that {INDEX} does not place there, while vLLM would load it: "
+                        "remove the tensor or mend the index; transformers writes both anew"
+                    )
                 holder[name] = file
                 if name not in shapes:
                     _check_extra(folder / file, name)

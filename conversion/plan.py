@@ -22,7 +22,7 @@ class WeightMismatch(RuntimeError):  # noqa: N818  it is the finding that is nam
     """An end does not hold what it was sent. `tensor` names the parameter, `row` the first bad row in it."""
 
     def __init__(self, *, version: int, tensor: str, where: str, row: int, detail: str) -> None:
-        self.version, self.tensor, self.where, self.row = version, tensor, where, row
+        self.version, self.tensor, self.where, self.row, self.detail = version, tensor, where, row, detail
         super().__init__(
             f"weights of version {version}: {where} does not hold {tensor} as it was sent, first bad row {row}: "
             f"{detail}. What it computes is not of these weights, so the run stops; start it again from its newest "

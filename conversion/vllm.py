@@ -11,7 +11,8 @@ An engine with pipeline stages is refused, and so is one whose kernel for expert
 tiles written into it would be right bit by bit and wrong as weights.
 
 What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan, and in a
-full check probes what vLLM derives from them: the packs of linear layers and of experts.
+full check probes what vLLM derives from them: the packs of linear layers and of experts. After `open_audit` it proves
+so what it loaded from a folder by itself.
 
 On a CPU vLLM packs the weights of linear layers and of experts for its kernels at load and drops the plain ones. Here
 the plain ones stay, to be written to, and are packed again after each update. The other way, no packing at all, is
@@ -115,10 +116,20 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
                 )
         return Holdings(held_parts(weights, rank), parameters, dtype)
 
+    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        """From now on, until init_transfer_engine, an audit is of the plan that fills this worker from HF parameters.
+
+        What the worker loaded by itself is proved so. ValueError as in init_transfer_engine.
+        """
+        tensor, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
+        model = model_from_config(config)
+        self._end = (model, plan(model.hf_tiles(), model.vllm_tiles(tensor)), tensor, rank, getattr(torch, dtype))
+        self._holdings = self._held()
+
     def audit(self, version: int, full: bool) -> dict[str, Any]:
         """The digests of what this worker holds, in its plan's order; in a full audit also the faults of its packs."""
         if self._holdings is None:
-            raise RuntimeError("init_weight_transfer_engine was not called")
+            raise RuntimeError("neither init_weight_transfer_engine nor open_audit was called")
         if not full:
             return {"digests": self._holdings.sampled(version), "faults": []}
         try:
@@ -164,6 +175,10 @@ class WorkerExtension:
     def place(self) -> tuple[str, str]:
         """Where this worker's parameters are: see TilesEngine.place."""
         return self.weight_transfer_engine.place()  # type: ignore[attr-defined]
+
+    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        """Audit what the worker loaded by itself: see TilesEngine.open_audit."""
+        self.weight_transfer_engine.open_audit(config, dtype)  # type: ignore[attr-defined]
 
     def audit(self, version: int, full: bool) -> dict[str, Any]:
         """What this worker holds, digested from its own parameters: see TilesEngine.audit."""

@@ -15,7 +15,7 @@ from astar_megatron import config
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
-from astar_megatron.data.prompts import tokenizer
+from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import evaluate
 from astar_megatron.run import prepare, started

@@ -1,5 +1,6 @@
 """Samples of the types that several tests fill in: what a test does not name does not matter to it."""
 
+from pathlib import Path
 from typing import Any
 
 from astar_megatron.data.contract import Contract
@@ -31,3 +32,11 @@ def rollout(prompt: Prompt, **fields: Any) -> Rollout:
         "reward": 1.0,
     }
     return Rollout(prompt=prompt, **usual | fields)
+
+
+def closed_files(folder: Path) -> list[Path]:
+    """Return the files under `folder` that others may do less with than the umask lets them."""
+    (folder / "like this").touch()
+    allowed = (folder / "like this").stat().st_mode
+    (folder / "like this").unlink()
+    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & allowed != allowed]

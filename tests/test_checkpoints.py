@@ -1,5 +1,6 @@
 """Which checkpoints of a run are kept (the policy's part is a fake that makes the folder)."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import AstarConfig, CheckpointConfig
+from astar_megatron.data.contract import ContractError
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.types import Prompt
 
@@ -59,6 +61,16 @@ def test_progress_that_is_damaged_inside_is_said_to_be(damage: dict[str, Any], t
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(ValueError, match=r"progress\.json: missing or damaged"):
         checkpoints.restore(stream, Astar(AstarConfig(), live))
+
+
+def test_a_run_whose_rewards_read_no_special_tokens_is_not_continued_with_those_that_do(tmp_path: Path) -> None:
+    stream = PromptStream(PROMPTS, 2, 0)
+    Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {}).save(cast(PolicyGroup, FakePolicy()), 3, stream, FIXED)
+    now = dataclasses.replace(CONTRACT, kept_token_ids=(5,))
+    with pytest.raises(
+        ContractError, match=r"kept token ids: this run has \[5\], the checkpoint none: its rewards read"
+    ):
+        Checkpoints(tmp_path, CheckpointConfig(), now, {}).restore(stream, FIXED)
 
 
 def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(tmp_path: Path) -> None:

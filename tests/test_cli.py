@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import samples
 import yaml
 from safetensors.torch import load_file
 
-from astar_megatron import cli, config, doctor
+from astar_megatron import cli, config, doctor, resources
+from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import PromptStream, read_prompts
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.run import prepare
+from astar_megatron.train import stage_1
 
 
 @pytest.fixture
@@ -166,6 +170,72 @@ def test_a_tokenizer_without_eos_is_refused(command: Any, tree: dict[str, Any]) 
     assert "EOS" in error
 
 
+CLOCK = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}<assistant>"
+
+
+def test_prompts_are_the_same_on_every_day_of_a_table_s_life(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(CLOCK)
+    for name in ("sweep", "train", "doctor"):
+        status, error = command(name, tree)
+        assert status == 2
+        assert f"data.date: the chat template of {tree['model']['path']}" in error and "data.date=20" in error
+    cfg = config.validate(tree | {"data": tree["data"] | {"date": "2026-11-28"}})
+    try:
+        for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):  # never on the same day
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            if not cfg.table_dir.exists():
+                fill_table(cfg.model_dump())
+            assert stage_1(cfg, prepare(cfg)).samples.tolist() == [8]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert "the chat template writes the day 2026-11-28 into each prompt" in caplog.text
+
+
+def test_another_day_than_the_table_s_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(CLOCK)
+    tree["data"]["date"] = "2026-11-28"
+    fill_table(tree)
+    status, error = command("sweep", tree, "--set", "data.date=2026-11-29")
+    assert status == 2 and "date: this run has 2026-11-29, the table 2026-11-28" in error
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(command: Any, tree: dict[str, Any]) -> None:
+    tok = tokenizer(tree["model"]["path"])
+    tok.add_tokens([f"more{i}" for i in range(300)])  # the model has 263 rows
+    tok.save_pretrained(tree["model"]["path"])
+    tokenizer.cache_clear()
+    beyond = tok.convert_tokens_to_ids("more299")
+    for key, other in (("path", "eval_path"), ("eval_path", "path")):
+        good, bad = (Path(tree["run_dir"]).with_name(f"{name}.jsonl") for name in ("good", "bad"))
+        good.write_text(json.dumps({"question": "1 + 1", "answer": "2"}) + "\n")
+        bad.write_text(good.read_text() + json.dumps({"question": "more299", "answer": "2"}) + "\n")
+        status, error = command("sweep", tree, "--set", f"data.{key}={bad}", "--set", f"data.{other}={good}")
+        assert status == 2
+        assert f"{bad}: 1 of 2 prompts" in error and f"line 2, has token 'more299' ({beyond})" in error
+        assert "vocab_size is 263" in error
+    (Path(tree["model"]["path"]) / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, beyond]}))
+    status, error = command("sweep", tree)
+    assert status == 2 and f"a response is to end at token 'more299' ({beyond})" in error
+
+
+def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    turn = (
+        "{% for m in messages %}{{ m.content }}<user>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(turn)
+    assert command("doctor", tree)[0] == 0
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "ends a turn with '<user>' (3), but a response ends only at '</s>' (2)" in said
+
+
 def test_prompts_over_the_limit_are_refused_with_their_number(command: Any, tree: dict[str, Any]) -> None:
     status, error = command("sweep", tree, "--set", "data.max_prompt_tokens=5")
     assert status == 2
@@ -213,10 +283,10 @@ def test_benchmarks_need_their_folder_and_their_files(command: Any, tree: dict[s
 def test_too_little_memory_or_shared_memory_is_refused(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = doctor.measure()
+    machine = resources.measure()
     for field, word in (("memory_bytes", "memory"), ("shared_bytes", "/dev/shm")):
         small = dataclasses.replace(machine, **{field: 1000})
-        monkeypatch.setattr(doctor, "measure", lambda small=small: small)
+        monkeypatch.setattr(resources, "measure", lambda small=small: small)
         status, error = command("sweep", tree)
         assert status == 2
         assert error.startswith(f"astar: {word}")
@@ -233,11 +303,27 @@ def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "main", lambda: 0)
-    small = dataclasses.replace(doctor.measure(), num_accelerators=2)
-    monkeypatch.setattr(doctor, "measure", lambda: small)
+    small = dataclasses.replace(resources.measure(), num_accelerators=2)
+    monkeypatch.setattr(resources, "measure", lambda: small)
     status, error = command("doctor", tree, "--set", "parallel.tensor=2")
     assert status == 2
     assert "tensor=2 makes 2 ranks" in error and "room for 1" in error and "one rank" in error
+
+
+def test_a_run_fits_the_only_accelerator_or_is_refused_with_the_figures(
+    command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    one = dataclasses.replace(resources.measure(), num_accelerators=1, accelerator_bytes=80 * resources.GIB)
+    monkeypatch.setattr(resources, "measure", lambda: one)
+    status, out = command("doctor", tree, "--set", "rollout.gpu_memory_utilization=0.25")
+    assert status == 0, out
+    small = dataclasses.replace(one, accelerator_bytes=4 * resources.GIB)
+    monkeypatch.setattr(resources, "measure", lambda: small)
+    status, error = command("doctor", tree)
+    assert status == 2 and "memory of the one GPU: the policy needs about 2." in error
+    status, error = command("doctor", tree, "--set", "rollout.num_engines=2")
+    assert status == 2 and "of 1 accelerators the engines take 2" in error
 
 
 def test_training_without_a_table_says_to_sweep_first(command: Any, tree: dict[str, Any]) -> None:
@@ -273,8 +359,8 @@ def test_another_tokenizer_than_the_runs_is_refused_by_eval(
 def test_doctor_says_whether_a_run_fits(command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "main", lambda: 0)
     assert command("doctor", tree) == (0, "")
-    small = dataclasses.replace(doctor.measure(), memory_bytes=1000)
-    monkeypatch.setattr(doctor, "measure", lambda: small)
+    small = dataclasses.replace(resources.measure(), memory_bytes=1000)
+    monkeypatch.setattr(resources, "measure", lambda: small)
     status, error = command("doctor", tree)
     assert status == 2
     assert error.startswith("astar: memory")
@@ -355,7 +441,10 @@ def test_a_folder_that_megatron_computes_otherwise_is_named(
     run = subprocess.run
 
     def misled(command: list[str], **options: Any) -> Any:
-        return run([*command[:-1], str(other)] if "astar_megatron.model.alone" in command else command, **options)
+        if "astar_megatron.model.alone" not in command:
+            return run(command, **options)
+        assert command[:2] == ["env", "NVIDIA_TF32_OVERRIDE=0"]  # it computes in float32, on a GPU too
+        return run([*command[:-1], str(other)], **options)
 
     monkeypatch.setattr(subprocess, "run", misled)
     status, _, error = convert("hf-to-megatron", tied_llama, tmp_path / "megatron")
@@ -489,3 +578,24 @@ def test_conversions_that_can_t_be_are_refused(convert: Any, tied_llama: Path, t
         assert status == 2
         assert word in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "somebodys"]
+
+
+TWICE = """
+import os, signal, sys, time
+from astar_megatron import cli
+signal.signal(signal.SIGTERM, cli._stop)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+finally:
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status", "said"), [(0.0, 143, "cleaned up\n"), (1.2, -15, "")])
+def test_the_same_sigterm_again_lets_a_program_clean_up_and_a_later_one_ends_it(
+    seconds: float, status: int, said: str
+) -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE, str(seconds)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (status, said)

@@ -26,6 +26,7 @@ KEYS = {
     "data.max_prompt_tokens": 256,
     "data.long_prompts": "refuse",
     "data.eval_path": None,
+    "data.date": None,
     "reward.name": REQUIRED,
     "reward.timeout_seconds": 10.0,
     "reward.max_failures": 100,
@@ -74,7 +75,7 @@ KEYS = {
     "rollout.max_num_seqs": 256,
     "rollout.kv_cache_gib": 1,
     "rollout.gpu_memory_utilization": 0.5,
-    "rollout.eager": True,
+    "rollout.graphs": None,
     "conversion.bucket_bytes": 64 << 20,
     "conversion.verify_interval": 50,
     "cluster.address": None,
@@ -159,6 +160,15 @@ def test_the_papers_runs_have_the_papers_settings(name: str) -> None:
     assert cfg.parallel.world_size + cfg.rollout.num_engines * cfg.rollout.tensor == 4  # GPUs
 
 
+def test_a_day_is_text_whether_yaml_reads_a_date_or_text(tmp_path: Path) -> None:
+    for written in ("2026-11-28", "'2026-11-28'"):
+        assert load(tmp_path, f"data.date={written}").data.date == "2026-11-28"
+    for wrong in ("28.11.2026", "20261128", "2026-11-28 10:00:00", "today", "''", "[]"):
+        assert refusal(tmp_path, f"data.date={wrong}").startswith("data.date: expected a day as 2026-11-28, got ")
+    assert "not readable as YAML: day is out of range" in refusal(tmp_path, "data.date=2026-11-31")
+    assert "not readable as YAML: day is out of range" in refusal(tmp_path, text=SMALLEST + "seed: 2026-11-31\n")
+
+
 @pytest.mark.parametrize(
     ("wrong", "path", "nearest"),
     [
@@ -190,7 +200,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_name(
         ("optim.lr=fast", "optim.lr"),
         ("optim.lr=-1e-6", "optim.lr"),
         ("optim.lr=", "optim.lr"),
-        ("rollout.eager=1", "rollout.eager"),
+        ("rollout.graphs=1", "rollout.graphs"),
         ("rollout.gpu_memory_utilization=1.0", "rollout.gpu_memory_utilization"),
         ("sampling.top_p=1.1", "sampling.top_p"),
         ("astar.beta1=0", "astar.beta1"),
@@ -205,6 +215,11 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_was_given(tmp_path: Pat
     assert message.startswith(f"{path}: ")
     assert ", got " in message
     assert "\n" not in message
+
+
+def test_a_key_that_has_another_name_now_is_refused_with_that(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "rollout.eager=true")
+    assert message.startswith("rollout.eager: no such key any more; it is rollout.graphs now")
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ import yaml
 
 from astar_megatron import cli, config
 from astar_megatron.config import DataConfig
+from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
-from astar_megatron.data.prompts import read_prompts, tokenizer
+from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.rows import hub_rows
 from astar_megatron.data.v_star import VStarTable
 
@@ -196,6 +198,37 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
     assert all(math.isnan(value) for value in columns["logprob"].to_pylist())
     status, said, _ = astar("import-stage1", source, "--config", file)
     assert status == 0 and "0 imported, 6 were there" in said
+
+
+def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special_ones(
+    stage1: Any, astar: Command, tmp_path: Path, tied_llama: Path
+) -> None:
+    model = Path(shutil.copytree(tied_llama, tmp_path / "model"))
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    source, file = stage1(_stage1(response_0="2<assistant>", response_1="3<user>2", eval_1=1.0))
+    options = ["--set", f"model.path={model}"]
+    status, said, error = astar("import-stage1", source, "--config", file, *options)
+    assert status == 0 and "3 imported" in said, error
+    cfg = config.load(file, options[1:])
+    (path,) = cfg.table_dir.glob("shard-*")
+    tok = tokenizer(cfg.model.path)
+    two, three = (tok.convert_tokens_to_ids(text) for text in "23")
+    assert pq.read_table(path)["response"].to_pylist()[:2] == [[two, 4], [three, 3, two, 2]]
+
+
+def test_an_imported_response_that_the_model_has_no_row_for_is_refused(
+    stage1: Any, astar: Command, tmp_path: Path, tied_llama: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tied_llama, model)
+    large = tokenizer(str(model))
+    large.add_tokens([f"more{i}" for i in range(300)])
+    large.save_pretrained(model)
+    tokenizer.cache_clear()
+    source, file = stage1(_stage1(response_1="more299"))
+    status, _, error = astar("import-stage1", source, "--config", file, "--set", f"model.path={model}")
+    assert status == 2 and "1 of 3 responses hold" in error and "vocab_size is 263" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_responses_of_the_same_prompts_are_refused_and_nothing_is_written(

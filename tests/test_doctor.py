@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from astar_megatron import config, doctor
+from astar_megatron import config, doctor, resources
 from astar_megatron.cluster import cluster
 from astar_megatron.config import RunConfig
-from astar_megatron.doctor import GIB, Finding, Machine, ResourceError
+from astar_megatron.doctor import Finding
+from astar_megatron.resources import GIB, Machine, ResourceError
 from conversion.transfer import buckets
 
 NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
@@ -58,94 +59,87 @@ def write(root: Path, path: str, text: str) -> None:
 # --- does a run fit
 
 
-def test_ranks_have_the_accelerators_that_engines_leave() -> None:
-    cfg = run_config(rollout={"num_engines": 2, "tensor": 3})
-    places, what = doctor.free_accelerators(cfg, 8)
-    assert places == 2 and "of 8 accelerators the engines take 6" in what
-    assert doctor.free_accelerators(cfg, 4)[0] == -2
-
-
 def test_replicas_that_share_experts_hold_less() -> None:
     shared, whole = (
-        doctor.needs(run_config(parallel={"context": 2, "data": 2, "expert": expert}), MODEL_BYTES, machine())
+        resources.needs(run_config(parallel={"context": 2, "data": 2, "expert": expert}), MODEL_BYTES, machine())
         for expert in (2, 1)
     )
-    two = doctor.needs(run_config(parallel={"data": 2}), MODEL_BYTES, machine())
+    two = resources.needs(run_config(parallel={"data": 2}), MODEL_BYTES, machine())
     assert shared.policy_bytes == two.policy_bytes < whole.policy_bytes
 
 
 def test_bytes_a_parameter_are_the_formulas() -> None:
-    in_bfloat16 = doctor.needs(run_config(), MODEL_BYTES, machine())
+    in_bfloat16 = resources.needs(run_config(), MODEL_BYTES, machine())
     assert in_bfloat16.policy_bytes == (2 + 4 + 12 + 2) * NUM_PARAMETERS
     assert in_bfloat16.engines_bytes == 2 * NUM_PARAMETERS + GIB
-    assert in_bfloat16.shared_bytes == 2 * 2 * doctor.EXPORT_BUCKET_BYTES + doctor.OBJECT_STORE_BYTES
-    in_float32 = doctor.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
+    assert in_bfloat16.shared_bytes == 2 * 2 * resources.EXPORT_BUCKET_BYTES + resources.OBJECT_STORE_BYTES
+    in_float32 = resources.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
     assert in_float32.policy_bytes == (4 + 4 + 8 + 4) * NUM_PARAMETERS
     assert in_float32.shared_bytes == in_bfloat16.shared_bytes  # whatever the model, unless it is smaller
-    small = doctor.needs(run_config(parallel={"data": 2}), 4000, machine())
-    assert small.shared_bytes == 2 * 2 * 1000 + doctor.OBJECT_STORE_BYTES
+    small = resources.needs(run_config(parallel={"data": 2}), 4000, machine())
+    assert small.shared_bytes == 2 * 2 * 1000 + resources.OBJECT_STORE_BYTES
     wide = run_config(parallel={"data": 2}, conversion={"bucket_bytes": 1 << 20})
-    shared = 2 * 2 * ((1 << 20) + doctor.EXPORT_BUCKET_BYTES)
-    assert doctor.needs(wide, MODEL_BYTES, machine()).shared_bytes == shared + doctor.OBJECT_STORE_BYTES
+    shared = 2 * 2 * ((1 << 20) + resources.EXPORT_BUCKET_BYTES)
+    assert resources.needs(wide, MODEL_BYTES, machine()).shared_bytes == shared + resources.OBJECT_STORE_BYTES
 
 
 def test_only_weights_gradients_and_reference_are_held_again_by_a_replica() -> None:
-    one = doctor.needs(run_config(), MODEL_BYTES, machine())
-    two = doctor.needs(run_config(parallel={"data": 2}), MODEL_BYTES, machine())
+    one = resources.needs(run_config(), MODEL_BYTES, machine())
+    two = resources.needs(run_config(parallel={"data": 2}), MODEL_BYTES, machine())
     assert two.policy_bytes - one.policy_bytes == (2 + 4 + 2) * NUM_PARAMETERS
     assert two.engines_bytes == one.engines_bytes
-    assert two.processes_bytes - one.processes_bytes == doctor.RANK_BYTES
+    assert two.processes_bytes - one.processes_bytes == resources.RANK_BYTES
 
 
 def test_splitting_the_policy_adds_processes_and_no_tensors() -> None:
-    whole = doctor.needs(run_config(), MODEL_BYTES, machine())
-    split = doctor.needs(run_config(parallel={"tensor": 2, "pipeline": 2}), MODEL_BYTES, machine())
+    whole = resources.needs(run_config(), MODEL_BYTES, machine())
+    split = resources.needs(run_config(parallel={"tensor": 2, "pipeline": 2}), MODEL_BYTES, machine())
     assert split.policy_bytes == whole.policy_bytes
-    assert split.processes_bytes - whole.processes_bytes == 3 * doctor.RANK_BYTES
+    assert split.processes_bytes - whole.processes_bytes == 3 * resources.RANK_BYTES
 
 
 def test_every_engine_holds_the_weights_and_its_own_cache() -> None:
     cfg = run_config(rollout={"num_engines": 3, "kv_cache_gib": 2})
-    assert doctor.needs(cfg, MODEL_BYTES, machine()).engines_bytes == 3 * (2 * NUM_PARAMETERS + 2 * GIB)
+    assert resources.needs(cfg, MODEL_BYTES, machine()).engines_bytes == 3 * (2 * NUM_PARAMETERS + 2 * GIB)
 
 
 def test_a_named_type_wins_over_what_the_processor_has() -> None:
-    auto = doctor.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
-    named = doctor.needs(
+    auto = resources.needs(run_config(), MODEL_BYTES, machine(native_bfloat16=False))
+    named = resources.needs(
         run_config(model={"path": "m", "dtype": "float32"}), MODEL_BYTES, machine(native_bfloat16=True)
     )
     assert named == auto
 
 
 def test_with_accelerators_the_host_holds_processes_and_shared_memory_only() -> None:
-    need = doctor.needs(run_config(), MODEL_BYTES, machine(num_accelerators=4))
+    need = resources.needs(run_config(), MODEL_BYTES, machine(num_accelerators=4))
     assert need.memory_bytes == need.shared_bytes + need.processes_bytes
 
 
 def test_a_run_is_refused_one_byte_below_its_need_and_not_at_it() -> None:
     cfg = run_config()
-    need = doctor.needs(cfg, MODEL_BYTES, machine())
-    doctor.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes, need.shared_bytes))
+    need = resources.needs(cfg, MODEL_BYTES, machine())
+    resources.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes, need.shared_bytes))
     with pytest.raises(ResourceError, match=r"^memory: this run needs at least .* GiB .* are available"):
-        doctor.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes - 1, need.shared_bytes))
+        resources.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes - 1, need.shared_bytes))
     with pytest.raises(ResourceError, match=r"^/dev/shm: this run needs .* GiB .* are free"):
-        doctor.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes, need.shared_bytes - 1))
+        resources.check_run(cfg, MODEL_BYTES, machine(need.memory_bytes, need.shared_bytes - 1))
 
 
 def test_a_refusal_names_the_keys_that_help() -> None:
     with pytest.raises(ResourceError, match=r"rollout\.kv_cache_gib.*parallel\.data") as caught:
-        doctor.check_run(run_config(), MODEL_BYTES, machine(memory_bytes=GIB))
+        resources.check_run(run_config(), MODEL_BYTES, machine(memory_bytes=GIB))
     assert "1.0 GiB are available" in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 
 def test_a_run_on_other_machines_is_not_checked_on_this_one() -> None:
-    doctor.check_run(run_config(cluster={"address": "10.0.0.1:6379"}), MODEL_BYTES, machine(0, 0))
+    resources.check_run(run_config(cluster={"address": "10.0.0.1:6379"}), MODEL_BYTES, machine(0, 0))
 
 
 def test_a_model_of_seventy_billion_does_not_fit_this_machine() -> None:
     with pytest.raises(ResourceError):
-        doctor.check_run(run_config(), 4 * 70_000_000_000, doctor.measure())
+        resources.check_run(run_config(), 4 * 70_000_000_000, resources.measure())
 
 
 def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) -> None:
@@ -153,17 +147,17 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) 
         run_dir=str(tmp_path / "not" / "yet"), checkpoint={"keep": 3}, model={"path": "m", "dtype": "float32"}
     )
     need = (4 * 12 + 4) * NUM_PARAMETERS
-    doctor.check_disk(cfg, NUM_PARAMETERS, free=need)
+    resources.check_disk(cfg, NUM_PARAMETERS, free=need)
     with pytest.raises(ResourceError, match=r"4 checkpoints of 1\.5 GiB.* lower checkpoint\.keep"):
-        doctor.check_disk(cfg, NUM_PARAMETERS, free=need - 1)
-    doctor.check_disk(cfg, 1000)
+        resources.check_disk(cfg, NUM_PARAMETERS, free=need - 1)
+    resources.check_disk(cfg, 1000)
     with pytest.raises(ResourceError, match="not/yet"):
-        doctor.check_disk(cfg, 1 << 50)
+        resources.check_disk(cfg, 1 << 50)
 
 
 def test_the_object_store_counted_is_the_one_that_ray_gets() -> None:
-    assert doctor.OBJECT_STORE_BYTES == cluster.OBJECT_STORE_BYTES
-    assert doctor.EXPORT_BUCKET_BYTES == buckets.BUCKET_BYTES
+    assert resources.OBJECT_STORE_BYTES == cluster.OBJECT_STORE_BYTES
+    assert resources.EXPORT_BUCKET_BYTES == buckets.BUCKET_BYTES
 
 
 # --- reading the machine
@@ -174,9 +168,9 @@ MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailabl
 
 def test_available_memory_is_the_systems(tmp_path: Path) -> None:
     write(tmp_path, "proc/meminfo", MEMINFO)
-    assert doctor.available_memory_bytes(tmp_path) == 8_000_000 * 1024
+    assert resources.available_memory_bytes(tmp_path) == 8_000_000 * 1024
     write(tmp_path, "sys/fs/cgroup/memory.max", "max\n")
-    assert doctor.available_memory_bytes(tmp_path) == 8_000_000 * 1024
+    assert resources.available_memory_bytes(tmp_path) == 8_000_000 * 1024
 
 
 def test_a_control_groups_limit_counts_without_what_it_only_caches(tmp_path: Path) -> None:
@@ -184,7 +178,7 @@ def test_a_control_groups_limit_counts_without_what_it_only_caches(tmp_path: Pat
     write(tmp_path, "sys/fs/cgroup/memory.max", f"{4 * GIB}\n")
     write(tmp_path, "sys/fs/cgroup/memory.current", f"{3 * GIB}\n")
     write(tmp_path, "sys/fs/cgroup/memory.stat", f"anon {GIB}\ninactive_file {2 * GIB}\n")
-    assert doctor.available_memory_bytes(tmp_path) == 3 * GIB
+    assert resources.available_memory_bytes(tmp_path) == 3 * GIB
 
 
 def test_a_control_groups_share_of_the_cores_counts(tmp_path: Path) -> None:
@@ -208,7 +202,7 @@ def test_a_control_groups_share_of_the_cores_counts(tmp_path: Path) -> None:
 )
 def test_native_bfloat16_is_read_from_the_kernels_flags(tmp_path: Path, line: str, native: list[str]) -> None:
     write(tmp_path, "proc/cpuinfo", f"processor\t: 0\nmodel name\t: some bf16 CPU\n{line}\n")
-    assert doctor.native_bfloat16(tmp_path) == native
+    assert resources.native_bfloat16(tmp_path) == native
 
 
 # --- packages
@@ -237,6 +231,14 @@ def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:
     assert (both.level, "cpu and gpu" in both.found) == ("fail", True)
 
 
+def test_the_extras_that_bring_a_module_are_found_by_it_and_none_for_others() -> None:
+    requirements = [*REQUIREMENTS, "megatron-core==0.19.2; extra == 'cpu'", "transformers==5; extra == 'gpu'"]
+    assert doctor.extras_with("vllm.envs", requirements) == ["cpu", "gpu"]
+    assert doctor.extras_with("megatron", requirements) == ["cpu"]
+    assert doctor.extras_with("safetensors", requirements) == ["gpu"]
+    assert doctor.extras_with("astar_megatron", requirements) == doctor.extras_with("", requirements) == []
+
+
 # --- the report
 
 
@@ -257,7 +259,9 @@ def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
 
 def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
     findings = doctor.report()
-    assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "disk"} <= {f.what for f in findings}
+    assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "sockets", "disk"} <= {
+        f.what for f in findings
+    }
     assert all(finding.remedy for finding in findings if finding.level != "ok")
 
 

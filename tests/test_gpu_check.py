@@ -1,5 +1,6 @@
 """`make gpu-check` says in words what a machine lacks, and skips what it has no packages for by their names."""
 
+import json
 import os
 import subprocess
 import sys
@@ -60,3 +61,48 @@ def test_the_table_of_the_head_needs_torch_and_triton_alone(tmp_path: Path) -> N
     pytest.importorskip("triton", reason="triton is not installed: the table needs it")
     done = run([sys.executable, "tests/benchmarks/gpu_head.py"], tmp_path, OTHERS)
     assert done.returncode == 1 and done.stderr.startswith("gpu-check: torch ") and "sees no GPU" in done.stderr
+
+
+def test_the_table_of_a_rank_runs_without_a_gpu_too(tmp_path: Path) -> None:
+    """A tiny shape: the program that watches over the fusions is itself known to work."""
+    for package in ("megatron", "pydantic", "safetensors", "yaml"):
+        pytest.importorskip(package)
+    report = tmp_path / "rank.json"
+    command = [sys.executable, "tests/benchmarks/gpu_rank.py", "tiny", "--steps", "1", "--json", str(report)]
+    done = run(command, tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(report.read_text())
+    assert row["shape"] == "tiny" and row["step, s"] > 0 and row["tokens/s"] > 0 and row["peak GiB"] > 0
+
+
+def test_the_table_of_a_rank_says_what_it_lacks(tmp_path: Path) -> None:
+    command = [sys.executable, "tests/benchmarks/gpu_rank.py"]
+    done = run(command, tmp_path, "megatron")
+    assert done.returncode == 0 and done.stdout.startswith("gpu-check: no megatron here: the table")
+    done = run(command, tmp_path, "")
+    assert done.returncode == 1 and "sees no GPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "is_lost"),
+    [({}, True), ({"mfu": 0.48}, False), ({"mfu": None}, False), ({"transformer_engine": False}, False)],
+)
+def test_a_step_that_lost_its_fusions_is_named(change: dict[str, object], is_lost: bool, tmp_path: Path) -> None:
+    """0.24 is what the shape had without them."""
+    report = {"shape": "1.5b", "transformer_engine": True, "mfu": 0.24} | change
+    done = run([sys.executable, "-c", f"import gpu_rank; print(gpu_rank.lost({report!r}))"], tmp_path, "")
+    assert ("gpu-check: an MFU of 0.24 at the shape 1.5b" in done.stdout) == is_lost and not done.returncode
+
+
+@pytest.mark.slow
+def test_generation_is_measured_without_a_gpu_too(tmp_path: Path) -> None:
+    for package in ("vllm", "ray", "safetensors"):
+        pytest.importorskip(package)
+    report = tmp_path / "generation.json"
+    small = ["--shape", "tiny", "--requests", "4", "--tokens", "16", "--graphs", "none", "--runners", "1"]
+    done = run([sys.executable, "tests/benchmarks/gpu_generation.py", *small, "--json", str(report)], tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["plain", "seeds", "seeds and log-probs", "seeds and log-probs"]
+    assert [row["who"] for row in rows] == [*["bare vLLM, runner V1"] * 3, "the pool"]
+    assert all(row["tokens/s"] > 0 and row["ms a decode step"] > 0 for row in rows)

@@ -93,6 +93,14 @@ def test_it_says_what_the_table_was_made_under_and_whether_this_run_could_use_it
     VStarTable.create_or_open(tmp_path / "v_star", contract).append(rows)
     main(cfg)
     assert "this run's contract is the same" in " ".join(capsys.readouterr().out.split())
+    shutil.rmtree(tmp_path / "v_star")  # made by a version whose rewards read no special tokens: <assistant> is 4
+    earlier = VStarTable.create_or_open(tmp_path / "v_star", dataclasses.replace(contract, kept_token_ids=()))
+    earlier.append([dataclasses.replace(row, token_ids=(5, 2)) for row in rows])
+    main(cfg)
+    assert "this run's contract is the same" in " ".join(capsys.readouterr().out.split())
+    earlier.append([dataclasses.replace(rows[0], token_ids=(5, 4), sample=2)])
+    main(cfg)
+    assert "can't use it: kept token ids" in " ".join(capsys.readouterr().out.split())
 
 
 def test_inspect_runs_on_a_machine_without_ray_vllm_megatron_and_transformers(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.config import ConversionConfig
-from astar_megatron.weights import TransferFolder, WeightSync
+from astar_megatron.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion import hf
 from conversion.families import Model, read_model
-from conversion.plan import WeightMismatch, plan
+from conversion.folders import CheckpointError
+from conversion.plan import WeightMismatch, WeightPlan, plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.route import Place, Route, here
 from conversion.verify import Holdings, held_parts, sent_parts
@@ -103,6 +104,18 @@ class Engines:
         self.receivers = [route.receiver(way, 0, t, torch.float32, engine) for engine, t in enumerate(self.tensors)]
         self.holdings = [Holdings(held_parts(way, 0), t, torch.float32) for t in self.tensors]
 
+    def load(self, folder: Path) -> None:
+        """Load a folder by themselves, as vLLM does."""
+        for tensors in self.tensors:
+            hf.load(folder, self._own_plan(), 0, tensors)
+
+    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        assert config == self.model.config
+        self.holdings = [Holdings(held_parts(self._own_plan(), 0), t, getattr(torch, dtype)) for t in self.tensors]
+
+    def _own_plan(self) -> WeightPlan:
+        return plan(self.model.hf_tiles(), self.model.vllm_tiles(1))
+
     def update(self, version: int, sending: list[Future[None]]) -> None:
         with ThreadPoolExecutor(2) as threads:
             taking = [threads.submit(receiver.receive, version) for receiver in self.receivers]
@@ -180,3 +193,38 @@ def test_on_several_hosts_the_weights_go_by_gloo_and_are_proved_all_the_same(tie
     engines.spoil = lambda tensors: tensors[0]["model.layers.4.mlp.down_proj.weight"][9, 3].add_(1e-6)
     with pytest.raises(WeightMismatch, match=r"worker 0 of engine 0 does not hold model\.layers\.4\.mlp\.down_proj"):
         sync.publish(2)
+
+
+def test_engines_that_loaded_the_folder_pass_and_one_that_loaded_anything_else_is_named(untied_qwen2: Path) -> None:
+    engines = Engines(read_model(untied_qwen2))
+    engines.load(untied_qwen2)
+    loaded = LoadedWeights(untied_qwen2, 1, "float32")
+    loaded.verify(engines)  # type: ignore[arg-type]
+    assert engines.audits == [True]
+    engines.tensors[1]["model.layers.2.self_attn.qkv_proj.bias"][197] += 1e-6  # hidden size 192: of the keys
+    with pytest.raises(CheckpointError) as caught:
+        loaded.verify(engines)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(
+        f"{untied_qwen2}: worker 0 of engine 1 loaded another model.layers.2.self_attn.k_proj.bias than "
+        "model.safetensors holds, first bad row 5: digest expected "
+    )
+
+
+def test_what_engines_round_when_they_load_is_no_difference(tied_llama: Path) -> None:
+    engines = Engines(read_model(tied_llama))
+    engines.tensors = [{name: t.bfloat16() for name, t in tensors.items()} for tensors in engines.tensors]
+    engines.load(tied_llama)
+    LoadedWeights(tied_llama, 1, "bfloat16").verify(engines)  # type: ignore[arg-type]
+    engines.tensors[0]["model.layers.5.mlp.down_proj.weight"][3, 7] *= 1.01
+    with pytest.raises(
+        CheckpointError, match=r"engine 0 loaded another model\.layers\.5\.mlp\.down_proj\.weight .* row 3"
+    ):
+        LoadedWeights(tied_llama, 1, "bfloat16").verify(engines)  # type: ignore[arg-type]
+
+
+def test_a_stale_pack_of_what_an_engine_loaded_is_named(tied_llama: Path) -> None:
+    engines = Engines(read_model(tied_llama))
+    engines.load(tied_llama)
+    engines.faults = [("lm_head.weight", 5, "old")]
+    with pytest.raises(CheckpointError, match=r"engine 0 loaded another lm_head\.weight than its file .* row 5: old"):
+        LoadedWeights(tied_llama, 1, "float32").verify(engines)  # type: ignore[arg-type]

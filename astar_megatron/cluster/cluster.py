@@ -1,5 +1,8 @@
 """Ray: started on this machine when no address is given, joined when one is; actors are placed here and nowhere else.
 
+A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
+network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
+
 Leaves out what only several nodes need: placement by node, replacement of dead actors.
 """
 
@@ -7,7 +10,10 @@ import contextlib
 import logging
 import os
 import re
+import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +21,25 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray._private import ray_constants, state
 from ray._private.worker import global_worker
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from astar_megatron.cluster.cores import available_cores
+from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.session import SessionFolder
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
 _LOOPBACK = "127.0.0.1"
+# Ray puts the folder in which it is started or joined before everything else on its workers' Python path: a numbers.py
+# of the user's would be imported there in place of Python's. No module lies here.
+_NEUTRAL_FOLDER = "/"
+_SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # nor do processes that an actor starts look for modules where they run
 _CLOSE_SECONDS = 20.0
+_OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
 class Cluster:
@@ -32,49 +47,88 @@ class Cluster:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
-        self._actors: list[tuple[str, Any]] = []
+        self._actors: dict[str, tuple[str, Any]] = {}  # by Ray's id: the name in messages, the handle
+        self._memory_kills = 0
         self.num_nodes, self.num_gpus = 0, 0
 
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-        if self._cfg.address:
-            if (Path.home() / ".ray" / "auth_token").is_file():
-                os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
-            try:
-                _knock(self._cfg.address)
-                ray.init(address=self._cfg.address, **common)
-            except (OSError, RuntimeError, ValueError) as error:
+        self._memory_kills = memory_kills()
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(SessionFolder())
+            stack.callback(ray.shutdown)
+            handler = signal.getsignal(signal.SIGTERM)
+            self._join(self._cfg.address) if self._cfg.address else self._begin()
+            if threading.current_thread() is threading.main_thread() and handler is not None:
+                signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
+            self.num_nodes = sum(node["Alive"] for node in ray.nodes())
+            if self.num_nodes > 1:
                 raise ClusterError(
-                    f"cluster.address: no Ray cluster answers at {self._cfg.address!r} ({error}); "
-                    "start one with `ray start --head`, or leave the key out to start one here. If one runs there, "
-                    "it wants its token: copy it to ~/.ray/auth_token (RAY_AUTH_MODE=disabled where it has none)"
-                ) from None
-        else:
-            # Ray listens on all interfaces; since 2.60 it turns token authentication on by itself for such a session.
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
-        self.num_nodes = sum(node["Alive"] for node in ray.nodes())
-        if self.num_nodes > 1:
-            ray.shutdown()
-            raise ClusterError(
-                f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes (gloo "
-                "and NCCL) have run within one machine only so far: join a cluster of one node"
-            )
-        self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
+                    f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes "
+                    "(gloo and NCCL) have run within one machine only so far: join a cluster of one node"
+                )
+            self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
+            self._ends = stack.pop_all()
         return self
 
+    def _begin(self) -> None:
+        """Start a session of this machine on the loopback address, whatever its network is or becomes."""
+        # Where Ray serves no clusters (macOS) it keeps to loopback; elsewhere it would turn 127.0.0.1 into the
+        # machine's own address, and servers with that one listen on all interfaces.
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
+        with contextlib.chdir(_NEUTRAL_FOLDER):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(self._folder.path),
+                **_QUIET,
+            )
+
+    def _join(self, address: str) -> None:
+        ray_constants.ENABLE_RAY_CLUSTER = True
+        with contextlib.suppress(RuntimeError):  # without HOME there is no such file
+            if (Path.home() / ".ray" / "auth_token").is_file():
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
+        try:
+            _knock(address)
+            with contextlib.chdir(_NEUTRAL_FOLDER):
+                ray.init(address=address, **_QUIET)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterError(
+                f"cluster.address: no Ray cluster answers at {address!r} ({error}); "
+                "start one with `ray start --head`, or leave the key out to start one here. If one runs there, "
+                "it wants its token: copy it to ~/.ray/auth_token (RAY_AUTH_MODE=disabled where it has none)"
+            ) from None
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for _, actor in self._actors:
+        for _, actor in self._actors.values():
             with contextlib.suppress(RayActorError):
                 ray.kill(actor)
         self._actors.clear()
-        ray.shutdown()
+        self._ends.__exit__(kind, error, tb)
+
+    def remember_shared_files(self) -> None:
+        """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
+        self._folder.remember(os.getpid())
+
+    @property
+    def socket_folder(self) -> str | None:
+        """Where actors put their unix sockets; None where they may run on another machine."""
+        return None if self._cfg.address else str(self._folder.path)
 
     @property
     def address(self) -> str:
         """Where actors of this run reach each other: loopback, unless there are several nodes."""
         return _LOOPBACK if self.num_nodes == 1 else ray.util.get_node_ip_address()
+
+    @property
+    def log_folder(self) -> Path:
+        """Where the output of this session's processes lies, on this machine."""
+        return Path(_log_folder())
 
     @property
     def timeout_seconds(self) -> float:
@@ -98,7 +152,7 @@ class Cluster:
         cls: type,
         *,
         env: Mapping[str, str],
-        num_gpus: int,
+        num_gpus: float,
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
@@ -106,42 +160,108 @@ class Cluster:
 
         It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
         """
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "runtime_env": {"env_vars": dict(env)}}
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": num_gpus,
+            "runtime_env": {"env_vars": _SAFE_PATH | dict(env)},
+        }
         if concurrency:
             options["max_concurrency"] = concurrency
         handle = ray.remote(cls).options(**options).remote(**init)
-        self._actors.append((name, handle))
+        self._actors[handle._actor_id.hex()] = (name, handle)
         return handle
 
     def wait(self, what: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
-        """Return the results of actor calls; raises ClusterError that says `what` failed and why.
+        """Return the results of actor calls; raises ClusterError that says `what` failed, who failed and why.
 
         The first failure ends the wait: the other ranks may hang in a collective that can't complete any more.
         """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         pending = list(references)
-        try:
-            while pending:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                done, pending = ray.wait(pending, timeout=left)
-                if not done:
-                    raise ClusterError(
-                        f"{what}: no answer in {timeout_seconds:.0f} s; raise cluster.start_timeout_seconds on a slow "
-                        f"machine. The output of its processes lies in {_log_folder()}"
-                    )
+        while pending:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done, pending = ray.wait(pending, timeout=left)
+            if not done:
+                raise self._late(what, pending, timeout_seconds or 0.0)
+            try:
                 ray.get(done)
-            return ray.get(list(references))
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, ValueError):  # a wrong input that only the actor could see: its message says it all
-                raise cause from None
-            raise ClusterError(
-                f"{what}: {_plain(error)}\nThe output of its processes lies in {_log_folder()}"
-            ) from None
-        except (ActorDiedError, RayActorError) as error:
-            raise ClusterError(
-                f"{what}: the process ended ({_plain(error)}); its output lies in {_log_folder()}"
-            ) from None
+            except (RayTaskError, RayActorError) as error:
+                raise self._failure(what, done[0], error, pending) from None
+        return ray.get(list(references))
+
+    def _failure(self, what: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
+        """What to raise for a call that failed; the end of a process goes before the errors that it gave others."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+            return error.cause  # a wrong input that only the actor could see: its message says it all
+        others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
+        for reference, other in ((failed, error), *((one, _error_of(one)) for one in others)):
+            if isinstance(other, RayActorError) and "creation task" not in str(other):
+                failed, error = reference, other
+                break
+        name, outputs = self._outputs(failed)
+        text = _plain(error)
+        if isinstance(error, RayActorError) and "creation task" not in text:
+            kind = "the process ended"
+            cause = cause_in(outputs) or _end_of_process(text)
+        else:
+            kind, cause = text, text.strip().splitlines()[-1]
+            if is_secondary(cause):
+                cause = _cause_in(outputs) or core_end(cause) or cause
+        if memory_kills() > self._memory_kills:
+            cause += " (the kernel killed a process for memory meanwhile)"
+        return ClusterError(
+            f"{what}: {name}: {kind}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
+        )
+
+    def _late(self, what: str, pending: Sequence[Any], seconds: float) -> ClusterError:
+        """What to raise where there was no answer in time, with the last error of each that did not answer."""
+        causes = [f"\n{name}: {cause}" for name, outputs in map(self._outputs, pending) if (cause := cause_in(outputs))]
+        return ClusterError(
+            f"{what}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The output "
+            f"of its processes lies in {_log_folder()}{''.join(causes)}"
+        )
+
+    def _outputs(self, reference: Any) -> tuple[str, list[Path]]:
+        """The name of the actor that a call was made on, and the files of its output, what it logged first."""
+        actor = reference.task_id().actor_id().hex()
+        name = self._actors[actor][0] if actor in self._actors else "an actor"
+        pid = state.actors(actor).get("Pid")
+        return name, [path for end in ("out", "err") for path in Path(_log_folder()).glob(f"worker-*-{pid}.{end}")]
+
+
+def _error_of(reference: Any) -> Exception | None:
+    try:
+        ray.get(reference)
+    except (RayTaskError, RayActorError) as error:
+        return error
+    return None
+
+
+def _cause_in(outputs: Sequence[Path]) -> str | None:
+    """The last error in `outputs`; waits a little for what a child's end, told by its parent, still has to say."""
+    until = time.monotonic() + _OTHERS_SECONDS
+    while (cause := cause_in(outputs)) is None and time.monotonic() < until:
+        time.sleep(0.1)
+    return cause
+
+
+def _end_of_process(text: str) -> str:
+    """How Ray says that a process ended, without what it says of every end."""
+    if match := re.search(r"exits with an exit code (\d+)\.( The process receives a SIGTERM)?", text):
+        return "was killed by SIGTERM" if match[2] else f"ended with exit status {match[1]}"
+    if "connection error code 2" in text:
+        return "was killed (SIGKILL), or ended itself at once: it left no word"
+    return text.strip().splitlines()[-1]
+
+
+def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
+    """Return how many GPUs an actor of so many `workers` asks Ray for, in a cluster that has `num_gpus`.
+
+    An actor that shares a GPU with one other asks for half of it, whatever memory it gets: Ray counts no bytes.
+    """
+    if not num_gpus:
+        return 0
+    return 0.5 if shared else workers
 
 
 def _plain(error: Exception) -> str:

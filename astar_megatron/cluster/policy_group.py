@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
@@ -30,7 +30,10 @@ class _RankActor:
 
 
 class PolicyGroup:
-    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits."""
+    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits.
+
+    Below 1 `gpu_share` is the part of its GPU's memory that the only rank may take beside an engine.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class PolicyGroup:
         optim: OptimConfig,
         optimizer_steps: int,
         seed: int,
+        gpu_share: float = 1.0,
     ) -> None:
         check_features(model, optim, cluster.num_gpus)
         self.parallel, self.dtype = parallel, dtype
@@ -50,14 +54,18 @@ class PolicyGroup:
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
         env = environment(
-            num_gpus=cluster.num_gpus, threads=cluster.threads(parallel.world_size), num_nodes=cluster.num_nodes
+            num_gpus=cluster.num_gpus,
+            threads=cluster.threads(parallel.world_size),
+            num_nodes=cluster.num_nodes,
+            dtype=dtype,
+            memory_share=gpu_share,
         )
         self._ranks = [
             cluster.actor(
                 f"policy rank {rank}",
                 _RankActor,
                 env=env,
-                num_gpus=1 if cluster.num_gpus else 0,
+                num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
                 rank=rank,
                 model_path=model_path,
                 dtype=dtype,

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from astar_megatron.data.files import make_folder, storage_error, sync
 from astar_megatron.types import Rollout, RolloutBatch, StepStats
@@ -37,7 +37,8 @@ def write(
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
-        save_file(_tensors(batch, stats), temporary / "batch.safetensors")
+        # Not by `save_file`, whose files are for their owner alone, whatever the umask.
+        (temporary / "batch.safetensors").write_bytes(save(_tensors(batch, stats)))
         text = json.dumps(_words(rollouts, batch, stats, options), indent=1, ensure_ascii=False) + "\n"
         (temporary / "batch.json").write_text(text, encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.rewards.latex import integer_of, last_boxed
-from astar_megatron.data.prompts import make_prompts
+from astar_megatron.config import DataConfig
+from astar_megatron.data.prompts import make_prompts, say_control_tokens
 from astar_megatron.data.rows import Pair, Problems, PromptError, pairs_of, read_rows, text_of
 from astar_megatron.types import Prompt
 
@@ -98,14 +99,22 @@ def read_benchmark(name: str, folder: str | Path) -> list[Pair]:
     return pairs
 
 
-def benchmark_prompts(name: str, folder: str | Path, model_path: str, max_tokens: int | None) -> list[Prompt]:
-    """Return the prompts of a benchmark, every row one. Raises PromptError; a prompt over `max_tokens` is never cut."""
-    prompts = make_prompts(read_benchmark(name, folder), BENCHMARKS[name].suffix, model_path, name)
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    if max_tokens is not None and longest > max_tokens:
-        count = sum(len(prompt.token_ids) > max_tokens for prompt in prompts)
+def benchmark_prompts(name: str, folder: str | Path, cfg: DataConfig, model_path: str) -> list[Prompt]:
+    """Return the prompts of a benchmark, every row one. Raises PromptError; none is cut to `cfg.max_prompt_tokens`."""
+    pairs = read_benchmark(name, folder)
+    prompts = make_prompts(pairs, BENCHMARKS[name].suffix, cfg.date, model_path, name)
+    longest, limit = max(len(prompt.token_ids) for prompt in prompts), cfg.max_prompt_tokens
+    if longest > limit:
+        count = sum(len(prompt.token_ids) > limit for prompt in prompts)
         raise PromptError(
             f"eval.benchmarks: {count} of {len(prompts)} prompts of {name} exceed data.max_prompt_tokens = "
-            f"{max_tokens}; raise it to {longest}, or leave {name} to `astar eval`, which makes room by itself"
+            f"{limit}; raise it to {longest}, or leave {name} to `astar eval`, which makes room by itself"
         )
+    say_control_tokens(pairs, model_path, name)
     return prompts
+
+
+def longest_prompt(name: str, folder: str | Path, cfg: DataConfig, model_path: str) -> int:
+    """Return the tokens of a benchmark's longest prompt. Raises PromptError."""
+    prompts = make_prompts(read_benchmark(name, folder), BENCHMARKS[name].suffix, cfg.date, model_path, name)
+    return max(len(prompt.token_ids) for prompt in prompts)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RunConfig
-from astar_megatron.data.prompts import TokenizerError, stop_token_ids, tokenizer
+from astar_megatron.data import chat
+from astar_megatron.data.chat import TokenizerError, stop_token_ids, tokenizer
 
 type Value = str | int | float | list[int]  # what a field is in JSON
 
@@ -29,6 +30,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# Fields that contracts of earlier versions lack, and what that means.
+_LATER = {"date": "nothing recorded", "kept_token_ids": "none: its rewards read text without special tokens"}
+_MOST_SHOWN = 8  # numbers of a list
 _BLOCKS, _BLOCK_BYTES = 16, 4096  # sampled from each weight file
 
 
@@ -49,25 +53,31 @@ class Contract:
     max_response_tokens: int
     stop_token_ids: tuple[int, ...]
     reward: str  # rewards.version
+    date: str | None = None  # data.date, where the chat template names the day
+    kept_token_ids: tuple[int, ...] = ()  # special tokens that the text for the reward keeps
 
     def fields(self) -> dict[str, Value]:
-        """Return the fields as JSON has them."""
-        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+        """Return the fields as JSON has them, without those of `_LATER` that hold nothing."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: value for name, value in fields.items() if value or name not in _LATER}
 
     def digest(self) -> str:
         """Return the SHA-256 of the fields, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.fields())
 
     def difference(
         self, other: "Contract | Mapping[str, Value]", names: tuple[str, str] = ("this", "the other")
     ) -> list[str]:
-        """Return the fields that differ, one line each in words; `other` may be the stored fields of a contract."""
+        """Return the fields that differ, one line each in words; `other` may be the stored fields of a contract.
+
+        A contract without a date is as good as one of any: it is older than the field, and its prompts' uids hold it.
+        """
         mine = self.fields()
         theirs = other.fields() if isinstance(other, Contract) else dict(other)
         return [
             f"{name.replace('_', ' ')}: {names[0]} has {_shown(mine, name)}, {names[1]} {_shown(theirs, name)}"
             for name in [*mine, *(name for name in theirs if name not in mine)]
-            if name not in mine or name not in theirs or mine[name] != theirs[name]
+            if (name in theirs or name != "date") and mine.get(name) != theirs.get(name)
         ]
 
 
@@ -84,7 +94,14 @@ def contract_of(cfg: RunConfig) -> Contract:
         max_response_tokens=cfg.sampling.max_response_tokens,
         stop_token_ids=stop_token_ids(cfg.model.path),
         reward=rewards.version(cfg.reward.name),
+        date=cfg.data.date if chat.names_the_day(cfg.model.path) else None,
+        kept_token_ids=chat.kept_token_ids(cfg.model.path),
     )
+
+
+def digest_of(fields: Mapping[str, Value]) -> str:
+    """Return the SHA-256 of a contract's fields, hexadecimal."""
+    return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
 
 
 def _model_digest(folder: Path) -> str:
@@ -135,5 +152,7 @@ def described(fields: Mapping[str, Value]) -> list[tuple[str, str]]:
 
 
 def _shown(fields: Mapping[str, Value], name: str) -> str:
-    value = fields.get(name, "nothing recorded")
+    value = fields.get(name, _LATER.get(name, "nothing recorded"))
+    if isinstance(value, list) and len(value) > _MOST_SHOWN:
+        return f"{len(value)} of digest {hashlib.sha256(str(value).encode()).hexdigest()[:12]}..."
     return value[:12] + "..." if isinstance(value, str) and name.endswith("_digest") else str(value)

@@ -1,14 +1,15 @@
 """The header of a V* table: the contract that its rows were made under. Written once, by whoever is first.
 
-Nobody replaces it, not even while the table has no rows: another job may be drawing for it.
+Nobody replaces it, not even while the table has no rows: another job may be drawing for it. One of an earlier version
+gets the field that it lacks, once its rows have been found to agree with it.
 """
 
 import json
 from pathlib import Path
 
-from astar_megatron.data.contract import Contract, ContractError, Value
+from astar_megatron.data.contract import Contract, ContractError, Value, digest_of
 from astar_megatron.data.files import storage_error, write_atomic
-from astar_megatron.data.shards import TableError
+from astar_megatron.data.shards import TableError, num_holding
 
 FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
 
@@ -19,8 +20,7 @@ class MissingTableError(TableError, FileNotFoundError):
 
 def make_header(folder: Path, contract: Contract) -> None:
     """Write the header of a table that has none; what is there stays, whatever it says. Raises StorageError."""
-    header = {"format": FORMAT, "contract": contract.fields(), "contract_digest": contract.digest()}
-    write_atomic(folder / "header.json", json.dumps(header, indent=1).encode(), replace=False)
+    write_atomic(folder / "header.json", _header(contract.fields()), replace=False)
 
 
 def stored_contract(folder: Path) -> dict[str, Value]:
@@ -52,18 +52,55 @@ def stored_contract(folder: Path) -> dict[str, Value]:
     return stored
 
 
+def differences(folder: Path, contract: Contract) -> list[str]:
+    """Return in words how the table's contract differs from this run's; none: the run may use the table.
+
+    A table of a version that left all special tokens out of the text for the reward fits where no response holds one
+    that is kept now: its text is the same. Raises what `stored_contract` does, and StorageError.
+    """
+    stored, names = stored_contract(folder), ("this run", "the table")
+    completed = _completed(stored, contract)
+    if completed == stored or (lines := contract.difference(completed, names)):
+        return contract.difference(stored, names)
+    held = sum(num_holding(path, contract.kept_token_ids) for path in sorted(folder.glob("shard-*.parquet")))
+    if held:
+        lines = contract.difference(stored, names)
+        lines.append(f"{held} responses of the table hold such tokens, which its rewards did not read")
+    return lines
+
+
 def check_header(folder: Path, contract: Contract | None) -> None:
     """Raise ContractError (field by field) unless the table is of this contract; None takes any.
 
-    Raises what `stored_contract` does too.
+    Raises what `differences` does too.
     """
-    stored = stored_contract(folder)
     if contract is None:
-        return
-    if lines := contract.difference(stored, names=("this run", "the table")):
+        stored_contract(folder)
+    elif lines := differences(folder, contract):
         raise ContractError(
             f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
             + "\n  ".join(lines)
             + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
             + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
         )
+
+
+def complete_header(folder: Path, contract: Contract) -> None:
+    """Record in a header that `check_header` accepts what it lacks, for a job of an earlier version to refuse it.
+
+    Raises StorageError.
+    """
+    stored = stored_contract(folder)
+    if (completed := _completed(stored, contract)) != stored:
+        write_atomic(folder / "header.json", _header(completed))
+
+
+def _completed(stored: dict[str, Value], contract: Contract) -> dict[str, Value]:
+    """The fields with the special tokens that this run's rewards read, where nothing is recorded of them."""
+    kept = list(contract.kept_token_ids)
+    return {**stored, "kept_token_ids": kept} if kept and "kept_token_ids" not in stored else stored
+
+
+def _header(fields: dict[str, Value]) -> bytes:
+    header = {"format": FORMAT, "contract": fields, "contract_digest": digest_of(fields)}
+    return json.dumps(header, indent=1).encode()

@@ -129,7 +129,7 @@ class Leases:
         pid = str(os.getpid())
         beat = {"owner": self.owner, "machine": _machine(), "pid": pid, "started": _started(pid)}
         beat |= {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "count": f"{count:0{_COUNT_DIGITS}d}"}
-        descriptor = os.open(self._beat_path, os.O_WRONLY | os.O_CREAT, 0o644)
+        descriptor = os.open(self._beat_path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             data = json.dumps(beat).encode()
             if os.pwrite(descriptor, data, 0) < len(data):  # how a disk that is nearly full answers

@@ -6,15 +6,14 @@ dropped in silence: exact duplicates, and prompts over the limit where the confi
 log, everything else that is wrong is refused with its count. Leaves out: several turns, images.
 """
 
-import functools
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from astar_megatron.config import DataConfig
+from astar_megatron.data import chat
 from astar_megatron.data.rows import (
     Pair,
     Problems,
@@ -26,15 +25,8 @@ from astar_megatron.data.rows import (
 )
 from astar_megatron.types import Prompt
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _LOG = logging.getLogger(__name__)
-_ENCODE_AT_ONCE = 4096  # texts a tokeniser call
-
-
-class TokenizerError(ValueError):
-    """A model folder without a tokenizer that can format a chat and end a response."""
+_SHOWN = 5  # lines that a message names
 
 
 def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> list[Prompt]:
@@ -54,7 +46,8 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
 def usable_prompts(pairs: Sequence[Pair], cfg: DataConfig, model_path: str, source: object) -> dict[int, Prompt]:
     """Return the prompts of `pairs` by their index, as `read_prompts` has them. Raises as it does."""
     problems = Problems(source)
-    prompts = make_prompts(pairs, cfg.suffix, model_path, source)
+    prompts = make_prompts(pairs, cfg.suffix, cfg.date, model_path, source)
+    say_control_tokens(pairs, model_path, source)
     first = without_duplicates(pairs, [prompt.token_ids for prompt in prompts], problems)
     problems.refuse(len(pairs))
     if len(first) < len(pairs):
@@ -62,54 +55,42 @@ def usable_prompts(pairs: Sequence[Pair], cfg: DataConfig, model_path: str, sour
     return _within_limit(source, pairs, {i: prompts[i] for i in first}, cfg)
 
 
-def make_prompts(pairs: Sequence[Pair], suffix: str, model_path: str, source: object) -> list[Prompt]:
-    """Return a prompt of each pair in the model's chat template, of any length. Raises PromptError, TokenizerError."""
-    encoded = _encode(tokenizer(model_path), [pair.question + suffix for pair in pairs], source)
+def make_prompts(pairs: Sequence[Pair], suffix: str, date: str | None, model_path: str, source: object) -> list[Prompt]:
+    """Return a prompt of each pair in the model's chat template, of any length; `date` as in `chat.encode`.
+
+    Raises PromptError, for a token that the model has no row for too, and TokenizerError.
+    """
+    encoded = chat.encode(model_path, [pair.question + suffix for pair in pairs], date, source)
     if empty := [pair.where for pair, ids in zip(pairs, encoded, strict=True) if not ids]:
         raise PromptError(f"{source}, {empty[0]}: no token is left after the chat template; check the template")
+    size = chat.vocab_size(model_path)
+    if beyond := [(pair.where, max(ids)) for pair, ids in zip(pairs, encoded, strict=True) if max(ids) >= size]:
+        where, token_id = beyond[0]
+        raise PromptError(
+            f"{source}: {len(beyond)} of {len(pairs)} prompts can't be read by the model; the first, {where}, has "
+            f"{chat.no_row(model_path, token_id)}"
+        )
     return [
         Prompt(uid=_uid(ids, pair.answer), token_ids=ids, text=pair.question + suffix, answer=pair.answer)
         for pair, ids in zip(pairs, encoded, strict=True)
     ]
 
 
-@functools.lru_cache(maxsize=4)
-def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of an HF folder, from local files only; kept for the process. Raises TokenizerError."""
-    from transformers import AutoTokenizer  # here, because the import takes seconds
-
-    if not Path(model_path).is_dir():
-        raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
-    try:
-        found = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True)
-    except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
-        raise TokenizerError(
-            f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "
-            "add tokenizer.json and tokenizer_config.json of the model"
-        ) from error
-    if not found.chat_template:
-        raise TokenizerError(
-            f"model.path: the tokenizer of {model_path} has no chat template; add chat_template.jinja to the folder"
+def say_control_tokens(pairs: Sequence[Pair], model_path: str, source: object) -> None:
+    """Log how many questions hold the text of a control token, which the model reads as that token; the first few."""
+    found = chat.control_tokens_in(model_path, [pair.question for pair in pairs])
+    if found:
+        lines = [f"{pairs[index].where} {token!r}" for index, token in found[:_SHOWN]]
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        _LOG.warning(
+            "%s: %d of %d questions hold the text of a control token, which the model reads as that token: %s%s; "
+            "write them otherwise unless that is meant",
+            source,
+            len(found),
+            len(pairs),
+            ", ".join(lines),
+            more,
         )
-    if found.eos_token_id is None:
-        raise TokenizerError(
-            f"model.path: the tokenizer of {model_path} has no EOS token, so no response could end; "
-            "set eos_token in tokenizer_config.json"
-        )
-    return found
-
-
-def stop_token_ids(model_path: str) -> tuple[int, ...]:
-    """Return the ids that end a response: the tokenizer's EOS, then those of generation_config.json that differ."""
-    ids = [_token_id(tokenizer(model_path).eos_token_id)]
-    file = Path(model_path) / "generation_config.json"
-    if file.is_file():
-        try:
-            more = json.loads(file.read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise TokenizerError(f"{file}: not readable as a JSON object: {error}; repair or delete it") from error
-        ids += [_token_id(one) for one in (more if isinstance(more, list) else [more]) if one is not None]
-    return tuple(dict.fromkeys(ids))
 
 
 class PromptStream:
@@ -194,22 +175,6 @@ class PromptStream:
         return drawn
 
 
-def _encode(tok: "PreTrainedTokenizerBase", messages: Sequence[str], source: object) -> list[tuple[int, ...]]:
-    """The token ids of one user message each, formatted by the chat template, up to where the answer begins."""
-    from jinja2 import TemplateError
-
-    encoded: list[tuple[int, ...]] = []
-    for start in range(0, len(messages), _ENCODE_AT_ONCE):
-        chats = [[{"role": "user", "content": text}] for text in messages[start : start + _ENCODE_AT_ONCE]]
-        try:
-            texts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise TokenizerError(f"the chat template can't format {source}: {error}; repair the template") from error
-        # The template writes the special tokens itself; the tokenizer would add BOS a second time.
-        encoded += [tuple(ids) for ids in tok(list(texts), add_special_tokens=False)["input_ids"]]  # type: ignore[arg-type]
-    return encoded
-
-
 def _within_limit(
     source: object, pairs: Sequence[Pair], prompts: dict[int, Prompt], cfg: DataConfig
 ) -> dict[int, Prompt]:
@@ -233,9 +198,3 @@ def _uid(token_ids: tuple[int, ...], answer: str) -> str:
     digest.update(b"".join(token.to_bytes(8, "little") for token in token_ids))
     digest.update(answer.encode("utf-8"))
     return digest.hexdigest()[:32]
-
-
-def _token_id(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise TokenizerError(f"eos_token_id: expected a token id, got {value!r}; repair generation_config.json")
-    return value

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -75,6 +76,16 @@ def read_responses(path: Path) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         raise TableError(f"{path}: damaged ({reason}); open the V* table again, which sets it aside")
     for uid, sample, response in zip(*(column.to_pylist() for column in columns.columns), strict=True):
         yield uid, sample, tuple(response)
+
+
+def num_holding(path: Path, token_ids: Sequence[int]) -> int:
+    """Return how many responses of a shard hold one of these tokens; 0 for a damaged shard."""
+    columns, _ = _read(path, whole=False, names=("response",))
+    if columns is None:
+        return 0
+    responses = columns["response"].combine_chunks()
+    held = np.isin(responses.flatten().to_numpy(), token_ids)
+    return len(np.unique(responses.value_parent_indices().to_numpy()[held]))
 
 
 def shard_number(name: str) -> int:

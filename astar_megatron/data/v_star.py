@@ -30,7 +30,7 @@ import pyarrow as pa
 from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
 from astar_megatron.data.files import StorageError, make_folder, storage_error
-from astar_megatron.data.header import MissingTableError, check_header, make_header
+from astar_megatron.data.header import MissingTableError, check_header, complete_header, make_header
 from astar_megatron.data.shards import (
     TableError,
     read_index,
@@ -126,6 +126,9 @@ class VStarTable:
         """
         folder = Path(folder)
         check_header(folder, contract)
+        if contract is not None:
+            with contextlib.suppress(StorageError):  # on a read-only file system the next job checks the rows again
+                complete_header(folder, contract)
         table = cls(folder, contract)
         names = table._listed()
         whole = len(names) <= _WHOLE_SHARDS and _no_more_than(check_whole_bytes, folder, names)

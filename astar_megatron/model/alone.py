@@ -32,6 +32,7 @@ def logprobs(folder: Path, model_folder: Path, sequences: Sequence[Sequence[int]
     where Megatron can't load them.
     """
     backend = backends.choose()
+    backends.stay_on_loopback()
     dist.init_process_group(backend.collectives, store=HashStore(), rank=0, world_size=1)
     layout = ParallelLayout(fused_norms=backend.uses_transformer_engine)
     initialise(layout)

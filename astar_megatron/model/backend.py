@@ -4,7 +4,10 @@ Everything that depends on the device and is not the engine's is decided here on
 """
 
 import contextlib
+import importlib
+import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -33,7 +36,12 @@ _PEAK_FLOPS = {
     "L40": 181e12,
     "L4": 121e12,
 }
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}  # the variable may name an interface that is not there, or one that goes
+_FLOAT32_ERROR = 1e-5  # of a product
 FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many tokens, or of fewer by recipe
+# Transformer Engine asks cuBLAS for TF32 whatever torch is told; this overrules it. A process that computes in float32
+# is started with it; `Backend.check_dtype` sees whether it helped.
+FLOAT32_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
 _LOCAL = (
     "megatron's local layers and optimizer, and attention in torch (prefixes shared in a pack; context-parallel ranks "
     "gather keys and values)"
@@ -42,6 +50,25 @@ _ENGINE = (
     "Transformer Engine's layers, optimizer and attention (packs as thd, no shared prefix; context-parallel ranks pass "
     "keys and values round a ring)"
 )
+
+# The fusions of megatron-core 0.19.2 beside Transformer Engine 2.20. Together the first four halve a step: 7.8 s to
+# 3.85 s, MFU 0.24 to 0.486 (Qwen2.5-1.5B's shape on one H200, packs of 16,384 tokens); `make gpu-check` measures it.
+# Weight gradients are summed inside their products too: build.sum_weight_gradients_in_place. Left out:
+# - masked_softmax_fusion, fused_single_qkv_rope: not reached. Transformer Engine's attention has no such softmax, and
+#   megatron refuses the other for packs (thd).
+# - cross_entropy_loss_fusion, defer_embedding_wgrad_compute: of megatron's output layer, whose product the head does.
+# - fused_residual_rmsnorm: of norms that stand alone, before experts only; dense layers have theirs inside the linears.
+# - use_te_activation_func: excludes bias_activation_fusion, and adds the biases in a pass of its own.
+# - moe_permute_fusion, moe_router_fusion: no model with experts has been run with Transformer Engine yet.
+# - use_transformer_engine_op_fuser: other modules with other names of their weights, for MXFP8 on Blackwell.
+# - tp_comm_overlap: its buffers have one size for the whole run, and no two packs have the same number of tokens; for
+#   the same reason there are no CUDA graphs of a step (cuda_graph_impl).
+_ENGINE_FUSIONS = {
+    "apply_rope_fusion": True,  # unfused it is a loop over the sequences of a pack, in Python
+    "bias_activation_fusion": True,  # SwiGLU as one kernel, compiled by torch
+    "bias_dropout_fusion": True,  # the residual's addition
+    "persist_layer_norm": True,  # of LayerNorm; RMSNorm has no other kernel
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +109,14 @@ class Backend:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated()
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise ValueError where the layers multiply float32 in fewer bits than it has: tried here, not assumed."""
+        if dtype != torch.float32 or not self.uses_transformer_engine:
+            return  # torch multiplies float32 in float32 unless it is told otherwise
+        engine: Any = importlib.import_module("transformer_engine.pytorch")
+        linear = engine.Linear(512, 64, bias=False, params_dtype=torch.float32, device=self.device)
+        check_float32(product_error(linear, linear.weight.detach()))
+
     def range(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Return a context that a profiler of the device shows under `name` (NVTX); on CPU it does nothing."""
         return contextlib.nullcontext() if self.name == "cpu" else torch.cuda.nvtx.range(f"astar {name}")
@@ -91,10 +126,10 @@ class Backend:
         if self.uses_transformer_engine:
             # e4m3 forward and e5m2 for gradients. Delayed scaling is not offered: it rounds by what earlier batches
             # held, so policy and reference would differ at step 0.
-            return {"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else {}
+            return _ENGINE_FUSIONS | ({"fp8": "hybrid", "fp8_recipe": fp8} if fp8 else {})
         return {
             "use_cpu_initialization": self.name == "cpu",
-            # What follows needs kernels of Transformer Engine or apex.
+            # What follows needs kernels of Transformer Engine or apex, or torch.compile, which a CPU's ranks turn off.
             "gradient_accumulation_fusion": False,
             "masked_softmax_fusion": False,
             "bias_dropout_fusion": False,
@@ -139,6 +174,28 @@ def uses_transformer_engine(num_gpus: int) -> bool:
     return num_gpus > 0 and find_spec("transformer_engine") is not None
 
 
+def product_error(linear: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> float:
+    """Return the relative error, against float64, of what `linear` makes of random rows with its float32 `weight`.
+
+    Products in float32 have 1e-7; in TF32, which keeps 10 bits of each factor, 3e-4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, weight.size(1), generator=generator).to(weight.device)
+    with torch.no_grad():
+        exact = rows.double() @ weight.double().t()
+        return float((linear(rows).double() - exact).norm() / exact.norm())
+
+
+def check_float32(error: float) -> None:
+    """Raise ValueError where a `product_error` says that float32 is multiplied in fewer bits."""
+    if error > _FLOAT32_ERROR:
+        raise ValueError(
+            f"model.dtype=float32: Transformer Engine multiplies float32 in fewer bits here, as TF32 (relative error "
+            f"{error:.1e} of a product, expected at most {_FLOAT32_ERROR:.0e}); set model.dtype=bfloat16, or start "
+            "this process with NVIDIA_TF32_OVERRIDE=0 in its environment, as `astar` does"
+        )
+
+
 def peak_flops_of(device_name: str) -> float | None:
     """Return the dense bfloat16 FLOPs a second of a device, None for one that is not in the table."""
     return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
@@ -164,18 +221,31 @@ def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> Non
         )
 
 
-def environment(*, num_gpus: int, threads: int, num_nodes: int) -> dict[str, str]:
-    """Return the environment variables that a rank needs before it imports torch."""
+def environment(
+    *, num_gpus: int, threads: int, num_nodes: int, dtype: str, memory_share: float = 1.0
+) -> dict[str, str]:
+    """Return the environment variables that a rank needs before it imports torch.
+
+    `memory_share` is the part of its GPU that its tensors may take.
+    """
     common = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     if num_gpus:
-        return common | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        common |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        if memory_share < 1.0:  # a rank that wants more fails itself, and no engine
+            common |= {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{memory_share:.4f}"}
+        return common | (FLOAT32_ENVIRONMENT if dtype == "float32" else {})
     common |= {
         # Threads that spin while the engine computes slow both three-fold.
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
         "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than the work it would save
     }
-    return common | ({"GLOO_SOCKET_IFNAME": "lo"} if num_nodes == 1 else {})
+    return common | (_LOOPBACK if num_nodes == 1 else {})
+
+
+def stay_on_loopback() -> None:
+    """Make gloo in this process, a rank alone, use loopback; before its group is made."""
+    os.environ.update(_LOOPBACK)
 
 
 def resolve_dtype(name: Literal["auto", "bfloat16", "float32"], num_gpus: int) -> tuple[torch.dtype, str]:

@@ -91,8 +91,10 @@ def initialise(layout: ParallelLayout) -> None:
 def build(model: Model, layout: ParallelLayout, config: TransformerConfig, backend: Backend) -> list[GPTModel]:
     """Return this rank's chunks of the model on the backend's device, with megatron's random weights.
 
-    There are `layout.virtual` of them. Collective over the ranks of parallel_state: see `initialise`.
+    There are `layout.virtual` of them. Collective over the ranks of parallel_state: see `initialise`. ValueError where
+    the device can't compute in the type of `config`.
     """
+    backend.check_dtype(config.params_dtype)
     return [_chunk(model, layout, config, backend, chunk) for chunk in range(layout.virtual)]
 
 
@@ -158,7 +160,22 @@ def _chunk(model: Model, layout: ParallelLayout, config: TransformerConfig, back
     if scaling is not None:  # GPTModel's own arguments leave all but the factor fixed
         rotary: Any = part.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **dataclasses.asdict(scaling))
+    sum_weight_gradients_in_place(part)
     return part.to(backend.device)
+
+
+def sum_weight_gradients_in_place(part: torch.nn.Module) -> int:
+    """Let each linear layer of Transformer Engine add its weight's gradient to the float32 sum; return how many do.
+
+    Otherwise it makes a gradient in the compute type, which DistributedDataParallel adds: a pass over all weights a
+    micro-batch, and a rounding. It is megatron's gradient_accumulation_fusion, switched on here because the config's
+    also goes to the output layer, which would want apex for a product that the head does in its stead. The gradients
+    of head and embedding, which share a weight or not, still go DistributedDataParallel's way.
+    """
+    linears = [module for module in part.modules() if hasattr(module, "fuse_wgrad_accumulation")]
+    for linear in linears:
+        linear.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+    return len(linears)
 
 
 def in_compute_type(part: GPTModel, config: TransformerConfig) -> Any:

@@ -7,6 +7,7 @@ Shapes: B sequences of a step.
 """
 
 import dataclasses
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,8 +93,17 @@ class PolicyRank:
 
     def listen(self, host: str) -> int:
         """Open the rendezvous of all ranks on a free port of `host` and return the port. Rank 0 only."""
-        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_COLLECTIVE_TIMEOUT)
-        return self._store.port
+        listener = socket.create_server((host, 0))  # the store's own would listen on all interfaces
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=_COLLECTIVE_TIMEOUT,
+            master_listen_fd=listener.detach(),
+        )
+        return port
 
     def start(self, host: str, port: int) -> str:
         """Join the other ranks, build the model and load its Hugging Face weights; collective.

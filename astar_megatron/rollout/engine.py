@@ -5,11 +5,19 @@ Requests name their own seed, so any subset of them reproduces whatever else run
 
 import asyncio
 import contextlib
+import importlib.util
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from astar_megatron.config import RolloutConfig, SamplingConfig
+from astar_megatron.cluster.endings import ended
+from astar_megatron.config import Graphs, RolloutConfig, SamplingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +65,16 @@ class Engine:
         self._count = 0
         self._llm: Any = None
 
-    async def start(self) -> None:
-        """Load the model; returns when the engine can generate."""
+    async def start(self) -> list[str]:
+        """Load the model; returns when the engine can generate: which environment variables it left out, and why."""
+        left_out = leave_out_unreadable()
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(self._options)))
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self._options)))
+        manager = self._llm.engine_core.resources.engine_manager
+        threading.Thread(target=_tell_ends, args=(list(manager.processes),), daemon=True).start()
+        return left_out
 
     async def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig, greedy: bool
@@ -156,6 +168,10 @@ class Engine:
         """Return where each worker's parameters are: memory and device, as in conversion's `Place`."""
         return await self._llm.collective_rpc("place")
 
+    async def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        """Prepare to audit what the workers loaded by themselves; see conversion.vllm."""
+        await self._llm.collective_rpc("open_audit", args=(config, dtype))
+
     async def audit(self, version: int, full: bool) -> list[dict[str, Any]]:
         """Return what each worker holds, in digests, and the faults it found itself; see conversion.vllm."""
         return await self._llm.collective_rpc("audit", args=(version, full))
@@ -171,17 +187,54 @@ class Engine:
                 self._llm.shutdown()
 
 
-def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
+def _tell_ends(processes: list[Any]) -> None:
+    """Write how each of vLLM's core processes ended to the actor's output: vLLM itself says only that one is dead."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            process = running.pop(sentinel)
+            while process.exitcode is None:  # another thread waits for it too, and one of the two hears it
+                time.sleep(0.01)
+            print(f"{process.name} {ended(process.exitcode)}", file=sys.stderr, flush=True)
+
+
+_GRAPHS = {
+    "none": "run the model as it is: no graphs, nothing compiled",
+    "decode": "replay a captured graph for each decode step; nothing is compiled",
+    "compiled": "compile the model, which takes a minute or two at the start, and replay graphs where there is a GPU",
+}
+
+
+def graphs_of(rollout: RolloutConfig, *, on_gpu: bool) -> tuple[Graphs, str]:
+    """Return what an engine does beside running the model as it is, and that in words, with who chose it."""
+    if rollout.graphs is not None:
+        return rollout.graphs, f"{_GRAPHS[rollout.graphs]} (rollout.graphs={rollout.graphs})"
+    graphs: Graphs = "decode" if on_gpu else "none"
+    return graphs, f"{_GRAPHS[graphs]} (rollout.graphs: {graphs} by default, {'on a GPU' if on_gpu else 'on a CPU'})"
+
+
+def check_graphs(rollout: RolloutConfig, *, on_gpu: bool) -> None:
+    """Raise ValueError for graphs that engines on such a device can't have."""
+    if rollout.graphs == "decode" and not on_gpu:
+        raise ValueError(
+            "rollout.graphs=decode: graphs are captured on a GPU, and none is here; leave the key out, or set none"
+        )
+
+
+def engine_arguments(options: EngineOptions) -> dict[str, Any]:
     """The engine's one device function: vLLM's arguments on CPU and on GPU."""
     rollout = options.rollout
     arguments: dict[str, Any] = {
         "model": options.model_path,
+        # Not "auto": a consolidated*.safetensors or a params.json of Mistral's would be taken instead of ours.
+        "load_format": "safetensors",
+        "config_format": "hf",
         "dtype": options.dtype,
         "seed": options.seed,
         "max_model_len": options.max_tokens,
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": rollout.tensor,
-        "enforce_eager": rollout.eager,
+        **_graph_arguments(graphs_of(rollout, on_gpu=options.on_gpu)[0]),
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
         "logprobs_mode": "processed_logprobs",
@@ -191,8 +244,15 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "weight_transfer_config": {"backend": "astar_tiles"},
     }
     if options.on_gpu:
-        # The other kernels for experts lay their weights out anew at load, where a publish could not write to them.
-        return arguments | {"gpu_memory_utilization": rollout.gpu_memory_utilization, "moe_backend": "triton"}
+        return arguments | {
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            # The other kernels for experts lay their weights out anew at load, where a publish could not write to them.
+            "moe_backend": "triton",
+            # Logits in float32, as the policy's head has them; the product of bfloat16 factors sums in it anyway. Not
+            # on a CPU, where vLLM casts the whole weight at each step: SmolLM2's gap to the policy fell from 0.25 to
+            # 0.19 nat (root mean square, 24 tokens), and generation took 1.2 to 1.4 times the CPU seconds.
+            "hf_overrides": {"head_dtype": "float32"},
+        }
     return arguments | {
         # A seeded request that chunked prefill splits raises on CPU, so the longest prompt must fit one pass.
         "enable_chunked_prefill": False,
@@ -202,9 +262,53 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
     }
 
 
-def environment(*, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int) -> dict[str, str]:
-    """Return the environment variables that vLLM reads before it is imported."""
+def _graph_arguments(graphs: Graphs) -> dict[str, Any]:
+    if graphs != "decode":
+        return {"enforce_eager": graphs == "none"}  # else vLLM compiles, and captures both decode and mixed steps
+    return {"enforce_eager": False, "compilation_config": {"mode": "NONE", "cudagraph_mode": "FULL_DECODE_ONLY"}}
+
+
+def leave_out_unreadable() -> list[str]:
+    """Remove the environment variables that vLLM could not read, and return them in words. Before vLLM is imported.
+
+    Kubernetes sets VLLM_PORT=tcp://... beside any service named vllm, and vLLM reads all its variables at start: one of
+    the wrong type ends the engine.
+    """
+    package = importlib.util.find_spec("vllm")
+    assert package is not None and package.origin is not None
+    spec = importlib.util.spec_from_file_location("_vllm_variables", Path(package.origin).with_name("envs.py"))
+    assert spec is not None and spec.loader is not None
+    variables = importlib.util.module_from_spec(spec)  # alone: some are read while the package is imported
+    sys.modules[spec.name] = variables
+    left_out = []
+    try:
+        spec.loader.exec_module(variables)
+        for name, read in variables.environment_variables.items():
+            if (value := os.environ.pop(name, None)) is None:
+                continue
+            os.environ[name] = value
+            try:
+                read()
+            except ValueError as error:
+                os.environ.pop(name)
+                left_out.append(f"{name}={value!r:.100}, which vLLM can't read: {error!s:.200}")
+    finally:
+        del sys.modules[spec.name]
+    return left_out
+
+
+def environment(
+    *, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int, num_nodes: int, socket_folder: str | None
+) -> dict[str, str]:
+    """Return the environment variables that vLLM reads before it is imported.
+
+    Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be short.
+    """
     common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    if num_nodes == 1:  # loopback: no name of an interface that is not there, no address that changes
+        common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    if socket_folder:
+        common |= {"VLLM_RPC_BASE_PATH": socket_folder}
     if on_gpu:
         return common
     if tensor == 1:

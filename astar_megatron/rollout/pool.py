@@ -5,21 +5,34 @@ and no two prompts share their random numbers.
 """
 
 import hashlib
+import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ray
 
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import RolloutConfig, SamplingConfig
-from astar_megatron.rollout.engine import Engine, EngineOptions, Request, Response, environment
+from astar_megatron.rollout.engine import (
+    Engine,
+    EngineOptions,
+    Request,
+    Response,
+    check_graphs,
+    environment,
+    graphs_of,
+)
 from astar_megatron.rollout.feed import Feed, Item
+from astar_megatron.rollout.start_log import StartLog
 from astar_megatron.types import Rollout
 from conversion.transfer.route import Place
 
+_LOG = logging.getLogger(__name__)
+
 
 class Detokenize(Protocol):
-    def __call__(self, token_ids: Sequence[int]) -> str: ...
+    def __call__(self, token_ids: Sequence[int], /) -> str: ...
 
 
 def seed_of(run_seed: int, *what: object) -> int:
@@ -29,7 +42,11 @@ def seed_of(run_seed: int, *what: object) -> int:
 
 
 class EnginePool:
-    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready."""
+    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready.
+
+    `graphs` says what they do beside running the model as it is. With `shares_gpu` the only engine has a policy rank
+    beside it on its GPU.
+    """
 
     def __init__(
         self,
@@ -42,17 +59,14 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Detokenize,
         seed: int,
+        shares_gpu: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
+        check_graphs(rollout, on_gpu=on_gpu)
+        self.graphs = graphs_of(rollout, on_gpu=on_gpu)[1]
         self.tensor = rollout.tensor
         self._max_num_seqs = rollout.max_num_seqs
         self._cluster, self._detokenize = cluster, detokenize
-        env = environment(
-            on_gpu=on_gpu,
-            threads=cluster.threads(rollout.num_engines * rollout.tensor),
-            tensor=rollout.tensor,
-            kv_cache_gib=rollout.kv_cache_gib,
-        )
         options = EngineOptions(
             model_path=model_path,
             dtype=dtype,
@@ -62,25 +76,40 @@ class EnginePool:
             rollout=rollout,
             on_gpu=on_gpu,
         )
+        pool = uuid.uuid4().hex[:8]  # a session may have several pools
+        names = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
+        self._logs = [StartLog.make(cluster.log_folder, name) for name in names]
+        env = _environment(cluster, rollout)
         self._engines = [
             cluster.actor(
                 f"engine {index}",
                 Engine,
-                env=env,
-                num_gpus=rollout.tensor if on_gpu else 0,
+                env=env | log.environment(),
+                num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
                 concurrency=1000,
                 options=options,
             )
-            for index in range(rollout.num_engines)
+            for index, log in enumerate(self._logs)
         ]
         self._starting = [engine.start.remote() for engine in self._engines]
 
     def __len__(self) -> int:
         return len(self._engines)
 
+    def phase(self) -> str:
+        """Return in vLLM's words what the first engine that can't generate yet is doing."""
+        _, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        if not starting:
+            return ""
+        index = self._starting.index(starting[0])
+        return f"engine {index}: {self._logs[index].last_words() or 'starting its process'}"
+
     def start(self) -> None:
         """Wait until every engine can generate."""
-        self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
+        answers = self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
+        self._cluster.remember_shared_files()
+        for left_out in dict.fromkeys(text for answer in answers for text in answer):
+            _LOG.warning("not passed on to the engines: %s", left_out)
 
     def generate(
         self, work: Iterable[Item], sampling: SamplingConfig, *, greedy: bool = False
@@ -98,6 +127,7 @@ class EnginePool:
                 call = self._engines[engine].generate.options(num_returns="streaming")
                 streams[call.remote(requests, sampling, greedy)] = engine
             if not streams:
+                self._cluster.remember_shared_files()  # the first requests make some
                 return
             ready, _ = ray.wait(list(streams), num_returns=1)
             for stream in ready:
@@ -157,6 +187,10 @@ class EnginePool:
         calls = [engine.update.remote(version) for engine in self._engines]
         self._cluster.wait("publish", [*calls, *sending])
 
+    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+        """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""
+        self._all("open_audit", config, dtype)
+
     def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
         """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
         return self._all("audit", version, full)
@@ -172,3 +206,14 @@ class EnginePool:
     def _all(self, method: str, *args: Any) -> list[Any]:
         calls = [getattr(engine, method).remote(*args) for engine in self._engines]
         return self._cluster.wait(f"engines: {method}", calls)
+
+
+def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
+    return environment(
+        on_gpu=cluster.num_gpus > 0,
+        threads=cluster.threads(rollout.num_engines * rollout.tensor),
+        tensor=rollout.tensor,
+        kv_cache_gib=rollout.kv_cache_gib,
+        num_nodes=cluster.num_nodes,
+        socket_folder=cluster.socket_folder,
+    )

@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Self
 
 from astar_megatron.algorithm.rewards import RewardError
+from astar_megatron.cluster.endings import ended
 from astar_megatron.config import RewardConfig
 from astar_megatron.types import Prompt, Rollout
 
 _LOG = logging.getLogger(__name__)
 _AT_ONCE = 32  # responses a message
 _START_SECONDS = 120.0  # to import a reward
+_ENDED = "ended its process"
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from astar_megatron.rollout import reward_process; reward_process.main(sys.argv[2], int(sys.argv[3]))"
@@ -218,7 +220,7 @@ class _Process:
                 if self._closed:
                     raise
                 if isinstance(error, TimeoutError) or not self._judged:
-                    answers.append((None, str(error) or "ended its process"))
+                    answers.append((None, str(error) or _ENDED))
                 self.end()
         return answers
 
@@ -233,7 +235,7 @@ class _Process:
             raise EOFError("the scorer is closed")
         self._unread, self._judged = b"", 0
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), self._cfg.name, str(os.getpid())],
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(_path()), self._cfg.name, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the driver, which then ends them with all that they started
@@ -251,7 +253,7 @@ class _Process:
         """The next answer of the process. Raises TimeoutError or EOFError in words."""
         process = self._process
         if process is None or process.stdout is None:
-            raise EOFError("ended its process")
+            raise EOFError(_ENDED)
         until = time.monotonic() + seconds
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
@@ -261,7 +263,7 @@ class _Process:
             data = os.read(process.stdout.fileno(), 65536)
             if not data:
                 try:
-                    raise EOFError(f"ended its process, exit status {process.wait(max(0.0, until - time.monotonic()))}")
+                    raise EOFError(f"{_ENDED}: it {ended(process.wait(max(0.0, until - time.monotonic())))}")
                 except subprocess.TimeoutExpired:
                     raise EOFError("closed its process's output") from None
             self._unread += data
@@ -288,6 +290,12 @@ class _Process:
                         stream.close()
                     except BrokenPipeError:  # what was still to be written
                         continue
+
+
+def _path() -> list[str]:
+    """The Python path with the current folder last, wherever it stands here: see rewards.get."""
+    here = str(Path.cwd())
+    return [*(place for place in sys.path if place not in ("", here)), here]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

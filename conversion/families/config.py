@@ -132,8 +132,13 @@ class Family:
                 fields.count(config, key)
         fields.number(config, "rms_norm_eps")
         fields.flag(config, "tie_word_embeddings")
-        if set(fields.names(config, "layer_types")) - {"full_attention"}:
+        if set(kinds := fields.names(config, "layer_types")) - {"full_attention"}:
             raise UnsupportedModelError(f"layer_types={config['layer_types']!r} is not modelled, only 'full_attention'")
+        layers = config["num_hidden_layers"]
+        if config.get("layer_types") is not None and len(kinds) != layers:
+            raise UnsupportedModelError(
+                f"layer_types has {len(kinds)} entries, expected one a layer: num_hidden_layers={layers}"
+            )
 
     def dimensions(self, config: Mapping[str, Any]) -> Dimensions:
         """The sizes `config` gives."""

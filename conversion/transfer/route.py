@@ -8,8 +8,8 @@
 | on GPUs, each process on one of its own | NCCL |
 | any mixture of these | through the hosts' memory: shared memory, or gloo between hosts |
 
-On a CPU gloo runs the code of NCCL's way. Neither NCCL nor CUDA IPC has run on a GPU yet; a reason that names one says
-so.
+On a CPU gloo runs the code of NCCL's way. CUDA IPC has run on one GPU, between one rank and one engine; NCCL has not
+run yet, and a reason that names it says so.
 """
 
 import os
@@ -154,7 +154,7 @@ def choose(
     if num_memories == 1 and all(
         sources[source].device and sources[source] == engine[target] for engine in engines for source, target in links
     ):
-        return "cuda ipc", f"CUDA IPC: each policy rank is on the GPU of the workers it sends to; {_UNTRIED}"
+        return "cuda ipc", "CUDA IPC: each policy rank is on the GPU of the workers it sends to"
     if all(end.device for end in ends) and len({end.device for end in ends}) == len(ends):
         return "nccl", f"NCCL: each policy rank and each worker has a GPU of its own; {_UNTRIED}"
     reason = "through the host's memory, as some ends share a GPU and others do not, or have none"

@@ -7,7 +7,9 @@ import math as mathematics
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +50,15 @@ LAST_NUMBER = [
     ("\N{ARABIC-INDIC DIGIT SEVEN}", "7", 0),
     ("1e5", "5", 1),  # documented: no exponents
     ("9" * 50, "9" * 49 + "8", 0),  # not compared as floats
+    (r"$9{,}500$", "9500", 1),
+    (r"$9{,}500$", "500", 0),
+    (r"so $-1{,}234{,}567.50$", "-1234567.5", 1),
+    (r"$9\,500$", "9500", 1),
+    (r"$9,\!500$", "9500", 1),
+    (r"$9\,500\,\text{cm}$", "9500", 1),
+    ("9500", r"9{,}500", 1),
+    (r"$1{,}5$", "5", 1),  # no thousands
+    (r"$9\,5000$", "5000", 1),
 ]
 
 GSM8K = [  # response, answer, strict, flexible
@@ -72,6 +83,11 @@ GSM8K = [  # response, answer, strict, flexible
     ("#### -7", "\N{MINUS SIGN}7", 1, 1),
     ("#### \N{MINUS SIGN}7", "-7", 1, 1),
     ("\N{MINUS SIGN}7", "7", 0, 0),
+    (r"#### $9{,}500$", "9500", 0, 1),
+    (r"#### 9{,}500", "9500", 0, 1),  # the official strict rule ends at the brace
+    (r"#### 9{,}500", "500", 0, 0),
+    (r"It is $9\,500$.", "9,500", 0, 1),
+    (r"It is $9,\!500$.", r"#### 9{,}500", 0, 1),
     ("#### " + "9" * 50 + ".0", "9" * 50 + ".0", 1, 1),
     ("", "42", 0, 0),
 ]
@@ -139,26 +155,27 @@ COUNTDOWN = [  # response, numbers, target, reward
     ("<answer>10 - -3</answer>", [3, 10], 13, 1),
     ("<answer>10-3-2</answer>", [10, 3, 2], 5, 1),  # from the left
     ("<answer>2+3*4</answer>", [2, 3, 4], 14, 1),
-    ("<answer>2**3</answer>", [2, 3], 8, 0),
-    ("<answer>7//2</answer>", [7, 2], 3, 0),
-    ("<answer>3 4</answer>", [3, 4], 34, 0),
-    ("<answer>2(3)</answer>", [2, 3], 6, 0),
-    ("<answer>(2+3</answer>", [2, 3], 5, 0),
-    ("<answer>2+3)</answer>", [2, 3], 5, 0),
-    ("<answer>2+</answer>", [2, 3], 5, 0),
-    ("<answer>()</answer>", [2, 3], 5, 0),
-    ("<answer></answer>", [2, 3], 5, 0),
-    ("<answer>2+3=5</answer>", [2, 3], 5, 0),
-    ("<answer>2.0+3</answer>", [2, 3], 5, 0),
-    ("<answer>\N{ARABIC-INDIC DIGIT TWO}+3</answer>", [2, 3], 5, 0),
-    ("<answer>__import__('os').abort()</answer>", [2, 3], 5, 0),
+    ("<answer>2**3</answer>", [2, 3], 8, 0.1),
+    ("<answer>7//2</answer>", [7, 2], 3, 0.1),
+    ("<answer>3 4</answer>", [3, 4], 34, 0.1),
+    ("<answer>2(3)</answer>", [2, 3], 6, 0.1),
+    ("<answer>(2+3</answer>", [2, 3], 5, 0.1),
+    ("<answer>2+3)</answer>", [2, 3], 5, 0.1),
+    ("<answer>2+</answer>", [2, 3], 5, 0.1),
+    ("<answer>()</answer>", [2, 3], 5, 0.1),
+    ("<answer>none</answer>", [2, 3], 5, 0.1),
+    ("<answer></answer>", [2, 3], 5, 0.1),
+    ("<answer>2+3=5</answer>", [2, 3], 5, 0.1),
+    ("<answer>2.0+3</answer>", [2, 3], 5, 0.1),
+    ("<answer>\N{ARABIC-INDIC DIGIT TWO}+3</answer>", [2, 3], 5, 0.1),
+    ("<answer>__import__('os').abort()</answer>", [2, 3], 5, 0.1),
     ("<answer>2+3", [2, 3], 5, 0),  # cut by the limit
     ("2+3</answer>", [2, 3], 5, 0),
     ("2+3", [2, 3], 5, 0),
     ("", [2, 3], 5, 0),
-    ("<answer>" + "(" * 500 + "2+3" + ")" * 400 + "</answer>", [2, 3], 5, 0),
+    ("<answer>" + "(" * 500 + "2+3" + ")" * 400 + "</answer>", [2, 3], 5, 0.1),
     ("<answer>" + "(" * 400 + "2+3" + ")" * 400 + "</answer>", [2, 3], 5, 1),
-    ("<answer>" + "(" * 500_000 + "</answer>", [2, 3], 5, 0),
+    ("<answer>" + "(" * 500_000 + "</answer>", [2, 3], 5, 0.1),
 ]
 
 MULTIPLY = [
@@ -303,6 +320,8 @@ HUGE = {
     "brackets": "<answer>" + "(" * MILLION + "</answer>",
     "sum": "<answer>" + "1+" * (MILLION // 2) + "1</answer>",
     "pairs": "<answer></answer>" * (MILLION // 17),
+    "thousands": "1{,}234" * (MILLION // 7),
+    "thin spaces": "\\,\\!" * (MILLION // 4),
 }
 ANSWERS = {"countdown": '{"numbers": [44, 19, 35], "target": 60}'}
 
@@ -311,7 +330,7 @@ ANSWERS = {"countdown": '{"numbers": [44, 19, 35], "target": 60}'}
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE.keys())
 @pytest.mark.timeout(300)  # quadratic time would be hours
 def test_a_response_of_a_megabyte_takes_linear_time(name: str, text: str) -> None:
-    assert rewards.get(name)(text, ANSWERS.get(name, "42")) == 0
+    assert rewards.get(name)(text, ANSWERS.get(name, "42")) <= 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -374,6 +393,31 @@ def test_what_is_no_reward_is_told_why(reward: rewards.Reward, reason: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (True, 1.0),
+        (Fraction(1, 2), 0.5),
+        (np.bool_(True), 1.0),
+        (np.float32(0.5), 0.5),
+        (np.array(-0.5), -0.5),
+        (np.array(False), 0.0),
+        (torch.tensor(0.25), 0.25),
+        (torch.tensor(True), 1.0),
+        (torch.tensor(0.25, requires_grad=True), 0.25),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_rewards(number: Any, expected: float) -> None:
+    value, why = rewards.judge(lambda response, answer: number, "response", "7")
+    assert (type(value), value, why) == (float, expected, "")
+
+
+@pytest.mark.parametrize("number", [np.array([1.0]), torch.ones(1), np.array(2.0), np.array(1j), np.array("1.0")])
+def test_arrays_that_are_no_number_from_minus_1_to_1_are_no_rewards(number: Any) -> None:
+    value, why = rewards.judge(lambda response, answer: number, "response", "7")
+    assert value is None and why.startswith("returned ") and why.endswith("expected a number from -1 to 1")
+
+
+@pytest.mark.parametrize(
     ("name", "response", "answer"),
     [
         ("last_number", "first 3, then -$1,200.0", "-1200"),
@@ -385,6 +429,8 @@ def test_what_is_no_reward_is_told_why(reward: rewards.Reward, reason: str) -> N
         ("multiply", "<answer> +012 </answer>", "12"),
         ("boxed_integer", r"\boxed{012.0}", "12"),
         ("boxed_integer", r"\boxed{3,159}", "3159"),
+        ("last_number", r"$3{,}159$", "3159"),
+        ("gsm8k_flexible", r"$3\,159$", "3159"),
         ("boxed_integer", r"\boxed{1{,}003\,159}", "1003159"),
     ],
 )

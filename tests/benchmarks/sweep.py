@@ -83,7 +83,8 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"pool": [], "plain": [], "plain, same requests": []}
     dtype = str(resolve_dtype(cfg.model.dtype, 0)[0]).removeprefix("torch.")
     plain = Plain(cfg, inputs, dtype, arguments.samples)
-    with closing(plain), tempfile.TemporaryDirectory(dir=ROOT / "runs") as name, engines_of(cfg) as engines:
+    runs = tempfile.TemporaryDirectory(dir=ROOT / "runs")
+    with closing(plain), runs as name, engines_of(cfg, Tracker(name)) as engines:
         few = replace(inputs, prompts=inputs.prompts[:8])
         ours(cfg, few, engines, 1, Path(name) / "warm-up" / "v_star")
         plain.draw("warm-up")

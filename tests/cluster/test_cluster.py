@@ -1,7 +1,12 @@
 """Actors that fail, hang or end are named at once (real Ray)."""
 
+import contextlib
+import ctypes
+import importlib
 import os
+import re
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -11,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import ClusterConfig
 
@@ -24,27 +29,57 @@ class Worker:
             time.sleep(600)
         if order == "end":
             os._exit(3)
+        if order == "end later":
+            time.sleep(0.3)
+            os._exit(3)
+        if order == "leave":
+            sys.exit(4)
+        if order == "crash":
+            ctypes.string_at(0)
+        if order == "tell":
+            print("RuntimeError: Unable to find address for: nope0", file=sys.stderr, flush=True)
+            os._exit(1)
+        if order == "point":
+            print("(Core pid=7) ERROR 11-28 00:24:04 [core.py:1510] OSError: no space left for the cache", flush=True)
+            raise RuntimeError("Engine core initialization failed. See root cause above.")
         if order == "refuse":
             raise ValueError("data.path: no such file")
         if order == "break":
             raise KeyError("weights")
+        if order in ("conversion", "statistics"):
+            return str(importlib.import_module(order).__file__)
         return order
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster(ClusterConfig()) as cluster:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Started in a folder with modules that have the names of ours and of Python's."""
+    folder = tmp_path_factory.mktemp("here")
+    for name in ("conversion", "statistics"):
+        (folder / f"{name}.py").write_text("")
+    with contextlib.chdir(folder), Cluster(ClusterConfig()) as cluster:
+        assert Path.cwd() == folder
         yield cluster
 
 
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
-    env = {"PYTHONPATH": str(Path(__file__).parent)}
-    return [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
+    both = [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    cluster.wait("start", [worker.obey.remote("") for worker in both], 60)
+    return both
 
 
 def test_results_come_in_the_order_of_the_calls(cluster: Cluster, workers: list[Any]) -> None:
     assert cluster.wait("work", [w.obey.remote(str(i)) for i, w in enumerate(workers)], 60) == ["0", "1"]
+
+
+def test_what_lies_where_a_run_is_started_takes_no_modules_place_in_its_workers(
+    cluster: Cluster, workers: list[Any]
+) -> None:
+    ours, pythons = cluster.wait("work", [workers[0].obey.remote(name) for name in ("conversion", "statistics")], 60)
+    assert ours == str(Path(__file__).parents[2] / "conversion/__init__.py")
+    assert pythons == statistics.__file__
 
 
 def test_a_failure_ends_the_wait_although_another_rank_hangs(cluster: Cluster, workers: list[Any]) -> None:
@@ -58,9 +93,27 @@ def test_a_wrong_input_that_only_the_actor_could_see_keeps_its_message(cluster: 
         cluster.wait("work", [workers[0].obey.remote("refuse")], 60)
 
 
-def test_an_ended_process_is_named(cluster: Cluster, workers: list[Any]) -> None:
-    with pytest.raises(ClusterError, match="work: the process ended"):
-        cluster.wait("work", [workers[0].obey.remote("end")], 60)
+@pytest.mark.parametrize(
+    ("order", "end"),
+    [
+        ("end", r"was killed \(SIGKILL\), or ended itself at once: it left no word"),
+        ("leave", "ended with exit status 4"),
+        ("crash", r"(\*\*\* SIGSEGV received|Fatal Python error: Segmentation fault).*"),
+        ("tell", "RuntimeError: Unable to find address for: nope0"),
+        ("point", "OSError: no space left for the cache"),
+    ],
+)
+def test_a_failure_ends_with_its_cause_in_one_line(cluster: Cluster, workers: list[Any], order: str, end: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        cluster.wait("work", [workers[1].obey.remote(order)], 60)
+    assert str(caught.value).startswith("work: worker 1: ")
+    assert re.fullmatch(f"worker 1: {end}", str(caught.value).splitlines()[-1])
+
+
+def test_who_died_is_blamed_and_not_who_heard_of_it(cluster: Cluster, workers: list[Any]) -> None:
+    calls = [workers[0].obey.remote("break"), workers[1].obey.remote("end later")]
+    with pytest.raises(ClusterError, match=r"^work: worker 1: the process ended"):
+        cluster.wait("work", calls, 60)
 
 
 def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
@@ -68,25 +121,37 @@ def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[
         cluster.wait("work", [workers[0].obey.remote("hang")], 1)
 
 
+def test_an_actor_asks_for_its_own_gpus_or_for_half_of_the_only_one() -> None:
+    assert gpus_asked(8, 2, shared=False) == 2
+    assert gpus_asked(1, 1, shared=True) == 0.5
+    assert gpus_asked(0, 2, shared=False) == 0
+
+
 JOIN = """
 import sys
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import ClusterConfig
 class Where:
     def answer(self): return 41 + 1
 with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
     actor = cluster.actor("where", Where, env={}, num_gpus=0)
     print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
+    half = gpus_asked(cluster.num_gpus, 1, shared=True)
+    both = [cluster.actor(name, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
+    print(cluster.num_gpus, cluster.wait("both", [one.answer.remote() for one in both], 60))
 """
 
 
 def test_a_cluster_that_runs_already_is_joined() -> None:
-    """With the token authentication that `ray start` turns on by itself; this run's end leaves it running."""
+    """With the token authentication that `ray start` turns on by itself; this run's end leaves it running.
+
+    Its one GPU, of which Ray only knows the number, has room for a rank and an engine that share it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray_command = str(Path(sys.executable).with_name("ray"))
-    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1"]
+    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=1"]
     with subprocess.Popen(
         [ray_command, "start", "--head", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as head:
@@ -97,7 +162,7 @@ def test_a_cluster_that_runs_already_is_joined() -> None:
                 done = subprocess.run(
                     [sys.executable, "-c", JOIN, f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=120
                 )
-                assert done.stdout.strip() == "1 [42]", done.stderr
+                assert done.stdout.splitlines() == ["1 [42]", "1 [42, 42]"], done.stderr
         finally:
             head.terminate()
             head.communicate(timeout=60)

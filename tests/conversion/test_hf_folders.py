@@ -181,7 +181,7 @@ def test_a_wrong_index_is_refused(sharded: Path) -> None:
     for weight_map, message in (
         (index["weight_map"] | elsewhere, r"holds model\.norm\.weight, but it does not"),
         (index["weight_map"] | {"model.norm.weight": "../escape.safetensors"}, "not a file of this folder"),
-        (without, r"does not hold model\.norm\.weight"),
+        (without, r"holds a model\.norm\.weight that model\.safetensors\.index\.json does not place there"),
         ([], "no safetensors index"),
         (index["weight_map"] | {"model.norm.weight": 3}, "no safetensors index.*names the file 3"),
     ):
@@ -191,6 +191,51 @@ def test_a_wrong_index_is_refused(sharded: Path) -> None:
     path.write_text("{")
     with pytest.raises(CheckpointError, match="no safetensors index"):
         loaded(sharded)
+
+
+def test_a_parameter_in_two_shards_is_refused(sharded: Path) -> None:
+    """transformers and this project would take the one that the index names, vLLM the one it reads last."""
+    weight_map = json.loads((sharded / hf.INDEX).read_text())["weight_map"]
+    shard = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+    save_file(load_file(sharded / shard) | {"model.norm.weight": torch.zeros(48)}, sharded / shard)
+    with pytest.raises(CheckpointError, match=rf"{shard} holds a model\.norm\.weight that .* does not place there"):
+        loaded(sharded)
+
+
+def test_one_file_beside_an_index_of_others_is_refused(sharded: Path) -> None:
+    (sharded / hf.WEIGHTS).write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"holds model\.safetensors beside model\.safetensors\.index\.json, which"
+    ):
+        loaded(sharded)
+
+
+def test_an_index_of_the_one_file_is_none_to_choose_between(source: Path) -> None:
+    (source / hf.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, hf.WEIGHTS)}))
+    assert_same(loaded(source), WEIGHTS)
+
+
+@pytest.mark.parametrize("name", ["backup.safetensors", "consolidated.safetensors", "adapter_model.safetensors"])
+def test_a_file_that_vllm_would_load_too_is_refused_for_engines(name: str, source: Path, sharded: Path) -> None:
+    for folder in (source, sharded):
+        hf.check_engines_read(folder)
+        save_file({"model.norm.weight": torch.zeros(48)}, folder / name)
+    with pytest.raises(CheckpointError, match=rf"holds {name} beside model\.safetensors, and no model.*move the other"):
+        hf.check_engines_read(source)
+    hf.check_engines_read(sharded)  # vLLM reads what the index names
+    assert_same(loaded(source), WEIGHTS)
+    assert_same(loaded(sharded), WEIGHTS)
+
+
+def test_that_an_adapter_is_left_out_is_said(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hf.check(source, MODEL.parameters())
+    assert not caplog.messages
+    (source / "adapter_config.json").write_text("{}")
+    (source / "adapter_model.bin").write_bytes(b"")
+    for _ in range(2):
+        hf.check(source, MODEL.parameters())
+    (said,) = caplog.messages  # once
+    assert said.startswith(f"{source}: adapter_config.json and adapter_model.bin: left out; merge the adapter")
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,8 @@ REFUSED = [
     ("llama", {"hidden_size": 50}, "hidden_size=50"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("qwen2", {"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, expected .*num_hidden_layers=2"),
+    ("qwen2", {"layer_types": []}, "layer_types has 0 entries"),
     ("qwen2", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
     ("qwen2", {"head_dim": 16}, "head_dim=16"),
     ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),

@@ -29,7 +29,7 @@ def places(*names: str) -> list[Place]:
         (("b", "b"), [("b", "b")], ALL_TO_ALL, "gloo", "2 different /dev/shm"),
         (("b/0", "b/1"), [("b/0", "b/1")], ONE_TO_ONE, "gloo", "some ends share a GPU"),
         (("a/0", "a/1"), [("a/0", "a/1")], ONE_TO_ONE, "cuda ipc", "on the GPU of the workers"),
-        (("a/0", "a/1"), [("a/0", "a/1"), ("a/0", "a/1")], ONE_TO_ONE, "cuda ipc", "not been run on a GPU yet"),
+        (("a/0", "a/1"), [("a/0", "a/1"), ("a/0", "a/1")], ONE_TO_ONE, "cuda ipc", "on the GPU of the workers"),
         (("a/0", "a/1"), [("a/0", "a/1")], ALL_TO_ALL, "shared memory", "some ends share a GPU and others do not"),
         (("a/0", "a/1"), [("a/2", "a/3"), ("b/4", "b/5")], ALL_TO_ALL, "nccl", "a GPU of its own"),
         (("a/0", "a/1"), [("a/2", "a/3")], ONE_TO_ONE, "nccl", "not been run on a GPU yet"),

@@ -9,7 +9,8 @@ import pytest
 
 from astar_megatron import config
 from astar_megatron.algorithm import rewards
-from astar_megatron.data.benchmarks import BENCHMARKS, SUFFIXES, benchmark_prompts, read_benchmark
+from astar_megatron.config import DataConfig
+from astar_megatron.data.benchmarks import BENCHMARKS, SUFFIXES, benchmark_prompts, longest_prompt, read_benchmark
 from astar_megatron.data.rows import PromptError
 
 # The problems in a copy of each benchmark as simpleRL-reason and grade-school-math have them.
@@ -121,12 +122,14 @@ def test_each_row_is_a_prompt_and_none_is_cut(tmp_path: Path, model_folder: Call
     row = json.dumps({"problem": "How many?", "answer": 3})
     (tmp_path / "amc23.jsonl").write_text(f"{row}\n{row}\n")
     model = model_folder()
-    prompts = benchmark_prompts("amc23", tmp_path, model, None)
+    wide = DataConfig(path="none", max_prompt_tokens=1000)
+    prompts = benchmark_prompts("amc23", tmp_path, wide, model)
     assert [prompt.text for prompt in prompts] == ["How many?" + SUFFIXES["math"]] * 2
-    length = len(prompts[0].token_ids)
-    assert benchmark_prompts("amc23", tmp_path, model, length) == prompts
+    length = longest_prompt("amc23", tmp_path, wide, model)
+    assert length == len(prompts[0].token_ids)
+    assert benchmark_prompts("amc23", tmp_path, DataConfig(path="none", max_prompt_tokens=length), model) == prompts
     with pytest.raises(PromptError, match=rf"2 of 2 prompts of amc23 exceed .* raise it to {length}"):
-        benchmark_prompts("amc23", tmp_path, model, length - 1)
+        benchmark_prompts("amc23", tmp_path, DataConfig(path="none", max_prompt_tokens=length - 1), model)
 
 
 @pytest.mark.parametrize(("run", "kind"), [("gsm8k_qwen2.5_1.5b", "gsm8k"), ("math_qwen2.5_1.5b", "math")])

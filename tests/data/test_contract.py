@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from astar_megatron.config import validate
+from astar_megatron.data.chat import TokenizerError
 from astar_megatron.data.contract import Contract, ContractError, contract_of
-from astar_megatron.data.prompts import TokenizerError
 
 
 def _contract(model: str, **sections: dict[str, Any]) -> Contract:
@@ -74,7 +75,7 @@ def _type(folder: Path) -> None:
 
 
 def _config(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"vocab_size": 1000}')
 
 
 def _tokenizer(folder: Path) -> None:
@@ -119,6 +120,29 @@ def test_a_field_that_only_one_side_has_is_a_difference(contract: Contract) -> N
         "new rule: this has nothing recorded, the other x",
     ]
     assert dataclasses.replace(contract, top_p=0.5).difference(contract) == ["top p: this has 0.5, the other 1.0"]
+
+
+def test_the_day_of_the_prompts_is_a_field_only_where_the_template_writes_it(
+    model: str, model_folder: Callable[..., str]
+) -> None:
+    assert _contract(model, data={"date": "2026-11-28"}) == _contract(model)
+    asks = model_folder(template="{{ strftime_now('%d %b %Y') }}<u>")
+    one, two = (_contract(asks, data={"date": f"2026-11-{day}"}) for day in (28, 29))
+    assert one.difference(two, ("this run", "the table")) == ["date: this run has 2026-11-28, the table 2026-11-29"]
+    (line,) = _contract(asks).difference(two, ("this run", "the table"))
+    assert line == "date: this run has nothing recorded, the table 2026-11-29"
+    older = {name: value for name, value in two.fields().items() if name != "date"}
+    assert one.difference(older) == []  # its prompts' uids have the day
+
+
+def test_special_tokens_that_rewards_read_are_a_field_only_where_there_are_some(
+    model_folder: Callable[..., str],
+) -> None:
+    assert _contract(model_folder(stop=[1])).fields()["kept_token_ids"] == [2]
+    assert "kept_token_ids" not in _contract(model_folder(stop=[1, 2])).fields()
+    many = _contract(model_folder(special=[f"<{i}>" for i in range(9)]))
+    (line,) = many.difference(many.fields() | {"kept_token_ids": [1]})
+    assert re.fullmatch(r"kept token ids: this has 11 of digest [0-9a-f]{12}\.\.\., the other \[1\]", line)
 
 
 def test_a_model_folder_without_whole_weights_is_refused(model: str, tmp_path: Path) -> None:

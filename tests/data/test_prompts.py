@@ -11,14 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from astar_megatron.config import DataConfig
-from astar_megatron.data.prompts import (
-    PromptError,
-    PromptStream,
-    TokenizerError,
-    read_prompts,
-    stop_token_ids,
-    tokenizer,
-)
+from astar_megatron.data.chat import TokenizerError, stop_token_ids, tokenizer
+from astar_megatron.data.prompts import PromptError, PromptStream, read_prompts
 from astar_megatron.types import Prompt
 
 type MakeModel = Callable[..., str]

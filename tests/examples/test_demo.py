@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from astar_megatron.doctor import native_bfloat16
+from astar_megatron.resources import native_bfloat16
 from astar_megatron.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

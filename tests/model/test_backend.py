@@ -8,8 +8,9 @@ pytest.importorskip("yaml")
 
 from astar_megatron.config import ModelConfig, OptimConfig
 from astar_megatron.model import backend as backends
-from astar_megatron.model.backend import Backend, check_features
+from astar_megatron.model.backend import Backend, check_features, check_float32, environment, product_error
 
+ENGINE = Backend(name="cuda", collectives="nccl", uses_transformer_engine=True, has_triton=True, reason="a GPU")
 CPU = Backend(name="cpu", collectives="gloo", uses_transformer_engine=False, has_triton=False, reason="no GPU")
 
 
@@ -64,3 +65,67 @@ def test_a_cpu_states_no_peak_and_measures_its_process() -> None:
 )
 def test_the_peak_of_a_device_is_found_by_its_name(device: str, tflops: float | None) -> None:
     assert backends.peak_flops_of(device) == (None if tflops is None else tflops * 1e12)
+
+
+def test_transformer_engine_gets_every_fusion_that_was_measured() -> None:
+    """Without them a step took twice as long, and nothing said so."""
+    assert ENGINE.transformer_options() == {
+        "apply_rope_fusion": True,
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        "persist_layer_norm": True,
+    }
+    in_fp8 = ENGINE.transformer_options("tensorwise")
+    assert in_fp8 == ENGINE.transformer_options() | {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+
+
+def test_fusions_have_megatrons_names_and_none_is_on_without_transformer_engine() -> None:
+    pytest.importorskip("megatron")
+    backends.choose()  # megatron asks for it before it is imported
+    from megatron.core.transformer import TransformerConfig
+
+    fields = TransformerConfig.__dataclass_fields__
+    assert fields.keys() >= ENGINE.transformer_options("tensorwise").keys() | CPU.transformer_options().keys()
+    fused = {name for name in fields if "fus" in name and fields[name].default is True}
+    assert not fused - {"mla_down_proj_fusion"}  # a new one that is on by itself would be news
+    assert not any(value for name, value in CPU.transformer_options().items() if "fusion" in name)
+
+
+def in_ten_bits(weight: torch.Tensor) -> torch.nn.Linear:
+    """A linear layer that rounds its factors as TF32 does."""
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(tensor)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+    class Rounding(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return rounded(input) @ rounded(self.weight).t()
+
+    linear = Rounding(weight.size(1), weight.size(0), bias=False)
+    linear.weight.data = weight
+    return linear
+
+
+def test_float32_that_is_multiplied_in_ten_bits_is_refused() -> None:
+    linear = torch.nn.Linear(512, 64, bias=False)
+    exact = product_error(linear, linear.weight.detach())
+    assert exact < 1e-6
+    check_float32(exact)
+    short = product_error(in_ten_bits(linear.weight.detach()), linear.weight.detach())
+    assert 1e-4 < short < 1e-3
+    with pytest.raises(ValueError, match=r"^model\.dtype=float32: .*as TF32.*set model\.dtype=bfloat16"):
+        check_float32(short)
+
+
+def test_ranks_in_float32_are_started_without_tf32() -> None:
+    common = {"threads": 1, "num_nodes": 1}
+    assert environment(num_gpus=1, dtype="float32", **common)["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in environment(num_gpus=1, dtype="bfloat16", **common)
+    assert "NVIDIA_TF32_OVERRIDE" not in environment(num_gpus=0, dtype="float32", **common)
+
+
+def test_a_rank_that_shares_its_gpu_may_take_its_share_and_no_more() -> None:
+    common = {"threads": 1, "num_nodes": 1, "num_gpus": 1, "dtype": "bfloat16"}
+    assert environment(**common, memory_share=0.475)["PYTORCH_ALLOC_CONF"] == "per_process_memory_fraction:0.4750"
+    assert "PYTORCH_ALLOC_CONF" not in environment(**common)

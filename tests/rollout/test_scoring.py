@@ -78,7 +78,7 @@ def test_responses_are_scored_while_others_are_drawn() -> None:
 def test_each_way_to_fail_gives_no_reward_and_is_written_with_prompt_and_response(tmp_path: Path) -> None:
     ways = {
         "hang": "took more than 3 s (reward.timeout_seconds) and was stopped",
-        "die": "ended its process, exit status 3",
+        "die": "ended its process: it ended with exit status 3",
         "raise": "raised KeyError: 'boom'",
         "nan": "returned nan, expected a number from -1 to 1",
         "two": "returned 2.0, expected",

@@ -14,7 +14,7 @@ import numbers as numeric
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +31,9 @@ from astar_megatron.algorithm.rewards.numbers import (
 from astar_megatron.algorithm.rewards.tags import countdown, multiply, tagged_integer, tagged_value
 from astar_megatron.algorithm.rewards.verified import math_verify
 
+_PACKAGES = ("astar_megatron", "conversion")
+_PLACE = Path(__file__).resolve().parents[3]  # where they are
+
 type Reward = Callable[[str, str], float]  # (response text, answer) -> reward
 type Extract = Callable[[str], str | None]  # response text -> the value that is compared; None: wrong form
 
@@ -45,10 +48,10 @@ class _Named:
 _NAMED: dict[str, _Named] = {
     "arithmetic": _Named(reward=multiply, version=1, extract=tagged_integer),  # the same rule for other data
     "boxed_integer": _Named(reward=boxed_integer, version=2, extract=integer_in),
-    "countdown": _Named(reward=countdown, version=1, extract=tagged_value),
-    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=2, extract=flexible_answer),
+    "countdown": _Named(reward=countdown, version=2, extract=tagged_value),
+    "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=3, extract=flexible_answer),
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
-    "last_number": _Named(reward=last_number, version=2, extract=number_in),
+    "last_number": _Named(reward=last_number, version=3, extract=number_in),
     "math": _Named(reward=math, version=2, extract=boxed_answer),
     "math_verify": _Named(reward=math_verify, version=1, extract=boxed_answer),
     "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
@@ -102,20 +105,25 @@ def version(name: str) -> str:
 
 def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str]:
     """Return the reward and "", or None and in words why there is none: it raised, or returned no number in [-1, 1]."""
+    value: Any
     try:
         value = reward(response, answer)
+        if getattr(value, "shape", None) == ():  # of numpy or torch: an array of no dimensions, numpy.bool
+            value = value.item()
     except (Exception, SystemExit) as error:  # a stranger's function
         return None, f"raised {type(error).__name__}: {error}"
-    if not isinstance(value, numeric.Real) or not -1 <= value <= 1:
+    if not isinstance(value, numeric.Real) or not -1 <= cast(float, value) <= 1:
         return None, f"returned {value!r}, expected a number from -1 to 1"
     return float(value), ""
 
 
 def _file(name: str) -> Path:
     """The file of a function's module. Package after package, for `importlib.util.find_spec` alone imports those."""
-    _search_here()
     parts = name.partition(":")[0].split(".")
-    spec = importlib.util.find_spec(parts[0]) if all(part.isidentifier() for part in parts) else None
+    spec = None
+    if all(part.isidentifier() for part in parts):
+        here = str(Path.cwd())
+        spec = _own(name) or importlib.util.find_spec(parts[0]) or PathFinder.find_spec(parts[0], [here])
     for end in range(2, len(parts) + 1):
         inside = spec and spec.submodule_search_locations
         spec = PathFinder.find_spec(".".join(parts[:end]), inside) if inside else None
@@ -129,15 +137,34 @@ def _file(name: str) -> Path:
     return Path(spec.origin)
 
 
-def _search_here() -> None:
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does; a script like astar's does not
+def _own(name: str) -> ModuleSpec | None:
+    """The top-level module or package of the reward `name`, where it is one of the current folder.
+
+    That comes before one of another folder; a folder without __init__.py does not, as everywhere in Python. Raises
+    ValueError where it has the name of a module that this program needs.
+    """
+    top, here = name.partition(":")[0].partition(".")[0], Path.cwd()
+    spec = PathFinder.find_spec(top, [str(here)]) if top.isidentifier() else None
+    if spec is None or spec.origin is None:
+        return None
+    loaded = sys.modules.get(top)
+    is_loaded = loaded is not None and getattr(loaded.__spec__, "origin", None) != spec.origin
+    if is_loaded or top in sys.stdlib_module_names or (top in _PACKAGES and here != _PLACE):
+        raise ValueError(
+            f"reward.name: can't import {name!r}: {spec.origin} has the name of a module that this program needs; "
+            "rename it, and reward.name with it"
+        )
+    return spec
 
 
 def _imported(name: str) -> Reward:
     module_name, _, function_name = name.partition(":")
-    _search_here()
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: what lies beside a reward must not take the place of Python's modules and ours
+    own = _own(name)
     try:
+        if own is not None and own.name not in sys.modules:
+            _load(own)
         found: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
             found = getattr(found, part)
@@ -149,3 +176,14 @@ def _imported(name: str) -> Reward:
     if not callable(found):
         raise ValueError(f"reward.name: {name!r} is {type(found).__name__}, expected a function (response, answer)")
     return cast(Reward, found)
+
+
+def _load(spec: ModuleSpec) -> None:
+    """Import a module from where it was found, which the Python path may have another for."""
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise

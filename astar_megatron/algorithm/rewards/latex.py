@@ -2,9 +2,11 @@
 
 The rules are those of the benchmark's own scorer (Hendrycks et al., arXiv 2103.03874), written anew: text is
 rewritten, nothing is computed, so "2" is not "1+1". Two repairs: an escaped brace does not count as a brace, and
-`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. Two deviations: units, all from the first `\\text{ ` on, go
+`\\sqrt 3`, `\\boxed {3}` are read as LaTeX reads them. Three deviations: units, all from the first `\\text{ ` on, go
 however often that stands there; the official scorer compares the texts as they are where it stands more than once.
-And math signs around the whole (`$27$`, `\\(27\\)`) go. No end-of-text string is asked for. Linear in the response.
+Math signs around the whole (`$27$`, `\\(27\\)`) go. And without a \\boxed the last \\fbox counts: the official scorer
+finds it too, but takes only a \\boxed apart, so that \\fbox{5} is 0 there and 1 here. No end-of-text string is asked
+for. Linear in the response.
 
 `boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159.
 """

@@ -2,6 +2,9 @@
 
 Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". An answer that is
 not one number ("1/2", "50%", "70 dollars") raises ValueError: such a reward could only ever be 0.
+
+TeX's thousands, "9{,}500", "9\\,500" and "9,\\!500", are 9500, as `boxed_integer` reads them, but for `gsm8k_strict`:
+its official rule ends at the brace or the backslash.
 """
 
 import re
@@ -15,6 +18,7 @@ _NUMBER = re.compile(
 _OFFICIAL = re.compile(r"-?[0-9.,]+")
 _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_TEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
 
 
 def last_number(response: str, answer: str) -> float:
@@ -29,7 +33,7 @@ def last_number(response: str, answer: str) -> float:
 
 def number_in(response: str) -> str | None:
     """Return what `last_number` compares: the last number of `response`, in its shortest form ("7.50" is "7.5")."""
-    found = next(reversed(_NUMBER.findall(_plain_minus(response))), None)
+    found = next(reversed(_NUMBER.findall(_plain(response))), None)
     return _shortest(_decimal(found)) if found is not None else None
 
 
@@ -52,8 +56,8 @@ def strict_answer(response: str) -> str | None:
 def gsm8k_flexible(response: str, answer: str) -> float:
     """Return 1.0 where the last number of `response` is the answer, else 0.0; `answer` as in gsm8k_strict.
 
-    The official rule's last `\\-?[0-9\\.\\,]+`, with two repairs: commas go ("1,000" is "1000"), and so does the full
-    stop that ends a sentence. Exact match of the text, so "42.0" is not "42".
+    The official rule's last `\\-?[0-9\\.\\,]+`, with three repairs: commas go ("1,000" is "1000"), TeX's too, and so
+    does the full stop that ends a sentence. Exact match of the text, so "42.0" is not "42".
     """
     golds = _golds(answer)
     return float(flexible_answer(response) in golds)
@@ -61,13 +65,13 @@ def gsm8k_flexible(response: str, answer: str) -> float:
 
 def flexible_answer(response: str) -> str | None:
     """Return what `gsm8k_flexible` compares; None also where that is no number ("1.2.3")."""
-    found = next((text for text in reversed(_OFFICIAL.findall(_plain_minus(response))) if text.strip("-.,")), None)
+    found = next((text for text in reversed(_OFFICIAL.findall(_plain(response))) if text.strip("-.,")), None)
     return _number(_bare(found).rstrip(".")) if found is not None else None
 
 
 def _golds(answer: str) -> set[str]:
     """The texts that are right: the answer's number as it is written and in its shortest form."""
-    written = _plain_minus(answer.rpartition("####")[2]).strip().removeprefix("$")
+    written = _plain(answer.rpartition("####")[2]).strip().removeprefix("$")
     gold = written.replace(",", "").removesuffix(".")
     if _number(gold) is None:
         raise ValueError(f'answer: expected one number or a solution that ends in "#### number", got {answer[-80:]!r}')
@@ -86,7 +90,7 @@ def _shortest(number: Decimal) -> str:
 
 
 def _decimal(text: str) -> Decimal:
-    bare = _bare(_plain_minus(text)).strip()
+    bare = _bare(_plain(text)).strip()
     if re.fullmatch(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)", bare) is None:
         raise ValueError(f"answer: expected a number, got {text[:80]!r}; for LaTeX answers take the reward `math`")
     return Decimal(bare)
@@ -94,6 +98,11 @@ def _decimal(text: str) -> Decimal:
 
 def _bare(text: str) -> str:
     return text.replace(",", "").replace("$", "")
+
+
+def _plain(text: str) -> str:
+    """The text with its numbers as plain text writes them: TeX's separators of thousands go, and "\\!" as in `math`."""
+    return _TEX_THOUSANDS.sub("", _plain_minus(text).replace("\\!", ""))
 
 
 def _plain_minus(text: str) -> str:

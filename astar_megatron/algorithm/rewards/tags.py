@@ -1,8 +1,11 @@
 """Rewards whose answer stands between <answer> and </answer>: `countdown`, `multiply` and `arithmetic`.
 
-Graded as in the official code of arXiv 2505.20686: 1.0 right, 0.1 well-formed but wrong, 0 otherwise; the last pair of
-tags counts. Expressions are read by a parser of their own: integers, + - * / and brackets, exact fractions; nothing is
-evaluated as Python. Leaves out: powers, decimals, other digits than ASCII's.
+Graded as in the official code of arXiv 2505.20686, which is TinyZero's: 1.0 right, 0.1 for any other text between the
+tags (`countdown`) or any other integer (`multiply`), 0 otherwise; the last pair of tags counts. Expressions are read by
+a parser of their own: integers, + - * / and brackets, exact fractions; nothing is evaluated as Python.
+
+Deviations: the official countdown looks for tags in the response's last line only, not over several lines as here; and
+powers, `//` and digits other than ASCII's, which it evaluates, are wrong (0.1) here.
 """
 
 import json
@@ -20,12 +23,15 @@ _TOLERANCE = Fraction(1, 100_000)
 def countdown(response: str, answer: str) -> float:
     """Return 1.0 where the tagged expression uses exactly the given numbers and has the target's value within 1e-5.
 
-    0.1 for any other expression, 0 without one. `answer` is JSON: {"numbers": [3, 7, 5], "target": 26}.
+    0.1 for any other text between the tags, 0 without tags. `answer` is JSON: {"numbers": [3, 7, 5], "target": 26}.
     """
     numbers, target = _problem(answer)
-    used = _expression(response)
-    if used is None:
+    text = tagged(response)
+    if text is None:
         return 0.0
+    used = _parse(text)
+    if used is None:
+        return _WRONG
     integers, value = used
     right = value is not None and abs(value - target) < _TOLERANCE and sorted(integers) == numbers
     return 1.0 if right else _WRONG
@@ -43,8 +49,9 @@ def multiply(response: str, answer: str) -> float:
 
 
 def tagged_value(response: str) -> str | None:
-    """Return what `countdown` compares: the value of the tagged expression and its numbers; None without one."""
-    used = _expression(response)
+    """Return what `countdown` compares: the value of the tagged expression and its numbers; None where it is none."""
+    text = tagged(response)
+    used = _parse(text) if text is not None else None
     if used is None:
         return None
     integers, value = used
@@ -75,11 +82,6 @@ def _problem(answer: str) -> tuple[list[int], int]:
     if not whole or not numbers:
         raise ValueError(f'answer: expected JSON like {{"numbers": [3, 7, 5], "target": 26}}, got {answer[:80]!r}')
     return sorted(numbers), target
-
-
-def _expression(response: str) -> tuple[list[int], Fraction | None] | None:
-    text = tagged(response)
-    return _parse(text) if text is not None else None
 
 
 def _parse(text: str) -> tuple[list[int], Fraction | None] | None:

@@ -1,0 +1,96 @@
+"""How a process ended, in one line: by its exit status, by what it wrote last, and by what the kernel counts.
+
+Ray says of most ends only that a connection broke, and vLLM that its core failed; what happened stands in the output
+of the process.
+"""
+
+import contextlib
+import re
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+
+_LONGEST = 1000  # characters of a cause
+_TAIL_BYTES = 256 << 10  # of an output that is read: a traceback of every worker fits
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+# What vLLM's logger puts before each line of a traceback: (EngineCore pid=7) ERROR 11-28 00:24:04 [core.py:1510]
+_PREFIX = re.compile(r"^(?:\([^()]* pid=\d+\) )?(?:ERROR|CRITICAL|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] ")
+_ERROR = re.compile(
+    r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Expired|Refused)\b(?::.*)?$"
+    r"|^terminate called "
+)
+_KILLED = re.compile(
+    r"^\*{3} SIG[A-Z]+ received|^Fatal Python error: "  # by the handlers that Ray and Python install
+    r"|died unexpectedly \(exit code: -|^[\w ]+ was killed by "  # as vLLM says it of its workers, and `ended`
+)
+_LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit status [1-9]")
+# Errors that only point to another, or that follow from it.
+_SECONDARY = re.compile(
+    r"root cause|stack trace|background process|EngineDeadError|CancelledError|BrokenPipeError|ConnectionResetError"
+    r"|ContextTerminated|Engine core initialization failed|ActorDiedError|KeyboardInterrupt|SystemExit"
+)
+_CORE_STATUSES = re.compile(r"Failed core proc\(s\): \{([^}]*)\}")
+
+
+def ended(status: int) -> str:
+    """Return in words how a process ended, from its return code as `subprocess` and `multiprocessing` give it."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    return f"was killed by {name}" + (" (so ends the kernel a process for memory)" if -status == signal.SIGKILL else "")
+
+
+def last_error(text: str) -> str | None:
+    """Return the last error in the output of a process and its children, without what only points to another.
+
+    What follows the first child that was killed follows from that.
+    """
+    error = left = None
+    for line in _COLOURS.sub("", text).splitlines():
+        line = _PREFIX.sub("", line).strip()[:_LONGEST]
+        if _SECONDARY.search(line):
+            continue
+        if _KILLED.search(line):
+            return f"{line}; the last error before: {error}" if error else line
+        if _ERROR.search(line):
+            error = line
+        elif _LEFT.search(line):
+            left = line
+    return error or left
+
+
+def core_end(message: str) -> str | None:
+    """Return how vLLM's core processes ended, of a message that names the exit codes of those that failed."""
+    match = _CORE_STATUSES.search(message)
+    pairs = re.findall(r"'([^']*)': (-?\d+)", match[1]) if match else []
+    return ", ".join(f"{name} {ended(int(status))}" for name, status in pairs) or None
+
+
+def is_secondary(message: str) -> bool:
+    """Say whether an error only points to another one, which stands in the output of the process."""
+    return _SECONDARY.search(message) is not None
+
+
+def cause_in(outputs: Iterable[Path]) -> str | None:
+    """Return the last error of `outputs`, read one after the other; files that are not there hold none."""
+    texts = []
+    for path in outputs:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            texts.append(file.read().decode(errors="replace"))
+    return last_error("\n".join(texts))
+
+
+def memory_kills(root: Path = Path("/")) -> int:
+    """Return how many processes the kernel has killed for memory: on this machine, or in this control group if more."""
+    counts = [0]
+    for path in ("proc/vmstat", "sys/fs/cgroup/memory.events", "sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            text = (root / path).read_text(encoding="utf-8")
+        except OSError:
+            continue
+        counts += [int(number) for number in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE)]
+    return max(counts)

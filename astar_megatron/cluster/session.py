@@ -1,0 +1,156 @@
+"""The folder of one run's Ray session: sockets and logs in a short place of its own, whatever TMPDIR and HOME are.
+
+Linux limits the name of a unix socket to 107 bytes, and Ray's own part of it takes 64. The folder also lists what the
+run's processes have in /dev/shm (vLLM's semaphores and buffers): a killed process leaves it there.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from astar_megatron.cluster.errors import PlaceError
+from astar_megatron.data.files import exclusive, write_atomic
+
+_LOG = logging.getLogger(__name__)
+PREFIX = "astar-"
+_LOCK = "lock"  # held while the run lives
+_SHARED_FILES = "shared_files"  # a name a line
+_SHARED_MEMORY = Path("/dev/shm")
+_LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
+_LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
+_START_SECONDS = 10.0  # within which a run that has made its lock also holds it
+
+
+class SessionFolder:
+    """A folder that only this user can enter. A context manager: it goes with the run; after an error its logs stay."""
+
+    def __init__(self) -> None:
+        remove_left_behind()
+        folder, reason = place()
+        if reason:
+            _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
+        self._lock = exclusive(self.path / _LOCK, "this run")
+        self._shared: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _remove_shared_files(self.path)
+        if kind is not None and issubclass(kind, Exception):
+            _remove_all_but_logs(self.path)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.__exit__(None, None, None)
+
+    def remember(self, pid: int) -> None:
+        """Note what process `pid` and its descendants now have in /dev/shm, to be removed after the run if still there.
+
+        For processes whose shared memory is theirs alone.
+        """
+        self._shared |= set(shared_files(pid))
+        write_atomic(self.path / _SHARED_FILES, "".join(f"{name}\n" for name in sorted(self._shared)).encode())
+
+
+def shared_files(pid: int) -> list[str]:
+    """Return the names of files of /dev/shm, not of folders in it, that the descendants of a process have mapped."""
+    inodes = set()  # a semaphore's file is mapped under a temporary name, and then linked to its own
+    for member in process_tree(pid) - {pid}:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{member}/maps").read_text(errors="replace").splitlines():
+                if f" {_SHARED_MEMORY}/" in line:
+                    inodes.add(int(line.split(maxsplit=5)[4]))  # address, rights, offset, device, inode, name
+    return sorted(entry.name for entry in os.scandir(_SHARED_MEMORY) if entry.inode() in inodes)
+
+
+def process_tree(pid: int) -> set[int]:
+    """Return a process and all its descendants."""
+    parents, tree = {}, {pid}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            # pid (name) state parent: a name may hold anything, so what follows its last bracket is read
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    while more := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return tree
+
+
+def place() -> tuple[Path, str | None]:
+    """Return the folder for sessions, TMPDIR where it can hold one; else a usual one, and why.
+
+    Raises PlaceError where there is none.
+    """
+    first = Path(tempfile.gettempdir())
+    reasons = []
+    for folder in places(first):
+        reason = problem(folder)
+        if reason is None:
+            return folder, reasons[0] if reasons else None
+        reasons.append(reason)
+    raise PlaceError(
+        f"TMPDIR: no folder for the sockets of this run's processes: {'; '.join(reasons)}; "
+        "set TMPDIR to a short folder that you can write to"
+    )
+
+
+def places(first: Path) -> list[Path]:
+    """Return the folders that are tried, in order."""
+    return list(dict.fromkeys([first, Path("/tmp"), Path("/var/tmp"), Path(f"/run/user/{os.getuid()}")]))
+
+
+def problem(folder: Path) -> str | None:
+    """Return why `folder` can't hold a session; None if it can."""
+    if len(os.fsencode(folder)) > _LONGEST_PLACE:
+        return f"{folder} is too long for the names of Ray's sockets ({_LONGEST_PLACE} bytes)"
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        return f"{folder} is no folder that this user can write to"
+    status = folder.stat()
+    others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    if others_write or status.st_uid not in (os.getuid(), 0):
+        return f"{folder} is open to changes of other users"
+    return None
+
+
+def remove_left_behind() -> None:
+    """Remove what runs that were killed left: files of /dev/shm at once, folders with their logs after a day."""
+    for folder in {path for place in places(Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}????????")}:
+        with contextlib.suppress(OSError):  # held, of another user, no folder of a run, or just removed
+            lock = folder / _LOCK
+            if folder.is_symlink() or lock.is_symlink() or lock.stat().st_uid != os.getuid():
+                continue
+            age = time.time() - lock.stat().st_mtime
+            if age < _START_SECONDS:
+                continue
+            with exclusive(lock, "another run"):
+                _remove_shared_files(folder)
+                if age > _LOGS_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_shared_files(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for name in (folder / _SHARED_FILES).read_text(encoding="utf-8").splitlines():
+            path = _SHARED_MEMORY / Path(name).name
+            with contextlib.suppress(OSError):
+                if path.lstat().st_uid == os.getuid():
+                    path.unlink()
+
+
+def _remove_all_but_logs(folder: Path) -> None:
+    kept = {path for logs in folder.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / _LOCK}
+    for path in (*folder.glob("session_*/*"), *folder.iterdir()):
+        if path in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,230 @@
+"""A model folder's tokenizer and chat template: the tokens that the model reads, where a response ends, and its text.
+
+A template never sees the clock: where it asks for the time (`strftime_now`, as Llama 3.2's does for the day), it gets
+the configured `data.date`, or the run is refused. A token that the model has no row for is refused too. Leaves out:
+several turns, tools, images, and a template's jinja filter `random`.
+"""
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENCODE_AT_ONCE = 4096  # texts a tokeniser call
+_QUESTION, _ANSWER = "A question of nobody.", "An answer of nobody."  # texts that no template writes by itself
+
+type Chat = list[dict[str, str]]
+
+
+class TokenizerError(ValueError):
+    """A model folder without a tokenizer that can format a chat and end a response."""
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of an HF folder, from local files only; kept for the process. Raises TokenizerError."""
+    from transformers import AutoTokenizer  # here, because the import takes seconds
+
+    if not Path(model_path).is_dir():
+        raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
+    try:
+        found = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True)
+    except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
+        raise TokenizerError(
+            f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "
+            "add tokenizer.json and tokenizer_config.json of the model"
+        ) from error
+    if not found.chat_template:
+        raise TokenizerError(
+            f"model.path: the tokenizer of {model_path} has no chat template; add chat_template.jinja to the folder"
+        )
+    if found.eos_token_id is None:
+        raise TokenizerError(
+            f"model.path: the tokenizer of {model_path} has no EOS token, so no response could end; "
+            "set eos_token in tokenizer_config.json"
+        )
+    return found
+
+
+def vocab_size(model_path: str) -> int:
+    """Return how many token ids the model has rows for, by its config.json. Raises TokenizerError."""
+    file = Path(model_path) / "config.json"
+    try:
+        size = json.loads(file.read_bytes())["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{file}: can't read vocab_size: {error!r}; repair the file") from error
+    if type(size) is not int or size < 1:
+        raise TokenizerError(f"{file}: vocab_size={size!r}, expected a whole number of at least 1; repair the file")
+    return size
+
+
+def no_row(model_path: str, token_id: int) -> str:
+    """Return in words that the model has no row for a token, and what to do."""
+    return (
+        f"token {_named(tokenizer(model_path), token_id)}, for which the model has no row: vocab_size is "
+        f"{vocab_size(model_path)} in {model_path}/config.json; give the folder the tokenizer that belongs to the "
+        "model, or a model whose embedding was resized to this tokenizer"
+    )
+
+
+def stop_token_ids(model_path: str) -> tuple[int, ...]:
+    """Return the ids that end a response: the tokenizer's EOS, then those of generation_config.json that differ.
+
+    Raises TokenizerError, for an id that the model has no row for too.
+    """
+    ids = [_token_id(tokenizer(model_path).eos_token_id)]
+    file = Path(model_path) / "generation_config.json"
+    if file.is_file():
+        try:
+            more = json.loads(file.read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise TokenizerError(f"{file}: not readable as a JSON object: {error}; repair or delete it") from error
+        ids += [_token_id(one) for one in (more if isinstance(more, list) else [more]) if one is not None]
+    size = vocab_size(model_path)
+    if beyond := [token_id for token_id in ids if token_id >= size]:
+        raise TokenizerError(
+            f"model.path: a response is to end at {no_row(model_path, beyond[0])}, or repair eos_token in "
+            "tokenizer_config.json and eos_token_id in generation_config.json"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def control_tokens(model_path: str) -> dict[str, int]:
+    """Return the tokenizer's special tokens, text and id: those that mean something to the model beside their text."""
+    added = tokenizer(model_path).added_tokens_decoder
+    return {token.content: token_id for token_id, token in sorted(added.items()) if token.special}
+
+
+def kept_token_ids(model_path: str) -> tuple[int, ...]:
+    """Return the special tokens that a response's text keeps: all but those that end it, by their ids."""
+    stops = stop_token_ids(model_path)
+    return tuple(token_id for token_id in control_tokens(model_path).values() if token_id not in stops)
+
+
+def control_tokens_in(model_path: str, texts: Sequence[str]) -> list[tuple[int, str]]:
+    """Return (index, control token) of the texts that hold what the tokenizer reads as one; the first of each text."""
+    tok, ids = tokenizer(model_path), control_tokens(model_path)
+    if not ids:
+        return []
+    longest_first = sorted(ids, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    found = []
+    for index, text in enumerate(texts):
+        if written := list(dict.fromkeys(pattern.findall(text))):
+            read = set(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+            found += [(index, token) for token in written if ids[token] in read][:1]
+    return found
+
+
+def encode(model_path: str, messages: Sequence[str], date: str | None, source: object) -> list[tuple[int, ...]]:
+    """Return the token ids of one user message each in the model's template, up to where the answer begins.
+
+    `date` (2026-11-28) is the day that the template may name. Raises TokenizerError.
+    """
+    tok, encoded = tokenizer(model_path), list[tuple[int, ...]]()
+    for start in range(0, len(messages), _ENCODE_AT_ONCE):
+        chats = [[{"role": "user", "content": text}] for text in messages[start : start + _ENCODE_AT_ONCE]]
+        texts = _rendered(model_path, chats, date, source, answer_follows=True)
+        # The template writes the special tokens itself; the tokenizer would add BOS a second time.
+        encoded += [tuple(ids) for ids in tok(texts, add_special_tokens=False)["input_ids"]]  # type: ignore[arg-type]
+    return encoded
+
+
+def names_the_day(model_path: str) -> bool:
+    """Whether the chat template asks for the time."""
+    return "strftime_now" in tokenizer(model_path).get_chat_template()
+
+
+def end_of_turn(model_path: str, date: str | None) -> int | None:
+    """Return the control token that the template writes behind an answer; None where it writes none.
+
+    None too where the template can't format an answer, or changes its text. Raises TokenizerError without a `date`
+    that the template asks for.
+    """
+    chat = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    asked = _rendered(model_path, [chat[:1]], date, "a question", answer_follows=True)[0]
+    try:
+        whole = _rendered(model_path, [chat], date, "an answer", answer_follows=False)[0]
+    except TokenizerError:
+        return None
+    before, _, behind = whole.rpartition(_ANSWER)
+    if not before or behind == asked.rpartition(_QUESTION)[2]:  # the latter begins an answer, it ends none
+        return None
+    control = set(control_tokens(model_path).values())
+    ids = tokenizer(model_path)(behind, add_special_tokens=False)["input_ids"]
+    return next((token_id for token_id in ids if token_id in control), None)  # type: ignore[misc, return-value]
+
+
+def unstopped_turn(model_path: str, date: str | None) -> str | None:
+    """Return in words that the token which ends a turn in the template ends no response; None where it does."""
+    end, stops, tok = end_of_turn(model_path, date), stop_token_ids(model_path), tokenizer(model_path)
+    if end is None or end in stops:
+        return None
+    return (
+        f"model.path: the chat template of {model_path} ends a turn with {_named(tok, end)}, but a response ends only "
+        f"at {', '.join(_named(tok, stop) for stop in stops)}: after its answer it may go on to "
+        "sampling.max_response_tokens. To end it there, set eos_token_id in the folder's generation_config.json to "
+        f"{[*stops, end]} before stage 1"
+    )
+
+
+def detokenizer(model_path: str) -> Callable[[Sequence[int]], str]:
+    """Return the function from response tokens to the text that the reward reads: all but the token that ended it.
+
+    Special tokens stay: <answer> or <think> may be some. Raises TokenizerError.
+    """
+    tok, stops = tokenizer(model_path), frozenset(stop_token_ids(model_path))
+
+    def text(token_ids: Sequence[int]) -> str:
+        ended = len(token_ids) > 0 and token_ids[-1] in stops
+        return str(tok.decode(list(token_ids[: len(token_ids) - ended]), skip_special_tokens=False))
+
+    return text
+
+
+def _rendered(
+    model_path: str, chats: Sequence[Chat], date: str | None, source: object, *, answer_follows: bool
+) -> list[str]:
+    from jinja2 import TemplateError
+
+    day = None if date is None else datetime.datetime.fromisoformat(date)
+
+    def strftime_now(form: str) -> str:
+        if day is None:
+            raise TokenizerError(
+                f"data.date: the chat template of {model_path} writes the time into each prompt (strftime_now), so "
+                "tomorrow's prompts would be others than today's; set the day that they name, once for the table and "
+                f"all runs from it: data.date={datetime.date.today()} for today, the day of its sweep for an earlier "
+                "table"
+            )
+        return day.strftime(form)
+
+    try:
+        return list(
+            tokenizer(model_path).apply_chat_template(
+                list(chats),
+                tokenize=False,
+                add_generation_prompt=answer_follows,
+                strftime_now=strftime_now,
+            )  # type: ignore[arg-type]
+        )
+    except TokenizerError:
+        raise
+    except (TemplateError, ValueError, TypeError) as error:
+        raise TokenizerError(f"the chat template can't format {source}: {error}; repair the template") from error
+
+
+def _named(tok: "PreTrainedTokenizerBase", token_id: int) -> str:
+    return f"{tok.convert_ids_to_tokens(token_id)!r} ({token_id})"
+
+
+def _token_id(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TokenizerError(f"eos_token_id: expected a token id, got {value!r}; repair generation_config.json")
+    return value

@@ -1,0 +1,157 @@
+"""PROGRAM: `astar data import-stage1` makes prompts and a V* table of published stage-1 data of A*PO.
+
+Rewards are scored anew by the run's own rule, which its contract names.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from astar_megatron.config import RunConfig
+from astar_megatron.data import chat
+from astar_megatron.data.arithmetic import jsonl
+from astar_megatron.data.contract import contract_of
+from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.prompts import usable_prompts
+from astar_megatron.data.rows import Problems, PromptError
+from astar_megatron.data.stage1 import Stage1Row, stage1_rows
+from astar_megatron.data.v_star import VStarTable
+from astar_megatron.dataset import refuse_other, rows_of
+from astar_megatron.rollout.scoring import Scorer
+from astar_megatron.tracking import progress, show_table
+from astar_megatron.types import Prompt, Rollout
+
+_ROWS_A_SHARD = 512
+
+
+def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
+    """Write the prompts of a published stage-1 data set to `data.path` and its responses to the run's V* table.
+
+    Rewards are scored anew by the run's own rule, which its contract names, and compared with the published ones.
+    """
+    if cfg.data.suffix:
+        raise PromptError("data.suffix: the published prompts hold their suffix already; set it to '' for this run")
+    problems = Problems(source)
+    rows = stage1_rows(rows_of("stage1", source, None, split, problems), problems)
+    problems.refuse(len(rows) + problems.count)
+    used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
+    prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
+    _check_prompt_file(cfg, prompts)
+    contract = contract_of(cfg)
+    drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids)]
+    published = [value for i in used for value in rows[i].evals]
+    _check_lengths(cfg, drawn, source)
+    _check_tokens(cfg, drawn, source)
+    with Scorer(cfg.reward) as scorer:
+        scorer.check(prompts)
+    table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written
+    wanted = np.array([max(rows[i].samples) + 1 for i in used])
+    missing = {(prompt.uid, sample) for prompt, sample in table.missing(prompts, wanted)}
+    _check_there(table, drawn, missing)
+    pairs = zip(drawn, published, strict=True)
+    work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
+    _write_prompts(cfg, prompts)
+    other, failed = _import(cfg, table, work)
+    held = [
+        ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
+        ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
+        ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
+        ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
+        ("responses a prompt", f"{min(counts)} to {max(counts)}"),
+        ("not scored", f"{failed}, which stay missing"),
+        ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
+        ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
+    ]
+    show_table(Console(highlight=False), f"V* table {table.folder}", held)
+
+
+def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]) -> tuple[int, int]:
+    """Score (response, published reward) pairs into the table; how many rewards differ, and how many there are not."""
+    other = failed = 0
+    make_folder(cfg.run_dir)
+    console = Console(highlight=False)
+    with progress(console, "importing", len(work)) as advance, Scorer(cfg.reward, Path(cfg.run_dir)) as scorer:
+        for start in range(0, len(work), _ROWS_A_SHARD):
+            part = work[start : start + _ROWS_A_SHARD]
+            scored = scorer.score([rollout for rollout, _ in part])
+            kept = [(one, value) for one, (_, value) in zip(scored, part, strict=True) if one.reward is not None]
+            failed += len(part) - len(kept)
+            other += sum(one.reward != value for one, value in kept)
+            table.append([one for one, _ in kept])
+            advance(len(part))
+    return other, failed
+
+
+def _check_prompt_file(cfg: RunConfig, prompts: list[Prompt]) -> None:
+    refuse_other("data.path", Path(cfg.data.path), _lines(cfg, prompts))
+
+
+def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
+    limit, lengths = cfg.sampling.max_response_tokens, [len(rollout.token_ids) for rollout in drawn]
+    if over := sum(length > limit for length in lengths):
+        raise PromptError(
+            f"{source}: {over} of {len(drawn)} responses exceed sampling.max_response_tokens = {limit}, so this run "
+            f"could not have drawn them; the longest has {max(lengths)} tokens: set the key to that of their drawing"
+        )
+
+
+def _check_tokens(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
+    size = chat.vocab_size(cfg.model.path)
+    if beyond := [most for one in drawn if (most := max(one.token_ids, default=0)) >= size]:
+        raise PromptError(
+            f"{source}: {len(beyond)} of {len(drawn)} responses hold what {cfg.model.path} could not have drawn, "
+            f"{chat.no_row(cfg.model.path, beyond[0])}"
+        )
+
+
+def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str, int]]) -> None:
+    """Raises PromptError where the table has another response of a prompt under the same number."""
+    places = {(one.prompt.uid, one.sample): one for one in drawn}
+    other = {place: one for place, one in places.items() if place not in missing}
+    for uid, sample, token_ids in table.responses() if other else ():
+        if (uid, sample) in other and other[uid, sample].token_ids == token_ids:
+            del other[uid, sample]
+    if other:
+        one = next(iter(other.values()))
+        raise PromptError(
+            f"sweep.table: {table.folder} has other responses where {len(other)} of {len(drawn)} would go, for example "
+            f"response_{one.sample} of {one.prompt.text!r:.80}: it holds another data set or a sweep's own; choose "
+            "another sweep.table"
+        )
+
+
+def _write_prompts(cfg: RunConfig, prompts: list[Prompt]) -> None:
+    path = Path(cfg.data.path)
+    if not path.exists():
+        make_folder(path.parent)
+        write_atomic(path, _lines(cfg, prompts))
+
+
+def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
+    return jsonl({cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts)
+
+
+def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, stops: tuple[int, ...]) -> list[Rollout]:
+    """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
+    tok, rollouts = chat.tokenizer(cfg.model.path), []
+    ends = {str(tok.convert_ids_to_tokens(stop)): stop for stop in stops}
+    for sample, response in zip(row.samples, row.responses, strict=True):
+        end = next((end for end in ends if response.endswith(end)), str(tok.eos_token))
+        text = response.removesuffix(end)
+        token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        truncated = len(token_ids) >= cfg.sampling.max_response_tokens
+        rollouts.append(
+            Rollout(
+                prompt=prompt,
+                sample=sample,
+                seed=0,
+                token_ids=token_ids if truncated else (*token_ids, ends[end]),
+                text=text,
+                truncated=truncated,
+                logprob=math.nan,
+                version=0,
+            )
+        )
+    return rollouts

@@ -1,0 +1,190 @@
+"""Generation by bare vLLM and by the pool, on the same requests: tokens a second and milliseconds a decode step.
+
+    PYTHONPATH=. python3 tests/benchmarks/gpu_generation.py [--graphs decode none compiled] [--json FILE]
+
+256 requests of 1,024 tokens at Qwen2.5-1.5B's shape with random weights, on one GPU. Bare vLLM draws them plainly, with
+a seed each, and with a seed and log-probs each, under model runner V1 and V2, a process each; the pool draws them as
+training does. Each draws twice, and the second counts. `--shape tiny` runs on a CPU, to see that this program does; V2
+and decode graphs need a GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("plain", "seeds", "seeds and log-probs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What is drawn, and by what kind of engine; plain values, which cross a pipe as JSON."""
+
+    model: str
+    vocab_size: int
+    requests: int
+    prompt_tokens: int
+    tokens: int
+    on_gpu: bool
+    graphs: str
+
+    @property
+    def max_tokens(self) -> int:
+        return self.prompt_tokens + self.tokens
+
+    def prompts(self) -> list[list[int]]:
+        """Return prompts that share nothing."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(
+            10, self.vocab_size - 10, (self.requests, self.prompt_tokens), generator=generator
+        ).tolist()
+
+
+def bare(work: Work) -> None:
+    """Print the figures of each kind, a line of JSON each; a process of its own, whose environment is made for it."""
+    from vllm import LLM, SamplingParams
+
+    from astar_megatron.config import RolloutConfig
+    from astar_megatron.rollout.engine import EngineOptions, engine_arguments
+
+    rollout = RolloutConfig(graphs=work.graphs, max_num_seqs=work.requests, gpu_memory_utilization=0.85)  # type: ignore[arg-type]
+    options = EngineOptions(
+        model_path=work.model,
+        dtype="bfloat16",
+        max_tokens=work.max_tokens,
+        stop_token_ids=(),
+        seed=0,
+        rollout=rollout,
+        on_gpu=work.on_gpu,
+    )
+    ours = ("worker_extension_cls", "weight_transfer_config", "hf_overrides", "moe_backend")  # bare: without them
+    llm = LLM(**{name: value for name, value in engine_arguments(options).items() if name not in ours})
+    prompts: Any = [{"prompt_token_ids": ids} for ids in work.prompts()]
+    for kind in KINDS:
+        more: dict[str, Any] = {"logprobs": 0} if "log-probs" in kind else {}
+        sampling = [
+            SamplingParams(
+                max_tokens=work.tokens,
+                ignore_eos=True,
+                detokenize=False,
+                seed=index if "seeds" in kind else None,
+                **more,
+            )
+            for index in range(work.requests)
+        ]
+        for turn in range(2):
+            llm.reset_prefix_cache()
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            if turn:
+                lengths = [len(output.outputs[0].token_ids) for output in outputs]
+                print("bare " + json.dumps(figures(kind, time.perf_counter() - start, lengths)), flush=True)
+
+
+def figures(kind: str, seconds: float, lengths: list[int]) -> dict[str, Any]:
+    """Return a row of the table; a decode step gives each sequence a token, so the longest counts them."""
+    return {
+        "kind": kind,
+        "seconds": round(seconds, 2),
+        "tokens/s": round(sum(lengths) / seconds),
+        "ms a decode step": round(1000 * seconds / max(lengths), 2),
+    }
+
+
+def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
+    from astar_megatron.rollout.engine import environment
+
+    env = environment(on_gpu=work.on_gpu, threads=os.cpu_count() or 1, tensor=1, kv_cache_gib=1)
+    env |= {"VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
+    command = [sys.executable, __file__, "--bare", json.dumps({name: getattr(work, name) for name in Work.__slots__})]
+    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"bare vLLM, model runner V{runner}, ended with {done.returncode}; its output is above")
+    for line in done.stdout.splitlines():
+        if line.startswith("bare "):
+            yield {"who": f"bare vLLM, runner V{runner}", "graphs": work.graphs} | json.loads(line[5:])
+
+
+def pool_row(work: Work) -> dict[str, Any]:
+    from astar_megatron.cluster.cluster import Cluster
+    from astar_megatron.config import ClusterConfig, RolloutConfig, SamplingConfig
+    from astar_megatron.rollout.pool import EnginePool
+    from astar_megatron.types import Prompt
+
+    rollout = RolloutConfig(graphs=work.graphs, max_num_seqs=work.requests, gpu_memory_utilization=0.85)  # type: ignore[arg-type]
+    prompts = [Prompt(uid=str(i), token_ids=tuple(ids), text="", answer="") for i, ids in enumerate(work.prompts())]
+    items = [(prompt, 0, index) for index, prompt in enumerate(prompts)]
+    with Cluster(ClusterConfig(start_timeout_seconds=900)) as cluster:
+        start = time.perf_counter()
+        pool = EnginePool(
+            cluster,
+            rollout,
+            model_path=work.model,
+            dtype="bfloat16",
+            max_tokens=work.max_tokens,
+            stop_token_ids=(),
+            detokenize=lambda token_ids: "",
+            seed=0,
+        )
+        pool.start()
+        ready = time.perf_counter()
+        for _ in range(2):
+            first = time.perf_counter()
+            rollouts = pool.draw(items, SamplingConfig(max_response_tokens=work.tokens))
+            seconds = time.perf_counter() - first
+        pool.close()
+    row = figures(KINDS[-1], seconds, [len(rollout.token_ids) for rollout in rollouts])
+    return {"who": "the pool", "graphs": work.graphs} | row | {"start, s": round(ready - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="1.5b")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--graphs", nargs="+", default=["decode", "none", "compiled"])
+    parser.add_argument("--runners", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.bare:
+        bare(Work(**json.loads(arguments.bare)))
+        return
+    import torch
+    from gpu_models import SHAPES, write_model
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(write_model(Path(folder), arguments.shape))
+        for graphs in arguments.graphs:
+            work = Work(
+                model=model,
+                vocab_size=SHAPES[arguments.shape]["vocab_size"],
+                requests=arguments.requests,
+                prompt_tokens=min(128, arguments.tokens),
+                tokens=arguments.tokens,
+                on_gpu=torch.cuda.is_available(),
+                graphs=graphs,
+            )
+            rows += [row for runner in arguments.runners for row in bare_rows(work, runner)]
+            rows.append(pool_row(work))
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
+    print(f"{arguments.requests} requests of {arguments.tokens} tokens, shape {arguments.shape}, {device}")
+    for row in rows:
+        print("  ".join(f"{name} {figure}" for name, figure in row.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

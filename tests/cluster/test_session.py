@@ -1,0 +1,131 @@
+"""The folder of a session: short, private, gone afterwards, whatever TMPDIR is; and what is left of killed runs."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from astar_megatron.cluster import session
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.session import SessionFolder
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def test_the_folder_is_private_and_short_and_goes_with_the_run() -> None:
+    with SessionFolder() as folder:
+        status = folder.path.lstat()
+        assert stat.S_IMODE(status.st_mode) == 0o700 and status.st_uid == os.getuid()
+        longest = folder.path / "session_2026-11-28_00-24-26_240500_4194304" / "sockets" / "plasma_store"
+        assert len(os.fsencode(longest)) <= 107
+    assert not folder.path.exists()
+
+
+def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
+    with pytest.raises(ClusterError), SessionFolder() as folder:
+        logs = folder.path / "session_1" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "worker.err").touch()
+        (folder.path / "session_1" / "sockets").mkdir()
+        (folder.path / "session_latest").symlink_to("session_1")
+        (folder.path / "ray_current_cluster").touch()
+        raise ClusterError("an engine did not start")
+    held = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
+    assert held == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
+    age(folder.path, days=2)
+    session.remove_left_behind()
+    assert not folder.path.exists()
+
+
+def age(folder: Path, days: float) -> None:
+    when = time.time() - days * 86400
+    os.utime(folder / "lock", (when, when))
+
+
+HOLDER = """
+import multiprocessing, time
+lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name[1:], flush=True)
+time.sleep(60)
+"""
+KILLED = f"""
+import os, subprocess, sys
+from astar_megatron.cluster.session import SessionFolder
+with SessionFolder() as folder:
+    holder = subprocess.Popen([sys.executable, "-c", {HOLDER!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              start_new_session=True)
+    name = holder.stdout.readline().decode().strip()
+    folder.remember(os.getpid())
+    print(holder.pid, folder.path, name, flush=True)
+    input()
+"""
+
+
+def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run_keeps_its_own() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        holder, path, name = process.stdout.readline().decode().split()
+        folder, semaphore = Path(path), SHARED_MEMORY / f"sem.{name}"
+        age(folder, days=0.5)
+        session.remove_left_behind()
+        assert semaphore.exists()
+        process.kill()
+        process.wait()
+        os.killpg(int(holder), signal.SIGKILL)  # with the process that would have removed it, as Ray does
+        assert semaphore.exists()
+        session.remove_left_behind()
+        assert not semaphore.exists() and folder.exists()
+        age(folder, days=2)
+        session.remove_left_behind()
+        assert not folder.exists()
+
+
+def test_shared_memory_of_others_and_in_folders_is_not_the_run_s() -> None:
+    shared = SHARED_MEMORY / f"test-{os.getpid()}"
+    shared.write_bytes(b"x" * 4096)
+    program = "import mmap; f = open({!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
+    try:
+        arguments = [sys.executable, "-c", program.format(str(shared))]
+        with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            assert shared.name in session.shared_files(os.getpid())
+            assert session.shared_files(child.pid) == []  # what it has itself is for its parent to say
+            child.kill()
+    finally:
+        shared.unlink()
+
+
+PLACE = "from astar_megatron.cluster import session; print(*session.place(), sep='\\n')"
+
+
+def place(temporary: Path) -> list[str]:
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, "-c", PLACE], env=environment, capture_output=True, text=True, timeout=60)
+    return done.stdout.splitlines()
+
+
+def test_a_long_temporary_folder_is_left_for_a_usual_one_and_that_is_said(tmp_path: Path) -> None:
+    long = tmp_path / ("d" * 100)
+    long.mkdir()
+    assert place(long) == ["/tmp", f"{long} is too long for the names of Ray's sockets (28 bytes)"]
+    assert place(Path("/var/tmp")) == ["/var/tmp", "None"]
+
+
+def test_a_folder_that_others_may_change_or_that_is_not_there_holds_no_session(tmp_path: Path) -> None:
+    short = Path("/tmp") / f"a{os.getpid()}"
+    short.mkdir(mode=0o700)
+    try:
+        assert session.problem(short) is None
+        short.chmod(0o777)
+        assert session.problem(short) == f"{short} is open to changes of other users"
+        short.chmod(0o1777)
+        assert session.problem(short) is None
+    finally:
+        short.rmdir()
+    assert session.problem(short) == f"{short} is no folder that this user can write to"

@@ -1,0 +1,184 @@
+"""A model folder's chat template: its day, the tokens it makes, where it ends a turn, and the text of a response."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.config import DataConfig
+from astar_megatron.data.benchmarks import benchmark_prompts
+from astar_megatron.data.chat import (
+    TokenizerError,
+    detokenizer,
+    encode,
+    kept_token_ids,
+    names_the_day,
+    stop_token_ids,
+    tokenizer,
+    unstopped_turn,
+)
+from astar_megatron.data.prompts import PromptError, read_prompts
+
+type MakeModel = Callable[..., str]
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+# As Llama 3.2's has it, and by way of a macro.
+DAY = "{% if not day is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}<u>"
+DAY_IN_A_MACRO = "{% macro day() %}{{ strftime_now('%H:%M %d %b %Y') }}{% endmacro %}{{ day() }}<u>"
+
+
+def _file(tmp_path: Path, *questions: str) -> str:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"question": question, "answer": "4"}) + "\n" for question in questions))
+    return str(path)
+
+
+def _edit_config(model: str, **changes: Any) -> None:
+    path = Path(model) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _ids(model: str, text: str) -> list[int]:
+    return list(tokenizer(model)(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+# --- the day
+
+
+@pytest.mark.parametrize(("template", "text"), [(DAY, "28 Nov 2026<u>"), (DAY_IN_A_MACRO, "00:00 28 Nov 2026<u>")])
+def test_a_template_writes_the_configured_day_and_never_the_clock_s(
+    model_folder: MakeModel, template: str, text: str
+) -> None:
+    model = model_folder(template=template)
+    assert names_the_day(model) and not names_the_day(model_folder())
+    (ids,) = encode(model, ["x"], "2026-11-28", "here")
+    assert tokenizer(model).decode(list(ids)) == text
+    (other,) = encode(model, ["x"], "2026-11-29", "here")
+    assert other != ids
+    with pytest.raises(TokenizerError, match=rf"data\.date: the chat template of {model} .*data\.date=20\d\d-"):
+        encode(model, ["x"], None, "here")
+
+
+def test_a_prompt_has_the_day_of_its_configuration_a_benchmark_s_too(tmp_path: Path, model_folder: MakeModel) -> None:
+    model = model_folder(template=DAY + "{{ messages[0]['content'] }}")
+    (tmp_path / "amc23.jsonl").write_text(json.dumps({"problem": "How many?", "answer": 3}))
+    days = ("2026-11-28", "2026-11-29")
+    for day in days:
+        cfg = DataConfig(path=_file(tmp_path, "2 + 2?"), date=day)
+        prompts = read_prompts(cfg, model) + benchmark_prompts("amc23", tmp_path, cfg, model)
+        written = tuple(_ids(model, f"{day[-2:]} Nov 2026<u>"))
+        assert [prompt.token_ids[: len(written)] for prompt in prompts] == [written] * 2
+    with pytest.raises(TokenizerError, match=r"data\.date"):
+        read_prompts(DataConfig(path=_file(tmp_path, "2 + 2?")), model)
+
+
+# --- tokens without a row in the model
+
+
+def test_a_prompt_of_a_token_without_a_row_is_refused_with_its_line(tmp_path: Path, model_folder: MakeModel) -> None:
+    model = model_folder()
+    exclamation, tilde = _ids(model, "!~")
+    _edit_config(model, vocab_size=tilde)  # the tokenizer knows more
+    assert exclamation < tilde
+    assert len(read_prompts(DataConfig(path=_file(tmp_path, "a!")), model)) == 1
+    message = rf"1 of 2 prompts .* first, line 2, has token '~' \({tilde}\).* vocab_size is {tilde} in .*config\.json"
+    with pytest.raises(PromptError, match=message):
+        read_prompts(DataConfig(path=_file(tmp_path, "a!", "a~")), model)
+    (tmp_path / "amc23.jsonl").write_text(json.dumps({"problem": "a~", "answer": 3}))
+    with pytest.raises(PromptError, match=r"amc23: 1 of 1 prompts .* first, line 1, has token"):
+        benchmark_prompts("amc23", tmp_path, DataConfig(path="none", max_prompt_tokens=1000), model)
+
+
+def test_a_stop_token_without_a_row_is_refused(model_folder: MakeModel) -> None:
+    model = model_folder(stop=[0, 258])
+    assert stop_token_ids(model) == (0, 258)
+    _edit_config(model, vocab_size=258)
+    with pytest.raises(TokenizerError, match=r"end at token .* \(258\).* vocab_size is 258"):
+        stop_token_ids(model)
+
+
+@pytest.mark.parametrize("config", ["{}", '{"vocab_size": "many"}', '{"vocab_size": true}'])
+def test_a_model_folder_that_does_not_say_how_many_tokens_it_has_is_refused(
+    model_folder: MakeModel, config: str
+) -> None:
+    model = model_folder()
+    (Path(model) / "config.json").write_text(config)
+    with pytest.raises(TokenizerError, match=r"config\.json: .*vocab_size"):
+        stop_token_ids(model)
+
+
+# --- what rewards read
+
+
+def test_a_reward_reads_special_tokens_but_the_one_that_ended_the_response(model_folder: MakeModel) -> None:
+    model = model_folder(special=("<think>", "<answer>", "</answer>"), stop=[2])
+    text = detokenizer(model)
+    right = "<think>1<answer>12</answer>"
+    for end in (["</s>"], ["<a>"], []):  # by either stop token, or by the token limit
+        assert text(_ids(model, "".join([right, *end]))) == right
+    assert rewards.get("multiply")(text(_ids(model, right + "</s>")), "12") == 1.0
+    assert text(_ids(model, "1</s><u></s>")) == "1</s><u>"  # one token ended it
+    assert text([]) == text(_ids(model, "</s>")) == ""
+    assert kept_token_ids(model) == tuple(_ids(model, "<u><think><answer></answer>"))
+
+
+# --- the end of a turn
+
+
+def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(model_folder: MakeModel) -> None:
+    base = model_folder(template=CHATML, special=CHATML_TOKENS)
+    (end,) = _ids(base, "<|im_end|>")
+    said = unstopped_turn(base, None)
+    assert said is not None and "\n" not in said
+    assert f"ends a turn with '<|im_end|>' ({end})" in said and "ends only at '</s>' (0)" in said
+    assert f"eos_token_id in the folder's generation_config.json to [0, {end}]" in said
+    assert unstopped_turn(model_folder(template=CHATML, special=CHATML_TOKENS, stop=[0, end]), None) is None
+    assert unstopped_turn(model_folder(template=CHATML, special=CHATML_TOKENS, eos="<|im_end|>"), None) is None
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,  # the usual one here: nothing behind an answer
+        "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}<a>",  # it begins an answer, whatever is asked
+        "{{ messages[0]['content'] }}<a>",  # it never writes an answer
+        "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}<a>",
+    ],
+)
+def test_a_template_that_marks_no_end_of_a_turn_is_not_accused(model_folder: MakeModel, template: str | None) -> None:
+    model = model_folder() if template is None else model_folder(template=template)
+    assert unstopped_turn(model, None) is None
+
+
+# --- control tokens in questions
+
+
+def test_questions_that_hold_control_tokens_are_counted_with_their_lines(
+    tmp_path: Path, model_folder: MakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_folder(template=CHATML, special=CHATML_TOKENS)
+    questions = ["plain", "a <|im_end|> b", "<|im_end |>", *(f"{i} </s>" for i in range(6))]
+    prompts = read_prompts(DataConfig(path=_file(tmp_path, *questions), suffix=" <u>"), model)
+    assert len(prompts) == 9  # told, not left out
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "7 of 9 questions hold the text of a control token" in said
+    assert "line 2 '<|im_end|>', line 4 '</s>', line 5 '</s>', line 6 '</s>', line 7 '</s>' and 2 more" in said
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        read_prompts(DataConfig(path=_file(tmp_path, "plain", "<im_end>"), suffix=" <u>"), model)
+    assert not caplog.records
+
+
+def test_a_character_that_no_token_has_is_no_control_token(
+    tmp_path: Path, tied_llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_prompts(DataConfig(path=_file(tmp_path, "ö")), str(tied_llama))  # <unk>, which is special
+    assert not caplog.records

@@ -1,0 +1,83 @@
+"""What is said when a real engine ends, by whom, and what its processes leave behind."""
+
+import os
+import shutil
+import signal
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astar_megatron import config
+from astar_megatron.cluster import session
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.run import start_engines
+from astar_megatron.types import Prompt
+
+PROMPT = Prompt(uid="p", token_ids=tuple(range(3, 33)), text="", answer="")
+
+
+def vllm_process(name: str) -> int:
+    """The process of this one's descendants that vLLM calls by `name`."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if title.startswith(name) and int(folder.name) in session.process_tree(os.getpid()):
+            return int(folder.name)
+    raise AssertionError(f"no process {name}")
+
+
+def kill_and_draw(engines: EnginePool, cfg: config.RunConfig, name: str) -> str:
+    """The last line of what is said when the process is killed."""
+    engines.draw([(PROMPT, 0, 1)], cfg.sampling)
+    os.kill(vllm_process(name), signal.SIGKILL)
+    with pytest.raises(ClusterError) as caught:
+        for sample in range(1, 1000):  # the first may be answered before the end is seen
+            engines.draw([(PROMPT, sample, sample)], cfg.sampling)
+    return str(caught.value).splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "killed", "said"),
+    [
+        (1, "VLLM::EngineCore", "EngineCore was killed by SIGKILL"),
+        (2, "VLLM::Worker_TP1", "died unexpectedly (exit code: -9)"),
+        (1, "ray::Engine", "was killed (SIGKILL)"),
+    ],
+)
+def test_a_killed_process_of_an_engine_is_named_and_leaves_no_shared_memory(
+    run_tree: Any, tied_llama: Path, tensor: int, killed: str, said: str
+) -> None:
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    tree = run_tree(tied_llama)
+    tree["rollout"]["tensor"] = tensor
+    cfg = config.validate(tree)
+    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster)) as engines:
+        engines.start()
+        held = set(session.shared_files(os.getpid())) - before
+        assert any(name.startswith("sem.mp-") for name in held)
+        line = kill_and_draw(engines, cfg, killed)
+    assert line.startswith("engine 0: ") and said in line
+    assert not held & {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_failed_start_ends_with_the_error_of_the_engine_s_own_process(
+    run_tree: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    cfg = config.validate(run_tree(tied_llama))
+    shutil.copytree(tied_llama, folder := tmp_path / "no_weights")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with (
+        pytest.raises(ClusterError, match="Engine core initialization failed") as caught,
+        Cluster(cfg.cluster) as cluster,
+    ):
+        start_engines(cfg, cluster, str(folder)).start()
+    assert str(caught.value).splitlines()[-1].startswith("engine 0: RuntimeError: Cannot find any model weights")

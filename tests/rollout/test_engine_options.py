@@ -1,0 +1,108 @@
+"""What an engine is told: graphs by key or by device, the head's type, the log. vLLM itself reads the arguments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astar_megatron.config import RolloutConfig
+from astar_megatron.rollout.engine import EngineOptions, check_graphs, engine_arguments, graphs_of
+from astar_megatron.rollout.start_log import StartLog
+
+
+def options(*, on_gpu: bool, model_path: str = "m", **rollout: Any) -> EngineOptions:
+    return EngineOptions(
+        model_path=model_path,
+        dtype="bfloat16",
+        max_tokens=512,
+        stop_token_ids=(2,),
+        seed=0,
+        rollout=RolloutConfig(**rollout),
+        on_gpu=on_gpu,
+    )
+
+
+def test_the_default_is_by_device_and_says_so() -> None:
+    on_gpu, on_cpu = (graphs_of(RolloutConfig(), on_gpu=on_gpu) for on_gpu in (True, False))
+    assert on_gpu[0] == "decode" and "decode by default, on a GPU" in on_gpu[1]
+    assert on_cpu[0] == "none" and "none by default, on a CPU" in on_cpu[1]
+
+
+def test_the_key_wins_and_says_so() -> None:
+    for on_gpu in (True, False):
+        graphs, words = graphs_of(RolloutConfig(graphs="compiled"), on_gpu=on_gpu)
+        assert graphs == "compiled" and words.endswith("(rollout.graphs=compiled)")
+
+
+def test_decode_graphs_without_a_gpu_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"^rollout\.graphs=decode: .*none is here; leave the key out, or set none"):
+        check_graphs(RolloutConfig(graphs="decode"), on_gpu=False)
+    check_graphs(RolloutConfig(graphs="decode"), on_gpu=True)
+    check_graphs(RolloutConfig(), on_gpu=False)
+
+
+PROGRAM = """
+import json, sys
+from vllm import AsyncEngineArgs
+from vllm.config.compilation import CompilationMode
+from vllm.config.logging import LoggingConfig
+from vllm.logger import configure_logging, init_logger
+found = []
+for arguments in json.load(sys.stdin):
+    args = AsyncEngineArgs(**arguments)
+    mode, graphs = args.compilation_config.mode, args.compilation_config.cudagraph_mode
+    mode = None if mode is None else CompilationMode(mode).name
+    found.append([args.enforce_eager, mode, graphs and graphs.name, args.hf_overrides])
+print(json.dumps(found))
+configure_logging(LoggingConfig())  # as an engine does, and the processes that it starts
+logger = init_logger("vllm.anything")
+logger.info("Starting to load model %s", "m")
+logger.error("no such thing")
+logger.info("Capturing decode graphs\\nof several sizes")
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], StartLog, str]:
+    """What vLLM reads of the arguments, its log, and what it wrote on stderr; one process, for its imports are slow."""
+    pytest.importorskip("vllm")
+    folder = tmp_path_factory.mktemp("engine")
+    log = StartLog.make(folder, "engine-0")
+    assert log.last_words() == ""
+    model = str(folder)  # there is such a folder: nothing more is looked for yet
+    cases = [options(on_gpu=True, model_path=model, graphs=graphs) for graphs in ("none", "decode", "compiled", None)]
+    text = json.dumps([engine_arguments(case) for case in [*cases, options(on_gpu=False, model_path=model)]])
+    env = os.environ | log.environment() | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, input=text, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), log, done.stderr
+
+
+def test_vllm_reads_the_arguments_as_they_are_meant(told: tuple[list[Any], StartLog, str]) -> None:
+    head = {"head_dtype": "float32"}
+    assert told[0] == [
+        [True, None, None, head],
+        [False, "NONE", "FULL_DECODE_ONLY", head],
+        [False, None, None, head],
+        [False, "NONE", "FULL_DECODE_ONLY", head],
+        [True, None, None, {}],
+    ]
+
+
+def test_what_vllm_said_last_is_known(told: tuple[list[Any], StartLog, str]) -> None:
+    _, log, errors = told
+    assert log.last_words() == "Capturing decode graphs"  # the line below is the message's, and no message
+    assert "Starting to load model m" in log.log.read_text()
+    assert "no such thing" in errors and "Starting to load" not in errors
+
+
+def test_long_words_are_cut_and_half_a_file_is_enough(tmp_path: Path) -> None:
+    log = StartLog.make(tmp_path, "engine-0")
+    line = "2026-01-01 00:00:00,000\tINFO\t" + "x" * 500
+    log.log.write_text("\n".join([line] * 200) + "\n")
+    assert log.last_words() == "x" * 100 + "..."
