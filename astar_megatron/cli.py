@@ -214,7 +214,7 @@ def doctor(
     """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it."""
     status = _program("doctor").main()
     if config_file is not None:
-        _program("train").say_fit(config.load(config_file, overrides or ()))
+        _program("fit").main(config.load(config_file, overrides or ()))
     raise typer.Exit(status)
 
 
@@ -252,7 +252,7 @@ def main() -> None:
         print(f"astar: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
-        extras = _program("doctor").extras_with(error.name or "")
+        extras = _program("run.machine").extras_with(error.name or "")
         if not extras:
             raise
         names = " or ".join(f"astar-megatron[{extra}]" for extra in extras)

@@ -19,14 +19,12 @@ from astar_megatron.data.rows import (
     Pair,
     Problems,
     PromptError,
-    Row,
     answer_field,
-    hub_rows,
     pairs_of,
-    read_rows,
     without_duplicates,
 )
-from astar_megatron.tracking import show_table
+from astar_megatron.data.sources import refuse_other, rows_of
+from astar_megatron.run.tracking import show_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,15 +109,6 @@ def prepare(
         console.print(problems.message(total), markup=False, soft_wrap=True)
 
 
-def rows_of(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
-    """The rows of a file or folder of this machine; of the hub otherwise."""
-    if Path(place).exists() or kind == "jsonl":
-        return read_rows(place, problems)
-    if place.startswith((".", "/", "~")) or place.count("/") > 1 or Path(place).suffix in (".jsonl", ".parquet"):
-        raise PromptError(f"{place}: no such file or folder, and no name of the hub (owner/name)")
-    return hub_rows(place, subset, split)
-
-
 def _readable(pairs: list[Pair], reward_name: str, problems: Problems) -> list[Pair]:
     """The pairs whose answer the reward can read; the others go to `problems`."""
     reward, kept = rewards.get(reward_name), []
@@ -148,8 +137,3 @@ def _check_out(out: str, data: bytes, source: str | None = None) -> None:
             if file.exists() and file.samefile(path):
                 raise PromptError(f"--out: {out} is {file}, which the rows come from; choose another path")
     refuse_other("--out", path, data)
-
-
-def refuse_other(key: str, path: Path, data: bytes) -> None:
-    if path.exists() and path.read_bytes() != data:
-        raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")

@@ -13,7 +13,7 @@ from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.files import make_folder
 from astar_megatron.data.header import differences, stored_contract
 from astar_megatron.data.v_star import TableError, VStarTable
-from astar_megatron.tracking import Tracker
+from astar_megatron.run.tracking import Tracker
 
 _QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _BAR = 40  # characters of the longest bar

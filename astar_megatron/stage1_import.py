@@ -3,7 +3,6 @@
 Rewards are scored anew by the run's own rule, which its contract names.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from astar_megatron.data.contract import contract_of
 from astar_megatron.data.files import make_folder, write_atomic
 from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import Problems, PromptError
-from astar_megatron.data.stage1 import Stage1Row, stage1_rows
+from astar_megatron.data.sources import refuse_other, rows_of
+from astar_megatron.data.stage1 import rollouts_of, stage1_rows
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.dataset import refuse_other, rows_of
 from astar_megatron.rollout.scoring import Scorer
-from astar_megatron.tracking import progress, show_table
+from astar_megatron.run.tracking import progress, show_table
 from astar_megatron.types import Prompt, Rollout
 
 _ROWS_A_SHARD = 512
@@ -40,7 +39,12 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
     _check_prompt_file(cfg, prompts)
     contract = contract_of(cfg)
-    drawn = [rollout for i, one in used.items() for rollout in _rollouts(cfg, one, rows[i], contract.stop_token_ids)]
+    limit = cfg.sampling.max_response_tokens
+    drawn = [
+        rollout
+        for i, one in used.items()
+        for rollout in rollouts_of(one, rows[i], cfg.model.path, limit, contract.stop_token_ids)
+    ]
     published = [value for i in used for value in rows[i].evals]
     _check_lengths(cfg, drawn, source)
     _check_tokens(cfg, drawn, source)
@@ -131,27 +135,3 @@ def _write_prompts(cfg: RunConfig, prompts: list[Prompt]) -> None:
 
 def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
     return jsonl({cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts)
-
-
-def _rollouts(cfg: RunConfig, prompt: Prompt, row: Stage1Row, stops: tuple[int, ...]) -> list[Rollout]:
-    """The responses as this run's model would have drawn them; what the data set does not say is NaN or 0."""
-    tok, rollouts = chat.tokenizer(cfg.model.path), []
-    ends = {str(tok.convert_ids_to_tokens(stop)): stop for stop in stops}
-    for sample, response in zip(row.samples, row.responses, strict=True):
-        end = next((end for end in ends if response.endswith(end)), str(tok.eos_token))
-        text = response.removesuffix(end)
-        token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-        truncated = len(token_ids) >= cfg.sampling.max_response_tokens
-        rollouts.append(
-            Rollout(
-                prompt=prompt,
-                sample=sample,
-                seed=0,
-                token_ids=token_ids if truncated else (*token_ids, ends[end]),
-                text=text,
-                truncated=truncated,
-                logprob=math.nan,
-                version=0,
-            )
-        )
-    return rollouts

@@ -15,8 +15,9 @@ from astar_megatron.data.share import Share
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.pool import EnginePool, seed_of
 from astar_megatron.rollout.scoring import Scorer
-from astar_megatron.run import Inputs, engines_of, prepare
-from astar_megatron.tracking import Tracker
+from astar_megatron.run.fleet import engines_of
+from astar_megatron.run.prepare import Inputs, prepare
+from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
 
 _SECONDS_A_SHARD = 60.0  # long responses go to disk before there are as many

@@ -17,11 +17,13 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.evaluate import evaluate
-from astar_megatron.run import prepare, started
+from astar_megatron.run.evaluation import evaluate
+from astar_megatron.run.fleet import Fleet
+from astar_megatron.run.prepare import prepare
+from astar_megatron.run.tracking import Tracker, plot_rewards, read_metrics
+from astar_megatron.run.training import check_training, stage_1
 from astar_megatron.sweep import show, sweep
-from astar_megatron.tracking import Tracker, plot_rewards, read_metrics
-from astar_megatron.train import check, stage_1, train
+from astar_megatron.train import train
 
 
 def main(overrides: list[str]) -> None:
@@ -31,13 +33,13 @@ def main(overrides: list[str]) -> None:
     write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
     VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
-    check(cfg, inputs)
-    with started(cfg, tracker) as (policy, engines):
-        table = sweep(cfg, inputs, engines, tracker)
+    check_training(cfg, inputs)
+    with Fleet(cfg, inputs.model, tracker) as fleet:
+        table = sweep(cfg, inputs, fleet.engines, tracker)
         show(table, tracker)
-        (before,) = evaluate(cfg, inputs, engines, tracker, "eval_before")
-        train(cfg, inputs, stage_1(cfg, inputs), policy, engines, tracker)
-        (after,) = evaluate(cfg, inputs, engines, tracker, "eval_after")
+        (before,) = evaluate(cfg, inputs, fleet.engines, tracker, "eval_before")
+        train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+        (after,) = evaluate(cfg, inputs, fleet.engines, tracker, "eval_after")
     plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
     steps = read_metrics(cfg.run_dir)
     tracker.table(

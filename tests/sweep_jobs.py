@@ -18,9 +18,9 @@ from samples import CONTRACT
 from astar_megatron import config
 from astar_megatron.config import SamplingConfig
 from astar_megatron.rollout.pool import EnginePool
-from astar_megatron.run import Inputs
+from astar_megatron.run.prepare import Inputs
+from astar_megatron.run.tracking import Tracker
 from astar_megatron.sweep import sweep
-from astar_megatron.tracking import Tracker
 from astar_megatron.types import Prompt, Rollout
 from conversion.families import Model
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from astar_megatron import accelerators, config
-from astar_megatron.accelerators import CONTEXT_BYTES, HEAD_BYTES
+from astar_megatron import config
 from astar_megatron.config import RunConfig
-from astar_megatron.resources import GIB, Machine, ResourceError
+from astar_megatron.run import accelerators
+from astar_megatron.run.accelerators import CONTEXT_BYTES, HEAD_BYTES
+from astar_megatron.run.resources import GIB, Machine, ResourceError
 from conversion.families import Model, model_from_config
 
 QWEN2_1_5B = {

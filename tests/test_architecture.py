@@ -24,7 +24,7 @@ USUAL_FILES = {
     *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
 }
 
-# Which rooms of astar_megatron a room may import. Programs (the other root modules) may import all, and each other.
+# Which rooms of astar_megatron a room may import. Programs (the other root modules) may import all.
 ROOMS = {
     "config_file": set(),
     "config": {"config_file"},
@@ -34,17 +34,11 @@ ROOMS = {
     "model": {"data", "algorithm", "config", "types"},
     "cluster": {"model", "data", "algorithm", "config", "types"},
     "rollout": {"cluster", "data", "algorithm", "config", "types"},
+    "run": {"rollout", "cluster", "model", "data", "algorithm", "config", "types"},
 }
 PROGRAMS = {
-    *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "tracking"),
-    "weights",  # WeightSync: where policy and engines meet
-    "run",  # what every program opens first
-    "resources",  # what a run needs and this machine has
-    "accelerators",  # who gets which, and what of one that policy and engine share
-    *("checkpoints", "convert", "dataset"),  # where a run goes on from; model folders from each other; prompts
-    "stage1_import",  # published stage-1 data
-    "certificate",  # what an export's conversion.json says of its log-probs
-    "inspection",  # what a V* table holds
+    *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
+    *("convert", "dataset", "stage1_import", "inspection"),
 }
 WITHOUT_CONVERSION = {"config_file", "config", "types", "algorithm", "data"}  # rooms that know nothing of weights
 
@@ -67,6 +61,8 @@ DEVICE_NEUTRAL_NAMES = ("get_cuda_rng_tracker", "model_parallel_cuda_manual_seed
 # Libraries are told things through the environment, before they are imported; nobody reads a mode from it.
 ENVIRONMENT_SETTERS = ("astar_megatron/rollout/", "astar_megatron/cluster/", "astar_megatron/model/backend.py")
 MAX_FILE_LINES = 400
+MAX_PROGRAM_LINES = 150
+METHOD_WORDS = re.compile(r"\b(v_star|advantage|beta1|beta2|clip)\b")
 MAX_FUNCTION_LINES = 50  # a literal table of 10 lines or more inside it does not count
 FORBIDDEN_NAMES = {"util", "common", "helper", "manager", "handler"}
 # The one subclass of pickle.Unpickler, which names the types it makes and refuses all others.
@@ -168,6 +164,43 @@ def test_imports_point_down() -> None:
     assert list(upward_imports(planted("astar_megatron/data/x.py", "import conversion.plan")))
     assert list(upward_imports(planted("astar_megatron/tools.py", "")))
     check(upward_imports, "astar_megatron")
+
+
+def programs_that_lean_on_programs(found: list[Source]) -> Iterator[str]:
+    """The command line names each program; the demo is a program of its own, outside."""
+    for source in found:
+        if source.room not in PROGRAMS or Path(source.path).parent.name != "astar_megatron":
+            continue
+        for line, name in imports_of(source):
+            room = name.removeprefix("astar_megatron.").partition(".")[0]
+            if name.startswith("astar_megatron.") and room in PROGRAMS - {source.room}:
+                yield f"{source.path}:{line}: imports the program {room}; move what both need to run/"
+        lines = len(source.text.splitlines())
+        if source.room != "cli" and lines > MAX_PROGRAM_LINES:  # cli is the table of all commands
+            yield f"{source.path}: {lines} lines, {MAX_PROGRAM_LINES} allowed in a program; move parts to run/"
+
+
+def test_the_root_holds_short_programs_that_do_not_import_each_other() -> None:
+    for text in ("from astar_megatron import train", "from astar_megatron.sweep import sweep", "\n" * 151):
+        assert list(programs_that_lean_on_programs(planted("astar_megatron/evaluate.py", text)))
+    assert not list(
+        programs_that_lean_on_programs(planted("astar_megatron/evaluate.py", "from astar_megatron import x"))
+    )
+    check(programs_that_lean_on_programs, "astar_megatron")
+
+
+def words_of_a_method(found: list[Source]) -> Iterator[str]:
+    for source in found:
+        for number, line in enumerate(source.text.splitlines(), 1):
+            if word := METHOD_WORDS.search(line):
+                yield f"{source.path}:{number}: {word[0]} belongs to a method; algorithm/ has its page"
+
+
+def test_no_word_of_a_method_stands_outside_the_algorithms_rooms() -> None:
+    assert list(words_of_a_method(planted("astar_megatron/model/x.py", "loss = beta2 * ratio")))
+    assert list(words_of_a_method(planted("astar_megatron/run/x.py", "batch.v_star[uid]")))
+    assert not list(words_of_a_method(planted("astar_megatron/model/x.py", "clip_grad = 1.0")))
+    check(words_of_a_method, *(f"astar_megatron/{room}" for room in ("model", "rollout", "cluster", "run")))
 
 
 def edges(found: list[Source]) -> dict[str, set[str]]:

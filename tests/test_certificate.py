@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from astar_megatron.certificate import DisagreementError, certify, fixed_sequences
+from astar_megatron.run.certificate import DisagreementError, certify, fixed_sequences
 from conversion import convert, hf
 from conversion.ends import open_end
 

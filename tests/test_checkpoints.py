@@ -10,11 +10,11 @@ from samples import CONTRACT
 
 from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
-from astar_megatron.checkpoints import Checkpoints
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import AstarConfig, CheckpointConfig
 from astar_megatron.data.contract import ContractError
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.run.checkpoints import Checkpoints
 from astar_megatron.types import Prompt
 
 FIXED = Astar(AstarConfig(), LiveVStar({}, {}, 0.5, None))

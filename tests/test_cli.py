@@ -16,13 +16,14 @@ import samples
 import yaml
 from safetensors.torch import load_file
 
-from astar_megatron import cli, config, doctor, resources
+from astar_megatron import cli, config, doctor
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import PromptStream, read_prompts
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.run import prepare
-from astar_megatron.train import stage_1
+from astar_megatron.run import resources
+from astar_megatron.run.prepare import prepare
+from astar_megatron.run.training import stage_1
 
 
 @pytest.fixture

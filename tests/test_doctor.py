@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from astar_megatron import config, doctor, resources
+from astar_megatron import config, doctor
 from astar_megatron.cluster import cluster
 from astar_megatron.config import RunConfig
-from astar_megatron.doctor import Finding
-from astar_megatron.resources import GIB, Machine, ResourceError
+from astar_megatron.run import machine as machine_report
+from astar_megatron.run import resources
+from astar_megatron.run.machine import Finding
+from astar_megatron.run.resources import GIB, Machine, ResourceError
 from conversion.transfer import buckets
 
 NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
@@ -209,7 +211,7 @@ def test_native_bfloat16_is_read_from_the_kernels_flags(tmp_path: Path, line: st
 
 
 def packages(**installed: str) -> list[Finding]:
-    return doctor.packages(REQUIREMENTS, {key.replace("_", "-"): value for key, value in installed.items()}.get)
+    return machine_report.packages(REQUIREMENTS, {key.replace("_", "-"): value for key, value in installed.items()}.get)
 
 
 def test_the_lanes_versions_are_compared_with_the_pinned_ones() -> None:
@@ -233,10 +235,12 @@ def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:
 
 def test_the_extras_that_bring_a_module_are_found_by_it_and_none_for_others() -> None:
     requirements = [*REQUIREMENTS, "megatron-core==0.19.2; extra == 'cpu'", "transformers==5; extra == 'gpu'"]
-    assert doctor.extras_with("vllm.envs", requirements) == ["cpu", "gpu"]
-    assert doctor.extras_with("megatron", requirements) == ["cpu"]
-    assert doctor.extras_with("safetensors", requirements) == ["gpu"]
-    assert doctor.extras_with("astar_megatron", requirements) == doctor.extras_with("", requirements) == []
+    assert machine_report.extras_with("vllm.envs", requirements) == ["cpu", "gpu"]
+    assert machine_report.extras_with("megatron", requirements) == ["cpu"]
+    assert machine_report.extras_with("safetensors", requirements) == ["gpu"]
+    assert (
+        machine_report.extras_with("astar_megatron", requirements) == machine_report.extras_with("", requirements) == []
+    )
 
 
 # --- the report
@@ -258,7 +262,7 @@ def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
-    findings = doctor.report()
+    findings = machine_report.report()
     assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "sockets", "disk"} <= {
         f.what for f in findings
     }

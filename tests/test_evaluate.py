@@ -14,10 +14,11 @@ from astar_megatron import config
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data.rows import PromptError
-from astar_megatron.evaluate import evaluate, hugging_face, markdown, summary
+from astar_megatron.evaluate import hugging_face
 from astar_megatron.rollout.pool import EnginePool
-from astar_megatron.run import EvalSet, prepare, with_room
-from astar_megatron.tracking import Tracker
+from astar_megatron.run.evaluation import evaluate, markdown, summary
+from astar_megatron.run.prepare import EvalSet, prepare, with_room
+from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Prompt, Rollout
 
 type Work = Sequence[tuple[Prompt, int, int]]

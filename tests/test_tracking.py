@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from astar_megatron.tracking import waiting
+from astar_megatron.run.tracking import waiting
 
 
 def test_a_long_wait_says_meanwhile_what_goes_on() -> None:

@@ -9,10 +9,10 @@ import pytest
 import samples
 import torch
 
-from astar_megatron import train
 from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.config import AstarConfig
+from astar_megatron.run import steps
 from astar_megatron.types import Prompt, StepStats
 
 # Every key of a line. A change here is a change of what people's plots read: it belongs in README.md and CHANGELOG.md.
@@ -47,8 +47,8 @@ STATS = StepStats(
 
 
 def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:
-    health = train._health(OBJECTIVE, [ROLLOUT], STATS, 1)
-    line = train._metrics(3, [ROLLOUT], health, STATS, 70, {"total": 2.0})
+    health = steps.health_of(OBJECTIVE, [ROLLOUT], STATS, 1)
+    line = steps.metrics_of(3, [ROLLOUT], health, STATS, 70, {"total": 2.0})
     assert set(line) == KEYS
     assert (line["spent_tokens"], line["v_star_shift"]) == (70, 0.0)
     assert (line["truncated"], line["skipped_steps"], line["lr"]) == (1.0, 1, 1e-6)
@@ -69,19 +69,19 @@ def test_the_readme_explains_every_key_of_a_line() -> None:
 
 
 def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
-    train.check_skipped(2, 3, Path("runs/x"))
-    with pytest.raises(train.NotFiniteError, match=r"not finite 3 times.*runs/x/bad_batches.*optim\.lr"):
-        train.check_skipped(3, 3, Path("runs/x"))
+    steps.check_skipped(2, 3, Path("runs/x"))
+    with pytest.raises(steps.NotFiniteError, match=r"not finite 3 times.*runs/x/bad_batches.*optim\.lr"):
+        steps.check_skipped(3, 3, Path("runs/x"))
 
 
 def test_a_rollout_that_could_not_be_scored_counts_0() -> None:
     failed = dataclasses.replace(ROLLOUT, reward=None)
-    assert train._batch([ROLLOUT, failed], OBJECTIVE, version=3).columns["reward"].tolist() == [1.0, 0.0]
-    assert train._metrics(3, [ROLLOUT, failed], {}, STATS, 70, {})["reward_mean"] == 0.5
+    assert steps.batch_of([ROLLOUT, failed], OBJECTIVE, version=3).columns["reward"].tolist() == [1.0, 0.0]
+    assert steps.metrics_of(3, [ROLLOUT, failed], {}, STATS, 70, {})["reward_mean"] == 0.5
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:
-    batch = train._batch([ROLLOUT], OBJECTIVE, version=3)
+    batch = steps.batch_of([ROLLOUT], OBJECTIVE, version=3)
     assert batch.response_lengths().tolist() == [2]
     assert batch.response_tokens() == 2
     assert torch.equal(batch.columns["v_star"], torch.tensor([0.5], dtype=torch.float64))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.config import ConversionConfig
-from astar_megatron.weights import LoadedWeights, TransferFolder, WeightSync
+from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion import hf
 from conversion.families import Model, read_model
 from conversion.folders import CheckpointError
@@ -23,7 +23,7 @@ from conversion.transfer.route import Place, Route, here
 from conversion.verify import Holdings, held_parts, sent_parts
 
 HOLD = """
-from astar_megatron.weights import TransferFolder
+from astar_megatron.run.weights import TransferFolder
 with TransferFolder() as folder:
     print(folder.path, flush=True)
     input()

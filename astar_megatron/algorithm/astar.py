@@ -27,7 +27,7 @@ from torch import Tensor
 from astar_megatron.algorithm.metrics import divergence, regression
 from astar_megatron.algorithm.objective import Columns, ResponseTokens
 from astar_megatron.algorithm.refresh import LiveVStar
-from astar_megatron.config import AstarConfig
+from astar_megatron.config import AstarConfig, RunConfig
 from astar_megatron.types import Rollout
 
 
@@ -133,3 +133,9 @@ class Astar:
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         self._v_star.restore(progress.get("v_star", {}))
+
+
+def astar_of(cfg: RunConfig, v_star: Mapping[str, float], samples: Mapping[str, int]) -> Astar:
+    """Return the method of a run from V* of stage 1 and the number of samples behind it, both by uid."""
+    live = LiveVStar(v_star, samples, cfg.astar.beta1, cfg.astar.refresh_decay)
+    return Astar(cfg.astar, live, cfg.optim.loss_scale)

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from astar_megatron.config import SweepConfig
+from astar_megatron.config import RunConfig, SweepConfig
+from astar_megatron.data.contract import Contract
+from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.types import Prompt
 
@@ -51,3 +53,10 @@ def widest(width: np.ndarray, cost: np.ndarray, budget: int) -> np.ndarray:
         budget -= int(cost[order[:fit]].sum())
         order = order[fit + 1 :]
     return chosen
+
+
+def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]) -> Estimates:
+    """Return V* of a run's prompts, from the samples that belong to it. Raises MissingTableError, ContractError."""
+    table = VStarTable.open(cfg.table_dir, contract)
+    wanted = samples_wanted(table, prompts, cfg.sweep, cfg.astar.beta1)
+    return table.estimate(cfg.astar.beta1, prompts, wanted)

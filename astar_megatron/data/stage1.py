@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from astar_megatron.data import chat
 from astar_megatron.data.rows import Pair, Problems, PromptError, Row, is_text
+from astar_megatron.types import Prompt, Rollout
 
 _COLUMN = re.compile(r"(response|eval)_([0-9]+)")
 
@@ -80,3 +82,29 @@ def _response(row: Row, i: int) -> tuple[str, float] | None:
 
 def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else None
+
+
+def rollouts_of(
+    prompt: Prompt, row: Stage1Row, model_path: str, max_response_tokens: int, stops: tuple[int, ...]
+) -> list[Rollout]:
+    """The responses as the model of `model_path` would have drawn them; what the data set does not say is NaN or 0."""
+    tok, rollouts = chat.tokenizer(model_path), []
+    ends = {str(tok.convert_ids_to_tokens(stop)): stop for stop in stops}
+    for sample, response in zip(row.samples, row.responses, strict=True):
+        end = next((end for end in ends if response.endswith(end)), str(tok.eos_token))
+        text = response.removesuffix(end)
+        token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        truncated = len(token_ids) >= max_response_tokens
+        rollouts.append(
+            Rollout(
+                prompt=prompt,
+                sample=sample,
+                seed=0,
+                token_ids=token_ids if truncated else (*token_ids, ends[end]),
+                text=text,
+                truncated=truncated,
+                logprob=math.nan,
+                version=0,
+            )
+        )
+    return rollouts

@@ -29,24 +29,26 @@ ROOT = HERE.parent.parent
 def ours(steps: int) -> dict[str, Any]:
     """Start-up, stage 1 and the median step of astar-megatron, seconds."""
     from astar_megatron import config
-    from astar_megatron.run import prepare, started
+    from astar_megatron.run.fleet import Fleet
+    from astar_megatron.run.prepare import prepare
+    from astar_megatron.run.tracking import Tracker, read_metrics
+    from astar_megatron.run.training import stage_1
     from astar_megatron.sweep import sweep
-    from astar_megatron.tracking import Tracker, read_metrics
-    from astar_megatron.train import stage_1, train
+    from astar_megatron.train import train
 
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, ExitStack() as stack:
         cfg = config.load(ROOT / "configs/demo.yaml", [f"run_dir={folder}", f"train.num_steps={steps}"])
         tracker, start = Tracker(cfg.run_dir), time.perf_counter()
         inputs = prepare(cfg)
-        policy, engines = stack.enter_context(started(cfg, tracker))
+        fleet = stack.enter_context(Fleet(cfg, inputs.model, tracker))
         ready = time.perf_counter()
-        sweep(cfg, inputs, engines, tracker)
+        sweep(cfg, inputs, fleet.engines, tracker)
         swept = time.perf_counter()
-        train(cfg, inputs, stage_1(cfg, inputs), policy, engines, tracker)
+        train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
         seconds = [line["seconds"] for line in read_metrics(folder)]
         parts = ("generate", "score", "reference", "policy", "publish")
         return {
-            "dtype": policy.dtype,
+            "dtype": fleet.policy.dtype,
             "start_up": ready - start,
             "stage_1": swept - ready,
             "step": median(one["total"] for one in seconds),

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from astar_megatron.tracking import read_metrics
+from astar_megatron.run.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ("reward_mean", "changed_weights", "logratio_mean")

@@ -26,9 +26,10 @@ from astar_megatron import config
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import seed_of
-from astar_megatron.run import Inputs, engines_of, prepare
+from astar_megatron.run.fleet import engines_of
+from astar_megatron.run.prepare import Inputs, prepare
+from astar_megatron.run.tracking import Tracker
 from astar_megatron.sweep import sweep
-from astar_megatron.tracking import Tracker
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

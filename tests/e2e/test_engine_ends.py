@@ -14,7 +14,7 @@ from astar_megatron.cluster import session
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.rollout.pool import EnginePool
-from astar_megatron.run import start_engines
+from astar_megatron.run.fleet import start_engines
 from astar_megatron.types import Prompt
 
 PROMPT = Prompt(uid="p", token_ids=tuple(range(3, 33)), text="", answer="")

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from astar_megatron import config
 from astar_megatron.cluster.cluster import Cluster
-from astar_megatron.run import start_engines
+from astar_megatron.run.fleet import start_engines
+from astar_megatron.run.weights import LoadedWeights
 from astar_megatron.sweep import main
-from astar_megatron.weights import LoadedWeights
 from conversion.folders import CheckpointError
 
 NAME = "model.layers.3.self_attn.v_proj.weight"

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ from length_reward import reward as length_reward
 from transformers import AutoModelForCausalLM
 
 from astar_megatron import config
-from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.evaluate import evaluate, hugging_face
-from astar_megatron.run import prepare, start_engines, start_policy
+from astar_megatron.evaluate import hugging_face
+from astar_megatron.run.evaluation import evaluate
+from astar_megatron.run.fleet import Fleet, engines_of
+from astar_megatron.run.prepare import prepare
+from astar_megatron.run.tracking import Tracker, read_metrics
+from astar_megatron.run.training import stage_1
 from astar_megatron.sweep import sweep
-from astar_megatron.tracking import Tracker, read_metrics
-from astar_megatron.train import stage_1, train
+from astar_megatron.train import train
 from astar_megatron.types import Prompt
 from conversion.convert import compare
 from conversion.ends import open_end
@@ -40,11 +41,8 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     cfg = config.validate(run_tree(request.getfixturevalue(kind)))
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
     sequence = list(range(3, 33))
-    with Cluster(cfg.cluster) as cluster, ExitStack() as stack:
-        engines = stack.enter_context(closing(start_engines(cfg, cluster)))
-        policy = stack.enter_context(closing(start_policy(cfg, cluster)))
-        engines.start()
-        policy.start()
+    with Fleet(cfg, inputs.model, tracker) as fleet:
+        engines, policy = fleet.engines, fleet.policy
         _, first_logprobs = engines.greedy(sequence, 6)
         long = Prompt(uid="long", token_ids=tuple(range(3, 83)), text="", answer="")
         (first_long,) = engines.draw([(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
@@ -52,15 +50,13 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert table.summary().samples == 24
         assert table.missing(inputs.prompts, 2) == []
 
-        train(cfg, inputs, stage_1(cfg, inputs), policy, engines, tracker)
+        train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
         (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
         (drawn_long,) = engines.draw([(long, 0, 1)], cfg.sampling)
         (megatron_long,) = policy.logprobs([long.token_ids + drawn_long.token_ids], [len(long.token_ids)])
-        engines.close()
-        fresh = stack.enter_context(closing(start_engines(cfg, cluster, str(cfg.export_dir))))
-        fresh.start()
+    with engines_of(cfg, tracker, str(cfg.export_dir)) as fresh:
         fresh_tokens, fresh_logprobs = fresh.greedy(sequence, 6)
 
     moved = max(abs(a - b) for a, b in zip(logprobs, first_logprobs, strict=True))

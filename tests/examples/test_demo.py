@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from astar_megatron.resources import native_bfloat16
-from astar_megatron.tracking import read_metrics
+from astar_megatron.run.resources import native_bfloat16
+from astar_megatron.run.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,7 +21,7 @@ Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
 from dataclasses import dataclass
 
 from astar_megatron.config import RunConfig
-from astar_megatron.resources import GIB, Machine, ResourceError, gib
+from astar_megatron.run.resources import GIB, Machine, ResourceError, gib
 from conversion.families import Model
 
 CONTEXT_BYTES = 2 * GIB  # of both processes: the device's contexts, libraries' own allocations

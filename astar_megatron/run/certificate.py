@@ -6,7 +6,10 @@ Above a limit the two compute different models: an error, and what was written s
 """
 
 import importlib.metadata
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,10 @@ from typing import Any
 import torch
 
 from astar_megatron.data.files import write_atomic
+from astar_megatron.model.backend import FLOAT32_ENVIRONMENT
+from astar_megatron.run import resources
 from conversion import folders
+from conversion.ends import End, MegatronEnd
 from conversion.families import read_model
 
 MAX_WEIGHT_BYTES = 8 * 10**9  # the program's process holds transformers' copy; above this it is not made
@@ -81,6 +87,28 @@ def certify(
             "from is kept, and the same command writes it again"
         )
     return reason
+
+
+def certify_conversion(source: End, destination: Path) -> str:
+    """Compare what Megatron computes from one of the folders with transformers on the other; returns that in words.
+
+    In float32 whatever the weights are stored in, so that a small error shows.
+    """
+    from_megatron = source.kind == MegatronEnd.kind
+    megatron, hugging_face = (source.path, destination) if from_megatron else (destination, source.path)
+
+    def logprobs(sequences: Sequence[Sequence[int]], _prompt_tokens: Sequence[int]) -> list[list[float]]:
+        variables = [f"{name}={value}" for name, value in FLOAT32_ENVIRONMENT.items()]
+        program = [sys.executable, "-P", "-m", "astar_megatron.model.alone"]
+        command = ["env", *variables, *program, str(megatron), str(hugging_face)]
+        done = subprocess.run(command, input=json.dumps(sequences), capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
+            raise ValueError(said[0])
+        return json.loads(done.stdout.splitlines()[-1])
+
+    most = min(MAX_WEIGHT_BYTES, resources.available_memory_bytes() // 2)
+    return certify(hugging_face, logprobs, record_in=destination, dtype="float32", max_weight_bytes=most)
 
 
 def _record(folder: Path, found: dict[str, Any]) -> None:

@@ -1,32 +1,22 @@
-"""What every program of a run opens first: the checks that cost nothing, then Ray, then the engines.
-
-`prepare` reads everything that a user can have got wrong and refuses it before a process is started.
-"""
+"""What a run reads before anything starts: everything that a user can have got wrong is refused here."""
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from astar_megatron import accelerators, resources
-from astar_megatron.accelerators import Shares
-from astar_megatron.cluster.cluster import Cluster
-from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
 from astar_megatron.data.contract import Contract, contract_of
-from astar_megatron.data.files import exclusive
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.model import layouts
-from astar_megatron.model.backend import check_features, resolve_dtype
+from astar_megatron.model.backend import check_features
 from astar_megatron.rollout.engine import check_graphs
-from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.rollout.scoring import Scorer
-from astar_megatron.tracking import Tracker
+from astar_megatron.run import accelerators, resources
+from astar_megatron.run.accelerators import Shares
 from astar_megatron.types import Prompt
-from astar_megatron.weights import LoadedWeights
 from conversion import hf
 from conversion.families import Model, read_model
 
@@ -139,11 +129,12 @@ def check_ranks(cfg: RunConfig) -> Shares | None:
     machine = resources.measure()
     if cfg.cluster.address is not None or not machine.num_accelerators:
         return None
-    _check_places(cfg, *accelerators.free_accelerators(cfg, machine.num_accelerators))
+    check_places(cfg, *accelerators.free_accelerators(cfg, machine.num_accelerators))
     return accelerators.shares_of(cfg, read_model(cfg.model.path), machine)
 
 
-def _check_places(cfg: RunConfig, places: int, what: str) -> None:
+def check_places(cfg: RunConfig, places: int, what: str) -> None:
+    """Raise LayoutError where the ranks don't fit `places` accelerators; `what` says in words where these come from."""
     model = read_model(cfg.model.path)
     layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, what=what)
 
@@ -155,97 +146,3 @@ def naming(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-
-
-def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
-    """Return the name of the type that policy and engines compute in, and why."""
-    dtype, reason = resolve_dtype(cfg.model.dtype, cluster.num_gpus)
-    return str(dtype).removeprefix("torch."), reason
-
-
-def start_engines(
-    cfg: RunConfig, cluster: Cluster, model_path: str | None = None, shares: Shares | None = None
-) -> EnginePool:
-    """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it.
-
-    With `shares` the engine has its GPU together with the policy.
-    """
-    return EnginePool(
-        cluster,
-        cfg.rollout,
-        model_path=_absolute(model_path or cfg.model.path),
-        dtype=compute_type(cfg, cluster)[0],
-        max_tokens=cfg.max_tokens,
-        stop_token_ids=chat.stop_token_ids(cfg.model.path),
-        detokenize=chat.detokenizer(cfg.model.path),
-        seed=cfg.seed,
-        shares_gpu=shares is not None,
-    )
-
-
-def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None) -> PolicyGroup:
-    """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as in `start_engines`."""
-    return PolicyGroup(
-        cluster,
-        model=cfg.model,
-        model_path=_absolute(cfg.model.path),
-        dtype=compute_type(cfg, cluster)[0],
-        parallel=cfg.parallel,
-        optim=cfg.optim,
-        optimizer_steps=cfg.optimizer_steps,
-        seed=cfg.seed,
-        gpu_share=shares.policy_share if shares else 1.0,
-    )
-
-
-def _absolute(path: str) -> str:
-    """An actor of a cluster that was started elsewhere has another working directory."""
-    return str(Path(path).resolve())
-
-
-@contextmanager
-def started(cfg: RunConfig, tracker: Tracker) -> Iterator[tuple[PolicyGroup, EnginePool]]:
-    """The policy's ranks and the pool, started side by side; only one process at a time has them for a run_dir.
-
-    Where they share a GPU the policy starts when the engine has taken its part: see accelerators.py. Raises
-    CheckpointError where an engine has not loaded what model.path holds.
-    """
-    shares = check_ranks(cfg)
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
-        cluster = stack.enter_context(Cluster(cfg.cluster))
-        if cluster.num_gpus:
-            _check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
-        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        engines = stack.enter_context(closing(start_engines(cfg, cluster, shares=shares)))
-        loaded = LoadedWeights(cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
-        if shares:
-            tracker.say(shares.describe())
-            _wait_for(engines, tracker)
-        policy = stack.enter_context(closing(start_policy(cfg, cluster, shares)))
-        if not shares:
-            _wait_for(engines, tracker)
-        loaded.verify(engines)
-        with tracker.waiting("starting the policy"):
-            reason = policy.start()
-        tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
-        yield policy, engines
-
-
-def _wait_for(engines: EnginePool, tracker: Tracker) -> None:
-    tracker.say(f"engines {engines.graphs}")
-    with tracker.waiting("starting the engines", engines.phase):
-        engines.start()
-
-
-@contextmanager
-def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) -> Iterator[EnginePool]:
-    """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`.
-
-    Raises CheckpointError where an engine has not loaded what the folder holds.
-    """
-    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
-        loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
-        _wait_for(engines, tracker)
-        loaded.verify(engines)
-        yield engines

@@ -1,0 +1,1 @@
+"""What a run is made of, beside its program: inputs, policy and engines, checkpoints, tracking, resources."""

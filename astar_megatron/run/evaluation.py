@@ -1,0 +1,179 @@
+"""PROGRAM: the run's evaluation prompts, or named benchmarks, with the pool, sampling and reward rules of training.
+
+Of every problem one greedy response (pass@1), and where the benchmark or `eval.num_samples` asks for n samples also
+avg@n, maj@n and pass@k (algorithm/estimators.py), each with its standard error over the problems. A response cut by the
+token limit is scored as it stands.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from astar_megatron.algorithm import rewards
+from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
+from astar_megatron.config import RunConfig
+from astar_megatron.data.files import write_atomic
+from astar_megatron.rollout.pool import EnginePool, seed_of
+from astar_megatron.rollout.scoring import Scorer, gather
+from astar_megatron.run.prepare import EvalSet, Inputs
+from astar_megatron.run.tracking import Tracker
+from astar_megatron.types import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over problems and its standard error (NaN for one problem)."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} ± {100 * self.error:.2f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What one set of problems gave."""
+
+    name: str
+    reward: str
+    prompts: int
+    num_samples: int  # a problem, beside the greedy response
+    greedy: Estimate  # reward of the greedy response: pass@1 where rewards are 0 and 1
+    sampled: dict[str, Estimate]  # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n"
+    truncated: float  # share of all responses that the token limit cut
+    formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
+
+    @property
+    def reward_mean(self) -> float:
+        return self.greedy.mean
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what there is to show, in per cent."""
+        return [
+            ("problems", str(self.prompts)),
+            ("greedy", str(self.greedy)),
+            *((name, str(estimate)) for name, estimate in self.sampled.items()),
+            ("truncated", f"{100 * self.truncated:.2f}"),
+            *([("in the asked form", f"{100 * self.formatted:.2f}")] if self.formatted is not None else []),
+            ("reward", self.reward),
+        ]
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the numbers for a line of metrics."""
+        sampled = {name: estimate.mean for name, estimate in self.sampled.items()}
+        own = {"greedy": self.greedy.mean, "greedy_error": self.greedy.error}
+        return own | sampled | {"truncated": self.truncated, "formatted": self.formatted}
+
+
+def evaluate(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, name: str) -> list[Evaluation]:
+    """Evaluate what the engines hold. Responses go to `<run_dir>/<name>[_<set>].jsonl`, the table to `<name>.md`."""
+    found = []
+    for eval_set in inputs.eval_sets:
+        greedy = _draw(cfg, eval_set, engines, tracker, name, num_samples=None)
+        sampled = _draw(cfg, eval_set, engines, tracker, name, eval_set.num_samples) if eval_set.num_samples else []
+        file = name if eval_set.name == "prompts" else f"{name}_{eval_set.name}"
+        lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
+        write_atomic(tracker.run_dir / f"{file}.jsonl", "".join(lines).encode())
+        found.append(summary(eval_set, greedy, sampled))
+    write_atomic(tracker.run_dir / f"{name}.md", markdown(found).encode())
+    return found
+
+
+def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:
+    """Return what scored rollouts say: a greedy one a problem, and its samples one after the other."""
+    extract = rewards.extractor(eval_set.reward.name)
+    everything = [*greedy, *sampled]
+    formatted = [extract(rollout.text) is not None for rollout in everything] if extract else None
+    count = eval_set.num_samples
+    problems = [sampled[start : start + count] for start in range(0, len(sampled), count or 1)]
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for rollouts in problems:
+        values[f"avg@{count}"].append(math.fsum(_reward(rollout) for rollout in rollouts) / count)
+        if extract is not None:
+            values[f"maj@{count}"].append(_majority(rollouts, [extract(rollout.text) for rollout in rollouts]))
+        right = sum(_reward(rollout) >= 1 for rollout in rollouts)
+        for k in sorted({*(2**i for i in range(count.bit_length())), count}):
+            values[f"pass@{k}"].append(pass_at_k(count, right, k))
+    return Evaluation(
+        name=eval_set.name,
+        reward=eval_set.reward.name,
+        prompts=len(greedy),
+        num_samples=count,
+        greedy=_estimate([_reward(rollout) for rollout in greedy]),
+        sampled={name: _estimate(each) for name, each in values.items()},
+        truncated=sum(rollout.truncated for rollout in everything) / len(everything),
+        formatted=sum(formatted) / len(formatted) if formatted else None,
+    )
+
+
+def markdown(found: Sequence[Evaluation]) -> str:
+    """Return the evaluations as a table in Markdown, in per cent with standard errors."""
+    columns = list(dict.fromkeys(name for one in found for name, _ in one.rows()))
+    lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for one in found:
+        cells = dict(one.rows())
+        lines.append(f"| {one.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
+    return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
+
+
+def show(title: str, found: Sequence[Evaluation], tracker: Tracker) -> None:
+    """Show evaluations."""
+    for one in found:
+        tracker.table(f"evaluation of {title}, {one.name}, per cent", one.rows())
+
+
+def _draw(
+    cfg: RunConfig, eval_set: EvalSet, engines: EnginePool, tracker: Tracker, name: str, num_samples: int | None
+) -> list[Rollout]:
+    """Scored rollouts, problem by problem; greedy ones where no number of samples is given."""
+    work = [
+        (prompt, sample, seed_of(cfg.seed, "eval", eval_set.name, prompt.uid, sample))
+        for prompt in eval_set.prompts
+        for sample in range(num_samples or 1)
+    ]
+    label = f"{name}, {eval_set.name}, {f'{num_samples} samples' if num_samples else 'greedy'}"
+    pending = []
+    with tracker.progress(label, len(work)) as advance, Scorer(eval_set.reward, tracker.run_dir) as scorer:
+        for finished in engines.generate(work, cfg.sampling, greedy=num_samples is None):
+            pending.append(scorer.submit(finished))
+            advance(len(finished))
+        return gather(pending)
+
+
+def _lines(eval_set: EvalSet, rollouts: Sequence[Rollout], *, greedy: bool) -> list[str]:
+    extract = rewards.extractor(eval_set.reward.name)
+    rows = (
+        {
+            "uid": rollout.prompt.uid,
+            "prompt": rollout.prompt.text,
+            "answer": rollout.prompt.answer,
+            "sample": "greedy" if greedy else rollout.sample,
+            "response": rollout.text,
+            "extracted": extract(rollout.text) if extract else None,
+            "reward": rollout.reward,
+            "truncated": rollout.truncated,
+        }
+        for rollout in rollouts
+    )
+    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+
+
+def _majority(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> float:
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for rollout, answer in zip(rollouts, answers, strict=True):
+        if answer is not None:
+            groups[answer].append(_reward(rollout))
+    return majority([(len(group), math.fsum(group) / len(group)) for group in groups.values()])
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    mean, error = mean_and_error(values)
+    return Estimate(mean=mean, error=error)
+
+
+def _reward(rollout: Rollout) -> float:
+    return rollout.reward or 0.0  # a failure is 0

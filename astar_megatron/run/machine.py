@@ -1,0 +1,188 @@
+"""What this machine has and lacks for a run, and why, in words."""
+
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from astar_megatron.cluster import session
+from astar_megatron.cluster.cores import available_cores
+from astar_megatron.cluster.errors import PlaceError
+from astar_megatron.run.resources import (
+    GIB,
+    OBJECT_STORE_BYTES,
+    accelerators,
+    available_memory_bytes,
+    free_bytes,
+    gib,
+    native_bfloat16,
+)
+
+DEMO_BYTES = 10 * GIB  # `make demo` at work
+DEMO_SHARED_BYTES = GIB + OBJECT_STORE_BYTES
+DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
+_OWN_NAME = "astar-megatron"
+_BROUGHT_BY = {"safetensors": "transformers", "tokenizers": "transformers", "math_verify": "math-verify"}
+_PYTHONS = ((3, 12), (3, 15))  # from, below
+
+type Level = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One fact about the machine. `warn`: it works, but slowly or not for everything; `fail`: it can't work."""
+
+    what: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+def report() -> list[Finding]:
+    """Return what this machine has and lacks for a run."""
+    requirements = _own_requirements()
+    lanes = _installed_lanes(requirements, _version)
+    return [
+        _python(),
+        *packages(requirements, _version),
+        _accelerator(accelerators(), lanes),
+        *_processor(available_cores(), native_bfloat16()),
+        _space("memory", available_memory_bytes(), DEMO_BYTES, "close other programs; `make demo` needs it"),
+        _space(
+            "/dev/shm",
+            free_bytes(Path("/dev/shm")),
+            DEMO_SHARED_BYTES,
+            "remove old files there or enlarge it (docker run --shm-size=2g); weights reach the engines through it",
+        ),
+        _sockets(),
+        _space("disk", free_bytes(Path.cwd()), DISK_BYTES, "free some space; an environment takes 7 GiB"),
+    ]
+
+
+def packages(requirements: Sequence[str], version: Callable[[str], str | None]) -> list[Finding]:
+    """Return whether one lane is installed, with the versions this project is tested with.
+
+    `requirements` are this project's own, as its metadata lists them; `version` gives a package's version or None.
+    """
+    if not requirements:
+        found = f"{_OWN_NAME} runs from its folder and is not installed: versions are not compared"
+        return [Finding(what="packages", level="warn", found=found, remedy="run `make setup`")]
+    lanes = _installed_lanes(requirements, version)
+    if not lanes:
+        found = "no lane is installed: there is no vLLM"
+        return [Finding(what="packages", level="fail", found=found, remedy="run `make setup`, or install one extra")]
+    if len(lanes) > 1:
+        found = f"the lanes {' and '.join(lanes)} are both installed, and both own the module vllm"
+        return [Finding(what="packages", level="fail", found=found, remedy="make a fresh environment with one of them")]
+    findings = []
+    for name, wanted in _pins(requirements, lanes[0]):
+        got = version(name)
+        remedy = f"install {name}=={wanted}, which this version is tested with; `make setup` does"
+        if got is None:
+            findings.append(Finding(what=name, level="fail", found="not installed", remedy=remedy))
+        elif got.partition("+")[0] != wanted:
+            findings.append(Finding(what=name, level="warn", found=f"{got}, expected {wanted}", remedy=remedy))
+        else:
+            findings.append(Finding(what=name, level="ok", found=f"{got} (lane {lanes[0]})"))
+    return findings
+
+
+def _python() -> Finding:
+    have = sys.version_info[:2]
+    found = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
+    if not _PYTHONS[0] <= have < _PYTHONS[1]:
+        return Finding(what="python", level="fail", found=found, remedy="use Python 3.12, 3.13 or 3.14")
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        remedy = "the pinned packages have binaries for Linux on x86_64; elsewhere they may have to be compiled"
+        return Finding(what="python", level="warn", found=found, remedy=remedy)
+    return Finding(what="python", level="ok", found=found)
+
+
+def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
+    what = "accelerator"
+    if names is None:
+        found = "not known: torch is not installed"
+        return Finding(what=what, level="warn", found=found, remedy="run `make setup`")
+    if names and lanes == ["cpu"]:
+        found = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
+        return Finding(what=what, level="warn", found=found, remedy="make an environment with the GPU extra")
+    if len(names) == 1:
+        found = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
+        return Finding(what=what, level="ok", found=found)
+    if names:
+        return Finding(what=what, level="ok", found=", ".join(names))
+    if Path("/dev/nvidia0").exists() or (lanes and lanes != ["cpu"]):
+        found = "torch sees none, though the device or the GPU lane is there"
+        return Finding(what=what, level="warn", found=found, remedy="look at nvidia-smi: the driver may be too old")
+    return Finding(what=what, level="ok", found="none: policy and engines run on the CPU, for small models")
+
+
+def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
+    remedy = "" if cores >= 2 else "give it two: policy and engine take turns, but the driver works beside them"
+    findings = [Finding(what="cores", level="ok" if cores >= 2 else "warn", found=f"{cores:g}", remedy=remedy)]
+    if bfloat16:
+        found = f"multiplied natively ({', '.join(bfloat16)}); model.dtype auto computes in it"
+        return [*findings, Finding(what="bfloat16", level="ok", found=found)]
+    found = "emulated on this CPU (no amx_bf16, no avx512_bf16); model.dtype auto computes in float32 without a GPU"
+    return [*findings, Finding(what="bfloat16", level="warn", found=found, remedy="nothing to do; steps are slower")]
+
+
+def _sockets() -> Finding:
+    try:
+        folder, reason = session.place()
+    except PlaceError as error:
+        return Finding(what="sockets", level="fail", found=str(error), remedy="set TMPDIR as it says")
+    found = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
+    return Finding(what="sockets", level="ok", found=found)
+
+
+def _space(what: str, free: int, wanted: int, remedy: str) -> Finding:
+    found = f"{gib(free)} free"
+    if free >= wanted:
+        return Finding(what=what, level="ok", found=found)
+    level: Level = "warn" if free else "fail"
+    return Finding(what=what, level=level, found=f"{found}, {gib(wanted)} wanted", remedy=remedy)
+
+
+def _own_requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires(_OWN_NAME) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str | None]) -> list[str]:
+    """Return the extras whose vLLM is installed: each lane has a package of its own for it."""
+    found = []
+    for requirement in requirements:
+        match = re.match(r"(vllm[\w-]*)==.*extra == ['\"](\w+)['\"]", requirement)
+        if match and version(match[1]) is not None:
+            found.append(match[2])
+    return found
+
+
+def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[str]:
+    """Return the extras that bring a module which this project imports; none for other modules.
+
+    `requirements` as in `packages`; without it this project's own.
+    """
+    top = module.partition(".")[0]
+    pattern = re.compile(rf"{re.escape(_BROUGHT_BY.get(top, top))}\b.*extra == ['\"](\w+)['\"]")
+    matches = map(pattern.match, requirements if requirements is not None else _own_requirements()) if top else ()
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
+def _pins(requirements: Iterable[str], lane: str) -> list[tuple[str, str]]:
+    pattern = re.compile(rf"([\w.-]+)==([\w.]+)\s*;.*extra == ['\"]{lane}['\"]")
+    return [(match[1], match[2]) for match in map(pattern.match, requirements) if match]

@@ -1,0 +1,112 @@
+"""One step of training, beside what computes it: its batch, its line of metrics, and what a bad one leaves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from astar_megatron import config
+from astar_megatron.algorithm.objective import Objective
+from astar_megatron.config import RunConfig
+from astar_megatron.data import bad_batches
+from astar_megatron.types import Rollout, RolloutBatch, StepOptions, StepStats
+
+
+class NotFiniteError(ValueError):
+    """Too many optimiser steps were left out; the message names where their batches lie."""
+
+
+def step_options(cfg: RunConfig) -> StepOptions:
+    """Return how each step is computed."""
+    return StepOptions(
+        temperature=cfg.sampling.temperature,
+        mini_batch_size=cfg.mini_batch_size,
+        micro_batch_tokens=cfg.train.micro_batch_tokens,
+    )
+
+
+def batch_of(rollouts: Sequence[Rollout], objective: Objective, version: int) -> RolloutBatch:
+    """The rollouts as the policy needs them; all must come from the weights it has now."""
+    stale = {rollout.version for rollout in rollouts} - {version}
+    if stale:
+        raise AssertionError(f"rollouts of versions {sorted(stale)} in a step of version {version}")
+    columns = objective.columns(rollouts)
+    return RolloutBatch(
+        token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
+        prompt_tokens=tuple(len(rollout.prompt.token_ids) for rollout in rollouts),
+        columns=columns.sequences,
+        token_columns=columns.tokens,
+        version=version,
+    )
+
+
+def health_of(objective: Objective, rollouts: Sequence[Rollout], stats: StepStats, on_policy: int) -> dict[str, float]:
+    """What the objective makes of a step, and how far the engines were; the first `on_policy` rollouts are of the
+    weights that were scored."""
+    logprobs = torch.tensor(stats.logprobs, dtype=torch.float64)
+    reference = torch.tensor(stats.reference_logprobs, dtype=torch.float64)
+    drawn = torch.tensor([rollout.logprob for rollout in rollouts], dtype=torch.float64)
+    gap = float((logprobs - drawn)[:on_policy].mean())
+    return {**objective.metrics(rollouts, logprobs, reference, on_policy), "engine_gap": gap}
+
+
+def metrics_of(
+    step: int,
+    rollouts: Sequence[Rollout],
+    health: Mapping[str, float],
+    stats: StepStats,
+    spent_tokens: int,
+    seconds: dict[str, float],
+) -> dict[str, object]:
+    """Return a line of metrics; README.md explains the keys."""
+    count = len(rollouts)
+    return {
+        "step": step,
+        "version": step,
+        "reward_mean": sum(rollout.reward or 0.0 for rollout in rollouts) / count,
+        "loss": stats.loss,
+        "grad_norm": stats.grad_norm,
+        "lr": stats.learning_rate,
+        "changed_weights": stats.changed_weights,
+        "skipped_steps": len(stats.skipped),
+        **health,
+        "truncated": sum(rollout.truncated for rollout in rollouts) / count,
+        "tokens": stats.tokens,
+        "response_tokens": stats.response_tokens,
+        "tokens_per_second": stats.tokens_per_second,
+        "model_flops": stats.model_flops,
+        "mfu": stats.mfu,
+        "peak_memory_bytes": list(stats.peak_memory_bytes),
+        "spent_tokens": spent_tokens,
+        "seconds": {**stats.seconds, **seconds},
+    }
+
+
+def line_of(metrics: dict[str, object], num_steps: int) -> str:
+    """Return what the screen says of a step."""
+    seconds: dict[str, float] = metrics["seconds"]  # type: ignore[assignment]
+    spans = " ".join(f"{name} {seconds[name]:.1f}" for name in ("generate", "reference", "policy", "publish"))
+    return (
+        f"step {metrics['step']:>3} of 0..{num_steps - 1}  reward {metrics['reward_mean']:.3f}  "
+        f"loss {metrics['loss']:.4f}  log-ratio {metrics['logratio_mean']:+.2f}  {seconds['total']:.1f} s ({spans})"
+    )
+
+
+def keep_bad_batch(
+    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, cfg: RunConfig
+) -> str:
+    """Write a batch that spoiled a step to disk and return in words what happened."""
+    folder = bad_batches.write(run_dir, rollouts, batch, stats, config.flat(cfg))
+    return (
+        f"step {batch.version}: a loss or a gradient was not finite in mini-batches {list(stats.skipped)}; their "
+        f"optimiser steps were left out, weights and optimiser are as before; the batch is in {folder}"
+    )
+
+
+def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:
+    """Raise NotFiniteError where `skipped` optimiser steps of the run, `limit` or more, were left out."""
+    if skipped >= limit:
+        raise NotFiniteError(
+            f"train.max_skipped_steps: a loss or a gradient was not finite {skipped} times, {limit} end the run; look "
+            f"into {run_dir / bad_batches.FOLDER}, lower optim.lr or raise the key, and run the same command again"
+        )

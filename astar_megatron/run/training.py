@@ -1,0 +1,59 @@
+"""What training begins with: what stage 1 says, the objective, the order of prompts, and where the run goes on from."""
+
+from pathlib import Path
+
+from astar_megatron import config
+from astar_megatron.algorithm.astar import astar_of
+from astar_megatron.algorithm.objective import Objective
+from astar_megatron.config import FilterConfig, RunConfig
+from astar_megatron.data import filters
+from astar_megatron.data.allocation import run_estimates
+from astar_megatron.data.estimates import Estimates
+from astar_megatron.data.prompts import PromptStream
+from astar_megatron.run import resources
+from astar_megatron.run.checkpoints import Checkpoints
+from astar_megatron.run.prepare import Inputs
+from astar_megatron.run.tracking import read_metrics
+from conversion import folders
+
+
+def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates:
+    """Return what stage 1 says of the run's prompts. Raises MissingTableError, ContractError."""
+    return run_estimates(cfg, inputs.contract, inputs.prompts)
+
+
+def prompt_stream(cfg: RunConfig, inputs: Inputs, found: Estimates | None) -> PromptStream:
+    """Return the order in which training takes prompts, left out or rarer where stage 1 says they teach little."""
+    weights = filters.weights(found, cfg.filter) if found else None
+    return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
+
+
+def objective_of(cfg: RunConfig, found: Estimates | None) -> Objective:
+    """Return the method, as it begins with what stage 1 found."""
+    return astar_of(cfg, *((found.by_uid(), found.samples_by_uid()) if found else ({}, {})))
+
+
+def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:
+    """Return the run's checkpoints."""
+    return Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg))
+
+
+def check_training(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
+    needs_stage_1 = cfg.filter != FilterConfig() or cfg.astar.refresh_decay is not None
+    found = stage_1(cfg, inputs) if needs_stage_1 else None
+    done = checkpoints_of(cfg, inputs).restore(prompt_stream(cfg, inputs, found), objective_of(cfg, found))
+    if done > cfg.train.num_steps:
+        raise ValueError(
+            f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
+            f"{done} steps; raise it, choose a new run_dir, or write the name of an earlier step_* folder into "
+            f"{cfg.run_dir}/checkpoints/latest"
+        )
+    check_output(cfg, inputs)
+
+
+def check_output(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError where what a run writes has no place."""
+    read_metrics(cfg.run_dir)  # damaged ones are refused here
+    folders.check_destination(cfg.export_dir)
+    resources.check_disk(cfg, inputs.model.num_parameters())
