@@ -10,6 +10,7 @@ from rich.console import Console
 
 from astar_megatron import config, doctor
 from astar_megatron.cluster import cluster
+from astar_megatron.cluster.cores import available_cores
 from astar_megatron.config import RunConfig
 from astar_megatron.run import machine as machine_report
 from astar_megatron.run import resources
@@ -184,12 +185,12 @@ def test_a_control_groups_limit_counts_without_what_it_only_caches(tmp_path: Pat
 
 
 def test_a_control_groups_share_of_the_cores_counts(tmp_path: Path) -> None:
-    everything = doctor.available_cores(tmp_path)
+    everything = available_cores(tmp_path)
     assert everything >= 1
     write(tmp_path, "sys/fs/cgroup/cpu.max", "max 100000\n")
-    assert doctor.available_cores(tmp_path) == everything
+    assert available_cores(tmp_path) == everything
     write(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000\n")
-    assert doctor.available_cores(tmp_path) == 0.5
+    assert available_cores(tmp_path) == 0.5
 
 
 @pytest.mark.parametrize(
