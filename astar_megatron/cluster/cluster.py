@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
-from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.session import SessionFolder
 from astar_megatron.config import ClusterConfig
 
@@ -47,7 +47,7 @@ class Cluster:
 
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
-        self._actors: dict[str, tuple[str, Any]] = {}  # by Ray's id: the name in messages, the handle
+        self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
         self._memory_kills = 0
         self.num_nodes, self.num_gpus = 0, 0
 
@@ -105,7 +105,7 @@ class Cluster:
             ) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for _, actor in self._actors.values():
+        for *_, actor in self._actors.values():
             with contextlib.suppress(RayActorError):
                 ray.kill(actor)
         self._actors.clear()
@@ -148,7 +148,8 @@ class Cluster:
 
     def actor(
         self,
-        name: str,
+        kind: str,
+        index: int,
         cls: type,
         *,
         env: Mapping[str, str],
@@ -156,7 +157,7 @@ class Cluster:
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
-        """Start an actor of `cls` and return its handle at once; `name` stands in error messages.
+        """Start an actor of `cls` and return its handle at once; `kind` and `index` name it in errors.
 
         It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
         """
@@ -168,7 +169,7 @@ class Cluster:
         if concurrency:
             options["max_concurrency"] = concurrency
         handle = ray.remote(cls).options(**options).remote(**init)
-        self._actors[handle._actor_id.hex()] = (name, handle)
+        self._actors[handle._actor_id.hex()] = (kind, index, handle)
         return handle
 
     def wait(self, what: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
@@ -198,35 +199,43 @@ class Cluster:
             if isinstance(other, RayActorError) and "creation task" not in str(other):
                 failed, error = reference, other
                 break
-        name, outputs = self._outputs(failed)
+        (kind, index), outputs = self._outputs(failed)
+        name = _named(kind, index)
         text = _plain(error)
-        if isinstance(error, RayActorError) and "creation task" not in text:
-            kind = "the process ended"
+        is_lost = isinstance(error, RayActorError) and "creation task" not in text
+        if is_lost:
+            event = "the process ended"
             cause = cause_in(outputs) or _end_of_process(text)
         else:
-            kind, cause = text, text.strip().splitlines()[-1]
+            event, cause = text, text.strip().splitlines()[-1]
             if is_secondary(cause):
                 cause = _cause_in(outputs) or core_end(cause) or cause
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
-        return ClusterError(
-            f"{what}: {name}: {kind}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
-        )
+        message = f"{what}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
+        return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
 
     def _late(self, what: str, pending: Sequence[Any], seconds: float) -> ClusterError:
         """What to raise where there was no answer in time, with the last error of each that did not answer."""
-        causes = [f"\n{name}: {cause}" for name, outputs in map(self._outputs, pending) if (cause := cause_in(outputs))]
+        outputs = [self._outputs(reference) for reference in pending]
+        causes = [f"\n{_named(*actor)}: {cause}" for actor, files in outputs if (cause := cause_in(files))]
         return ClusterError(
             f"{what}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The output "
             f"of its processes lies in {_log_folder()}{''.join(causes)}"
         )
 
-    def _outputs(self, reference: Any) -> tuple[str, list[Path]]:
-        """The name of the actor that a call was made on, and the files of its output, what it logged first."""
+    def _outputs(self, reference: Any) -> tuple[tuple[str, int], list[Path]]:
+        """The actor that a call was made on, by kind and index, and the files of its output, what it logged first."""
         actor = reference.task_id().actor_id().hex()
-        name = self._actors[actor][0] if actor in self._actors else "an actor"
+        kind, index, _ = self._actors.get(actor, ("actor", 0, None))
         pid = state.actors(actor).get("Pid")
-        return name, [path for end in ("out", "err") for path in Path(_log_folder()).glob(f"worker-*-{pid}.{end}")]
+        return (kind, index), [
+            path for end in ("out", "err") for path in Path(_log_folder()).glob(f"worker-*-{pid}.{end}")
+        ]
+
+
+def _named(kind: str, index: int) -> str:
+    return f"{kind} {index}"
 
 
 def _error_of(reference: Any) -> Exception | None:

@@ -5,5 +5,13 @@ class ClusterError(RuntimeError):
     """An actor that did not start, died or did not answer in time; the message names it and what it last said."""
 
 
+class ActorLost(ClusterError):  # noqa: N818  it is what happened, not whose fault it is
+    """An actor whose process ended: `kind` is "policy rank" or "engine", `index` which of them."""
+
+    def __init__(self, message: str, *, kind: str, index: int) -> None:
+        super().__init__(message)
+        self.kind, self.index = kind, index
+
+
 class PlaceError(ValueError):
     """No folder can hold the sockets of a run; the message names the variable to set."""

@@ -4,8 +4,9 @@ The ranks' class is named, not imported: the driver needs neither megatron nor i
 """
 
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
@@ -14,6 +15,9 @@ from astar_megatron.model.backend import check_features, environment, uses_trans
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion.transfer.route import Place, Route
+
+if TYPE_CHECKING:
+    from astar_megatron.model.policy import PolicyRank
 
 _RANK_CLASS = ("astar_megatron.model.policy", "PolicyRank")
 
@@ -25,8 +29,8 @@ class _RankActor:
         module, name = _RANK_CLASS
         self._rank = getattr(importlib.import_module(module), name)(**init)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._rank, method)(*args, **kwargs)
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._rank, method)(*arguments)
 
 
 class PolicyGroup:
@@ -62,7 +66,8 @@ class PolicyGroup:
         )
         self._ranks = [
             cluster.actor(
-                f"policy rank {rank}",
+                "policy rank",
+                rank,
                 _RankActor,
                 env=env,
                 num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
@@ -83,50 +88,87 @@ class PolicyGroup:
         """Build and load all ranks; returns in words what they run on."""
         host = self._cluster.address
         timeout = self._cluster.timeout_seconds
-        (port,) = self._cluster.wait("policy rank 0", [self._ranks[0].call.remote("listen", host)], timeout)
+        port = self._ask(0, lambda rank: rank.listen(host), timeout)
         self.rendezvous = (host, port)
-        return self._all("start", host, port, timeout_seconds=timeout)[0]
+        return self._all(lambda rank: rank.start(host, port), timeout)[0]
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""
-        return next(stats for stats in self._all("step", batch, loss, options) if stats is not None)
+        answers = self._all(lambda rank: rank.step(batch, loss, options))
+        return next(stats for stats in answers if stats is not None)
 
-    def logprobs(self, *args: Any) -> list[list[float]]:
+    def logprobs(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[list[float]]:
         """Return each response token's log-prob under the policy (nats)."""
-        return next(rows for rows in self._all("logprobs", *args) if rows is not None)
+        answers = self._all(lambda rank: rank.logprobs(token_ids, prompt_tokens))
+        return next(rows for rows in answers if rows is not None)
 
     def places(self) -> list[Place]:
         """Return where each rank's weights are."""
-        return self._all("place")
+        return self._all(lambda rank: rank.place())
 
     def open_publish(self, route: Route) -> None:
         """Prepare to send by `route`."""
-        self._all("open_publish", route)
+        self._all(lambda rank: rank.open_publish(route))
 
     def begin_publish(self, version: int) -> list[Any]:
         """Begin to send the weights and return at once; the calls are for `cluster.wait`."""
-        return [rank.call.remote("publish", version) for rank in self._ranks]
+        return self._begin(lambda rank: rank.publish(version))
 
     def digests(self, version: int, full: bool) -> list[list[int]]:
         """Return each rank's digests of what it publishes."""
-        return self._all("digests", version, full)
+        return self._all(lambda rank: rank.digests(version, full))
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that `rank` publishes."""
-        return self._cluster.wait("policy: digest_rows", [self._ranks[rank].call.remote("digest_rows", index)])[0]
+        return self._ask(rank, lambda one: one.digest_rows(index))
 
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        self._all("save", str(folder.resolve()), progress)
+        self._all(lambda rank: rank.save(str(folder.resolve()), progress))
 
     def load(self, folder: Path, version: int) -> None:
-        self._all("load", str(folder.resolve()), version)
+        self._all(lambda rank: rank.load(str(folder.resolve()), version))
 
     def export(self, folder: Path, transfer_folder: Path) -> None:
-        self._all("export", str(folder.resolve()), str(transfer_folder))
+        self._all(lambda rank: rank.export(str(folder.resolve()), str(transfer_folder)))
 
     def close(self) -> None:
-        self._cluster.close("policy: close", [rank.call.remote("close") for rank in self._ranks])
+        self._cluster.close("policy: close", self._begin(lambda rank: rank.close()))
 
-    def _all(self, method: str, *args: Any, timeout_seconds: float | None = None) -> list[Any]:
-        calls = [rank.call.remote(method, *args) for rank in self._ranks]
-        return self._cluster.wait(f"policy: {method}", calls, timeout_seconds)
+    def _all[T](self, call: "Callable[[PolicyRank], T]", timeout_seconds: float | None = None) -> list[T]:
+        """Make the call on all ranks at once and return their answers."""
+        return self._cluster.wait(f"policy: {_Call.of(call).method}", self._begin(call), timeout_seconds)
+
+    def _ask[T](self, index: int, call: "Callable[[PolicyRank], T]", timeout_seconds: float | None = None) -> T:
+        """Make the call on one rank and return its answer."""
+        asked = _Call.of(call)
+        return self._cluster.wait(f"policy: {asked.method}", [asked.on(self._ranks[index])], timeout_seconds)[0]
+
+    def _begin(self, call: "Callable[[PolicyRank], Any]") -> list[Any]:
+        asked = _Call.of(call)
+        return [asked.on(rank) for rank in self._ranks]
+
+
+class _Call:
+    """A call written as one on a PolicyRank, which an editor and a type checker follow, to be made in other processes.
+
+    The class itself is not there in the driver; this stands in its place and hears method and arguments.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, call: "Callable[[PolicyRank], Any]") -> "_Call":
+        heard = cls()
+        call(cast("PolicyRank", heard))
+        return heard
+
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        def hear(*arguments: Any) -> None:
+            self.method, self.arguments = method, arguments
+
+        return hear
+
+    def on(self, rank: Any) -> Any:
+        """Begin the call on the actor of a rank."""
+        return rank.call.remote(self.method, *self.arguments)

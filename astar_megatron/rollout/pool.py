@@ -82,7 +82,8 @@ class EnginePool:
         env = _environment(cluster, rollout)
         self._engines = [
             cluster.actor(
-                f"engine {index}",
+                "engine",
+                index,
                 Engine,
                 env=env | log.environment(),
                 num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),

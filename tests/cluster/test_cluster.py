@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
-from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.config import ClusterConfig
 
 
@@ -65,7 +65,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
     env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
-    both = [cluster.actor(f"worker {index}", Worker, env=env, num_gpus=0) for index in range(2)]
+    both = [cluster.actor("worker", index, Worker, env=env, num_gpus=0) for index in range(2)]
     cluster.wait("start", [worker.obey.remote("") for worker in both], 60)
     return both
 
@@ -112,8 +112,9 @@ def test_a_failure_ends_with_its_cause_in_one_line(cluster: Cluster, workers: li
 
 def test_who_died_is_blamed_and_not_who_heard_of_it(cluster: Cluster, workers: list[Any]) -> None:
     calls = [workers[0].obey.remote("break"), workers[1].obey.remote("end later")]
-    with pytest.raises(ClusterError, match=r"^work: worker 1: the process ended"):
+    with pytest.raises(ActorLost, match=r"^work: worker 1: the process ended") as caught:
         cluster.wait("work", calls, 60)
+    assert (caught.value.kind, caught.value.index) == ("worker", 1)
 
 
 def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
@@ -134,10 +135,10 @@ from astar_megatron.config import ClusterConfig
 class Where:
     def answer(self): return 41 + 1
 with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
-    actor = cluster.actor("where", Where, env={}, num_gpus=0)
+    actor = cluster.actor("where", 0, Where, env={}, num_gpus=0)
     print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
     half = gpus_asked(cluster.num_gpus, 1, shared=True)
-    both = [cluster.actor(name, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
+    both = [cluster.actor(name, 0, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
     print(cluster.num_gpus, cluster.wait("both", [one.answer.remote() for one in both], 60))
 """
 

@@ -18,7 +18,7 @@ signal.signal(signal.SIGTERM, stop)
 class Worker:
     def answer(self): return 41 + 1
 with Cluster(ClusterConfig()) as cluster:
-    worker = cluster.actor("worker", Worker, env={}, num_gpus=0)
+    worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
     print(cluster.wait("worker", [worker.answer.remote()], 120), flush=True)
     time.sleep(600)
 """
