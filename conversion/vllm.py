@@ -10,9 +10,9 @@ The worker derives the plan itself from the HF configuration and the trainer's l
 An engine with pipeline stages is refused, and so is one whose kernel for experts lays their weights out anew at load:
 tiles written into it would be right bit by bit and wrong as weights.
 
-What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan, and in a
-full check probes what vLLM derives from them: the packs of linear layers and of experts. After `open_audit` it proves
-so what it loaded from a folder by itself.
+What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan and
+probes what vLLM derives from them: the packs of linear layers and of experts. After `open_audit` it proves so what it
+loaded from a folder by itself.
 
 On a CPU vLLM packs the weights of linear layers and of experts for its kernels at load and drops the plain ones. Here
 the plain ones stay, to be written to, and are packed again after each update. The other way, no packing at all, is
@@ -126,17 +126,15 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         self._end = (model, plan(model.hf_tiles(), model.vllm_tiles(tensor)), tensor, rank, getattr(torch, dtype))
         self._holdings = self._held()
 
-    def audit(self, version: int, full: bool) -> dict[str, Any]:
-        """The digests of what this worker holds, in its plan's order; in a full audit also the faults of its packs."""
+    def audit(self, version: int) -> dict[str, Any]:
+        """The digests of what this worker holds, in its plan's order, and the faults of its packs."""
         if self._holdings is None:
             raise RuntimeError("neither init_weight_transfer_engine nor open_audit was called")
-        if not full:
-            return {"digests": self._holdings.sampled(version), "faults": []}
         try:
             self._holdings = self._held()  # from the module, which may have other tensors by now
         except ValueError as error:
-            return {"digests": self._holdings.full(), "faults": [("a parameter", -1, str(error))]}
-        return {"digests": self._holdings.full(), "faults": stale_packs(self.model, version)}
+            return {"digests": self._holdings.digests(), "faults": [("a parameter", -1, str(error))]}
+        return {"digests": self._holdings.digests(), "faults": stale_packs(self.model, version)}
 
     def digest_rows(self, index: int) -> list[int]:
         """The digests of the rows of part `index` of what this worker holds; none if it has fewer parts."""
@@ -180,9 +178,9 @@ class WorkerExtension:
         """Audit what the worker loaded by itself: see TilesEngine.open_audit."""
         self.weight_transfer_engine.open_audit(config, dtype)  # type: ignore[attr-defined]
 
-    def audit(self, version: int, full: bool) -> dict[str, Any]:
+    def audit(self, version: int) -> dict[str, Any]:
         """What this worker holds, digested from its own parameters: see TilesEngine.audit."""
-        return self.weight_transfer_engine.audit(version, full)  # type: ignore[attr-defined]
+        return self.weight_transfer_engine.audit(version)  # type: ignore[attr-defined]
 
     def digest_rows(self, index: int) -> list[int]:
         """The digests of the rows of one part, once its digest was found wrong."""

@@ -298,11 +298,11 @@ class PolicyRank:
             raise AssertionError("publish before open_publish")
         self._sender.send(version)
 
-    def digests(self, version: int, full: bool) -> list[int]:
+    def digests(self) -> list[int]:
         """Return the digests of what this rank publishes, computed from its parameters: conversion/verify.py."""
         if self._holdings is None:
             raise AssertionError("digests before open_publish")
-        return self._holdings.full() if full else self._holdings.sampled(version)
+        return self._holdings.digests()
 
     def digest_rows(self, index: int) -> list[int]:
         """Return the digests of the rows of part `index` of what this rank publishes."""

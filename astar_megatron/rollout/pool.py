@@ -191,9 +191,9 @@ class EnginePool:
         """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""
         self._all("open_audit", config, dtype)
 
-    def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
+    def audit(self, version: int) -> list[list[dict[str, Any]]]:
         """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
-        return self._all("audit", version, full)
+        return self._all("audit", version)
 
     def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that a worker holds."""
