@@ -7,7 +7,7 @@ and no two prompts share their random numbers.
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -139,21 +139,6 @@ class EnginePool:
                 (responses,) = self._cluster.wait("engines: generate", [reference])
                 answers = [(one.tag, feed.answered(streams[stream], one.tag), one) for one in responses]
                 yield [(tag, self._rollout(item, response)) for tag, item, response in answers]
-
-    def draw(
-        self,
-        work: Sequence[Item],
-        sampling: SamplingConfig,
-        *,
-        greedy: bool = False,
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> list[Rollout]:
-        """Return the rollouts of `work` in its order; `advance` hears how many more have finished."""
-        rollouts: dict[int, Rollout] = {}
-        for finished in self.generate(work, sampling, greedy=greedy):
-            rollouts.update(finished)
-            advance(len(finished))
-        return [rollouts[index] for index in range(len(work))]
 
     def _rollout(self, item: Item, response: Response) -> Rollout:
         prompt, sample, seed = item

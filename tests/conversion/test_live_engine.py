@@ -111,7 +111,7 @@ def assert_faults_are_named(
             elif fault.is_pack:
                 assert audit["digests"] == clean["digests"]  # the plain weights are right
                 ((tensor, row, detail),) = audit["faults"]
-                assert (tensor, row) == (fault.named, 0) and "packed copy" in detail
+                assert (tensor, row) == (fault.named, fault.row) and "packed copy" in detail
             else:
                 assert audit["faults"] == []
                 index = verifier.first_mismatch(expected, rank, audit["digests"])

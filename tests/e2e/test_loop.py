@@ -13,6 +13,7 @@ import pytest
 import samples
 import torch
 import yaml
+from drawing import drawn
 from length_reward import reward as length_reward
 from transformers import AutoModelForCausalLM
 
@@ -47,7 +48,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         policy.start()
         _, first_logprobs = engines.greedy(sequence, 6)
         long = Prompt(uid="long", token_ids=tuple(range(3, 83)), text="", answer="")
-        (first_long,) = engines.draw([(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
+        (first_long,) = drawn(engines, [(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
         table = sweep(cfg, inputs, engines, tracker)
         assert table.summary().samples == 24
         assert table.missing(inputs.prompts, 2) == []
@@ -56,7 +57,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
-        (drawn_long,) = engines.draw([(long, 0, 1)], cfg.sampling)
+        (drawn_long,) = drawn(engines, [(long, 0, 1)], cfg.sampling)
         (megatron_long,) = policy.logprobs([long.token_ids + drawn_long.token_ids], [len(long.token_ids)])
         engines.close()
         fresh = stack.enter_context(closing(start_engines(cfg, cluster, str(cfg.export_dir))))
