@@ -196,10 +196,9 @@ class RolloutConfig(Section):
 
 
 class ConversionConfig(Section):
-    """How weights move from the policy to the engines, and how often the engines prove that they hold them."""
+    """How weights move from the policy to the engines."""
 
     bucket_bytes: int = Field(default=64 << 20, ge=4096)  # a rank sends through two buckets of at most this size
-    verify_interval: int = Field(default=50, ge=1)  # publishes between full checks; the others check a sample of rows
 
 
 class ClusterConfig(Section):
@@ -333,7 +332,8 @@ def flat(section: Section, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-_RENAMED = {
+_FORMER = {
+    "conversion.verify_interval": "every publish is checked whole now; leave it out",
     "rollout.eager": "it is rollout.graphs now: true is none, false is compiled, and decode lies between them",
 }
 
@@ -341,8 +341,8 @@ _RENAMED = {
 def _explain(problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
-    if path in _RENAMED:
-        return f"{path}: no such key any more; {_RENAMED[path]}"
+    if path in _FORMER:
+        return f"{path}: no such key any more; {_FORMER[path]}"
     if problem["type"] == "extra_forbidden":
         section = path.rpartition(".")[0]
         siblings = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]

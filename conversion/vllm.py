@@ -10,9 +10,9 @@ The worker derives the plan itself from the HF configuration and the trainer's l
 An engine with pipeline stages is refused, and so is one whose kernel for experts lays their weights out anew at load:
 tiles written into it would be right bit by bit and wrong as weights.
 
-What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan, and in a
-full check probes what vLLM derives from them: the packs of linear layers and of experts. After `open_audit` it proves
-so what it loaded from a folder by itself.
+What a worker then holds it can prove: `WorkerExtension.audit` digests its fused parameters through the plan and
+probes what vLLM derives from them: the packs of linear layers and of experts. After `open_audit` it proves so what it
+loaded from a folder by itself.
 
 On a CPU vLLM packs the weights of linear layers and of experts for its kernels at load and drops the plain ones. Here
 the plain ones stay, to be written to, and are packed again after each update. The other way, no packing at all, is
@@ -126,17 +126,15 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         self._end = (model, plan(model.hf_tiles(), model.vllm_tiles(tensor)), tensor, rank, getattr(torch, dtype))
         self._holdings = self._held()
 
-    def audit(self, version: int, full: bool) -> dict[str, Any]:
-        """The digests of what this worker holds, in its plan's order; in a full audit also the faults of its packs."""
+    def audit(self, version: int) -> dict[str, Any]:
+        """The digests of what this worker holds, in its plan's order, and the faults of its packs."""
         if self._holdings is None:
             raise RuntimeError("neither init_weight_transfer_engine nor open_audit was called")
-        if not full:
-            return {"digests": self._holdings.sampled(version), "faults": []}
         try:
             self._holdings = self._held()  # from the module, which may have other tensors by now
         except ValueError as error:
-            return {"digests": self._holdings.full(), "faults": [("a parameter", -1, str(error))]}
-        return {"digests": self._holdings.full(), "faults": stale_packs(self.model, version)}
+            return {"digests": self._holdings.digests(), "faults": [("a parameter", -1, str(error))]}
+        return {"digests": self._holdings.digests(), "faults": stale_packs(self.model, version)}
 
     def digest_rows(self, index: int) -> list[int]:
         """The digests of the rows of part `index` of what this worker holds; none if it has fewer parts."""
@@ -167,11 +165,6 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
 class WorkerExtension:
     """Named as `worker_extension_cls`, so that the worker imports this module before it loads the model."""
 
-    def weights_version(self) -> int | None:
-        """The version of the last update that this worker received whole; None before the first."""
-        engine = getattr(self, "weight_transfer_engine", None)
-        return engine.version if isinstance(engine, TilesEngine) else None
-
     def place(self) -> tuple[str, str]:
         """Where this worker's parameters are: see TilesEngine.place."""
         return self.weight_transfer_engine.place()  # type: ignore[attr-defined]
@@ -180,9 +173,9 @@ class WorkerExtension:
         """Audit what the worker loaded by itself: see TilesEngine.open_audit."""
         self.weight_transfer_engine.open_audit(config, dtype)  # type: ignore[attr-defined]
 
-    def audit(self, version: int, full: bool) -> dict[str, Any]:
+    def audit(self, version: int) -> dict[str, Any]:
         """What this worker holds, digested from its own parameters: see TilesEngine.audit."""
-        return self.weight_transfer_engine.audit(version, full)  # type: ignore[attr-defined]
+        return self.weight_transfer_engine.audit(version)  # type: ignore[attr-defined]
 
     def digest_rows(self, index: int) -> list[int]:
         """The digests of the rows of one part, once its digest was found wrong."""
@@ -298,10 +291,10 @@ def _apply_packed(self: Any, **arguments: Any) -> None:
 def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fault]:
     """The packed layers that do not compute with their plain weight, by the name of that weight.
 
-    Experts are packed again and compared; `row` counts the rows of all of a layer's experts. Linear layers are asked: a
-    product with a unit vector is a column of the weight, exactly, in every dtype: so a pack that is old by the
-    smallest step shows, where the rounding of a product with a random vector would hide it. The columns are random, by
-    `seed`. A weight with a NaN or an infinity is found as well: no product of it is its column.
+    Experts are packed again and compared; `row` is the first of the first stale expert, among the rows of all. Linear
+    layers are asked: a product with a unit vector is a column of the weight, exactly, in every dtype: so a pack that is
+    old by the smallest step shows, where the rounding of a product with a random vector would hide it. The columns are
+    random, by `seed`. A weight with a NaN or an infinity is found as well: no product of it is its column.
     """
     faults: list[Fault] = _stale_experts(module)
     generator = torch.Generator().manual_seed(seed)
@@ -329,27 +322,14 @@ def _stale_experts(module: nn.Module) -> list[Fault]:
         experts = getattr(layer, _EXPERTS, None)
         if experts is None:
             continue
-        plain = {weight: getattr(layer, weight) for weight in _PACKED_AS.values()}
-        fresh = _packed(experts, layer, plain)
+        fresh = _packed(experts, layer, {weight: getattr(layer, weight) for weight in _PACKED_AS.values()})
         for short, weight in _PACKED_AS.items():
-            wrong = fresh[short] != experts.packed[short]
-            if wrong.any():
-                rows = _packed_rows(experts, layer, plain)[short]
-                faults.append((f"{name}.{weight}", int(rows[wrong].min()), _STALE))
+            stale = (fresh[short] != experts.packed[short]).flatten(1).any(1).nonzero()  # packing keeps experts apart
+            if len(stale):
+                expert = int(stale[0])
+                detail = f"{_STALE}; rows of expert {expert} of this worker"
+                faults.append((f"{name}.{weight}", expert * getattr(layer, weight).shape[1], detail))
     return faults
-
-
-def _packed_rows(experts: Any, layer: nn.Module, plain: dict[str, Any]) -> dict[str, Tensor]:
-    """At each place of the packs the row of the plain weight that is packed there, whatever the order of packing."""
-    rows: dict[str, Tensor] = {}
-    for digit in (1 << 16, 1 << 8, 1):  # every dtype holds whole numbers up to 256
-        numbers = {}
-        for weight, tensor in plain.items():
-            count = torch.arange(tensor.shape[0] * tensor.shape[1]).view(*tensor.shape[:2], 1) // digit % 256
-            numbers[weight] = nn.Parameter(count.to(tensor.dtype).expand_as(tensor).contiguous(), requires_grad=False)
-        for short, packed in _packed(experts, layer, numbers).items():
-            rows[short] = rows.get(short, 0) + digit * packed.long()
-    return rows
 
 
 def _register() -> None:

@@ -77,7 +77,6 @@ KEYS = {
     "rollout.gpu_memory_utilization": 0.5,
     "rollout.graphs": None,
     "conversion.bucket_bytes": 64 << 20,
-    "conversion.verify_interval": 50,
     "cluster.address": None,
     "cluster.threads": None,
     "cluster.start_timeout_seconds": 300.0,
@@ -220,6 +219,8 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_was_given(tmp_path: Pat
 def test_a_key_that_has_another_name_now_is_refused_with_that(tmp_path: Path) -> None:
     message = refusal(tmp_path, "rollout.eager=true")
     assert message.startswith("rollout.eager: no such key any more; it is rollout.graphs now")
+    message = refusal(tmp_path, "conversion.verify_interval=50")
+    assert message.startswith("conversion.verify_interval: no such key any more; every publish is checked whole now")
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

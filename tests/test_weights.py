@@ -73,8 +73,8 @@ class Policy:
     def begin_publish(self, version: int) -> list[Future[None]]:
         return [self.threads.submit(sender.send, version) for sender in self.senders]
 
-    def digests(self, version: int, full: bool) -> list[list[int]]:
-        return [end.full() if full else end.sampled(version) for end in self.holdings]
+    def digests(self) -> list[list[int]]:
+        return [end.digests() for end in self.holdings]
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         return self.holdings[rank].rows(index)
@@ -88,7 +88,7 @@ class Engines:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.tensors = [empty(model.vllm_shapes(1, 0)) for _ in range(len(self))]
-        self.audits: list[bool] = []
+        self.audits: list[int] = []
         self.spoil: Callable[[list[dict[str, Tensor]]], object] = lambda tensors: None
         self.faults: list[tuple[str, int, str]] = []
 
@@ -123,10 +123,9 @@ class Engines:
                 running.result()
         self.spoil(self.tensors)
 
-    def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
-        self.audits.append(full)
-        answers = [end.full() if full else end.sampled(version) for end in self.holdings]
-        return [[{"digests": digests, "faults": self.faults if full else []}] for digests in answers]
+    def audit(self, version: int) -> list[list[dict[str, Any]]]:
+        self.audits.append(version)
+        return [[{"digests": end.digests(), "faults": self.faults}] for end in self.holdings]
 
     def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
         assert worker == 0
@@ -141,20 +140,21 @@ def empty(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 def ends(tied_llama: Path, tmp_path: Path) -> tuple[Any, Any, WeightSync]:
     model = read_model(tied_llama)
     policy, engines = Policy(model, tied_llama), Engines(model)
-    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000, verify_interval=6))  # type: ignore[arg-type]
+    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000))  # type: ignore[arg-type]
     return policy, engines, sync
 
 
-def test_the_first_three_publishes_and_every_nth_are_checked_whole(ends: tuple[Any, Any, WeightSync]) -> None:
+def test_every_publish_finds_a_single_wrong_element(ends: tuple[Any, Any, WeightSync]) -> None:
     policy, engines, sync = ends
-    for version in range(13):
-        for tensor in (
-            policy.tensors[0]["embedding.word_embeddings.weight"],
-            policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"],
-        ):
-            tensor.normal_()
+    for version in range(0, 12, 2):
+        policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
+        engines.spoil = lambda tensors: None
         sync.publish(version)
-    assert [version for version, full in enumerate(engines.audits) if full] == [0, 1, 2, 6, 12]
+        name = f"model.layers.{version % 6}.mlp.down_proj.weight"
+        engines.spoil = lambda tensors, name=name: tensors[0][name][11, 3].add_(1e-6)
+        with pytest.raises(WeightMismatch, match=f"does not hold {name}"):
+            sync.publish(version + 1)
+    assert engines.audits == list(range(12))
 
 
 def test_a_worker_that_does_not_hold_what_was_sent_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:
@@ -184,7 +184,7 @@ def test_on_several_hosts_the_weights_go_by_gloo_and_are_proved_all_the_same(tie
     """The hosts are names only: the same four ends, which meet at the first rank's store instead of in a file."""
     model = read_model(tied_llama)
     policy, engines = Policy(model, tied_llama, hosts=("first", "second")), Engines(model)
-    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000, verify_interval=6))  # type: ignore[arg-type]
+    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000))  # type: ignore[arg-type]
     assert sync.reason == "gloo: policy, engines and their driver are on CPUs and see 3 different /dev/shm"
     for version in range(2):
         policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
@@ -200,7 +200,7 @@ def test_engines_that_loaded_the_folder_pass_and_one_that_loaded_anything_else_i
     engines.load(untied_qwen2)
     loaded = LoadedWeights(untied_qwen2, 1, "float32")
     loaded.verify(engines)  # type: ignore[arg-type]
-    assert engines.audits == [True]
+    assert engines.audits == [0]
     engines.tensors[1]["model.layers.2.self_attn.qkv_proj.bias"][197] += 1e-6  # hidden size 192: of the keys
     with pytest.raises(CheckpointError) as caught:
         loaded.verify(engines)  # type: ignore[arg-type]

@@ -73,11 +73,6 @@ def standard_error(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
     return (beta1 / scale) * (less * scale).std(dim=-1) / (math.sqrt(num_samples) * (1 + less.mean(dim=-1)))
 
 
-def bias_correction(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
-    """Return what to add [...], float64, to V* of `rewards` [..., N] against its bias of order 1 / N; 0 for N = 1."""
-    return (standard_error(rewards, beta1).square() / beta1 / 2).nan_to_num(nan=0.0)
-
-
 def pass_rate_interval(k: torch.Tensor, n: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the ends [...], float64, of Clopper and Pearson's interval of a pass rate; `k` passes in `n`, integers.
 

@@ -114,9 +114,9 @@ class PolicyGroup:
         """Begin to send the weights and return at once; the calls are for `cluster.wait`."""
         return self._begin(lambda rank: rank.publish(version))
 
-    def digests(self, version: int, full: bool) -> list[list[int]]:
+    def digests(self) -> list[list[int]]:
         """Return each rank's digests of what it publishes."""
-        return self._all(lambda rank: rank.digests(version, full))
+        return self._all(lambda rank: rank.digests())
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that `rank` publishes."""

@@ -65,21 +65,19 @@ def estimate(
     beta1: float,
     *,
     level: float,
-    bias_correction: bool,
 ) -> Estimates:
     """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1."""
     if not 0 < level < 1:
         raise ValueError(f"estimate: expected a level between 0 and 1, got {level}; 0.95 is usual")
     shape = len(uids)
     binary, low, high = np.empty(shape, bool), np.empty(shape), np.empty(shape)
-    floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most", "bias")}
+    floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most")}
     spent = np.empty(shape, np.int64)
     for count, which in _of_equal_count(counts):  # [P, N] arrays
         rows = starts[which, None] + np.arange(count)
         drawn = torch.from_numpy(rewards[rows])  # [P, N]
         floats["v_star"][which] = value.v_star(drawn, beta1).numpy()
         floats["error"][which] = value.standard_error(drawn, beta1).numpy()
-        floats["bias"][which] = value.bias_correction(drawn, beta1).numpy()
         floats["mean"][which] = drawn.mean(dim=-1).numpy()
         floats["least"][which] = drawn.amin(dim=-1).numpy()
         floats["most"][which] = drawn.amax(dim=-1).numpy()
@@ -87,13 +85,10 @@ def estimate(
         low[which], high[which] = _interval_of_any(drawn, beta1, level)
         spent[which] = tokens[rows].sum(axis=-1, dtype=np.int64)
     binary &= not (rewards < 0).any()
-    bias = floats.pop("bias")
     k = np.rint(floats["mean"] * counts).astype(np.int64)
     low[binary], high[binary] = _exact_interval(k[binary], counts[binary], beta1, level)
     equal = ~binary & (floats["least"] == floats["most"])
     low[equal], high[equal] = _interval_of_equals(floats["most"][equal], counts[equal], beta1, level)
-    if bias_correction:
-        floats["v_star"] = floats["v_star"] + bias
     return Estimates(uids=list(uids), **floats, low=low, high=high, samples=np.array(counts, np.int64), tokens=spent)
 
 

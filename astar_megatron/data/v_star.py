@@ -198,12 +198,11 @@ class VStarTable:
         num_samples: int | np.ndarray | None = None,
         *,
         level: float = 0.95,
-        bias_correction: bool = False,
     ) -> Estimates:
         """Return V* with its error and interval, of `prompts` (none: all in the table).
 
         Of each prompt the samples below `num_samples` count (one number for all, or [P]; none: all there are).
-        `level` is of the interval; `bias_correction` adds what a logarithm of a mean lacks (algorithm/value.py).
+        `level` is of the interval.
         Raises MissingTableError where a prompt has none, or `lacking` says that it lacks some.
         """
         if num_samples is not None and np.any(np.asarray(num_samples) < 1):
@@ -221,9 +220,7 @@ class VStarTable:
                 f"{max(1, int(use[lacks].min()))} samples; "
                 "run `astar sweep` with this configuration: it draws what is missing"
             )
-        return estimate(
-            names, rows.reward, rows.tokens, starts[index], use, beta1, level=level, bias_correction=bias_correction
-        )
+        return estimate(names, rows.reward, rows.tokens, starts[index], use, beta1, level=level)
 
     def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""

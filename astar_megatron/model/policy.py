@@ -298,11 +298,11 @@ class PolicyRank:
             raise AssertionError("publish before open_publish")
         self._sender.send(version)
 
-    def digests(self, version: int, full: bool) -> list[int]:
+    def digests(self) -> list[int]:
         """Return the digests of what this rank publishes, computed from its parameters: conversion/verify.py."""
         if self._holdings is None:
             raise AssertionError("digests before open_publish")
-        return self._holdings.full() if full else self._holdings.sampled(version)
+        return self._holdings.digests()
 
     def digest_rows(self, index: int) -> list[int]:
         """Return the digests of the rows of part `index` of what this rank publishes."""
@@ -319,14 +319,13 @@ class PolicyRank:
         checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule)
         self._version = version
 
-    def export(self, folder: str, transfer_folder: str, kind: str = "weights") -> None:
-        """Write the weights (or with kind="gradients" those) as a Hugging Face folder; collective, rank 0 writes.
+    def export(self, folder: str, transfer_folder: str) -> None:
+        """Write the weights as a Hugging Face folder; collective, rank 0 writes.
 
         They stream through buckets into the files; conversion.json gets the layout they came from and their digests,
         computed at both ends. Raises WeightMismatch, and leaves no folder, if the files do not hold what the ranks do.
         """
-        tensors = self.weights() if kind == "weights" else self.gradients()
-        dtype = self._dtype if kind == "weights" else torch.float32
+        tensors, dtype = self.weights(), self._dtype
         weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
         route = self._export_route(transfer_folder)
         sender = route.sender(weight_plan, self.rank, tensors, dtype)

@@ -172,9 +172,9 @@ class Engine:
         """Prepare to audit what the workers loaded by themselves; see conversion.vllm."""
         await self._llm.collective_rpc("open_audit", args=(config, dtype))
 
-    async def audit(self, version: int, full: bool) -> list[dict[str, Any]]:
+    async def audit(self, version: int) -> list[dict[str, Any]]:
         """Return what each worker holds, in digests, and the faults it found itself; see conversion.vllm."""
-        return await self._llm.collective_rpc("audit", args=(version, full))
+        return await self._llm.collective_rpc("audit", args=(version,))
 
     async def digest_rows(self, index: int) -> list[list[int]]:
         """Return each worker's digests of the rows of its part `index`."""

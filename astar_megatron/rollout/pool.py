@@ -7,7 +7,7 @@ and no two prompts share their random numbers.
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -141,21 +141,6 @@ class EnginePool:
                 answers = [(one.tag, feed.answered(streams[stream], one.tag), one) for one in responses]
                 yield [(tag, self._rollout(item, response)) for tag, item, response in answers]
 
-    def draw(
-        self,
-        work: Sequence[Item],
-        sampling: SamplingConfig,
-        *,
-        greedy: bool = False,
-        advance: Callable[[int], None] = lambda _: None,
-    ) -> list[Rollout]:
-        """Return the rollouts of `work` in its order; `advance` hears how many more have finished."""
-        rollouts: dict[int, Rollout] = {}
-        for finished in self.generate(work, sampling, greedy=greedy):
-            rollouts.update(finished)
-            advance(len(finished))
-        return [rollouts[index] for index in range(len(work))]
-
     def _rollout(self, item: Item, response: Response) -> Rollout:
         prompt, sample, seed = item
         return Rollout(
@@ -192,9 +177,9 @@ class EnginePool:
         """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""
         self._all("open_audit", config, dtype)
 
-    def audit(self, version: int, full: bool) -> list[list[dict[str, Any]]]:
+    def audit(self, version: int) -> list[list[dict[str, Any]]]:
         """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
-        return self._all("audit", version, full)
+        return self._all("audit", version)
 
     def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that a worker holds."""

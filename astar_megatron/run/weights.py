@@ -36,7 +36,6 @@ from conversion.verify import Holdings, Manifest, Part, Verifier, mismatch, sent
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "astar-"
-_FULL_CHECKS = 3  # the first publishes: what is wrong with a layout shows at once
 _LOCK = "lock"  # held while the run lives: pids mean nothing to a container that shares this memory
 
 
@@ -70,17 +69,15 @@ class WeightSync:
     """Carries the policy's weights to every engine of a pool, and proves that they arrived.
 
     `reason` says in words by which way, and why. Shared memory is made in `folder`.
-    After each publish the digests of what every worker holds are compared with those of what the policy holds: all rows
-    in the first three publishes and every `verify_interval`-th, a sample in the others.
+    After each publish the digests of what every worker holds are compared with those of what the policy holds.
     """
 
     def __init__(
         self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path, cfg: ConversionConfig
     ) -> None:
-        self._policy, self._engines, self._cfg = policy, engines, cfg
+        self._policy, self._engines = policy, engines
         weight_plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
         self._verifier = Verifier(weight_plan, getattr(torch, policy.dtype))
-        self._count = 0
         sources, workers = policy.places(), engines.places()
         links = {(copy.source.rank, copy.target.rank) for copy in weight_plan.copies}
         way, self.reason = choose(sources, workers, links, here(torch.device("cpu")).memory)
@@ -111,13 +108,8 @@ class WeightSync:
 
         Raises WeightMismatch if a worker then does not hold them.
         """
-        full = self._count < _FULL_CHECKS or self._count % self._cfg.verify_interval == 0
-        self._count += 1
         self._engines.update(version, self._policy.begin_publish(version))
-        self._verify(version, full)
-
-    def _verify(self, version: int, full: bool) -> None:
-        expected = self._verifier.manifest(version, full, self._policy.digests(version, full))
+        expected = self._verifier.manifest(version, self._policy.digests())
         _check_held(self._engines, self._verifier, expected, self._policy.digest_rows)
 
 
@@ -136,8 +128,8 @@ class LoadedWeights:
         self._parts = sent_parts(weight_plan, 0)
         self._places = hf.places(self._folder, hf.check(self._folder, self._model.parameters()))
         with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:
-            digests = list(threads.map(lambda part: self._in_file(part).full()[0], self._parts))
-        self._expected = self._verifier.manifest(0, True, [digests])
+            digests = list(threads.map(lambda part: self._in_file(part).digests()[0], self._parts))
+        self._expected = self._verifier.manifest(0, [digests])
 
     def verify(self, engines: EnginePool) -> None:
         """Raise CheckpointError, naming the first parameter that an engine does not hold as the folder has it."""
@@ -164,7 +156,7 @@ def _check_held(
 ) -> None:
     """Raise WeightMismatch where a worker does not hold what is expected; `sent_rows` as in PolicyGroup.digest_rows."""
     version = expected.version
-    for engine, workers in enumerate(engines.audit(version, expected.rows == "all")):
+    for engine, workers in enumerate(engines.audit(version)):
         for worker, answer in enumerate(workers):
             where = f"worker {worker} of engine {engine}"
             index = verifier.first_mismatch(expected, worker, answer["digests"])

@@ -141,7 +141,8 @@ def pool_row(work: Work) -> dict[str, Any]:
         ready = time.perf_counter()
         for _ in range(2):
             first = time.perf_counter()
-            rollouts = pool.draw(items, SamplingConfig(max_response_tokens=work.tokens))
+            sampling = SamplingConfig(max_response_tokens=work.tokens)
+            rollouts = [rollout for finished in pool.generate(items, sampling) for _, rollout in finished]
             seconds = time.perf_counter() - first
         pool.close()
     row = figures(KINDS[-1], seconds, [len(rollout.token_ids) for rollout in rollouts])

@@ -68,12 +68,11 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     live.collective_rpc("update_weights", args=({"version": 7},))
     live.collective_rpc("finish_weight_update")
     live.reset_prefix_cache()
-    answer["audits"] = {"none": live.collective_rpc("audit", args=(7, True))}
-    answer["sampled"] = live.collective_rpc("audit", args=(7, False))
+    answer["audits"] = {"none": live.collective_rpc("audit", args=(7,))}
     answer["rows_of"] = {}
     for name, fault in live_faults(request["init_info"]["config"], tensor).items():
         live.collective_rpc("inject", kwargs=dataclasses.asdict(fault))
-        answer["audits"][name] = live.collective_rpc("audit", args=(7, True))
+        answer["audits"][name] = live.collective_rpc("audit", args=(7,))
         answer["rows_of"][name] = live.collective_rpc("rows_of", args=(fault.named,))
         live.collective_rpc("mend")
     answer["rows"] = live.collective_rpc("digest_rows", args=(0,))

@@ -35,9 +35,12 @@ def live_faults(config: Mapping[str, object], tensor: int) -> dict[str, LiveFaul
         ),
     }
     if "num_experts" in config:
+        width = int(str(config["moe_intermediate_size"]))  # gate and up of the first two experts come before
         experts = f"{mlp}.experts.routed_experts"
         return faults | {
-            "stale pack": LiveFault(kind="expert pack", module=experts, named=f"{experts}.w13_weight"),
+            "stale pack": LiveFault(
+                kind="expert pack", module=experts, named=f"{experts}.w13_weight", row=2 * 2 * width // tensor
+            ),
             "swapped gate and up": LiveFault(kind="swap", module=experts, named=f"{mlp}.experts.0.gate_proj.weight"),
         }
     return faults | {

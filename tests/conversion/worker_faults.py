@@ -16,6 +16,10 @@ class FaultyWorker(WorkerExtension):
 
     model_runner: Any
 
+    def weights_version(self) -> int | None:
+        """The version of the last update that this worker received whole; None before the first."""
+        return self.weight_transfer_engine.version  # type: ignore[attr-defined]
+
     def remember_packs(self) -> None:
         """Keep the packs that there are now, to bring them back as stale ones."""
         modules = list(self.model_runner.get_model().named_modules())
@@ -32,7 +36,9 @@ class FaultyWorker(WorkerExtension):
         if fault.kind == "pack":
             module.cpu_linear = self._packs[fault.module]
         elif fault.kind == "expert pack":
-            module.astar_experts.packed = module.astar_experts.packed | {"w1": self._packs[fault.module]["w1"]}
+            new, old = (packs["w1"] for packs in (module.astar_experts.packed, self._packs[fault.module]))
+            first = fault.row // weight.shape[1]  # the experts before it are packed as they should be
+            module.astar_experts.packed = module.astar_experts.packed | {"w1": torch.cat([new[:first], old[first:]])}
         else:
             with torch.no_grad():
                 _spoil(fault.kind, module, weight)

@@ -49,9 +49,7 @@ def coverage(values: Sequence[float], shares: Sequence[float], beta1: float, n: 
     true = float(value.v_star(torch.from_numpy(rewards), beta1, torch.tensor(shares)))
     drawn = np.random.default_rng(0).choice(rewards, p=shares, size=(1000, n))
     starts, counts = np.arange(1000) * n, np.full(1000, n)
-    found = estimate(
-        [""] * 1000, drawn.ravel(), np.ones(drawn.size), starts, counts, beta1, level=0.95, bias_correction=False
-    )
+    found = estimate([""] * 1000, drawn.ravel(), np.ones(drawn.size), starts, counts, beta1, level=0.95)
     return float(((found.low <= true) & (true <= found.high)).mean())
 
 
@@ -108,15 +106,6 @@ def test_equal_rewards_leave_room_for_others(table: VStarTable, prompts: list[Pr
     assert found.low[2] == pytest.approx(0.5 * np.log((1 - rate) * np.exp(0.2) + rate * np.exp(-2)))
     assert found.high[2] == pytest.approx(0.5 * np.log((1 - rate) * np.exp(0.2) + rate * np.exp(2)))
     assert found.low[4] == -1 and found.high[4] > 0
-
-
-def test_bias_is_corrected_on_request_only(table: VStarTable, prompts: list[Prompt], rollout: MakeRollout) -> None:
-    table.append([rollout(prompts[0], i, float(i < 3)) for i in range(8)])
-    plain, corrected = table.estimate(0.5), table.estimate(0.5, bias_correction=True)
-    rewards = torch.tensor([1.0] * 3 + [0.0] * 5)
-    assert corrected.v_star[0] - plain.v_star[0] == pytest.approx(float(value.bias_correction(rewards, 0.5)))
-    assert corrected.v_star[0] > plain.v_star[0]
-    assert corrected.low[0] == plain.low[0]
 
 
 def test_each_prompt_may_have_a_number_of_samples_of_its_own(

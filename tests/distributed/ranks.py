@@ -2,6 +2,7 @@
 
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from astar_megatron.algorithm.astar import AstarLoss
@@ -87,13 +88,13 @@ def _options(job: Job, size: int) -> Any:
     return StepOptions(temperature=0.8, mini_batch_size=size, micro_batch_tokens=job.micro_batch_tokens)
 
 
-def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str, shared: str) -> Any:
+def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str) -> Any:
     """Take one step and write the gradient under HF names to `folder`; return the statistics."""
     policy = _start(pipe, rank, port, job)
     try:
         stats = policy.step(batch, job.loss, _options(job, len(batch)))
         _gather_gradients(policy)
-        policy.export(folder, shared, kind="gradients")
+        write_gradients(policy, folder)
         return stats
     finally:
         policy.close()
@@ -113,13 +114,33 @@ def trained(
             last = number == len(batches) - 1
             found.append(policy.step(batch, job.loss, _options(job, len(batch) // 2 if last else len(batch))))
             _gather_gradients(policy)
-            policy.export(f"{folder}/gradients{number}", shared, kind="gradients")
+            write_gradients(policy, f"{folder}/gradients{number}")
         policy.export(f"{folder}/weights", shared)
         if save:
             policy.save(save, {"step": len(batches)})
         return found
     finally:
         policy.close()
+
+
+def write_gradients(policy: Any, folder: str) -> None:
+    """Write the gradients under HF names, in float32, to `folder`/model.safetensors; collective, rank 0 writes."""
+    import torch
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    from conversion.plan import plan
+    from conversion.transfer import view
+
+    everywhere: list[Any] = [None] * policy.layout.world_size
+    dist.all_gather_object(everywhere, {name: tensor.cpu() for name, tensor in policy.gradients().items()})
+    if policy.rank:
+        return
+    whole = {name: torch.zeros(shape) for name, shape in policy.model.parameters().items()}
+    for copy in plan(policy.model.megatron_tiles(policy.layout), policy.model.hf_tiles()).copies:
+        view(whole, copy.target).copy_(view(everywhere[copy.source.rank], copy.source))
+    Path(folder).mkdir(parents=True)
+    save_file(whole, Path(folder) / "model.safetensors")
 
 
 def _gather_gradients(policy: Any) -> None:

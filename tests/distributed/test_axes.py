@@ -152,8 +152,7 @@ def test_the_order_of_sequences_is_no_part_of_the_gradient(ranks: Any, tied_llam
     found = []
     for name, one in (("given", data), ("turned", turned)):
         folder = tmp_path / name
-        arguments = {"batch": one, "folder": str(folder), "shared": str(tmp_path)}
-        ranks.run(work.gradients, 2, job=Job(str(tied_llama), context=2), **arguments)
+        ranks.run(work.gradients, 2, job=Job(str(tied_llama), context=2), batch=one, folder=str(folder))
         found.append(load_file(folder / "model.safetensors"))
     for name, gradient in found[0].items():
         assert (found[1][name] - gradient).abs().max().item() <= TOLERANCE, name

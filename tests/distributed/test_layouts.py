@@ -46,16 +46,7 @@ def batch(seed: int, count: int = 8, version: int = 0, shared: int = 5) -> Rollo
 
 
 def run_gradients(ranks: Any, tmp_path: Path, job: Job, data: RolloutBatch, name: str) -> tuple[dict[str, Any], Any]:
-    shared = tmp_path / f"shared-{name}"
-    shared.mkdir()
-    found = ranks.run(
-        work.gradients,
-        job.world_size,
-        job=job,
-        batch=data,
-        folder=str(tmp_path / name),
-        shared=str(shared),
-    )
+    found = ranks.run(work.gradients, job.world_size, job=job, batch=data, folder=str(tmp_path / name))
     stats = next(one for one in found if one is not None)
     folder = tmp_path / name / "model.safetensors"
     return (load_file(folder) if folder.exists() else {}), stats

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import drawn
 
 from astar_megatron import config
 from astar_megatron.cluster import session
@@ -34,11 +35,11 @@ def vllm_process(name: str) -> int:
 
 def kill_and_draw(engines: EnginePool, cfg: config.RunConfig, name: str) -> str:
     """The last line of what is said when the process is killed."""
-    engines.draw([(PROMPT, 0, 1)], cfg.sampling)
+    drawn(engines, [(PROMPT, 0, 1)], cfg.sampling)
     os.kill(vllm_process(name), signal.SIGKILL)
     with pytest.raises(ClusterError) as caught:
         for sample in range(1, 1000):  # the first may be answered before the end is seen
-            engines.draw([(PROMPT, sample, sample)], cfg.sampling)
+            drawn(engines, [(PROMPT, sample, sample)], cfg.sampling)
     return str(caught.value).splitlines()[-1]
 
 

@@ -12,6 +12,7 @@ import pytest
 import samples
 import torch
 import yaml
+from drawing import drawn
 from length_reward import reward as length_reward
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +46,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         engines, policy = fleet.engines, fleet.policy
         _, first_logprobs = engines.greedy(sequence, 6)
         long = Prompt(uid="long", token_ids=tuple(range(3, 83)), text="", answer="")
-        (first_long,) = engines.draw([(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
+        (first_long,) = drawn(engines, [(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
         table = sweep(cfg, inputs, engines, tracker)
         assert table.summary().samples == 24
         assert table.missing(inputs.prompts, 2) == []
@@ -54,7 +55,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
         tokens, logprobs = engines.greedy(sequence, 6)
         (megatron,) = policy.logprobs([sequence], [1])
-        (drawn_long,) = engines.draw([(long, 0, 1)], cfg.sampling)
+        (drawn_long,) = drawn(engines, [(long, 0, 1)], cfg.sampling)
         (megatron_long,) = policy.logprobs([long.token_ids + drawn_long.token_ids], [len(long.token_ids)])
     with engines_of(cfg, tracker, str(cfg.export_dir)) as fresh:
         fresh_tokens, fresh_logprobs = fresh.greedy(sequence, 6)
