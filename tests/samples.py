@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from astar_megatron import config
+from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract
 from astar_megatron.types import Prompt, Rollout
 
@@ -40,3 +42,14 @@ def closed_files(folder: Path) -> list[Path]:
     allowed = (folder / "like this").stat().st_mode
     (folder / "like this").unlink()
     return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & allowed != allowed]
+
+
+def run_config(**sections: dict[str, Any] | str) -> RunConfig:
+    """Return a valid configuration, of files that are not there, with `sections` in place of the usual ones."""
+    required = {
+        "run_dir": "runs/x",
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl"},
+        "reward": {"name": "last_number"},
+    }
+    return config.validate(required | sections)

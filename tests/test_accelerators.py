@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from samples import run_config
 
 from astar_megatron import config
-from astar_megatron.config import RunConfig
 from astar_megatron.run import accelerators
 from astar_megatron.run.accelerators import CONTEXT_BYTES, HEAD_BYTES
 from astar_megatron.run.resources import GIB, Machine, ResourceError
@@ -33,16 +33,6 @@ def model() -> Model:
     return model_from_config(QWEN2_1_5B)
 
 
-def run_config(**sections: dict | str) -> RunConfig:
-    required = {
-        "run_dir": "runs/x",
-        "model": {"path": "m"},
-        "data": {"path": "d.jsonl"},
-        "reward": {"name": "last_number"},
-    }
-    return config.validate(required | sections)
-
-
 def machine(gib: int, count: int = 1) -> Machine:
     return Machine(
         memory_bytes=64 * GIB,
@@ -61,7 +51,10 @@ def test_ranks_have_the_accelerators_that_engines_leave() -> None:
 
 
 def test_one_rank_and_one_engine_share_the_only_accelerator() -> None:
-    assert accelerators.free_accelerators(run_config(), 1) == (1, "the rank and the engine share the only accelerator")
+    assert accelerators.free_accelerators(run_config(), 1) == (
+        1,
+        "the rank and the engine share the only accelerator",
+    )
     assert accelerators.free_accelerators(run_config(), 2)[0] == 1
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from samples import run_config
 
-from astar_megatron import config, doctor
+from astar_megatron import doctor
 from astar_megatron.cluster import cluster
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.config import RunConfig
 from astar_megatron.run import machine as machine_report
 from astar_megatron.run import resources
 from astar_megatron.run.machine import Finding
@@ -28,16 +28,6 @@ REQUIREMENTS = [
     'vllm==0.32.0; extra == "gpu"',
     "pytest==9.2.0; extra == 'dev'",
 ]
-
-
-def run_config(**sections: dict | str) -> RunConfig:
-    required = {
-        "run_dir": "runs/x",
-        "model": {"path": "m"},
-        "data": {"path": "d.jsonl"},
-        "reward": {"name": "last_number"},
-    }
-    return config.validate(required | sections)
 
 
 def machine(

@@ -2,31 +2,19 @@
 
 from typing import Any
 
+from ranks import Job, started
 
-def masters(pipe: Any, rank: int, port: int | None, *, run: Any, folder: str, shared: str) -> list[Any]:
+
+def masters(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str, shared: str) -> list[Any]:
     """Return (HF name, rows, columns, values) of the masters that this rank optimises; export to `folder`.
 
     Elements that another replica optimises are NaN.
     """
     import torch
 
-    from astar_megatron.config import OptimConfig, ParallelConfig
     from astar_megatron.model.build import named_parameters
-    from astar_megatron.model.policy import PolicyRank
 
-    policy = PolicyRank(
-        rank=rank,
-        model_path=run.model_path,
-        dtype=run.dtype,
-        parallel=ParallelConfig(**run.axes),
-        optim=OptimConfig(**run.optim),
-        seed=0,
-    )
-    if rank == 0:
-        port = policy.listen("127.0.0.1")
-        pipe.send(port)
-    assert port is not None
-    policy.start("127.0.0.1", port)
+    policy = started(pipe, rank, port, job)
     try:
         whole = {}
         names = {id(parameter): name for name, parameter in named_parameters(policy._chunks).items()}

@@ -25,6 +25,8 @@ class Job:
     lr: float = 1e-3
     adam_eps: float = 1e-8
     micro_batch_tokens: int = 60
+    dtype: str = "float32"
+    dither: bool = True
     loss: Any = ASTAR
 
     @property
@@ -46,16 +48,17 @@ def serve(pipe: Any, function: Any, rank: int, arguments: dict[str, Any]) -> Non
         pipe.send(traceback.format_exc())
 
 
-def _start(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
+def started(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
+    """Return the policy of a job as `rank`, started with the others."""
     from astar_megatron.config import OptimConfig, ParallelConfig
     from astar_megatron.model.policy import PolicyRank
 
     policy = PolicyRank(
         rank=rank,
         model_path=job.model_path,
-        dtype="float32",
+        dtype=job.dtype,
         parallel=ParallelConfig(**job.parallel),
-        optim=OptimConfig(lr=job.lr, adam_eps=job.adam_eps, clip_grad=0.0, weight_decay=0.1),
+        optim=OptimConfig(lr=job.lr, adam_eps=job.adam_eps, clip_grad=0.0, weight_decay=0.1, dither=job.dither),
         seed=0,
     )
     if rank == 0:
@@ -90,7 +93,7 @@ def _options(job: Job, size: int) -> Any:
 
 def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str) -> Any:
     """Take one step and write the gradient under HF names to `folder`; return the statistics."""
-    policy = _start(pipe, rank, port, job)
+    policy = started(pipe, rank, port, job)
     try:
         stats = policy.step(batch, job.loss, _options(job, len(batch)))
         _gather_gradients(policy)
@@ -107,7 +110,7 @@ def trained(
 
     `folder` gets the last gradient of each batch and the weights in the end, under HF names; `save` a checkpoint.
     """
-    policy = _start(pipe, rank, port, job)
+    policy = started(pipe, rank, port, job)
     try:
         found = []
         for number, batch in enumerate(batches):
@@ -157,7 +160,7 @@ def _gather_gradients(policy: Any) -> None:
 
 def logprobs(pipe: Any, rank: int, port: int | None, *, job: Job, token_ids: Any, prompt_tokens: Any) -> Any:
     """Return the response tokens' log-probs under the policy."""
-    policy = _start(pipe, rank, port, job)
+    policy = started(pipe, rank, port, job)
     try:
         return policy.logprobs(token_ids, prompt_tokens)
     finally:
@@ -166,7 +169,7 @@ def logprobs(pipe: Any, rank: int, port: int | None, *, job: Job, token_ids: Any
 
 def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, load: str | None, save: str | None) -> Any:
     """Train on `batches`, from the checkpoint `load` and saving to `save` where given; return the statistics."""
-    policy = _start(pipe, rank, port, job)
+    policy = started(pipe, rank, port, job)
     try:
         if load:
             policy.load(load, batches[0].version)
@@ -183,7 +186,7 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
     import torch
     from megatron.core import dist_checkpointing
 
-    policy = _start(pipe, rank, port, job)
+    policy = started(pipe, rank, port, job)
     try:
         wanted = {name: weight.clone() for name, weight in policy.weights().items()}
         for weight in policy.weights().values():
@@ -212,7 +215,7 @@ def exported(
     pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, save: str, folder: str, shared: str
 ) -> None:
     """Train on `batches`, then write both a checkpoint and an HF folder of the same weights."""
-    policy = _start(pipe, rank, port, job)
+    policy = started(pipe, rank, port, job)
     try:
         for batch in batches:
             policy.step(batch, job.loss, _options(job, len(batch)))

@@ -8,6 +8,7 @@ import dither_ranks
 import pytest
 import torch
 import training as work
+from ranks import Job
 from safetensors.torch import load_file
 from test_layouts import batch
 from training import Run, Trained
@@ -23,11 +24,10 @@ LAYOUTS = [
 ]
 
 
-def whole_masters(ranks: Any, run: Run, tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def whole_masters(ranks: Any, job: Job, tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the masters of all ranks as HF tensors, copies proven equal, and the exported weights."""
-    world = ParallelConfig(**run.axes).world_size
-    folder = tmp_path / f"export_{'_'.join(map(str, run.axes.values()))}_{run.optim.get('dither', True)}"
-    held = ranks.run(dither_ranks.masters, world, run=run, folder=str(folder), shared=str(tmp_path))
+    folder = tmp_path / f"export_of_{job.world_size}"
+    held = ranks.run(dither_ranks.masters, job.world_size, job=job, folder=str(folder), shared=str(tmp_path))
     weights = load_file(folder / "model.safetensors")
     masters = {name: torch.full(weight.shape, float("nan")) for name, weight in weights.items()}
     for hf, rows, cols, array in (tile for of_rank in held for tile in of_rank):
@@ -40,12 +40,11 @@ def whole_masters(ranks: Any, run: Run, tmp_path: Path) -> tuple[dict[str, torch
 
 @pytest.mark.parametrize(("kind", "axes"), LAYOUTS, ids=str)
 def test_every_layout_has_the_masters_of_one_rank(
-    kind: str, axes: dict[str, int], ranks: Any, request: pytest.FixtureRequest, tmp_path: Path, tiny_family: Any
+    kind: str, axes: dict[str, Any], ranks: Any, request: pytest.FixtureRequest, tmp_path: Path, tiny_family: Any
 ) -> None:
     path = tiny_family(kind) if kind == "qwen3_moe" else request.getfixturevalue(kind)
-    run = Run(str(path), [], dtype="bfloat16")
-    wanted, weights = whole_masters(ranks, run, tmp_path)
-    found, same = whole_masters(ranks, dataclasses.replace(run, axes=axes), tmp_path)
+    wanted, weights = whole_masters(ranks, Job(str(path), dtype="bfloat16"), tmp_path)
+    found, same = whole_masters(ranks, Job(str(path), dtype="bfloat16", **axes), tmp_path)
     for name, weight in weights.items():
         assert torch.equal(found[name], wanted[name]), name
         assert torch.equal(same[name], weight), name
@@ -57,8 +56,7 @@ def test_every_layout_has_the_masters_of_one_rank(
 def test_masters_are_the_weights_without_dither_and_in_float32(
     dtype: str, dither: bool, ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:
-    run = Run(str(tied_llama), [], dtype=dtype, optim={"dither": dither})
-    masters, weights = whole_masters(ranks, run, tmp_path)
+    masters, weights = whole_masters(ranks, Job(str(tied_llama), dtype=dtype, dither=dither), tmp_path)
     for name, weight in weights.items():
         assert torch.equal(masters[name], weight.float()), name
 
