@@ -164,7 +164,9 @@ class Cluster:
         options: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": num_gpus,
-            "runtime_env": {"env_vars": _SAFE_PATH | dict(env)},
+            "runtime_env": {
+                "env_vars": _SAFE_PATH | ({} if self._cfg.address else self._folder.environment) | dict(env)
+            },
         }
         if concurrency:
             options["max_concurrency"] = concurrency

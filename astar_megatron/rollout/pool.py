@@ -63,7 +63,8 @@ class EnginePool:
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         check_graphs(rollout, on_gpu=on_gpu)
-        self.graphs = graphs_of(rollout, on_gpu=on_gpu)[1]
+        graphs, self.graphs = graphs_of(rollout, on_gpu=on_gpu)
+        self._has_graphs = on_gpu and graphs != "none"
         self.tensor = rollout.tensor
         self._max_num_seqs = rollout.max_num_seqs
         self._cluster, self._detokenize = cluster, detokenize
@@ -98,12 +99,12 @@ class EnginePool:
         return len(self._engines)
 
     def phase(self) -> str:
-        """Return in vLLM's words what the first engine that can't generate yet is doing."""
+        """Return what the first engine that can't generate yet is doing."""
         _, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
         if not starting:
             return ""
         index = self._starting.index(starting[0])
-        return f"engine {index}: {self._logs[index].last_words() or 'starting its process'}"
+        return f"engine {index}: {self._logs[index].phase(has_graphs=self._has_graphs)}"
 
     def start(self) -> None:
         """Wait until every engine can generate."""

@@ -64,8 +64,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
             f"of {cfg.model.path}; lower one of them"
         )
     with naming("model.path"):
-        hf.check(cfg.model.path, model.parameters())
         hf.check_engines_read(cfg.model.path)
+        hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
     eval_sets = _eval_sets(cfg, prompts)
