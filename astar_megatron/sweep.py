@@ -57,7 +57,7 @@ def _fill(
     cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, table: VStarTable, leases: Leases
 ) -> None:
     """Draw this job's shares until the table lacks nothing, or only what could not be scored."""
-    said = False
+    is_said = False
     failed: set[tuple[str, int]] = set()
     while True:
         wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
@@ -70,9 +70,9 @@ def _fill(
                 )
             return
         if not _draw(cfg, inputs, engines, tracker, table, share, failed):
-            if not said:
+            if not is_said:
                 tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
-            said = True  # once: it is looked every few seconds
+            is_said = True  # once: it is looked every few seconds
             time.sleep(_POLL_SECONDS)
         table.refresh()
 
@@ -119,14 +119,14 @@ def _draw(
 
 def show(table: VStarTable, tracker: Tracker) -> None:
     """Show what a table holds."""
-    held = table.summary()
+    summary = table.summary()
     tracker.table(
         f"V* table {table.folder}",
         [
-            ("prompts", str(held.prompts)),
-            ("samples", str(held.samples)),
-            ("mean reward", f"{held.mean_reward:.3f}"),
-            ("all wrong / all right", f"{held.all_wrong:.1%} / {held.all_right:.1%} of the prompts"),
-            ("response tokens", str(held.response_tokens)),
+            ("prompts", str(summary.prompts)),
+            ("samples", str(summary.samples)),
+            ("mean reward", f"{summary.mean_reward:.3f}"),
+            ("all wrong / all right", f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts"),
+            ("response tokens", str(summary.response_tokens)),
         ],
     )

@@ -29,16 +29,16 @@ from astar_megatron.run.training import check_training, checkpoints_of, objectiv
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
-    found = stage_1(cfg, inputs)
+    estimates = stage_1(cfg, inputs)
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with Fleet(cfg, inputs.model, tracker) as fleet:
-        train(cfg, inputs, found, fleet, tracker)
+        train(cfg, inputs, estimates, fleet, tracker)
 
 
-def train(cfg: RunConfig, inputs: Inputs, found: Estimates, fleet: Fleet, tracker: Tracker) -> None:
+def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates, fleet: Fleet, tracker: Tracker) -> None:
     """Train on what `stage_1` found and export; the engines keep the final weights."""
-    objective, prompts = objective_of(cfg, found), prompt_stream(cfg, inputs, found)
+    objective, prompts = objective_of(cfg, estimates), prompt_stream(cfg, inputs, estimates)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     first = checkpoints.resume(fleet.policy, prompts, objective)
     if changed := checkpoints.changed_settings():
@@ -46,7 +46,7 @@ def train(cfg: RunConfig, inputs: Inputs, found: Estimates, fleet: Fleet, tracke
     bad_batches.set_aside(tracker.run_dir, first)
     earlier = tracker.begin(first)
     skipped = sum(line.get("skipped_steps", 0) for line in earlier)
-    spent = int(found.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
+    spent = int(estimates.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
     versions = range(first, cfg.train.num_steps)
     with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
         batches = TrainingRollouts(source, prompts, cfg.seed, versions=versions)
@@ -86,6 +86,6 @@ def _evaluate(
     if interval is None or (version % interval and version != cfg.train.num_steps):
         return {}
     with clock.span("eval"):
-        found = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")
-    show(f"the policy after {version} steps", found, tracker)
-    return {"eval": {one.name: one.metrics() for one in found}}
+        evaluations = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")
+    show(f"the policy after {version} steps", evaluations, tracker)
+    return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

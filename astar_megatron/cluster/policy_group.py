@@ -121,7 +121,7 @@ class PolicyGroup:
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that `rank` publishes."""
-        return self._ask(rank, lambda one: one.digest_rows(index))
+        return self._ask(rank, lambda rank: rank.digest_rows(index))
 
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
         self._all(lambda rank: rank.save(str(folder.resolve()), progress))

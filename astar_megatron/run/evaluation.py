@@ -71,7 +71,7 @@ class Evaluation:
 
 def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> list[Evaluation]:
     """Evaluate what the engines hold. Responses go to `<run_dir>/<name>[_<set>].jsonl`, the table to `<name>.md`."""
-    found = []
+    evaluations = []
     for eval_set in inputs.eval_sets:
         with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
             greedy = _draw(cfg.seed, eval_set, source, tracker, name, num_samples=None)
@@ -79,9 +79,9 @@ def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker,
         file = name if eval_set.name == "prompts" else f"{name}_{eval_set.name}"
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
         write_atomic(tracker.run_dir / f"{file}.jsonl", "".join(lines).encode())
-        found.append(summary(eval_set, greedy, sampled))
-    write_atomic(tracker.run_dir / f"{name}.md", markdown(found).encode())
-    return found
+        evaluations.append(summary(eval_set, greedy, sampled))
+    write_atomic(tracker.run_dir / f"{name}.md", markdown(evaluations).encode())
+    return evaluations
 
 
 def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:
@@ -111,20 +111,20 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
     )
 
 
-def markdown(found: Sequence[Evaluation]) -> str:
+def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Return the evaluations as a table in Markdown, in per cent with standard errors."""
-    columns = list(dict.fromkeys(name for one in found for name, _ in one.rows()))
+    columns = list(dict.fromkeys(name for evaluation in evaluations for name, _ in evaluation.rows()))
     lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for one in found:
-        cells = dict(one.rows())
-        lines.append(f"| {one.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
+    for evaluation in evaluations:
+        cells = dict(evaluation.rows())
+        lines.append(f"| {evaluation.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
     return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
-def show(title: str, found: Sequence[Evaluation], tracker: Tracker) -> None:
+def show(title: str, evaluations: Sequence[Evaluation], tracker: Tracker) -> None:
     """Show evaluations."""
-    for one in found:
-        tracker.table(f"evaluation of {title}, {one.name}, per cent", one.rows())
+    for evaluation in evaluations:
+        tracker.table(f"evaluation of {title}, {evaluation.name}, per cent", evaluation.rows())
 
 
 def _draw(
