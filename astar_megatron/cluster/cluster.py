@@ -23,7 +23,7 @@ from typing import Any, Self
 import ray
 from ray._private import ray_constants, state
 from ray._private.worker import global_worker
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
@@ -39,6 +39,7 @@ _NEUTRAL_FOLDER = "/"
 _SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # nor do processes that an actor starts look for modules where they run
 _CLOSE_SECONDS = 20.0
 _OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
+_ENDS = (RayActorError, OutOfMemoryError)  # of processes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
@@ -175,7 +176,7 @@ class Cluster:
         return handle
 
     def wait(self, action: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
-        """Return the results of actor calls; raises ClusterError that says `what` failed, who failed and why.
+        """Return the results of actor calls; raises ClusterError that says which `action` failed, whose, and why.
 
         The first failure ends the wait: the other ranks may hang in a collective that can't complete any more.
         """
@@ -188,7 +189,7 @@ class Cluster:
                 raise self._late(action, pending, timeout_seconds or 0.0)
             try:
                 ray.get(done)
-            except (RayTaskError, RayActorError) as error:
+            except (RayTaskError, *_ENDS) as error:
                 raise self._failure(action, done[0], error, pending) from None
         return ray.get(list(references))
 
@@ -198,16 +199,16 @@ class Cluster:
             return error.cause  # a wrong input that only the actor could see: its message says it all
         others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
         for reference, other in ((failed, error), *((reference, _error_of(reference)) for reference in others)):
-            if isinstance(other, RayActorError) and "creation task" not in str(other):
+            if other is not None and _is_end(other):
                 failed, error = reference, other
                 break
         (kind, index), outputs = self._outputs(failed)
         name = _named(kind, index)
         text = _plain(error)
-        is_lost = isinstance(error, RayActorError) and "creation task" not in text
+        is_lost = _is_end(error)
         if is_lost:
             event = "the process ended"
-            cause = cause_in(outputs) or _end_of_process(text)
+            cause = _low_memory(text) or cause_in(outputs) or _end_of_process(text)
         else:
             event, cause = text, text.strip().splitlines()[-1]
             if is_secondary(cause):
@@ -240,10 +241,23 @@ def _named(kind: str, index: int) -> str:
     return f"{kind} {index}"
 
 
+def _is_end(error: Exception) -> bool:
+    """Whether a process ended, which had begun: an error of its constructor ends it too, but says why."""
+    return isinstance(error, _ENDS) and "creation task" not in str(error)
+
+
+def _low_memory(text: str) -> str | None:
+    """What to say where Ray ended a process to keep the machine's memory from filling up."""
+    match = re.search(r"Memory on the node.*?was\s+(\S+)\s+used\s+/\s+(\S+)\s+limit", text, re.DOTALL)
+    if match is None:
+        return None
+    return f"Ray ended it, as {match[1]} of the machine's {match[2]} of memory were used; close other programs"
+
+
 def _error_of(reference: Any) -> Exception | None:
     try:
         ray.get(reference)
-    except (RayTaskError, RayActorError) as error:
+    except (RayTaskError, *_ENDS) as error:
         return error
     return None
 

@@ -143,6 +143,30 @@ with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
 """
 
 
+FULL = """
+from test_cluster import Worker
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ActorLost
+from astar_megatron.config import ClusterConfig
+with Cluster(ClusterConfig()) as cluster:
+    worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
+    try:
+        cluster.wait("work", [worker.obey.remote("hang")], 120)
+    except ActorLost as error:
+        print(str(error).splitlines()[-1])
+"""
+
+
+def test_a_process_that_ray_ends_for_memory_is_named_with_the_reason() -> None:
+    folders = [str(Path(__file__).parents[level]) for level in (0, 2)]
+    limits = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    env = os.environ | limits | {"PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run([sys.executable, "-c", FULL], env=env, capture_output=True, text=True, timeout=300)
+    assert re.fullmatch(
+        r"worker 0: Ray ended it, as \S+GB of the machine's \S+GB of memory were used; .*\n", done.stdout
+    ), done.stdout + done.stderr
+
+
 def test_a_cluster_that_runs_already_is_joined() -> None:
     """With the token authentication that `ray start` turns on by itself; this run's end leaves it running.
 
