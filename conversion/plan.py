@@ -104,12 +104,12 @@ def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
     holders: dict[str, dict[Rectangle, list[Tile]]] = defaultdict(lambda: defaultdict(list))
     for tile in source:
         holders[tile.hf][_rectangle(tile)].append(tile)
-    held = {
+    sources = {
         hf: [(rectangle, tuple(tiles)) for rectangle, tiles in rectangles.items()] for hf, rectangles in holders.items()
     }
     overlaps: list[_Overlap] = []
     for tile in target:
-        overlaps += _cover(tile, held.get(tile.hf, []))
+        overlaps += _cover(tile, sources.get(tile.hf, []))
     chosen = _choose(overlaps)
     return WeightPlan(
         copies=tuple(
@@ -124,12 +124,12 @@ def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
     )
 
 
-def _cover(target: Tile, held: Sequence[tuple[Rectangle, tuple[Tile, ...]]]) -> list[_Overlap]:
+def _cover(target: Tile, sources: Sequence[tuple[Rectangle, tuple[Tile, ...]]]) -> list[_Overlap]:
     """The overlaps of one target tile with the source, proven to cover it exactly."""
     wanted = _rectangle(target)
     overlaps: list[_Overlap] = []
     missing = [wanted]
-    for rectangle, tiles in held:
+    for rectangle, tiles in sources:
         common = _intersection(wanted, rectangle)
         if common is None:
             continue

@@ -91,21 +91,21 @@ class ParallelLayout:
         pipeline, data = divmod(rest, self.data)
         return tensor, pipeline, data, context
 
-    def places(self) -> Iterator[tuple[int, "Place"]]:
-        """Every rank with its place, in rank order."""
+    def cells(self) -> Iterator[tuple[int, "Cell"]]:
+        """Every rank with its cell, in rank order."""
         for rank in range(self.world_size):
-            yield rank, self.place(rank)
+            yield rank, self.cell(rank)
 
-    def place(self, rank: int) -> "Place":
+    def cell(self, rank: int) -> "Cell":
         """What of the model lies on `rank`."""
         tensor, pipeline, data, context = self.coordinates(rank)
         expert = (context + self.context * data) % self.expert
-        return Place(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
+        return Cell(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A rank's part of a layout: its index on each axis that splits weights. Replicas have equal places."""
+class Cell:
+    """A rank's part of a layout: its index on each axis that splits weights. Replicas have equal cells."""
 
     layout: ParallelLayout
     tensor: int
@@ -113,11 +113,11 @@ class Place:
     expert: int
 
 
-def share(n: int, parts: int, i: int, what: str = "size", axis: str = "parts") -> Span:
-    """The i-th of `parts` equal shares of range(n). ValueError, naming `what` and `axis`, if n does not divide."""
+def share(n: int, parts: int, i: int, name: str = "size", axis: str = "parts") -> Span:
+    """The i-th of `parts` equal shares of range(n). ValueError, with `name` and `axis`, if n does not divide."""
     if n % parts:
         fitting = ", ".join(str(size) for size in range(1, 65) if n % size == 0)
-        raise ValueError(f"{what}={n} does not divide by {axis}={parts}; of the sizes up to 64 it does by {fitting}")
+        raise ValueError(f"{name}={n} does not divide by {axis}={parts}; of the sizes up to 64 it does by {fitting}")
     if not 0 <= i < parts:
         raise ValueError(f"share {i} of {axis}={parts} does not exist")
     size = n // parts

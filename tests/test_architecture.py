@@ -67,7 +67,7 @@ MAX_FUNCTION_LINES = 50  # a literal table of 10 lines or more inside it does no
 FORBIDDEN_NAMES = {"util", "common", "helper", "manager", "handler"}
 COMPOSES_THE_RUN = ("astar_megatron/run/fleet.py", "Fleet")  # it hands each part its branch of the configuration
 # The one subclass of pickle.Unpickler, which names the types it makes and refuses all others.
-RESTRICTED_UNPICKLER = "conversion/checkpoint.py"
+RESTRICTED_UNPICKLER = "conversion/torch_dist.py"
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

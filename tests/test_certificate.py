@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from astar_megatron.run.certificate import DisagreementError, certify, fixed_sequences
-from conversion import convert, hf
+from conversion import hf, rewrite
 from conversion.ends import open_end
 
 
 @pytest.fixture
 def export(tied_llama: Path, tmp_path: Path) -> Path:
-    convert.write_hf(open_end(tied_llama), tmp_path / "export")
+    rewrite.write_hf(open_end(tied_llama), tmp_path / "export")
     return tmp_path / "export"
 
 

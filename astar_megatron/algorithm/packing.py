@@ -84,10 +84,10 @@ def equally_many_micro_batches(
     """
     number = 1
     while True:  # ends: with a sequence a micro-batch all have the same number
-        found = [micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
-        if len({len(rank) for rank in found}) == 1:
-            return found
-        number = max(len(rank) for rank in found)
+        batches = [micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
+        if len({len(rank) for rank in batches}) == 1:
+            return batches
+        number = max(len(rank) for rank in batches)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -138,13 +138,13 @@ def pack(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], share
 def _balance(lengths: Sequence[int], parts: int, capacity: int) -> list[list[int]]:
     """Longest first, each to the lightest part that has room (fewer than `capacity` sequences)."""
     heap = [(0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
+    members: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         tokens, part = heapq.heappop(heap)
-        found[part].append(index)
-        if len(found[part]) < capacity:
+        members[part].append(index)
+        if len(members[part]) < capacity:
             heapq.heappush(heap, (tokens + lengths[index], part))
-    return [sorted(indices) for indices in found]
+    return [sorted(indices) for indices in members]
 
 
 def _common_prefix(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> int:

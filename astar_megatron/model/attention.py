@@ -113,11 +113,11 @@ class PackedAttention(MegatronModule):
             *(stream.split(lengths) for stream in (key, value)),
             strict=True,
         )
-        found = [
+        outputs = [
             self._attend([x.unsqueeze(0) for x in (q, k, v)], mask=_not_later(positions, len(k))).squeeze(0)
             for q, positions, k, v in parts
         ]
-        return torch.cat(found)
+        return torch.cat(outputs)
 
     def _attend(self, tensors: list[Tensor], *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Return [B, S, h, d]. Padding comes after the real tokens, so a causal mask hides it from them."""

@@ -29,7 +29,7 @@ from astar_megatron.model.backend import FP8_TOKENS, Backend
 from astar_megatron.model.head import output
 from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, sequence_sums
 from astar_megatron.model.head.ranks import summed
-from astar_megatron.model.split import RankStream, held
+from astar_megatron.model.split import RankStream, rank_stream
 
 
 def run_scoring(
@@ -39,11 +39,11 @@ def run_scoring(
 
     `modules` are this rank's chunks of the model. Collective over tensor, pipeline and context ranks.
     """
-    found = []
+    scored = []
     for stream, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend)):
         everywhere = logprobs.new_zeros(stream.num_responses).index_copy(0, stream.rows.to(logprobs.device), logprobs)
-        found.append(_over_context(everywhere))
-    return found
+        scored.append(_over_context(everywhere))
+    return scored
 
 
 def run_own_scoring(
@@ -84,9 +84,9 @@ def run_loss(
 ) -> None:
     """Accumulate the gradient of the sum of all sequences' losses over the packs of ALL data-parallel ranks.
 
-    `loss(i, held, logprobs)` returns the losses [b] of some sequences of pack i from the log-probs [r] (nats) of the
-    response tokens that this rank holds of them. It is called on the last stage, once for each sequence. Collective
-    over tensor, pipeline and context ranks.
+    `loss(i, held_tokens, logprobs)` returns the losses [b] of some sequences of pack i from the log-probs [r] (nats) of
+    the response tokens that this rank holds of them. It is called on the last stage, once for each sequence.
+    Collective over tensor, pipeline and context ranks.
     """
     scale = len(packs) * parallel_state.get_data_parallel_world_size()
 
@@ -145,7 +145,7 @@ class _Inputs:
             "context": parallel_state.get_context_parallel_world_size(),
             "rank": parallel_state.get_context_parallel_rank(),
         }
-        return [held(packed, **axes) for packed in packs]
+        return [rank_stream(packed, **axes) for packed in packs]
 
     def model_arguments(self, stream: RankStream, padded_vocab: int, loss: SequenceLoss | None) -> dict[str, Any]:
         device = self.backend.device

@@ -26,15 +26,15 @@ def layout_of(parallel: ParallelConfig, *, fused_norms: bool) -> ParallelLayout:
 
 
 def check(
-    parallel: ParallelConfig, model: Model, *, sequences: int, available: int | None = None, what: str = ""
+    parallel: ParallelConfig, model: Model, *, sequences: int, available: int | None = None, resources: str = ""
 ) -> None:
     """Raise LayoutError unless `parallel` divides the model and has no more ranks than are `available` (None: many).
 
-    `sequences` are those of an optimiser step; `what` says in words what is available.
+    `sequences` are those of an optimiser step; `resources` says in words what is available.
     """
     problem, size = _problem(parallel, model, sequences), parallel.world_size
     if problem is None and available is not None and size > available:
-        problem = f"{described(parallel)} makes {size} ranks, and this machine has room for {available}: {what}"
+        problem = f"{described(parallel)} makes {size} ranks, and this machine has room for {available}: {resources}"
         size = available
     if problem is None:
         return
@@ -66,9 +66,9 @@ def _problem(parallel: ParallelConfig, model: Model, sequences: int) -> str | No
 def _nearest(parallel: ParallelConfig, model: Model, *, sequences: int, world_size: int) -> list[ParallelConfig]:
     """Return the layouts with most ranks, up to `world_size`, that fit; of those the ones most like `parallel`."""
     for size in range(world_size, 0, -1):
-        found = [one for one in _layouts(size, parallel, sequences) if _problem(one, model, sequences) is None]
-        if found:
-            return sorted(found, key=lambda one: _distance(one, parallel))[:_NUM_NAMED]
+        layouts = _layouts(size, parallel, sequences)
+        if fitting := [layout for layout in layouts if _problem(layout, model, sequences) is None]:
+            return sorted(fitting, key=lambda layout: _distance(layout, parallel))[:_NUM_NAMED]
     raise AssertionError("a layout of one rank fits every model")
 
 
@@ -85,8 +85,8 @@ def _layouts(world_size: int, like: ParallelConfig, sequences: int) -> Iterator[
                 yield like.model_copy(update=axes | {"expert": expert})
 
 
-def _distance(one: ParallelConfig, other: ParallelConfig) -> float:
-    return sum(abs(math.log(getattr(one, axis) / getattr(other, axis))) for axis in _AXES)
+def _distance(layout: ParallelConfig, other: ParallelConfig) -> float:
+    return sum(abs(math.log(getattr(layout, axis) / getattr(other, axis))) for axis in _AXES)
 
 
 def described(parallel: ParallelConfig) -> str:

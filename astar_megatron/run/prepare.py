@@ -136,7 +136,7 @@ def check_ranks(cfg: RunConfig) -> Shares | None:
 def check_places(cfg: RunConfig, places: int, what: str) -> None:
     """Raise LayoutError where the ranks don't fit `places` accelerators; `what` says in words where these come from."""
     model = read_model(cfg.model.path)
-    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, what=what)
+    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, resources=what)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from conversion.tiles import Place, Span, share
+from conversion.tiles import Cell, Span, share
 
 Shape = tuple[int, ...]
 
@@ -71,10 +71,10 @@ class Row:
         """HF names (with {i}) and shapes."""
         raise NotImplementedError
 
-    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
-        """Names (with {n}) and shards of what a Megatron rank at `place` holds of a layer."""
-        name = (place.layout.fused_norms and self.megatron_fused_norms) or self.megatron
-        yield name, self.shard(dims, place.layout.tensor, place.tensor)
+    def megatron_shards(self, dims: Dimensions, cell: Cell) -> Iterator[tuple[str, Shard]]:
+        """Names (with {n}) and shards of what a Megatron rank in `cell` holds of a layer."""
+        name = (cell.layout.fused_norms and self.megatron_fused_norms) or self.megatron
+        yield name, self.shard(dims, cell.layout.tensor, cell.tensor)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         """What worker `t` of vLLM's tensor axis holds; as in Megatron, unless the row says otherwise."""
@@ -154,10 +154,10 @@ class PerExpert(FeedForward):
         shapes = super().hf_shapes(dims)
         return {_expert(hf, e): shape for e in range(dims.num_experts) for hf, shape in shapes.items()}
 
-    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
-        layout = place.layout
-        shard = self.shard(dims, layout.tensor, place.tensor)
-        experts = range(*share(dims.num_experts, layout.expert, place.expert, "num_experts", "expert"))
+    def megatron_shards(self, dims: Dimensions, cell: Cell) -> Iterator[tuple[str, Shard]]:
+        layout = cell.layout
+        shard = self.shard(dims, layout.tensor, cell.tensor)
+        experts = range(*share(dims.num_experts, layout.expert, cell.expert, "num_experts", "expert"))
         for own, e in enumerate(experts):
             blocks = tuple(replace(block, hf=_expert(block.hf, e)) for block in shard.blocks)
             yield _expert(self.megatron, own), Shard(shard.shape, blocks)
@@ -228,10 +228,10 @@ class Vocabulary(Row):
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
         return {} if dims.tied and self.tied_to else {self.hf: (dims.vocab_size, dims.hidden_size)}
 
-    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
-        tensor = place.layout.tensor
-        padded = rounded_up(dims.vocab_size, tensor * place.layout.vocabulary_multiple)
-        yield self.megatron, self._shard(dims, tensor, place.tensor, padded)
+    def megatron_shards(self, dims: Dimensions, cell: Cell) -> Iterator[tuple[str, Shard]]:
+        tensor = cell.layout.tensor
+        padded = rounded_up(dims.vocab_size, tensor * cell.layout.vocabulary_multiple)
+        yield self.megatron, self._shard(dims, tensor, cell.tensor, padded)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         return self._shard(dims, tensor, t, padded=rounded_up(dims.vocab_size, VLLM_VOCABULARY_MULTIPLE))

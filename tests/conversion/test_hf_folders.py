@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conversion import hf
 from conversion.families import Model, model_from_config
-from conversion.hf import CheckpointError
+from conversion.hf import ModelFolderError
 from conversion.plan import plan
 from conversion.verify import tensor_digests
 
@@ -97,7 +97,7 @@ def test_an_export_replaces_an_export_and_nothing_else(source: Path, tmp_path: P
     (tmp_path / "thesis/chapter1.txt").write_text("years of work")
     model = {path.name: path.read_bytes() for path in source.iterdir()}
     for place in (tmp_path / "thesis", tmp_path / "thesis/chapter1.txt", source):
-        with pytest.raises(CheckpointError, match="is no export of this project"):
+        with pytest.raises(ModelFolderError, match="is no export of this project"):
             hf.save(place, WEIGHTS, source)
     assert (tmp_path / "thesis/chapter1.txt").read_text() == "years of work"
     assert {path.name: path.read_bytes() for path in source.iterdir()} == model
@@ -149,7 +149,7 @@ def test_tensors_that_are_not_the_model_are_not_saved(source: Path, tmp_path: Pa
         (WEIGHTS | {name: torch.zeros(47)}, rf"{name} has shape \(47,\), expected \(48,\)"),
         (WEIGHTS | {name: torch.zeros(48).bfloat16()}, "one dtype"),
     ):
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ModelFolderError, match=message):
             hf.save(tmp_path / "export", weights, source)
     assert not (tmp_path / "export").exists()
 
@@ -158,17 +158,17 @@ def test_a_truncated_file_is_named(source: Path) -> None:
     path = source / hf.WEIGHTS
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 100)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged, truncated"):
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors is damaged, truncated"):
         loaded(source)
     path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="damaged, truncated"):
+    with pytest.raises(ModelFolderError, match="damaged, truncated"):
         loaded(source)
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     shard = min(sharded.glob("model-*.safetensors"))
     shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"names {shard.name}, which is missing"):
+    with pytest.raises(ModelFolderError, match=rf"names {shard.name}, which is missing"):
         loaded(sharded)
 
 
@@ -186,10 +186,10 @@ def test_a_wrong_index_is_refused(sharded: Path) -> None:
         (index["weight_map"] | {"model.norm.weight": 3}, "no safetensors index.*names the file 3"),
     ):
         path.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(ModelFolderError, match=message):
             loaded(sharded)
     path.write_text("{")
-    with pytest.raises(CheckpointError, match="no safetensors index"):
+    with pytest.raises(ModelFolderError, match="no safetensors index"):
         loaded(sharded)
 
 
@@ -198,14 +198,14 @@ def test_a_parameter_in_two_shards_is_refused(sharded: Path) -> None:
     weight_map = json.loads((sharded / hf.INDEX).read_text())["weight_map"]
     shard = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
     save_file(load_file(sharded / shard) | {"model.norm.weight": torch.zeros(48)}, sharded / shard)
-    with pytest.raises(CheckpointError, match=rf"{shard} holds a model\.norm\.weight that .* does not place there"):
+    with pytest.raises(ModelFolderError, match=rf"{shard} holds a model\.norm\.weight that .* does not place there"):
         loaded(sharded)
 
 
 def test_one_file_beside_an_index_of_others_is_refused(sharded: Path) -> None:
     (sharded / hf.WEIGHTS).write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=r"holds model\.safetensors beside model\.safetensors\.index\.json, which"
+        ModelFolderError, match=r"holds model\.safetensors beside model\.safetensors\.index\.json, which"
     ):
         loaded(sharded)
 
@@ -220,7 +220,9 @@ def test_a_file_that_vllm_would_load_too_is_refused_for_engines(name: str, sourc
     for folder in (source, sharded):
         hf.check_engines_read(folder)
         save_file({"model.norm.weight": torch.zeros(48)}, folder / name)
-    with pytest.raises(CheckpointError, match=rf"holds {name} beside model\.safetensors, and no model.*move the other"):
+    with pytest.raises(
+        ModelFolderError, match=rf"holds {name} beside model\.safetensors, and no model.*move the other"
+    ):
         hf.check_engines_read(source)
     hf.check_engines_read(sharded)  # vLLM reads what the index names
     assert_same(loaded(source), WEIGHTS)
@@ -248,14 +250,14 @@ def test_that_an_adapter_is_left_out_is_said(source: Path, caplog: pytest.LogCap
 )
 def test_tensors_the_model_does_not_have_are_refused(changes: dict[str, Tensor], message: str, source: Path) -> None:
     save_file(WEIGHTS | changes, source / hf.WEIGHTS)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelFolderError, match=message):
         loaded(source)
 
 
 def test_pickle_checkpoints_are_refused(source: Path) -> None:
     (source / hf.WEIGHTS).rename(source / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle checkpoint"):
+    with pytest.raises(ModelFolderError, match=r"pytorch_model\.bin is a pickle checkpoint"):
         loaded(source)
     (source / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match="has neither"):
+    with pytest.raises(ModelFolderError, match="has neither"):
         loaded(source)

@@ -101,7 +101,7 @@ def assert_faults_are_named(
     """Each worker's own audit: clean as it is, and with a fault injected that fault by name and nothing else."""
     expected = verifier.manifest(7, [end.digests() for end in sent])
     for rank, clean in enumerate(answer["audits"]["none"]):
-        parts = verifier.held[rank]
+        parts = verifier.target_parts[rank]
         assert verifier.first_mismatch(expected, rank, clean["digests"]) is None and clean["faults"] == []
         assert len(answer["rows"][rank]) == parts[0].rectangle[1] - parts[0].rectangle[0]
         for name, fault in faults.items():

@@ -134,9 +134,9 @@ def test_experts_are_spread_over_the_data_parallel_ranks() -> None:
     model = model_from_config(config("qwen3_moe"))
     weights = random_weights(model)
     layout = ParallelLayout(tensor=2, data=4, expert=2)
-    assert [place for _, place in layout.places()] == [
-        dataclasses.replace(place, layout=layout)
-        for _, place in ParallelLayout(tensor=2, context=2, data=2, expert=2).places()
+    assert [cell for _, cell in layout.cells()] == [
+        dataclasses.replace(cell, layout=layout)
+        for _, cell in ParallelLayout(tensor=2, context=2, data=2, expert=2).cells()
     ]  # context-parallel ranks are replicas like any others
     world = reference_world(model.megatron_tiles(layout), weights, megatron_world(model, layout))
     for rank, first in enumerate([0, 0, 3, 3, 0, 0, 3, 3]):  # tensor fastest, then expert, then the replicas

@@ -245,10 +245,10 @@ def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any,
     dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
     initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    place = layout.place(rank)
-    assert parallel_state.get_tensor_model_parallel_rank() == place.tensor
-    assert parallel_state.get_pipeline_model_parallel_rank() == place.pipeline
-    assert parallel_state.get_expert_model_parallel_rank() == place.expert
+    cell = layout.cell(rank)
+    assert parallel_state.get_tensor_model_parallel_rank() == cell.tensor
+    assert parallel_state.get_pipeline_model_parallel_rank() == cell.pipeline
+    assert parallel_state.get_expert_model_parallel_rank() == cell.expert
     first = layout.coordinates(rank)[2]
     mine = packs[first:] + packs[:first]
     try:

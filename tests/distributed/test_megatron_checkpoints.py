@@ -10,7 +10,7 @@ import ranks as work
 from ranks import Job
 from test_layouts import batch
 
-from conversion import convert
+from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.tiles import ParallelLayout
 
@@ -21,7 +21,7 @@ def test_megatron_loads_what_was_written(
     kind: str, cut: int, tensor: int, pipeline: int, ranks: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     source = request.getfixturevalue(kind)
-    convert.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=cut))
+    rewrite.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=cut))
     job = Job(str(source), tensor=tensor, pipeline=pipeline)
     wrong = ranks.run(work.loaded_by_megatron, job.world_size, job=job, folder=str(tmp_path / "megatron"))
     assert wrong == [[]] * job.world_size
@@ -45,10 +45,10 @@ def test_a_checkpoint_of_training_converts_to_what_training_exports(
     )
     end = open_end(checkpoint)
     assert isinstance(end, MegatronEnd)
-    convert.write_hf(end, tmp_path / "converted")
-    convert.compare(HuggingFaceEnd(tmp_path / "converted"), HuggingFaceEnd(folder))
-    with pytest.raises(convert.MismatchError):
-        convert.compare(end, HuggingFaceEnd(source))  # the step did change the weights
+    rewrite.write_hf(end, tmp_path / "converted")
+    rewrite.compare(HuggingFaceEnd(tmp_path / "converted"), HuggingFaceEnd(folder))
+    with pytest.raises(rewrite.MismatchError):
+        rewrite.compare(end, HuggingFaceEnd(source))  # the step did change the weights
 
 
 @pytest.mark.parametrize(
@@ -65,13 +65,13 @@ def test_experts_go_to_megatron_and_come_back(
     layout: ParallelLayout, ranks: Any, tmp_path: Path, tiny_family: Callable[..., Path]
 ) -> None:
     source, ours, megatrons = tiny_family("qwen3_moe"), tmp_path / "ours", tmp_path / "megatrons"
-    convert.write_megatron(HuggingFaceEnd(source), ours, ParallelLayout(tensor=2, expert=2, data=2))
+    rewrite.write_megatron(HuggingFaceEnd(source), ours, ParallelLayout(tensor=2, expert=2, data=2))
     each = {"source": str(source), "layout": layout}
     wrong = ranks.run(checkpoint_ranks.loaded_strictly, layout.world_size, folder=str(ours), **each)
     assert wrong == [[]] * layout.world_size
     megatrons.mkdir()
     ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **each)
-    convert.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))
+    rewrite.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))
 
 
 def test_an_export_that_lost_a_row_is_named_on_every_rank(ranks: Any, tied_llama: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from astar_megatron.algorithm.packing import pack
-from astar_megatron.model.split import held
+from astar_megatron.model.split import rank_stream
 
 TOKEN_IDS = [[1, 2, 3, 4, 10, 11, 12], [1, 2, 3, 5, 12], [1, 2, 7, 8, 9, 10, 11, 12, 13]]
 PROMPTS = [4, 4, 3]
@@ -16,7 +16,7 @@ def test_every_ranks_part_is_a_multiple_and_predicts_the_same_tokens(tensor: int
     packed = pack(TOKEN_IDS, PROMPTS, share_prefix=context == 1)
     rows = []
     for rank in range(context):
-        stream = held(packed, tensor=tensor, context=context, rank=rank, align=align)
+        stream = rank_stream(packed, tensor=tensor, context=context, rank=rank, align=align)
         assert len(stream.token_ids) % (tensor * align) == 0
         before = packed.token_ids[packed.target_positions[stream.rows]]
         assert torch.equal(stream.token_ids[stream.positions], before)

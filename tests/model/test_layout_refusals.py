@@ -78,7 +78,7 @@ def test_what_does_not_divide_is_named_and_what_would_is_proposed(
 
 def test_more_ranks_than_places_are_refused_with_smaller_layouts() -> None:
     parallel = ParallelConfig(tensor=2, pipeline=2, context=2)
-    message = refused(parallel, available=4, what="there are 4 cores")
+    message = refused(parallel, available=4, resources="there are 4 cores")
     assert "makes 8 ranks" in message and "there are 4 cores" in message
     layouts = proposed(message)
     assert [layout.world_size for layout in layouts] == [4, 4, 4]
@@ -86,7 +86,7 @@ def test_more_ranks_than_places_are_refused_with_smaller_layouts() -> None:
 
 
 def test_no_place_at_all_is_said_without_a_proposal() -> None:
-    assert "room for 0" in refused(ParallelConfig(), available=0, what="the engines take all")
+    assert "room for 0" in refused(ParallelConfig(), available=0, resources="the engines take all")
 
 
 @given(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from astar_megatron.algorithm.packing import PackedBatch, pack
 from astar_megatron.model import backend
-from astar_megatron.model.split import held
+from astar_megatron.model.split import rank_stream
 
 backend.choose()  # megatron asks for it before it is imported
 
@@ -33,7 +33,7 @@ def packs(draw: st.DrawFn) -> PackedBatch:
 
 @given(packed=packs(), tensor=st.integers(1, 3), context=st.integers(1, 4))
 def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tensor: int, context: int) -> None:
-    streams = [held(packed, tensor=tensor, context=context, rank=rank) for rank in range(context)]
+    streams = [rank_stream(packed, tensor=tensor, context=context, rank=rank) for rank in range(context)]
     assert len({len(stream.token_ids) for stream in streams}) == 1
     assert len(streams[0].token_ids) % tensor == 0 and len(streams[0].token_ids)
     together = torch.cat([stream.token_ids for stream in streams])
@@ -66,7 +66,7 @@ def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tenso
 
 def test_a_shared_prefix_stays_whole_and_padding_goes_to_the_end() -> None:
     packed = pack([[7, 8, 1, 2, 3], [7, 8, 4]], [3, 3], share_prefix=True)
-    stream = held(packed, tensor=3)
+    stream = rank_stream(packed, tensor=3)
     assert stream.token_ids.tolist() == [7, 8, 1, 2, 0, 0]
     assert stream.position_ids.tolist() == [0, 1, 2, 3, 2, 3]
     assert (stream.prefix_tokens, stream.lengths, stream.order) == (2, (2, 2), None)
@@ -75,7 +75,7 @@ def test_a_shared_prefix_stays_whole_and_padding_goes_to_the_end() -> None:
 
 def test_each_rank_has_the_same_number_of_causal_pairs() -> None:
     packed = pack([list(range(1, 50))], [3], share_prefix=False)
-    pairs = [int((held(packed, context=4, rank=rank).position_ids + 1).sum()) for rank in range(4)]
+    pairs = [int((rank_stream(packed, context=4, rank=rank).position_ids + 1).sum()) for rank in range(4)]
     assert len(set(pairs)) == 1
 
 
@@ -88,7 +88,7 @@ def test_attention_of_the_parts_is_attention_of_the_whole(lengths: tuple[int, ..
     attention: Any = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale, attention.config = 0.3, SimpleNamespace()
-    streams = [held(packed, context=context, rank=rank) for rank in range(context)]
+    streams = [rank_stream(packed, context=context, rank=rank) for rank in range(context)]
     total = sum(streams[0].lengths)
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(total, heads, 5, generator=generator) for heads in (6, 2, 2))

@@ -42,10 +42,10 @@ def multiply(response: str, answer: str) -> float:
     gold = _INTEGER.fullmatch(answer)
     if gold is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
-    found = tagged_integer(response)
-    if found is None:
+    integer = tagged_integer(response)
+    if integer is None:
         return 0.0
-    return 1.0 if int(found) == int(gold[1]) else _WRONG
+    return 1.0 if int(integer) == int(gold[1]) else _WRONG
 
 
 def tagged_value(response: str) -> str | None:
@@ -61,8 +61,8 @@ def tagged_value(response: str) -> str | None:
 def tagged_integer(response: str) -> str | None:
     """Return what `multiply` compares: the tagged integer; None without one."""
     text = tagged(response)
-    found = _INTEGER.fullmatch(text) if text is not None else None
-    return str(int(found[1])) if found is not None else None
+    match = _INTEGER.fullmatch(text) if text is not None else None
+    return str(int(match[1])) if match is not None else None
 
 
 def tagged(response: str) -> str | None:
