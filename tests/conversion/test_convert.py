@@ -127,13 +127,13 @@ def test_any_model_through_any_two_layouts_in_parts_of_any_size_is_bitwise(
     part_bytes: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    one, other = layouts_chosen
-    assume(fits(model, one) and fits(model, other))
+    first, second = layouts_chosen
+    assume(fits(model, first) and fits(model, second))
     folder = tmp_path_factory.mktemp("folders")
     weights = random_weights(model, dtype=dtype)
     end = HuggingFaceEnd(write_folder(folder / "source", model, weights))
-    rewrite.write_megatron(end, folder / "one", one, part_bytes=part_bytes)
-    rewrite.write_megatron(MegatronEnd(folder / "one"), folder / "other", other, part_bytes=part_bytes)
+    rewrite.write_megatron(end, folder / "one", first, part_bytes=part_bytes)
+    rewrite.write_megatron(MegatronEnd(folder / "one"), folder / "other", second, part_bytes=part_bytes)
     rewrite.write_hf(MegatronEnd(folder / "other"), folder / "back", part_bytes=part_bytes)
     back = load_file(folder / "back" / "model.safetensors")
     assert back.keys() == weights.keys()

@@ -192,9 +192,9 @@ def test_verify_finds_every_fault_by_name(fault: str, named: str, source: Path, 
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
     bad = changed(source, spoil, tmp_path / "bad")
-    for one, other in ((megatron, bad), (bad, source)):
+    for left, right in ((megatron, bad), (bad, source)):
         with pytest.raises(rewrite.MismatchError, match=named):
-            rewrite.compare(open_end(one), open_end(other))
+            rewrite.compare(open_end(left), open_end(right))
 
 
 def test_verify_compares_types_as_numbers_and_says_when_only_rounding_differs(

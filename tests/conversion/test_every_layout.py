@@ -59,8 +59,8 @@ def test_every_family_is_bitwise_the_same_after_every_layout(family: str, tied: 
         back = moved(trainer, tiles, empty_world({0: model.parameters()}), model.hf_tiles())
         assert_equal_worlds(back, files)
         for tensor, expected in engines.items():
-            held = moved(trainer, tiles, vllm_world(model, tensor), model.vllm_tiles(tensor))
-            assert_equal_worlds(held, expected)
+            workers = moved(trainer, tiles, vllm_world(model, tensor), model.vllm_tiles(tensor))
+            assert_equal_worlds(workers, expected)
 
 
 def test_a_tensor_axis_longer_than_the_groups_cuts_through_them() -> None:
@@ -71,5 +71,5 @@ def test_a_tensor_axis_longer_than_the_groups_cuts_through_them() -> None:
     for kind in ("weight", "bias"):
         q, k, v = (files[f"model.layers.3.self_attn.{part}_proj.{kind}"].unflatten(0, (2, -1)) for part in "qkv")
         whole = torch.cat((q, k, v), dim=1).flatten(0, 1)
-        held = [world[rank][f"decoder.layers.3.self_attention.linear_qkv.{kind}"] for rank in range(4)]
-        assert torch.equal(torch.cat(held), whole)
+        shards = [world[rank][f"decoder.layers.3.self_attention.linear_qkv.{kind}"] for rank in range(4)]
+        assert torch.equal(torch.cat(shards), whole)

@@ -26,9 +26,9 @@ def loaded(folder: Path, model: Model = MODEL, dtype: torch.dtype = torch.float3
     return tensors
 
 
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.fixture
@@ -236,8 +236,8 @@ def test_that_an_adapter_is_left_out_is_said(source: Path, caplog: pytest.LogCap
     (source / "adapter_model.bin").write_bytes(b"")
     for _ in range(2):
         hf.check(source, MODEL.parameters())
-    (said,) = caplog.messages  # once
-    assert said.startswith(f"{source}: adapter_config.json and adapter_model.bin: left out; merge the adapter")
+    (warning,) = caplog.messages  # once
+    assert warning.startswith(f"{source}: adapter_config.json and adapter_model.bin: left out; merge the adapter")
 
 
 @pytest.mark.parametrize(

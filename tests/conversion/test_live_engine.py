@@ -75,7 +75,8 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout, Way]], tensor
         requests.append(request)
         way = plan(model.megatron_tiles(layout), model.vllm_tiles(tensor))
         senders += [route.sender(way, rank, tensors, torch.float32) for rank, tensors in world.items()]
-        proofs.append((way, [Holdings(sent_parts(way, rank), held, torch.float32) for rank, held in world.items()]))
+        sent = [Holdings(sent_parts(way, rank), tensors, torch.float32) for rank, tensors in world.items()]
+        proofs.append((way, sent))
     (folder / "requests.json").write_text(json.dumps(requests))
     command = [sys.executable, str(PROGRAM), str(tensor), str(folder / "requests.json"), str(folder / "answers.json")]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])}
@@ -117,10 +118,10 @@ def assert_faults_are_named(
                 index = verifier.first_mismatch(expected, rank, audit["digests"])
                 assert index is not None and parts[index].hf == fault.named, name
                 source, origin = verifier.origin(rank, index)
-                held = dict(answer["rows_of"][name][rank])[index]
-                found = mismatch(7, parts[index], f"worker {rank}", sent[source].rows(origin), held)
-                assert (found.tensor, found.row) == (fault.named, parts[index].rectangle[0] + fault.row)
-                assert f"worker {rank} does not hold {fault.named} as it was sent, first bad row" in str(found)
+                rows = dict(answer["rows_of"][name][rank])[index]
+                error = mismatch(7, parts[index], f"worker {rank}", sent[source].rows(origin), rows)
+                assert (error.tensor, error.row) == (fault.named, parts[index].rectangle[0] + fault.row)
+                assert f"worker {rank} does not hold {fault.named} as it was sent, first bad row" in str(error)
 
 
 def assert_live_equals_fresh(answer: dict[str, Any]) -> None:

@@ -161,9 +161,9 @@ def _swapped(place: Callable) -> Callable:
 
     def wrong(self: object, stored: str, index: tuple) -> tuple:
         name, part = place(self, stored, index)
-        for one, other in (("local_experts.0.", "local_experts.1."), ("local_experts.1.", "local_experts.0.")):
-            if one in name:
-                return name.replace(one, other), part
+        for expert, other in (("local_experts.0.", "local_experts.1."), ("local_experts.1.", "local_experts.0.")):
+            if expert in name:
+                return name.replace(expert, other), part
         return name, part
 
     return wrong
@@ -236,6 +236,6 @@ def test_errors_of_files_are_said_in_words_of_ours(megatron: Path, exported: Pat
     file = min(megatron.glob("*.distcp"))
     data = file.read_bytes()
     file.write_bytes(data.replace(b"torch._utils", b"torch.-utils").replace(b"_rebuild_tensor", b"_rebuild_tenser"))
-    with pytest.raises(DistributedCheckpointError, match=r"distcp is damaged: what begins at byte \d+ is no") as found:
+    with pytest.raises(DistributedCheckpointError, match=r"distcp is damaged: what begins at byte \d+ is no") as caught:
         rewrite.read_through(open_end(megatron))
-    assert "weights_only" not in str(found.value)
+    assert "weights_only" not in str(caught.value)

@@ -45,8 +45,8 @@ def test_import_export_sync_and_reshape_are_bitwise(
     bucket_bytes: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    for each in (layout, other):
-        assume(fits(model, each))
+    for chosen in (layout, other):
+        assume(fits(model, chosen))
     folder = tmp_path_factory.mktemp("weights")
     weights = random_weights(model)
     source = write_folder(folder / "source", model, weights)

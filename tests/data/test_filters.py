@@ -39,8 +39,8 @@ def test_by_default_nothing_is_filtered(table: VStarTable) -> None:
 def test_a_filter_weighs_the_prompts_it_is_about(
     table: VStarTable, cfg: dict[str, float], expected: dict[str, float]
 ) -> None:
-    found = table.estimate(0.5)
-    assert weights(found, FilterConfig(**cfg)) == expected, dict(zip(found.uids, found.width, strict=True))
+    estimates = table.estimate(0.5)
+    assert weights(estimates, FilterConfig(**cfg)) == expected, dict(zip(estimates.uids, estimates.width, strict=True))
 
 
 def test_a_filter_that_leaves_nothing_is_refused(table: VStarTable, prompts: list[Prompt]) -> None:

@@ -104,15 +104,15 @@ def test_refresh_reads_what_other_jobs_added_and_nothing_else(
     many: tuple[Path, list[Prompt]], contract: Contract, rollout: MakeRollout
 ) -> None:
     folder, prompts = many
-    one, two = (VStarTable.open(folder, contract) for _ in range(2))
+    first, second = (VStarTable.open(folder, contract) for _ in range(2))
     new = Prompt(uid="new", token_ids=(7,), text="", answer="")
-    two.append([rollout(prompts[5], 4, 1.0), rollout(new, 1, 1.0)])
-    assert one.missing([prompts[5], new], 5)[0] == (prompts[5], 4)
+    second.append([rollout(prompts[5], 4, 1.0), rollout(new, 1, 1.0)])
+    assert first.missing([prompts[5], new], 5)[0] == (prompts[5], 4)
     for path in sorted(folder.glob("shard-*"))[:600]:
         path.write_bytes(b"not read again")
-    one.refresh()
-    assert one.missing([prompts[5], new], 5) == [(new, 0), (new, 2), (new, 3), (new, 4)]
-    assert one.missing([new, prompts[5]], 2) == [(new, 0)]
+    first.refresh()
+    assert first.missing([prompts[5], new], 5) == [(new, 0), (new, 2), (new, 3), (new, 4)]
+    assert first.missing([new, prompts[5]], 2) == [(new, 0)]
 
 
 def test_a_shard_that_another_job_sets_aside_meanwhile_is_missing(

@@ -117,9 +117,9 @@ def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(
     behind.append([rollout(prompts[0], sample, 0.0) for sample in range(12)])
     ahead.refresh()
     behind.refresh()
-    found = VStarTable.open(tmp_path, contract).rewards()
-    assert ahead.rewards() == behind.rewards() == found
-    assert 0 < sum(found["uid-0"]) < len(found["uid-0"]) == 12  # neither the order nor the reward decides
+    rewards = VStarTable.open(tmp_path, contract).rewards()
+    assert ahead.rewards() == behind.rewards() == rewards
+    assert 0 < sum(rewards["uid-0"]) < len(rewards["uid-0"]) == 12  # neither the order nor the reward decides
     ahead.append([rollout(prompts[0], 0, 0.5), rollout(prompts[0], 0, 0.5)])
     assert ahead.rewards() == VStarTable.open(tmp_path, contract).rewards()
 
@@ -127,10 +127,10 @@ def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(
 def test_two_writers_of_one_folder_lose_nothing(
     tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
 ) -> None:
-    one, two = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
-    one.append([rollout(prompts[0], 0, 1.0)])
-    two.append([rollout(prompts[1], 0, 0.5)])
-    one.append([rollout(prompts[2], 0, 0.0)])
+    first, second = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
+    first.append([rollout(prompts[0], 0, 1.0)])
+    second.append([rollout(prompts[1], 0, 0.5)])
+    first.append([rollout(prompts[2], 0, 0.0)])
     assert VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0], "uid-1": [0.5], "uid-2": [0.0]}
 
 

@@ -112,16 +112,16 @@ def trained(
     """
     policy = started(pipe, rank, port, job)
     try:
-        found = []
+        reports = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            found.append(policy.step(batch, job.loss, _options(job, len(batch) // 2 if last else len(batch))))
+            reports.append(policy.step(batch, job.loss, _options(job, len(batch) // 2 if last else len(batch))))
             _gather_gradients(policy)
             write_gradients(policy, f"{folder}/gradients{number}")
         policy.export(f"{folder}/weights", shared)
         if save:
             policy.save(save, {"step": len(batches)})
-        return found
+        return reports
     finally:
         policy.close()
 
@@ -173,10 +173,10 @@ def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, loa
     try:
         if load:
             policy.load(load, batches[0].version)
-        found = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
+        reports = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
         if save:
             policy.save(save, {"step": len(batches)})
-        return found
+        return reports
     finally:
         policy.close()
 
@@ -194,9 +194,9 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
         (part,) = policy._chunks
         state = part.sharded_state_dict()
         part.load_state_dict(dist_checkpointing.load(state, folder))
-        found = policy.weights()
+        loaded = policy.weights()
         rows = {name: _real_rows(policy, name) for name in wanted}
-        return [name for name in wanted if not torch.equal(found[name][: rows[name]], wanted[name][: rows[name]])]
+        return [name for name in wanted if not torch.equal(loaded[name][: rows[name]], wanted[name][: rows[name]])]
     finally:
         policy.close()
 
@@ -276,10 +276,10 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
     tensors = {name: parameter.data for name, parameter in named_parameters(chunks).items()}
     check_tensors(model, layout, rank, tensors)
     hf.load(folder, plan(model.hf_tiles(), model.megatron_tiles(layout)), rank, tensors)
-    found = []
+    collected = []
 
     def collect(logits: Any, non_loss_data: bool = False) -> Any:
-        found.append(logits[0][: sum(map(len, packs[len(found)]))].numpy())
+        collected.append(logits[0][: sum(map(len, packs[len(collected)]))].numpy())
         return logits
 
     def forward(iterator: Any, part: Any, *_: Any) -> Any:
@@ -306,4 +306,4 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return found
+    return collected

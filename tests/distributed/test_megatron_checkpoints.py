@@ -66,18 +66,18 @@ def test_experts_go_to_megatron_and_come_back(
 ) -> None:
     source, ours, megatrons = tiny_family("qwen3_moe"), tmp_path / "ours", tmp_path / "megatrons"
     rewrite.write_megatron(HuggingFaceEnd(source), ours, ParallelLayout(tensor=2, expert=2, data=2))
-    each = {"source": str(source), "layout": layout}
-    wrong = ranks.run(checkpoint_ranks.loaded_strictly, layout.world_size, folder=str(ours), **each)
+    arguments = {"source": str(source), "layout": layout}
+    wrong = ranks.run(checkpoint_ranks.loaded_strictly, layout.world_size, folder=str(ours), **arguments)
     assert wrong == [[]] * layout.world_size
     megatrons.mkdir()
-    ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **each)
+    ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **arguments)
     rewrite.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))
 
 
 def test_an_export_that_lost_a_row_is_named_on_every_rank(ranks: Any, tied_llama: Path) -> None:
-    each = {"source": str(tied_llama), "layout": ParallelLayout(tensor=2)}
+    arguments = {"source": str(tied_llama), "layout": ParallelLayout(tensor=2)}
     for name, row in (("model.layers.4.mlp.down_proj.weight", 31), ("model.norm.weight", 5)):
-        found = ranks.run(checkpoint_ranks.damaged_export, 2, fault=(name, row), **each)
-        assert found == [f"{name}, row {row}"] * 2
-    sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **each)
+        answers = ranks.run(checkpoint_ranks.damaged_export, 2, fault=(name, row), **arguments)
+        assert answers == [f"{name}, row {row}"] * 2
+    sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **arguments)
     assert sound == [f"{len(HuggingFaceEnd(tied_llama).model.parameters())} digests", "0 digests"]

@@ -52,8 +52,8 @@ def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tenso
     assert sorted(rows.tolist()) == list(range(len(packed.targets)))
     for stream in streams:
         assert torch.equal(stream.targets, packed.targets[stream.rows])
-        said = packed.token_ids[packed.target_positions[stream.rows]]
-        assert torch.equal(stream.token_ids[stream.positions], said)
+        before = packed.token_ids[packed.target_positions[stream.rows]]
+        assert torch.equal(stream.token_ids[stream.positions], before)
         assert torch.equal(
             stream.position_ids[stream.positions], packed.position_ids[packed.target_positions][stream.rows]
         )
@@ -98,9 +98,9 @@ def test_attention_of_the_parts_is_attention_of_the_whole(lengths: tuple[int, ..
     assert order is not None
     places = order.argsort()  # stream positions, rank after rank
     size = total // context
-    found = []
+    parts = []
     for rank, stream in enumerate(streams):
         own = PackedSequences(position_ids=stream.position_ids, lengths=stream.lengths, order=order)
         mine = places[rank * size : (rank + 1) * size]
-        found.append(attention.own_queries(query[mine], key, value, own).flatten(1))
-    torch.testing.assert_close(torch.cat(found)[order], wanted.squeeze(1), atol=1e-6, rtol=1e-5)
+        parts.append(attention.own_queries(query[mine], key, value, own).flatten(1))
+    torch.testing.assert_close(torch.cat(parts)[order], wanted.squeeze(1), atol=1e-6, rtol=1e-5)
