@@ -1,8 +1,8 @@
 """HF folders as the source and the target of plans: safetensors in, safetensors out.
 
-`load` reads only the rectangles a rank holds, shard by shard. `save` writes a folder that transformers and vLLM open,
-`writing` one that is filled as the weights arrive; it appears as a whole or not at all, and carries a conversion.json
-with the digests of what it holds. Pickle checkpoints are refused: opening one runs whatever code it holds.
+`load` reads only the rectangles a rank holds, shard by shard. `writing` makes a folder that transformers and vLLM open,
+filled as the weights arrive; it appears as a whole or not at all, and carries a conversion.json with the digests of
+what it holds. Pickle checkpoints are refused: opening one runs whatever code it holds.
 """
 
 import json
@@ -168,25 +168,6 @@ class Export:
             file.write(values.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-@torch.no_grad()
-def save(
-    folder: str | Path,
-    tensors: Mapping[str, Tensor],
-    source_folder: str | Path,
-    max_shard_bytes: int | float = MAX_SHARD_BYTES,
-) -> None:
-    """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`, as `writing` does.
-
-    The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given.
-    """
-    model = read_model(source_folder)
-    weights = {name: t for name, t in tensors.items() if not (model.tied and name == HEAD)}
-    dtype = _check_weights(weights, model.parameters())
-    with writing(folder, source_folder, dtype, max_shard_bytes) as export:
-        for name, tensor in export.tensors.items():
-            tensor.copy_(weights[name])
-
-
 @contextmanager
 def writing(
     folder: str | Path, source_folder: str | Path, dtype: torch.dtype, max_shard_bytes: int | float = MAX_SHARD_BYTES
@@ -319,19 +300,6 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(f"{path} is damaged, truncated or not readable: {error}") from error
-
-
-def _check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> torch.dtype:
-    """The one dtype of the weights, which must be exactly the model's parameters."""
-    for name in sorted(weights.keys() ^ shapes.keys()):
-        raise ModelFolderError(f"{name} is {'missing' if name in shapes else 'no parameter of this model'}")
-    for name, tensor in weights.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ModelFolderError(f"{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) != 1:
-        raise ModelFolderError(f"an export has one dtype, these tensors have {sorted(map(str, dtypes))}")
-    return dtypes.pop()
 
 
 def _mapped_weights(

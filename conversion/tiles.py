@@ -75,15 +75,8 @@ class ParallelLayout:
         """How many ranks hold the same weights, experts apart."""
         return self.context * self.data
 
-    def rank(self, tensor: int, pipeline: int, data: int, context: int = 0) -> int:
-        """The global rank at these coordinates, in Megatron's default order "tp-cp-ep-dp-pp" (tensor fastest)."""
-        for axis, index in (("tensor", tensor), ("pipeline", pipeline), ("data", data), ("context", context)):
-            if not 0 <= index < getattr(self, axis):
-                raise ValueError(f"{axis} index {index} is outside this layout's {axis}={getattr(self, axis)}")
-        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
-
     def coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        """(tensor, pipeline, data, context) of a global rank: the inverse of `rank`."""
+        """(tensor, pipeline, data, context) of a global rank, in Megatron's default order "tp-cp-ep-dp-pp"."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside this layout of {self.world_size} ranks")
         rest, tensor = divmod(rank, self.tensor)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import write_export
 from safetensors.torch import load_file
 from tiny_models import config, random_weights, write_folder
 from torch import Tensor
@@ -203,8 +204,8 @@ def test_verify_compares_types_as_numbers_and_says_when_only_rounding_differs(
     weights = load_file(source / hf.WEIGHTS)
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
     halves["model.norm.weight"][3] = math.nan
-    hf.save(tmp_path / "bf16", halves, source, max_shard_bytes=30_000)
-    hf.save(tmp_path / "fp32", {name: tensor.float() for name, tensor in halves.items()}, source)
+    write_export(tmp_path / "bf16", halves, source, max_shard_bytes=30_000)
+    write_export(tmp_path / "fp32", {name: tensor.float() for name, tensor in halves.items()}, source)
     rewrite.compare(open_end(tmp_path / "bf16"), open_end(tmp_path / "fp32"))
     with pytest.raises(rewrite.MismatchError, match=r"embed_tokens\.weight, row 0, .* equal once rounded to bfloat16$"):
         rewrite.compare(open_end(tmp_path / "bf16"), open_end(megatron))

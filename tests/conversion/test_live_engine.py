@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from exports import write_export
 from live_faults import LiveFault, live_faults
 from tiny_models import World, config, empty_world, random_weights, reference_world, write_folder
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from conversion import hf
 from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
@@ -35,7 +35,7 @@ def prepared(model: Model, layout: ParallelLayout, route: Route, folder: Path) -
     """New weights as ranks of `layout` hold them, and the request to publish them; the folders are written."""
     weights = random_weights(model, seed=2)
     old = write_folder(folder / "old", model, random_weights(model, seed=1))
-    hf.save(folder / "export", weights, old)
+    write_export(folder / "export", weights, old)
     shapes = {rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)}
     world = reference_world(model.megatron_tiles(layout), weights, empty_world(shapes))
     generator = torch.Generator().manual_seed(3)

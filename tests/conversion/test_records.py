@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import write_export
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, config, random_weights, write_folder
 
@@ -73,7 +74,7 @@ def test_exports_of_training_record_what_their_configuration_computes(tmp_path: 
     for family in FAMILIES:
         model = model_from_config(config(family))
         source = write_folder(tmp_path / "source", model, random_weights(model))
-        hf.save(tmp_path / family, random_weights(model), source)
+        write_export(tmp_path / family, random_weights(model), source)
         assert (read_record(tmp_path / family) or {})["config"] == model.computation()
     scaling = (read_record(tmp_path / "llama3") or {})["config"]["rope_scaling"]
     assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (8.0, 24)

@@ -38,7 +38,8 @@ def assert_logits(ranks: Any, folders: list[Path], layout: ParallelLayout, packs
     for number, folder in enumerate(folders):
         wanted = expected(folder, packs)
         for data in range(layout.data):
-            shards = [answers[layout.rank(t, layout.pipeline - 1, data)][number] for t in range(layout.tensor)]
+            of_rank = {layout.coordinates(rank)[:3]: answer for rank, answer in enumerate(answers)}
+            shards = [of_rank[t, layout.pipeline - 1, data][number] for t in range(layout.tensor)]
             for index in range(len(packs)):
                 logits = numpy.concatenate([shard[index] for shard in shards], axis=-1)[:, :263]
                 truth = wanted[(index + data) % len(packs)]

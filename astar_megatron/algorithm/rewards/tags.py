@@ -9,6 +9,7 @@ powers, `//` and digits other than ASCII's, which it evaluates, are wrong (0.1) 
 """
 
 import json
+import operator
 import re
 from fractions import Fraction
 
@@ -101,6 +102,7 @@ def _parse(text: str) -> tuple[list[int], Fraction | None] | None:
     return [int(token) for token in tokens if token[0].isdigit()], _value(ordered)
 
 
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3, "positive": 3}
 
 
@@ -150,18 +152,6 @@ def _value(ordered: list[str]) -> Fraction | None:
             right, left = stack.pop(), stack.pop()
             if token == "/" and right == 0:
                 return None
-            stack.append(_apply(token, left, right))
+            stack.append(_OPERATORS[token](left, right))
     (value,) = stack
     return value
-
-
-def _apply(sign: str, left: Fraction, right: Fraction) -> Fraction:
-    match sign:
-        case "+":
-            return left + right
-        case "-":
-            return left - right
-        case "*":
-            return left * right
-        case _:
-            return left / right
