@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import CONTRACT
 
 from astar_megatron.config import validate
 from astar_megatron.data.chat import TokenizerError
@@ -113,15 +114,15 @@ def test_a_changed_model_folder_changes_one_field(
     assert line.startswith(f"{field}: ")
 
 
-def test_a_field_that_only_one_side_has_is_a_difference(contract: Contract) -> None:
-    fields = contract.fields()
+def test_a_field_that_only_one_side_has_is_a_difference() -> None:
+    fields = CONTRACT.fields()
     del fields["top_p"]
     fields["new_rule"] = "x"
-    assert contract.difference(fields) == [
+    assert CONTRACT.difference(fields) == [
         "top p: this has 1.0, the other nothing recorded",
         "new rule: this has nothing recorded, the other x",
     ]
-    assert dataclasses.replace(contract, top_p=0.5).difference(contract) == ["top p: this has 0.5, the other 1.0"]
+    assert dataclasses.replace(CONTRACT, top_p=0.5).difference(CONTRACT) == ["top p: this has 0.5, the other 1.0"]
 
 
 def test_the_day_of_the_prompts_is_a_field_only_where_the_template_writes_it(

@@ -1,34 +1,30 @@
 """The errors and intervals that come with V*, from a table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from samples import CONTRACT
+from table_rows import PROMPTS, scored
 
 from astar_megatron.algorithm import value
-from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import estimate
 from astar_megatron.data.v_star import TableError, VStarTable
-from astar_megatron.types import Prompt, Rollout
-
-type MakeRollout = Callable[..., Rollout]
 
 
 @pytest.fixture
-def table(tmp_path: Path, contract: Contract) -> VStarTable:
-    return VStarTable.create_or_open(tmp_path, contract)
+def table(tmp_path: Path) -> VStarTable:
+    return VStarTable.create_or_open(tmp_path, CONTRACT)
 
 
-def test_binary_rewards_have_the_exact_interval_through_v_star(
-    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
+def test_binary_rewards_have_the_exact_interval_through_v_star(table: VStarTable) -> None:
     passes = [(0, 8), (8, 8), (3, 8), (1, 5), (2, 3), (20, 32)]
-    for prompt, (k, n) in zip(prompts, passes, strict=True):
-        table.append([rollout(prompt, i, float(i < k)) for i in range(n)])
+    for prompt, (k, n) in zip(PROMPTS, passes, strict=True):
+        table.append([scored(prompt, i, float(i < k)) for i in range(n)])
     for level in (0.5, 0.95):
-        estimates = table.estimate(0.7, prompts, level=level)
+        estimates = table.estimate(0.7, PROMPTS, level=level)
         for place, (k, n) in enumerate(passes):
             ends = value.pass_rate_interval(torch.tensor(k), torch.tensor(n), level)
             low, high = (float(value.v_star_from_pass_rate(end, 1.0, 0.7)) for end in ends)
@@ -67,11 +63,9 @@ def test_intervals_of_rewards_below_0_cover(values: tuple[float, ...], shares: t
         assert coverage(values, shares, beta1, n) >= 0.95, n
 
 
-def test_other_rewards_have_the_interval_of_their_distribution(
-    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    for prompt, rewards in zip(prompts, ([0.1, 1.0, 0.0, 0.1], [0.0, 0.1] * 4, [0.0] * 8), strict=False):
-        table.append([rollout(prompt, i, r) for i, r in enumerate(rewards)])
+def test_other_rewards_have_the_interval_of_their_distribution(table: VStarTable) -> None:
+    for prompt, rewards in zip(PROMPTS, ([0.1, 1.0, 0.0, 0.1], [0.0, 0.1] * 4, [0.0] * 8), strict=False):
+        table.append([scored(prompt, i, r) for i, r in enumerate(rewards)])
     estimates = table.estimate(0.5, level=0.95)
     share = (np.log(40) / 8) ** 0.5  # of 4: two and 0.716 of the third
     ends = [
@@ -84,22 +78,20 @@ def test_other_rewards_have_the_interval_of_their_distribution(
     assert (estimates.least[0], estimates.most[0], estimates.mean[0]) == (0.0, 1.0, pytest.approx(0.3))
 
 
-def test_an_interval_is_of_its_prompts_own_samples_alone(
-    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    for prompt, k in ((prompts[0], 0), (prompts[1], 3)):
-        table.append([rollout(prompt, i, float(i < k)) for i in range(8)])
+def test_an_interval_is_of_its_prompts_own_samples_alone(table: VStarTable) -> None:
+    for prompt, k in ((PROMPTS[0], 0), (PROMPTS[1], 3)):
+        table.append([scored(prompt, i, float(i < k)) for i in range(8)])
     before = table.estimate(0.5)
-    table.append([rollout(prompts[2], i, 0.1 * i) for i in range(8)])
-    table.append([rollout(prompts[1], 8, 0.1)])  # beyond those that count
-    after = table.estimate(0.5, prompts[:3], 8)
+    table.append([scored(PROMPTS[2], i, 0.1 * i) for i in range(8)])
+    table.append([scored(PROMPTS[1], 8, 0.1)])  # beyond those that count
+    after = table.estimate(0.5, PROMPTS[:3], 8)
     assert after.low[:2].tolist() == before.low.tolist() and after.high[:2].tolist() == before.high.tolist()
 
 
-def test_equal_rewards_leave_room_for_others(table: VStarTable, prompts: list[Prompt], rollout: MakeRollout) -> None:
-    for prompt, n in zip(prompts, (1, 2, 8, 64), strict=False):
-        table.append([rollout(prompt, i, 0.1) for i in range(n)])
-    table.append([rollout(prompts[4], i, -1.0) for i in range(8)])
+def test_equal_rewards_leave_room_for_others(table: VStarTable) -> None:
+    for prompt, n in zip(PROMPTS, (1, 2, 8, 64), strict=False):
+        table.append([scored(prompt, i, 0.1) for i in range(n)])
+    table.append([scored(PROMPTS[4], i, -1.0) for i in range(8)])
     estimates = table.estimate(0.5, level=0.95)
     assert np.isnan(estimates.error[0]) and (estimates.error[1:] == 0).all()
     assert (
@@ -113,37 +105,31 @@ def test_equal_rewards_leave_room_for_others(table: VStarTable, prompts: list[Pr
     assert estimates.low[4] == -1 and estimates.high[4] > 0
 
 
-def test_each_prompt_may_have_a_number_of_samples_of_its_own(
-    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    for prompt in prompts[:3]:
-        table.append([rollout(prompt, i, float(i % 2), tokens=i + 1) for i in range(6)])
+def test_each_prompt_may_have_a_number_of_samples_of_its_own(table: VStarTable) -> None:
+    for prompt in PROMPTS[:3]:
+        table.append([scored(prompt, i, float(i % 2), tokens=i + 1) for i in range(6)])
     wanted = np.array([1, 4, 6])
-    estimates = table.estimate(0.5, prompts[:3], wanted)
+    estimates = table.estimate(0.5, PROMPTS[:3], wanted)
     assert estimates.samples.tolist() == [1, 4, 6] and estimates.tokens.tolist() == [1, 10, 21]
     assert estimates.mean.tolist() == [0.0, 0.5, 0.5]
     with pytest.raises(ValueError, match="1 of 3 prompts have less than 9 samples"):
-        table.estimate(0.5, prompts[:3], np.array([1, 9, 6]))
+        table.estimate(0.5, PROMPTS[:3], np.array([1, 9, 6]))
     with pytest.raises(TableError, match="at least 1, got 0"):
-        table.estimate(0.5, prompts[:3], np.array([1, 0, 6]))
-    assert table.lacking(prompts[:4], np.array([1, 9, 6, 2])).tolist() == [0, 3, 0, 2]
-    assert table.missing(prompts[:4], np.array([1, 8, 6, 1])) == [(prompts[1], 6), (prompts[1], 7), (prompts[3], 0)]
+        table.estimate(0.5, PROMPTS[:3], np.array([1, 0, 6]))
+    assert table.lacking(PROMPTS[:4], np.array([1, 9, 6, 2])).tolist() == [0, 3, 0, 2]
+    assert table.missing(PROMPTS[:4], np.array([1, 8, 6, 1])) == [(PROMPTS[1], 6), (PROMPTS[1], 7), (PROMPTS[3], 0)]
 
 
-def test_a_sample_beyond_those_that_count_does_not_stand_in_for_a_missing_one(
-    table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table.append([rollout(prompts[0], i, float(i >= 8)) for i in range(16) if i != 3])
-    assert table.lacking(prompts[:1], 8).tolist() == [1]
+def test_a_sample_beyond_those_that_count_does_not_stand_in_for_a_missing_one(table: VStarTable) -> None:
+    table.append([scored(PROMPTS[0], i, float(i >= 8)) for i in range(16) if i != 3])
+    assert table.lacking(PROMPTS[:1], 8).tolist() == [1]
     with pytest.raises(ValueError, match="1 of 1 prompts have less than 8 samples"):
-        table.estimate(0.5, prompts[:1], 8)
-    assert table.estimate(0.5, prompts[:1], 3).mean[0] == 0 and table.estimate(0.5).samples[0] == 15
+        table.estimate(0.5, PROMPTS[:1], 8)
+    assert table.estimate(0.5, PROMPTS[:1], 3).mean[0] == 0 and table.estimate(0.5).samples[0] == 15
 
 
 @pytest.mark.parametrize("level", [-1.0, 0.0, 1.0, 1.5, np.nan])
-def test_a_level_that_is_none_is_refused(
-    level: float, table: VStarTable, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table.append([rollout(prompts[0], 0, 0.3)])
+def test_a_level_that_is_none_is_refused(level: float, table: VStarTable) -> None:
+    table.append([scored(PROMPTS[0], 0, 0.3)])
     with pytest.raises(ValueError, match="level between 0 and 1"):
         table.estimate(0.5, level=level)
