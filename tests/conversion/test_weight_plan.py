@@ -1,6 +1,5 @@
 """Plans: bitwise round trips between all ends in buckets of any size, and coverage."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,7 +121,7 @@ def test_source_tiles_that_overlap_in_part_are_refused() -> None:
         plan([Tile(0, "a", "w", (0, 10), None)], [Tile(0, "b", "w", (0, 10), (0, 4))])
 
 
-def test_a_72b_model_is_planned_in_about_a_second() -> None:
+def test_a_72b_model_is_planned_in_about_as_many_copies_as_it_has_tiles() -> None:
     model = model_from_config(
         config(
             "qwen2",
@@ -135,7 +134,6 @@ def test_a_72b_model_is_planned_in_about_a_second() -> None:
         )
     )
     source, target = model.megatron_tiles(ParallelLayout(tensor=8, pipeline=8)), model.vllm_tiles(8)
-    start = time.process_time()
     weights = plan(source, target)
-    assert time.process_time() - start < 1.5  # 0.25 s on an idle core
+    assert len(target) <= len(weights.copies) <= 2 * len(target)
     assert sum(copy.source.num_elements for copy in weights.copies) > model.num_parameters() > 72e9

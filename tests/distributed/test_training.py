@@ -227,7 +227,7 @@ def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied
             for name in ("logprobs", "reference_logprobs", "losses"):
                 assert getattr(step, name) == pytest.approx(getattr(expected, name), rel=2e-3, abs=1e-4), (axes, name)
             assert len(step.peak_memory_bytes) == ParallelConfig(**axes).world_size
-            assert min(step.peak_memory_bytes) > 100 << 20
+            assert min(step.peak_memory_bytes) > 0
             assert step.tokens_per_second > 0
             assert step.mfu is None
         assert steps[1].model_flops == wanted.stats[1].model_flops  # nothing shared, so packs are no matter

@@ -31,11 +31,15 @@ def packs(draw: st.DrawFn) -> PackedBatch:
     return pack(token_ids, prompts, share_prefix=False)
 
 
-@given(packed=packs(), tensor=st.integers(1, 3), context=st.integers(1, 4))
-def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tensor: int, context: int) -> None:
-    streams = [rank_stream(packed, tensor=tensor, context=context, rank=rank) for rank in range(context)]
+@given(packed=packs(), tensor=st.integers(1, 3), context=st.integers(1, 4), align=st.sampled_from([1, 1, 8, 32]))
+def test_ranks_hold_every_token_and_every_target_once(
+    packed: PackedBatch, tensor: int, context: int, align: int
+) -> None:
+    """`align` is what FP8's products take a multiple of."""
+    sizes = {"tensor": tensor, "context": context, "align": align}
+    streams = [rank_stream(packed, **sizes, rank=rank) for rank in range(context)]
     assert len({len(stream.token_ids) for stream in streams}) == 1
-    assert len(streams[0].token_ids) % tensor == 0 and len(streams[0].token_ids)
+    assert len(streams[0].token_ids) % (tensor * align) == 0 and len(streams[0].token_ids)
     together = torch.cat([stream.token_ids for stream in streams])
     positions = torch.cat([stream.position_ids for stream in streams])
     order = torch.arange(len(together)) if context == 1 else streams[0].order
@@ -71,6 +75,8 @@ def test_a_shared_prefix_stays_whole_and_padding_goes_to_the_end() -> None:
     assert stream.position_ids.tolist() == [0, 1, 2, 3, 2, 3]
     assert (stream.prefix_tokens, stream.lengths, stream.order) == (2, (2, 2), None)
     assert stream.positions.tolist() == packed.target_positions.tolist()
+    aligned = rank_stream(packed, align=32)
+    assert len(aligned.token_ids) == 32 and aligned.positions.tolist() == packed.target_positions.tolist()
 
 
 def test_each_rank_has_the_same_number_of_causal_pairs() -> None:
