@@ -79,6 +79,7 @@ class ParallelLayout:
         """(tensor, pipeline, data, context) of a global rank, in Megatron's default order "tp-cp-ep-dp-pp"."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside this layout of {self.world_size} ranks")
+        # rank = tensor + T * (context + C * (data + D * pipeline)), with T, C, D the sizes of the axes
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
@@ -92,7 +93,7 @@ class ParallelLayout:
     def cell(self, rank: int) -> "Cell":
         """What of the model lies on `rank`."""
         tensor, pipeline, data, context = self.coordinates(rank)
-        expert = (context + self.context * data) % self.expert
+        expert = (context + self.context * data) % self.expert  # runs through the replicas, context first
         return Cell(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
 
 

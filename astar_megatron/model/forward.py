@@ -41,6 +41,7 @@ def run_scoring(
     """
     scored = []
     for stream, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend)):
+        # [R], zero where another rank has the response token: the sum over ranks fills in
         everywhere = logprobs.new_zeros(stream.num_responses).index_copy(0, stream.rows.to(logprobs.device), logprobs)
         scored.append(_over_context(everywhere))
     return scored
@@ -103,7 +104,7 @@ def run_loss(
 
 
 def _held_tokens(stream: RankStream, sequences: slice) -> HeldTokens:
-    first = sum(stream.response_lengths[: sequences.start])
+    first = sum(stream.response_lengths[: sequences.start])  # response tokens of the sequences before
     lengths = stream.response_lengths[sequences]
     own = slice(first, first + sum(lengths))
     return HeldTokens(sequences=sequences, lengths=lengths, own=own, rows=stream.rows[own])
@@ -149,7 +150,7 @@ class _Inputs:
 
     def model_arguments(self, stream: RankStream, padded_vocab: int, loss: SequenceLoss | None) -> dict[str, Any]:
         device = self.backend.device
-        columns = padded_vocab // parallel_state.get_tensor_model_parallel_world_size()
+        columns = padded_vocab // parallel_state.get_tensor_model_parallel_world_size()  # of this rank
         vocabulary = Vocabulary(
             size=self.vocab_size,
             temperature=self.temperature,
@@ -157,8 +158,8 @@ class _Inputs:
             group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
         )
         return {
-            "input_ids": stream.token_ids[None].to(device),
-            "position_ids": stream.position_ids[None].to(device),
+            "input_ids": stream.token_ids[None].to(device),  # [1, t]
+            "position_ids": stream.position_ids[None].to(device),  # [1, t]
             "attention_mask": None,
             "packed_seq_params": _packed_sequences(stream, self.backend),
             "output_processor": output.head_output,
@@ -216,7 +217,9 @@ def _packed_sequences(stream: RankStream, backend: Backend) -> PackedSeqParams:
         raise AssertionError("Transformer Engine's attention takes packs without a shared prefix")
     # Of the whole sequences: its attention and megatron's rotary embedding know which pieces of each a rank of the
     # context axis holds. Padding counts as tokens, so nothing lies between two sequences.
-    bounds = torch.tensor([0, *stream.lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    bounds = torch.tensor([0, *stream.lengths], dtype=torch.int32, device=device).cumsum(
+        0, dtype=torch.int32
+    )  # [B + 1]
     longest = max(stream.lengths)
     return PackedSeqParams(
         qkv_format="thd",
