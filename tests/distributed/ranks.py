@@ -1,6 +1,8 @@
 """What the rank processes of tests/distributed do: real PolicyRanks over gloo, one a process."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +50,20 @@ def serve(pipe: Any, function: Any, rank: int, arguments: dict[str, Any]) -> Non
         pipe.send(traceback.format_exc())
 
 
-def started(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
-    """Return the policy of a job as `rank`, started with the others."""
+def join(pipe: Any, rank: int, port: int | None, num_ranks: int) -> None:
+    """Make the gloo group of all ranks."""
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+
+
+@contextmanager
+def started(pipe: Any, rank: int, port: int | None, job: Job) -> Iterator[Any]:
+    """Yield the policy of a job as `rank`, started with the others."""
     from astar_megatron.config import OptimConfig, ParallelConfig
     from astar_megatron.model.policy import PolicyRank
 
@@ -66,7 +80,10 @@ def started(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
         pipe.send(port)
     assert port is not None
     policy.start("127.0.0.1", port)
-    return policy
+    try:
+        yield policy
+    finally:
+        policy.close()
 
 
 def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any, num_ranks: int) -> Any:
@@ -74,10 +91,7 @@ def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any,
     import head_cases
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)  # type: ignore[attr-defined]
-    if rank == 0:
-        pipe.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    join(pipe, rank, port, num_ranks)
     try:
         share: Any = {"rank": rank, "num_ranks": num_ranks, "group": dist.group.WORLD}
         return head_cases.errors(head, case, **share), head_cases.scoring_gap(head, case, **share)
@@ -93,14 +107,11 @@ def _options(job: Job, size: int) -> Any:
 
 def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str) -> Any:
     """Take one step and write the gradient under HF names to `folder`; return the statistics."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         stats = policy.step(batch, job.loss, _options(job, len(batch)))
         _gather_gradients(policy)
         write_gradients(policy, folder)
         return stats
-    finally:
-        policy.close()
 
 
 def trained(
@@ -110,8 +121,7 @@ def trained(
 
     `folder` gets the last gradient of each batch and the weights in the end, under HF names; `save` a checkpoint.
     """
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         reports = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
@@ -122,8 +132,6 @@ def trained(
         if save:
             policy.save(save, {"step": len(batches)})
         return reports
-    finally:
-        policy.close()
 
 
 def write_gradients(policy: Any, folder: str) -> None:
@@ -160,25 +168,19 @@ def _gather_gradients(policy: Any) -> None:
 
 def logprobs(pipe: Any, rank: int, port: int | None, *, job: Job, token_ids: Any, prompt_tokens: Any) -> Any:
     """Return the response tokens' log-probs under the policy."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         return policy.logprobs(token_ids, prompt_tokens)
-    finally:
-        policy.close()
 
 
 def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, load: str | None, save: str | None) -> Any:
     """Train on `batches`, from the checkpoint `load` and saving to `save` where given; return the statistics."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         if load:
             policy.load(load, batches[0].version)
         reports = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
         if save:
             policy.save(save, {"step": len(batches)})
         return reports
-    finally:
-        policy.close()
 
 
 def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str) -> list[str]:
@@ -186,8 +188,7 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
     import torch
     from megatron.core import dist_checkpointing
 
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         wanted = {name: weight.clone() for name, weight in policy.weights().items()}
         for weight in policy.weights().values():
             weight.zero_()
@@ -197,8 +198,6 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
         loaded = policy.weights()
         rows = {name: _real_rows(policy, name) for name in wanted}
         return [name for name in wanted if not torch.equal(loaded[name][: rows[name]], wanted[name][: rows[name]])]
-    finally:
-        policy.close()
 
 
 def _real_rows(policy: Any, name: str) -> int:
@@ -215,14 +214,11 @@ def exported(
     pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, save: str, folder: str, shared: str
 ) -> None:
     """Train on `batches`, then write both a checkpoint and an HF folder of the same weights."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         for batch in batches:
             policy.step(batch, job.loss, _options(job, len(batch)))
         policy.save(save, {"step": len(batches)})
         policy.export(folder, shared)
-    finally:
-        policy.close()
 
 
 def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any, packs: Any) -> Any:
@@ -233,16 +229,12 @@ def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any,
     """
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from astar_megatron.model import backend as backends
     from astar_megatron.model.build import initialise
 
     backend = backends.choose()
-    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
-    if rank == 0:
-        pipe.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
+    join(pipe, rank, port, layout.world_size)
     initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     cell = layout.cell(rank)
