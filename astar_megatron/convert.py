@@ -10,26 +10,26 @@ from rich.console import Console
 from astar_megatron.run.certificate import certify_conversion
 from astar_megatron.run.link_table import LINKS_SHOWN, files_text, links, size_text
 from astar_megatron.run.tracking import progress, show_table
-from conversion import convert, folders
+from conversion import folders, rewrite
 from conversion.ends import End, MegatronEnd, open_end
-from conversion.folders import CheckpointError
-from conversion.ledger import check_record, config_said, listed, said
+from conversion.folders import ModelFolderError
+from conversion.ledger import check_record, config_verdict, listed, weights_verdict
 from conversion.tiles import ParallelLayout
 
 
 def to_megatron(source: str, destination: str, layout: ParallelLayout, *, like: str | None, dry_run: bool) -> None:
     """Write `source`, of either kind, as a distributed checkpoint of Megatron, cut for ranks of `layout`."""
     end = _opened(source, destination, like, dry_run)
-    parts = sum(len(cut) for cut in convert.chunks(end.model, layout, end.dtype).values())
-    parts += len(convert.hf_parts(end.model, end.dtype))  # which are read back
-    _run(end, layout, destination, parts, dry_run, lambda it: convert.write_megatron(end, destination, layout, it))
+    parts = sum(len(cut) for cut in rewrite.chunks(end.model, layout, end.dtype).values())
+    parts += len(rewrite.hf_parts(end.model, end.dtype))  # which are read back
+    _run(end, layout, destination, parts, dry_run, lambda it: rewrite.write_megatron(end, destination, layout, it))
 
 
 def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> None:
     """Write `source`, of either kind, as a Hugging Face folder."""
     end = _opened(source, destination, like, dry_run)
-    parts = 2 * len(convert.hf_parts(end.model, end.dtype))  # written, and read back
-    _run(end, None, destination, parts, dry_run, lambda it: convert.write_hf(end, destination, it))
+    parts = 2 * len(rewrite.hf_parts(end.model, end.dtype))  # written, and read back
+    _run(end, None, destination, parts, dry_run, lambda it: rewrite.write_hf(end, destination, it))
 
 
 def verify(a: str, b: str, *, like: str | None) -> None:
@@ -37,7 +37,7 @@ def verify(a: str, b: str, *, like: str | None) -> None:
     console = Console(highlight=False)
     first, second = open_end(a, like), open_end(b, like)
     with progress(console, "comparing parameters", len(first.model.parameters())) as advance:
-        convert.compare(first, second, advance)
+        rewrite.compare(first, second, advance)
     console.print(
         f"{a} and {b} hold the same {first.model.num_parameters():,} parameters", markup=False, soft_wrap=True
     )
@@ -65,13 +65,13 @@ def inspect(path: str, *, like: str | None) -> None:
     try:
         record = folders.read_record(end.path) or {}
         rows += [(f"{folders.RECORD}: {key}", _shown(value)) for key, value in record.items()]
-    except CheckpointError as error:  # the weights can be sound all the same
+    except ModelFolderError as error:  # the weights can be sound all the same
         rows.append((folders.RECORD, str(error)))
     show_table(console, path, rows)
-    with progress(console, "reading all weights", len(convert.hf_parts(model, end.dtype))) as advance:
-        ledger = convert.read_through(end, advance)
+    with progress(console, "reading all weights", len(rewrite.hf_parts(model, end.dtype))) as advance:
+        ledger = rewrite.read_through(end, advance)
     finite = listed(ledger.bad) if ledger.bad else "all weights are finite"
-    for line in dict.fromkeys((finite, said(end, ledger.digests()), config_said(end))):
+    for line in dict.fromkeys((finite, weights_verdict(end, ledger.digests()), config_verdict(end))):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -93,8 +93,8 @@ def _run(
     write: Callable[[Callable[[int], None]], None],
 ) -> None:
     console = Console(highlight=False)
-    preview = convert.preview(end, layout)
-    allowance = "" if layout is None else f" (with {convert.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
+    preview = rewrite.preview(end, layout)
+    allowance = "" if layout is None else f" (with {rewrite.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
         ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_name(end.dtype)})"),
         ("to", destination),

@@ -16,7 +16,7 @@ from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
 from astar_megatron.run.tracking import Tracker
-from conversion import convert, hf
+from conversion import hf, rewrite
 from conversion.ends import open_end
 
 
@@ -45,5 +45,5 @@ def hugging_face(path: Path, tracker: Tracker) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=tracker.run_dir, prefix="eval_") as temporary:
         folder = Path(temporary) / "hf"
         with tracker.progress(f"{path} as a Hugging Face folder", len(end.model.parameters())) as advance:
-            convert.write_hf(end, folder, advance)
+            rewrite.write_hf(end, folder, advance)
         yield folder

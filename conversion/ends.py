@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from conversion import checkpoint, hf
-from conversion.checkpoint import CheckpointReader, Index
+from conversion import hf, torch_dist
 from conversion.families import Model, contrast, read_model
-from conversion.folders import RECORD, CheckpointError
+from conversion.folders import RECORD, ModelFolderError
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
+from conversion.torch_dist import CheckpointReader, Index
 
 _HEAD = "output_layer.weight"
 # Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under another name.
@@ -96,7 +96,7 @@ class ConfigEnd:
         self.dtype = dtype
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        raise CheckpointError(f"{self.path} has no weights")
+        raise ModelFolderError(f"{self.path} has no weights")
 
     def tiles(self) -> list[Tile]:
         return self.model.hf_tiles()
@@ -143,10 +143,10 @@ class MegatronEnd:
         own = self.path / "config.json"
         if not own.is_file() or self.companions == self.path:
             return
-        if found := contrast(read_model(self.path).computation(), self.model.computation()):
+        if difference := contrast(read_model(self.path).computation(), self.model.computation()):
             raise ValueError(
-                f"{own} and {self.companions / 'config.json'}, named with --like, compute differently: {found}: leave "
-                f"out --like, or, if the first is wrong, remove it"
+                f"{own} and {self.companions / 'config.json'}, named with --like, compute differently: {difference}: "
+                "leave out --like, or, if the first is wrong, remove it"
             )
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -168,28 +168,28 @@ class MegatronEnd:
             stored, planes = self._places[name]
             if stored not in self._shapes:
                 raise ValueError(f"{self.path} does not hold {stored}, which a {self.model.architecture} has")
-            held = self._shapes[stored]
-            got = held[len(planes) :]
-            padded = len(shape) == 2 and len(got) == 2 and got[0] >= shape[0] and is_vocabulary(name)
-            if got[1:] != shape[1:] or (got[0] != shape[0] and not padded):
-                raise ValueError(f"{self.path}: {stored} is {held}, expected {shape} for each layer")
-            if any(plane >= count for plane, count in zip(planes, held, strict=False)):
-                raise ValueError(f"{self.path}: {stored} is {held}, too few for {name}")
+            stored_shape = self._shapes[stored]
+            plane_shape = stored_shape[len(planes) :]
+            padded = len(shape) == 2 and len(plane_shape) == 2 and plane_shape[0] >= shape[0] and is_vocabulary(name)
+            if plane_shape[1:] != shape[1:] or (plane_shape[0] != shape[0] and not padded):
+                raise ValueError(f"{self.path}: {stored} is {stored_shape}, expected {shape} for each layer")
+            if any(plane >= count for plane, count in zip(planes, stored_shape, strict=False)):
+                raise ValueError(f"{self.path}: {stored} is {stored_shape}, too few for {name}")
 
     def layout(self) -> dict[str, int] | None:
         return _layout(self.path / RECORD) or _layout(self.path / "progress.json")  # ours, or a run's
 
     def notes(self) -> dict[str, str]:
         padded = self._shapes["embedding.word_embeddings.weight"][0]
-        found = {"vocabulary": f"padded to {padded:,}"} if padded != self.model.vocab_size else {}
+        notes = {"vocabulary": f"padded to {padded:,}"} if padded != self.model.vocab_size else {}
         if (layout := self.layout()) is not None:
-            found["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
+            notes["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
         writers = {file.split("_")[2] for file in self.files if file.startswith("__") and file.count("_") >= 3}
-        found["files"] = f"{len(self.files)} hold the weights, written by {len(writers) or 'unknown'} ranks"
-        return found
+        notes["files"] = f"{len(self.files)} hold the weights, written by {len(writers) or 'unknown'} ranks"
+        return notes
 
     def tiles(self) -> list[Tile]:
-        ranks, found = {file: rank for rank, file in enumerate(self.files)}, []
+        ranks, tiles = {file: rank for rank, file in enumerate(self.files)}, []
         for tile in self.model.megatron_tiles(whole()):
             stored, planes = self._places[tile.name]
             height = tile.rows[1] - tile.rows[0]
@@ -203,8 +203,8 @@ class MegatronEnd:
                 if r0 < r1 and c0 < c1:
                     rows = (tile.rows[0] + r0, tile.rows[0] + r1)
                     cols = None if tile.cols is None else (tile.cols[0] + c0, tile.cols[0] + c1)
-                    found.append(Tile(ranks[file], stored, tile.hf, rows, cols))
-        return found
+                    tiles.append(Tile(ranks[file], stored, tile.hf, rows, cols))
+        return tiles
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         out = None
@@ -231,7 +231,7 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
 
     With `plan_only` a folder that has a config.json and no weights at all is one too.
     """
-    if checkpoint.is_checkpoint(path):
+    if torch_dist.is_checkpoint(path):
         return MegatronEnd(path, like)
     if (Path(path) / "config.json").is_file():
         weights = (".safetensors", ".safetensors.index.json", *hf.PICKLES)
@@ -239,7 +239,7 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
         return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)
     raise ValueError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a distributed checkpoint of "
-        f"Megatron ({checkpoint.MARK} and .metadata)"
+        f"Megatron ({torch_dist.MARK} and .metadata)"
     )
 
 

@@ -38,24 +38,24 @@ _LOCK, _NEW, _OLD = "lock", "new", "old"  # in the folder that holds a new expor
 _NAMED = 8  # files that an error lists
 
 
-class CheckpointError(ValueError):
+class ModelFolderError(ValueError):
     """An HF folder that is incomplete, damaged or not the model the plan describes; the message names the file."""
 
 
 def check_destination(folder: str | Path) -> None:
-    """Raise CheckpointError where something lies at `folder` that is not an export: replacing would delete it."""
+    """Raise ModelFolderError where something lies at `folder` that is not an export: replacing would delete it."""
     folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
             "it yourself"
         )
     names = sorted(path.name for path in folder.iterdir())
     if others := [name for name in names if name not in _COMPANIONS and not _EXPORTED.fullmatch(name)]:
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}; to "
             "replace it would delete them: move them away, or choose another place"
         )
@@ -73,12 +73,14 @@ def free_bytes(folder: str | Path) -> int:
 
 
 def check_apart(folder: str | Path, source: str | Path) -> None:
-    """Raise CheckpointError where `folder` is, or lies in, or holds the source: writing would touch what is read."""
+    """Raise ModelFolderError where `folder` is, or lies in, or holds the source: writing would touch what is read."""
     new, old = Path(folder).resolve(), Path(source).resolve()
     if new == old:
-        raise CheckpointError(f"{folder} is the source itself: choose another destination")
+        raise ModelFolderError(f"{folder} is the source itself: choose another destination")
     if new in old.parents or old in new.parents:
-        raise CheckpointError(f"one of {folder} and {source} lies in the other: choose a destination beside the source")
+        raise ModelFolderError(
+            f"one of {folder} and {source} lies in the other: choose a destination beside the source"
+        )
 
 
 @contextmanager
@@ -161,15 +163,15 @@ def copy_companions(source_folder: Path, folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the conversion.json of a folder, None where it has none. CheckpointError if it is damaged."""
+    """Return the conversion.json of a folder, None where it has none. ModelFolderError if it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise CheckpointError(f"{folder / RECORD} is no JSON: {error}") from error
+        raise ModelFolderError(f"{folder / RECORD} is no JSON: {error}") from error
     if not isinstance(record, dict):
-        raise CheckpointError(f"{folder / RECORD}: expected a JSON object, got {type(record).__name__}")
+        raise ModelFolderError(f"{folder / RECORD}: expected a JSON object, got {type(record).__name__}")
     return record
 
 

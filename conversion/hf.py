@@ -1,8 +1,8 @@
 """HF folders as the source and the target of plans: safetensors in, safetensors out.
 
-`load` reads only the rectangles a rank holds, shard by shard. `save` writes a folder that transformers and vLLM open,
-`writing` one that is filled as the weights arrive; it appears as a whole or not at all, and carries a conversion.json
-with the digests of what it holds. Pickle checkpoints are refused: opening one runs whatever code it holds.
+`load` reads only the rectangles a rank holds, shard by shard. `writing` makes a folder that transformers and vLLM open,
+filled as the weights arrive; it appears as a whole or not at all, and carries a conversion.json with the digests of
+what it holds. Pickle checkpoints are refused: opening one runs whatever code it holds.
 """
 
 import json
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conversion.families import read_model
-from conversion.folders import RECORD, CheckpointError, copy_companions, replacing, write_json
+from conversion.folders import RECORD, ModelFolderError, copy_companions, replacing, write_json
 from conversion.mapping import PiecewiseFile, mapped
 from conversion.plan import Copy, WeightPlan
 from conversion.transfer import view
@@ -43,7 +43,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Return which file holds which parameter. CheckpointError unless the folder holds exactly `shapes`.
+    """Return which file holds which parameter. ModelFolderError unless the folder holds exactly `shapes`.
 
     Reads headers, and no weights but those of a tied head that is stored beside the embedding. Says that an adapter
     beside them is left out.
@@ -62,14 +62,14 @@ def _say_left_out(folder: Path, adapters: str) -> None:
 
 
 def check_engines_read(folder: str | Path) -> None:
-    """Raise CheckpointError where vLLM would load other files of the folder than those that are read here.
+    """Raise ModelFolderError where vLLM would load other files of the folder than those that are read here.
 
     Without an index it loads every *.safetensors of a folder, one after the other.
     """
     folder = Path(folder)
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.name != WEIGHTS)
     if others and not (folder / INDEX).exists():
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder} holds {', '.join(others)} beside {WEIGHTS}, and no {INDEX} that says which are the weights: "
             f"{WEIGHTS} alone is read here, but vLLM would load all of them over each other; move the others away"
         )
@@ -87,41 +87,41 @@ class Stored:
 
 def places(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
     """Return where the parameters in `holder` lie, which are as `check` gives them."""
-    found: dict[str, Stored] = {}
+    parameters: dict[str, Stored] = {}
     for file in sorted(set(holder.values())):
         with (folder / file).open("rb") as shard:  # safetensors has checked the header
             length = int.from_bytes(shard.read(8), "little")
             header = json.loads(shard.read(length))
         for name, entry in header.items():
             if holder.get(name) == file:
-                found[name] = Stored(
+                parameters[name] = Stored(
                     file=file,
                     offset=8 + length + entry["data_offsets"][0],
                     shape=tuple(entry["shape"]),
                     dtype=_DTYPES[entry["dtype"]],
                 )
-    return found
+    return parameters
 
 
 def stored(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
-    """Return the `places` of parameters that are of one type. CheckpointError: several types."""
-    found = places(folder, holder)
-    of_type = {str(place.dtype).removeprefix("torch."): name for name, place in sorted(found.items(), reverse=True)}
+    """Return the `places` of parameters that are of one type. ModelFolderError: several types."""
+    parameters = places(folder, holder)
+    of_type = {place.dtype: name for name, place in sorted(parameters.items(), reverse=True)}
     if len(of_type) != 1:
-        mix = ", ".join(f"{dtype} ({name})" for dtype, name in sorted(of_type.items()))
-        raise CheckpointError(f"{folder} mixes types: {mix}; convert it to one first, for example with transformers")
-    return found
+        mix = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in of_type.items()))
+        raise ModelFolderError(f"{folder} mixes types: {mix}; convert it to one first, for example with transformers")
+    return parameters
 
 
 def rows(folder: Path, place: Stored, start: int = 0, stop: int | None = None) -> Tensor:
-    """Return rows of a parameter, mapped from its file as it is stored; from any thread. CheckpointError if damaged."""
+    """Return rows of a parameter, mapped from its file as stored; from any thread. ModelFolderError if damaged."""
     count = (place.shape[0] if stop is None else stop) - start
     row_bytes = math.prod(place.shape[1:]) * place.dtype.itemsize
     path = folder / place.file
     try:
         return mapped(path, place.offset + start * row_bytes, (count, *place.shape[1:]), place.dtype)
     except (OSError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
+        raise ModelFolderError(f"{path} is damaged, truncated or not readable: {error}") from error
 
 
 @torch.no_grad()
@@ -168,25 +168,6 @@ class Export:
             file.write(values.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-@torch.no_grad()
-def save(
-    folder: str | Path,
-    tensors: Mapping[str, Tensor],
-    source_folder: str | Path,
-    max_shard_bytes: int | float = MAX_SHARD_BYTES,
-) -> None:
-    """Writes an HF folder with these weights and the configuration and tokenizer of `source_folder`, as `writing` does.
-
-    The tensors are the model's parameters under their HF names, of one dtype; a tied head is left out if given.
-    """
-    model = read_model(source_folder)
-    weights = {name: t for name, t in tensors.items() if not (model.tied and name == HEAD)}
-    dtype = _check_weights(weights, model.parameters())
-    with writing(folder, source_folder, dtype, max_shard_bytes) as export:
-        for name, tensor in export.tensors.items():
-            tensor.copy_(weights[name])
-
-
 @contextmanager
 def writing(
     folder: str | Path, source_folder: str | Path, dtype: torch.dtype, max_shard_bytes: int | float = MAX_SHARD_BYTES
@@ -223,8 +204,8 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             return {WEIGHTS: None}
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
-            raise CheckpointError(f"{folder}: {pickled[0]} is a pickle checkpoint, which is refused: use safetensors")
-        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+            raise ModelFolderError(f"{folder}: {pickled[0]} is a pickle checkpoint, which is refused: use safetensors")
+        raise ModelFolderError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
@@ -233,14 +214,14 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
         for name, file in weight_map.items():
             files[file] = (files[file] or set()) | {name}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is no safetensors index: {error!r}") from error
+        raise ModelFolderError(f"{folder / INDEX} is no safetensors index: {error!r}") from error
     for file in files:
         if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
+            raise ModelFolderError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
         if not (folder / file).exists():
-            raise CheckpointError(f"{folder / INDEX} names {file}, which is missing")
+            raise ModelFolderError(f"{folder / INDEX} names {file}, which is missing")
     if (folder / WEIGHTS).exists() and WEIGHTS not in files:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder} holds {WEIGHTS} beside {INDEX}, which names other files: transformers would read the first, "
             f"vLLM those of the index; move away {WEIGHTS}, or the index with its files"
         )
@@ -262,12 +243,12 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
     holder: dict[str, str] = {}
     for file, listed in files.items():
         with _opened(folder / file) as shard:
-            held = set(shard.keys())
-            for name in sorted(held | (listed or set())):
-                if name not in held:
-                    raise CheckpointError(f"{folder / INDEX} says {file} holds {name}, but it does not")
+            names = set(shard.keys())
+            for name in sorted(names | (listed or set())):
+                if name not in names:
+                    raise ModelFolderError(f"{folder / INDEX} says {file} holds {name}, but it does not")
                 if listed is not None and name not in listed and name in shapes:
-                    raise CheckpointError(
+                    raise ModelFolderError(
                         f"{folder / file} holds a {name} that {INDEX} does not place there, while vLLM would load it: "
                         "remove the tensor or mend the index; transformers writes both anew"
                     )
@@ -278,14 +259,14 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
                 part = shard.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), part.get_dtype()
                 if shape != shapes[name]:
-                    raise CheckpointError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
+                    raise ModelFolderError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
                 if dtype not in _DTYPES:
-                    raise CheckpointError(
+                    raise ModelFolderError(
                         f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}"
                     )
     for name in shapes:
         if name not in holder:
-            raise CheckpointError(f"{folder} does not hold {name}")
+            raise ModelFolderError(f"{folder} does not hold {name}")
     if HEAD in holder and HEAD not in shapes:
         _check_tied(folder, holder)
     return holder
@@ -293,14 +274,14 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
 
 def _check_tied(folder: Path, holder: Mapping[str, str]) -> None:
     """Refuses a stored head that is not the embedding: who ties and who reads it would compute different models."""
-    with _opened(folder / holder[EMBEDDING]) as one, _opened(folder / holder[HEAD]) as other:
-        embedding, head = one.get_slice(EMBEDDING), other.get_slice(HEAD)
+    with _opened(folder / holder[EMBEDDING]) as embedding_file, _opened(folder / holder[HEAD]) as head_file:
+        embedding, head = embedding_file.get_slice(EMBEDDING), head_file.get_slice(HEAD)
         same = (embedding.get_shape(), embedding.get_dtype()) == (head.get_shape(), head.get_dtype())
         for start in range(0, embedding.get_shape()[0] if same else 0, _ROWS):
             rows = slice(start, start + _ROWS)
             same = same and torch.equal(embedding[rows].view(torch.uint8), head[rows].view(torch.uint8))
     if not same:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{folder / holder[HEAD]} holds a {HEAD} that is not {EMBEDDING}, but config.json ties them: set "
             "tie_word_embeddings to false if the model has a head of its own, else remove the tensor"
         )
@@ -309,7 +290,7 @@ def _check_tied(folder: Path, holder: Mapping[str, str]) -> None:
 def _check_extra(path: Path, name: str) -> None:
     """Refuses a tensor that is no parameter of the model, except the two that HF itself ignores."""
     if name != HEAD and not name.endswith(".rotary_emb.inv_freq"):
-        raise CheckpointError(f"{path} holds {name}, which the model of config.json does not have")
+        raise ModelFolderError(f"{path} holds {name}, which the model of config.json does not have")
 
 
 def _opened(path: Path) -> safe_open:
@@ -318,20 +299,7 @@ def _opened(path: Path) -> safe_open:
         path.open("rb").close()  # safetensors says "No such file" of every file that it can't open
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged, truncated or not readable: {error}") from error
-
-
-def _check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> torch.dtype:
-    """The one dtype of the weights, which must be exactly the model's parameters."""
-    for name in sorted(weights.keys() ^ shapes.keys()):
-        raise CheckpointError(f"{name} is {'missing' if name in shapes else 'no parameter of this model'}")
-    for name, tensor in weights.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, expected {shapes[name]}")
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) != 1:
-        raise CheckpointError(f"an export has one dtype, these tensors have {sorted(map(str, dtypes))}")
-    return dtypes.pop()
+        raise ModelFolderError(f"{path} is damaged, truncated or not readable: {error}") from error
 
 
 def _mapped_weights(
@@ -341,8 +309,8 @@ def _mapped_weights(
     tensors: dict[str, Tensor] = {}
     weight_map = shard_names(shapes, dtype, max_shard_bytes)
     for file in dict.fromkeys(weight_map.values()):
-        held = {name: shape for name, shape in shapes.items() if weight_map[name] == file}
-        tensors |= _mapped_file(folder / file, held, dtype)
+        file_shapes = {name: shape for name, shape in shapes.items() if weight_map[name] == file}
+        tensors |= _mapped_file(folder / file, file_shapes, dtype)
     if set(weight_map.values()) != {WEIGHTS}:
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

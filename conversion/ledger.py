@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conversion.ends import End
 from conversion.families import contrast
-from conversion.folders import RECORD, CheckpointError, read_record
+from conversion.folders import RECORD, ModelFolderError, read_record
 from conversion.plan import Rectangle
 from conversion.verify import DIGEST_RULE, digest
 
@@ -32,9 +32,9 @@ class Ledger:
 
     def enter(self, name: str, rectangle: Rectangle, values: Tensor) -> None:
         """Count in a part of a parameter; all of them, once each, are the whole."""
-        bad, found = num_not_finite(values), digest(values, rectangle)
+        bad, part_digest = num_not_finite(values), digest(values, rectangle)
         with self._lock:
-            self._digests[name] += found
+            self._digests[name] += part_digest
             if bad:
                 self.bad[name] += bad
 
@@ -43,13 +43,13 @@ class Ledger:
         return {name: f"{self._digests[name] % (1 << 64):016x}" for name in self.end.model.parameters()}
 
     def check(self) -> None:
-        """Raise CheckpointError where a weight is not finite, or is not what the folder's own record says."""
+        """Raise ModelFolderError where a weight is not finite, or is not what the folder's own record says."""
         if self.bad:
-            raise CheckpointError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
+            raise ModelFolderError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
         if _by_another_rule(self.end):
             _LOG.warning("%s: %s: the weights are converted as they are", self.end.path / RECORD, _ANOTHER_RULE)
         if wrong := differing(recorded(self.end), self.digests()):
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{self.end.path}: {_named(wrong)}: not what {RECORD} there records, so the folder is damaged or was "
                 f"changed: take it from a copy, or, if it was changed on purpose, remove {RECORD}"
             )
@@ -73,7 +73,7 @@ class Ledger:
 
 
 def recorded(end: End) -> dict[str, str]:
-    """Return the digests that the folder's conversion.json holds, none if it has none. CheckpointError: no such thing.
+    """Return the digests that the folder's conversion.json holds, none if it has none. ModelFolderError: no such thing.
 
     Digests are of the bits of one type: a record of another type is not of these weights. Digests by another rule, or
     by one that is not named, as before there were two, are none.
@@ -81,9 +81,9 @@ def recorded(end: End) -> dict[str, str]:
     record = read_record(end.path) or {}
     digests, dtype = record.get("digests") or {}, str(end.dtype).removeprefix("torch.")
     if not isinstance(digests, dict):
-        raise CheckpointError(f"{end.path / RECORD}: digests are no JSON object: remove it if the weights are sound")
+        raise ModelFolderError(f"{end.path / RECORD}: digests are no JSON object: remove it if the weights are sound")
     if digests and record.get("dtype") != dtype:
-        raise CheckpointError(
+        raise ModelFolderError(
             f"{end.path / RECORD} is of weights in {record.get('dtype')}, these are in {dtype}: if they were changed "
             "on purpose, remove it"
         )
@@ -96,13 +96,13 @@ def _by_another_rule(end: End) -> bool:
 
 
 def check_record(end: End) -> None:
-    """Raise CheckpointError where the folder's conversion.json can't be of these weights, or of its config.json."""
+    """Raise ModelFolderError where the folder's conversion.json can't be of these weights, or of its config.json."""
     recorded(end)
     _check_config(end)
 
 
 def _check_config(end: End) -> None:
-    """Raise CheckpointError where config.json computes otherwise than the folder's conversion.json records, if it does.
+    """Raise ModelFolderError where config.json computes otherwise than the folder's conversion.json records.
 
     The weights alone do not say what a model computes: another epsilon or rotary base has the same digests.
     """
@@ -110,17 +110,17 @@ def _check_config(end: End) -> None:
     if config is None:
         return
     if not isinstance(config, dict):
-        raise CheckpointError(f"{end.path / RECORD}: config is no JSON object: remove it if config.json is right")
-    if found := contrast(config, end.model.computation()):
-        raise CheckpointError(
-            f"{end.path / RECORD} records another computation than {file} says: {found}: restore config.json, or, if "
-            f"it was changed on purpose, remove {RECORD}"
+        raise ModelFolderError(f"{end.path / RECORD}: config is no JSON object: remove it if config.json is right")
+    if difference := contrast(config, end.model.computation()):
+        raise ModelFolderError(
+            f"{end.path / RECORD} records another computation than {file} says: {difference}: restore config.json, or, "
+            f"if it was changed on purpose, remove {RECORD}"
         )
 
 
-def differing(expected: dict[str, str], found: dict[str, str]) -> list[str]:
+def differing(expected: dict[str, str], actual: dict[str, str]) -> list[str]:
     """Return the parameters whose digests are not the expected ones; none where nothing is expected."""
-    return [name for name in sorted({*expected, *found}) if expected and expected.get(name) != found.get(name)]
+    return [name for name in sorted({*expected, *actual}) if expected and expected.get(name) != actual.get(name)]
 
 
 def num_not_finite(values: Tensor) -> int:
@@ -135,26 +135,26 @@ def listed(bad: Counter[str]) -> str:
     return f"NaN or Inf in {_named([f'{name} ({count} values)' for name, count in sorted(bad.items())])}"
 
 
-def said(end: End, found: dict[str, str]) -> str:
+def weights_verdict(end: End, digests: dict[str, str]) -> str:
     """Return in words whether the folder's record says what was found in it."""
     try:
         expected = recorded(end)
-    except CheckpointError as error:
+    except ModelFolderError as error:
         return str(error)
     if _by_another_rule(end):
         return f"{RECORD}: {_ANOTHER_RULE}"
     if not expected:
         return f"nothing records what the weights should be (no digests in {RECORD})"
-    wrong = differing(expected, found)
+    wrong = differing(expected, digests)
     return f"not as recorded in {RECORD}: {_named(wrong)}" if wrong else f"as recorded in {RECORD}"
 
 
-def config_said(end: End) -> str:
+def config_verdict(end: End) -> str:
     """Return in words whether the folder's config.json computes what its record says."""
     try:
         _check_config(end)
         has_config = (read_record(end.path) or {}).get("config") is not None
-    except CheckpointError as error:
+    except ModelFolderError as error:
         return str(error)
     if not has_config:
         return f"nothing records what config.json should say (no config in {RECORD})"

@@ -16,9 +16,9 @@ def check_tensors(model: Model, layout: ParallelLayout, rank: int, tensors: Mapp
     """Raises ValueError, naming the first difference, unless `tensors` are what `rank` holds in `layout`."""
     expected = model.megatron_shapes(layout, rank)
     for name in [*expected, *(name for name in tensors if name not in expected)]:
-        got = tuple(tensors[name].shape) if name in tensors else None
-        if got != expected.get(name):
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != expected.get(name):
             raise ValueError(
                 f"{name} on rank {rank} of {layout}: "
-                f"expected {expected.get(name) or 'no such tensor'}, got {got or 'no such tensor'}"
+                f"expected {expected.get(name) or 'no such tensor'}, got {shape or 'no such tensor'}"
             )

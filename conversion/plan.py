@@ -49,7 +49,7 @@ class Piece:
     @property
     def slices(self) -> tuple[int | slice, ...]:
         """`index`, to subscript a tensor with."""
-        planes = tuple(start for start, _ in self.index[:-2])
+        planes = tuple(start for start, _ in self.index[:-2])  # an integer: the dimension goes
         return (*planes, *(slice(start, stop) for start, stop in self.index[-2:]))
 
     @property
@@ -104,12 +104,12 @@ def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
     holders: dict[str, dict[Rectangle, list[Tile]]] = defaultdict(lambda: defaultdict(list))
     for tile in source:
         holders[tile.hf][_rectangle(tile)].append(tile)
-    held = {
+    sources = {
         hf: [(rectangle, tuple(tiles)) for rectangle, tiles in rectangles.items()] for hf, rectangles in holders.items()
     }
     overlaps: list[_Overlap] = []
     for tile in target:
-        overlaps += _cover(tile, held.get(tile.hf, []))
+        overlaps += _cover(tile, sources.get(tile.hf, []))
     chosen = _choose(overlaps)
     return WeightPlan(
         copies=tuple(
@@ -124,12 +124,12 @@ def plan(source: Sequence[Tile], target: Sequence[Tile]) -> WeightPlan:
     )
 
 
-def _cover(target: Tile, held: Sequence[tuple[Rectangle, tuple[Tile, ...]]]) -> list[_Overlap]:
+def _cover(target: Tile, sources: Sequence[tuple[Rectangle, tuple[Tile, ...]]]) -> list[_Overlap]:
     """The overlaps of one target tile with the source, proven to cover it exactly."""
     wanted = _rectangle(target)
     overlaps: list[_Overlap] = []
     missing = [wanted]
-    for rectangle, tiles in held:
+    for rectangle, tiles in sources:
         common = _intersection(wanted, rectangle)
         if common is None:
             continue
@@ -138,11 +138,11 @@ def _cover(target: Tile, held: Sequence[tuple[Rectangle, tuple[Tile, ...]]]) -> 
                 f"{target.hf}: {_dimensions(tiles[0])} in the source and {_dimensions(target)} in the target"
             )
         overlaps.append(_Overlap(target, common, tiles))
-        missing = [rest for hole in missing for rest in _difference(hole, common)]
+        missing = [rest for hole in missing for rest in _difference(hole, common)]  # what is left of each hole
     where = f"for {target.name} on target rank {target.rank}"
     if missing:
         raise PlanError(f"{target.hf}: the source does not hold {_described(missing[0], target)}, {where}")
-    if sum(_area(o.rectangle) for o in overlaps) != _area(wanted):
+    if sum(_area(o.rectangle) for o in overlaps) != _area(wanted):  # nothing is missing, so some part comes twice
         raise PlanError(f"{target.hf}: source tiles overlap in part within {_described(wanted, target)}, {where}")
     return overlaps
 
@@ -161,11 +161,11 @@ def _choose(overlaps: Sequence[_Overlap]) -> dict[tuple[str, Rectangle, Rectangl
 
 def _piece(tile: Tile, part: Rectangle) -> Piece:
     """The place of an HF rectangle in the tile that holds it."""
-    row, col = tile.row0 - tile.rows[0], tile.col0
+    row = tile.row0 - tile.rows[0]  # from a row of the HF parameter to the local tensor's
     rows = (part[0] + row, part[1] + row)
     if tile.cols is None:
         return Piece(rank=tile.rank, name=tile.name, index=(rows,))
-    col -= tile.cols[0]
+    col = tile.col0 - tile.cols[0]
     planes = () if tile.plane is None else ((tile.plane, tile.plane + 1),)
     return Piece(rank=tile.rank, name=tile.name, index=(*planes, rows, (part[2] + col, part[3] + col)))
 
@@ -190,6 +190,7 @@ def _difference(a: Rectangle, b: Rectangle) -> list[Rectangle]:
     if common is None:
         return [a]
     r0, r1, c0, c1 = common
+    # above and below in full width, left and right in the height of what both have
     rest = [(a[0], r0, a[2], a[3]), (r1, a[1], a[2], a[3]), (r0, r1, a[2], c0), (r0, r1, c1, a[3])]
     return [r for r in rest if r[0] < r[1] and r[2] < r[3]]
 

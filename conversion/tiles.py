@@ -75,37 +75,31 @@ class ParallelLayout:
         """How many ranks hold the same weights, experts apart."""
         return self.context * self.data
 
-    def rank(self, tensor: int, pipeline: int, data: int, context: int = 0) -> int:
-        """The global rank at these coordinates, in Megatron's default order "tp-cp-ep-dp-pp" (tensor fastest)."""
-        for axis, index in (("tensor", tensor), ("pipeline", pipeline), ("data", data), ("context", context)):
-            if not 0 <= index < getattr(self, axis):
-                raise ValueError(f"{axis} index {index} is outside this layout's {axis}={getattr(self, axis)}")
-        return tensor + self.tensor * (context + self.context * (data + self.data * pipeline))
-
     def coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        """(tensor, pipeline, data, context) of a global rank: the inverse of `rank`."""
+        """(tensor, pipeline, data, context) of a global rank, in Megatron's default order "tp-cp-ep-dp-pp"."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside this layout of {self.world_size} ranks")
+        # rank = tensor + T * (context + C * (data + D * pipeline)), with T, C, D the sizes of the axes
         rest, tensor = divmod(rank, self.tensor)
         rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
         return tensor, pipeline, data, context
 
-    def places(self) -> Iterator[tuple[int, "Place"]]:
-        """Every rank with its place, in rank order."""
+    def cells(self) -> Iterator[tuple[int, "Cell"]]:
+        """Every rank with its cell, in rank order."""
         for rank in range(self.world_size):
-            yield rank, self.place(rank)
+            yield rank, self.cell(rank)
 
-    def place(self, rank: int) -> "Place":
+    def cell(self, rank: int) -> "Cell":
         """What of the model lies on `rank`."""
         tensor, pipeline, data, context = self.coordinates(rank)
-        expert = (context + self.context * data) % self.expert
-        return Place(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
+        expert = (context + self.context * data) % self.expert  # runs through the replicas, context first
+        return Cell(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A rank's part of a layout: its index on each axis that splits weights. Replicas have equal places."""
+class Cell:
+    """A rank's part of a layout: its index on each axis that splits weights. Replicas have equal cells."""
 
     layout: ParallelLayout
     tensor: int
@@ -113,11 +107,11 @@ class Place:
     expert: int
 
 
-def share(n: int, parts: int, i: int, what: str = "size", axis: str = "parts") -> Span:
-    """The i-th of `parts` equal shares of range(n). ValueError, naming `what` and `axis`, if n does not divide."""
+def share(n: int, parts: int, i: int, name: str = "size", axis: str = "parts") -> Span:
+    """The i-th of `parts` equal shares of range(n). ValueError, with `name` and `axis`, if n does not divide."""
     if n % parts:
         fitting = ", ".join(str(size) for size in range(1, 65) if n % size == 0)
-        raise ValueError(f"{what}={n} does not divide by {axis}={parts}; of the sizes up to 64 it does by {fitting}")
+        raise ValueError(f"{name}={n} does not divide by {axis}={parts}; of the sizes up to 64 it does by {fitting}")
     if not 0 <= i < parts:
         raise ValueError(f"share {i} of {axis}={parts} does not exist")
     size = n // parts

@@ -80,10 +80,10 @@ class Verifier:
         self._dtype = str(dtype).removeprefix("torch.")
         self._origins = {copy.target: copy for copy in plan.copies}
         self._sent = {rank: sent_parts(plan, rank) for rank in {copy.source.rank for copy in plan.copies}}
-        self.held = {rank: held_parts(plan, rank) for rank in {copy.target.rank for copy in plan.copies}}
+        self.target_parts = {rank: held_parts(plan, rank) for rank in {copy.target.rank for copy in plan.copies}}
         self._sent_keys, self._held_keys = (
             {rank: [(part.hf, part.rectangle) for part in parts] for rank, parts in end.items()}
-            for end in (self._sent, self.held)
+            for end in (self._sent, self.target_parts)
         )
 
     def manifest(self, version: int, sent: Sequence[Sequence[int]]) -> Manifest:
@@ -93,16 +93,16 @@ class Verifier:
             digests.update(zip(self._sent_keys.get(rank, []), answer, strict=True))
         return Manifest(version=version, dtype=self._dtype, digests=digests)
 
-    def first_mismatch(self, expected: Manifest, rank: int, held: Sequence[int]) -> int | None:
+    def first_mismatch(self, expected: Manifest, rank: int, digests: Sequence[int]) -> int | None:
         """The index of target rank `rank`'s first part of which the digest is not the manifest's; None if all are."""
-        for index, (key, digest) in enumerate(zip(self._held_keys[rank], held, strict=True)):
+        for index, (key, digest) in enumerate(zip(self._held_keys[rank], digests, strict=True)):
             if expected.digests[key] != digest:
                 return index
         return None
 
     def origin(self, rank: int, index: int) -> tuple[int, int]:
         """(source rank, index among its parts) of what a target's part was filled from."""
-        copy = self._origins[self.held[rank][index].piece]
+        copy = self._origins[self.target_parts[rank][index].piece]
         return copy.source.rank, self._sent[copy.source.rank].index(Part(copy.source, copy.hf, copy.rectangle))
 
 
@@ -142,11 +142,11 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     Of [experts, rows, columns] it is that of [experts * rows, columns].
     """
-    found = {}
+    digests = {}
     for name, tensor in tensors.items():
         height, width = (tensor.numel() // tensor.shape[-1], tensor.shape[-1]) if tensor.dim() > 1 else (len(tensor), 1)
-        found[name] = f"{digest(tensor, (0, height, 0, width)) & _MASK:016x}"
-    return found
+        digests[name] = f"{digest(tensor, (0, height, 0, width)) & _MASK:016x}"
+    return digests
 
 
 def first_bad_row(tensor: Tensor, sent: Iterable[tuple[Rectangle, Sequence[int]]]) -> int:
@@ -160,15 +160,15 @@ def first_bad_row(tensor: Tensor, sent: Iterable[tuple[Rectangle, Sequence[int]]
             rows[row] += value
     rectangle = (0, len(tensor), 0, tensor.shape[1] if tensor.dim() > 1 else 1)
     part = Part(Piece(rank=0, name="", index=tuple((0, n) for n in tensor.shape)), "", rectangle)
-    held = _rows(_as_rows(tensor, part), part, tensor.dtype).tolist()
-    return next((row for row, (a, b) in enumerate(zip(rows, held, strict=True)) if (a - b) & _MASK), -1)
+    actual = _rows(_as_rows(tensor, part), part, tensor.dtype).tolist()
+    return next((row for row, (a, b) in enumerate(zip(rows, actual, strict=True)) if (a - b) & _MASK), -1)
 
 
-def mismatch(version: int, part: Part, where: str, sent: Iterable[int], held: Iterable[int]) -> WeightMismatch:
-    """The error of a part whose digest is wrong, from the digests of its rows at both ends."""
-    for row, (expected, got) in enumerate(zip(sent, held, strict=True), part.rectangle[0]):
-        if expected != got:
-            detail = f"digest expected {expected & _MASK:016x}, got {got & _MASK:016x}, in {part.piece.name}"
+def mismatch(version: int, part: Part, where: str, sent: Iterable[int], received: Iterable[int]) -> WeightMismatch:
+    """The error of a part whose digest is wrong, from the digests of its rows as sent and as received."""
+    for row, (expected, actual) in enumerate(zip(sent, received, strict=True), part.rectangle[0]):
+        if expected != actual:
+            detail = f"digest expected {expected & _MASK:016x}, got {actual & _MASK:016x}, in {part.piece.name}"
             return WeightMismatch(version=version, tensor=part.hf, where=where, row=row, detail=detail)
     detail = f"its digest was wrong and is right now: {part.piece.name} changes while nobody should write to it"
     return WeightMismatch(version=version, tensor=part.hf, where=where, row=-1, detail=detail)

@@ -98,8 +98,8 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
 
     def place(self) -> tuple[str, str]:
         """The memory and the device of this worker's parameters: the fields of a `Place`."""
-        found = here(next(self.model.parameters()).device)
-        return found.memory, found.device
+        place = here(next(self.model.parameters()).device)
+        return place.memory, place.device
 
     def _held(self) -> Holdings:
         """What the live module holds now. ValueError if that is no longer what the plan fills."""
@@ -306,8 +306,8 @@ def stale_packs(module: nn.Module, seed: int, num_columns: int = 16) -> list[Fau
         columns = torch.randperm(weight.shape[1], generator=generator)[:num_columns]
         probe = torch.zeros(len(columns), weight.shape[1], dtype=weight.dtype)
         probe[torch.arange(len(columns)), columns] = 1
-        got = multiply(probe, weight, None).t()
-        wrong = (got != weight[:, columns]).any(1).nonzero()
+        product = multiply(probe, weight, None).t()
+        wrong = (product != weight[:, columns]).any(1).nonzero()
         if len(wrong):
             faults.append((f"{name}.weight", int(wrong[0]), _STALE))
     return faults

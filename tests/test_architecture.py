@@ -5,9 +5,11 @@ caught, so that no law can pass because its checker sees nothing. A limit that h
 """
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -65,9 +67,15 @@ MAX_PROGRAM_LINES = 150
 METHOD_WORDS = re.compile(r"\b(v_star|advantage|beta1|beta2|clip)\b")
 MAX_FUNCTION_LINES = 50  # a literal table of 10 lines or more inside it does not count
 FORBIDDEN_NAMES = {"util", "common", "helper", "manager", "handler"}
+# Words that name no thing, and the folders whose identifiers are none of them.
+WORDS_FOR_NOTHING = {"found", "one", "what", "held", "said"}
+NAMED_BY_THE_THING = (
+    *("conversion", "astar_megatron/algorithm", "astar_megatron/data", "astar_megatron/model", "examples", "slurm"),
+    *("tests/algorithm", "tests/conversion", "tests/data", "tests/distributed", "tests/model"),
+)
 COMPOSES_THE_RUN = ("astar_megatron/run/fleet.py", "Fleet")  # it hands each part its branch of the configuration
 # The one subclass of pickle.Unpickler, which names the types it makes and refuses all others.
-RESTRICTED_UNPICKLER = "conversion/checkpoint.py"
+RESTRICTED_UNPICKLER = "conversion/torch_dist.py"
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -97,8 +105,8 @@ def parsed(text: str) -> ast.Module:
 
 @cache
 def sources(*folders: str) -> list[Source]:
-    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in found]
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [Source(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")) for path in paths]
 
 
 def planted(path: str, text: str) -> list[Source]:
@@ -144,8 +152,8 @@ def is_in(path: str, places: Iterable[str]) -> bool:
     return any(path == place or (place.endswith("/") and path.startswith(place)) for place in places)
 
 
-def upward_imports(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def upward_imports(files: list[Source]) -> Iterator[str]:
+    for source in files:
         if source.room not in ROOMS and source.room not in PROGRAMS:
             yield f"{source.path}: neither a room nor a program known here; does it belong in a folder?"
         for line, name in imports_of(source):
@@ -167,9 +175,9 @@ def test_imports_point_down() -> None:
     check(upward_imports, "astar_megatron")
 
 
-def programs_that_lean_on_programs(found: list[Source]) -> Iterator[str]:
+def programs_that_lean_on_programs(files: list[Source]) -> Iterator[str]:
     """The command line names each program; the demo is a program of its own, outside."""
-    for source in found:
+    for source in files:
         if source.room not in PROGRAMS or Path(source.path).parent.name != "astar_megatron":
             continue
         for line, name in imports_of(source):
@@ -190,8 +198,8 @@ def test_the_root_holds_short_programs_that_do_not_import_each_other() -> None:
     check(programs_that_lean_on_programs, "astar_megatron")
 
 
-def words_of_a_method(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def words_of_a_method(files: list[Source]) -> Iterator[str]:
+    for source in files:
         for number, line in enumerate(source.text.splitlines(), 1):
             if word := METHOD_WORDS.search(line):
                 yield f"{source.path}:{number}: {word[0]} belongs to a method; algorithm/ has its page"
@@ -204,11 +212,11 @@ def test_no_word_of_a_method_stands_outside_the_algorithms_rooms() -> None:
     check(words_of_a_method, *(f"astar_megatron/{room}" for room in ("model", "rollout", "cluster", "run")))
 
 
-def edges(found: list[Source]) -> dict[str, set[str]]:
+def edges(files: list[Source]) -> dict[str, set[str]]:
     """Module -> first-party modules it names in an import."""
-    modules = {source.module for source in found}
+    modules = {source.module for source in files}
     graph: dict[str, set[str]] = {}
-    for source in found:
+    for source in files:
         named = {name if name in modules else name.rpartition(".")[0] for _, name in imports_of(source)}
         graph[source.module] = (named & modules) - {source.module}
     return graph
@@ -224,15 +232,15 @@ def reached(graph: dict[str, set[str]], start: str) -> set[str]:
     return seen
 
 
-def import_cycles(found: list[Source]) -> Iterator[str]:
-    graph = edges(found)
+def import_cycles(files: list[Source]) -> Iterator[str]:
+    graph = edges(files)
     for module in graph:
         if module in reached(graph, module):
             yield f"{module} imports itself through {sorted(m for m in graph[module] if module in reached(graph, m))}"
 
 
-def meetings_of_policy_and_engine(found: list[Source]) -> Iterator[str]:
-    graph = edges(found)
+def meetings_of_policy_and_engine(files: list[Source]) -> Iterator[str]:
+    graph = edges(files)
     for side, other in (("model", "rollout"), ("rollout", "model")):
         for module in graph:
             if module.startswith(f"astar_megatron.{side}."):
@@ -259,8 +267,8 @@ def test_rollout_and_model_never_import_each_other_not_even_through_a_third() ->
     check(meetings_of_policy_and_engine, "astar_megatron", "conversion")
 
 
-def imports_inside_functions(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def imports_inside_functions(files: list[Source]) -> Iterator[str]:
+    for source in files:
         functions = (node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
         for function in functions:
             for statement in ast.walk(function):
@@ -277,8 +285,8 @@ def test_no_first_party_import_inside_a_function() -> None:
     check(imports_inside_functions, "astar_megatron", "conversion")
 
 
-def foreign_imports(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def foreign_imports(files: list[Source]) -> Iterator[str]:
+    for source in files:
         for line, name in imports_of(source):
             package = name.partition(".")[0]
             if package in OWNERS and not is_in(source.path, OWNERS[package]):
@@ -292,8 +300,8 @@ def test_each_framework_is_imported_in_its_own_room(package: str) -> None:
     check(foreign_imports, "astar_megatron", "conversion", "examples", "slurm")
 
 
-def imports_of_the_system(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def imports_of_the_system(files: list[Source]) -> Iterator[str]:
+    for source in files:
         for line, name in imports_of(source):
             if name.partition(".")[0] == "astar_megatron":
                 yield f"{source.path}:{line}: conversion is a library of its own and imports {name}"
@@ -361,12 +369,12 @@ def test_made_problems_and_problems_of_files_need_no_lane(tmp_path: Path) -> Non
 def test_without_a_lane_what_needs_one_says_in_a_line_which_extra_to_install() -> None:
     for command in (["sweep"], ["sweep", "--inspect"], ["train"], ["eval"], ["doctor"]):
         done = python(WITHOUT_A_LANE, *command, "--config", str(ROOT / "configs" / "demo.yaml"))
-        said = done.stderr.splitlines()
-        assert done.returncode == 2 and len(said) == 1, done.stderr
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2 and len(lines) == 1, done.stderr
         assert re.fullmatch(
             r"astar: this needs (torch|ray), which is not installed: "
             r"install astar-megatron\[cpu\] or astar-megatron\[cuda\]",
-            said[0],
+            lines[0],
         )
 
 
@@ -382,22 +390,20 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 """
-CPU_SECONDS = "import os; t = os.times(); assert t.user + t.system < 1.0, t\n"
 
 
 @pytest.mark.parametrize("program", ["import astar_megatron\n", "import astar_megatron.config\n", HELP])
-def test_import_and_help_need_no_torch_and_less_than_a_second(program: str) -> None:
+def test_import_and_help_need_nothing_heavy(program: str) -> None:
     assert "torch" in python("import sys; sys.modules['torch'] = sys\n" + SHOW_HEAVY).stderr
-    assert python(program).returncode == 0, python(program).stderr  # and the bytecode is written
-    done = python(program + SHOW_HEAVY + CPU_SECONDS)
+    done = python(program + SHOW_HEAVY)
     assert done.returncode == 0, done.stderr
 
 
 # --- devices, environment, constructors
 
 
-def device_words(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def device_words(files: list[Source]) -> Iterator[str]:
+    for source in files:
         if not is_in(source.path, DEVICE_FILES):
             for number, line in enumerate(source.text.splitlines(), start=1):
                 for name in DEVICE_NEUTRAL_NAMES:
@@ -413,8 +419,8 @@ def test_the_word_cuda_stands_in_the_device_files_only() -> None:
     check(device_words, "astar_megatron", "conversion")
 
 
-def environment_uses(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def environment_uses(files: list[Source]) -> Iterator[str]:
+    for source in files:
         tree = source.tree
         setting: set[int] = set()
         for node in ast.walk(tree):
@@ -447,8 +453,8 @@ def test_no_environment_variables_as_modes() -> None:
     check(environment_uses, "astar_megatron", "conversion")
 
 
-def constructors_of_everything(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def constructors_of_everything(files: list[Source]) -> Iterator[str]:
+    for source in files:
         for cls in (node for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)):
             for node in () if (source.path, cls.name) == COMPOSES_THE_RUN else cls.body:
                 annotations: list[ast.expr | None] = []
@@ -477,8 +483,8 @@ def lines_of_tables(function: ast.AST) -> int:
     return max((length for length in lengths if length >= 10), default=0)
 
 
-def too_long(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def too_long(files: list[Source]) -> Iterator[str]:
+    for source in files:
         if (lines := len(source.text.splitlines())) > MAX_FILE_LINES:
             yield f"{source.path}: {lines} lines, {MAX_FILE_LINES} allowed"
         for node in ast.walk(source.tree):
@@ -508,6 +514,20 @@ def test_no_file_is_named_after_nothing() -> None:
     assert not meaningless_names(tracked())
 
 
+def words_for_nothing(files: list[Source]) -> Iterator[str]:
+    for source in files:
+        for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+            if token.type == tokenize.NAME and token.string in WORDS_FOR_NOTHING:
+                yield f"{source.path}:{token.start[0]}: {token.string}; name the thing: prompt, shard, digest, rows"
+
+
+def test_an_identifier_is_named_by_the_thing() -> None:
+    for text in ("found = 1", "def said(): ...", "x = [one.uid for one in y]", "f(what=1)", "end.held", 'f"{found!r}"'):
+        assert list(words_for_nothing(planted("conversion/x.py", text))), text
+    assert not list(words_for_nothing(planted("conversion/x.py", "'found one'  # what was said\none_to_one = 1")))
+    check(words_for_nothing, *NAMED_BY_THE_THING)
+
+
 def strangers_at_the_top(paths: Iterable[str]) -> set[str]:
     return {Path(path).parts[0] for path in paths} - FOLDERS - USUAL_FILES
 
@@ -522,8 +542,8 @@ def test_the_top_level_holds_the_six_folders_and_the_usual_files() -> None:
 # --- what must not be run or written down
 
 
-def dangerous_calls(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def dangerous_calls(files: list[Source]) -> Iterator[str]:
+    for source in files:
         for line, name in imports_of(source):
             if name.partition(".")[0] in PICKLES and (source.path, name) != (RESTRICTED_UNPICKLER, "pickle"):
                 yield f"{source.path}:{line}: imports {name}; a pickle runs code when it is read"
@@ -560,12 +580,12 @@ PLACES = {
 }
 
 
-def private_places(found: list[Source]) -> Iterator[str]:
-    for source in found:
+def private_places(files: list[Source]) -> Iterator[str]:
+    for source in files:
         for number, line in enumerate(source.text.splitlines(), start=1):
-            for what, pattern in PLACES.items():
+            for kind, pattern in PLACES.items():
                 if match := pattern.search(line):
-                    yield f"{source.path}:{number}: {what}: {match.group()}"
+                    yield f"{source.path}:{number}: {kind}: {match.group()}"
 
 
 def test_no_tracked_file_names_a_machine_or_a_registry() -> None:

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from exports import write_export
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from astar_megatron.run.certificate import DisagreementError, certify, fixed_sequences
-from conversion import convert, hf
+from conversion import rewrite
 from conversion.ends import open_end
 
 
 @pytest.fixture
 def export(tied_llama: Path, tmp_path: Path) -> Path:
-    convert.write_hf(open_end(tied_llama), tmp_path / "export")
+    rewrite.write_hf(open_end(tied_llama), tmp_path / "export")
     return tmp_path / "export"
 
 
@@ -70,7 +71,7 @@ def test_log_probs_that_are_no_numbers_are_refused_on_either_side(
     weights = load_file(tied_llama / "model.safetensors")
     weights["model.norm.weight"][5] = off_by
     spoiled = tmp_path / "spoiled"
-    hf.save(spoiled, weights, tied_llama)
+    write_export(spoiled, weights, tied_llama)
     assert refusal(spoiled, transformers_own(tied_llama, 0.0))["not_finite"] == ["transformers"]
     found = refusal(spoiled, transformers_own(spoiled, 0.0))
     assert found["max_difference"] is None and found["not_finite"] == ["Megatron", "transformers"]
@@ -81,7 +82,7 @@ def test_a_difference_above_the_limit_of_the_type_is_refused(
     dtype: torch.dtype, right: float, wrong: float, tied_llama: Path, tmp_path: Path
 ) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in load_file(tied_llama / "model.safetensors").items()}
-    hf.save(tmp_path / "export", weights, tied_llama)
+    write_export(tmp_path / "export", weights, tied_llama)
     certify(tmp_path / "export", transformers_own(tmp_path / "export", right))
     found = refusal(tmp_path / "export", transformers_own(tmp_path / "export", wrong))
     assert found["max_difference"] > found["limit"]
@@ -133,7 +134,7 @@ def test_a_comparison_that_fails_is_recorded_with_its_reason(export: Path) -> No
 def test_large_logits_may_differ_by_more(tied_llama: Path, tmp_path: Path) -> None:
     weights = load_file(tied_llama / "model.safetensors")
     weights["model.norm.weight"] *= 1000.0
-    hf.save(tmp_path / "loud", weights, tied_llama)
+    write_export(tmp_path / "loud", weights, tied_llama)
     certify(tmp_path / "loud", transformers_own(tmp_path / "loud", 2e-3))
     found = json.loads((tmp_path / "loud" / "conversion.json").read_text())["logprobs"]
     assert found["limit"] > 2e-3

@@ -16,7 +16,7 @@ from astar_megatron.config import ConversionConfig
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion import hf
 from conversion.families import Model, read_model
-from conversion.folders import CheckpointError
+from conversion.folders import ModelFolderError
 from conversion.plan import WeightMismatch, WeightPlan, plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.route import Place, Route, here
@@ -202,7 +202,7 @@ def test_engines_that_loaded_the_folder_pass_and_one_that_loaded_anything_else_i
     loaded.verify(engines)  # type: ignore[arg-type]
     assert engines.audits == [0]
     engines.tensors[1]["model.layers.2.self_attn.qkv_proj.bias"][197] += 1e-6  # hidden size 192: of the keys
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ModelFolderError) as caught:
         loaded.verify(engines)  # type: ignore[arg-type]
     assert str(caught.value).startswith(
         f"{untied_qwen2}: worker 0 of engine 1 loaded another model.layers.2.self_attn.k_proj.bias than "
@@ -217,7 +217,7 @@ def test_what_engines_round_when_they_load_is_no_difference(tied_llama: Path) ->
     LoadedWeights(tied_llama, 1, "bfloat16").verify(engines)  # type: ignore[arg-type]
     engines.tensors[0]["model.layers.5.mlp.down_proj.weight"][3, 7] *= 1.01
     with pytest.raises(
-        CheckpointError, match=r"engine 0 loaded another model\.layers\.5\.mlp\.down_proj\.weight .* row 3"
+        ModelFolderError, match=r"engine 0 loaded another model\.layers\.5\.mlp\.down_proj\.weight .* row 3"
     ):
         LoadedWeights(tied_llama, 1, "bfloat16").verify(engines)  # type: ignore[arg-type]
 
@@ -226,5 +226,5 @@ def test_a_stale_pack_of_what_an_engine_loaded_is_named(tied_llama: Path) -> Non
     engines = Engines(read_model(tied_llama))
     engines.load(tied_llama)
     engines.faults = [("lm_head.weight", 5, "old")]
-    with pytest.raises(CheckpointError, match=r"engine 0 loaded another lm_head\.weight than its file .* row 5: old"):
+    with pytest.raises(ModelFolderError, match=r"engine 0 loaded another lm_head\.weight than its file .* row 5: old"):
         LoadedWeights(tied_llama, 1, "float32").verify(engines)  # type: ignore[arg-type]

@@ -62,9 +62,9 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1,
         return []
     # A longer sequence fills its micro-batch and no more, so it counts as max_tokens here; of two above half, each
     # needs its own.
-    filled = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)
+    filled = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)  # rounded up
     at_least = max(at_least, filled, sum(2 * length > max_tokens for length in lengths))
-    first = -(-at_least // multiple_of) * multiple_of
+    first = -(-at_least // multiple_of) * multiple_of  # the least multiple that is not below at_least
     for number in range(first, len(lengths) + 1, multiple_of):
         parts = _balance(lengths, number, capacity=len(lengths))
         if all(len(part) <= 1 or sum(lengths[i] for i in part) <= max_tokens for part in parts):
@@ -84,10 +84,10 @@ def equally_many_micro_batches(
     """
     number = 1
     while True:  # ends: with a sequence a micro-batch all have the same number
-        found = [micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
-        if len({len(rank) for rank in found}) == 1:
-            return found
-        number = max(len(rank) for rank in found)
+        batches = [micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
+        if len({len(rank) for rank in batches}) == 1:
+            return batches
+        number = max(len(rank) for rank in batches)
 
 
 def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
@@ -120,6 +120,7 @@ def pack(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], share
         stream.extend(ids[prefix:-1])
         lengths.append(len(ids) - 1 - prefix)
         position_ids.append(torch.arange(prefix, len(ids) - 1))
+        # the last prompt token predicts the first response token, the last token predicts none
         target_positions.append(torch.arange(start + prompt - 1, start + len(ids) - 1))
         targets.extend(ids[prompt:])
     responses = torch.tensor([len(positions) for positions in target_positions])  # [B]
@@ -130,7 +131,7 @@ def pack(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], share
         lengths=tuple(lengths),
         target_positions=torch.cat(target_positions),
         targets=torch.tensor(targets, dtype=torch.int64),
-        sequence=torch.repeat_interleave(torch.arange(len(token_ids)), responses),
+        sequence=torch.repeat_interleave(torch.arange(len(token_ids)), responses),  # [B] -> [R]
         num_sequences=len(token_ids),
     )
 
@@ -138,13 +139,13 @@ def pack(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], share
 def _balance(lengths: Sequence[int], parts: int, capacity: int) -> list[list[int]]:
     """Longest first, each to the lightest part that has room (fewer than `capacity` sequences)."""
     heap = [(0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
+    members: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         tokens, part = heapq.heappop(heap)
-        found[part].append(index)
-        if len(found[part]) < capacity:
+        members[part].append(index)
+        if len(members[part]) < capacity:
             heapq.heappush(heap, (tokens + lengths[index], part))
-    return [sorted(indices) for indices in found]
+    return [sorted(indices) for indices in members]
 
 
 def _common_prefix(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> int:

@@ -78,7 +78,7 @@ class LiveVStar:
                 "has (sweep.num_samples, sweep.extra_tokens, or another table); set them as they were, set "
                 "astar.refresh_decay to null (V* is stage 1's again), or choose a new run_dir"
             )
-        self._refreshed = {uid: (float(found), float(count)) for uid, (found, count) in state["refreshed"].items()}
+        self._refreshed = {uid: (float(value), float(count)) for uid, (value, count) in state["refreshed"].items()}
 
     def _digest(self) -> str:
         """Of V* of stage 1, but for what machines differ in, and the samples behind it."""

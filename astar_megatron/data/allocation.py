@@ -28,11 +28,11 @@ def samples_wanted(table: VStarTable, prompts: Sequence[Prompt], cfg: SweepConfi
         return wanted
     first = None
     while not table.lacking(prompts, wanted).any():
-        found = table.estimate(beta1, prompts, wanted)
-        first = found.tokens if first is None else first
-        left = cfg.extra_tokens - int((found.tokens - first).sum())
-        cost = np.maximum(found.tokens, np.ceil(wanted * (found.tokens.sum() / wanted.sum())))
-        more = widest(found.width, cost, left // 2)
+        estimates = table.estimate(beta1, prompts, wanted)
+        first = estimates.tokens if first is None else first
+        left = cfg.extra_tokens - int((estimates.tokens - first).sum())
+        cost = np.maximum(estimates.tokens, np.ceil(wanted * (estimates.tokens.sum() / wanted.sum())))
+        more = widest(estimates.width, cost, left // 2)
         if not more.any():
             break
         wanted = wanted + np.where(more, wanted, 0)

@@ -97,19 +97,19 @@ def _combined(dice: "_Dice", numbers: list[int]) -> Fraction:
     return values[0]
 
 
-def distinct(draw: "Callable[[_Dice], Question | None]", count: int, seed: int, what: str) -> list[Question]:
+def distinct(draw: "Callable[[_Dice], Question | None]", count: int, seed: int, name: str) -> list[Question]:
     """Return `count` different problems that `draw` makes of random numbers. Raises PromptError if there are less."""
-    dice = _Dice(f"{what}:{seed}")
-    found: dict[str, Question] = {}
+    dice = _Dice(f"{name}:{seed}")
+    problems: dict[str, Question] = {}
     tries = 0
-    while len(found) < count:
+    while len(problems) < count:
         problem = draw(dice)
-        if problem is not None and problem["question"] not in found:
-            found[problem["question"]] = problem
+        if problem is not None and problem["question"] not in problems:
+            problems[problem["question"]] = problem
             tries = 0
         elif (tries := tries + 1) > _TRIES:
-            raise PromptError(f"{what}: only {len(found)} different problems found, {count} wanted; ask for fewer")
-    return list(found.values())
+            raise PromptError(f"{name}: only {len(problems)} different problems found, {count} wanted; ask for fewer")
+    return list(problems.values())
 
 
 class _Dice:

@@ -37,20 +37,20 @@ class Benchmark:
 
 def gsm8k_answer(row: Mapping[str, Any]) -> str:
     """Return what follows "####" of a solution, without commas; an answer by itself as it is. Raises ValueError."""
-    found = text_of(row, "answer", "the fields", number=True).rpartition("####")[2].strip().replace(",", "")
-    if not found:
+    number = text_of(row, "answer", "the fields", number=True).rpartition("####")[2].strip().replace(",", "")
+    if not number:
         raise ValueError("field 'answer' ends in \"####\"; expected a number behind it")
-    return found
+    return number
 
 
 def math_answer(row: Mapping[str, Any]) -> str:
     """Return the field `answer`, else the last \\boxed{...} of the field `solution`. Raises ValueError."""
     if "answer" in row:
         return text_of(row, "answer", "the fields", number=True)
-    found = last_boxed(text_of(row, "solution", "the fields"))
-    if found is None or not found.strip():
+    boxed = last_boxed(text_of(row, "solution", "the fields"))
+    if boxed is None or not boxed.strip():
         raise ValueError("field 'solution' has no closed \\boxed{...}")
-    return found
+    return boxed
 
 
 def _final_answer(row: Mapping[str, Any]) -> str:

@@ -34,22 +34,22 @@ def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
     if not Path(model_path).is_dir():
         raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
     try:
-        found = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True)
+        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True)
     except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
         raise TokenizerError(
             f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "
             "add tokenizer.json and tokenizer_config.json of the model"
         ) from error
-    if not found.chat_template:
+    if not tok.chat_template:
         raise TokenizerError(
             f"model.path: the tokenizer of {model_path} has no chat template; add chat_template.jinja to the folder"
         )
-    if found.eos_token_id is None:
+    if tok.eos_token_id is None:
         raise TokenizerError(
             f"model.path: the tokenizer of {model_path} has no EOS token, so no response could end; "
             "set eos_token in tokenizer_config.json"
         )
-    return found
+    return tok
 
 
 def vocab_size(model_path: str) -> int:
@@ -85,7 +85,7 @@ def stop_token_ids(model_path: str) -> tuple[int, ...]:
             more = json.loads(file.read_bytes()).get("eos_token_id")
         except (OSError, ValueError, AttributeError) as error:
             raise TokenizerError(f"{file}: not readable as a JSON object: {error}; repair or delete it") from error
-        ids += [_token_id(one) for one in (more if isinstance(more, list) else [more]) if one is not None]
+        ids += [_token_id(value) for value in (more if isinstance(more, list) else [more]) if value is not None]
     size = vocab_size(model_path)
     if beyond := [token_id for token_id in ids if token_id >= size]:
         raise TokenizerError(
@@ -114,12 +114,12 @@ def control_tokens_in(model_path: str, texts: Sequence[str]) -> list[tuple[int, 
         return []
     longest_first = sorted(ids, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)))
-    found = []
+    hits = []
     for index, text in enumerate(texts):
         if written := list(dict.fromkeys(pattern.findall(text))):
             read = set(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-            found += [(index, token) for token in written if ids[token] in read][:1]
-    return found
+            hits += [(index, token) for token in written if ids[token] in read][:1]
+    return hits
 
 
 def encode(model_path: str, messages: Sequence[str], date: str | None, source: object) -> list[tuple[int, ...]]:

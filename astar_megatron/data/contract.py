@@ -137,10 +137,10 @@ def _model_digest(folder: Path) -> str:
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the tokenizer's files in a model folder. Raises TokenizerError without one."""
     digest = hashlib.sha256()
-    found = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not found:
+    paths = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not paths:
         raise TokenizerError(f"model.path: no tokenizer file in {folder}; add the model's tokenizer.json")
-    for path in found:
+    for path in paths:
         data = path.read_bytes()
         digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()

@@ -47,25 +47,25 @@ def make_folder(path: str | Path) -> None:
         raise storage_error(f"{path}: can't create the folder", error) from error
 
 
-def storage_error(what: str, error: OSError) -> StorageError:
-    """Return a StorageError that adds to `what` the system's reason and what to change."""
+def storage_error(problem: str, error: OSError) -> StorageError:
+    """Return a StorageError that adds to `problem` the system's reason and what to change."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         advice = "free some space there and run the same command again: what was written before is kept"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "make the folder writable for this user or choose another one"
     else:
         advice = "choose another folder"
-    return StorageError(f"{what}: {error.strerror or error}; {advice}")
+    return StorageError(f"{problem}: {error.strerror or error}; {advice}")
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file while the block runs; a lock ends with its process. Raises StorageError if it is held."""
+def exclusive(path: Path, program: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; a lock ends with its process. StorageError where `program` holds it."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(f"{path}: {what} is running; wait for its end or choose another run_dir") from None
+            raise StorageError(f"{path}: {program} is running; wait for its end or choose another run_dir") from None
         yield
 
 

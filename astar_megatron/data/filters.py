@@ -12,16 +12,16 @@ from astar_megatron.config import FilterConfig
 from astar_megatron.data.estimates import Estimates
 
 
-def weights(found: Estimates, cfg: FilterConfig) -> dict[str, float]:
+def weights(estimates: Estimates, cfg: FilterConfig) -> dict[str, float]:
     """Return the weight by uid of the prompts that do not have weight 1. Of several that apply the smallest counts.
 
     Raises ValueError where no prompt is left.
     """
-    weight = np.ones(len(found.uids))
+    weight = np.ones(len(estimates.uids))
     for applies, share in (
-        (found.most < 1, cfg.all_wrong),
-        (found.least >= 1, cfg.all_right),
-        (found.width > cfg.max_width, cfg.wide),
+        (estimates.most < 1, cfg.all_wrong),
+        (estimates.least >= 1, cfg.all_right),
+        (estimates.width > cfg.max_width, cfg.wide),
     ):
         weight[applies] = np.minimum(weight[applies], share)
     if not weight.any():
@@ -29,4 +29,4 @@ def weights(found: Estimates, cfg: FilterConfig) -> dict[str, float]:
             f"filter: none of the {len(weight)} prompts is left; raise filter.all_wrong, filter.all_right or "
             "filter.wide above 0, or draw more samples (sweep.num_samples)"
         )
-    return {found.uids[i]: float(weight[i]) for i in np.flatnonzero(weight < 1)}
+    return {estimates.uids[i]: float(weight[i]) for i in np.flatnonzero(weight < 1)}

@@ -62,10 +62,10 @@ def differences(folder: Path, contract: Contract) -> list[str]:
     completed = _completed(stored, contract)
     if completed == stored or (lines := contract.difference(completed, names)):
         return contract.difference(stored, names)
-    held = sum(num_holding(path, contract.kept_token_ids) for path in sorted(folder.glob("shard-*.parquet")))
-    if held:
+    num_responses = sum(num_holding(path, contract.kept_token_ids) for path in sorted(folder.glob("shard-*.parquet")))
+    if num_responses:
         lines = contract.difference(stored, names)
-        lines.append(f"{held} responses of the table hold such tokens, which its rewards did not read")
+        lines.append(f"{num_responses} responses of the table hold such tokens, which its rewards did not read")
     return lines
 
 

@@ -100,12 +100,12 @@ class Leases:
 
     def _leases(self) -> dict[str, dict[int, Path]]:
         """Name -> generation -> file, of all leases that there are."""
-        found: dict[str, dict[int, Path]] = {}
+        leases: dict[str, dict[int, Path]] = {}
         for path in self._folder.iterdir():
             name, _, generation = path.name.rpartition(".")
             if generation.isdecimal():
-                found.setdefault(name, {})[int(generation)] = path
-        return found
+                leases.setdefault(name, {})[int(generation)] = path
+        return leases
 
     def _expired(self, path: Path) -> bool:
         beat = _beat_in(path)

@@ -78,15 +78,15 @@ def make_prompts(pairs: Sequence[Pair], suffix: str, date: str | None, model_pat
 
 def say_control_tokens(pairs: Sequence[Pair], model_path: str, source: object) -> None:
     """Log how many questions hold the text of a control token, which the model reads as that token; the first few."""
-    found = chat.control_tokens_in(model_path, [pair.question for pair in pairs])
-    if found:
-        lines = [f"{pairs[index].where} {token!r}" for index, token in found[:_SHOWN]]
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    hits = chat.control_tokens_in(model_path, [pair.question for pair in pairs])
+    if hits:
+        lines = [f"{pairs[index].where} {token!r}" for index, token in hits[:_SHOWN]]
+        more = f" and {len(hits) - _SHOWN} more" if len(hits) > _SHOWN else ""
         _LOG.warning(
             "%s: %d of %d questions hold the text of a control token, which the model reads as that token: %s%s; "
             "write them otherwise unless that is meant",
             source,
-            len(found),
+            len(hits),
             len(pairs),
             ", ".join(lines),
             more,
@@ -183,13 +183,15 @@ def _within_limit(
     count = sum(length > limit for length in lengths.values())
     if count == 0:
         return prompts
-    what = (
+    excess = (
         f"{source}: {count} of {len(prompts)} prompts exceed data.max_prompt_tokens = {limit}; the longest "
         f"({pairs[longest].where}) has {lengths[longest]}"
     )
     if cfg.long_prompts == "refuse" or count == len(prompts):
-        raise PromptError(f"{what}; raise data.max_prompt_tokens to {lengths[longest]}, or set data.long_prompts=drop")
-    _LOG.warning("%s; dropped, as data.long_prompts says", what)
+        raise PromptError(
+            f"{excess}; raise data.max_prompt_tokens to {lengths[longest]}, or set data.long_prompts=drop"
+        )
+    _LOG.warning("%s; dropped, as data.long_prompts says", excess)
     return {i: prompt for i, prompt in prompts.items() if lengths[i] <= limit}
 
 

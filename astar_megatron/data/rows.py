@@ -95,10 +95,10 @@ def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
             f"{name}: needs the package datasets; install it, or download the files and name their folder"
         ) from error
     try:
-        found: Any = datasets.load_dataset(name, subset, split=split)
+        dataset: Any = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises many kinds: network, unknown names, damaged files
         raise PromptError(f"{name}: the package datasets can't load it (split {split!r}): {error!r:.500}") from error
-    return [Row(where=f"row {number}", fields=fields) for number, fields in enumerate(found, start=1)]
+    return [Row(where=f"row {number}", fields=fields) for number, fields in enumerate(dataset, start=1)]
 
 
 def pairs_of(
@@ -173,16 +173,16 @@ def without_duplicates(pairs: Sequence[Pair], keys: Sequence[object], problems: 
         groups[key].append(index)
     first = []
     for first_index, *others in groups.values():
-        one = pairs[first_index]
-        another = next((pairs[i] for i in others if pairs[i].answer != one.answer), None)
+        first_pair = pairs[first_index]
+        another = next((pairs[i] for i in others if pairs[i].answer != first_pair.answer), None)
         if another is None:
             first.append(first_index)
             continue
-        for pair in (one, *(pairs[i] for i in others)):
+        for pair in (first_pair, *(pairs[i] for i in others)):
             problems.add(
                 pair.where,
-                f"its prompt has two answers, {one.answer!r:.200} ({one.where}) and {another.answer!r:.200} "
-                f"({another.where}); keep the right one ({one.question!r:.200})",
+                f"its prompt has two answers, {first_pair.answer!r:.200} ({first_pair.where}) and "
+                f"{another.answer!r:.200} ({another.where}); keep the right one ({first_pair.question!r:.200})",
             )
     return first
 
@@ -224,11 +224,11 @@ def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice!r} stands twice")
-    return found
+    return fields
 
 
 def _parquet_rows(file: Path, within: str, problems: Problems) -> list[Row]:

@@ -84,8 +84,8 @@ def num_holding(path: Path, token_ids: Sequence[int]) -> int:
     if columns is None:
         return 0
     responses = columns["response"].combine_chunks()
-    held = np.isin(responses.flatten().to_numpy(), token_ids)
-    return len(np.unique(responses.value_parent_indices().to_numpy()[held]))
+    hits = np.isin(responses.flatten().to_numpy(), token_ids)
+    return len(np.unique(responses.value_parent_indices().to_numpy()[hits]))
 
 
 def shard_number(name: str) -> int:
@@ -137,8 +137,8 @@ def _read(path: Path, whole: bool, names: Sequence[str] = COLUMNS) -> tuple[pa.T
             if whole and not path.stem.endswith(hashlib.sha256(file.read()).hexdigest()[:16]):
                 return None, "its content does not have the digest of its name"
             # Not pq.read_table, which takes five times as long for a small file.
-            found = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=["uid"])
-            columns = found.read(columns=list(names), use_threads=False)
+            parquet = pq.ParquetFile(file, page_checksum_verification=True, read_dictionary=["uid"])
+            columns = parquet.read(columns=list(names), use_threads=False)
     except pa.ArrowException as error:
         return None, str(error)
     except FileNotFoundError:

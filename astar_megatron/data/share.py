@@ -77,8 +77,8 @@ class Share:
             yield from missing
 
     def _missing(self, prompts: Sequence[Prompt], wanted: np.ndarray) -> list[tuple[Prompt, int]]:
-        found = self._table.missing(prompts, wanted)
-        return [(prompt, sample) for prompt, sample in found if (prompt.uid, sample) not in self._failed]
+        missing = self._table.missing(prompts, wanted)
+        return [(prompt, sample) for prompt, sample in missing if (prompt.uid, sample) not in self._failed]
 
 
 def _bucket(prompt: Prompt) -> str:

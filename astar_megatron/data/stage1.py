@@ -39,13 +39,13 @@ def stage1_rows(rows: list[Row], problems: Problems) -> list[Stage1Row]:
             "no stage-1 data set: expected columns response_0, eval_0, response_1, ...; "
             f"it has {', '.join(columns) or 'nothing'}"
         )
-    found = []
+    parsed = []
     for row in rows:
         try:
-            found.append(_read(row, numbers))
+            parsed.append(_read(row, numbers))
         except ValueError as error:
             problems.add(row.where, str(error))
-    return found
+    return parsed
 
 
 def _read(row: Row, numbers: list[int]) -> Stage1Row:
@@ -57,14 +57,14 @@ def _read(row: Row, numbers: list[int]) -> Stage1Row:
         raise ValueError(f"the user message is {question!r:.200}, expected text")
     if not isinstance(answer, str) or not answer.strip() or not is_text(answer):
         raise ValueError(f"reward_model.ground_truth is {answer!r:.80}, expected text")
-    found = {i: pair for i in numbers if (pair := _response(row, i)) is not None}
-    if not found:
+    pairs = {i: pair for i in numbers if (pair := _response(row, i)) is not None}
+    if not pairs:
         raise ValueError("it has no response_i with its eval_i; expected at least one such pair")
     return Stage1Row(
         pair=Pair(where=row.where, question=question, answer=answer),
-        samples=tuple(found),
-        responses=tuple(response for response, _ in found.values()),
-        evals=tuple(value for _, value in found.values()),
+        samples=tuple(pairs),
+        responses=tuple(response for response, _ in pairs.values()),
+        evals=tuple(value for _, value in pairs.values()),
     )
 
 

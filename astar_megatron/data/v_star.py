@@ -280,16 +280,16 @@ class VStarTable:
 
         An index that names a shard that is gone is not used.
         """
-        found: dict[str, _Rows] = {}
+        indexed: dict[str, _Rows] = {}
         for path in sorted(self.folder.glob("index-*.parquet")):
             if (read := read_index(path)) is None or not shards.issuperset(name for name, _, _ in read[0]):
                 continue
             rows, start = self._numbered(read[1]), 0
             for name, count, size in read[0]:
                 if _size(self.folder / name) == size:
-                    found[name] = rows.at(slice(start, start + count))
+                    indexed[name] = rows.at(slice(start, start + count))
                 start += count
-        return found
+        return indexed
 
     def _read(self, name: str, whole: bool) -> None:
         self._seen(name)
@@ -343,8 +343,8 @@ class VStarTable:
         """[R], of what a row says, and nothing of when it came."""
         uids = list(self._uids)
         columns = (rows.prompt.tolist(), rows.sample.tolist(), rows.reward.tolist(), rows.tokens.tolist())
-        said = (f"{uids[prompt]} {rest!r}" for prompt, *rest in zip(*columns, strict=True))
-        return [hashlib.blake2b(one.encode(), digest_size=8).hexdigest().encode() for one in said]
+        texts = (f"{uids[prompt]} {rest!r}" for prompt, *rest in zip(*columns, strict=True))
+        return [hashlib.blake2b(text.encode(), digest_size=8).hexdigest().encode() for text in texts]
 
     def _by_prompt(self) -> tuple[_Rows, np.ndarray, np.ndarray]:
         """All rows, and for each prompt [P] where its rows start and how many they are."""

@@ -41,8 +41,8 @@ def logprobs(folder: Path, model_folder: Path, sequences: Sequence[Sequence[int]
     (part,) = build(model, layout, transformer_config(model, layout, torch.float32, backend), backend)
     _fill(part, folder)
     packed = pack(sequences, [1] * len(sequences), share_prefix=backend.shares_prefix)
-    (found,) = run_scoring([part], [packed], vocab_size=model.vocab_size, temperature=1.0, backend=backend)
-    return packed.by_sequence(found)
+    (scores,) = run_scoring([part], [packed], vocab_size=model.vocab_size, temperature=1.0, backend=backend)
+    return packed.by_sequence(scores)
 
 
 def _fill(part: GPTModel, folder: Path) -> None:

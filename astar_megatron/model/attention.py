@@ -48,7 +48,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
 
     def forward(self, positions: Tensor, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return [T, 1, 1, d] angles of the [T] positions."""
-        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq.to(positions.device))
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq.to(positions.device))  # [T, d / 2]
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
 
@@ -62,7 +62,7 @@ class PackedAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **kwargs: Any) -> Tensor:
         """Return [t, 1, h*d] of query [t, 1, h, d], key and value [t, 1, g, d]; `packed_seq_params` says the pack."""
         packed: PackedSequences = kwargs["packed_seq_params"]
-        streams = [tensor.squeeze(1) for tensor in (query, key, value)]
+        streams = [tensor.squeeze(1) for tensor in (query, key, value)]  # [t, h or g, d]
         if packed.order is not None:
             out = self._over_context(streams, packed)
         elif packed.prefix_tokens:
@@ -74,7 +74,7 @@ class PackedAttention(MegatronModule):
     def _with_prefix(self, streams: list[Tensor], num_prefix: int, lengths: tuple[int, ...]) -> Tensor:
         heads = [stream[:num_prefix] for stream in streams]
         tails = [stream[num_prefix:] for stream in streams]
-        prefix = self._attend([head.unsqueeze(0) for head in heads], causal=True).squeeze(0)
+        prefix = self._attend([head.unsqueeze(0) for head in heads], causal=True).squeeze(0)  # [P, h, d]
         pad = _Padding(lengths, tails[0].device)
         query, key, value = (pad.spread(tail) for tail in tails)  # [B, S, ., d]
         batch = query.size(0)
@@ -83,6 +83,7 @@ class PackedAttention(MegatronModule):
             for head, own in zip(heads[1:], (key, value), strict=True)
         )  # [B, P + S, g, d]
         size = query.size(1)
+        # [S, P + S]: row i sees the whole prefix and own tokens up to itself
         mask = torch.ones(size, num_prefix + size, dtype=torch.bool, device=query.device).tril(num_prefix)
         return torch.cat((prefix, pad.gather(self._attend([query, key, value], mask=mask))))
 
@@ -96,14 +97,14 @@ class PackedAttention(MegatronModule):
     def _over_context(self, streams: list[Tensor], packed: PackedSequences) -> Tensor:
         query, key, value = streams
         group = parallel_state.get_context_parallel_group()
-        whole = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=group)
-        key, value = whole.index_select(0, packed.order).chunk(2, dim=-1)
+        whole = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=group)  # [T, g, 2d]
+        key, value = whole.index_select(0, packed.order).chunk(2, dim=-1)  # from rank after rank to stream order
         return self.own_queries(query, key, value, packed)
 
     def own_queries(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """Return [t, h, d] for this rank's part of the queries and all keys and values [T, g, d], in order."""
         lengths, num_ranks = packed.lengths, len(key) // max(1, len(query))
-        shares = tuple(length // num_ranks for length in lengths)
+        shares = tuple(length // num_ranks for length in lengths)  # of each sequence here: all are padded to divide
         if len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths):
             pad, wide = _Padding(shares, query.device), _Padding(lengths, query.device)
             mask = _not_later(pad.spread(packed.position_ids), wide.shape[1]).unsqueeze(1)  # [B, 1, s, S]
@@ -113,11 +114,11 @@ class PackedAttention(MegatronModule):
             *(stream.split(lengths) for stream in (key, value)),
             strict=True,
         )
-        found = [
+        outputs = [
             self._attend([x.unsqueeze(0) for x in (q, k, v)], mask=_not_later(positions, len(k))).squeeze(0)
             for q, positions, k, v in parts
         ]
-        return torch.cat(found)
+        return torch.cat(outputs)
 
     def _attend(self, tensors: list[Tensor], *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Return [B, S, h, d]. Padding comes after the real tokens, so a causal mask hides it from them."""
@@ -143,11 +144,11 @@ class _Padding:
     def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
         self.shape = (len(lengths), max(lengths))
         sizes = torch.tensor(lengths, device=device)
-        slots = torch.arange(self.shape[1], device=device).expand(self.shape)
+        slots = torch.arange(self.shape[1], device=device).expand(self.shape)  # [B, S]
         self.places = (slots < sizes[:, None]).flatten().nonzero().squeeze(1)  # where each stream token lies
 
     def spread(self, stream: Tensor) -> Tensor:
-        padded = stream.new_zeros((self.shape[0] * self.shape[1], *stream.shape[1:]))
+        padded = stream.new_zeros((self.shape[0] * self.shape[1], *stream.shape[1:]))  # [B * S, ...]
         return padded.index_copy(0, self.places, stream).unflatten(0, self.shape)
 
     def gather(self, padded: Tensor) -> Tensor:

@@ -91,8 +91,8 @@ def _take_groups_of(optimizer: Any, loaded: dict[str, Any]) -> None:
     saved, inner = loaded["optimizer"], optimizer.chained_optimizers
     step = _saved_step(saved)
     parts = [saved] if len(inner) == 1 else [saved[index] for index in range(len(inner))]
-    for one, part in zip(inner, parts, strict=True):
-        part |= one.state_dict() | {"param_state_sharding_type": _SHARDING}
+    for chained, part in zip(inner, parts, strict=True):
+        part |= chained.state_dict() | {"param_state_sharding_type": _SHARDING}
         for group in part["optimizer"]["param_groups"]:
             group["step"] = step
     loaded["optimizer"] = saved if len(inner) == 1 else dict(enumerate(parts))

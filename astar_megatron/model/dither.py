@@ -61,13 +61,13 @@ def dither(
     The shard's values must be exact in bfloat16.
     """
     last = first + len(shard)
-    height = max(1, _BLOCK_ELEMENTS // columns)
-    for top in range(first // columns, -(-last // columns), height):
+    height = max(1, _BLOCK_ELEMENTS // columns)  # rows at once
+    for top in range(first // columns, -(-last // columns), height):  # all rows that the shard touches
         bottom = min(top + height, -(-last // columns))
         steps = _steps_of_rows(top, bottom, columns, tiles, widths, seed, shard.device).view(-1)
-        start, stop = max(first, top * columns), min(last, bottom * columns)
+        start, stop = max(first, top * columns), min(last, bottom * columns)  # in the flattened tensor
         part = shard[start - first : stop - first]
-        bits = part.view(torch.int32)
+        bits = part.view(torch.int32)  # a step of the pattern is the next float, away from zero
         bits += torch.where(part == 0, 0, steps[start - top * columns : stop - top * columns])
 
 
@@ -92,6 +92,7 @@ def _steps_of_rows(
     """Return [bottom - top, columns] int32: by how many steps of float32 each element of these local rows moves."""
     steps = torch.zeros(bottom - top, columns, dtype=torch.int32, device=device)
     for tile in tiles:
+        # the local rows that both the block and the tile have
         start, stop = max(top, tile.row0), min(bottom, tile.row0 + tile.rows[1] - tile.rows[0])
         if start >= stop:
             continue
@@ -100,7 +101,7 @@ def _steps_of_rows(
             torch.arange(*span, device=device)
             for span in ((tile.rows[0] + start - tile.row0, tile.rows[0] + stop - tile.row0), cols)
         )
-        place = row[:, None] * widths[tile.hf] + column
+        place = row[:, None] * widths[tile.hf] + column  # [rows, columns], in the flattened HF parameter
         right = tile.col0 + cols[1] - cols[0]
         steps[start - top : stop - top, tile.col0 : right] = _random_steps(place, seed, tile.hf)
     return steps
@@ -113,7 +114,7 @@ def _random_steps(place: Tensor, seed: int, hf: str) -> Tensor:
     mixed = (mixed ^ _shifted(mixed, 30)) * _MIX_1
     mixed = (mixed ^ _shifted(mixed, 27)) * _MIX_2
     high = _shifted(mixed ^ _shifted(mixed, 31), 32)  # [0, 2^32)
-    return ((high * (2 * _HALF - 1) >> 32) - (_HALF - 1)).to(torch.int32)
+    return ((high * (2 * _HALF - 1) >> 32) - (_HALF - 1)).to(torch.int32)  # [0, 2^32) to 65535 equal parts
 
 
 def _shifted(numbers: Tensor, places: int) -> Tensor:

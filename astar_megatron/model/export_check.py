@@ -39,12 +39,12 @@ def check_export(
 
 
 def _gathered(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _from_first(value: Any) -> Any:
-    found = [value]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -29,7 +29,7 @@ from astar_megatron.model.backend import FP8_TOKENS, Backend
 from astar_megatron.model.head import output
 from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, sequence_sums
 from astar_megatron.model.head.ranks import summed
-from astar_megatron.model.split import RankStream, held
+from astar_megatron.model.split import RankStream, rank_stream
 
 
 def run_scoring(
@@ -39,11 +39,12 @@ def run_scoring(
 
     `modules` are this rank's chunks of the model. Collective over tensor, pipeline and context ranks.
     """
-    found = []
+    scored = []
     for stream, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend)):
+        # [R], zero where another rank has the response token: the sum over ranks fills in
         everywhere = logprobs.new_zeros(stream.num_responses).index_copy(0, stream.rows.to(logprobs.device), logprobs)
-        found.append(_over_context(everywhere))
-    return found
+        scored.append(_over_context(everywhere))
+    return scored
 
 
 def run_own_scoring(
@@ -84,9 +85,9 @@ def run_loss(
 ) -> None:
     """Accumulate the gradient of the sum of all sequences' losses over the packs of ALL data-parallel ranks.
 
-    `loss(i, held, logprobs)` returns the losses [b] of some sequences of pack i from the log-probs [r] (nats) of the
-    response tokens that this rank holds of them. It is called on the last stage, once for each sequence. Collective
-    over tensor, pipeline and context ranks.
+    `loss(i, held_tokens, logprobs)` returns the losses [b] of some sequences of pack i from the log-probs [r] (nats) of
+    the response tokens that this rank holds of them. It is called on the last stage, once for each sequence.
+    Collective over tensor, pipeline and context ranks.
     """
     scale = len(packs) * parallel_state.get_data_parallel_world_size()
 
@@ -103,7 +104,7 @@ def run_loss(
 
 
 def _held_tokens(stream: RankStream, sequences: slice) -> HeldTokens:
-    first = sum(stream.response_lengths[: sequences.start])
+    first = sum(stream.response_lengths[: sequences.start])  # response tokens of the sequences before
     lengths = stream.response_lengths[sequences]
     own = slice(first, first + sum(lengths))
     return HeldTokens(sequences=sequences, lengths=lengths, own=own, rows=stream.rows[own])
@@ -145,11 +146,11 @@ class _Inputs:
             "context": parallel_state.get_context_parallel_world_size(),
             "rank": parallel_state.get_context_parallel_rank(),
         }
-        return [held(packed, **axes) for packed in packs]
+        return [rank_stream(packed, **axes) for packed in packs]
 
     def model_arguments(self, stream: RankStream, padded_vocab: int, loss: SequenceLoss | None) -> dict[str, Any]:
         device = self.backend.device
-        columns = padded_vocab // parallel_state.get_tensor_model_parallel_world_size()
+        columns = padded_vocab // parallel_state.get_tensor_model_parallel_world_size()  # of this rank
         vocabulary = Vocabulary(
             size=self.vocab_size,
             temperature=self.temperature,
@@ -157,8 +158,8 @@ class _Inputs:
             group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
         )
         return {
-            "input_ids": stream.token_ids[None].to(device),
-            "position_ids": stream.position_ids[None].to(device),
+            "input_ids": stream.token_ids[None].to(device),  # [1, t]
+            "position_ids": stream.position_ids[None].to(device),  # [1, t]
             "attention_mask": None,
             "packed_seq_params": _packed_sequences(stream, self.backend),
             "output_processor": output.head_output,
@@ -216,7 +217,9 @@ def _packed_sequences(stream: RankStream, backend: Backend) -> PackedSeqParams:
         raise AssertionError("Transformer Engine's attention takes packs without a shared prefix")
     # Of the whole sequences: its attention and megatron's rotary embedding know which pieces of each a rank of the
     # context axis holds. Padding counts as tokens, so nothing lies between two sequences.
-    bounds = torch.tensor([0, *stream.lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    bounds = torch.tensor([0, *stream.lengths], dtype=torch.int32, device=device).cumsum(
+        0, dtype=torch.int32
+    )  # [B + 1]
     longest = max(stream.lengths)
     return PackedSeqParams(
         qkv_format="thd",

@@ -3,8 +3,6 @@
 Imports no Megatron. That the data axis divides the mini-batch is checked before (config.py).
 """
 
-import math
-from collections.abc import Iterator
 from itertools import product
 
 from astar_megatron.config import ParallelConfig
@@ -12,11 +10,10 @@ from conversion.families import Model
 from conversion.tiles import ParallelLayout
 
 _AXES = ("tensor", "pipeline", "virtual", "context", "data", "expert")
-_NUM_NAMED = 3
 
 
 class LayoutError(ValueError):
-    """A layout that can't run; the message names the number that does not fit, and the nearest layouts that would."""
+    """A layout that can't run; the message names the number that does not fit, and the largest part that does."""
 
 
 def layout_of(parallel: ParallelConfig, *, fused_norms: bool) -> ParallelLayout:
@@ -26,23 +23,22 @@ def layout_of(parallel: ParallelConfig, *, fused_norms: bool) -> ParallelLayout:
 
 
 def check(
-    parallel: ParallelConfig, model: Model, *, sequences: int, available: int | None = None, what: str = ""
+    parallel: ParallelConfig, model: Model, *, sequences: int, available: int | None = None, resources: str = ""
 ) -> None:
     """Raise LayoutError unless `parallel` divides the model and has no more ranks than are `available` (None: many).
 
-    `sequences` are those of an optimiser step; `what` says in words what is available.
+    `sequences` are those of an optimiser step; `resources` says in words what is available.
     """
     problem, size = _problem(parallel, model, sequences), parallel.world_size
     if problem is None and available is not None and size > available:
-        problem = f"{described(parallel)} makes {size} ranks, and this machine has room for {available}: {what}"
+        problem = f"{described(parallel)} makes {size} ranks, and this machine has room for {available}: {resources}"
         size = available
     if problem is None:
         return
     if size < 1:
         raise LayoutError(f"parallel: {problem}")
-    nearest = _nearest(parallel, model, sequences=sequences, world_size=size)
-    fitting = "; ".join(described(layout) for layout in nearest)
-    raise LayoutError(f"parallel: {problem}. The nearest layouts of up to {size} ranks that fit: {fitting}")
+    part = _largest_part(parallel, model, sequences=sequences, world_size=size)
+    raise LayoutError(f"parallel: {problem}. Its largest part of up to {size} ranks that fits: {described(part)}")
 
 
 def _problem(parallel: ParallelConfig, model: Model, sequences: int) -> str | None:
@@ -63,30 +59,12 @@ def _problem(parallel: ParallelConfig, model: Model, sequences: int) -> str | No
     return None
 
 
-def _nearest(parallel: ParallelConfig, model: Model, *, sequences: int, world_size: int) -> list[ParallelConfig]:
-    """Return the layouts with most ranks, up to `world_size`, that fit; of those the ones most like `parallel`."""
-    for size in range(world_size, 0, -1):
-        found = [one for one in _layouts(size, parallel, sequences) if _problem(one, model, sequences) is None]
-        if found:
-            return sorted(found, key=lambda one: _distance(one, parallel))[:_NUM_NAMED]
-    raise AssertionError("a layout of one rank fits every model")
-
-
-def _layouts(world_size: int, like: ParallelConfig, sequences: int) -> Iterator[ParallelConfig]:
-    """Yield the layouts of `world_size` ranks whose axes divide each other and the `sequences` of a step."""
-    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
-    for tensor, pipeline, context in product(divisors, repeat=3):
-        data, rest = divmod(world_size, tensor * pipeline * context)
-        if rest or sequences % data:
-            continue
-        for virtual in sorted({1, 2, like.virtual}) if pipeline > 1 and sequences // data % pipeline == 0 else (1,):
-            for expert in (d for d in divisors if context * data % d == 0):
-                axes = {"tensor": tensor, "pipeline": pipeline, "virtual": virtual, "context": context, "data": data}
-                yield like.model_copy(update=axes | {"expert": expert})
-
-
-def _distance(one: ParallelConfig, other: ParallelConfig) -> float:
-    return sum(abs(math.log(getattr(one, axis) / getattr(other, axis))) for axis in _AXES)
+def _largest_part(parallel: ParallelConfig, model: Model, *, sequences: int, world_size: int) -> ParallelConfig:
+    """Return the layout with most ranks, up to `world_size`, that fits and whose axes divide those of `parallel`."""
+    divisors = [[d for d in range(1, size + 1) if size % d == 0] for size in (getattr(parallel, a) for a in _AXES)]
+    parts = [parallel.model_copy(update=dict(zip(_AXES, sizes, strict=True))) for sizes in product(*divisors)]
+    fitting = [part for part in parts if part.world_size <= world_size and _problem(part, model, sequences) is None]
+    return max(fitting, key=lambda part: part.world_size)  # there is one: a single rank fits every model
 
 
 def described(parallel: ParallelConfig) -> str:

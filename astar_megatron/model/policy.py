@@ -209,16 +209,17 @@ class PolicyRank:
         token_columns = [self._token_columns(batch, indices) for indices, _ in group]
         scale = loss.gradient_scale / options.mini_batch_size
 
-        def scaled_loss(index: int, held: HeldTokens, logprobs: Tensor) -> Tensor:
-            indices, known = group[index][0][held.sequences], reference[index]
+        def scaled_loss(index: int, held_tokens: HeldTokens, logprobs: Tensor) -> Tensor:
+            indices, known = group[index][0][held_tokens.sequences], reference[index]
             tokens = ResponseTokens(
                 logprobs=logprobs,
-                reference_logprobs=logprobs.detach() if known is None else known[held.own],
-                lengths=held.lengths,
-                sum_tokens=held.total,
+                reference_logprobs=logprobs.detach() if known is None else known[held_tokens.own],
+                lengths=held_tokens.lengths,
+                sum_tokens=held_tokens.total,
             )
             of_sequences = {name: column[indices] for name, column in columns.items()}
-            of_tokens = {name: column[held.rows.to(column.device)] for name, column in token_columns[index].items()}
+            rows = held_tokens.rows.to(self.backend.device)
+            of_tokens = {name: column[rows] for name, column in token_columns[index].items()}
             losses = loss(tokens, of_sequences | of_tokens)
             record.add(indices, tokens.sums, tokens.reference_sums, losses)
             return losses * scale
@@ -269,10 +270,10 @@ class PolicyRank:
         """Return each response token's log-prob under the policy (nats), on the last stage; collective."""
         packed = self._pack(token_ids, prompt_tokens)
         packs = [packed] * (self.layout.pipeline if self.layout.virtual > 1 else 1)
-        found = run_scoring(
+        scores = run_scoring(
             self._modules, packs, vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
         )
-        return packed.by_sequence(found[0]) if found else None
+        return packed.by_sequence(scores[0]) if scores else None
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's parameters, current and uncopied."""

@@ -38,7 +38,7 @@ class RankStream:
     most_responses: tuple[int, ...]  # of the B sequences, on whichever rank of the context axis has most
 
 
-def held(packed: PackedBatch, *, tensor: int = 1, context: int = 1, rank: int = 0, align: int = 1) -> RankStream:
+def rank_stream(packed: PackedBatch, *, tensor: int = 1, context: int = 1, rank: int = 0, align: int = 1) -> RankStream:
     """Return what the context-parallel `rank` holds of a pack, whose tokens `tensor` * `context` ranks share.
 
     Every rank's part is a multiple of `align` tokens.

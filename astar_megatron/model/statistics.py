@@ -89,6 +89,6 @@ class StepRecord:
 
     def _memory_of_all_ranks(self) -> tuple[int, ...]:
         mine = torch.tensor([self._backend.peak_memory_bytes()], dtype=torch.int64, device=self._backend.device)
-        found = torch.empty(dist.get_world_size(), dtype=torch.int64, device=self._backend.device)
-        dist.all_gather_into_tensor(found, mine)
-        return tuple(found.tolist())
+        peaks = torch.empty(dist.get_world_size(), dtype=torch.int64, device=self._backend.device)
+        dist.all_gather_into_tensor(peaks, mine)
+        return tuple(peaks.tolist())

@@ -25,7 +25,7 @@ class Fleet:
     """Policy and engines of a run, and the weights between them. A context manager; one at a time for a run_dir.
 
     `generating` and `training` are the only places where weights move. Where policy and engine share a GPU the policy
-    starts when the engine has taken its part: see accelerators.py. Entering raises CheckpointError where an engine has
+    starts when the engine has taken its part: see accelerators.py. Entering raises ModelFolderError where an engine has
     not loaded what model.path holds.
     """
 
@@ -96,7 +96,7 @@ class Fleet:
 def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) -> Iterator[EnginePool]:
     """Ray and a started pool, for a program that needs no policy; `model_path` as in `start_engines`.
 
-    Raises CheckpointError where an engine has not loaded what the folder holds.
+    Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
     with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])

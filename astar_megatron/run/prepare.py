@@ -138,7 +138,7 @@ def check_ranks(cfg: RunConfig) -> Shares | None:
 def check_places(cfg: RunConfig, places: int, source: str) -> None:
     """Raise LayoutError where the ranks don't fit `places` accelerators; `source` says in words where they are from."""
     model = read_model(cfg.model.path)
-    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, what=source)
+    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, resources=source)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool
 from conversion import hf
 from conversion.families import Model, read_model
-from conversion.folders import CheckpointError
+from conversion.folders import ModelFolderError
 from conversion.plan import WeightMismatch, plan
 from conversion.transfer.route import Route, choose, here
 from conversion.verify import Holdings, Manifest, Part, Verifier, mismatch, sent_parts
@@ -117,7 +117,7 @@ class LoadedWeights:
     """What engines must hold that loaded a Hugging Face folder by themselves: the digests of its files.
 
     Construction reads the files, once, as threads for each core can, and needs no engine: so it can be done while the
-    engines start. `tensor` and `dtype` are the engines'. Raises CheckpointError as hf.check does.
+    engines start. `tensor` and `dtype` are the engines'. Raises ModelFolderError as hf.check does.
     """
 
     def __init__(self, folder: str | Path, tensor: int, dtype: str) -> None:
@@ -132,7 +132,7 @@ class LoadedWeights:
         self._expected = self._verifier.manifest(0, [digests])
 
     def verify(self, engines: EnginePool) -> None:
-        """Raise CheckpointError, naming the first parameter that an engine does not hold as the folder has it."""
+        """Raise ModelFolderError, naming the first parameter that an engine does not hold as the folder has it."""
         engines.open_audit(self._model.config, self._dtype)
         try:
             _check_held(
@@ -140,7 +140,7 @@ class LoadedWeights:
             )
         except WeightMismatch as error:
             file = self._places[error.tensor].file if error.tensor in self._places else "its file"
-            raise CheckpointError(
+            raise ModelFolderError(
                 f"{self._folder}: {error.where} loaded another {error.tensor} than {file} holds, first bad row "
                 f"{error.row}: {error.detail}. vLLM has read other files, or these in another way: leave nothing but "
                 "the model in the folder, and report this if that changes nothing"
@@ -163,6 +163,6 @@ def _check_held(
             if index is not None:
                 sent = sent_rows(*verifier.origin(worker, index))
                 held_rows = engines.digest_rows(engine, worker, index)
-                raise mismatch(version, verifier.held[worker][index], where, sent, held_rows)
+                raise mismatch(version, verifier.target_parts[worker][index], where, sent, held_rows)
             for tensor, row, detail in answer["faults"]:
                 raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)

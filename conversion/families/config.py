@@ -235,8 +235,8 @@ class Family:
             raise UnsupportedModelError(f"{where}{_listed(unread)} is not modelled with rope_type={kinds[0]!r}")
         return Rope(theta=thetas[0] if thetas else _ROPE_THETA, scaling=scaling)
 
-    def _unsupported(self, what: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{self.architecture}: {what}")
+    def _unsupported(self, problem: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.architecture}: {problem}")
 
 
 def _listed(values: Any) -> str:

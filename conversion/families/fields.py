@@ -59,7 +59,7 @@ def settings(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     """Whether `value` is allowed; unlike Python's, JSON's true is no 1."""
-    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed)
 
 
 def _wrong(config: Mapping[str, Any], key: str, expected: str, where: str = "") -> UnsupportedModelError:

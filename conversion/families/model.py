@@ -7,7 +7,7 @@ from typing import Any
 
 from conversion.families.config import Family, RopeScaling
 from conversion.families.rows import Dimensions, Row, Shape, Shard, rounded_up
-from conversion.tiles import ParallelLayout, Place, Tile, share
+from conversion.tiles import Cell, ParallelLayout, Tile, share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,18 +139,18 @@ class Model:
 
     def megatron_tiles(self, layout: ParallelLayout) -> list[Tile]:
         """The tiles of all ranks of `layout`, data-parallel replicas included. ValueError if a size does not divide."""
-        held: dict[Place, list[tuple[str, int, Shard]]] = {}
+        shards: dict[Cell, list[tuple[str, int, Shard]]] = {}
         tiles = []
-        for rank, place in layout.places():
-            if place not in held:
-                held[place] = list(self._megatron_shards(place))
-            for name, layer, shard in held[place]:
+        for rank, cell in layout.cells():
+            if cell not in shards:
+                shards[cell] = list(self._megatron_shards(cell))
+            for name, layer, shard in shards[cell]:
                 tiles += _placed(rank, name, layer, shard)
         return tiles
 
     def megatron_shapes(self, layout: ParallelLayout, rank: int) -> dict[str, Shape]:
         """Names and full local shapes, padding included, of what `rank` holds."""
-        return {name: shard.shape for name, _, shard in self._megatron_shards(layout.place(rank))}
+        return {name: shard.shape for name, _, shard in self._megatron_shards(layout.cell(rank))}
 
     def vllm_tiles(self, tensor: int) -> list[Tile]:
         """The tiles of all workers of one vLLM engine; a tied head is the embedding's storage and has none."""
@@ -164,21 +164,21 @@ class Model:
         """Names and full local shapes, padding included, of what worker `rank` holds."""
         return {name: shard.shape for name, _, shard in self._vllm_shards(tensor, rank)}
 
-    def _megatron_shards(self, place: Place) -> Iterator[tuple[str, int, Shard]]:
-        """(local name, layer in the model, shard) of all that lies at `place`."""
-        layout = place.layout
+    def _megatron_shards(self, cell: Cell) -> Iterator[tuple[str, int, Shard]]:
+        """(local name, layer in the model, shard) of all that lies in `cell`."""
+        layout = cell.layout
         if layout.expert > 1 and not self.dims.num_experts:
             raise ValueError(f"expert={layout.expert}: {self.architecture} has no experts; choose expert=1")
-        share(self.num_layers, layout.pipeline, place.pipeline, "num_hidden_layers", "pipeline")
+        share(self.num_layers, layout.pipeline, cell.pipeline, "num_hidden_layers", "pipeline")
         chunks = layout.pipeline * layout.virtual
         for chunk in range(layout.virtual):
             # Interleaved: the chunks go round the stages, and each is a run of layers.
-            position = chunk * layout.pipeline + place.pipeline
+            position = chunk * layout.pipeline + cell.pipeline
             layers = range(*share(self.num_layers, chunks, position, "num_hidden_layers", "pipeline * virtual"))
             prefix = f"model{chunk}." if layout.virtual > 1 else ""
             for row in self.family.rows:
                 if self._is_in_chunk(row, position, chunks):
-                    for name, shard in row.megatron_shards(self.dims, place):
+                    for name, shard in row.megatron_shards(self.dims, cell):
                         for n, i in enumerate(layers) if row.stage == "every layer" else [(0, 0)]:
                             yield prefix + name.replace("{n}", str(n)), i, shard
 
@@ -205,10 +205,10 @@ def model_of(family: Family, config: Mapping[str, Any]) -> Model:
     return Model(family=family, config=dict(config), dims=dims)
 
 
-def contrast(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def contrast(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
     """In words where two `Model.computation`s differ, "" where they don't; what only one of them has is left out."""
-    keys = [key for key in one if key in other and one[key] != other[key]]
-    return "; ".join(f"{key} {one[key]!r} and {other[key]!r}" for key in keys)
+    keys = [key for key in left if key in right and left[key] != right[key]]
+    return "; ".join(f"{key} {left[key]!r} and {right[key]!r}" for key in keys)
 
 
 def _placed(rank: int, name: str, layer: int, shard: Shard) -> list[Tile]:

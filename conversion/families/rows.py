@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from conversion.tiles import Place, Span, share
+from conversion.tiles import Cell, Span, share
 
 Shape = tuple[int, ...]
 
@@ -71,10 +71,10 @@ class Row:
         """HF names (with {i}) and shapes."""
         raise NotImplementedError
 
-    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
-        """Names (with {n}) and shards of what a Megatron rank at `place` holds of a layer."""
-        name = (place.layout.fused_norms and self.megatron_fused_norms) or self.megatron
-        yield name, self.shard(dims, place.layout.tensor, place.tensor)
+    def megatron_shards(self, dims: Dimensions, cell: Cell) -> Iterator[tuple[str, Shard]]:
+        """Names (with {n}) and shards of what a Megatron rank in `cell` holds of a layer."""
+        name = (cell.layout.fused_norms and self.megatron_fused_norms) or self.megatron
+        yield name, self.shard(dims, cell.layout.tensor, cell.tensor)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         """What worker `t` of vLLM's tensor axis holds; as in Megatron, unless the row says otherwise."""
@@ -154,10 +154,10 @@ class PerExpert(FeedForward):
         shapes = super().hf_shapes(dims)
         return {_expert(hf, e): shape for e in range(dims.num_experts) for hf, shape in shapes.items()}
 
-    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
-        layout = place.layout
-        shard = self.shard(dims, layout.tensor, place.tensor)
-        experts = range(*share(dims.num_experts, layout.expert, place.expert, "num_experts", "expert"))
+    def megatron_shards(self, dims: Dimensions, cell: Cell) -> Iterator[tuple[str, Shard]]:
+        layout = cell.layout
+        shard = self.shard(dims, layout.tensor, cell.tensor)
+        experts = range(*share(dims.num_experts, layout.expert, cell.expert, "num_experts", "expert"))
         for own, e in enumerate(experts):
             blocks = tuple(replace(block, hf=_expert(block.hf, e)) for block in shard.blocks)
             yield _expert(self.megatron, own), Shard(shard.shape, blocks)
@@ -196,14 +196,14 @@ class QKV(Row):
         D, groups = dims.head_dim, dims.num_kv_heads
         _check_groups(dims, tensor, "Megatron")
         share(dims.num_heads, tensor, t, "num_attention_heads", "tensor")
-        heads = {"q": dims.num_heads // groups * D, "k": D, "v": D}
+        heads = {"q": dims.num_heads // groups * D, "k": D, "v": D}  # rows of a group
         window = share((dims.num_heads + 2 * groups) * D, tensor, t, "rows of query, key and value", "tensor")
         parts, row = [], 0
         for g in range(groups):
             for part, size in heads.items():
-                start, stop = max(row, window[0]), min(row + size, window[1])
+                start, stop = max(row, window[0]), min(row + size, window[1])  # of the fused rows, in this shard
                 if start < stop:
-                    offset = g * size - row
+                    offset = g * size - row  # from a fused row to the row of q, k or v
                     parts.append((_part(self.hf, part), (start + offset, stop + offset)))
                 row += size
         return _stacked(parts, None if self.bias else dims.hidden_size)
@@ -216,7 +216,7 @@ class QKV(Row):
         if tensor <= heads:
             kv = share(heads, tensor, t, "num_key_value_heads", "tensor")
         else:
-            kv = share(heads, heads, t // (tensor // heads))
+            kv = share(heads, heads, t // (tensor // heads))  # so many neighbours have one head
         spans = {"q": q, "k": kv, "v": kv}
         parts = [(_part(self.hf, part), _scaled(span, dims.head_dim)) for part, span in spans.items()]
         return _stacked(parts, None if self.bias else dims.hidden_size)
@@ -228,10 +228,10 @@ class Vocabulary(Row):
     def hf_shapes(self, dims: Dimensions) -> dict[str, Shape]:
         return {} if dims.tied and self.tied_to else {self.hf: (dims.vocab_size, dims.hidden_size)}
 
-    def megatron_shards(self, dims: Dimensions, place: Place) -> Iterator[tuple[str, Shard]]:
-        tensor = place.layout.tensor
-        padded = rounded_up(dims.vocab_size, tensor * place.layout.vocabulary_multiple)
-        yield self.megatron, self._shard(dims, tensor, place.tensor, padded)
+    def megatron_shards(self, dims: Dimensions, cell: Cell) -> Iterator[tuple[str, Shard]]:
+        tensor = cell.layout.tensor
+        padded = rounded_up(dims.vocab_size, tensor * cell.layout.vocabulary_multiple)
+        yield self.megatron, self._shard(dims, tensor, cell.tensor, padded)
 
     def vllm_shard(self, dims: Dimensions, tensor: int, t: int) -> Shard:
         return self._shard(dims, tensor, t, padded=rounded_up(dims.vocab_size, VLLM_VOCABULARY_MULTIPLE))
@@ -239,7 +239,7 @@ class Vocabulary(Row):
     def _shard(self, dims: Dimensions, tensor: int, t: int, padded: int) -> Shard:
         hf = self.tied_to if dims.tied and self.tied_to else self.hf
         start, stop = share(padded, tensor, t, "padded vocab_size", "tensor")
-        rows = (start, min(stop, dims.vocab_size))
+        rows = (start, min(stop, dims.vocab_size))  # empty where the shard is all padding
         blocks = (Block(hf, rows, (0, dims.hidden_size)),) if rows[0] < rows[1] else ()
         return Shard((stop - start, dims.hidden_size), blocks)
 
@@ -280,6 +280,6 @@ def _stacked(parts: list[tuple[str, Span]], width: int | None) -> Shard:
     """The parts one below the other; a bias if `width` is None."""
     blocks, row = [], 0
     for hf, rows in parts:
-        blocks.append(Block(hf, rows, None if width is None else (0, width), row))
+        blocks.append(Block(hf, rows, None if width is None else (0, width), row))  # local rows from `row` on
         row += rows[1] - rows[0]
     return Shard((row,) if width is None else (row, width), tuple(blocks))

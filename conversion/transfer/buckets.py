@@ -100,12 +100,12 @@ def wanted(plan: WeightPlan, order: Schedule, source_rank: int, target_rank: int
     for copy in plan.to_rank(target_rank):
         if copy.source.rank == source_rank:
             targets.setdefault(copy.source, []).append(copy.target)
-    found: dict[int, list[tuple[int, Piece]]] = {}
+    by_bucket: dict[int, list[tuple[int, Piece]]] = {}
     for number, bucket in enumerate(order.buckets):
         taken = [(f.offset, part(target, f.box)) for f in bucket for target in targets.get(f.piece, ())]
         if taken:
-            found[number] = taken
-    return found
+            by_bucket[number] = taken
+    return by_bucket
 
 
 def part(piece: Piece, box: Box) -> Piece:

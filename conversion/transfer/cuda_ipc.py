@@ -86,10 +86,10 @@ def packed(device: str, shared: list[Any]) -> bytes:
 def unpacked(text: bytes) -> tuple[str, list[Any]]:
     """The device and the handle of `packed`. TransferError if it is none."""
     try:
-        found = json.loads(text)
+        fields = json.loads(text)
         for name in ("device", *_FIELDS):
-            if type(found[name]) is not _TYPES.get(name, str):
-                raise TypeError(f"{name} is {found[name]!r}")
-        return found["device"], [found[name] if name in _TYPES else bytes.fromhex(found[name]) for name in _FIELDS]
+            if type(fields[name]) is not _TYPES.get(name, str):
+                raise TypeError(f"{name} is {fields[name]!r}")
+        return fields["device"], [fields[name] if name in _TYPES else bytes.fromhex(fields[name]) for name in _FIELDS]
     except (ValueError, KeyError, TypeError) as error:
         raise TransferError(f"no handle of CUDA IPC stands in the file: {error}") from None

@@ -84,8 +84,8 @@ class MappedFile:
         """True if someone holds the lock of a line, None if it was looked up within the last half second."""
         if self._seen_lately(line):
             return None
-        found = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, line))
-        return struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
+        answer = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, line))
+        return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
 
     def creator_has_ended(self) -> bool:
         """True if the lock that the creator holds on its file is free; looked up twice a second at most."""

@@ -320,8 +320,8 @@ class GroupReceiver:
                 self._member.wait(
                     self._member.receive(first, source), f"source rank {source}", "does not begin to send"
                 )
-                if (got := int(first)) != version:
-                    raise TransferError(f"source rank {source} sends version {got}, expected {version}")
+                if (sent_version := int(first)) != version:
+                    raise TransferError(f"source rank {source} sends version {sent_version}, expected {version}")
             return self._member.receive(payload, source)
         except TransferError:
             raise

@@ -274,11 +274,11 @@ class _Link:
         right = file.owner == os.geteuid() and file.num_bytes >= smallest
         if right and file.read(_FINGERPRINT) == self._schedule.fingerprint(str(self._dtype)):
             return
-        found = f"{file.num_bytes} bytes, owner {file.owner}"
+        size_and_owner = f"{file.num_bytes} bytes, owner {file.owner}"
         file.close()
         raise TransferError(
-            f"{self._path} ({found}) was not written for this plan, dtype and bucket size, for so many engines "
-            f"({smallest} bytes or more) or by this user ({os.geteuid()})"
+            f"{self._path} ({size_and_owner}) was not written for this plan, dtype and bucket size, for so many "
+            f"engines ({smallest} bytes or more) or by this user ({os.geteuid()})"
         )
 
     def state(self) -> int:
@@ -297,9 +297,9 @@ class _Link:
         if serial <= self._last or self.done:
             return False
         if self._serial == 0:
-            got = self._file.read(_VERSION)
-            if got != version:
-                raise TransferError(f"source rank {self._source} sends version {got}, expected {version}")
+            sent_version = self._file.read(_VERSION)
+            if sent_version != version:
+                raise TransferError(f"source rank {self._source} sends version {sent_version}, expected {version}")
             self._serial, self._num_taken = serial, 0
             self._skip()
             return True

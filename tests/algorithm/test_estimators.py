@@ -31,9 +31,10 @@ def test_pass_at_k_stays_exact_for_many_samples() -> None:
 def test_the_majority_is_the_mean_over_all_answers_that_no_other_beats(answers: list[str], data: st.DataObject) -> None:
     values = data.draw(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=4, max_size=4))
     rewards = dict(zip("abcd", values, strict=True))
-    unbeaten = [one for one in set(answers) if all(answers.count(one) >= answers.count(other) for other in answers)]
-    expected = statistics.fmean(rewards[one] for one in unbeaten) if unbeaten else 0.0
-    groups = [(count, rewards[answer]) for answer, count in Counter(answers).items()]
+    counts = Counter(answers)
+    unbeaten = [answer for answer in counts if all(counts[answer] >= count for count in counts.values())]
+    expected = statistics.fmean(rewards[answer] for answer in unbeaten) if unbeaten else 0.0
+    groups = [(count, rewards[answer]) for answer, count in counts.items()]
     assert majority(groups) == pytest.approx(expected, abs=1e-12)
 
 

@@ -34,47 +34,47 @@ def test_kl_and_entropy_converge_to_those_of_the_policy() -> None:
     policy, reference = torch.randn(2, 7, generator=random, dtype=torch.float64).log_softmax(-1)
     tokens = torch.multinomial(policy.exp(), 600_000, replacement=True, generator=random).view(-1, 3)
     count = len(tokens)
-    found = divergence(policy[tokens].sum(1), reference[tokens].sum(1), torch.full((count,), 3), count)
+    estimate = divergence(policy[tokens].sum(1), reference[tokens].sum(1), torch.full((count,), 3), count)
     kl = float((policy.exp() * (policy - reference)).sum())
     assert kl > 0.1
-    assert found.kl_token == pytest.approx(kl, rel=0.02)
-    assert found.kl_sequence == pytest.approx(3 * kl, rel=0.02)
-    assert found.entropy == pytest.approx(-float((policy.exp() * policy).sum()), rel=0.01)
+    assert estimate.kl_token == pytest.approx(kl, rel=0.02)
+    assert estimate.kl_sequence == pytest.approx(3 * kl, rel=0.02)
+    assert estimate.entropy == pytest.approx(-float((policy.exp() * policy).sum()), rel=0.01)
 
 
 def test_every_number_is_the_one_its_name_says() -> None:
     logprob = torch.tensor([-4.0, -1.0, -9.0, -2.0, -6.0], dtype=torch.float64)
     reference = torch.tensor([-5.0, -3.0, -8.0, -2.0, -3.0], dtype=torch.float64)  # D = 1, 2, -1, 0, -3
     advantage = torch.tensor([0.5, 1.0, 0.0, 0.25, -0.25], dtype=torch.float64)
-    found = _health(logprob, reference, advantage, torch.tensor([2, 1, 6, 1, 4]), on_policy=3)
-    assert found.logratio_mean == pytest.approx(-0.2)
-    assert found.logratio_std == pytest.approx(math.sqrt(15 / 5 - 0.04))
-    assert (found.logratio_p05, found.logratio_p50, found.logratio_p95) == pytest.approx((-2.6, 0.0, 1.8))
-    assert found.logratio_max == 3.0
-    assert found.kl_sequence == pytest.approx(2 / 3)  # of the first three
-    assert found.kl_token == pytest.approx(2 / 9)
-    assert found.entropy == pytest.approx(14 / 9)
-    assert found.residual_mean == pytest.approx((-0.25 - 0.5 - 0.25 - 0.25 - 0.5) / 5)
-    assert found.residual_std == pytest.approx(math.sqrt((3 * 0.25**2 + 2 * 0.5**2) / 5 - 0.35**2))
-    assert 0 < found.slope < 1
-    assert 0 < found.r_squared < 1
+    health = _health(logprob, reference, advantage, torch.tensor([2, 1, 6, 1, 4]), on_policy=3)
+    assert health.logratio_mean == pytest.approx(-0.2)
+    assert health.logratio_std == pytest.approx(math.sqrt(15 / 5 - 0.04))
+    assert (health.logratio_p05, health.logratio_p50, health.logratio_p95) == pytest.approx((-2.6, 0.0, 1.8))
+    assert health.logratio_max == 3.0
+    assert health.kl_sequence == pytest.approx(2 / 3)  # of the first three
+    assert health.kl_token == pytest.approx(2 / 9)
+    assert health.entropy == pytest.approx(14 / 9)
+    assert health.residual_mean == pytest.approx((-0.25 - 0.5 - 0.25 - 0.25 - 0.5) / 5)
+    assert health.residual_std == pytest.approx(math.sqrt((3 * 0.25**2 + 2 * 0.5**2) / 5 - 0.35**2))
+    assert 0 < health.slope < 1
+    assert 0 < health.r_squared < 1
 
 
 def test_one_sequence_and_responses_of_no_token_have_numbers_or_nan() -> None:
-    one = torch.tensor([-2.0], dtype=torch.float64)
-    found = _health(one, one, torch.tensor([0.5], dtype=torch.float64), torch.tensor([0]), on_policy=1)
-    assert (found.logratio_mean, found.logratio_std, found.logratio_max) == (0.0, 0.0, 0.0)
-    assert math.isnan(found.entropy)
-    assert math.isnan(found.kl_token)
-    assert math.isnan(found.slope)
+    logprob = torch.tensor([-2.0], dtype=torch.float64)
+    health = _health(logprob, logprob, torch.tensor([0.5], dtype=torch.float64), torch.tensor([0]), on_policy=1)
+    assert (health.logratio_mean, health.logratio_std, health.logratio_max) == (0.0, 0.0, 0.0)
+    assert math.isnan(health.entropy)
+    assert math.isnan(health.kl_token)
+    assert math.isnan(health.slope)
 
 
 def test_what_is_not_finite_shows() -> None:
     logprob = torch.tensor([-2.0, math.nan, -1.0], dtype=torch.float64)
-    found = _health(
+    health = _health(
         logprob, torch.zeros_like(logprob), torch.arange(3.0).double(), torch.tensor([2, 3, 1]), on_policy=3
     )
-    assert math.isnan(found.logratio_mean)
-    assert math.isnan(found.logratio_p50)
-    assert math.isnan(found.residual_mean)
-    assert math.isnan(found.slope)
+    assert math.isnan(health.logratio_mean)
+    assert math.isnan(health.logratio_p50)
+    assert math.isnan(health.residual_mean)
+    assert math.isnan(health.slope)

@@ -30,14 +30,14 @@ def _sequences(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
 def _unpacked(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
     """Of each sequence: its tokens without the last, and its response."""
     stream, prefix = batch.token_ids.tolist(), batch.prefix_tokens
-    found, start = [], prefix
+    sequences, start = [], prefix
     for index, length in enumerate(batch.lengths):
-        found.append(
+        sequences.append(
             (stream[:prefix] + stream[start : start + length], batch.targets[batch.sequence == index].tolist())
         )
         start += length
     assert start == len(stream)
-    return found
+    return sequences
 
 
 @given(sequences=_sequences(), share_prefix=st.booleans())
@@ -161,9 +161,9 @@ def test_impossible_micro_batches_are_refused() -> None:
 @given(lengths=st.lists(st.integers(0, 100), max_size=24), parts=st.integers(1, 6))
 def test_an_even_split_gives_each_rank_the_same_number(lengths: list[int], parts: int) -> None:
     lengths = lengths[: len(lengths) // parts * parts]
-    found = split_evenly(lengths, parts)
-    assert [len(part) for part in found] == [len(lengths) // parts] * parts
-    assert sorted(i for part in found for i in part) == list(range(len(lengths)))
+    shares = split_evenly(lengths, parts)
+    assert [len(part) for part in shares] == [len(lengths) // parts] * parts
+    assert sorted(i for part in shares for i in part) == list(range(len(lengths)))
 
 
 def test_an_even_split_balances_tokens_and_refuses_a_remainder() -> None:
@@ -180,10 +180,10 @@ def test_an_even_split_balances_tokens_and_refuses_a_remainder() -> None:
     multiple_of=st.sampled_from([1, 2, 4]),
 )
 def test_ranks_have_equally_many_micro_batches(lengths: list[list[int]], max_tokens: int, multiple_of: int) -> None:
-    found = equally_many_micro_batches(lengths, max_tokens, multiple_of)
-    (number,) = {len(rank) for rank in found}
+    batches = equally_many_micro_batches(lengths, max_tokens, multiple_of)
+    (number,) = {len(rank) for rank in batches}
     assert number % multiple_of == 0
     assert number >= max(len(micro_batches(own, max_tokens, multiple_of)) for own in lengths)
-    for own, rank in zip(lengths, found, strict=True):
+    for own, rank in zip(lengths, batches, strict=True):
         assert sorted(i for part in rank for i in part) == list(range(len(own)))
         assert all(len(part) <= 1 or sum(own[i] for i in part) <= max_tokens for part in rank)

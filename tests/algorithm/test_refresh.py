@@ -59,12 +59,12 @@ def test_only_the_prompts_drawn_move_and_the_metric_is_their_mean_shift() -> Non
 
 
 def test_it_goes_on_exactly_from_its_state() -> None:
-    one, two = (LiveVStar({"a": 0.1, "b": 0.7}, {"a": 4, "b": 8}, 0.5, 0.8) for _ in range(2))
-    one.add([("a", 1.0), ("b", 0.0)])
-    two.restore(json.loads(json.dumps(one.state())))
-    for live in (one, two):
+    first, second = (LiveVStar({"a": 0.1, "b": 0.7}, {"a": 4, "b": 8}, 0.5, 0.8) for _ in range(2))
+    first.add([("a", 1.0), ("b", 0.0)])
+    second.restore(json.loads(json.dumps(first.state())))
+    for live in (first, second):
         live.add([("a", 0.0), ("b", 1.0)])
-    assert (one["a"], one["b"]) == (two["a"], two["b"])
+    assert (first["a"], first["b"]) == (second["a"], second["b"])
 
 
 def test_it_is_finite_where_the_exponential_overflows() -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from conversion import convert, hf
+from conversion import hf, rewrite
 from conversion.ends import open_end
 from conversion.families import model_from_config
 from conversion.tiles import ParallelLayout
@@ -72,9 +72,9 @@ def converted(direction: str, source: Path, target: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     before, start = peak_bytes(), time.perf_counter()
     if direction == "hf-to-megatron":
-        convert.write_megatron(end, target, ParallelLayout(tensor=2))
+        rewrite.write_megatron(end, target, ParallelLayout(tensor=2))
     else:
-        convert.write_hf(end, target)
+        rewrite.write_hf(end, target)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes() - before}))
 
 
@@ -114,7 +114,7 @@ def plan_seconds() -> float:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model.config))
         start = time.perf_counter()
-        convert.preview(open_end(folder, plan_only=True), ParallelLayout(tensor=8, pipeline=8, data=4))
+        rewrite.preview(open_end(folder, plan_only=True), ParallelLayout(tensor=8, pipeline=8, data=4))
         return time.perf_counter() - start
 
 
@@ -136,8 +136,8 @@ def measured(folder: Path, rounds: int, layers: int) -> dict[str, object]:
     return {
         "bytes": sum((source / name).stat().st_size for name in weights),
         "rounds": rounds,
-        "part_bytes": convert.PART_BYTES,
-        "threads": convert.THREADS,
+        "part_bytes": rewrite.PART_BYTES,
+        "threads": rewrite.THREADS,
         "load_average": os.getloadavg()[0],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "all_seconds": {name: [round(run["seconds"], 2) for run in runs] for name, runs in found.items()},

@@ -34,12 +34,12 @@ class Holder(WorkerExtension):
         shapes = {worker: model.vllm_shapes(tensor, worker) for worker in range(tensor)}
         weights = load_file(Path(folder) / "model.safetensors")
         expected = reference_world(model.vllm_tiles(tensor), weights, empty_world(shapes))[rank]
-        held = dict(module.named_parameters(remove_duplicate=False))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         padding = {name: tile.isnan() for name, tile in expected.items()}
         return [
             name
             for name, tile in expected.items()
-            if not torch.equal(held[name].data.masked_fill(padding[name], 0.0), tile.masked_fill(padding[name], 0.0))
+            if not torch.equal(parameters[name].data[~padding[name]], tile[~padding[name]])
         ]
 
 
@@ -47,7 +47,7 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     engine: LLM = live_engine.engine(request["folder"], tensor, "engine_holds.Holder")
     answer = {
         "differences": engine.collective_rpc("differences", args=(request["folder"], tensor)),
-        "said": live_engine.said(engine, request["prompts"]),
+        "generated": live_engine.generated(engine, request["prompts"]),
     }
     engine.llm_engine.engine_core.shutdown()
     return answer

@@ -46,7 +46,7 @@ def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorke
     )
 
 
-def said(llm: LLM, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def generated(llm: LLM, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Greedy tokens, and the log-probabilities of all prompt tokens but the first and of all new ones."""
     sampling = SamplingParams(temperature=0.0, max_tokens=12, logprobs=0, prompt_logprobs=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
@@ -62,7 +62,7 @@ def said(llm: LLM, prompts: list[list[int]]) -> list[dict[str, Any]]:
 def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     live = engine(request["folder"], tensor)
     live.collective_rpc("init_weight_transfer_engine", args=(request["init_info"],))
-    answer: dict[str, Any] = {"before": said(live, request["prompts"]), "places": live.collective_rpc("place")}
+    answer: dict[str, Any] = {"before": generated(live, request["prompts"]), "places": live.collective_rpc("place")}
     live.collective_rpc("remember_packs")
     live.collective_rpc("start_weight_update")
     live.collective_rpc("update_weights", args=({"version": 7},))
@@ -76,7 +76,7 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
         answer["rows_of"][name] = live.collective_rpc("rows_of", args=(fault.named,))
         live.collective_rpc("mend")
     answer["rows"] = live.collective_rpc("digest_rows", args=(0,))
-    answer |= {"after": said(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
+    answer |= {"after": generated(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
     if "num_experts" in request["init_info"]["config"]:
         answer["laid_out_anew"] = live.collective_rpc("refusal_of_a_kernel_that_lays_experts_out_anew")
     wrong = request["init_info"] | {"config": request["init_info"]["config"] | {"intermediate_size": 64}}
@@ -85,7 +85,7 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     except Exception as error:
         answer["refusal"] = str(error)
     live.llm_engine.engine_core.shutdown()
-    return answer | {"fresh": said(engine(request["export"], tensor), request["prompts"])}
+    return answer | {"fresh": generated(engine(request["export"], tensor), request["prompts"])}
 
 
 if __name__ == "__main__":

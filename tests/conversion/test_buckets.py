@@ -44,12 +44,12 @@ def test_every_element_travels_once_in_buckets_of_bounded_size(model: Model, buc
 def test_both_ends_derive_the_same_schedule() -> None:
     model, layout = model_from_config(config()), ParallelLayout(tensor=2, pipeline=2, data=3)
     ways = [plan(tiles, model.vllm_tiles(4)) for tiles in [model.megatron_tiles(layout)] * 2]
-    one, other = (schedules(way, layout, 2, 5000) for way in ways)
-    assert one == other
-    prints = [order.fingerprint("bfloat16") for order in one]
-    assert prints == [order.fingerprint("bfloat16") for order in other]
+    first, second = (schedules(way, layout, 2, 5000) for way in ways)
+    assert first == second
+    prints = [order.fingerprint("bfloat16") for order in first]
+    assert prints == [order.fingerprint("bfloat16") for order in second]
     assert set(prints).isdisjoint(order.fingerprint("bfloat16") for order in schedules(ways[0], layout, 2, 500))
-    assert set(prints).isdisjoint(order.fingerprint("float16") for order in one)
+    assert set(prints).isdisjoint(order.fingerprint("float16") for order in first)
 
 
 @pytest.mark.parametrize("replicas", [{"data": 4}, {"context": 2, "data": 2}], ids=str)
@@ -94,8 +94,8 @@ def test_bytes_sent_and_held_stay_below_the_bound(
     trainer = empty_world({rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)})
     workers = empty_world({rank: model.vllm_shapes(2, rank) for rank in range(2)})
     reference_world(source, hf, trainer)
-    held = carried(weights, trainer, workers, tmp_path_factory.mktemp("w"), torch.float32, bucket_bytes)
-    assert held <= 2 * bucket_bytes + HEADER_BYTES + 64 * 2
+    held_bytes = carried(weights, trainer, workers, tmp_path_factory.mktemp("w"), torch.float32, bucket_bytes)
+    assert held_bytes <= 2 * bucket_bytes + HEADER_BYTES + 64 * 2
     expected = empty_world({rank: model.vllm_shapes(2, rank) for rank in range(2)})
     assert_equal_worlds(workers, reference_world(target, hf, expected))
     orders = schedules(weights, layout, 4, bucket_bytes)
@@ -114,9 +114,9 @@ def test_pieces_of_odd_sizes_are_cut_by_rows_or_within_one(
     cols = (0, shape[1]) if len(shape) == 2 else None
     weights = plan([Tile(0, "a", "w", (0, shape[0]), cols)], [Tile(0, "b", "w", (0, shape[0]), cols)])
     tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)
-    got = torch.full(shape, -1.0)
-    carried(weights, {0: {"a": tensor}}, {0: {"b": got}}, tmp_path, torch.float32, bucket_bytes)
-    assert torch.equal(got, tensor)
+    received = torch.full(shape, -1.0)
+    carried(weights, {0: {"a": tensor}}, {0: {"b": received}}, tmp_path, torch.float32, bucket_bytes)
+    assert torch.equal(received, tensor)
     for bucket in schedule(weights, 0, 4, bucket_bytes).buckets:
         for fragment in bucket:
             rows = fragment.box[0][1] - fragment.box[0][0]

@@ -36,8 +36,8 @@ def assert_understood_or_named(small: dict[str, Any], key: str) -> None:
     except UnsupportedModelError as error:
         assert key in str(error)
         return
-    said, options = model.transformer_config(), model.gpt_options()
-    for number in (said["layernorm_epsilon"], options["rotary_base"], options["max_sequence_length"]):
+    transformer, options = model.transformer_config(), model.gpt_options()
+    for number in (transformer["layernorm_epsilon"], options["rotary_base"], options["max_sequence_length"]):
         assert type(number) in (int, float) and 0 < number < math.inf
     assert all(type(size) is int and size > 0 for shape in model.parameters().values() for size in shape)
     assert type(model.tied) is bool

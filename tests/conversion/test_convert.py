@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import fits, layouts, models, random_weights, write_folder
 
-from conversion import convert
-from conversion.checkpoint import CheckpointReader, DistributedCheckpointError
+from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
+from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
 from conversion.verify import tensor_digests
 
 
@@ -26,9 +26,9 @@ def test_there_and_back_is_bitwise_equal(
     kind: str, tensor: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     source = request.getfixturevalue(kind)
-    convert.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=tensor))
-    convert.write_megatron(open_end(tmp_path / "megatron"), tmp_path / "reshaped", ParallelLayout(tensor=3 - tensor))
-    convert.write_hf(open_end(tmp_path / "reshaped"), tmp_path / "back")
+    rewrite.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=tensor))
+    rewrite.write_megatron(open_end(tmp_path / "megatron"), tmp_path / "reshaped", ParallelLayout(tensor=3 - tensor))
+    rewrite.write_hf(open_end(tmp_path / "reshaped"), tmp_path / "back")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     before.pop("lm_head.weight", None) if kind == "tied_llama" else None
     assert before.keys() == after.keys()
@@ -40,7 +40,7 @@ def test_there_and_back_is_bitwise_equal(
 
 def test_every_value_is_written_once_and_padding_is_zero(tied_llama: Path, tmp_path: Path) -> None:
     model = HuggingFaceEnd(tied_llama).model
-    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout(tensor=2))
+    rewrite.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout(tensor=2))
     reader = CheckpointReader(tmp_path / "megatron")
     (rows, columns) = reader.shapes()["embedding.word_embeddings.weight"]
     assert (rows, model.vocab_size) == (264, 263)
@@ -50,18 +50,18 @@ def test_every_value_is_written_once_and_padding_is_zero(tied_llama: Path, tmp_p
 
 
 def test_comparison_names_parameter_row_and_column(tied_llama: Path, tmp_path: Path) -> None:
-    convert.write_hf(HuggingFaceEnd(tied_llama), tmp_path / "copy")
+    rewrite.write_hf(HuggingFaceEnd(tied_llama), tmp_path / "copy")
     file = tmp_path / "copy" / "model.safetensors"
     weights = load_file(file)
-    convert.compare(HuggingFaceEnd(tied_llama), HuggingFaceEnd(tmp_path / "copy"))
+    rewrite.compare(HuggingFaceEnd(tied_llama), HuggingFaceEnd(tmp_path / "copy"))
     weights["model.layers.4.mlp.up_proj.weight"][7, 11] += 1e-6
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(convert.MismatchError, match=r"model\.layers\.4\.mlp\.up_proj\.weight, row 7, column 11.* 1 of"):
-        convert.compare(HuggingFaceEnd(tied_llama), HuggingFaceEnd(tmp_path / "copy"))
+    with pytest.raises(rewrite.MismatchError, match=r"model\.layers\.4\.mlp\.up_proj\.weight, row 7, column 11.* 1 of"):
+        rewrite.compare(HuggingFaceEnd(tied_llama), HuggingFaceEnd(tmp_path / "copy"))
 
 
 def test_an_index_that_would_run_code_is_refused(tied_llama: Path, tmp_path: Path) -> None:
-    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+    rewrite.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
 
     class Hostile:
         def __reduce__(self) -> object:
@@ -74,7 +74,7 @@ def test_an_index_that_would_run_code_is_refused(tied_llama: Path, tmp_path: Pat
 
 
 def test_a_truncated_chunk_is_named(tied_llama: Path, tmp_path: Path) -> None:
-    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+    rewrite.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
     file = min((tmp_path / "megatron").glob("*.distcp"))
     data = file.read_bytes()
     os.truncate(file, len(data) // 2)
@@ -82,7 +82,7 @@ def test_a_truncated_chunk_is_named(tied_llama: Path, tmp_path: Path) -> None:
         open_end(tmp_path / "megatron")
     file.write_bytes(bytes(len(data)))
     with pytest.raises(DistributedCheckpointError, match=f"{file.name} is damaged"):
-        convert.write_hf(open_end(tmp_path / "megatron"), tmp_path / "hf")
+        rewrite.write_hf(open_end(tmp_path / "megatron"), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     file.unlink()
     with pytest.raises(DistributedCheckpointError, match=f"{file.name} is missing"):
@@ -92,18 +92,18 @@ def test_a_truncated_chunk_is_named(tied_llama: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_without_configuration_needs_a_folder_like_it(
     tied_llama: Path, untied_qwen2: Path, tmp_path: Path
 ) -> None:
-    convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+    rewrite.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
     (tmp_path / "megatron" / "config.json").unlink()
     with pytest.raises(ValueError, match="--like"):
         open_end(tmp_path / "megatron")
-    convert.compare(MegatronEnd(tmp_path / "megatron", like=tied_llama), HuggingFaceEnd(tied_llama))
+    rewrite.compare(MegatronEnd(tmp_path / "megatron", like=tied_llama), HuggingFaceEnd(tied_llama))
     with pytest.raises(ValueError, match=r"does not hold output_layer|expected"):
         MegatronEnd(tmp_path / "megatron", like=untied_qwen2)
 
 
 def test_a_layout_that_does_not_divide_is_refused_before_anything_is_written(tied_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="divide"):
-        convert.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout(pipeline=4))
+        rewrite.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout(pipeline=4))
     assert not list(tmp_path.iterdir())
 
 
@@ -127,14 +127,14 @@ def test_any_model_through_any_two_layouts_in_parts_of_any_size_is_bitwise(
     part_bytes: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    one, other = layouts_chosen
-    assume(fits(model, one) and fits(model, other))
+    first, second = layouts_chosen
+    assume(fits(model, first) and fits(model, second))
     folder = tmp_path_factory.mktemp("folders")
     weights = random_weights(model, dtype=dtype)
     end = HuggingFaceEnd(write_folder(folder / "source", model, weights))
-    convert.write_megatron(end, folder / "one", one, part_bytes=part_bytes)
-    convert.write_megatron(MegatronEnd(folder / "one"), folder / "other", other, part_bytes=part_bytes)
-    convert.write_hf(MegatronEnd(folder / "other"), folder / "back", part_bytes=part_bytes)
+    rewrite.write_megatron(end, folder / "one", first, part_bytes=part_bytes)
+    rewrite.write_megatron(MegatronEnd(folder / "one"), folder / "other", second, part_bytes=part_bytes)
+    rewrite.write_hf(MegatronEnd(folder / "other"), folder / "back", part_bytes=part_bytes)
     back = load_file(folder / "back" / "model.safetensors")
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)

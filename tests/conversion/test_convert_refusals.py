@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import write_export
 from safetensors.torch import load_file
 from tiny_models import config, random_weights, write_folder
 from torch import Tensor
 
-from conversion import checkpoint, convert, hf
-from conversion.checkpoint import CheckpointReader, DistributedCheckpointError
+from conversion import hf, rewrite, torch_dist
 from conversion.ends import MegatronEnd, open_end
 from conversion.families import model_from_config
-from conversion.folders import CheckpointError
+from conversion.folders import ModelFolderError
 from conversion.tiles import ParallelLayout
+from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
 
 MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
 ONE = ParallelLayout()
@@ -32,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def megatron(source: Path, tmp_path: Path) -> Path:
-    convert.write_megatron(open_end(source), tmp_path / "megatron", ParallelLayout(tensor=2, expert=2, data=2))
+    rewrite.write_megatron(open_end(source), tmp_path / "megatron", ParallelLayout(tensor=2, expert=2, data=2))
     return tmp_path / "megatron"
 
 
@@ -51,14 +52,14 @@ def test_weights_that_are_not_finite_are_all_named_and_not_converted(source: Pat
     bad = changed(source, spoil, tmp_path / "bad")
     wanted = r"NaN or Inf in model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight \(1 values\), model\.norm\.weight \(2 v"
     for write in (
-        lambda: convert.write_hf(open_end(bad), tmp_path / "out"),
-        lambda: convert.write_megatron(open_end(bad), tmp_path / "out", ParallelLayout(tensor=2)),
+        lambda: rewrite.write_hf(open_end(bad), tmp_path / "out"),
+        lambda: rewrite.write_megatron(open_end(bad), tmp_path / "out", ParallelLayout(tensor=2)),
     ):
-        with pytest.raises(CheckpointError, match=wanted):
+        with pytest.raises(ModelFolderError, match=wanted):
             write()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "source"]
-    assert convert.read_through(open_end(bad)).bad.total() == 3
-    convert.compare(open_end(bad), open_end(bad))  # the same weights, NaN or not
+    assert rewrite.read_through(open_end(bad)).bad.total() == 3
+    rewrite.compare(open_end(bad), open_end(bad))  # the same weights, NaN or not
 
 
 @contextmanager
@@ -76,9 +77,9 @@ def test_a_disk_that_fills_up_leaves_nothing(source: Path, megatron: Path, tmp_p
     before = sorted(path.name for path in tmp_path.iterdir())
     with largest_file(100_000):
         with pytest.raises(OSError, match=r"can't write .*distcp: File too large"):
-            convert.write_megatron(open_end(source), tmp_path / "out", ONE)
+            rewrite.write_megatron(open_end(source), tmp_path / "out", ONE)
         with pytest.raises(OSError, match="no room for the"):
-            convert.write_hf(open_end(megatron), tmp_path / "out")
+            rewrite.write_hf(open_end(megatron), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -88,29 +89,29 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path: Path) 
     (tmp_path / "config.json").write_text(json.dumps(large.config))
     end = open_end(tmp_path, plan_only=True)
     with pytest.raises(OSError, match=r"no room for the [\d,]+ bytes of .*out: [\d,]+ are free"):
-        convert.write_megatron(end, tmp_path.parent / "out", ONE)
+        rewrite.write_megatron(end, tmp_path.parent / "out", ONE)
 
 
 @pytest.mark.parametrize("layout", [ONE, ParallelLayout(tensor=2, expert=2, data=2)])
 def test_the_disk_that_a_preview_asks_for_is_enough(layout: ParallelLayout, source: Path, tmp_path: Path) -> None:
     """Of small experts archives and index are as large as the numbers."""
     end = open_end(source)
-    convert.write_megatron(end, tmp_path / "out", layout)
+    rewrite.write_megatron(end, tmp_path / "out", layout)
     used = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
-    assert used <= convert.preview(end, layout).written_bytes < 2 * used
+    assert used <= rewrite.preview(end, layout).written_bytes < 2 * used
 
 
 def test_places_that_can_t_be_written_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place, error, words in (
-        (source, CheckpointError, "is the source itself|is no export"),
-        (source / "inside", CheckpointError, "lies in the other"),
-        (tmp_path, CheckpointError, "lies in the other|is no export"),
+        (source, ModelFolderError, "is the source itself|is no export"),
+        (source / "inside", ModelFolderError, "lies in the other"),
+        (tmp_path, ModelFolderError, "lies in the other|is no export"),
         (tmp_path / "file" / "below", OSError, "can't write .*choose another destination"),
         (Path("/sys/out"), OSError, "can't write /sys/out"),
     ):
         with pytest.raises(error, match=words):
-            convert.write_hf(open_end(source), place)
+            rewrite.write_hf(open_end(source), place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
 
 
@@ -122,29 +123,29 @@ def test_links_are_followed_at_both_ends(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "cache")
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     for _ in range(2):  # the second replaces the first, not the link
-        convert.write_megatron(open_end(tmp_path / "link"), tmp_path / "out", ONE)
+        rewrite.write_megatron(open_end(tmp_path / "link"), tmp_path / "out", ONE)
         assert (tmp_path / "out").is_symlink()
-    convert.compare(open_end(tmp_path / "disk"), open_end(source))
+    rewrite.compare(open_end(tmp_path / "disk"), open_end(source))
     (tmp_path / "again").symlink_to(source)
-    with pytest.raises(CheckpointError, match="is the source itself"):
-        convert.write_hf(open_end(source), tmp_path / "again")
+    with pytest.raises(ModelFolderError, match="is the source itself"):
+        rewrite.write_hf(open_end(source), tmp_path / "again")
 
 
 def test_several_types_and_pickles_are_refused(source: Path, tmp_path: Path) -> None:
     mixed = changed(source, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].half()}), tmp_path / "mixed")
-    with pytest.raises(CheckpointError, match=r"mixes types: float16 \(lm_head\.weight\), float32"):
+    with pytest.raises(ModelFolderError, match=r"mixes types: float16 \(lm_head\.weight\), float32"):
         open_end(mixed)
     for suffix in (".bin", ".pt"):
         folder = write_folder(tmp_path / f"pickled{suffix}", MODEL, {})
         (folder / hf.WEIGHTS).rename(folder / f"model{suffix}")
-        with pytest.raises(CheckpointError, match=f"model{suffix} is a pickle checkpoint"):
+        with pytest.raises(ModelFolderError, match=f"model{suffix} is a pickle checkpoint"):
             open_end(folder, plan_only=True)
 
 
 def test_a_buffer_of_another_type_is_no_mix(source: Path, tmp_path: Path) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8, dtype=torch.float16)}
     old = changed(source, lambda w: w.update(extra), tmp_path / "old")
-    convert.compare(open_end(old), open_end(source))
+    rewrite.compare(open_end(old), open_end(source))
 
 
 def test_a_layout_that_does_not_fit_says_which_would(source: Path) -> None:
@@ -154,7 +155,7 @@ def test_a_layout_that_does_not_fit_says_which_would(source: Path) -> None:
         (ParallelLayout(tensor=3), "num_key_value_heads=2 does not divide by tensor=3.* these do: 1, 2, 4$"),
     ):
         with pytest.raises(ValueError, match=words):
-            convert.preview(open_end(source), layout)
+            rewrite.preview(open_end(source), layout)
 
 
 def test_a_damaged_index_is_refused(megatron: Path) -> None:
@@ -192,9 +193,9 @@ def test_verify_finds_every_fault_by_name(fault: str, named: str, source: Path, 
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
     bad = changed(source, spoil, tmp_path / "bad")
-    for one, other in ((megatron, bad), (bad, source)):
-        with pytest.raises(convert.MismatchError, match=named):
-            convert.compare(open_end(one), open_end(other))
+    for left, right in ((megatron, bad), (bad, source)):
+        with pytest.raises(rewrite.MismatchError, match=named):
+            rewrite.compare(open_end(left), open_end(right))
 
 
 def test_verify_compares_types_as_numbers_and_says_when_only_rounding_differs(
@@ -203,22 +204,22 @@ def test_verify_compares_types_as_numbers_and_says_when_only_rounding_differs(
     weights = load_file(source / hf.WEIGHTS)
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()}
     halves["model.norm.weight"][3] = math.nan
-    hf.save(tmp_path / "bf16", halves, source, max_shard_bytes=30_000)
-    hf.save(tmp_path / "fp32", {name: tensor.float() for name, tensor in halves.items()}, source)
-    convert.compare(open_end(tmp_path / "bf16"), open_end(tmp_path / "fp32"))
-    with pytest.raises(convert.MismatchError, match=r"embed_tokens\.weight, row 0, .* equal once rounded to bfloat16$"):
-        convert.compare(open_end(tmp_path / "bf16"), open_end(megatron))
+    write_export(tmp_path / "bf16", halves, source, max_shard_bytes=30_000)
+    write_export(tmp_path / "fp32", {name: tensor.float() for name, tensor in halves.items()}, source)
+    rewrite.compare(open_end(tmp_path / "bf16"), open_end(tmp_path / "fp32"))
+    with pytest.raises(rewrite.MismatchError, match=r"embed_tokens\.weight, row 0, .* equal once rounded to bfloat16$"):
+        rewrite.compare(open_end(tmp_path / "bf16"), open_end(megatron))
 
 
 def test_unstacked_layers_and_the_other_norm_s_name_are_read(source: Path, tmp_path: Path) -> None:
     """Megatron writes layers one by one where they differ, and its local layers call a router's norm otherwise."""
     end = open_end(source)
-    convert.write_megatron(end, tmp_path / "stacked", ONE)
+    rewrite.write_megatron(end, tmp_path / "stacked", ONE)
     reader = CheckpointReader(tmp_path / "stacked")
     norm, other = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
     for unstacked in (False, True):
         parts, origin = {}, {}
-        for name, cut in convert.chunks(MODEL, ONE, torch.float32).items():
+        for name, cut in rewrite.chunks(MODEL, ONE, torch.float32).items():
             for index in cut:
                 new = other if name == norm else name
                 if unstacked and ".layers." in name:
@@ -228,13 +229,13 @@ def test_unstacked_layers_and_the_other_norm_s_name_are_read(source: Path, tmp_p
                 parts.setdefault(new, []).append(place)
                 origin[new, place] = (name, index)
 
-        def read(name: str, place: checkpoint.Index, origin: dict = origin) -> Tensor:
+        def read(name: str, place: torch_dist.Index, origin: dict = origin) -> Tensor:
             return reader.read(*origin[name, place]).reshape([b - a for a, b in place]).clone()
 
         folder = tmp_path / f"unstacked-{unstacked}"
         folder.mkdir()
-        checkpoint.write(folder, parts, read, torch.float32, {})
-        convert.compare(MegatronEnd(folder, like=source), end)
+        torch_dist.write(folder, parts, read, torch.float32, {})
+        rewrite.compare(MegatronEnd(folder, like=source), end)
 
 
 def peak_bytes() -> int:
@@ -259,11 +260,11 @@ def test_a_conversion_holds_a_few_parts_and_not_the_model(tmp_path: Path) -> Non
     write_repeated(tmp_path / "source", tmp_path)
     size = model.num_parameters() * 2
     for write, source, target in (
-        (lambda end, to: convert.write_megatron(end, to, ONE), "source", "megatron"),
-        (convert.write_hf, "megatron", "hf"),
+        (lambda end, to: rewrite.write_megatron(end, to, ONE), "source", "megatron"),
+        (rewrite.write_hf, "megatron", "hf"),
     ):
         end = open_end(tmp_path / source)
-        allowed = convert.preview(end, ONE).peak_bytes
+        allowed = rewrite.preview(end, ONE).peak_bytes
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
         before = peak_bytes()
         write(end, tmp_path / target)

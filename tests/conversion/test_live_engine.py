@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from exports import write_export
 from live_faults import LiveFault, live_faults
 from tiny_models import World, config, empty_world, random_weights, reference_world, write_folder
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from conversion import hf
 from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
@@ -35,7 +35,7 @@ def prepared(model: Model, layout: ParallelLayout, route: Route, folder: Path) -
     """New weights as ranks of `layout` hold them, and the request to publish them; the folders are written."""
     weights = random_weights(model, seed=2)
     old = write_folder(folder / "old", model, random_weights(model, seed=1))
-    hf.save(folder / "export", weights, old)
+    write_export(folder / "export", weights, old)
     shapes = {rank: model.megatron_shapes(layout, rank) for rank in range(layout.world_size)}
     world = reference_world(model.megatron_tiles(layout), weights, empty_world(shapes))
     generator = torch.Generator().manual_seed(3)
@@ -75,7 +75,8 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout, Way]], tensor
         requests.append(request)
         way = plan(model.megatron_tiles(layout), model.vllm_tiles(tensor))
         senders += [route.sender(way, rank, tensors, torch.float32) for rank, tensors in world.items()]
-        proofs.append((way, [Holdings(sent_parts(way, rank), held, torch.float32) for rank, held in world.items()]))
+        sent = [Holdings(sent_parts(way, rank), tensors, torch.float32) for rank, tensors in world.items()]
+        proofs.append((way, sent))
     (folder / "requests.json").write_text(json.dumps(requests))
     command = [sys.executable, str(PROGRAM), str(tensor), str(folder / "requests.json"), str(folder / "answers.json")]
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2])}
@@ -101,7 +102,7 @@ def assert_faults_are_named(
     """Each worker's own audit: clean as it is, and with a fault injected that fault by name and nothing else."""
     expected = verifier.manifest(7, [end.digests() for end in sent])
     for rank, clean in enumerate(answer["audits"]["none"]):
-        parts = verifier.held[rank]
+        parts = verifier.target_parts[rank]
         assert verifier.first_mismatch(expected, rank, clean["digests"]) is None and clean["faults"] == []
         assert len(answer["rows"][rank]) == parts[0].rectangle[1] - parts[0].rectangle[0]
         for name, fault in faults.items():
@@ -117,10 +118,10 @@ def assert_faults_are_named(
                 index = verifier.first_mismatch(expected, rank, audit["digests"])
                 assert index is not None and parts[index].hf == fault.named, name
                 source, origin = verifier.origin(rank, index)
-                held = dict(answer["rows_of"][name][rank])[index]
-                found = mismatch(7, parts[index], f"worker {rank}", sent[source].rows(origin), held)
-                assert (found.tensor, found.row) == (fault.named, parts[index].rectangle[0] + fault.row)
-                assert f"worker {rank} does not hold {fault.named} as it was sent, first bad row" in str(found)
+                rows = dict(answer["rows_of"][name][rank])[index]
+                error = mismatch(7, parts[index], f"worker {rank}", sent[source].rows(origin), rows)
+                assert (error.tensor, error.row) == (fault.named, parts[index].rectangle[0] + fault.row)
+                assert f"worker {rank} does not hold {fault.named} as it was sent, first bad row" in str(error)
 
 
 def assert_live_equals_fresh(answer: dict[str, Any]) -> None:

@@ -111,8 +111,8 @@ def test_key_value_heads_are_replicated_on_neighbouring_engine_workers() -> None
     D = model.dims.head_dim
     k = weights["model.layers.1.self_attn.k_proj.weight"]
     for rank, head in enumerate([0, 0, 1, 1]):
-        held = world[rank]["model.layers.1.self_attn.qkv_proj.weight"][D : 2 * D]
-        assert torch.equal(held, k[head * D : (head + 1) * D])
+        key_rows = world[rank]["model.layers.1.self_attn.qkv_proj.weight"][D : 2 * D]
+        assert torch.equal(key_rows, k[head * D : (head + 1) * D])
 
 
 def test_a_fused_tensor_of_experts_holds_each_expert_in_a_plane() -> None:
@@ -124,26 +124,26 @@ def test_a_fused_tensor_of_experts_holds_each_expert_in_a_plane() -> None:
     down = torch.stack([weights[f"{name}.down_proj.weight"] for name in experts])
     for rank in range(2):
         w13 = torch.cat([half.chunk(2, dim=1)[rank] for half in halves], dim=1)
-        held = world[rank]
-        assert torch.equal(held["model.layers.1.mlp.experts.routed_experts.w13_weight"], w13)
+        local = world[rank]
+        assert torch.equal(local["model.layers.1.mlp.experts.routed_experts.w13_weight"], w13)
         w2 = down.chunk(2, dim=2)[rank]
-        assert torch.equal(held["model.layers.1.mlp.experts.routed_experts.w2_weight"], w2)
+        assert torch.equal(local["model.layers.1.mlp.experts.routed_experts.w2_weight"], w2)
 
 
 def test_experts_are_spread_over_the_data_parallel_ranks() -> None:
     model = model_from_config(config("qwen3_moe"))
     weights = random_weights(model)
     layout = ParallelLayout(tensor=2, data=4, expert=2)
-    assert [place for _, place in layout.places()] == [
-        dataclasses.replace(place, layout=layout)
-        for _, place in ParallelLayout(tensor=2, context=2, data=2, expert=2).places()
+    assert [cell for _, cell in layout.cells()] == [
+        dataclasses.replace(cell, layout=layout)
+        for _, cell in ParallelLayout(tensor=2, context=2, data=2, expert=2).cells()
     ]  # context-parallel ranks are replicas like any others
     world = reference_world(model.megatron_tiles(layout), weights, megatron_world(model, layout))
     for rank, first in enumerate([0, 0, 3, 3, 0, 0, 3, 3]):  # tensor fastest, then expert, then the replicas
         for own in range(3):
             down = weights[f"model.layers.1.mlp.experts.{first + own}.down_proj.weight"]
-            held = world[rank][f"decoder.layers.1.mlp.experts.local_experts.{own}.linear_fc2.weight"]
-            assert torch.equal(held, down.chunk(2, dim=1)[rank % 2])
+            shard = world[rank][f"decoder.layers.1.mlp.experts.local_experts.{own}.linear_fc2.weight"]
+            assert torch.equal(shard, down.chunk(2, dim=1)[rank % 2])
         assert "decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight" not in world[rank]
 
 
@@ -151,11 +151,11 @@ def test_interleaved_chunks_go_round_the_stages() -> None:
     """Eight layers, two stages, two chunks: megatron/core/transformer/transformer_block.py's own example."""
     model = model_from_config(config(num_hidden_layers=8, tie_word_embeddings=True))
     layout = ParallelLayout(pipeline=2, virtual=2)
-    found = {(tile.rank, tile.name.partition(".")[0]): set[str]() for tile in model.megatron_tiles(layout)}
+    layers = {(tile.rank, tile.name.partition(".")[0]): set[str]() for tile in model.megatron_tiles(layout)}
     for tile in model.megatron_tiles(layout):
         if tile.hf.endswith("o_proj.weight"):
-            found[tile.rank, tile.name.partition(".")[0]].add(tile.hf.split(".")[2])
-    assert found == {
+            layers[tile.rank, tile.name.partition(".")[0]].add(tile.hf.split(".")[2])
+    assert layers == {
         (0, "model0"): {"0", "1"},
         (0, "model1"): {"4", "5"},
         (1, "model0"): {"2", "3"},
@@ -184,21 +184,16 @@ def test_fused_norms_have_transformer_engine_names() -> None:
 
 
 def test_rank_order_is_megatrons_default() -> None:
-    layout = ParallelLayout(tensor=2, pipeline=3, data=2)
-    assert layout.rank(1, 0, 0) == 1
-    assert layout.rank(0, 0, 1) == 2
-    assert layout.rank(0, 1, 0) == 4
-    assert [layout.rank(*layout.coordinates(rank)) for rank in range(12)] == list(range(12))
-    layout = ParallelLayout(tensor=2, context=3, pipeline=2, data=2)
-    assert (layout.rank(0, 0, 0, 1), layout.rank(0, 0, 1), layout.rank(0, 1, 0)) == (2, 6, 12)
-    assert [layout.rank(*layout.coordinates(rank)) for rank in range(24)] == list(range(24))
+    layout = ParallelLayout(tensor=2, context=3, pipeline=2, data=2)  # tensor fastest, pipeline slowest
+    order = [(t, p, d, c) for p in range(2) for d in range(2) for c in range(3) for t in range(2)]
+    assert [layout.coordinates(rank) for rank in range(layout.world_size)] == order
 
 
 def test_the_transformer_configuration_says_what_the_hf_configuration_says() -> None:
     model = model_from_config(config("qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
-    said = model.transformer_config()
-    assert said["num_query_groups"] == 2 and said["kv_channels"] == 12 and said["ffn_hidden_size"] == 56
-    assert said["add_qkv_bias"] and not said["add_bias_linear"] and said["activation"] == "silu"
+    options = model.transformer_config()
+    assert options["num_query_groups"] == 2 and options["kv_channels"] == 12 and options["ffn_hidden_size"] == 56
+    assert options["add_qkv_bias"] and not options["add_bias_linear"] and options["activation"] == "silu"
     assert model.gpt_options() == {
         "vocab_size": 131,
         "max_sequence_length": 128,
@@ -211,10 +206,10 @@ def test_the_transformer_configuration_says_what_the_hf_configuration_says() -> 
 
 
 def test_the_transformer_configuration_of_experts_says_how_they_are_chosen() -> None:
-    said = model_from_config(config("qwen3_moe", norm_topk_prob=False)).transformer_config()
-    assert said["qk_layernorm"] and said["kv_channels"] == 16
-    assert (said["num_moe_experts"], said["moe_router_topk"], said["moe_ffn_hidden_size"]) == (6, 2, 40)
-    assert said["moe_router_pre_softmax"] and said["moe_router_load_balancing_type"] == "none"
+    options = model_from_config(config("qwen3_moe", norm_topk_prob=False)).transformer_config()
+    assert options["qk_layernorm"] and options["kv_channels"] == 16
+    assert (options["num_moe_experts"], options["moe_router_topk"], options["moe_ffn_hidden_size"]) == (6, 2, 40)
+    assert options["moe_router_pre_softmax"] and options["moe_router_load_balancing_type"] == "none"
     assert not model_from_config(config("qwen3_moe")).transformer_config()["moe_router_pre_softmax"]
     assert "num_moe_experts" not in model_from_config(config("qwen3")).transformer_config()
 
@@ -348,11 +343,8 @@ def test_sizes_that_do_not_divide_are_named() -> None:
         share(7, 2, 0, "F", "tp")
 
 
-def test_a_folder_without_a_readable_configuration_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
-        read_model(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
         read_model(tmp_path)
 
 

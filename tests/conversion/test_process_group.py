@@ -30,8 +30,8 @@ def test_weights_arrive_bitwise_and_nobody_is_sent_what_it_does_not_want(tmp_pat
     shapes = {rank: MODEL.vllm_shapes(2, rank) for rank in range(2)}
     expected = reference_world(MODEL.vllm_tiles(2), random_weights(MODEL), empty_world(shapes))
     for engine in range(2):
-        got = {rank: load_file(tmp_path / f"{2 + 2 * engine + rank}.safetensors") for rank in range(2)}
-        assert_equal_worlds(got, expected)
+        received = {rank: load_file(tmp_path / f"{2 + 2 * engine + rank}.safetensors") for rank in range(2)}
+        assert_equal_worlds(received, expected)
     counted = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(6)]
     assert all(0 < count["held"] <= 2 * BUCKET_BYTES for count in counted)
     assert all(count["packed"] > 10 * BUCKET_BYTES for count in counted[:2])  # many more buckets than buffers

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import write_export
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, config, random_weights, write_folder
 
-from conversion import convert, hf
-from conversion.checkpoint import DistributedCheckpointError
+from conversion import hf, rewrite
 from conversion.ends import HuggingFaceEnd, open_end
 from conversion.families import model_from_config
-from conversion.folders import CheckpointError, read_record
-from conversion.ledger import config_said, said
+from conversion.folders import ModelFolderError, read_record
+from conversion.ledger import config_verdict, weights_verdict
 from conversion.tiles import ParallelLayout
+from conversion.torch_dist import DistributedCheckpointError
 from conversion.verify import DIGEST_RULE
 
 MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
@@ -27,13 +28,13 @@ CUT = ParallelLayout(tensor=2, expert=2, data=2)
 @pytest.fixture
 def megatron(tmp_path: Path) -> Path:
     source = write_folder(tmp_path / "source", MODEL, random_weights(MODEL))
-    convert.write_megatron(open_end(source), tmp_path / "megatron", CUT)
+    rewrite.write_megatron(open_end(source), tmp_path / "megatron", CUT)
     return tmp_path / "megatron"
 
 
 @pytest.fixture
 def exported(megatron: Path, tmp_path: Path) -> Path:
-    convert.write_hf(open_end(megatron), tmp_path / "exported")
+    rewrite.write_hf(open_end(megatron), tmp_path / "exported")
     return tmp_path / "exported"
 
 
@@ -47,33 +48,33 @@ def test_a_configuration_that_is_not_as_recorded_is_not_converted(
 ) -> None:
     folder = request.getfixturevalue(kind)
     change(folder / "config.json", max_position_embeddings=64, dtype="bfloat16", eos_token_id=3, intermediate_size=9)
-    assert config_said(open_end(folder)) == "config.json computes as recorded in conversion.json"
-    convert.write_hf(open_end(folder), tmp_path / "before")
+    assert config_verdict(open_end(folder)) == "config.json computes as recorded in conversion.json"
+    rewrite.write_hf(open_end(folder), tmp_path / "before")
     change(folder / "config.json", rms_norm_eps=0.5, rope_theta=123.0, norm_topk_prob=False)
     words = r"norm_topk_prob True and False; rms_norm_eps 1e-06 and 0\.5; rope_theta 10000\.0 and 123\.0: restore conf"
     for write in (
-        lambda: convert.write_hf(open_end(folder), tmp_path / "out"),
-        lambda: convert.write_megatron(open_end(folder), tmp_path / "out", ParallelLayout()),
+        lambda: rewrite.write_hf(open_end(folder), tmp_path / "out"),
+        lambda: rewrite.write_megatron(open_end(folder), tmp_path / "out", ParallelLayout()),
     ):
-        with pytest.raises(CheckpointError, match=rf"{kind}/conversion\.json records another computation .*{words}"):
+        with pytest.raises(ModelFolderError, match=rf"{kind}/conversion\.json records another computation .*{words}"):
             write()
     assert not (tmp_path / "out").exists()
-    assert "norm_topk_prob True and False" in config_said(open_end(folder))
-    with pytest.raises(convert.MismatchError, match=r"compute differently.*norm_topk_prob False and True"):
-        convert.compare(open_end(folder), open_end(tmp_path / "before"))
+    assert "norm_topk_prob True and False" in config_verdict(open_end(folder))
+    with pytest.raises(rewrite.MismatchError, match=r"compute differently.*norm_topk_prob False and True"):
+        rewrite.compare(open_end(folder), open_end(tmp_path / "before"))
     change(folder / "conversion.json", config=[])
-    with pytest.raises(CheckpointError, match="config is no JSON object"):
-        convert.write_hf(open_end(folder), tmp_path / "out")
+    with pytest.raises(ModelFolderError, match="config is no JSON object"):
+        rewrite.write_hf(open_end(folder), tmp_path / "out")
     change(folder / "conversion.json", config=None)  # as in a record of before
-    convert.write_hf(open_end(folder), tmp_path / "out")
-    assert "nothing records what config.json" in config_said(open_end(folder))
+    rewrite.write_hf(open_end(folder), tmp_path / "out")
+    assert "nothing records what config.json" in config_verdict(open_end(folder))
 
 
 def test_exports_of_training_record_what_their_configuration_computes(tmp_path: Path) -> None:
     for family in FAMILIES:
         model = model_from_config(config(family))
         source = write_folder(tmp_path / "source", model, random_weights(model))
-        hf.save(tmp_path / family, random_weights(model), source)
+        write_export(tmp_path / family, random_weights(model), source)
         assert (read_record(tmp_path / family) or {})["config"] == model.computation()
     scaling = (read_record(tmp_path / "llama3") or {})["config"]["rope_scaling"]
     assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (8.0, 24)
@@ -96,20 +97,20 @@ def test_a_folder_that_is_not_as_recorded_is_not_converted(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(kind)
-    assert said(open_end(folder), convert.read_through(open_end(folder)).digests()).startswith("as recorded")
+    assert weights_verdict(open_end(folder), rewrite.read_through(open_end(folder)).digests()).startswith("as recorded")
     flip_bit(folder)
     before = sorted(path.name for path in tmp_path.iterdir())
     for write in (
-        lambda: convert.write_hf(open_end(folder), tmp_path / "out"),
-        lambda: convert.write_megatron(open_end(folder), tmp_path / "out", ParallelLayout()),
+        lambda: rewrite.write_hf(open_end(folder), tmp_path / "out"),
+        lambda: rewrite.write_megatron(open_end(folder), tmp_path / "out", ParallelLayout()),
     ):
-        with pytest.raises(CheckpointError, match=rf"{kind}: {NAME}: not what conversion\.json there records"):
+        with pytest.raises(ModelFolderError, match=rf"{kind}: {NAME}: not what conversion\.json there records"):
             write()
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert said(open_end(folder), convert.read_through(open_end(folder)).digests()).endswith(f": {NAME}")
+    assert weights_verdict(open_end(folder), rewrite.read_through(open_end(folder)).digests()).endswith(f": {NAME}")
     (folder / "conversion.json").unlink()  # as the message says, for a change on purpose
-    convert.write_hf(open_end(folder), tmp_path / "out")
-    assert "nothing records" in said(open_end(folder), convert.read_through(open_end(folder)).digests())
+    rewrite.write_hf(open_end(folder), tmp_path / "out")
+    assert "nothing records" in weights_verdict(open_end(folder), rewrite.read_through(open_end(folder)).digests())
 
 
 def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -117,9 +118,9 @@ def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp
     for changes, words in (({"dtype": "bfloat16"}, of_type), ({"digests": [1]}, of_kind)):
         shutil.copytree(exported, tmp_path / "copy")
         change(tmp_path / "copy" / "conversion.json", **changes)
-        with pytest.raises(CheckpointError, match=words):
-            convert.write_hf(open_end(tmp_path / "copy"), tmp_path / "out")
-        assert words in said(open_end(tmp_path / "copy"), {})
+        with pytest.raises(ModelFolderError, match=words):
+            rewrite.write_hf(open_end(tmp_path / "copy"), tmp_path / "out")
+        assert words in weights_verdict(open_end(tmp_path / "copy"), {})
         shutil.rmtree(tmp_path / "copy")
 
 
@@ -130,8 +131,8 @@ def test_digests_by_another_rule_are_not_compared_and_that_is_said(
     digests = (read_record(exported) or {})["digests"]
     change(exported / "conversion.json", digest_rule=rule, digests=dict.fromkeys(digests, 16 * "0"))
     words = "its digests are by another rule than this version's, so nothing says what the weights should be"
-    assert words in said(open_end(exported), digests)
-    convert.write_hf(open_end(exported), tmp_path / "out")
+    assert words in weights_verdict(open_end(exported), digests)
+    rewrite.write_hf(open_end(exported), tmp_path / "out")
     assert [words in line for line in caplog.messages] == [True]
     record = read_record(tmp_path / "out") or {}
     assert (record["digest_rule"], record["digests"]) == (DIGEST_RULE, digests)
@@ -148,11 +149,11 @@ def test_a_write_in_the_wrong_place_is_found(
         write(export, name, row, values.roll(1, 0) if name == NAME else values)
 
     monkeypatch.setattr(hf.Export, "write", shifted)
-    with pytest.raises(CheckpointError, match=rf"{NAME}.* is not written as it was read"):
-        convert.write_hf(open_end(megatron), tmp_path / "out")
-    monkeypatch.setattr(convert._Assembled, "_place", _swapped(convert._Assembled._place))
-    with pytest.raises(CheckpointError, match="is not written as it was read"):
-        convert.write_megatron(open_end(exported), tmp_path / "out", ParallelLayout())
+    with pytest.raises(ModelFolderError, match=rf"{NAME}.* is not written as it was read"):
+        rewrite.write_hf(open_end(megatron), tmp_path / "out")
+    monkeypatch.setattr(rewrite._Assembled, "_place", _swapped(rewrite._Assembled._place))
+    with pytest.raises(ModelFolderError, match="is not written as it was read"):
+        rewrite.write_megatron(open_end(exported), tmp_path / "out", ParallelLayout())
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -161,9 +162,9 @@ def _swapped(place: Callable) -> Callable:
 
     def wrong(self: object, stored: str, index: tuple) -> tuple:
         name, part = place(self, stored, index)
-        for one, other in (("local_experts.0.", "local_experts.1."), ("local_experts.1.", "local_experts.0.")):
-            if one in name:
-                return name.replace(one, other), part
+        for expert, other in (("local_experts.0.", "local_experts.1."), ("local_experts.1.", "local_experts.0.")):
+            if expert in name:
+                return name.replace(expert, other), part
         return name, part
 
     return wrong
@@ -173,13 +174,13 @@ def test_an_export_says_which_folder_and_layout_it_came_from(
     megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(megatron)
-    convert.write_hf(open_end("."), tmp_path / "out")
+    rewrite.write_hf(open_end("."), tmp_path / "out")
     record = read_record(tmp_path / "out") or {}
     assert record["source"] == "megatron"
     assert (record["layout"]["tensor"], record["layout"]["expert"]) == (2, 2)
     (megatron / "conversion.json").unlink()  # a checkpoint of training says it elsewhere
     (megatron / "progress.json").write_text(json.dumps({"layout": {"tensor": 5}}))
-    convert.write_hf(open_end(megatron), tmp_path / "out")
+    rewrite.write_hf(open_end(megatron), tmp_path / "out")
     assert (read_record(tmp_path / "out") or {})["layout"] == {"tensor": 5}
 
 
@@ -187,19 +188,19 @@ def test_a_folder_named_as_like_is_recorded_and_may_not_contradict_the_checkpoin
     megatron: Path, tmp_path: Path
 ) -> None:
     other = write_folder(tmp_path / "other", MODEL, {})
-    convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    rewrite.write_hf(open_end(megatron, like=other), tmp_path / "out")
     assert (read_record(tmp_path / "out") or {})["like"] == "other"
-    convert.write_hf(open_end(megatron, like=megatron), tmp_path / "own")
+    rewrite.write_hf(open_end(megatron, like=megatron), tmp_path / "own")
     assert "like" not in (read_record(tmp_path / "own") or {})
     change(other / "config.json", rms_norm_eps=0.1, rope_theta=5e5)
     words = r"megatron/config\.json and .*other/config\.json.* rms_norm_eps 1e-06 and 0\.1; rope_theta 10000\.0 and 50"
     with pytest.raises(ValueError, match=words + ".*leave out --like, or, if the first is wrong, remove it"):
         open_end(megatron, like=other)
     (megatron / "config.json").unlink()  # as the message says; what its record says stands
-    with pytest.raises(CheckpointError, match=r"records another computation than .*other/config\.json says"):
-        convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    with pytest.raises(ModelFolderError, match=r"records another computation than .*other/config\.json says"):
+        rewrite.write_hf(open_end(megatron, like=other), tmp_path / "out")
     (megatron / "conversion.json").unlink()
-    convert.write_hf(open_end(megatron, like=other), tmp_path / "out")
+    rewrite.write_hf(open_end(megatron, like=other), tmp_path / "out")
 
 
 def test_a_stored_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path: Path) -> None:
@@ -207,11 +208,11 @@ def test_a_stored_head_of_a_tied_model_is_the_embedding_or_refused(tmp_path: Pat
     weights = random_weights(model)
     head = weights["model.embed_tokens.weight"].clone()
     source = write_folder(tmp_path / "source", model, weights | {"lm_head.weight": head})
-    convert.compare(HuggingFaceEnd(source), HuggingFaceEnd(source))
+    rewrite.compare(HuggingFaceEnd(source), HuggingFaceEnd(source))
     head[2110, 3] *= -1.0
     for other in (head, weights["model.embed_tokens.weight"].half(), head[:2000].clone()):
         save_file(weights | {"lm_head.weight": other}, source / hf.WEIGHTS)
-        with pytest.raises(CheckpointError, match=r"lm_head\.weight that is not model\.embed_tokens\.weight"):
+        with pytest.raises(ModelFolderError, match=r"lm_head\.weight that is not model\.embed_tokens\.weight"):
             open_end(source)
 
 
@@ -231,11 +232,11 @@ def test_tied_is_true_or_false_and_no_word() -> None:
 def test_errors_of_files_are_said_in_words_of_ours(megatron: Path, exported: Path) -> None:
     (exported / hf.WEIGHTS).unlink()
     (exported / hf.WEIGHTS).mkdir()
-    with pytest.raises(CheckpointError, match=r"Is a directory"):
+    with pytest.raises(ModelFolderError, match=r"Is a directory"):
         open_end(exported)
     file = min(megatron.glob("*.distcp"))
     data = file.read_bytes()
     file.write_bytes(data.replace(b"torch._utils", b"torch.-utils").replace(b"_rebuild_tensor", b"_rebuild_tenser"))
-    with pytest.raises(DistributedCheckpointError, match=r"distcp is damaged: what begins at byte \d+ is no") as found:
-        convert.read_through(open_end(megatron))
-    assert "weights_only" not in str(found.value)
+    with pytest.raises(DistributedCheckpointError, match=r"distcp is damaged: what begins at byte \d+ is no") as caught:
+        rewrite.read_through(open_end(megatron))
+    assert "weights_only" not in str(caught.value)

@@ -14,7 +14,7 @@ from tiny_models import config
 
 from conversion import hf
 from conversion.families import model_from_config
-from conversion.folders import CheckpointError, check_destination, replacing, write_json
+from conversion.folders import ModelFolderError, check_destination, replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITES = """
@@ -110,9 +110,9 @@ def test_no_file_is_deleted_that_an_export_does_not_have(tmp_path: Path) -> None
     assert (tmp_path / ".out.old" / "notes.txt").exists()
     (tmp_path / "out" / "results.csv").write_text("mine")
     for refusing in (lambda: check_destination(tmp_path / "out"), lambda: export(tmp_path / "out", "newer")):
-        with pytest.raises(CheckpointError, match=r"holds files that no export has: results\.csv"):
+        with pytest.raises(ModelFolderError, match=r"holds files that no export has: results\.csv"):
             refusing()
     (tmp_path / "out" / "results.csv").unlink()
-    with pytest.raises(CheckpointError, match=r"results\.csv"), replacing(tmp_path / "out"):
+    with pytest.raises(ModelFolderError, match=r"results\.csv"), replacing(tmp_path / "out"):
         (tmp_path / "out" / "results.csv").write_text("put there meanwhile")
     assert (tmp_path / "out" / "results.csv").exists()

@@ -42,8 +42,8 @@ def places(*names: str) -> list[Place]:
 def test_the_way_follows_from_the_places(
     sources: tuple[str, ...], engines: list[tuple[str, ...]], links: set[tuple[int, int]], way: str, words: str
 ) -> None:
-    found, reason = choose(places(*sources), [places(*engine) for engine in engines], links, "a")
-    assert found == way and words in reason
+    chosen, reason = choose(places(*sources), [places(*engine) for engine in engines], links, "a")
+    assert chosen == way and words in reason
 
 
 def test_a_process_knows_its_own_place() -> None:

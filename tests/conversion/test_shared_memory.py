@@ -42,16 +42,16 @@ def test_the_file_is_private_has_its_size_at_once_and_goes_away(tmp_path: Path) 
 
 
 def test_each_send_carries_what_the_tensors_hold_then(tmp_path: Path) -> None:
-    tensors, got = {"a": TENSORS["a"].clone().requires_grad_()}, target()
+    tensors, received = {"a": TENSORS["a"].clone().requires_grad_()}, target()
     sender = SharedMemorySender(SMALL, 0, tensors, tmp_path)
-    receiver = SharedMemoryReceiver(SMALL, 0, got, tmp_path)
+    receiver = SharedMemoryReceiver(SMALL, 0, received, tmp_path)
     for step in (0.0, 5.0):
         with torch.no_grad():
             tensors["a"] += step
         sender.send()
         receiver.receive()
-        assert torch.equal(got["b"][1:4], tensors["a"].detach())
-    assert (got["b"][[0, 4]] == -1).all()  # a region no tile covers is not touched
+        assert torch.equal(received["b"][1:4], tensors["a"].detach())
+    assert (received["b"][[0, 4]] == -1).all()  # a region no tile covers is not touched
     receiver.close()
     sender.close()
 
@@ -65,17 +65,17 @@ def test_the_files_stay_mapped_and_many_receivers_read_the_same_buckets(tmp_path
         SharedMemorySender(weights, r, {"a": values[32 * r : 32 * r + 32]}, tmp_path, bucket_bytes=200, num_engines=3)
         for r in range(2)
     ]
-    got = {(engine, r): torch.zeros(64, 8) for engine in range(3) for r in range(2)}
+    received = {(engine, r): torch.zeros(64, 8) for engine in range(3) for r in range(2)}
     receivers = [
         SharedMemoryReceiver(weights, r, {"b": tensor}, tmp_path, bucket_bytes=200, engine=engine)
-        for (engine, r), tensor in got.items()
+        for (engine, r), tensor in received.items()
     ]
     inodes = None
     for version in (4, 5, 6):
         values.normal_()
         sends = [partial(sender.send, version) for sender in senders]
         at_once([*sends, *(partial(receiver.receive, version) for receiver in receivers)])
-        for (_, r), tensor in got.items():
+        for (_, r), tensor in received.items():
             assert torch.equal(tensor, values[:, 8 * r : 8 * r + 8])
         now = {weight_file(tmp_path, r).stat().st_ino for r in range(2)}
         assert inodes in (None, now)
@@ -153,26 +153,26 @@ def test_a_bucket_that_never_came_is_found_by_its_rows(tmp_path: Path) -> None:
             if number != self.forgets:
                 super()._pack(number)
 
-    tensors, got = large(), {"b": torch.zeros(64, 16)}
+    tensors, received = large(), {"b": torch.zeros(64, 16)}
     sender = Forgetful(PLAN, 0, tensors, tmp_path, bucket_bytes=BUCKET_BYTES)  # four rows a bucket
-    receiver = SharedMemoryReceiver(PLAN, 0, got, tmp_path, bucket_bytes=BUCKET_BYTES)
+    receiver = SharedMemoryReceiver(PLAN, 0, received, tmp_path, bucket_bytes=BUCKET_BYTES)
     sent = Holdings(sent_parts(PLAN, 0), tensors, torch.float32)
-    held = Holdings(held_parts(PLAN, 0), got, torch.float32)
+    arrived = Holdings(held_parts(PLAN, 0), received, torch.float32)
     for forgets in (None, 9):
         sender.forgets = forgets
         tensors["a"].normal_()
         at_once([sender.send, receiver.receive])
         verifier = Verifier(PLAN, torch.float32)
         expected = verifier.manifest(0, [sent.digests()])
-        assert verifier.first_mismatch(expected, 0, held.digests()) == (None if forgets is None else 0)
-        wrong = [row for row, (a, b) in enumerate(zip(sent.rows(0), held.rows(0), strict=True)) if a != b]
+        assert verifier.first_mismatch(expected, 0, arrived.digests()) == (None if forgets is None else 0)
+        wrong = [row for row, (a, b) in enumerate(zip(sent.rows(0), arrived.rows(0), strict=True)) if a != b]
         assert wrong == ([] if forgets is None else [36, 37, 38, 39])
     sender.close()
 
 
 def test_a_receiver_notices_a_restarted_sender(tmp_path: Path) -> None:
-    got = target()
-    receiver = SharedMemoryReceiver(SMALL, 0, got, tmp_path)
+    received = target()
+    receiver = SharedMemoryReceiver(SMALL, 0, received, tmp_path)
     first = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
     first.send()
     receiver.receive()
@@ -180,7 +180,7 @@ def test_a_receiver_notices_a_restarted_sender(tmp_path: Path) -> None:
     second = SharedMemorySender(SMALL, 0, {"a": TENSORS["a"] + 1}, tmp_path)
     second.send()
     receiver.receive()
-    assert torch.equal(got["b"][1:4], TENSORS["a"] + 1)
+    assert torch.equal(received["b"][1:4], TENSORS["a"] + 1)
     second.close()
 
 

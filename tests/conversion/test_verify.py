@@ -41,8 +41,8 @@ class Ends:
     dtype: torch.dtype
 
     def manifest(self) -> Manifest:
-        held = [Holdings(sent_parts(self.weights, rank), tensors, self.dtype) for rank, tensors in self.trainer.items()]
-        return self.verifier.manifest(VERSION, [end.digests() for end in held])
+        sent = [Holdings(sent_parts(self.weights, rank), tensors, self.dtype) for rank, tensors in self.trainer.items()]
+        return self.verifier.manifest(VERSION, [holdings.digests() for holdings in sent])
 
     @property
     def verifier(self) -> Verifier:

@@ -161,10 +161,10 @@ def carried(
         for rank, tensors in target.items()
     ]
     at_once([end.send for end in senders] + [end.receive for end in receivers])
-    held = max(weight_file(folder, rank).stat().st_size for rank in source)
+    held_bytes = max(weight_file(folder, rank).stat().st_size for rank in source)
     for end in (*receivers, *senders):
         end.close()
-    return held
+    return held_bytes
 
 
 def at_once(calls: Sequence[Callable[[], object]]) -> None:
@@ -190,13 +190,13 @@ def reference_world(tiles: Sequence[Tile], weights: Mapping[str, Tensor], world:
     return world
 
 
-def assert_equal_worlds(got: World, expected: World) -> None:
+def assert_equal_worlds(world: World, expected: World) -> None:
     """Bitwise equality of all tensors; padding is NaN on both sides."""
-    assert got.keys() == expected.keys()
+    assert world.keys() == expected.keys()
     for rank, tensors in expected.items():
-        assert got[rank].keys() == tensors.keys()
+        assert world[rank].keys() == tensors.keys()
         for name, tensor in tensors.items():
-            assert torch.equal(got[rank][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), (rank, name)
+            assert torch.equal(world[rank][name].nan_to_num(7.0), tensor.nan_to_num(7.0)), (rank, name)
 
 
 def write_folder(folder: Path, model: Model, weights: Mapping[str, Tensor]) -> Path:

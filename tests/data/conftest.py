@@ -1,15 +1,11 @@
-"""A model folder with a tiny tokenizer, a contract and rollouts: what the tests of data/ share."""
+"""A model folder with a tiny tokenizer, which the tests of data/ share."""
 
 import json
 import struct
 from collections.abc import Callable, Sequence
 
 import pytest
-import samples
 import torch
-
-from astar_megatron.data.contract import Contract
-from astar_megatron.types import Prompt, Rollout
 
 torch.set_num_threads(1)
 
@@ -44,26 +40,5 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
         header = json.dumps({"w": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(range(64)))
         return str(folder)
-
-    return make
-
-
-@pytest.fixture
-def contract() -> Contract:
-    return samples.CONTRACT
-
-
-@pytest.fixture
-def prompts() -> list[Prompt]:
-    return [Prompt(uid=f"uid-{i}", token_ids=(1, i), text=f"prompt {i}", answer=str(i)) for i in range(6)]
-
-
-@pytest.fixture
-def rollout() -> Callable[..., Rollout]:
-    """Returns a function that makes a scored rollout of a prompt."""
-
-    def make(prompt: Prompt, sample: int, reward: float | None = 0.0, tokens: int = 3) -> Rollout:
-        ids = tuple(range(5, 5 + tokens))
-        return samples.rollout(prompt, sample=sample, seed=1000 + sample, token_ids=ids, text="text", reward=reward)
 
     return make

@@ -67,8 +67,8 @@ def test_what_was_written_is_read_back_and_replaced_by_a_second_try(tmp_path: Pa
     words = json.loads((folder / "batch.json").read_text(encoding="utf-8"))
     assert (words["version"], words["skipped_mini_batches"]) == (4, [0])
     assert words["options"]["sampling.temperature"] == 0.8
-    assert [one["logprob"] for one in words["sequences"]] == ["nan", "-2.0"]
-    assert [one["loss"] for one in words["sequences"]] == ["nan", "0.25"]
+    assert [sequence["logprob"] for sequence in words["sequences"]] == ["nan", "-2.0"]
+    assert [sequence["loss"] for sequence in words["sequences"]] == ["nan", "0.25"]
     assert words["grad_norms"] == ["nan", "3.0"]
     assert (words["sequences"][1]["uid"], words["sequences"][1]["answer"]) == ("uid1", "ü")
 

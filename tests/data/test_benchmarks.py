@@ -60,7 +60,7 @@ def test_every_gold_answer_of_the_training_set_scores_one(name: str) -> None:
     assert len(answers) == 7473
     reward = rewards.get(name)
     finals = [answer.rpartition("#### ")[2] for answer in answers]
-    assert [one for one, final in zip(answers, finals, strict=True) if reward(one, final) != 1] == []
+    assert [solution for solution, final in zip(answers, finals, strict=True) if reward(solution, final) != 1] == []
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "amc23"])

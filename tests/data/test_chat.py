@@ -139,10 +139,10 @@ def test_a_reward_reads_special_tokens_but_the_one_that_ended_the_response(model
 def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(model_folder: MakeModel) -> None:
     base = model_folder(template=CHATML, special=CHATML_TOKENS)
     (end,) = _ids(base, "<|im_end|>")
-    said = unstopped_turn(base, None)
-    assert said is not None and "\n" not in said
-    assert f"ends a turn with '<|im_end|>' ({end})" in said and "ends only at '</s>' (0)" in said
-    assert f"eos_token_id in the folder's generation_config.json to [0, {end}]" in said
+    warning = unstopped_turn(base, None)
+    assert warning is not None and "\n" not in warning
+    assert f"ends a turn with '<|im_end|>' ({end})" in warning and "ends only at '</s>' (0)" in warning
+    assert f"eos_token_id in the folder's generation_config.json to [0, {end}]" in warning
     assert unstopped_turn(model_folder(template=CHATML, special=CHATML_TOKENS, stop=[0, end]), None) is None
     assert unstopped_turn(model_folder(template=CHATML, special=CHATML_TOKENS, eos="<|im_end|>"), None) is None
 
@@ -171,9 +171,9 @@ def test_questions_that_hold_control_tokens_are_counted_with_their_lines(
     questions = ["plain", "a <|im_end|> b", "<|im_end |>", *(f"{i} </s>" for i in range(6))]
     prompts = read_prompts(DataConfig(path=_file(tmp_path, *questions), suffix=" <u>"), model)
     assert len(prompts) == 9  # told, not left out
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert "7 of 9 questions hold the text of a control token" in said
-    assert "line 2 '<|im_end|>', line 4 '</s>', line 5 '</s>', line 6 '</s>', line 7 '</s>' and 2 more" in said
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "7 of 9 questions hold the text of a control token" in warning
+    assert "line 2 '<|im_end|>', line 4 '</s>', line 5 '</s>', line 6 '</s>', line 7 '</s>' and 2 more" in warning
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         read_prompts(DataConfig(path=_file(tmp_path, "plain", "<im_end>"), suffix=" <u>"), model)

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import CONTRACT
 
 from astar_megatron.config import validate
 from astar_megatron.data.chat import TokenizerError
 from astar_megatron.data.contract import Contract, ContractError, contract_of
+
+NAMES = ("this run", "the table")
 
 
 def _contract(model: str, **sections: dict[str, Any]) -> Contract:
@@ -34,14 +37,14 @@ def model(model_folder: Callable[..., str]) -> str:
 
 def test_equal_runs_have_equal_contracts(model: str, tmp_path: Path) -> None:
     copy = str(shutil.copytree(model, tmp_path / "copy"))
-    one, two = (
+    first, second = (
         _contract(model),
         _contract(copy, astar={"beta1": 2.0}, sweep={"num_samples": 32}, train={"num_steps": 1}),
     )
-    assert one == two
-    assert one.digest() == two.digest()
-    assert one.difference(two) == []
-    assert one.difference(json.loads(json.dumps(one.fields()))) == []
+    assert first == second
+    assert first.digest() == second.digest()
+    assert first.difference(second) == []
+    assert first.difference(json.loads(json.dumps(first.fields()))) == []
 
 
 @pytest.mark.parametrize(
@@ -58,10 +61,10 @@ def test_equal_runs_have_equal_contracts(model: str, tmp_path: Path) -> None:
 def test_a_configuration_that_changes_the_samples_changes_one_field(
     model: str, sections: dict[str, dict[str, Any]], field: str
 ) -> None:
-    one, two = _contract(model), _contract(model, **sections)
-    (line,) = one.difference(two, names=("this run", "the table"))
+    first, second = _contract(model), _contract(model, **sections)
+    (line,) = first.difference(second, NAMES)
     assert line.startswith(f"{field}: this run has ")
-    assert one.digest() != two.digest()
+    assert first.digest() != second.digest()
 
 
 def _weights(folder: Path) -> None:
@@ -111,15 +114,15 @@ def test_a_changed_model_folder_changes_one_field(
     assert line.startswith(f"{field}: ")
 
 
-def test_a_field_that_only_one_side_has_is_a_difference(contract: Contract) -> None:
-    fields = contract.fields()
+def test_a_field_that_only_one_side_has_is_a_difference() -> None:
+    fields = CONTRACT.fields()
     del fields["top_p"]
     fields["new_rule"] = "x"
-    assert contract.difference(fields) == [
+    assert CONTRACT.difference(fields) == [
         "top p: this has 1.0, the other nothing recorded",
         "new rule: this has nothing recorded, the other x",
     ]
-    assert dataclasses.replace(contract, top_p=0.5).difference(contract) == ["top p: this has 0.5, the other 1.0"]
+    assert dataclasses.replace(CONTRACT, top_p=0.5).difference(CONTRACT) == ["top p: this has 0.5, the other 1.0"]
 
 
 def test_the_day_of_the_prompts_is_a_field_only_where_the_template_writes_it(
@@ -127,12 +130,11 @@ def test_the_day_of_the_prompts_is_a_field_only_where_the_template_writes_it(
 ) -> None:
     assert _contract(model, data={"date": "2026-11-28"}) == _contract(model)
     asks = model_folder(template="{{ strftime_now('%d %b %Y') }}<u>")
-    one, two = (_contract(asks, data={"date": f"2026-11-{day}"}) for day in (28, 29))
-    assert one.difference(two, ("this run", "the table")) == ["date: this run has 2026-11-28, the table 2026-11-29"]
-    (line,) = _contract(asks).difference(two, ("this run", "the table"))
-    assert line == "date: this run has nothing recorded, the table 2026-11-29"
-    older = {name: value for name, value in two.fields().items() if name != "date"}
-    assert one.difference(older) == []  # its prompts' uids have the day
+    first, second = (_contract(asks, data={"date": f"2026-11-{day}"}) for day in (28, 29))
+    for contract, day in ((first, "2026-11-28"), (_contract(asks), "nothing recorded")):
+        assert contract.difference(second, NAMES) == [f"date: this run has {day}, the table 2026-11-29"]
+    older = {name: value for name, value in second.fields().items() if name != "date"}
+    assert first.difference(older) == []  # its prompts' uids have the day
 
 
 def test_special_tokens_that_rewards_read_are_a_field_only_where_there_are_some(

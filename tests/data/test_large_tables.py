@@ -3,22 +3,18 @@
 import os
 import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from samples import CONTRACT
+from table_rows import PROMPTS, scored
 
-from astar_megatron.data.contract import Contract
 from astar_megatron.data.files import StorageError
 from astar_megatron.data.leases import Leases
 from astar_megatron.data.v_star import SHARDS_AN_INDEX, VStarTable
-from astar_megatron.types import Prompt, Rollout
-
-type MakeRollout = Callable[..., Rollout]
+from astar_megatron.types import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -27,112 +23,102 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def many(tmp_path: Path, made: Path, contract: Contract, rollout: MakeRollout) -> tuple[Path, list[Prompt]]:
+def many(tmp_path: Path, made: Path) -> tuple[Path, list[Prompt]]:
     """A table of 600 shards, each of one row, of 150 prompts; the last shards have no index yet."""
     prompts = [Prompt(uid=f"{i:032x}", token_ids=(i,), text="", answer="") for i in range(150)]
     if not (made / "t").exists():
-        table = VStarTable.create_or_open(made / "t", contract)
+        table = VStarTable.create_or_open(made / "t", CONTRACT)
         for i in range(600):
-            table.append([rollout(prompts[i % 150], i // 150, float(i % 7 == 0), tokens=1 + i % 5)])
+            table.append([scored(prompts[i % 150], i // 150, float(i % 7 == 0), tokens=1 + i % 5)])
     shutil.copytree(made / "t", tmp_path / "t")
     return tmp_path / "t", prompts
 
 
-def opened(folder: Path, contract: Contract) -> VStarTable:
+def opened(folder: Path) -> VStarTable:
     """As a table too large to be read whole."""
-    return VStarTable.open(folder, contract, check_whole_bytes=0)
+    return VStarTable.open(folder, CONTRACT, check_whole_bytes=0)
 
 
-def test_an_index_stands_for_its_shards_and_may_be_deleted(many: tuple[Path, list[Prompt]], contract: Contract) -> None:
+def test_an_index_stands_for_its_shards_and_may_be_deleted(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     indexes = list(folder.glob("index-*"))
     assert len(indexes) == 600 // SHARDS_AN_INDEX == 2
-    expected = VStarTable.open(folder, contract)
+    expected = VStarTable.open(folder, CONTRACT)
     shards = sorted(folder.glob("shard-*"))
     saved = shards[3].read_bytes()
     shards[3].write_bytes(bytes(len(saved)))  # what an index covers is not read
-    fast = opened(folder, contract)
+    fast = opened(folder)
     assert fast.rewards() == expected.rewards() and fast.summary() == expected.summary()
     assert not fast.missing(prompts, 4) and len(fast.missing(prompts, 5)) == 150
     shards[3].write_bytes(saved)
     for path in indexes:
         path.unlink()
-    slow = opened(folder, contract)
+    slow = opened(folder)
     assert slow.rewards() == expected.rewards()
     assert len(list(folder.glob("index-*"))) == 2  # and made again
 
 
-def test_a_torn_shard_is_set_aside_whatever_an_index_says(many: tuple[Path, list[Prompt]], contract: Contract) -> None:
+def test_a_torn_shard_is_set_aside_whatever_an_index_says(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     shards = sorted(folder.glob("shard-*"))
     shards[0].write_bytes(shards[0].read_bytes()[:50])
     shards[7].write_bytes(b"")
-    assert opened(folder, contract).missing(prompts, 4) == [(prompts[0], 0), (prompts[7], 0)]
+    assert opened(folder).missing(prompts, 4) == [(prompts[0], 0), (prompts[7], 0)]
     assert len(list(folder.glob("*.damaged"))) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"torn"])
-def test_a_damaged_index_is_not_used(many: tuple[Path, list[Prompt]], contract: Contract, damage: bytes) -> None:
+def test_a_damaged_index_is_not_used(many: tuple[Path, list[Prompt]], damage: bytes) -> None:
     folder, prompts = many
     index = min(folder.glob("index-*"))
     index.write_bytes(damage or index.read_bytes()[:-200])
-    assert not opened(folder, contract).missing(prompts, 4)
+    assert not opened(folder).missing(prompts, 4)
 
 
-def test_rows_of_a_shard_that_is_gone_are_missing_whatever_an_index_says(
-    many: tuple[Path, list[Prompt]], contract: Contract
-) -> None:
+def test_rows_of_a_shard_that_is_gone_are_missing_whatever_an_index_says(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     min(folder.glob("shard-*")).unlink()
-    assert opened(folder, contract).missing(prompts, 4) == [(prompts[0], 0)]
+    assert opened(folder).missing(prompts, 4) == [(prompts[0], 0)]
 
 
-def test_of_a_sample_drawn_twice_the_same_row_counts_with_and_without_indexes(
-    many: tuple[Path, list[Prompt]], contract: Contract, rollout: MakeRollout
-) -> None:
+def test_of_a_sample_drawn_twice_the_same_row_counts_with_and_without_indexes(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
-    late = VStarTable.create_or_open(folder, contract)
+    late = VStarTable.create_or_open(folder, CONTRACT)
     for i in range(SHARDS_AN_INDEX):  # an index of its own, full of duplicates
-        late.append([rollout(prompts[i % 150], i // 150, -5.0)])
+        late.append([scored(prompts[i % 150], i // 150, -5.0)])
     assert len(list(folder.glob("index-*"))) > 2
-    assert opened(folder, contract).rewards() == VStarTable.open(folder, contract).rewards() == late.rewards()
+    assert opened(folder).rewards() == VStarTable.open(folder, CONTRACT).rewards() == late.rewards()
     counted = sum(rewards.count(-5.0) for rewards in late.rewards().values())
     assert 90 < counted < 166  # half of 256; 8 a standard deviation
 
 
-def test_refresh_reads_what_other_jobs_added_and_nothing_else(
-    many: tuple[Path, list[Prompt]], contract: Contract, rollout: MakeRollout
-) -> None:
+def test_refresh_reads_what_other_jobs_added_and_nothing_else(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
-    one, two = (VStarTable.open(folder, contract) for _ in range(2))
+    first, second = (VStarTable.open(folder, CONTRACT) for _ in range(2))
     new = Prompt(uid="new", token_ids=(7,), text="", answer="")
-    two.append([rollout(prompts[5], 4, 1.0), rollout(new, 1, 1.0)])
-    assert one.missing([prompts[5], new], 5)[0] == (prompts[5], 4)
+    second.append([scored(prompts[5], 4, 1.0), scored(new, 1, 1.0)])
+    assert first.missing([prompts[5], new], 5)[0] == (prompts[5], 4)
     for path in sorted(folder.glob("shard-*"))[:600]:
         path.write_bytes(b"not read again")
-    one.refresh()
-    assert one.missing([prompts[5], new], 5) == [(new, 0), (new, 2), (new, 3), (new, 4)]
-    assert one.missing([new, prompts[5]], 2) == [(new, 0)]
+    first.refresh()
+    assert first.missing([prompts[5], new], 5) == [(new, 0), (new, 2), (new, 3), (new, 4)]
+    assert first.missing([new, prompts[5]], 2) == [(new, 0)]
 
 
-def test_a_shard_that_another_job_sets_aside_meanwhile_is_missing(
-    many: tuple[Path, list[Prompt]], contract: Contract
-) -> None:
+def test_a_shard_that_another_job_sets_aside_meanwhile_is_missing(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     (folder / "shard-000000-gone.parquet").symlink_to("nowhere")  # listed, and not there when it is read
     for check_whole_bytes in (1 << 20, 0):
-        assert not VStarTable.open(folder, contract, check_whole_bytes).missing(prompts, 4)
+        assert not VStarTable.open(folder, CONTRACT, check_whole_bytes).missing(prompts, 4)
 
 
-def test_many_small_lookups_between_appends_agree_with_the_table_read_anew(
-    tmp_path: Path, contract: Contract, rollout: MakeRollout
-) -> None:
+def test_many_small_lookups_between_appends_agree_with_the_table_read_anew(tmp_path: Path) -> None:
     chance = np.random.default_rng(1)
     prompts = [Prompt(uid=f"u{i}", token_ids=(i,), text="", answer="") for i in range(40)]
-    table, there = VStarTable.create_or_open(tmp_path, contract), set()
+    table, there = VStarTable.create_or_open(tmp_path, CONTRACT), set()
     for step in range(60):
         rows = [(int(chance.integers(40)), int(chance.integers(6))) for _ in range(5)]
-        table.append([rollout(prompts[i], n, 1.0) for i, n in rows])
+        table.append([scored(prompts[i], n, 1.0) for i, n in rows])
         there.update(rows)
         if step % 20 == 7:
             table.summary()  # which sorts the rows
@@ -145,80 +131,51 @@ def test_many_small_lookups_between_appends_agree_with_the_table_read_anew(
             assert table.lacking([prompts[i] for i in some], wanted).tolist() == lacking
 
 
-def test_text_is_kept_on_request(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    table.append([rollout(prompts[0], 0)], text=True)
-    table.append([rollout(prompts[0], 1)])
+def test_text_is_kept_on_request(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    table.append([scored(PROMPTS[0], 0)], text=True)
+    table.append([scored(PROMPTS[0], 1)])
     texts = [pq.read_table(path)["text"].to_pylist() for path in sorted(tmp_path.glob("shard-*"))]
     assert texts == [["text"], [None]]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user who may not write")
-def test_a_read_only_table_can_be_read_and_refuses_a_sweep_by_name(
-    many: tuple[Path, list[Prompt]], contract: Contract
-) -> None:
+def test_a_read_only_table_can_be_read_and_refuses_a_sweep_by_name(many: tuple[Path, list[Prompt]]) -> None:
     folder, _ = many
     for path in (folder, *folder.parents, *folder.iterdir()):
         if path.stat().st_mode & 0o055 != 0o055:
             path.chmod(path.stat().st_mode | 0o055)
-    expected = VStarTable.open(folder, contract).summary()
+    expected = VStarTable.open(folder, CONTRACT).summary()
     os.seteuid(65534)
     try:
-        assert opened(folder, contract).summary() == expected
+        assert opened(folder).summary() == expected
         with pytest.raises(StorageError, match="make the folder writable"), Leases(folder / "leases"):
             pass
     finally:
         os.seteuid(0)
 
 
-def test_a_full_disk_during_leases_or_an_index_is_a_clear_error_or_no_error(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
+def test_a_full_disk_during_leases_or_an_index_is_a_clear_error_or_no_error(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for i in range(SHARDS_AN_INDEX - 1):
-        table.append([rollout(prompts[0], i)])
+        table.append([scored(PROMPTS[0], i)])
     size = max(path.stat().st_size for path in tmp_path.glob("shard-*"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 64, hard))  # the shard fits, its index does not
     try:
-        table.append([rollout(prompts[0], SHARDS_AN_INDEX - 1)])
+        table.append([scored(PROMPTS[0], SHARDS_AN_INDEX - 1)])
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
         with pytest.raises(StorageError, match="can't take leases"), Leases(tmp_path / "leases"):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("index-*"))
-    assert VStarTable.open(tmp_path, contract).summary().samples == SHARDS_AN_INDEX
+    assert VStarTable.open(tmp_path, CONTRACT).summary().samples == SHARDS_AN_INDEX
 
 
-GROWN = """
-import resource, sys
-from astar_megatron.data.v_star import VStarTable
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
-table = VStarTable.open(sys.argv[1], None, check_whole_bytes=0)
-assert table.summary().samples == 800_000
-print((peak() - before) * 1024 / 800_000)
-"""
-
-
-@pytest.mark.slow
-def test_a_row_in_memory_takes_a_hundred_bytes_or_so(tmp_path: Path, contract: Contract, rollout: MakeRollout) -> None:
-    """At 1.5 GB for 8 million rows there are 187 bytes for each, of which the peak while opening is a part."""
-    table = VStarTable.create_or_open(tmp_path, contract)
-    for start in range(0, 100_000, 1000):
-        prompts = [Prompt(uid=f"{i:032x}", token_ids=(1,), text="", answer="") for i in range(start, start + 1000)]
-        table.append([rollout(prompt, n, float(n % 3 == 0)) for prompt in prompts for n in range(8)])
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", GROWN, str(tmp_path)],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert float(done.stdout) < 150
+def test_a_row_in_memory_is_its_small_columns(tmp_path: Path) -> None:
+    """Twenty bytes, whatever its response: prompt, sample, reward and number of tokens."""
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    table.append([scored(PROMPTS[0], sample, tokens=100) for sample in range(8)])
+    (rows,) = VStarTable.open(tmp_path, CONTRACT)._new
+    assert [column.nbytes // 8 for column in (rows.prompt, rows.sample, rows.reward, rows.tokens)] == [4, 4, 8, 4]

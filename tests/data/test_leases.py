@@ -22,14 +22,14 @@ def files(folder: Path) -> list[str]:
 
 
 def test_a_name_has_one_holder_until_it_is_given_back(tmp_path: Path) -> None:
-    with Leases(tmp_path / "l") as one, Leases(tmp_path / "l") as two:
-        assert one.claim(NAMES[:3]) == NAMES[:3]
-        assert two.claim(NAMES[:5]) == NAMES[3:5]
-        assert one.claim(NAMES[:5]) == []
-        one.release(NAMES[1:2])
-        assert two.claim(NAMES[:5]) == NAMES[1:2]
-        one.release(NAMES[:1])
-        assert one.claim(NAMES[:1]) == NAMES[:1]
+    with Leases(tmp_path / "l") as first, Leases(tmp_path / "l") as second:
+        assert first.claim(NAMES[:3]) == NAMES[:3]
+        assert second.claim(NAMES[:5]) == NAMES[3:5]
+        assert first.claim(NAMES[:5]) == []
+        first.release(NAMES[1:2])
+        assert second.claim(NAMES[:5]) == NAMES[1:2]
+        first.release(NAMES[:1])
+        assert first.claim(NAMES[:1]) == NAMES[:1]
     assert files(tmp_path / "l") == []
 
 

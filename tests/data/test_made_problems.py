@@ -55,13 +55,13 @@ def _values(numbers: list[Fraction]) -> set[Fraction]:
     """All values of expressions that use each number once."""
     if len(numbers) == 1:
         return {numbers[0]}
-    found: set[Fraction] = set()
+    values: set[Fraction] = set()
     for i, j in itertools.combinations(range(len(numbers)), 2):
         a, b = numbers[i], numbers[j]
         rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
         for value in {a + b, a - b, b - a, a * b, *([a / b] if b else []), *([b / a] if a else [])}:
-            found |= _values([*rest, value])
-    return found
+            values |= _values([*rest, value])
+    return values
 
 
 def test_every_countdown_problem_has_a_solution() -> None:

@@ -39,13 +39,13 @@ def test_parquet_jsonl_and_folders_give_the_same_rows(tmp_path: Path, caplog: py
     (folder / ".cache").mkdir()
     for hidden in (folder / ".hidden.jsonl", folder / ".cache" / "c.jsonl"):
         _jsonl(hidden, ROWS)
-    found = [
+    tables = [
         [(row.where, dict(row.fields)) for row in read_rows(source, Problems(source))]
         for source in (tmp_path / "rows.parquet", _jsonl(tmp_path / "rows.jsonl", ROWS), folder)
     ]
-    assert [[fields for _, fields in rows] for rows in found] == [ROWS] * 3
-    assert [where for where, _ in found[0]] == ["row 1", "row 2"]
-    assert [where for where, _ in found[2]] == ["a/x.parquet, row 1", "b.JSONL, line 1"]
+    assert [[fields for _, fields in rows] for rows in tables] == [ROWS] * 3
+    assert [where for where, _ in tables[0]] == ["row 1", "row 2"]
+    assert [where for where, _ in tables[2]] == ["a/x.parquet, row 1", "b.JSONL, line 1"]
     assert f"{folder}: 3 other files not read: .cache/c.jsonl, .hidden.jsonl, README.md" in caplog.text
 
 
@@ -96,7 +96,7 @@ def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) ->
     pq.write_table(pa.table({"q": ["text"], "a": pa.array([value], pa.float64())}), tmp_path / "x.parquet")
     rows = read_rows(tmp_path, problems := Problems("x"))
     assert len(rows) == 2 and pairs_of(rows, "q", answer_field("a"), problems) == []
-    assert "2 of 2 rows" in (said := problems.message(2)) and said.count("so it is missing") == 2
+    assert "2 of 2 rows" in (message := problems.message(2)) and message.count("so it is missing") == 2
 
 
 def test_a_row_of_parquet_that_is_not_utf_8_is_a_problem_of_its_own(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_row_of_parquet_that_is_not_utf_8_is_a_problem_of_its_own(tmp_path: Pa
     rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
     assert len(rows) == 1102 and [row.where for row in rows][:2] == ["row 1", "row 3"]
     assert (rows[-1].where, rows[-1].fields["q"]) == ("row 1104", "c")
-    said = problems.message(1104)
-    assert "2 of 1104 rows" in said and "row 2: not UTF-8" in said and "row 1103: not UTF-8" in said
+    message = problems.message(1104)
+    assert "2 of 1104 rows" in message and "row 2: not UTF-8" in message and "row 1103: not UTF-8" in message
 
 
 def test_a_line_with_a_key_twice_is_refused(tmp_path: Path) -> None:

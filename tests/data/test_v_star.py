@@ -12,42 +12,38 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from samples import CONTRACT
+from table_rows import PROMPTS, scored
 
 from astar_megatron.algorithm.value import v_star
-from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.contract import ContractError
 from astar_megatron.data.files import StorageError
 from astar_megatron.data.header import FORMAT, make_header, stored_contract
 from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
-from astar_megatron.types import Prompt, Rollout
-
-type MakeRollout = Callable[..., Rollout]
+from astar_megatron.types import Prompt
 
 
 def _reward(prompt: int, sample: int) -> float:
     return float((prompt + sample) % 3 == 0)
 
 
-def _fill(table: VStarTable, prompts: list[Prompt], samples: range, rollout: MakeRollout) -> None:
+def _fill(table: VStarTable, prompts: list[Prompt], samples: range) -> None:
     for sample in samples:  # one shard a sample index
-        table.append([rollout(prompt, sample, _reward(i, sample)) for i, prompt in enumerate(prompts)])
+        table.append([scored(prompt, sample, _reward(i, sample)) for i, prompt in enumerate(prompts)])
 
 
-def test_rows_are_there_after_reopening(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path / "t", contract)
-    _fill(table, prompts, range(4), rollout)
-    reopened = VStarTable.open(tmp_path / "t", contract)
-    expected = {prompt.uid: [_reward(i, s) for s in range(4)] for i, prompt in enumerate(prompts)}
+def test_rows_are_there_after_reopening(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path / "t", CONTRACT)
+    _fill(table, PROMPTS, range(4))
+    reopened = VStarTable.open(tmp_path / "t", CONTRACT)
+    expected = {prompt.uid: [_reward(i, s) for s in range(4)] for i, prompt in enumerate(PROMPTS)}
     assert table.rewards() == reopened.rewards() == expected
     assert table.summary() == reopened.summary()
     assert (table.summary().prompts, table.summary().samples, table.summary().response_tokens) == (6, 24, 72)
 
 
-def test_a_shard_holds_everything_about_a_rollout(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 3, 1.0)])
+def test_a_shard_holds_everything_about_a_rollout(tmp_path: Path) -> None:
+    VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 3, 1.0)])
     (shard,) = tmp_path.glob("shard-000001-*.parquet")
     assert pq.read_table(shard).to_pylist() == [
         {
@@ -64,84 +60,72 @@ def test_a_shard_holds_everything_about_a_rollout(
     ]
 
 
-def test_missing_is_what_a_sweep_has_still_to_draw(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    assert table.missing(prompts[:2], 2) == [(prompts[0], 0), (prompts[0], 1), (prompts[1], 0), (prompts[1], 1)]
-    table.append([rollout(prompts[1], 0), rollout(prompts[1], 7), rollout(prompts[5], 1)])
-    assert table.missing([prompts[1], prompts[5]], 2) == [(prompts[1], 1), (prompts[5], 0)]
+def test_missing_is_what_a_sweep_has_still_to_draw(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    assert table.missing(PROMPTS[:2], 2) == [(PROMPTS[0], 0), (PROMPTS[0], 1), (PROMPTS[1], 0), (PROMPTS[1], 1)]
+    table.append([scored(PROMPTS[1], 0), scored(PROMPTS[1], 7), scored(PROMPTS[5], 1)])
+    assert table.missing([PROMPTS[1], PROMPTS[5]], 2) == [(PROMPTS[1], 1), (PROMPTS[5], 0)]
     assert table.missing([], 8) == []
-    table.append([rollout(prompt, s) for prompt, s in table.missing(prompts, 4)])
-    assert table.missing(prompts, 4) == []
-    assert len(table.missing(prompts, 6)) == 12  # more samples buy only the difference
+    table.append([scored(prompt, s) for prompt, s in table.missing(PROMPTS, 4)])
+    assert table.missing(PROMPTS, 4) == []
+    assert len(table.missing(PROMPTS, 6)) == 12  # more samples buy only the difference
 
 
-def test_estimate_is_v_star_of_the_first_samples_for_any_beta1(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    _fill(table, prompts, range(5), rollout)
-    table.append([rollout(prompts[0], 5, 1.0)])  # prompts with different numbers of samples
+def test_estimate_is_v_star_of_the_first_samples_for_any_beta1(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    _fill(table, PROMPTS, range(5))
+    table.append([scored(PROMPTS[0], 5, 1.0)])  # prompts with different numbers of samples
     for beta1 in (0.01, 0.5, 3.0):
         for num_samples in (None, 1, 3, 5):
             estimate = table.estimate(beta1, num_samples=num_samples).by_uid()
             for uid, values in table.rewards().items():
                 expected = v_star(torch.tensor(values[:num_samples]), beta1)
                 assert estimate[uid] == pytest.approx(float(expected), abs=1e-12)
-    chosen = table.estimate(0.5, prompts=[prompts[4], prompts[2]])
+    chosen = table.estimate(0.5, prompts=[PROMPTS[4], PROMPTS[2]])
     assert chosen.uids == ["uid-4", "uid-2"]
 
 
-def test_estimate_names_how_many_prompts_lack_rows(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
+def test_estimate_names_how_many_prompts_lack_rows(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
     assert table.estimate(0.5).by_uid() == {}
-    _fill(table, prompts[:4], range(2), rollout)
+    _fill(table, PROMPTS[:4], range(2))
     with pytest.raises(MissingTableError, match="2 of 6 prompts have less than 1 samples; run `astar sweep`"):
-        table.estimate(0.5, prompts)
+        table.estimate(0.5, PROMPTS)
     with pytest.raises(MissingTableError, match="4 of 4 prompts have less than 8 samples"):
         table.estimate(0.5, num_samples=8)
     with pytest.raises(TableError, match="at least 1, got 0"):
         table.estimate(0.5, num_samples=0)
 
 
-def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
+def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(tmp_path: Path) -> None:
     """Also when a job that was behind gives its shard a number below those of the rows that it draws again."""
-    behind, ahead = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
+    behind, ahead = (VStarTable.create_or_open(tmp_path, CONTRACT) for _ in range(2))
     for sample in range(12):
-        ahead.append([rollout(prompts[0], sample, 1.0)])
-    behind.append([rollout(prompts[0], sample, 0.0) for sample in range(12)])
+        ahead.append([scored(PROMPTS[0], sample, 1.0)])
+    behind.append([scored(PROMPTS[0], sample, 0.0) for sample in range(12)])
     ahead.refresh()
     behind.refresh()
-    found = VStarTable.open(tmp_path, contract).rewards()
-    assert ahead.rewards() == behind.rewards() == found
-    assert 0 < sum(found["uid-0"]) < len(found["uid-0"]) == 12  # neither the order nor the reward decides
-    ahead.append([rollout(prompts[0], 0, 0.5), rollout(prompts[0], 0, 0.5)])
-    assert ahead.rewards() == VStarTable.open(tmp_path, contract).rewards()
+    rewards = VStarTable.open(tmp_path, CONTRACT).rewards()
+    assert ahead.rewards() == behind.rewards() == rewards
+    assert 0 < sum(rewards["uid-0"]) < len(rewards["uid-0"]) == 12  # neither the order nor the reward decides
+    ahead.append([scored(PROMPTS[0], 0, 0.5), scored(PROMPTS[0], 0, 0.5)])
+    assert ahead.rewards() == VStarTable.open(tmp_path, CONTRACT).rewards()
 
 
-def test_two_writers_of_one_folder_lose_nothing(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    one, two = (VStarTable.create_or_open(tmp_path, contract) for _ in range(2))
-    one.append([rollout(prompts[0], 0, 1.0)])
-    two.append([rollout(prompts[1], 0, 0.5)])
-    one.append([rollout(prompts[2], 0, 0.0)])
-    assert VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0], "uid-1": [0.5], "uid-2": [0.0]}
+def test_two_writers_of_one_folder_lose_nothing(tmp_path: Path) -> None:
+    first, second = (VStarTable.create_or_open(tmp_path, CONTRACT) for _ in range(2))
+    first.append([scored(PROMPTS[0], 0, 1.0)])
+    second.append([scored(PROMPTS[1], 0, 0.5)])
+    first.append([scored(PROMPTS[2], 0, 0.0)])
+    assert VStarTable.open(tmp_path, CONTRACT).rewards() == {"uid-0": [1.0], "uid-1": [0.5], "uid-2": [0.0]}
 
 
-def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
+def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
     assert math.isnan(table.summary().mean_reward)
     table.append(
         [
-            rollout(prompts[i], s, r)
+            scored(PROMPTS[i], s, r)
             for i, pair in enumerate([(0, 0), (1, 1), (0, 1), (0, 0.1)])
             for s, r in enumerate(pair)
         ]
@@ -165,51 +149,39 @@ def _zeroed(data: bytes) -> bytes:
 @pytest.mark.parametrize("check_whole_bytes", [1 << 20, 0], ids=["whole", "by page"])
 @pytest.mark.parametrize("damage", [_torn, _empty, _zeroed])
 def test_a_damaged_shard_is_set_aside_and_its_rows_are_missing_again(
-    tmp_path: Path,
-    contract: Contract,
-    prompts: list[Prompt],
-    rollout: MakeRollout,
-    check_whole_bytes: int,
-    damage: Callable[[bytes], bytes],
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, check_whole_bytes: int, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _fill(VStarTable.create_or_open(tmp_path, contract), prompts, range(3), rollout)
+    _fill(VStarTable.create_or_open(tmp_path, CONTRACT), PROMPTS, range(3))
     (second,) = tmp_path.glob("shard-000002-*")
     second.write_bytes(damage(second.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        table = VStarTable.open(tmp_path, contract, check_whole_bytes)
+        table = VStarTable.open(tmp_path, CONTRACT, check_whole_bytes)
     assert "damaged shard set aside" in caplog.text and second.name in caplog.text
-    assert table.missing(prompts, 3) == [(prompt, 1) for prompt in prompts]
+    assert table.missing(PROMPTS, 3) == [(prompt, 1) for prompt in PROMPTS]
     assert second.with_suffix(".damaged").exists() and not second.exists()
-    table.append([rollout(prompt, 1, _reward(i, 1)) for i, prompt in enumerate(prompts)])
-    assert VStarTable.open(tmp_path, contract).missing(prompts, 3) == []
+    table.append([scored(prompt, 1, _reward(i, 1)) for i, prompt in enumerate(PROMPTS)])
+    assert VStarTable.open(tmp_path, CONTRACT).missing(PROMPTS, 3) == []
 
 
-def test_one_flipped_bit_anywhere_is_detected(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0, 1.0)])
+def test_one_flipped_bit_anywhere_is_detected(tmp_path: Path) -> None:
+    VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 0, 1.0)])
     (shard,) = tmp_path.glob("shard-*")
     data = shard.read_bytes()
     for position in np.random.default_rng(0).integers(len(data), size=20):
         shard.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
-        assert VStarTable.open(tmp_path, contract).missing(prompts[:1], 1) == [(prompts[0], 0)]
+        assert VStarTable.open(tmp_path, CONTRACT).missing(PROMPTS[:1], 1) == [(PROMPTS[0], 0)]
 
 
-def test_what_a_killed_writer_leaves_is_ignored(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    table.append([rollout(prompts[0], 0)])
+def test_what_a_killed_writer_leaves_is_ignored(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    table.append([scored(PROMPTS[0], 0)])
     (tmp_path / ".shard-000002-0123456789abcdef.parquet.77.ab.tmp").write_bytes(b"half")
-    assert VStarTable.create_or_open(tmp_path, contract).rewards() == {"uid-0": [0.0]}
+    assert VStarTable.create_or_open(tmp_path, CONTRACT).rewards() == {"uid-0": [0.0]}
 
 
-def test_another_contract_is_refused_field_by_field(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0, 1.0)])
-    other = dataclasses.replace(contract, temperature=0.7, reward="math/1", model_digest="f" * 64)
+def test_another_contract_is_refused_field_by_field(tmp_path: Path) -> None:
+    VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 0, 1.0)])
+    other = dataclasses.replace(CONTRACT, temperature=0.7, reward="math/1", model_digest="f" * 64)
     for opened in (VStarTable.open, VStarTable.create_or_open):
         with pytest.raises(ContractError) as caught:
             opened(tmp_path, other)
@@ -220,38 +192,34 @@ def test_another_contract_is_refused_field_by_field(
         assert "top p" not in message and "astar sweep" in message
 
 
-def test_a_table_of_responses_without_special_tokens_fits_rewards_that_read_them(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    earlier = VStarTable.create_or_open(tmp_path, contract)  # by a version that left special tokens out of the text
-    earlier.append([rollout(prompts[0], 0, 1.0), dataclasses.replace(rollout(prompts[1], 0, 1.0), token_ids=())])
-    now = dataclasses.replace(contract, kept_token_ids=(8, 9))
+def test_a_table_of_responses_without_special_tokens_fits_rewards_that_read_them(tmp_path: Path) -> None:
+    earlier = VStarTable.create_or_open(tmp_path, CONTRACT)  # by a version that left special tokens out of the text
+    earlier.append([scored(PROMPTS[0], 0, 1.0), dataclasses.replace(scored(PROMPTS[1], 0, 1.0), token_ids=())])
+    now = dataclasses.replace(CONTRACT, kept_token_ids=(8, 9))
     assert VStarTable.open(tmp_path, now).rewards() == {"uid-0": [1.0], "uid-1": [1.0]}
     assert stored_contract(tmp_path) == now.fields()
     with pytest.raises(ContractError, match="kept token ids: this run has none"):
-        earlier.append([rollout(prompts[2], 0, 1.0)])  # while this version may draw for it
-    VStarTable.open(tmp_path, now).append([rollout(prompts[2], 0, 1.0, tokens=5)])  # 8 and 9 are in it
+        earlier.append([scored(PROMPTS[2], 0, 1.0)])  # while this version may draw for it
+    VStarTable.open(tmp_path, now).append([scored(PROMPTS[2], 0, 1.0, tokens=5)])  # 8 and 9 are in it
     assert VStarTable.open(tmp_path, now).summary().samples == 3
 
 
-def test_a_table_whose_rewards_did_not_read_its_special_tokens_is_refused(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    table.append([rollout(prompts[0], sample, 1.0, tokens) for sample, tokens in enumerate((1, 4, 5))])
+def test_a_table_whose_rewards_did_not_read_its_special_tokens_is_refused(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    table.append([scored(PROMPTS[0], sample, 1.0, tokens) for sample, tokens in enumerate((1, 4, 5))])
     header = (tmp_path / "header.json").read_bytes()
     with pytest.raises(ContractError, match="2 responses of the table hold such tokens") as caught:
-        VStarTable.open(tmp_path, dataclasses.replace(contract, kept_token_ids=(8, 9)))
+        VStarTable.open(tmp_path, dataclasses.replace(CONTRACT, kept_token_ids=(8, 9)))
     assert "kept token ids: this run has [8, 9], the table none: its rewards read text" in str(caught.value)
     assert (tmp_path / "header.json").read_bytes() == header
     with pytest.raises(ContractError, match="top p") as caught:
-        VStarTable.open(tmp_path, dataclasses.replace(contract, kept_token_ids=(100,), top_p=0.5))
+        VStarTable.open(tmp_path, dataclasses.replace(CONTRACT, kept_token_ids=(100,), top_p=0.5))
     assert (tmp_path / "header.json").read_bytes() == header
 
 
-def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path, contract: Contract) -> None:
+def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run `astar sweep`") as caught:
-        VStarTable.open(tmp_path / "none", contract)
+        VStarTable.open(tmp_path / "none", CONTRACT)
     assert isinstance(caught.value, FileNotFoundError)
 
 
@@ -269,87 +237,75 @@ def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path, contract: Contrac
         (json.dumps({"format": FORMAT + 1, "contract": {}}), f"has format {FORMAT + 1}, .* reads up to {FORMAT}"),
     ],
 )
-def test_a_foreign_or_newer_header_is_refused(tmp_path: Path, contract: Contract, header: str, message: str) -> None:
+def test_a_foreign_or_newer_header_is_refused(tmp_path: Path, header: str, message: str) -> None:
     (tmp_path / "header.json").write_text(header)
     with pytest.raises(TableError, match=message):
-        VStarTable.create_or_open(tmp_path, contract)
+        VStarTable.create_or_open(tmp_path, CONTRACT)
     assert (tmp_path / "header.json").read_text() == header
 
 
-def test_shards_without_a_header_are_not_adopted(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    VStarTable.create_or_open(tmp_path, contract).append([rollout(prompts[0], 0)])
+def test_shards_without_a_header_are_not_adopted(tmp_path: Path) -> None:
+    VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 0)])
     (tmp_path / "header.json").unlink()
     with pytest.raises(TableError, match=r"shards without header\.json"):
-        VStarTable.create_or_open(tmp_path, contract)
+        VStarTable.create_or_open(tmp_path, CONTRACT)
 
 
 @pytest.mark.parametrize("reward", [None, math.nan, math.inf])
-def test_a_rollout_without_a_finite_reward_is_refused(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout, reward: float | None
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
+def test_a_rollout_without_a_finite_reward_is_refused(tmp_path: Path, reward: float | None) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
     with pytest.raises(TableError, match=f"sample 4 of prompt uid-0 is {reward}"):
-        table.append([rollout(prompts[1], 0), rollout(prompts[0], 4, reward)])
+        table.append([scored(PROMPTS[1], 0), scored(PROMPTS[0], 4, reward)])
     assert table.rewards() == {} and not list(tmp_path.glob("shard-*"))
 
 
-def test_values_that_do_not_fit_are_refused(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
+def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
     with pytest.raises(TableError, match="sample is uint32"):
-        table.append([rollout(prompts[0], -1)])
+        table.append([scored(PROMPTS[0], -1)])
     with pytest.raises(TableError, match="seed is int64"):
-        table.append([dataclasses.replace(rollout(prompts[0], 0), seed=2**64)])
+        table.append([dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64)])
     table.append([])
     assert table.summary().samples == 0
 
 
-def test_a_full_disk_loses_nothing(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    table = VStarTable.create_or_open(tmp_path, contract)
-    _fill(table, prompts, range(2), rollout)
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    _fill(table, PROMPTS, range(2))
     before = sorted(path.name for path in tmp_path.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # files above 100 bytes fail, as on a full disk
     try:
         with pytest.raises(StorageError, match="free some space"):
-            _fill(table, prompts, range(2, 3), rollout)
+            _fill(table, PROMPTS, range(2, 3))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert len(table.missing(prompts, 3)) == 6
-    _fill(table, prompts, range(2, 3), rollout)  # the same table goes on once there is space
-    assert VStarTable.open(tmp_path, contract).missing(prompts, 3) == []
+    assert len(table.missing(PROMPTS, 3)) == 6
+    _fill(table, PROMPTS, range(2, 3))  # the same table goes on once there is space
+    assert VStarTable.open(tmp_path, CONTRACT).missing(PROMPTS, 3) == []
 
 
-def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path, contract: Contract) -> None:
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/t: can't create the folder.*choose another"):
-        VStarTable.create_or_open(tmp_path / "file" / "t", contract)
+        VStarTable.create_or_open(tmp_path / "file" / "t", CONTRACT)
 
 
-def test_a_table_without_rows_keeps_its_contract_for_the_job_that_draws(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    drawing = VStarTable.create_or_open(tmp_path, contract)
-    other = dataclasses.replace(contract, temperature=contract.temperature / 2)
+def test_a_table_without_rows_keeps_its_contract_for_the_job_that_draws(tmp_path: Path) -> None:
+    drawing = VStarTable.create_or_open(tmp_path, CONTRACT)
+    other = dataclasses.replace(CONTRACT, temperature=CONTRACT.temperature / 2)
     with pytest.raises(ContractError, match=r"(?s)temperature.*no rows yet: if no job draws for it, delete"):
         VStarTable.create_or_open(tmp_path, other)
     make_header(tmp_path, other)  # by a job that was at it at the same time
-    drawing.append([rollout(prompts[0], 0, 1.0)])
-    assert VStarTable.open(tmp_path, contract).rewards() == {"uid-0": [1.0]}
+    drawing.append([scored(PROMPTS[0], 0, 1.0)])
+    assert VStarTable.open(tmp_path, CONTRACT).rewards() == {"uid-0": [1.0]}
 
 
-def test_rows_are_not_written_into_another_contracts_table(
-    tmp_path: Path, contract: Contract, prompts: list[Prompt], rollout: MakeRollout
-) -> None:
-    drawing = VStarTable.create_or_open(tmp_path, contract)
+def test_rows_are_not_written_into_another_contracts_table(tmp_path: Path) -> None:
+    drawing = VStarTable.create_or_open(tmp_path, CONTRACT)
     (tmp_path / "header.json").unlink()  # deleted by hand, and made anew
-    VStarTable.create_or_open(tmp_path, dataclasses.replace(contract, reward="math/1"))
+    VStarTable.create_or_open(tmp_path, dataclasses.replace(CONTRACT, reward="math/1"))
     with pytest.raises(ContractError, match="reward: this run has last_number/1, the table math/1"):
-        drawing.append([rollout(prompts[0], 0, 1.0)])
+        drawing.append([scored(PROMPTS[0], 0, 1.0)])
     assert not list(tmp_path.glob("shard-*"))

@@ -3,6 +3,8 @@
 from contextlib import contextmanager
 from typing import Any
 
+from ranks import join
+
 
 @contextmanager
 def _built(pipe: Any, rank: int, port: int | None, source: str, layout: Any) -> Any:
@@ -13,7 +15,6 @@ def _built(pipe: Any, rank: int, port: int | None, source: str, layout: Any) -> 
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from astar_megatron.model import backend as backends
     from astar_megatron.model.build import build, initialise, transformer_config
@@ -21,11 +22,8 @@ def _built(pipe: Any, rank: int, port: int | None, source: str, layout: Any) -> 
     from conversion.families import read_model
     from conversion.plan import plan
 
-    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
-    if rank == 0:
-        pipe.send(store.port)
     backend = backends.choose()
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
+    join(pipe, rank, port, layout.world_size)
     initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     try:

@@ -14,8 +14,7 @@ def masters(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str, sh
 
     from astar_megatron.model.build import named_parameters
 
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         whole = {}
         names = {id(parameter): name for name, parameter in named_parameters(policy._chunks).items()}
         for inner in policy._optimizer.chained_optimizers:
@@ -31,8 +30,6 @@ def masters(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str, sh
             for tile in tiles
             if tile.name in whole
         ]
-    finally:
-        policy.close()
 
 
 def _held(local: Any, tile: Any) -> Any:

@@ -1,6 +1,8 @@
 """What the rank processes of tests/distributed do: real PolicyRanks over gloo, one a process."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,8 +50,20 @@ def serve(pipe: Any, function: Any, rank: int, arguments: dict[str, Any]) -> Non
         pipe.send(traceback.format_exc())
 
 
-def started(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
-    """Return the policy of a job as `rank`, started with the others."""
+def join(pipe: Any, rank: int, port: int | None, num_ranks: int) -> None:
+    """Make the gloo group of all ranks."""
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipe.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+
+
+@contextmanager
+def started(pipe: Any, rank: int, port: int | None, job: Job) -> Iterator[Any]:
+    """Yield the policy of a job as `rank`, started with the others."""
     from astar_megatron.config import OptimConfig, ParallelConfig
     from astar_megatron.model.policy import PolicyRank
 
@@ -66,7 +80,10 @@ def started(pipe: Any, rank: int, port: int | None, job: Job) -> Any:
         pipe.send(port)
     assert port is not None
     policy.start("127.0.0.1", port)
-    return policy
+    try:
+        yield policy
+    finally:
+        policy.close()
 
 
 def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any, num_ranks: int) -> Any:
@@ -74,10 +91,7 @@ def head_errors(pipe: Any, rank: int, port: int | None, *, head: str, case: Any,
     import head_cases
     import torch.distributed as dist
 
-    store = dist.TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)  # type: ignore[attr-defined]
-    if rank == 0:
-        pipe.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    join(pipe, rank, port, num_ranks)
     try:
         share: Any = {"rank": rank, "num_ranks": num_ranks, "group": dist.group.WORLD}
         return head_cases.errors(head, case, **share), head_cases.scoring_gap(head, case, **share)
@@ -93,14 +107,11 @@ def _options(job: Job, size: int) -> Any:
 
 def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str) -> Any:
     """Take one step and write the gradient under HF names to `folder`; return the statistics."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         stats = policy.step(batch, job.loss, _options(job, len(batch)))
         _gather_gradients(policy)
         write_gradients(policy, folder)
         return stats
-    finally:
-        policy.close()
 
 
 def trained(
@@ -110,20 +121,17 @@ def trained(
 
     `folder` gets the last gradient of each batch and the weights in the end, under HF names; `save` a checkpoint.
     """
-    policy = started(pipe, rank, port, job)
-    try:
-        found = []
+    with started(pipe, rank, port, job) as policy:
+        reports = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            found.append(policy.step(batch, job.loss, _options(job, len(batch) // 2 if last else len(batch))))
+            reports.append(policy.step(batch, job.loss, _options(job, len(batch) // 2 if last else len(batch))))
             _gather_gradients(policy)
             write_gradients(policy, f"{folder}/gradients{number}")
         policy.export(f"{folder}/weights", shared)
         if save:
             policy.save(save, {"step": len(batches)})
-        return found
-    finally:
-        policy.close()
+        return reports
 
 
 def write_gradients(policy: Any, folder: str) -> None:
@@ -160,25 +168,19 @@ def _gather_gradients(policy: Any) -> None:
 
 def logprobs(pipe: Any, rank: int, port: int | None, *, job: Job, token_ids: Any, prompt_tokens: Any) -> Any:
     """Return the response tokens' log-probs under the policy."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         return policy.logprobs(token_ids, prompt_tokens)
-    finally:
-        policy.close()
 
 
 def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, load: str | None, save: str | None) -> Any:
     """Train on `batches`, from the checkpoint `load` and saving to `save` where given; return the statistics."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         if load:
             policy.load(load, batches[0].version)
-        found = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
+        reports = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
         if save:
             policy.save(save, {"step": len(batches)})
-        return found
-    finally:
-        policy.close()
+        return reports
 
 
 def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str) -> list[str]:
@@ -186,19 +188,16 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
     import torch
     from megatron.core import dist_checkpointing
 
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         wanted = {name: weight.clone() for name, weight in policy.weights().items()}
         for weight in policy.weights().values():
             weight.zero_()
         (part,) = policy._chunks
         state = part.sharded_state_dict()
         part.load_state_dict(dist_checkpointing.load(state, folder))
-        found = policy.weights()
+        loaded = policy.weights()
         rows = {name: _real_rows(policy, name) for name in wanted}
-        return [name for name in wanted if not torch.equal(found[name][: rows[name]], wanted[name][: rows[name]])]
-    finally:
-        policy.close()
+        return [name for name in wanted if not torch.equal(loaded[name][: rows[name]], wanted[name][: rows[name]])]
 
 
 def _real_rows(policy: Any, name: str) -> int:
@@ -215,14 +214,11 @@ def exported(
     pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, save: str, folder: str, shared: str
 ) -> None:
     """Train on `batches`, then write both a checkpoint and an HF folder of the same weights."""
-    policy = started(pipe, rank, port, job)
-    try:
+    with started(pipe, rank, port, job) as policy:
         for batch in batches:
             policy.step(batch, job.loss, _options(job, len(batch)))
         policy.save(save, {"step": len(batches)})
         policy.export(folder, shared)
-    finally:
-        policy.close()
 
 
 def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any, packs: Any) -> Any:
@@ -233,22 +229,18 @@ def logits(pipe: Any, rank: int, port: int | None, *, folders: Any, layout: Any,
     """
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from astar_megatron.model import backend as backends
     from astar_megatron.model.build import initialise
 
     backend = backends.choose()
-    store = TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
-    if rank == 0:
-        pipe.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=layout.world_size)
+    join(pipe, rank, port, layout.world_size)
     initialise(layout)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    place = layout.place(rank)
-    assert parallel_state.get_tensor_model_parallel_rank() == place.tensor
-    assert parallel_state.get_pipeline_model_parallel_rank() == place.pipeline
-    assert parallel_state.get_expert_model_parallel_rank() == place.expert
+    cell = layout.cell(rank)
+    assert parallel_state.get_tensor_model_parallel_rank() == cell.tensor
+    assert parallel_state.get_pipeline_model_parallel_rank() == cell.pipeline
+    assert parallel_state.get_expert_model_parallel_rank() == cell.expert
     first = layout.coordinates(rank)[2]
     mine = packs[first:] + packs[:first]
     try:
@@ -276,10 +268,10 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
     tensors = {name: parameter.data for name, parameter in named_parameters(chunks).items()}
     check_tensors(model, layout, rank, tensors)
     hf.load(folder, plan(model.hf_tiles(), model.megatron_tiles(layout)), rank, tensors)
-    found = []
+    collected = []
 
     def collect(logits: Any, non_loss_data: bool = False) -> Any:
-        found.append(logits[0][: sum(map(len, packs[len(found)]))].numpy())
+        collected.append(logits[0][: sum(map(len, packs[len(collected)]))].numpy())
         return logits
 
     def forward(iterator: Any, part: Any, *_: Any) -> Any:
@@ -306,4 +298,4 @@ def _logits_of(folder: str, layout: Any, rank: int, packs: Any, backend: Any) ->
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return found
+    return collected

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from ranks import join
 from torch import Tensor, nn
 
 
@@ -60,16 +61,13 @@ def gradients(pipe: Any, rank: int, port: int | None, *, in_place: bool) -> list
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from astar_megatron.model import backend as backends
     from astar_megatron.model.build import for_training, initialise, sum_weight_gradients_in_place
     from conversion.tiles import ParallelLayout
 
     backends.choose()
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipe.send(store.port)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    join(pipe, rank, port, 1)
     initialise(ParallelLayout())
     try:
         torch.manual_seed(0)

@@ -78,16 +78,16 @@ def batches() -> list[Any]:
 def run(ranks: Any, tmp_path: Path, job: Job, save: Path | None = None) -> tuple[list[Any], dict[str, dict[str, Any]]]:
     """The statistics of two steps (three optimiser steps), and the tensors of each folder that was written."""
     arguments = {"batches": batches(), "folder": str(tmp_path), "shared": str(tmp_path), "save": save and str(save)}
-    found = ranks.run(work.trained, job.world_size, job=job, **arguments)
-    reports = [stats for stats in found if stats[0] is not None]
+    answers = ranks.run(work.trained, job.world_size, job=job, **arguments)
+    reports = [stats for stats in answers if stats[0] is not None]
     assert len(reports) == 1  # one rank reports, whatever the axes
     folders = ("gradients0", "gradients1", "weights")
     return reports[0], {name: load_file(tmp_path / name / "model.safetensors") for name in folders}
 
 
-def assert_same(found: Any, wanted: Any) -> None:
+def assert_same(actual: Any, wanted: Any) -> None:
     """Losses, gradients and weights of `found` are those of `wanted`; the first step knows no log-ratio at all."""
-    (first, second), tensors = found
+    (first, second), tensors = actual
     (_, expected), expected_tensors = wanted
     assert first.logratio_max == 0.0
     assert expected.logratio_max > 0.01  # the first step did move the policy
@@ -149,13 +149,13 @@ def test_the_order_of_sequences_is_no_part_of_the_gradient(ranks: Any, tied_llam
         prompt_tokens=tuple(data.prompt_tokens[i] for i in order),
         columns={name: column[order] for name, column in data.columns.items()},
     )
-    found = []
-    for name, one in (("given", data), ("turned", turned)):
+    gradients = []
+    for name, sequences in (("given", data), ("turned", turned)):
         folder = tmp_path / name
-        ranks.run(work.gradients, 2, job=Job(str(tied_llama), context=2), batch=one, folder=str(folder))
-        found.append(load_file(folder / "model.safetensors"))
-    for name, gradient in found[0].items():
-        assert (found[1][name] - gradient).abs().max().item() <= TOLERANCE, name
+        ranks.run(work.gradients, 2, job=Job(str(tied_llama), context=2), batch=sequences, folder=str(folder))
+        gradients.append(load_file(folder / "model.safetensors"))
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).abs().max().item() <= TOLERANCE, name
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def four_steps(ranks: Any) -> Callable[[Path], list[float]]:
     def trained(folder: Path) -> list[float]:
         if folder not in known:
             arguments = {"batches": batches() + later_batches(), "load": None, "save": None}
-            (found,) = ranks.run(work.steps, 1, job=job_of(folder), **arguments)
-            known[folder] = [stats.loss for stats in found[2:]]
+            (reports,) = ranks.run(work.steps, 1, job=job_of(folder), **arguments)
+            known[folder] = [stats.loss for stats in reports[2:]]
         return known[folder]
 
     return trained
@@ -205,6 +205,6 @@ def test_a_checkpoint_goes_on_in_another_layout(
     job = job_of(folder, **saved)
     ranks.run(work.steps, job.world_size, job=job, batches=batches(), load=None, save=checkpoint)
     job = job_of(folder, **loaded)
-    found = ranks.run(work.steps, job.world_size, job=job, batches=later_batches(), load=checkpoint, save=None)
-    losses = next([stats.loss for stats in one] for one in found if one[0] is not None)
+    answers = ranks.run(work.steps, job.world_size, job=job, batches=later_batches(), load=checkpoint, save=None)
+    losses = next([stats.loss for stats in reports] for reports in answers if reports[0] is not None)
     assert losses == pytest.approx(four_steps(folder), abs=TOLERANCE)

@@ -27,10 +27,10 @@ LAYOUTS = [
 def whole_masters(ranks: Any, job: Job, tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the masters of all ranks as HF tensors, copies proven equal, and the exported weights."""
     folder = tmp_path / f"export_of_{job.world_size}"
-    held = ranks.run(dither_ranks.masters, job.world_size, job=job, folder=str(folder), shared=str(tmp_path))
+    shards = ranks.run(dither_ranks.masters, job.world_size, job=job, folder=str(folder), shared=str(tmp_path))
     weights = load_file(folder / "model.safetensors")
     masters = {name: torch.full(weight.shape, float("nan")) for name, weight in weights.items()}
-    for hf, rows, cols, array in (tile for of_rank in held for tile in of_rank):
+    for hf, rows, cols, array in (tile for of_rank in shards for tile in of_rank):
         values = torch.from_numpy(array)
         part = masters[hf][slice(*rows)] if cols is None else masters[hf][slice(*rows), slice(*cols)]
         assert bool(((part == values) | part.isnan() | values.isnan()).all()), f"two copies of {hf} differ"
@@ -44,9 +44,9 @@ def test_every_layout_has_the_masters_of_one_rank(
 ) -> None:
     path = tiny_family(kind) if kind == "qwen3_moe" else request.getfixturevalue(kind)
     wanted, weights = whole_masters(ranks, Job(str(path), dtype="bfloat16"), tmp_path)
-    found, same = whole_masters(ranks, Job(str(path), dtype="bfloat16", **axes), tmp_path)
+    masters, same = whole_masters(ranks, Job(str(path), dtype="bfloat16", **axes), tmp_path)
     for name, weight in weights.items():
-        assert torch.equal(found[name], wanted[name]), name
+        assert torch.equal(masters[name], wanted[name]), name
         assert torch.equal(same[name], weight), name
         assert torch.equal(wanted[name].bfloat16(), weight), name  # the export holds the compute weights
         assert (wanted[name] != weight.float())[weight != 0].float().mean() > 0.9, name
@@ -92,13 +92,13 @@ def test_masters_of_a_checkpoint_are_never_drawn_again(
 def test_step_0_is_exact_and_from_then_on_more_weights_change_than_without(ranks: Any, tied_llama: Path) -> None:
     batches = [batch(version, version=version) for version in range(2)]
     run = Run(str(tied_llama), batches, dtype="bfloat16", optim={"lr": 1e-5, "weight_decay": 0.0})
-    ((found,), (without,)) = (
+    ((dithered,), (without,)) = (
         train(ranks, dataclasses.replace(run, optim=run.optim | {"dither": dither})) for dither in (True, False)
     )
-    assert "master weights dithered" in found.reason
+    assert "master weights dithered" in dithered.reason
     assert "dithered" not in without.reason
-    for one in (found, without):
-        assert one.stats[0].logratio_max == one.stats[0].changed_weights == 0.0
+    for trained in (dithered, without):
+        assert trained.stats[0].logratio_max == trained.stats[0].changed_weights == 0.0
     # One step of 1e-5 is 1.8 % of the grid's step at a weight of 0.15, the models' rms.
-    assert 0.01 < found.stats[1].changed_weights < 0.1
-    assert without.stats[1].changed_weights < 0.7 * found.stats[1].changed_weights
+    assert 0.01 < dithered.stats[1].changed_weights < 0.1
+    assert without.stats[1].changed_weights < 0.7 * dithered.stats[1].changed_weights

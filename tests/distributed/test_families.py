@@ -34,11 +34,12 @@ def expected(folder: Path, packs: list[list[list[int]]]) -> list[Any]:
 def assert_logits(ranks: Any, folders: list[Path], layout: ParallelLayout, packs: list[list[list[int]]]) -> None:
     """Every replica's logits, put together over the tensor axis, for every folder."""
     arguments = {"folders": [str(folder) for folder in folders], "layout": layout, "packs": packs}
-    found = ranks.run(work.logits, layout.world_size, **arguments)
+    answers = ranks.run(work.logits, layout.world_size, **arguments)
     for number, folder in enumerate(folders):
         wanted = expected(folder, packs)
         for data in range(layout.data):
-            shards = [found[layout.rank(t, layout.pipeline - 1, data)][number] for t in range(layout.tensor)]
+            of_rank = {layout.coordinates(rank)[:3]: answer for rank, answer in enumerate(answers)}
+            shards = [of_rank[t, layout.pipeline - 1, data][number] for t in range(layout.tensor)]
             for index in range(len(packs)):
                 logits = numpy.concatenate([shard[index] for shard in shards], axis=-1)[:, :263]
                 truth = wanted[(index + data) % len(packs)]
@@ -129,16 +130,16 @@ def test_experts_tensor_and_pipeline_ranks_together(ranks: Any, tiny_family: Cal
 
 def unfused(gradients: dict[str, Any]) -> dict[str, Any]:
     """By the names of files: transformers fuses experts in memory."""
-    found = {}
+    by_file = {}
     for name, gradient in gradients.items():
         place, _, kind = name.partition(".experts.")
         for expert in range(len(gradient) if kind else 0):
             halves = gradient[expert].chunk(2) if kind == "gate_up_proj" else (gradient[expert],)
             for part, half in zip(("gate", "up") if len(halves) == 2 else ("down",), halves, strict=True):
-                found[f"{place}.experts.{expert}.{part}_proj.weight"] = half
+                by_file[f"{place}.experts.{expert}.{part}_proj.weight"] = half
         if not kind:
-            found[name] = gradient
-    return found
+            by_file[name] = gradient
+    return by_file
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama3"])
@@ -150,18 +151,18 @@ def test_gradients_are_those_of_transformers(
     loss, gradients = expected_step(folder, data)
     wanted = unfused(gradients)
     for name, job in {"one": Job(str(folder)), "stages": Job(str(folder), pipeline=2)}.items():
-        found, stats = run_gradients(ranks, tmp_path, job, data, name)
+        computed, stats = run_gradients(ranks, tmp_path, job, data, name)
         assert stats.loss == pytest.approx(loss, abs=1e-6)
         assert stats.logratio_max == 0.0
-        assert set(found) == set(wanted)
+        assert set(computed) == set(wanted)
         for key, gradient in wanted.items():
-            worst = (found[key] - gradient).abs().max().item()
+            worst = (computed[key] - gradient).abs().max().item()
             assert worst <= 1e-5 + 1e-4 * gradient.abs().max().item(), f"{name}, {key}: {worst}"
 
 
 def test_experts_are_the_same_on_replicas(ranks: Any, tiny_family: Callable[..., Path], tmp_path: Path) -> None:
     folder, data = tiny_family("qwen3_moe"), batch(4)
     _, wanted = run_gradients(ranks, tmp_path, Job(str(folder)), data, "one")
-    _, found = run_gradients(ranks, tmp_path, Job(str(folder), data=2), data, "two")
-    assert found.loss == pytest.approx(wanted.loss, abs=1e-6)
-    assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
+    _, replicated = run_gradients(ranks, tmp_path, Job(str(folder), data=2), data, "two")
+    assert replicated.loss == pytest.approx(wanted.loss, abs=1e-6)
+    assert replicated.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)

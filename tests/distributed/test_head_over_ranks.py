@@ -16,7 +16,7 @@ CASES = {
 @pytest.mark.parametrize("world", CASES)
 @pytest.mark.parametrize("head", ["plain", "chunked"])
 def test_tensor_parallel_ranks_compute_the_whole_vocabularys_numbers(head: str, world: int, ranks: Any) -> None:
-    found = ranks.run(work.head_errors, world, head=head, case=CASES[world], num_ranks=world)
-    for distances, gap in found:
+    answers = ranks.run(work.head_errors, world, head=head, case=CASES[world], num_ranks=world)
+    for distances, gap in answers:
         assert gap == 0.0
         assert_close(distances, CASES[world])

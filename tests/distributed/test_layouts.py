@@ -46,8 +46,8 @@ def batch(seed: int, count: int = 8, version: int = 0, shared: int = 5) -> Rollo
 
 
 def run_gradients(ranks: Any, tmp_path: Path, job: Job, data: RolloutBatch, name: str) -> tuple[dict[str, Any], Any]:
-    found = ranks.run(work.gradients, job.world_size, job=job, batch=data, folder=str(tmp_path / name))
-    stats = next(one for one in found if one is not None)
+    answers = ranks.run(work.gradients, job.world_size, job=job, batch=data, folder=str(tmp_path / name))
+    stats = next(report for report in answers if report is not None)
     folder = tmp_path / name / "model.safetensors"
     return (load_file(folder) if folder.exists() else {}), stats
 
@@ -72,9 +72,9 @@ def expected_step(folder: Path, data: RolloutBatch) -> tuple[float, dict[str, An
 def test_token_logprobs_equal_transformers(kind: str, shared: int, ranks: Any, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(kind)
     token_ids, prompt_tokens = sequences(1, 9, shared)
-    (found,) = ranks.run(work.logprobs, 1, job=Job(str(folder)), token_ids=token_ids, prompt_tokens=prompt_tokens)
+    (rows,) = ranks.run(work.logprobs, 1, job=Job(str(folder)), token_ids=token_ids, prompt_tokens=prompt_tokens)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for ids, prompt, row in zip(token_ids, prompt_tokens, found, strict=True):
+    for ids, prompt, row in zip(token_ids, prompt_tokens, rows, strict=True):
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         wanted = [float(logprobs[t - 1, ids[t]]) for t in range(prompt, len(ids))]
@@ -87,12 +87,14 @@ def test_loss_and_gradient_equal_the_formula(
 ) -> None:
     folder = request.getfixturevalue(kind)
     data = batch(2)
-    found, stats = run_gradients(ranks, tmp_path, Job(str(folder)), data, "one")
+    computed, stats = run_gradients(ranks, tmp_path, Job(str(folder)), data, "one")
     loss, wanted = expected_step(folder, data)
     assert stats.loss == pytest.approx(loss, abs=1e-6)
-    assert set(found) == set(wanted)
+    assert set(computed) == set(wanted)
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            computed[name], gradient, atol=2e-6, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"context": 2}], ids=["one rank", "tensor", "context"])
@@ -103,13 +105,13 @@ def test_a_micro_batch_without_any_token_changes_no_number(
     full = batch(2)
     empty = (full.token_ids[0][:1], full.token_ids[1][:1], *full.token_ids[2:])
     data = dataclasses.replace(full, token_ids=empty, prompt_tokens=(1, 1, *full.prompt_tokens[2:]))
-    one = Job(str(tied_llama), micro_batch_tokens=1000)
-    wanted, expected = run_gradients(ranks, tmp_path, one, data, "together")
-    alone = dataclasses.replace(one, micro_batch_tokens=1, **layout)
-    found, stats = run_gradients(ranks, tmp_path, alone, data, "alone")
+    job = Job(str(tied_llama), micro_batch_tokens=1000)
+    wanted, expected = run_gradients(ranks, tmp_path, job, data, "together")
+    alone = dataclasses.replace(job, micro_batch_tokens=1, **layout)
+    computed, stats = run_gradients(ranks, tmp_path, alone, data, "alone")
     assert stats.loss == pytest.approx(expected.loss, abs=1e-6)
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(computed[name], gradient, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}])
@@ -117,37 +119,34 @@ def test_training_continues_exactly_from_a_checkpoint(
     layout: dict[str, Any], ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:
     """Same layout: bitwise the same losses. Another layout: the same to rounding, which Adam amplifies."""
-    one = Job(str(tied_llama))
+    single = Job(str(tied_llama))
     batches = [batch(10 + version, version=version) for version in range(4)]
     checkpoint = str(tmp_path / "step_00000002")
-    whole = ranks.run(work.steps, 1, job=one, batches=batches, load=None, save=None)[0]
-    ranks.run(work.steps, 1, job=one, batches=batches[:2], load=None, save=checkpoint)
-    job = dataclasses.replace(one, **layout)
-    rest = next(
-        one
-        for one in ranks.run(work.steps, job.world_size, job=job, batches=batches[2:], load=checkpoint, save=None)
-        if one[0] is not None
-    )
-    wanted, found = [stats.loss for stats in whole[2:]], [stats.loss for stats in rest]
+    whole = ranks.run(work.steps, 1, job=single, batches=batches, load=None, save=None)[0]
+    ranks.run(work.steps, 1, job=single, batches=batches[:2], load=None, save=checkpoint)
+    job = dataclasses.replace(single, **layout)
+    answers = ranks.run(work.steps, job.world_size, job=job, batches=batches[2:], load=checkpoint, save=None)
+    rest = next(reports for reports in answers if reports[0] is not None)
+    wanted, losses = [stats.loss for stats in whole[2:]], [stats.loss for stats in rest]
     assert whole[3].logratio_max > 0.01  # the steps did move the policy
     if layout:
-        assert found == pytest.approx(wanted, rel=1e-4)
+        assert losses == pytest.approx(wanted, rel=1e-4)
     else:
-        assert found == wanted
+        assert losses == wanted
 
 
 def test_a_resumed_run_takes_the_learning_rate_of_its_configuration(
     ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:
-    one = Job(str(tied_llama))
+    single = Job(str(tied_llama))
     batches = [batch(20 + version, version=version) for version in range(3)]
     checkpoint = str(tmp_path / "step_00000001")
-    ranks.run(work.steps, 1, job=one, batches=batches[:1], load=None, save=checkpoint)
+    ranks.run(work.steps, 1, job=single, batches=batches[:1], load=None, save=checkpoint)
     moved = []
     for lr in (1e-3, 1e-9):
-        job = dataclasses.replace(one, lr=lr)
-        (found,) = ranks.run(work.steps, 1, job=job, batches=batches[1:], load=checkpoint, save=None)
-        moved.append(found[1].loss - found[0].loss)
+        job = dataclasses.replace(single, lr=lr)
+        (reports,) = ranks.run(work.steps, 1, job=job, batches=batches[1:], load=checkpoint, save=None)
+        moved.append(reports[1].loss - reports[0].loss)
     assert moved[0] != moved[1]
 
 

@@ -10,7 +10,7 @@ import ranks as work
 from ranks import Job
 from test_layouts import batch
 
-from conversion import convert
+from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.tiles import ParallelLayout
 
@@ -21,7 +21,7 @@ def test_megatron_loads_what_was_written(
     kind: str, cut: int, tensor: int, pipeline: int, ranks: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     source = request.getfixturevalue(kind)
-    convert.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=cut))
+    rewrite.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout(tensor=cut))
     job = Job(str(source), tensor=tensor, pipeline=pipeline)
     wrong = ranks.run(work.loaded_by_megatron, job.world_size, job=job, folder=str(tmp_path / "megatron"))
     assert wrong == [[]] * job.world_size
@@ -45,10 +45,10 @@ def test_a_checkpoint_of_training_converts_to_what_training_exports(
     )
     end = open_end(checkpoint)
     assert isinstance(end, MegatronEnd)
-    convert.write_hf(end, tmp_path / "converted")
-    convert.compare(HuggingFaceEnd(tmp_path / "converted"), HuggingFaceEnd(folder))
-    with pytest.raises(convert.MismatchError):
-        convert.compare(end, HuggingFaceEnd(source))  # the step did change the weights
+    rewrite.write_hf(end, tmp_path / "converted")
+    rewrite.compare(HuggingFaceEnd(tmp_path / "converted"), HuggingFaceEnd(folder))
+    with pytest.raises(rewrite.MismatchError):
+        rewrite.compare(end, HuggingFaceEnd(source))  # the step did change the weights
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_experts_go_to_megatron_and_come_back(
     layout: ParallelLayout, ranks: Any, tmp_path: Path, tiny_family: Callable[..., Path]
 ) -> None:
     source, ours, megatrons = tiny_family("qwen3_moe"), tmp_path / "ours", tmp_path / "megatrons"
-    convert.write_megatron(HuggingFaceEnd(source), ours, ParallelLayout(tensor=2, expert=2, data=2))
-    each = {"source": str(source), "layout": layout}
-    wrong = ranks.run(checkpoint_ranks.loaded_strictly, layout.world_size, folder=str(ours), **each)
+    rewrite.write_megatron(HuggingFaceEnd(source), ours, ParallelLayout(tensor=2, expert=2, data=2))
+    arguments = {"source": str(source), "layout": layout}
+    wrong = ranks.run(checkpoint_ranks.loaded_strictly, layout.world_size, folder=str(ours), **arguments)
     assert wrong == [[]] * layout.world_size
     megatrons.mkdir()
-    ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **each)
-    convert.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))
+    ranks.run(checkpoint_ranks.saved, layout.world_size, folder=str(megatrons), **arguments)
+    rewrite.compare(MegatronEnd(megatrons, like=source), HuggingFaceEnd(source))
 
 
 def test_an_export_that_lost_a_row_is_named_on_every_rank(ranks: Any, tied_llama: Path) -> None:
-    each = {"source": str(tied_llama), "layout": ParallelLayout(tensor=2)}
+    arguments = {"source": str(tied_llama), "layout": ParallelLayout(tensor=2)}
     for name, row in (("model.layers.4.mlp.down_proj.weight", 31), ("model.norm.weight", 5)):
-        found = ranks.run(checkpoint_ranks.damaged_export, 2, fault=(name, row), **each)
-        assert found == [f"{name}, row {row}"] * 2
-    sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **each)
+        answers = ranks.run(checkpoint_ranks.damaged_export, 2, fault=(name, row), **arguments)
+        assert answers == [f"{name}, row {row}"] * 2
+    sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **arguments)
     assert sound == [f"{len(HuggingFaceEnd(tied_llama).model.parameters())} digests", "0 digests"]

@@ -74,9 +74,9 @@ def test_the_gradient_of_a_token_ratio_loss_is_autograds(
 ) -> None:
     folder = request.getfixturevalue(kind)
     data, loss, wanted = problem(folder, 7)
-    found, stats = run_gradients(ranks, tmp_path, Job(str(folder), loss=LOSS, **axes), data, "found")
+    computed, stats = run_gradients(ranks, tmp_path, Job(str(folder), loss=LOSS, **axes), data, "found")
     assert stats.loss == pytest.approx(loss, abs=1e-6)  # a mean of both signs
     assert stats.logratio_max == 0.0
-    assert found.keys() == wanted.keys()
+    assert computed.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert (found[name] - gradient).abs().max().item() <= 2e-6 * max(1.0, float(gradient.abs().max())), name
+        assert (computed[name] - gradient).abs().max().item() <= 2e-6 * max(1.0, float(gradient.abs().max())), name

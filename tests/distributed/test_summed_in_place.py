@@ -12,8 +12,8 @@ import torch
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_every_gradient_is_summed_once_over_micro_batches_and_mini_batches(in_place: bool, ranks: Any) -> None:
-    (found,) = ranks.run(work.gradients, 1, in_place=in_place)
-    for mini_batch in found:
+    (mini_batches,) = ranks.run(work.gradients, 1, in_place=in_place)
+    for mini_batch in mini_batches:
         assert set(mini_batch) == {"embedding.weight", "linear.weight"}
         for name, both in mini_batch.items():
             gradient, wanted = map(torch.tensor, both)

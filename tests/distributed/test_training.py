@@ -19,8 +19,8 @@ def train(ranks: Any, run: Run, **more: Any) -> list[Trained]:
     return ranks.run(work.trained, ParallelConfig(**run.axes).world_size, run=run, **more)
 
 
-def stats_of(found: list[Trained]) -> list[StepStats]:
-    return next(one.stats for one in found if one.stats[0] is not None)
+def stats_of(answers: list[Trained]) -> list[StepStats]:
+    return next(answer.stats for answer in answers if answer.stats[0] is not None)
 
 
 def spoiled(data: RolloutBatch, index: int, value: float = float("nan")) -> RolloutBatch:
@@ -52,12 +52,12 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
     good, later = batch(1), batch(2, version=2)
     bad = dataclasses.replace(spoiled(batch(3), 5, value), version=1)
     run = Run(str(untied_qwen2), [good, bad, later], axes=axes, scale="pg")
-    found = train(ranks, run)
-    for rank in found:
+    answers = train(ranks, run)
+    for rank in answers:
         before, after_good, after_bad, after_later = rank.digests
         assert before != after_good == after_bad != after_later
-    stats = stats_of(found)
-    assert [one.skipped for one in stats] == [(), (0,), ()]
+    stats = stats_of(answers)
+    assert [step.skipped for step in stats] == [(), (0,), ()]
     assert math.isfinite(stats[1].loss) == (value == 1.5e19)
     assert not math.isfinite(stats[1].grad_norms[0]) and math.isnan(stats[1].grad_norm)
     assert math.isfinite(stats[2].loss + stats[2].grad_norm)
@@ -72,11 +72,11 @@ def test_a_bad_mini_batch_leaves_the_good_one_beside_it(ranks: Any, tied_llama: 
         columns={name: column[:4] for name, column in data.columns.items()},
     )
     run = Run(str(tied_llama), [spoiled(data, 6), later], mini_batch_size=4)
-    (found,), (wanted,) = train(ranks, run), train(ranks, dataclasses.replace(run, batches=[first, later]))
-    assert [one.skipped for one in found.stats] == [(1,), ()]
-    assert found.digests == wanted.digests
-    assert found.stats[1].loss == wanted.stats[1].loss
-    assert found.stats[0].grad_norm == found.stats[0].grad_norms[0] == wanted.stats[0].grad_norm
+    (trained,), (wanted,) = train(ranks, run), train(ranks, dataclasses.replace(run, batches=[first, later]))
+    assert [step.skipped for step in trained.stats] == [(1,), ()]
+    assert trained.digests == wanted.digests
+    assert trained.stats[1].loss == wanted.stats[1].loss
+    assert trained.stats[0].grad_norm == trained.stats[0].grad_norms[0] == wanted.stats[0].grad_norm
 
 
 def test_a_run_resumed_after_a_skipped_step_is_the_uninterrupted_run(
@@ -89,10 +89,10 @@ def test_a_run_resumed_after_a_skipped_step_is_the_uninterrupted_run(
     (wanted,) = train(ranks, whole)
     save = str(tmp_path / "step_00000002")
     train(ranks, dataclasses.replace(whole, batches=batches[:2], save=save))
-    (found,) = train(ranks, dataclasses.replace(whole, batches=batches[2:], load=save))
-    assert found.digests == wanted.digests[2:]
-    assert [one.loss for one in found.stats] == [one.loss for one in wanted.stats[2:]]
-    assert [one.learning_rate for one in found.stats] == [one.learning_rate for one in wanted.stats[2:]]
+    (trained,) = train(ranks, dataclasses.replace(whole, batches=batches[2:], load=save))
+    assert trained.digests == wanted.digests[2:]
+    assert [step.loss for step in trained.stats] == [step.loss for step in wanted.stats[2:]]
+    assert [step.learning_rate for step in trained.stats] == [step.learning_rate for step in wanted.stats[2:]]
 
 
 def test_a_run_whose_every_step_was_skipped_is_saved_and_goes_on(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
@@ -101,16 +101,16 @@ def test_a_run_whose_every_step_was_skipped_is_saved_and_goes_on(ranks: Any, tie
     (wanted,) = train(ranks, whole)
     save = str(tmp_path / "step_00000001")
     train(ranks, dataclasses.replace(whole, batches=batches[:1], save=save))
-    (found,) = train(ranks, dataclasses.replace(whole, batches=batches[1:], load=save))
-    assert found.digests[1:] == wanted.digests[2:]
-    assert [one.loss for one in found.stats] == [one.loss for one in wanted.stats[1:]]
+    (trained,) = train(ranks, dataclasses.replace(whole, batches=batches[1:], load=save))
+    assert trained.digests[1:] == wanted.digests[2:]
+    assert [step.loss for step in trained.stats] == [step.loss for step in wanted.stats[1:]]
 
 
 def test_weights_that_are_spoiled_skip_every_step(ranks: Any, tied_llama: Path) -> None:
     run = Run(str(tied_llama), [batch(1), batch(2, version=1)], mini_batch_size=4)
-    (found,) = train(ranks, run, tamper=work.spoil_a_weight)
-    assert [one.skipped for one in found.stats] == [(0, 1), (0, 1)]
-    assert len(set(found.digests)) == 1
+    (trained,) = train(ranks, run, tamper=work.spoil_a_weight)
+    assert [step.skipped for step in trained.stats] == [(0, 1), (0, 1)]
+    assert len(set(trained.digests)) == 1
 
 
 @pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
@@ -119,13 +119,13 @@ def test_all_but_biases_and_norms_decay(kind: str, ranks: Any, request: pytest.F
     data = batch(1)
     data = with_columns(data, v_star=data.columns["reward"].clone())
     optim = {"lr": 0.125, "weight_decay": 0.5}
-    (found,) = train(ranks, Run(str(request.getfixturevalue(kind)), [data], optim=optim))
-    assert found.stats[0].grad_norm == 0.0
-    kept = {name for name in found.ratios if name.endswith("bias") or "norm" in name}
+    (trained,) = train(ranks, Run(str(request.getfixturevalue(kind)), [data], optim=optim))
+    assert trained.stats[0].grad_norm == 0.0
+    kept = {name for name in trained.ratios if name.endswith("bias") or "norm" in name}
     assert len(kept) >= 13
-    for name, ratio in found.ratios.items():
+    for name, ratio in trained.ratios.items():
         assert ratio == pytest.approx((1.0, 1.0) if name in kept else (1 - 0.0625,) * 2, rel=1e-6), name
-    assert not found.changed & kept
+    assert not trained.changed & kept
 
 
 def test_the_learning_rate_follows_its_schedule(ranks: Any, tied_llama: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_learning_rate_follows_its_schedule(ranks: Any, tied_llama: Path) ->
         "wsd": {"schedule": "wsd", "decay_steps": 2, "min_lr": 1e-4},
     }.items():
         run = Run(str(tied_llama), batches, optim=optim, mini_batch_size=4, optimizer_steps=4)
-        rates[name] = [one.learning_rate for one in stats_of(train(ranks, run))]
+        rates[name] = [step.learning_rate for step in stats_of(train(ranks, run))]
     assert rates["constant"] == pytest.approx([1e-3 * 2 / 3, 1e-3, 1e-3])  # after 2, 3 and 5 steps taken
     cosine = {n: 1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * (n - 1) / 4)) for n in (2, 3, 5)}
     assert rates["cosine"] == pytest.approx(list(cosine.values()))
@@ -147,13 +147,13 @@ def test_the_learning_rate_follows_its_schedule(ranks: Any, tied_llama: Path) ->
 
 
 def test_the_policy_gradients_scale_divides_the_gradient_by_2_beta2(ranks: Any, tied_llama: Path) -> None:
-    found = {}
+    first_steps = {}
     scales: tuple[Literal["paper", "pg"], ...] = ("paper", "pg")
     for scale in scales:
-        (one,) = train(ranks, Run(str(tied_llama), [batch(1)], scale=scale))
-        found[scale] = one.stats[0]
-    assert found["pg"].grad_norm == pytest.approx(found["paper"].grad_norm / (2 * 0.05), rel=1e-5)
-    assert found["pg"].loss == found["paper"].loss
+        (trained,) = train(ranks, Run(str(tied_llama), [batch(1)], scale=scale))
+        first_steps[scale] = trained.stats[0]
+    assert first_steps["pg"].grad_norm == pytest.approx(first_steps["paper"].grad_norm / (2 * 0.05), rel=1e-5)
+    assert first_steps["pg"].loss == first_steps["paper"].loss
 
 
 def test_the_gradient_is_clipped_to_its_norm(ranks: Any, tied_llama: Path) -> None:
@@ -161,9 +161,9 @@ def test_the_gradient_is_clipped_to_its_norm(ranks: Any, tied_llama: Path) -> No
     optim = {"lr": 1e4, "adam_eps": 1e4, "weight_decay": 0.0}
     moved = {}
     for clip in (0.0, 0.01):
-        (one,) = train(ranks, Run(str(tied_llama), [batch(1)], optim=optim | {"clip_grad": clip}))
-        moved[clip] = one.moved
-        norm = one.stats[0].grad_norm
+        (trained,) = train(ranks, Run(str(tied_llama), [batch(1)], optim=optim | {"clip_grad": clip}))
+        moved[clip] = trained.moved
+        norm = trained.stats[0].grad_norm
     assert norm > 0.1  # before clipping
     assert moved[0.0] == pytest.approx(norm, rel=1e-3)
     assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
@@ -184,23 +184,23 @@ def test_importance_weights_scale_the_gradient_and_are_one_on_policy(ranks: Any,
 @pytest.mark.parametrize("axes", [{}, {"tensor": 2, "pipeline": 2}, {"pipeline": 2, "virtual": 3}], ids=str)
 def test_an_offloaded_reference_is_the_resident_one(axes: dict[str, int], ranks: Any, tied_llama: Path) -> None:
     run = Run(str(tied_llama), [batch(1), batch(2, version=1)], axes=axes)
-    wanted, found = (train(ranks, dataclasses.replace(run, reference=kind)) for kind in ("resident", "offload"))
-    assert [one.digests for one in found] == [one.digests for one in wanted]
-    assert stats_of(found)[1].reference_logprobs == stats_of(wanted)[1].reference_logprobs
-    assert stats_of(found)[1].logratio_max > 0.0
+    resident, offloaded = (train(ranks, dataclasses.replace(run, reference=kind)) for kind in ("resident", "offload"))
+    assert [answer.digests for answer in offloaded] == [answer.digests for answer in resident]
+    assert stats_of(offloaded)[1].reference_logprobs == stats_of(resident)[1].reference_logprobs
+    assert stats_of(offloaded)[1].logratio_max > 0.0
 
 
 def test_the_first_mini_batch_needs_one_pack_of_the_reference_and_no_other_does(ranks: Any, tied_llama: Path) -> None:
     """Counted in model FLOPs: forward and backward of every pack, and a forward pass for each that is scored."""
     data = batch(1)
     run = Run(str(tied_llama), [data, dataclasses.replace(data, version=1)], micro_batch_tokens=40)
-    (one,) = train(ranks, run)
-    (two,) = train(ranks, dataclasses.replace(run, mini_batch_size=4))
-    first, later = (stats.model_flops for stats in one.stats)
+    (whole,) = train(ranks, run)
+    (halves,) = train(ranks, dataclasses.replace(run, mini_batch_size=4))
+    first, later = (stats.model_flops for stats in whole.stats)
     assert 3 / 4 * later < first < 0.9 * later
-    assert one.stats[0].logratio_max == 0.0 < one.stats[1].logratio_max
-    assert first < two.stats[0].model_flops < two.stats[1].model_flops == pytest.approx(later, rel=0.1)
-    assert two.stats[0].logratio_max > 0.0  # of the second mini-batch, which the first one's step came before
+    assert whole.stats[0].logratio_max == 0.0 < whole.stats[1].logratio_max
+    assert first < halves.stats[0].model_flops < halves.stats[1].model_flops == pytest.approx(later, rel=0.1)
+    assert halves.stats[0].logratio_max > 0.0  # of the second mini-batch, which the first one's step came before
 
 
 def test_a_reference_that_computes_another_function_is_found_at_step_0(ranks: Any, tied_llama: Path) -> None:
@@ -209,8 +209,8 @@ def test_a_reference_that_computes_another_function_is_found_at_step_0(ranks: An
 
 
 def test_a_policy_that_is_not_the_reference_is_compared_with_it_from_the_start(ranks: Any, tied_llama: Path) -> None:
-    (found,) = train(ranks, Run(str(tied_llama), [batch(1)]), tamper=work.shift_a_weight)
-    assert found.stats[0].logratio_max > 1e-3
+    (trained,) = train(ranks, Run(str(tied_llama), [batch(1)]), tamper=work.shift_a_weight)
+    assert trained.stats[0].logratio_max > 1e-3
 
 
 def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied_qwen2: Path) -> None:
@@ -221,13 +221,13 @@ def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied
     assert "no MFU" in wanted.reason
     layouts: tuple[dict[str, Any], ...] = ({"data": 2}, {"tensor": 2}, {"pipeline": 2, "virtual": 3}, {"context": 2})
     for axes in layouts:
-        found = stats_of(train(ranks, dataclasses.replace(run, axes=axes)))
-        for one, other in zip(found, wanted.stats, strict=True):
-            assert one.changed_weights == pytest.approx(other.changed_weights, abs=1e-3), axes
+        steps = stats_of(train(ranks, dataclasses.replace(run, axes=axes)))
+        for step, expected in zip(steps, wanted.stats, strict=True):
+            assert step.changed_weights == pytest.approx(expected.changed_weights, abs=1e-3), axes
             for name in ("logprobs", "reference_logprobs", "losses"):
-                assert getattr(one, name) == pytest.approx(getattr(other, name), rel=2e-3, abs=1e-4), (axes, name)
-            assert len(one.peak_memory_bytes) == ParallelConfig(**axes).world_size
-            assert min(one.peak_memory_bytes) > 100 << 20
-            assert one.tokens_per_second > 0
-            assert one.mfu is None
-        assert found[1].model_flops == wanted.stats[1].model_flops  # nothing shared, so packs are no matter
+                assert getattr(step, name) == pytest.approx(getattr(expected, name), rel=2e-3, abs=1e-4), (axes, name)
+            assert len(step.peak_memory_bytes) == ParallelConfig(**axes).world_size
+            assert min(step.peak_memory_bytes) > 0
+            assert step.tokens_per_second > 0
+            assert step.mfu is None
+        assert steps[1].model_flops == wanted.stats[1].model_flops  # nothing shared, so packs are no matter

@@ -15,7 +15,7 @@ from astar_megatron.run.fleet import start_engines
 from astar_megatron.run.weights import LoadedWeights
 from astar_megatron.sweep import main
 from astar_megatron.types import Prompt
-from conversion.folders import CheckpointError
+from conversion.folders import ModelFolderError
 
 NAME = "model.layers.3.self_attn.v_proj.weight"
 
@@ -40,7 +40,7 @@ def test_an_engine_that_loaded_another_file_too_is_named(
         engines.start()
         really_loaded.verify(engines)
         with pytest.raises(
-            CheckpointError, match=r"of engine 0 loaded another model\.layers\.3\.self_attn\.v_proj"
+            ModelFolderError, match=r"of engine 0 loaded another model\.layers\.3\.self_attn\.v_proj"
         ) as error:
             checked.verify(engines)
         prompt = Prompt(uid="p", token_ids=(3, 4, 5), text="", answer="")

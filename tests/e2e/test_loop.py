@@ -27,8 +27,8 @@ from astar_megatron.run.training import stage_1
 from astar_megatron.sweep import sweep
 from astar_megatron.train import train
 from astar_megatron.types import Prompt
-from conversion.convert import compare
 from conversion.ends import open_end
+from conversion.rewrite import compare
 
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
 SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}

@@ -44,8 +44,8 @@ FLOAT32 = 2e-6
 GRADIENT = {torch.float32: FLOAT32, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 
-def assert_close(found: dict[str, float], case: Case) -> None:
-    for name, error in found.items():
+def assert_close(distances: dict[str, float], case: Case) -> None:
+    for name, error in distances.items():
         limit = GRADIENT[case.dtype] if name.endswith(("hidden", "weight")) else FLOAT32
         if name.startswith("ratio"):  # the exp of a log-prob has the log-prob's error, however small the ratio
             limit *= 2
@@ -68,11 +68,11 @@ def errors(
     """Return |found - float64| / |float64| of everything a head computes, by this rank's part of the weight."""
     inputs = _Inputs(case, torch.device(device), rank, num_ranks, group)
     head = make(name, case, num_ranks)
-    wanted, found = inputs.expected(), inputs.found(head)
-    assert wanted.keys() == found.keys()
-    for key, tensor in found.items():
+    wanted, computed = inputs.expected(), inputs.computed(head)
+    assert wanted.keys() == computed.keys()
+    for key, tensor in computed.items():
         assert tensor.shape == wanted[key].shape, key
-    return {key: _distance(tensor, wanted[key]) for key, tensor in found.items()}
+    return {key: _distance(tensor, wanted[key]) for key, tensor in computed.items()}
 
 
 def scoring_gap(
@@ -83,9 +83,9 @@ def scoring_gap(
     return inputs.gap(make(name, case, num_ranks))
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
+def _distance(computed: Tensor, wanted: Tensor) -> float:
     scale = wanted.norm().item()
-    return (found.double().cpu() - wanted).norm().item() / (scale if scale else 1.0)
+    return (computed.double().cpu() - wanted).norm().item() / (scale if scale else 1.0)
 
 
 class _Inputs:
@@ -143,10 +143,10 @@ class _Inputs:
         loss = self.loss(everything, logprobs).sum()
         sequence = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
         ratio = torch.autograd.grad(self.ratio_loss(everything, logprobs).sum(), (hidden, weight))
-        found = self._named(logprobs, loss, token, sequence, ratio)
-        return {name: tensor[self.mine] if "weight" in name else tensor for name, tensor in found.items()}
+        tensors = self._named(logprobs, loss, token, sequence, ratio)
+        return {name: tensor[self.mine] if "weight" in name else tensor for name, tensor in tensors.items()}
 
-    def found(self, head: Head) -> dict[str, Tensor]:
+    def computed(self, head: Head) -> dict[str, Tensor]:
         hidden, weight = self.leaves()
         inputs: tuple[Any, Any, Any, Any] = hidden, weight, self.responses, self.vocabulary
         logprobs = head.token_logprobs(*inputs)

@@ -41,8 +41,8 @@ def test_what_every_device_does_is_let_through() -> None:
 def test_a_cpu_states_no_peak_and_measures_its_process() -> None:
     assert CPU.peak_flops is None
     assert CPU.describe() == "no GPU; no MFU: the peak of this device is not known"
-    held = CPU.peak_memory_bytes()
-    block = torch.ones(held // 4 + (64 << 20))  # more than the process ever held
+    peak = CPU.peak_memory_bytes()
+    block = torch.ones(peak // 4 + (64 << 20))  # more than the process ever held
     assert CPU.peak_memory_bytes() >= block.nbytes
     with CPU.range("anything"):
         pass

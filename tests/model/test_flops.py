@@ -36,10 +36,10 @@ def test_linear_layers_and_head_are_what_torch_counts(
     attention = counts.pop("bmm")
     dims = read_model(str(folder)).dims
     ids = list(range(3, 4 + length))  # the last token predicts nothing; a prompt of one token leaves all to predict
-    found = forward_flops(read_model(str(folder)), pack([ids], [1], share_prefix=False))
+    counted = forward_flops(read_model(str(folder)), pack([ids], [1], share_prefix=False))
     heads = 4 * dims.num_heads * dims.head_dim * dims.num_layers
     assert attention >= heads * length * length  # and the rotary angles
-    assert found - heads * _pairs(length) == pytest.approx(sum(counts.values()), rel=1e-3)
+    assert counted - heads * _pairs(length) == pytest.approx(sum(counts.values()), rel=1e-3)
 
 
 def test_experts_count_as_many_as_a_token_goes_to(tiny_family: Callable[..., Path]) -> None:

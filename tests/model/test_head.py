@@ -98,16 +98,16 @@ def test_no_more_logits_exist_than_the_memory_holds(at_once: bool) -> None:
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 12))
 def test_groups_take_every_sequence_once_and_hold_what_fits(lengths: list[int], rows: int) -> None:
-    found = list(groups(tuple(lengths), rows))
-    sequences = [index for group in found for index in range(len(lengths))[group.sequences]]
-    positions = [row for group in found for row in range(sum(lengths))[group.rows]]
+    all_groups = list(groups(tuple(lengths), rows))
+    sequences = [index for group in all_groups for index in range(len(lengths))[group.sequences]]
+    positions = [row for group in all_groups for row in range(sum(lengths))[group.rows]]
     assert sequences == list(range(len(lengths)))
     assert positions == list(range(sum(lengths)))
-    for group in found:
-        held = lengths[group.sequences]
-        assert sum(held) == group.rows.stop - group.rows.start
-        assert group.fits == (sum(held) <= rows)
-        assert group.fits or len(held) == 1
+    for group in all_groups:
+        own = lengths[group.sequences]
+        assert sum(own) == group.rows.stop - group.rows.start
+        assert group.fits == (sum(own) <= rows)
+        assert group.fits or len(own) == 1
 
 
 def test_the_loss_is_asked_for_every_sequence_once_and_its_slope_reaches_the_gradient() -> None:
@@ -149,9 +149,9 @@ def test_ranks_that_share_sequences_take_the_same_ones_at_a_time() -> None:
     ranks = [(5, 0, 2, 7, 1), (1, 6, 2, 0, 0)]
     most = tuple(max(lengths) for lengths in zip(*ranks, strict=True))
     assert [g.sequences for g in groups(ranks[0], 7)] != [g.sequences for g in groups(ranks[1], 7)]
-    found = [list(groups(lengths, 7, most)) for lengths in ranks]
-    assert [g.sequences for g in found[0]] == [g.sequences for g in found[1]]
-    for lengths, parts in zip(ranks, found, strict=True):
+    of_ranks = [list(groups(lengths, 7, most)) for lengths in ranks]
+    assert [g.sequences for g in of_ranks[0]] == [g.sequences for g in of_ranks[1]]
+    for lengths, parts in zip(ranks, of_ranks, strict=True):
         assert [g.rows.stop - g.rows.start for g in parts] == [sum(lengths[g.sequences]) for g in parts]
 
 

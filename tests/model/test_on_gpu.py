@@ -75,8 +75,8 @@ def test_token_logprobs_equal_transformers_on_the_gpu(kind: str, request: pytest
     with policy(folder, "float32") as rank:
         for shared in (0, 5):
             token_ids, prompt_tokens = sequences(1, 9, shared)
-            found = rank.logprobs(token_ids, prompt_tokens)
-            for ids, prompt, row in zip(token_ids, prompt_tokens, found, strict=True):
+            rows = rank.logprobs(token_ids, prompt_tokens)
+            for ids, prompt, row in zip(token_ids, prompt_tokens, rows, strict=True):
                 with torch.no_grad():
                     logprobs = model(torch.tensor([ids], device="cuda")).logits[0].log_softmax(-1)
                 wanted = [float(logprobs[t - 1, ids[t]]) for t in range(prompt, len(ids))]
@@ -109,26 +109,26 @@ def test_an_offloaded_reference_is_the_resident_one_and_leaves_the_gpu(
     """With weights of 90 MB and more: libraries' own workspaces, of 32 MB each, come when they come."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 64}
     folder = tiny_family("mistral", **sizes, vocab_size=24575)
-    steps, held, weights = {}, {}, 0
+    steps, num_bytes, weights = {}, {}, 0
     for reference in ("resident", "offload"):
-        held[reference], steps[reference], weights = held_and_steps(folder, dtype, reference)
+        num_bytes[reference], steps[reference], weights = added_bytes_and_steps(folder, dtype, reference)
     assert weights > 80 << 20
-    assert held["resident"] - held["offload"] == pytest.approx(weights, rel=0.1)
-    for one, other in zip(steps["resident"], steps["offload"], strict=True):
-        assert one.reference_logprobs == other.reference_logprobs
-        assert one.mfu is None or 0 < one.mfu < 1
-        assert one.peak_memory_bytes[0] > 0
+    assert num_bytes["resident"] - num_bytes["offload"] == pytest.approx(weights, rel=0.1)
+    for resident, offloaded in zip(steps["resident"], steps["offload"], strict=True):
+        assert resident.reference_logprobs == offloaded.reference_logprobs
+        assert resident.mfu is None or 0 < resident.mfu < 1
+        assert resident.peak_memory_bytes[0] > 0
 
 
-def held_and_steps(folder: Path, dtype: str, reference: str) -> tuple[int, list[StepStats], int]:
+def added_bytes_and_steps(folder: Path, dtype: str, reference: str) -> tuple[int, list[StepStats], int]:
     """Return the bytes on the GPU that a started rank adds, its first steps, and the bytes of its weights."""
     gc.collect()  # of the rank before this one
     before = torch.cuda.memory_allocated()
     with policy(folder, dtype, reference=reference) as rank:
         gc.collect()
-        held = torch.cuda.memory_allocated() - before
+        added_bytes = torch.cuda.memory_allocated() - before
         steps = [step(rank, dataclasses.replace(batch(5), version=version)) for version in range(2)]
-        return held, steps, sum(weight.nbytes for weight in rank.weights().values())
+        return added_bytes, steps, sum(weight.nbytes for weight in rank.weights().values())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -140,11 +140,11 @@ def test_gradient_on_the_gpu_equals_the_formula_on_the_cpu(
     with policy(folder, "float32") as rank:
         step(rank, data)
         write_gradients(rank, str(tmp_path / "gradients"))
-    found = load_file(tmp_path / "gradients" / "model.safetensors")
+    gradients = load_file(tmp_path / "gradients" / "model.safetensors")
     _, wanted = expected_step(folder, data)
-    assert found.keys() == wanted.keys()
+    assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

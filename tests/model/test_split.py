@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from astar_megatron.algorithm.packing import PackedBatch, pack
 from astar_megatron.model import backend
-from astar_megatron.model.split import held
+from astar_megatron.model.split import rank_stream
 
 backend.choose()  # megatron asks for it before it is imported
 
@@ -31,11 +31,15 @@ def packs(draw: st.DrawFn) -> PackedBatch:
     return pack(token_ids, prompts, share_prefix=False)
 
 
-@given(packed=packs(), tensor=st.integers(1, 3), context=st.integers(1, 4))
-def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tensor: int, context: int) -> None:
-    streams = [held(packed, tensor=tensor, context=context, rank=rank) for rank in range(context)]
+@given(packed=packs(), tensor=st.integers(1, 3), context=st.integers(1, 4), align=st.sampled_from([1, 1, 8, 32]))
+def test_ranks_hold_every_token_and_every_target_once(
+    packed: PackedBatch, tensor: int, context: int, align: int
+) -> None:
+    """`align` is what FP8's products take a multiple of."""
+    sizes = {"tensor": tensor, "context": context, "align": align}
+    streams = [rank_stream(packed, **sizes, rank=rank) for rank in range(context)]
     assert len({len(stream.token_ids) for stream in streams}) == 1
-    assert len(streams[0].token_ids) % tensor == 0 and len(streams[0].token_ids)
+    assert len(streams[0].token_ids) % (tensor * align) == 0 and len(streams[0].token_ids)
     together = torch.cat([stream.token_ids for stream in streams])
     positions = torch.cat([stream.position_ids for stream in streams])
     order = torch.arange(len(together)) if context == 1 else streams[0].order
@@ -52,8 +56,8 @@ def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tenso
     assert sorted(rows.tolist()) == list(range(len(packed.targets)))
     for stream in streams:
         assert torch.equal(stream.targets, packed.targets[stream.rows])
-        said = packed.token_ids[packed.target_positions[stream.rows]]
-        assert torch.equal(stream.token_ids[stream.positions], said)
+        before = packed.token_ids[packed.target_positions[stream.rows]]
+        assert torch.equal(stream.token_ids[stream.positions], before)
         assert torch.equal(
             stream.position_ids[stream.positions], packed.position_ids[packed.target_positions][stream.rows]
         )
@@ -66,16 +70,18 @@ def test_ranks_hold_every_token_and_every_target_once(packed: PackedBatch, tenso
 
 def test_a_shared_prefix_stays_whole_and_padding_goes_to_the_end() -> None:
     packed = pack([[7, 8, 1, 2, 3], [7, 8, 4]], [3, 3], share_prefix=True)
-    stream = held(packed, tensor=3)
+    stream = rank_stream(packed, tensor=3)
     assert stream.token_ids.tolist() == [7, 8, 1, 2, 0, 0]
     assert stream.position_ids.tolist() == [0, 1, 2, 3, 2, 3]
     assert (stream.prefix_tokens, stream.lengths, stream.order) == (2, (2, 2), None)
     assert stream.positions.tolist() == packed.target_positions.tolist()
+    aligned = rank_stream(packed, align=32)
+    assert len(aligned.token_ids) == 32 and aligned.positions.tolist() == packed.target_positions.tolist()
 
 
 def test_each_rank_has_the_same_number_of_causal_pairs() -> None:
     packed = pack([list(range(1, 50))], [3], share_prefix=False)
-    pairs = [int((held(packed, context=4, rank=rank).position_ids + 1).sum()) for rank in range(4)]
+    pairs = [int((rank_stream(packed, context=4, rank=rank).position_ids + 1).sum()) for rank in range(4)]
     assert len(set(pairs)) == 1
 
 
@@ -88,7 +94,7 @@ def test_attention_of_the_parts_is_attention_of_the_whole(lengths: tuple[int, ..
     attention: Any = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale, attention.config = 0.3, SimpleNamespace()
-    streams = [held(packed, context=context, rank=rank) for rank in range(context)]
+    streams = [rank_stream(packed, context=context, rank=rank) for rank in range(context)]
     total = sum(streams[0].lengths)
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(total, heads, 5, generator=generator) for heads in (6, 2, 2))
@@ -98,9 +104,9 @@ def test_attention_of_the_parts_is_attention_of_the_whole(lengths: tuple[int, ..
     assert order is not None
     places = order.argsort()  # stream positions, rank after rank
     size = total // context
-    found = []
+    parts = []
     for rank, stream in enumerate(streams):
         own = PackedSequences(position_ids=stream.position_ids, lengths=stream.lengths, order=order)
         mine = places[rank * size : (rank + 1) * size]
-        found.append(attention.own_queries(query[mine], key, value, own).flatten(1))
-    torch.testing.assert_close(torch.cat(found)[order], wanted.squeeze(1), atol=1e-6, rtol=1e-5)
+        parts.append(attention.own_queries(query[mine], key, value, own).flatten(1))
+    torch.testing.assert_close(torch.cat(parts)[order], wanted.squeeze(1), atol=1e-6, rtol=1e-5)

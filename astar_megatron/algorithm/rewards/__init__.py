@@ -165,17 +165,17 @@ def _imported(name: str) -> Reward:
     try:
         if own is not None and own.name not in sys.modules:
             _load(own)
-        found: Any = importlib.import_module(module_name)
+        function: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
-            found = getattr(found, part)
+            function = getattr(function, part)
     except (Exception, SystemExit) as error:  # a stranger's module may raise anything when it is imported
         raise ValueError(
             f"reward.name: can't import {name!r}: {type(error).__name__}: {error}; expected package.module:function "
             "in the current folder or on the Python path"
         ) from error
-    if not callable(found):
-        raise ValueError(f"reward.name: {name!r} is {type(found).__name__}, expected a function (response, answer)")
-    return cast(Reward, found)
+    if not callable(function):
+        raise ValueError(f"reward.name: {name!r} is {type(function).__name__}, expected a function (response, answer)")
+    return cast(Reward, function)
 
 
 def _load(spec: ModuleSpec) -> None:

@@ -37,8 +37,8 @@ def math(response: str, answer: str) -> float:
 
 def boxed_answer(response: str) -> str | None:
     """Return what `math` compares: the last \\boxed{...} of `response` in normal form."""
-    found = last_boxed(response)
-    return (normalised(found) or None) if found is not None else None
+    boxed = last_boxed(response)
+    return (normalised(boxed) or None) if boxed is not None else None
 
 
 def boxed_integer(response: str, answer: str) -> float:
@@ -52,16 +52,16 @@ def boxed_integer(response: str, answer: str) -> float:
 
 def integer_in(response: str) -> str | None:
     """Return what `boxed_integer` compares; None where the last \\boxed{...} is no integer."""
-    found = boxed_answer(response)
-    return _integer(found) if found is not None else None
+    answer = boxed_answer(response)
+    return _integer(answer) if answer is not None else None
 
 
 def integer_of(answer: str) -> str:
     """Return an integer such as "025" or "27.0" in its shortest form. Raises ValueError."""
-    found = _integer(normalised(answer))
-    if found is None:
+    integer = _integer(normalised(answer))
+    if integer is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
-    return found
+    return integer
 
 
 def _integer(text: str) -> str | None:

@@ -27,14 +27,14 @@ def last_number(response: str, answer: str) -> float:
     itself = number_in(answer)
     if itself is None or _decimal(itself) != gold:  # "1,5" is two numbers
         raise ValueError(f"answer: expected one number, got {answer[:80]!r}")
-    found = number_in(response)
-    return float(found is not None and _decimal(found) == gold)
+    number = number_in(response)
+    return float(number is not None and _decimal(number) == gold)
 
 
 def number_in(response: str) -> str | None:
     """Return what `last_number` compares: the last number of `response`, in its shortest form ("7.50" is "7.5")."""
-    found = next(reversed(_NUMBER.findall(_plain(response))), None)
-    return _shortest(_decimal(found)) if found is not None else None
+    number = next(reversed(_NUMBER.findall(_plain(response))), None)
+    return _shortest(_decimal(number)) if number is not None else None
 
 
 def gsm8k_strict(response: str, answer: str) -> float:
@@ -65,8 +65,8 @@ def gsm8k_flexible(response: str, answer: str) -> float:
 
 def flexible_answer(response: str) -> str | None:
     """Return what `gsm8k_flexible` compares; None also where that is no number ("1.2.3")."""
-    found = next((text for text in reversed(_OFFICIAL.findall(_plain(response))) if text.strip("-.,")), None)
-    return _number(_bare(found).rstrip(".")) if found is not None else None
+    number = next((text for text in reversed(_OFFICIAL.findall(_plain(response))) if text.strip("-.,")), None)
+    return _number(_bare(number).rstrip(".")) if number is not None else None
 
 
 def _golds(answer: str) -> set[str]:

@@ -9,6 +9,7 @@ powers, `//` and digits other than ASCII's, which it evaluates, are wrong (0.1) 
 """
 
 import json
+import operator
 import re
 from fractions import Fraction
 
@@ -42,10 +43,10 @@ def multiply(response: str, answer: str) -> float:
     gold = _INTEGER.fullmatch(answer)
     if gold is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
-    found = tagged_integer(response)
-    if found is None:
+    integer = tagged_integer(response)
+    if integer is None:
         return 0.0
-    return 1.0 if int(found) == int(gold[1]) else _WRONG
+    return 1.0 if int(integer) == int(gold[1]) else _WRONG
 
 
 def tagged_value(response: str) -> str | None:
@@ -61,8 +62,8 @@ def tagged_value(response: str) -> str | None:
 def tagged_integer(response: str) -> str | None:
     """Return what `multiply` compares: the tagged integer; None without one."""
     text = tagged(response)
-    found = _INTEGER.fullmatch(text) if text is not None else None
-    return str(int(found[1])) if found is not None else None
+    match = _INTEGER.fullmatch(text) if text is not None else None
+    return str(int(match[1])) if match is not None else None
 
 
 def tagged(response: str) -> str | None:
@@ -101,6 +102,7 @@ def _parse(text: str) -> tuple[list[int], Fraction | None] | None:
     return [int(token) for token in tokens if token[0].isdigit()], _value(ordered)
 
 
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3, "positive": 3}
 
 
@@ -150,18 +152,6 @@ def _value(ordered: list[str]) -> Fraction | None:
             right, left = stack.pop(), stack.pop()
             if token == "/" and right == 0:
                 return None
-            stack.append(_apply(token, left, right))
+            stack.append(_OPERATORS[token](left, right))
     (value,) = stack
     return value
-
-
-def _apply(sign: str, left: Fraction, right: Fraction) -> Fraction:
-    match sign:
-        case "+":
-            return left + right
-        case "-":
-            return left - right
-        case "*":
-            return left * right
-        case _:
-            return left / right

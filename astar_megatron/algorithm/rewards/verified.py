@@ -27,8 +27,8 @@ def math_verify(response: str, answer: str) -> float:
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     if gold is None or not gold.strip() or not (golds := parse(_boxed(gold), parsing_timeout=_SECONDS)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    found = last_boxed(response)
-    text = response[-_LONGEST:] if found is None else _boxed(found)
+    boxed = last_boxed(response)
+    text = response[-_LONGEST:] if boxed is None else _boxed(boxed)
     if len(text) > _LONGEST + len(_boxed("")):
         return 0.0
     guess = parse(text, parsing_timeout=_SECONDS)

@@ -88,10 +88,10 @@ class FusedHead:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: "_Work") -> Tensor:
-        found = [work.forward(hidden, weight, group) for group in work.groups]
+        passes = [work.forward(hidden, weight, group) for group in work.groups]
         ctx.work = work
-        ctx.save_for_backward(hidden, weight, _joined([part.normaliser for part in found], hidden))
-        return _joined([part.logprobs for part in found], hidden)
+        ctx.save_for_backward(hidden, weight, _joined([part.normaliser for part in passes], hidden))
+        return _joined([part.logprobs for part in passes], hidden)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> Any:
@@ -182,12 +182,12 @@ class _Work:
         self.groups = list(groups(responses.lengths, kernels.num_rows_kept(weight), responses.most))
 
     def forward(self, hidden: Tensor, weight: Tensor, group: Group, *, keep: bool = False) -> _Done:
-        found = []
+        tile_sums = []
         for _, tile in self._tiles(hidden, weight, group, keep=keep):
-            found.append(self._kernels.sums(tile, keep=keep))
-        if not found:  # no rows, or no tokens on this rank
-            found = [_no_sums(group.rows.stop - group.rows.start, hidden.device)]
-        return _Done(*_merged(found, self._vocabulary.group), found if keep else None)
+            tile_sums.append(self._kernels.sums(tile, keep=keep))
+        if not tile_sums:  # no rows, or no tokens on this rank
+            tile_sums = [_no_sums(group.rows.stop - group.rows.start, hidden.device)]
+        return _Done(*_merged(tile_sums, self._vocabulary.group), tile_sums if keep else None)
 
     def backward(
         self,
@@ -260,14 +260,14 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False, scale
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)  # type: ignore[call-overload]
 
 
-def _merged(found: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _merged(tile_sums: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Return log-probs and normalisers [r] of all tiles of all ranks."""
-    maxima = torch.cat([sums.maxima for sums in found])  # [n, r]
+    maxima = torch.cat([sums.maxima for sums in tile_sums])  # [n, r]
     maximum = reduced(maxima.amax(0), group, ReduceOp.MAX)
     factors = maxima.sub_(maximum).exp_()
     parts = [
-        torch.cat([sums.totals for sums in found]).mul_(factors).sum(0),
-        torch.stack([sums.target for sums in found]).sum(0),
+        torch.cat([sums.totals for sums in tile_sums]).mul_(factors).sum(0),
+        torch.stack([sums.target for sums in tile_sums]).sum(0),
     ]
     total, target = reduced(torch.stack(parts), group)
     normaliser = maximum + total.log()

@@ -15,8 +15,8 @@ class PlainHead:
         logits, normaliser = _logits(hidden, weight, responses, vocabulary)
         columns = responses.targets - vocabulary.first_column  # [R]
         here = (columns >= 0) & (columns < logits.size(1))
-        found = logits.gather(1, columns.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
-        return summed(torch.where(here, found, 0.0), vocabulary.group) - normaliser
+        target_logits = logits.gather(1, columns.clamp(0, logits.size(1) - 1).unsqueeze(1)).squeeze(1)
+        return summed(torch.where(here, target_logits, 0.0), vocabulary.group) - normaliser
 
     def sequence_loss(
         self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss

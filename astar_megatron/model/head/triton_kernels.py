@@ -162,8 +162,8 @@ def _sums_kernel(
     tl.store(totals + place, tl.sum(exponentials, axis=1), mask=inside)
     target = tl.load(targets + rows, mask=inside, other=-1)
     hit = (target >= column_block * COLUMNS) & (target < tl.minimum(v, (column_block + 1) * COLUMNS))
-    found = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), axis=1)
-    tl.store(target_logits + rows, found, mask=inside & hit)
+    target_logit = tl.sum(tl.where(columns[None, :] == target[:, None], logits, 0.0), axis=1)
+    tl.store(target_logits + rows, target_logit, mask=inside & hit)
     if KEEP:
         at = rows.to(tl.int64)[:, None] * kept_stride + columns[None, :]
         tl.store(kept + at, exponentials.to(kept.dtype.element_ty), mask=inside[:, None] & real)

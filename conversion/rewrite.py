@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversion import checkpoint, folders, hf
-from conversion.checkpoint import Index, Shape
+from conversion import folders, hf, torch_dist
 from conversion.ends import End, HuggingFaceEnd, MegatronEnd, global_place, is_vocabulary, local_shapes, whole
 from conversion.families import Model, contrast
-from conversion.folders import CheckpointError
+from conversion.folders import ModelFolderError
 from conversion.ledger import Ledger, check_record
 from conversion.plan import Copy, WeightPlan, plan
 from conversion.tiles import ParallelLayout, Span, Tile, share
+from conversion.torch_dist import Index, Shape
 
 Advance = Callable[[int], None]
 
@@ -98,7 +98,7 @@ def _written_bytes(model: Model, layout: ParallelLayout, dtype: torch.dtype) -> 
 def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None, part_bytes: int = PART_BYTES) -> None:
     """Write the Hugging Face folder of what `end` holds; `advance` hears of each of `hf_parts`, written and read back.
 
-    CheckpointError, and no folder, if a weight is not finite, is not what the source's conversion.json says, or if the
+    ModelFolderError, and no folder, if a weight is not finite, is not what the source's conversion.json says, or if the
     files, opened again, hold a part in a wrong place.
     """
     folders.check_apart(folder, end.path)
@@ -135,7 +135,7 @@ def write_megatron(
     """Write the distributed checkpoint of what `end` holds, cut for ranks of `layout`.
 
     Any layout can load it: the cut only spares ranks of this one from reading what they do not need, and sets the
-    padding of the vocabulary. Configuration and tokenizer lie beside, so that it can be read back. CheckpointError as
+    padding of the vocabulary. Configuration and tokenizer lie beside, so that it can be read back. ModelFolderError as
     in `write_hf`; `advance` hears of each of `chunks`, and of `hf_parts` that are read back.
     """
     model = end.model
@@ -145,7 +145,7 @@ def write_megatron(
     ledger = Ledger(end)
     source = _Assembled(end, model, ledger, _Counted(advance))
     with folders.replacing(folder, _written_bytes(model, layout, end.dtype)) as new:
-        checkpoint.write(
+        torch_dist.write(
             new, chunks(model, layout, end.dtype, part_bytes), source.read, end.dtype, _objects(model), THREADS
         )
         ledger.check()
@@ -159,7 +159,7 @@ def chunks(
     model: Model, layout: ParallelLayout, dtype: torch.dtype, part_bytes: int = PART_BYTES
 ) -> dict[str, list[Index]]:
     """Return the parts that every tensor of a checkpoint is cut into, so that a rank of `layout` reads few others."""
-    found: dict[str, list[Index]] = {}
+    cuts: dict[str, list[Index]] = {}
     local = model.megatron_shapes(ParallelLayout(tensor=layout.tensor, fused_norms=True), 0)
     for name, shape in local_shapes(model).items():
         stored, planes = global_place(name)
@@ -167,8 +167,8 @@ def chunks(
             shape = (model.padded_vocab_size(layout), *shape[1:])
         for rows, *columns in _cut(name, shape, local[name], layout.tensor):
             for slab in _slabs(shape, rows, dtype, part_bytes):
-                found.setdefault(stored, []).append((*((plane, plane + 1) for plane in planes), slab, *columns))
-    return found
+                cuts.setdefault(stored, []).append((*((plane, plane + 1) for plane in planes), slab, *columns))
+    return cuts
 
 
 def _cut(name: str, shape: Shape, local: Shape, tensor: int) -> list[tuple[Span, ...]]:
@@ -237,7 +237,7 @@ def _check_written(end: End, source: End, advance: Advance) -> None:
         slabs = list(_slabs(shapes[name], rows, end.dtype, PART_BYTES // 16))
         for start, stop in dict.fromkeys((slabs[0], slabs[-1])):
             if not _equal_bits(end.rows(name, start, stop), source.rows(name, start, stop)):
-                raise CheckpointError(
+                raise ModelFolderError(
                     f"{end.path}: {name}, somewhere in rows {start} to {stop}, is not written as it was read from "
                     f"{source.path}; nothing is kept: try again, on another disk or machine"
                 )
@@ -296,8 +296,8 @@ def compare(a: End, b: End, advance: Advance = lambda _: None) -> None:
 
     Of the same type, bit by bit; of others as numbers: bfloat16 equals itself in float32, and NaN equals NaN.
     """
-    if found := contrast(a.model.computation(), b.model.computation()):
-        raise MismatchError(f"{a.path} and {b.path} compute differently, by their config.json: {found}")
+    if difference := contrast(a.model.computation(), b.model.computation()):
+        raise MismatchError(f"{a.path} and {b.path} compute differently, by their config.json: {difference}")
     if a.model.parameters() != b.model.parameters():
         names = sorted(a.model.parameters().items() ^ b.model.parameters().items())
         raise MismatchError(f"{a.path} and {b.path} hold different models: {names[0][0]} differs in name or shape")
@@ -309,20 +309,20 @@ def compare(a: End, b: End, advance: Advance = lambda _: None) -> None:
         advance(1)
 
 
-def _same(one: Tensor, other: Tensor) -> Tensor:
+def _same(left: Tensor, right: Tensor) -> Tensor:
     """Which elements are equal; of the same type one truth for all, if all are."""
-    if one.dtype == other.dtype:
-        if _equal_bits(one, other):
+    if left.dtype == right.dtype:
+        if _equal_bits(left, right):
             return torch.tensor(True)
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-        return one.view(bits) == other.view(bits)
-    one, other = one.double(), other.double()
-    return (one == other) | (one.isnan() & other.isnan())
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+        return left.view(bits) == right.view(bits)
+    left, right = left.double(), right.double()
+    return (left == right) | (left.isnan() & right.isnan())
 
 
-def _equal_bits(one: Tensor, other: Tensor) -> bool:
+def _equal_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors of one type and shape are the same; eight bytes at a time, torch takes an element."""
-    a, b = (values.contiguous().view(-1).view(torch.uint8).numpy() for values in (one, other))
+    a, b = (values.contiguous().view(-1).view(torch.uint8).numpy() for values in (left, right))
     middle = len(a) // 8 * 8
     eights = np.array_equal(a[:middle].view(np.int64), b[:middle].view(np.int64))
     return eights and np.array_equal(a[middle:], b[middle:])
@@ -333,14 +333,14 @@ def _mismatch(a: End, b: End, name: str, shape: Shape, wider: torch.dtype) -> Mi
     first, differing, rounded = None, 0, a.dtype != b.dtype
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     for start, stop in _slabs(shape, (0, shape[0]), wider):
-        one, other = (end.rows(name, start, stop) for end in (a, b))
-        wrong = ~_same(one, other).expand(one.shape)
+        left, right = (end.rows(name, start, stop) for end in (a, b))
+        wrong = ~_same(left, right).expand(left.shape)
         differing += int(wrong.sum())
-        rounded = rounded and bool(_same(one.to(narrow), other.to(narrow)).all())
+        rounded = rounded and bool(_same(left.to(narrow), right.to(narrow)).all())
         if first is None and bool(wrong.any()):
             place = wrong.nonzero()[0].tolist()
             values = " and ".join(
-                f"{float(side[tuple(place)])!r} in {end.path}" for side, end in ((one, a), (other, b))
+                f"{float(side[tuple(place)])!r} in {end.path}" for side, end in ((left, a), (right, b))
             )
             first = f"row {start + place[0]}, column {place[1] if place[1:] else 0}: {values}"
     hint = f"; they are equal once rounded to {str(narrow).removeprefix('torch.')}" if rounded else ""

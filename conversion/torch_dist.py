@@ -109,7 +109,7 @@ class CheckpointReader:
     def chunks(self, name: str, planes: Shape = ()) -> Sequence[tuple[MetadataIndex, Index, str]]:
         """Key, spans and file of a tensor's chunks; where it is a stack that is cut by plane, of one plane only."""
         if name not in self._of_plane:
-            entry, found = self._tensors[name], defaultdict(list)
+            entry, of_plane = self._tensors[name], defaultdict(list)
             stacked = all(size == 1 for chunk in entry.chunks for size in chunk.sizes[:-2])
             for chunk in entry.chunks:
                 key = MetadataIndex(name, chunk.offsets)
@@ -117,8 +117,8 @@ class CheckpointReader:
                 if not isinstance(file, str) or Path(file).name != file:
                     raise DistributedCheckpointError(f"{self.folder / _INDEX} names {file!r} for a part of {name}")
                 spans = tuple((start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-                found[tuple(chunk.offsets[:-2]) if stacked else ()].append((key, spans, file))
-            self._of_plane[name] = dict(found)
+                of_plane[tuple(chunk.offsets[:-2]) if stacked else ()].append((key, spans, file))
+            self._of_plane[name] = dict(of_plane)
         groups = self._of_plane[name]
         return groups.get(planes, []) if planes in groups else [chunk for group in groups.values() for chunk in group]
 
@@ -130,7 +130,7 @@ class CheckpointReader:
         if len(index) != len(entry.size) or any(stop > n for (_, stop), n in zip(index, entry.size, strict=True)):
             raise DistributedCheckpointError(f"{self.folder}: {name} has shape {tuple(entry.size)}, wanted is {index}")
         shape = [stop - start for start, stop in index]
-        out, found, wanted = None, 0, torch.Size(shape).numel()
+        out, num_filled, wanted = None, 0, torch.Size(shape).numel()
         for key, spans, file in self.chunks(name, tuple(start for start, _ in index[:-2])):
             common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(index, spans, strict=True)]
             if any(start >= stop for start, stop in common):
@@ -141,8 +141,8 @@ class CheckpointReader:
                 return part
             out = torch.empty(shape, dtype=entry.properties.dtype) if out is None else out
             out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, index, strict=True))] = part
-            found += part.numel()
-        if out is None or found != wanted:
+            num_filled += part.numel()
+        if out is None or num_filled != wanted:
             raise DistributedCheckpointError(f"{self.folder}: the chunks of {name} do not cover {index}")
         return out
 
@@ -178,11 +178,11 @@ def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torc
         with zipfile.ZipFile(blob) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
         blob.seek(0)
-        found = torch.load(blob, map_location="meta", weights_only=True)
-        if tuple(found.shape) != shape or found.dtype != dtype:
-            raise ValueError(f"a chunk of {tuple(found.shape)} in {found.dtype}, expected {shape} in {dtype}")
-        plain = len(entries) == 1 and entries[0].compress_type == zipfile.ZIP_STORED and found.is_contiguous()
-        if not plain or found.storage_offset() or entries[0].file_size != found.nbytes:
+        chunk = torch.load(blob, map_location="meta", weights_only=True)
+        if tuple(chunk.shape) != shape or chunk.dtype != dtype:
+            raise ValueError(f"a chunk of {tuple(chunk.shape)} in {chunk.dtype}, expected {shape} in {dtype}")
+        plain = len(entries) == 1 and entries[0].compress_type == zipfile.ZIP_STORED and chunk.is_contiguous()
+        if not plain or chunk.storage_offset() or entries[0].file_size != chunk.nbytes:
             return -1
         blob.seek(entries[0].header_offset + 26)  # of the local header: the lengths of name and extra field
         name, extra = (int.from_bytes(blob.read(2), "little") for _ in range(2))
