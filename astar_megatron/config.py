@@ -373,22 +373,22 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
 
 def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type[Section]]:
     """Return every key path of the configuration with the section that owns it, in file order."""
-    found: dict[str, type[Section]] = {}
+    sections: dict[str, type[Section]] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found |= keys(field.annotation, f"{prefix}{name}.")
+            sections |= keys(field.annotation, f"{prefix}{name}.")
         else:
-            found[prefix + name] = section
-    return found
+            sections[prefix + name] = section
+    return sections
 
 
 def flat(section: Section, prefix: str = "") -> dict[str, Any]:
     """Return every key path of a configuration with its value."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
-    return found
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return values
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

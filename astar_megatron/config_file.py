@@ -50,6 +50,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _date_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    """A date, or the text of what looks like one and is none (2026-02-30): its key says what it expects."""
+    try:
+        return loader.construct_yaml_timestamp(node)
+    except ValueError:
+        return loader.construct_yaml_str(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _date_or_text)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -73,7 +82,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=1e-6")
     try:
         tree: Any = yaml.load(value, Loader=_Loader)
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
+    except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
     for name in reversed(key.strip().split(".")):
         tree = {name: tree}

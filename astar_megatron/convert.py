@@ -35,10 +35,12 @@ def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> 
 def verify(a: str, b: str, *, like: str | None) -> None:
     """Compare two folders of any kind. Raises MismatchError naming the first parameter and row that differ."""
     console = Console(highlight=False)
-    one, other = open_end(a, like), open_end(b, like)
-    with progress(console, "comparing parameters", len(one.model.parameters())) as advance:
-        convert.compare(one, other, advance)
-    console.print(f"{a} and {b} hold the same {one.model.num_parameters():,} parameters", markup=False, soft_wrap=True)
+    first, second = open_end(a, like), open_end(b, like)
+    with progress(console, "comparing parameters", len(first.model.parameters())) as advance:
+        convert.compare(first, second, advance)
+    console.print(
+        f"{a} and {b} hold the same {first.model.num_parameters():,} parameters", markup=False, soft_wrap=True
+    )
 
 
 def inspect(path: str, *, like: str | None) -> None:
@@ -91,19 +93,19 @@ def _run(
     write: Callable[[Callable[[int], None]], None],
 ) -> None:
     console = Console(highlight=False)
-    found = convert.preview(end, layout)
+    preview = convert.preview(end, layout)
     allowance = "" if layout is None else f" (with {convert.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
         ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_name(end.dtype)})"),
         ("to", destination),
-        ("parameters", f"{found.parameters:,}, {size_text(found.num_bytes)}, in {found.copies:,} copies"),
-        ("reads", f"{size_text(sum(found.reads.values()))} from {files_text(len(found.reads))}"),
+        ("parameters", f"{preview.parameters:,}, {size_text(preview.num_bytes)}, in {preview.copies:,} copies"),
+        ("reads", f"{size_text(sum(preview.reads.values()))} from {files_text(len(preview.reads))}"),
         (
             "disk",
-            f"{size_text(found.written_bytes)} needed{allowance}, {size_text(folders.free_bytes(destination))} free",
+            f"{size_text(preview.written_bytes)} needed{allowance}, {size_text(folders.free_bytes(destination))} free",
         ),
-        *links(found.reads, found.links),
-        ("memory at most", f"{size_text(found.peak_bytes)} beside the process itself"),
+        *links(preview.reads, preview.links),
+        ("memory at most", f"{size_text(preview.peak_bytes)} beside the process itself"),
     ]
     show_table(console, "what this conversion does" if dry_run else "conversion", rows)
     if not dry_run:

@@ -21,7 +21,9 @@ def show(findings: Iterable[Finding], console: Console) -> None:
     if not console.is_terminal:
         for finding in findings:
             remedy = f"; {finding.remedy}" if finding.remedy else ""
-            console.print(f"{finding.level:<4}  {finding.what}: {finding.found}{remedy}", markup=False, soft_wrap=True)
+            console.print(
+                f"{finding.level:<4}  {finding.subject}: {finding.state}{remedy}", markup=False, soft_wrap=True
+            )
         return
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table("", "what", box=None)
@@ -29,7 +31,7 @@ def show(findings: Iterable[Finding], console: Console) -> None:
     table.add_column("what to do", overflow="fold")
     for finding in findings:
         level = f"[{colours[finding.level]}]{finding.level}[/]"
-        table.add_row(level, finding.what, finding.found, finding.remedy)
+        table.add_row(level, finding.subject, finding.state, finding.remedy)
     console.print(table)
 
 

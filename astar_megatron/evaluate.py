@@ -37,9 +37,9 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
 @contextmanager
 def hugging_face(path: Path, tracker: Tracker) -> Iterator[Path]:
     """The Hugging Face folder `path`, checked; of a checkpoint of Megatron a copy in that format, for as long."""
+    hf.check_engines_read(path)  # first: what it refuses is not left out
     end = open_end(path)
     if end.kind != "Megatron":
-        hf.check_engines_read(path)
         yield path
         return
     with tempfile.TemporaryDirectory(dir=tracker.run_dir, prefix="eval_") as temporary:

@@ -22,34 +22,37 @@ _BAR = 40  # characters of the longest bar
 def main(cfg: RunConfig) -> None:
     """Show the run's table and write `<run_dir>/v_star.png`. Raises what VStarTable.open does, TableError if empty."""
     table = VStarTable.open(cfg.table_dir, contract=None)
-    held = table.summary()
-    if not held.samples:
+    summary = table.summary()
+    if not summary.samples:
         raise TableError(f"{table.folder}: the V* table has no rows yet; run `astar sweep` with this configuration")
-    found = table.estimate(cfg.astar.beta1)
+    estimates = table.estimate(cfg.astar.beta1)
     tracker = Tracker(cfg.run_dir)
-    samples = np.unique(found.samples, return_counts=True)
+    samples = np.unique(estimates.samples, return_counts=True)
     tracker.table(
         f"V* table {table.folder}, beta1 = {cfg.astar.beta1:g}",
         [
-            ("prompts", f"{held.prompts}"),
-            ("samples", f"{held.samples}"),
+            ("prompts", f"{summary.prompts}"),
+            ("samples", f"{summary.samples}"),
             ("samples a prompt", ", ".join(f"{n}: {count} prompts" for n, count in zip(*samples, strict=True))),
-            ("mean reward", f"{held.mean_reward:.3f}"),
-            ("all wrong / all right", f"{held.all_wrong:.1%} / {held.all_right:.1%} of the prompts"),
-            ("tokens spent", f"{held.response_tokens} of responses, {held.response_tokens / held.samples:.1f} each"),
+            ("mean reward", f"{summary.mean_reward:.3f}"),
+            ("all wrong / all right", f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts"),
+            (
+                "tokens spent",
+                f"{summary.response_tokens} of responses, {summary.response_tokens / summary.samples:.1f} each",
+            ),
         ],
     )
     made = stored_contract(table.folder)
     tracker.table("made under this contract", described(made))
     tracker.say(_fits(cfg, table.folder))
-    tracker.table("prompts by mean reward", _histogram(found.mean))
-    shown = {"V*": found.v_star, "standard error": found.error, "width of the 95 % interval": found.width}
+    tracker.table("prompts by mean reward", _histogram(estimates.mean))
+    shown = {"V*": estimates.v_star, "standard error": estimates.error, "width of the 95 % interval": estimates.width}
     tracker.table(
         "quantiles over the prompts: " + ", ".join(f"{q:.0%}" for q in _QUANTILES),
         [(name, _quantiles(x)) for name, x in shown.items()],
     )
     make_folder(cfg.run_dir)
-    tracker.say(f"plots in {plot(found, Path(cfg.run_dir) / 'v_star.png')}")
+    tracker.say(f"plots in {plot(estimates, Path(cfg.run_dir) / 'v_star.png')}")
 
 
 def _fits(cfg: RunConfig, folder: Path) -> str:
@@ -81,7 +84,7 @@ def _histogram(mean: np.ndarray) -> list[tuple[str, str]]:
     return [(name, f"{n:>8} {'#' * round(_BAR * n / most)}".rstrip()) for name, n in zip(names, counts, strict=True)]
 
 
-def plot(found: Estimates, path: Path) -> Path:
+def plot(estimates: Estimates, path: Path) -> Path:
     """Draw mean rewards, V* and interval widths of the prompts to `path` and return it."""
     import matplotlib
 
@@ -89,14 +92,14 @@ def plot(found: Estimates, path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, (rates, values, widths) = pyplot.subplots(1, 3, figsize=(11, 3.4), dpi=120)
-    rates.hist(found.mean, bins=21, color="#2a6f97")
+    rates.hist(estimates.mean, bins=21, color="#2a6f97")
     rates.set(xlabel="mean reward", ylabel="prompts")
-    order = np.lexsort((found.width, found.v_star))
+    order = np.lexsort((estimates.width, estimates.v_star))
     share = (np.arange(len(order)) + 0.5) / len(order)
-    values.fill_between(share, found.low[order], found.high[order], color="#a9cfe3", linewidth=0)
-    values.plot(share, found.v_star[order], color="#2a6f97")
+    values.fill_between(share, estimates.low[order], estimates.high[order], color="#a9cfe3", linewidth=0)
+    values.plot(share, estimates.v_star[order], color="#2a6f97")
     values.set(xlabel="share of the prompts", ylabel="V*, 95 % interval")
-    widths.hist(found.width, bins=21, color="#2a6f97")
+    widths.hist(estimates.width, bins=21, color="#2a6f97")
     widths.set(xlabel="width of the interval", ylabel="prompts")
     for axes in (rates, values, widths):
         axes.spines[["top", "right"]].set_visible(False)

@@ -42,8 +42,8 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     limit = cfg.sampling.max_response_tokens
     drawn = [
         rollout
-        for i, one in used.items()
-        for rollout in rollouts_of(one, rows[i], cfg.model.path, limit, contract.stop_token_ids)
+        for i, prompt in used.items()
+        for rollout in rollouts_of(prompt, rows[i], cfg.model.path, limit, contract.stop_token_ids)
     ]
     published = [value for i in used for value in rows[i].evals]
     _check_lengths(cfg, drawn, source)
@@ -58,7 +58,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
     _write_prompts(cfg, prompts)
     other, failed = _import(cfg, table, work)
-    held = [
+    rows_shown = [
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
         ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
         ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
@@ -68,7 +68,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
     ]
-    show_table(Console(highlight=False), f"V* table {table.folder}", held)
+    show_table(Console(highlight=False), f"V* table {table.folder}", rows_shown)
 
 
 def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]) -> tuple[int, int]:
@@ -80,10 +80,10 @@ def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]
         for start in range(0, len(work), _ROWS_A_SHARD):
             part = work[start : start + _ROWS_A_SHARD]
             scored = scorer.score([rollout for rollout, _ in part])
-            kept = [(one, value) for one, (_, value) in zip(scored, part, strict=True) if one.reward is not None]
-            failed += len(part) - len(kept)
-            other += sum(one.reward != value for one, value in kept)
-            table.append([one for one, _ in kept])
+            published = [value for _, value in part]
+            failed += sum(rollout.reward is None for rollout in scored)
+            other += sum(rollout.reward not in (None, value) for rollout, value in zip(scored, published, strict=True))
+            table.append([rollout for rollout in scored if rollout.reward is not None])
             advance(len(part))
     return other, failed
 
@@ -103,7 +103,7 @@ def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
 
 def _check_tokens(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
     size = chat.vocab_size(cfg.model.path)
-    if beyond := [most for one in drawn if (most := max(one.token_ids, default=0)) >= size]:
+    if beyond := [most for rollout in drawn if (most := max(rollout.token_ids, default=0)) >= size]:
         raise PromptError(
             f"{source}: {len(beyond)} of {len(drawn)} responses hold what {cfg.model.path} could not have drawn, "
             f"{chat.no_row(cfg.model.path, beyond[0])}"
@@ -112,17 +112,17 @@ def _check_tokens(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
 
 def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str, int]]) -> None:
     """Raises PromptError where the table has another response of a prompt under the same number."""
-    places = {(one.prompt.uid, one.sample): one for one in drawn}
-    other = {place: one for place, one in places.items() if place not in missing}
+    places = {(rollout.prompt.uid, rollout.sample): rollout for rollout in drawn}
+    other = {place: rollout for place, rollout in places.items() if place not in missing}
     for uid, sample, token_ids in table.responses() if other else ():
         if (uid, sample) in other and other[uid, sample].token_ids == token_ids:
             del other[uid, sample]
     if other:
-        one = next(iter(other.values()))
+        rollout = next(iter(other.values()))
         raise PromptError(
             f"sweep.table: {table.folder} has other responses where {len(other)} of {len(drawn)} would go, for example "
-            f"response_{one.sample} of {one.prompt.text!r:.80}: it holds another data set or a sweep's own; choose "
-            "another sweep.table"
+            f"response_{rollout.sample} of {rollout.prompt.text!r:.80}: it holds another data set or a sweep's own; "
+            "choose another sweep.table"
         )
 
 

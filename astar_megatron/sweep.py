@@ -13,8 +13,8 @@ from astar_megatron.data.allocation import samples_wanted
 from astar_megatron.data.leases import Leases
 from astar_megatron.data.share import Share
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.rollout.pool import EnginePool, seed_of
-from astar_megatron.rollout.scoring import Scorer
+from astar_megatron.rollout.requests import stage_1_request
+from astar_megatron.rollout.source import Engines, RolloutSource
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Tracker
@@ -38,7 +38,7 @@ def main(cfg: RunConfig) -> None:
     show(table, tracker)
 
 
-def sweep(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker) -> VStarTable:
+def sweep(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker) -> VStarTable:
     """Fill the run's V* table with engines that hold the reference, and return it.
 
     It is whole but for the samples whose reward failed in this run, which the next run draws again.
@@ -54,10 +54,10 @@ def _leases(table: VStarTable) -> Leases:
 
 
 def _fill(
-    cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, table: VStarTable, leases: Leases
+    cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, table: VStarTable, leases: Leases
 ) -> None:
     """Draw this job's shares until the table lacks nothing, or only what could not be scored."""
-    said = False
+    is_said = False
     failed: set[tuple[str, int]] = set()
     while True:
         wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
@@ -70,9 +70,9 @@ def _fill(
                 )
             return
         if not _draw(cfg, inputs, engines, tracker, table, share, failed):
-            if not said:
+            if not is_said:
                 tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
-            said = True  # once: it is looked every few seconds
+            is_said = True  # once: it is looked every few seconds
             time.sleep(_POLL_SECONDS)
         table.refresh()
 
@@ -80,7 +80,7 @@ def _fill(
 def _draw(
     cfg: RunConfig,
     inputs: Inputs,
-    engines: EnginePool,
+    engines: Engines,
     tracker: Tracker,
     table: VStarTable,
     share: Share,
@@ -90,7 +90,7 @@ def _draw(
     taken = share.take()
     if (first := next(taken, None)) is None:
         return 0
-    work = ((prompt, n, seed_of(cfg.seed, "sweep", prompt.uid, n)) for prompt, n in chain([first], taken))
+    requests = (stage_1_request(cfg.seed, prompt, sample) for prompt, sample in chain([first], taken))
     waiting: list[Rollout] = []
     drawn, written = 0, time.monotonic()
     rows_a_shard = 2 * cfg.rollout.max_num_seqs * cfg.rollout.num_engines  # as many as are in flight
@@ -104,12 +104,12 @@ def _draw(
         written = time.monotonic()
 
     progress = tracker.progress("stage 1, V* sweep", share.lacking)
-    with progress as advance, Scorer(cfg.reward, tracker.run_dir) as scorer:
+    with progress as advance, RolloutSource(engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
         try:
-            for finished in scorer.scored(engines.generate(work, cfg.sampling)):
-                waiting += [rollout for _, rollout in finished]
-                drawn += len(finished)
-                advance(len(finished))
+            for rollouts in source.stream(requests):
+                waiting += rollouts
+                drawn += len(rollouts)
+                advance(len(rollouts))
                 if len(waiting) >= rows_a_shard or time.monotonic() - written > _SECONDS_A_SHARD:
                     append()
         finally:
@@ -119,14 +119,14 @@ def _draw(
 
 def show(table: VStarTable, tracker: Tracker) -> None:
     """Show what a table holds."""
-    held = table.summary()
+    summary = table.summary()
     tracker.table(
         f"V* table {table.folder}",
         [
-            ("prompts", str(held.prompts)),
-            ("samples", str(held.samples)),
-            ("mean reward", f"{held.mean_reward:.3f}"),
-            ("all wrong / all right", f"{held.all_wrong:.1%} / {held.all_right:.1%} of the prompts"),
-            ("response tokens", str(held.response_tokens)),
+            ("prompts", str(summary.prompts)),
+            ("samples", str(summary.samples)),
+            ("mean reward", f"{summary.mean_reward:.3f}"),
+            ("all wrong / all right", f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts"),
+            ("response tokens", str(summary.response_tokens)),
         ],
     )

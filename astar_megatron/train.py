@@ -4,14 +4,11 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
-from astar_megatron.rollout.pool import seed_of
-from astar_megatron.rollout.scoring import Scorer, gather
+from astar_megatron.rollout.source import RolloutSource
+from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
@@ -27,22 +24,21 @@ from astar_megatron.run.steps import (
 )
 from astar_megatron.run.tracking import Clock, Tracker
 from astar_megatron.run.training import check_training, checkpoints_of, objective_of, prompt_stream, stage_1
-from astar_megatron.types import Prompt
 
 
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
-    found = stage_1(cfg, inputs)
+    estimates = stage_1(cfg, inputs)
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with Fleet(cfg, inputs.model, tracker) as fleet:
-        train(cfg, inputs, found, fleet, tracker)
+        train(cfg, inputs, estimates, fleet, tracker)
 
 
-def train(cfg: RunConfig, inputs: Inputs, found: Estimates, fleet: Fleet, tracker: Tracker) -> None:
+def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates, fleet: Fleet, tracker: Tracker) -> None:
     """Train on what `stage_1` found and export; the engines keep the final weights."""
-    objective, prompts = objective_of(cfg, found), prompt_stream(cfg, inputs, found)
+    objective, prompts = objective_of(cfg, estimates), prompt_stream(cfg, inputs, estimates)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     first = checkpoints.resume(fleet.policy, prompts, objective)
     if changed := checkpoints.changed_settings():
@@ -50,17 +46,15 @@ def train(cfg: RunConfig, inputs: Inputs, found: Estimates, fleet: Fleet, tracke
     bad_batches.set_aside(tracker.run_dir, first)
     earlier = tracker.begin(first)
     skipped = sum(line.get("skipped_steps", 0) for line in earlier)
-    spent = int(found.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
-    with Scorer(cfg.reward, tracker.run_dir) as scorer:
-        for step in range(first, cfg.train.num_steps):
+    spent = int(estimates.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
+    versions = range(first, cfg.train.num_steps)
+    with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
+        batches = TrainingRollouts(source, prompts, cfg.seed, versions=versions)
+        for step in versions:
             clock = Clock()
             with fleet.generating(step, clock):
                 evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock)
-                with clock.span("generate"):
-                    work = _work(prompts.take(), cfg.seed, step)
-                    pending = [scorer.submit(finished) for finished in fleet.engines.generate(work, cfg.sampling)]
-                with clock.span("score"):  # what generation did not hide
-                    rollouts = gather(pending)
+                rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
             with fleet.training():
                 stats = fleet.policy.step(batch, objective.loss, options)
@@ -75,7 +69,7 @@ def train(cfg: RunConfig, inputs: Inputs, found: Estimates, fleet: Fleet, tracke
             tracker.say(line_of(metrics, cfg.train.num_steps))
             check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
             if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
-                checkpoints.save(fleet.policy, step + 1, prompts, objective)
+                checkpoints.save(fleet.policy, step + 1, batches.state(), objective)
         with fleet.generating(cfg.train.num_steps, Clock()):
             _evaluate(cfg, inputs, fleet, tracker, cfg.train.num_steps, Clock())
     fleet.export(cfg.export_dir)
@@ -92,17 +86,6 @@ def _evaluate(
     if interval is None or (version % interval and version != cfg.train.num_steps):
         return {}
     with clock.span("eval"):
-        found = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")
-    show(f"the policy after {version} steps", found, tracker)
-    return {"eval": {one.name: one.metrics() for one in found}}
-
-
-def _work(prompts: Sequence[Prompt], seed: int, step: int) -> list[tuple[Prompt, int, int]]:
-    """One rollout a prompt. A prompt that a batch across two epochs holds twice gets two samples."""
-    seen: Counter[str] = Counter()
-    work = []
-    for prompt in prompts:
-        sample = seen[prompt.uid]
-        seen[prompt.uid] += 1
-        work.append((prompt, sample, seed_of(seed, "train", step, prompt.uid, sample)))
-    return work
+        evaluations = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")
+    show(f"the policy after {version} steps", evaluations, tracker)
+    return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

@@ -22,13 +22,23 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to draw. `sample` tells the responses to a prompt apart; `greedy` takes the likeliest token."""
+
+    prompt: Prompt
+    sample: int
+    seed: int
+    greedy: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One response drawn for a prompt.
 
     `token_ids` are the response's, with its EOS where it ended by itself; `truncated` says that the token limit
-    ended it. `logprob` is the engine's sum over the sampled tokens (nats). `version` is the policy version of the
-    weights that drew it: the number of optimiser batches behind them. `reward` is None before it is scored, and where
-    scoring failed.
+    ended it. `token_logprobs` are the engine's of each of them, after temperature and top-p (nats). A version is of the
+    policy's weights, the number of optimiser batches behind them: no token was drawn before `first_version` or after
+    `last_version`. `reward` is None before it is scored, and where scoring failed.
     """
 
     prompt: Prompt
@@ -37,9 +47,20 @@ class Rollout:
     token_ids: tuple[int, ...]
     text: str
     truncated: bool
-    logprob: float
-    version: int
+    token_logprobs: tuple[float, ...]
+    first_version: int
+    last_version: int
     reward: float | None = None
+
+    @property
+    def logprob(self) -> float:
+        """The engine's ln pi of the response (nats)."""
+        return sum(self.token_logprobs)
+
+    @property
+    def score(self) -> float:
+        """The reward as training and evaluation count it: 0 where scoring failed."""
+        return self.reward or 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +69,7 @@ class RolloutBatch:
 
     `token_ids[b]` is prompt + response of sequence b; `prompt_tokens[b]` how many of them are prompt. The columns are
     what the objective's loss reads, by name: a number of each sequence, or of each response token of all sequences in
-    order (algorithm/objective.py). All rollouts have the same `version`.
+    order (algorithm/objective.py). `version` is of the weights that are trained on them.
     """
 
     token_ids: tuple[tuple[int, ...], ...]

@@ -29,8 +29,9 @@ def rollout(prompt: Prompt, **fields: Any) -> Rollout:
         "token_ids": (5, 2),
         "text": "2",
         "truncated": False,
-        "logprob": -1.5,
-        "version": 0,
+        "token_logprobs": (-0.5, -1.0),
+        "first_version": 0,
+        "last_version": 0,
         "reward": 1.0,
     }
     return Rollout(prompt=prompt, **usual | fields)

@@ -8,58 +8,47 @@ import json
 import os
 import random
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import samples
+from fake_engines import Answer, FakeEngines
 from samples import CONTRACT
 
 from astar_megatron import config
-from astar_megatron.config import SamplingConfig
-from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.sweep import sweep
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.types import Prompt, Request, Rollout
 from conversion.families import Model
 
 PROMPTS = [Prompt(uid=f"{i:032x}", token_ids=(1, i), text=f"prompt {i}", answer=str(i % 3)) for i in range(300)]
 
 
-class FakeEngines:
-    """Answers a few requests at a time, out of order; what it answers depends on prompt and seed alone."""
-
-    def __init__(self, seconds: float, at_once: int = 13) -> None:
-        self._seconds, self._at_once = seconds, at_once
-
-    def generate(
-        self, work: Iterable[tuple[Prompt, int, int]], sampling: SamplingConfig
-    ) -> Iterator[list[tuple[int, Rollout]]]:
-        items, flying, shuffle = iter(enumerate(work)), [], random.Random(self._at_once)
-        while True:
-            while len(flying) < 40 and (item := next(items, None)) is not None:
-                flying.append(item)
-            if not flying:
-                return
-            shuffle.shuffle(flying)
-            done, flying = flying[: self._at_once], flying[self._at_once :]
-            time.sleep(self._seconds)
-            yield [(index, answer(prompt, sample, seed)) for index, (prompt, sample, seed) in done]
-
-
 def answer(prompt: Prompt, sample: int, seed: int) -> Rollout:
+    """What the engine and its detokeniser make of a request: it depends on the seed alone."""
     drawn = random.Random(seed)
-    return Rollout(
-        prompt=prompt,
+    token_ids = tuple(drawn.randrange(100) for _ in range(drawn.randrange(1, 8)))
+    return samples.rollout(
+        prompt,
         sample=sample,
         seed=seed,
-        token_ids=tuple(drawn.randrange(100) for _ in range(drawn.randrange(1, 8))),
-        text=str(drawn.randrange(4)),
+        token_ids=token_ids,
+        text=_text(token_ids),
         truncated=drawn.random() < 0.1,
-        logprob=-drawn.random(),
-        version=0,
+        token_logprobs=(-0.5,) * len(token_ids),
+        reward=None,
     )
+
+
+def _text(token_ids: Sequence[int]) -> str:
+    return str(sum(token_ids) % 4)
+
+
+def _answer(request: Request) -> Answer:
+    rollout = answer(request.prompt, request.sample, request.seed)
+    return rollout.token_ids, rollout.truncated
 
 
 def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last_number", **settings: Any) -> None:
@@ -72,7 +61,7 @@ def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last
         contract=CONTRACT,
         model=cast(Model, None),  # the fake has no use for it
     )
-    sweep(cfg, inputs, cast(EnginePool, FakeEngines(seconds)), Tracker(folder))
+    sweep(cfg, inputs, FakeEngines(_answer, _text, seconds=seconds), Tracker(folder))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

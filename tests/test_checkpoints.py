@@ -32,7 +32,7 @@ class FakePolicy:
 def saved(run_dir: Path, keep: int, steps: list[int]) -> list[int]:
     checkpoints = Checkpoints(run_dir, CheckpointConfig(keep=keep), CONTRACT, {})
     for step in steps:
-        checkpoints.save(cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0), FIXED)
+        checkpoints.save(cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0).state(), FIXED)
     return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
@@ -54,7 +54,7 @@ def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path
 def test_progress_that_is_damaged_inside_is_said_to_be(damage: dict[str, Any], tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
     live, stream = LiveVStar({}, {}, 0.5, 0.9), PromptStream(PROMPTS, 2, 0)
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, Astar(AstarConfig(), live))
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream.state(), Astar(AstarConfig(), live))
     path = tmp_path / "checkpoints" / "step_00000003" / "progress.json"
     if "beta1" in str(damage):
         damage = {"v_star": damage["v_star"] | {"stage_1": live._digest()}}
@@ -65,7 +65,9 @@ def test_progress_that_is_damaged_inside_is_said_to_be(damage: dict[str, Any], t
 
 def test_a_run_whose_rewards_read_no_special_tokens_is_not_continued_with_those_that_do(tmp_path: Path) -> None:
     stream = PromptStream(PROMPTS, 2, 0)
-    Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {}).save(cast(PolicyGroup, FakePolicy()), 3, stream, FIXED)
+    Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {}).save(
+        cast(PolicyGroup, FakePolicy()), 3, stream.state(), FIXED
+    )
     now = dataclasses.replace(CONTRACT, kept_token_ids=(5,))
     with pytest.raises(
         ContractError, match=r"kept token ids: this run has \[5\], the checkpoint none: its rewards read"
@@ -80,7 +82,7 @@ def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
     before, stream = live(0.5), PromptStream(PROMPTS, 2, 0)
     before.add([("0", 1.0)])
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream, Astar(AstarConfig(), before))
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream.state(), Astar(AstarConfig(), before))
     after = live(0.5)
     assert checkpoints.restore(stream, Astar(AstarConfig(), after)) == 3 and after["0"] == before["0"] != 0.5
     with pytest.raises(ValueError, match=r"astar\.beta1: the checkpoint's V\* was refreshed with astar\.beta1 0\.5"):
@@ -90,7 +92,7 @@ def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(
 def test_a_checkpoint_from_before_the_key_goes_on_without_dither_and_that_is_said(tmp_path: Path) -> None:
     def changed(written: dict[str, Any], settings: dict[str, Any]) -> list[str]:
         before, now = (Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, keys) for keys in (written, settings))
-        before.save(cast(PolicyGroup, FakePolicy()), 1, PromptStream(PROMPTS, 2, 0), FIXED)
+        before.save(cast(PolicyGroup, FakePolicy()), 1, PromptStream(PROMPTS, 2, 0).state(), FIXED)
         return now.changed_settings()
 
     as_saved = "(master weights go on as the checkpoint has them)"

@@ -224,6 +224,17 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(command: Any, tree
     assert status == 2 and f"a response is to end at token 'more299' ({beyond})" in error
 
 
+def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_out(
+    command: Any, tree: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Path(tree["model"]["path"])
+    shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")
+    for arguments in (["sweep", tree], ["eval", tree, "--model", str(model)]):
+        status, error = command(*arguments)
+        assert status == 2 and "holds adapter_model.safetensors beside model.safetensors" in error
+        assert "left out" not in caplog.text + error
+
+
 def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(
     command: Any, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

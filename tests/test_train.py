@@ -24,7 +24,7 @@ KEYS = {
     *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens", "changed_weights"),
 }
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
-ROLLOUT = samples.rollout(PROMPT, truncated=True, version=3)
+ROLLOUT = samples.rollout(PROMPT, truncated=True, first_version=3, last_version=3)
 OBJECTIVE = Astar(AstarConfig(), LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None))
 STATS = StepStats(
     loss=0.25,

@@ -99,7 +99,7 @@ class Astar:
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
         """Return reward, v_star and rollout_logprob [B] in float64."""
         values = {
-            "reward": [rollout.reward or 0.0 for rollout in rollouts],
+            "reward": [rollout.score for rollout in rollouts],
             "v_star": [self._v_star[rollout.prompt.uid] for rollout in rollouts],
             "rollout_logprob": [rollout.logprob for rollout in rollouts],
         }

@@ -141,10 +141,10 @@ class Cluster:
         """
         return self._cfg.threads or max(1, int(available_cores()) // actors_on_this_side)
 
-    def close(self, what: str, references: Sequence[Any]) -> None:
+    def close(self, action: str, references: Sequence[Any]) -> None:
         """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""
         with contextlib.suppress(ClusterError, ValueError):
-            self.wait(what, references, _CLOSE_SECONDS)
+            self.wait(action, references, _CLOSE_SECONDS)
 
     def actor(
         self,
@@ -164,7 +164,9 @@ class Cluster:
         options: dict[str, Any] = {
             "num_cpus": 0,
             "num_gpus": num_gpus,
-            "runtime_env": {"env_vars": _SAFE_PATH | dict(env)},
+            "runtime_env": {
+                "env_vars": _SAFE_PATH | ({} if self._cfg.address else self._folder.environment) | dict(env)
+            },
         }
         if concurrency:
             options["max_concurrency"] = concurrency
@@ -172,7 +174,7 @@ class Cluster:
         self._actors[handle._actor_id.hex()] = (kind, index, handle)
         return handle
 
-    def wait(self, what: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
+    def wait(self, action: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
         """Return the results of actor calls; raises ClusterError that says `what` failed, who failed and why.
 
         The first failure ends the wait: the other ranks may hang in a collective that can't complete any more.
@@ -183,19 +185,19 @@ class Cluster:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             done, pending = ray.wait(pending, timeout=left)
             if not done:
-                raise self._late(what, pending, timeout_seconds or 0.0)
+                raise self._late(action, pending, timeout_seconds or 0.0)
             try:
                 ray.get(done)
             except (RayTaskError, RayActorError) as error:
-                raise self._failure(what, done[0], error, pending) from None
+                raise self._failure(action, done[0], error, pending) from None
         return ray.get(list(references))
 
-    def _failure(self, what: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
+    def _failure(self, action: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
         """What to raise for a call that failed; the end of a process goes before the errors that it gave others."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
             return error.cause  # a wrong input that only the actor could see: its message says it all
         others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
-        for reference, other in ((failed, error), *((one, _error_of(one)) for one in others)):
+        for reference, other in ((failed, error), *((reference, _error_of(reference)) for reference in others)):
             if isinstance(other, RayActorError) and "creation task" not in str(other):
                 failed, error = reference, other
                 break
@@ -212,16 +214,16 @@ class Cluster:
                 cause = _cause_in(outputs) or core_end(cause) or cause
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
-        message = f"{what}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
+        message = f"{action}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
 
-    def _late(self, what: str, pending: Sequence[Any], seconds: float) -> ClusterError:
+    def _late(self, action: str, pending: Sequence[Any], seconds: float) -> ClusterError:
         """What to raise where there was no answer in time, with the last error of each that did not answer."""
         outputs = [self._outputs(reference) for reference in pending]
         causes = [f"\n{_named(*actor)}: {cause}" for actor, files in outputs if (cause := cause_in(files))]
         return ClusterError(
-            f"{what}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The output "
-            f"of its processes lies in {_log_folder()}{''.join(causes)}"
+            f"{action}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The "
+            f"output of its processes lies in {_log_folder()}{''.join(causes)}"
         )
 
     def _outputs(self, reference: Any) -> tuple[tuple[str, int], list[Path]]:

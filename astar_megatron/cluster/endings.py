@@ -27,7 +27,7 @@ _LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit sta
 # Errors that only point to another, or that follow from it.
 _SECONDARY = re.compile(
     r"root cause|stack trace|background process|EngineDeadError|CancelledError|BrokenPipeError|ConnectionResetError"
-    r"|ContextTerminated|Engine core initialization failed|ActorDiedError|KeyboardInterrupt|SystemExit"
+    r"|ContextTerminated|Engine core initialization failed|ActorDiedError|KeyboardInterrupt|SystemExit|^EOFError$"
 )
 _CORE_STATUSES = re.compile(r"Failed core proc\(s\): \{([^}]*)\}")
 

@@ -6,9 +6,10 @@ The ranks' class is named, not imported: the driver needs neither megatron nor i
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
+from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
@@ -120,7 +121,7 @@ class PolicyGroup:
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that `rank` publishes."""
-        return self._ask(rank, lambda one: one.digest_rows(index))
+        return self._ask(rank, lambda rank: rank.digest_rows(index))
 
     def save(self, folder: Path, progress: dict[str, Any]) -> None:
         self._all(lambda rank: rank.save(str(folder.resolve()), progress))
@@ -136,39 +137,14 @@ class PolicyGroup:
 
     def _all[T](self, call: "Callable[[PolicyRank], T]", timeout_seconds: float | None = None) -> list[T]:
         """Make the call on all ranks at once and return their answers."""
-        return self._cluster.wait(f"policy: {_Call.of(call).method}", self._begin(call), timeout_seconds)
+        return self._cluster.wait(f"policy: {Call.of(call).method}", self._begin(call), timeout_seconds)
 
     def _ask[T](self, index: int, call: "Callable[[PolicyRank], T]", timeout_seconds: float | None = None) -> T:
         """Make the call on one rank and return its answer."""
-        asked = _Call.of(call)
-        return self._cluster.wait(f"policy: {asked.method}", [asked.on(self._ranks[index])], timeout_seconds)[0]
+        heard = Call.of(call)
+        answer = self._ranks[index].call.remote(heard.method, *heard.arguments)
+        return self._cluster.wait(f"policy: {heard.method}", [answer], timeout_seconds)[0]
 
     def _begin(self, call: "Callable[[PolicyRank], Any]") -> list[Any]:
-        asked = _Call.of(call)
-        return [asked.on(rank) for rank in self._ranks]
-
-
-class _Call:
-    """A call written as one on a PolicyRank, which an editor and a type checker follow, to be made in other processes.
-
-    The class itself is not there in the driver; this stands in its place and hears method and arguments.
-    """
-
-    method: str
-    arguments: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, call: "Callable[[PolicyRank], Any]") -> "_Call":
-        heard = cls()
-        call(cast("PolicyRank", heard))
-        return heard
-
-    def __getattr__(self, method: str) -> Callable[..., None]:
-        def hear(*arguments: Any) -> None:
-            self.method, self.arguments = method, arguments
-
-        return hear
-
-    def on(self, rank: Any) -> Any:
-        """Begin the call on the actor of a rank."""
-        return rank.call.remote(self.method, *self.arguments)
+        heard = Call.of(call)
+        return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]

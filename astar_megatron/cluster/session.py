@@ -37,6 +37,8 @@ class SessionFolder:
         if reason:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
+        # Of the run's processes: vLLM and Megatron's checkpoints open sockets too, the latter in TMPDIR.
+        self.environment = {"TMPDIR": str(self.path)} if reason else {}
         self._lock = exclusive(self.path / _LOCK, "this run")
         self._shared: set[str] = set()
 

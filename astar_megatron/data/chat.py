@@ -221,7 +221,8 @@ def _rendered(
 
 
 def _named(tok: "PreTrainedTokenizerBase", token_id: int) -> str:
-    return f"{tok.convert_ids_to_tokens(token_id)!r} ({token_id})"
+    text = tok.convert_ids_to_tokens(token_id)  # None: the tokenizer has no such token either
+    return str(token_id) if text is None else f"{text!r} ({token_id})"
 
 
 def _token_id(value: Any) -> int:

@@ -95,16 +95,18 @@ def rollouts_of(
         text = response.removesuffix(end)
         token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
         truncated = len(token_ids) >= max_response_tokens
+        token_ids = token_ids if truncated else (*token_ids, ends[end])
         rollouts.append(
             Rollout(
                 prompt=prompt,
                 sample=sample,
                 seed=0,
-                token_ids=token_ids if truncated else (*token_ids, ends[end]),
+                token_ids=token_ids,
                 text=text,
                 truncated=truncated,
-                logprob=math.nan,
-                version=0,
+                token_logprobs=(math.nan,) * len(token_ids),
+                first_version=0,
+                last_version=0,
             )
         )
     return rollouts

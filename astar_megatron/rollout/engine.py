@@ -18,29 +18,19 @@ from typing import Any
 
 from astar_megatron.cluster.endings import ended
 from astar_megatron.config import Graphs, RolloutConfig, SamplingConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One response to draw. `tag` comes back with it."""
-
-    tag: int
-    token_ids: tuple[int, ...]
-    seed: int
+from astar_megatron.types import Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """What an engine drew: the response's tokens with its EOS, if it ended by itself.
-
-    `logprob` sums the sampled tokens' log-probs after temperature and top-p (nats); `version` is of the weights.
-    """
+    """What an engine drew; but for `tag`, the number of its request, the fields are as in Rollout."""
 
     tag: int
     token_ids: tuple[int, ...]
     truncated: bool
-    logprob: float
-    version: int
+    token_logprobs: tuple[float, ...]
+    first_version: int
+    last_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,14 +67,11 @@ class Engine:
         return left_out
 
     async def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, greedy: bool
+        self, requests: Sequence[tuple[int, Request]], sampling: SamplingConfig
     ) -> AsyncIterator[list[Response]]:
-        """Yield responses as they finish, a few at a time; every request is answered once.
-
-        `greedy` takes the likeliest token instead of drawing one.
-        """
+        """Yield the responses to (tag, request) pairs as they finish, a few at a time; each is answered once."""
         finished: asyncio.Queue[asyncio.Task[Response]] = asyncio.Queue()  # asyncio.wait would look at all, each time
-        tasks = [asyncio.create_task(self._generate(request, sampling, greedy)) for request in requests]
+        tasks = [asyncio.create_task(self._respond(tag, request, sampling)) for tag, request in requests]
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
         left = len(tasks)
@@ -101,12 +88,12 @@ class Engine:
             for task in tasks:
                 task.cancel()
 
-    async def _generate(self, request: Request, sampling: SamplingConfig, greedy: bool) -> Response:
+    async def _respond(self, tag: int, request: Request, sampling: SamplingConfig) -> Response:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=0.0 if greedy else sampling.temperature,
+            temperature=0.0 if request.greedy else sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_response_tokens,
             seed=request.seed,
@@ -115,33 +102,20 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._finish(request.token_ids, params)
-        completion = output.outputs[0]
+        self._count += 1
+        first_version = self._version
+        prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
+        outputs = [output async for output in self._llm.generate(prompt, params, str(self._count))]
+        completion = outputs[-1].outputs[0]
         token_ids = tuple(completion.token_ids)
-        logprob = sum(row[token].logprob for token, row in zip(token_ids, completion.logprobs, strict=True))
         return Response(
-            tag=request.tag,
+            tag=tag,
             token_ids=token_ids,
             truncated=completion.finish_reason == "length",
-            logprob=logprob,
-            version=self._version,
+            token_logprobs=tuple(row[token].logprob for token, row in zip(token_ids, completion.logprobs, strict=True)),
+            first_version=first_version,
+            last_version=self._version,
         )
-
-    async def greedy(self, token_ids: Sequence[int], max_tokens: int) -> tuple[list[int], list[float]]:
-        """Return a greedy continuation and the log-probs of the prompt's own tokens from the second on (nats)."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, prompt_logprobs=0, ignore_eos=True)
-        output = await self._finish(token_ids, params)
-        rows = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[1:]
-        return list(output.outputs[0].token_ids), [row[token].logprob for token, row in rows]
-
-    async def _finish(self, token_ids: Sequence[int], params: Any) -> Any:
-        self._count += 1
-        last = None
-        async for output in self._llm.generate({"prompt_token_ids": list(token_ids)}, params, str(self._count)):
-            last = output
-        return last
 
     async def open_update(self, init_info: dict[str, Any]) -> None:
         """Prepare for updates; `init_info` is of conversion.vllm."""

@@ -39,8 +39,8 @@ def main(name: str, parent: int) -> None:
             number += 1
 
 
-def _say(answers: IO[str], what: list[object]) -> None:
-    answers.write(json.dumps(what) + "\n")
+def _say(answers: IO[str], answer: list[object]) -> None:
+    answers.write(json.dumps(answer) + "\n")
     answers.flush()
 
 

@@ -7,6 +7,7 @@ someone moves the file away. Before a run, `check` allows none.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -17,8 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
@@ -41,23 +41,24 @@ type Indexed = list[tuple[int, Rollout]]
 type Answer = tuple[float | None, str]  # the reward, or why there is none
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Pending:
     """Rollouts on their way through the processes."""
 
-    _finished: Indexed
-    _parts: list[Future[list[Answer]]]
-    _scorer: "Scorer"
+    def __init__(self, rollouts: Indexed, parts: list[Future[list[Answer]]], scorer: "Scorer") -> None:
+        self._rollouts, self._parts, self._scorer = rollouts, parts, scorer
 
-    def done(self) -> bool:
-        return all(part.done() for part in self._parts)
+    def when_done(self, hear: Callable[["Pending"], None]) -> None:
+        """Call `hear`, in any thread, once `result` need not wait."""
+        left = itertools.count(len(self._parts) - 1, -1)  # a count is taken by one thread at a time
+        for part in self._parts:
+            part.add_done_callback(lambda _: None if next(left) else hear(self))
 
     def result(self) -> Indexed:
         """Return the rollouts with their rewards (None: a failure); waits. Raises RewardError after too many."""
         answers = [answer for part in self._parts for answer in part.result()]
         return [
             (index, self._scorer.rewarded(rollout, answer))
-            for (index, rollout), answer in zip(self._finished, answers, strict=True)
+            for (index, rollout), answer in zip(self._rollouts, answers, strict=True)
         ]
 
 
@@ -91,19 +92,9 @@ class Scorer:
         for thread in self._threads:
             thread.join(timeout=10)
 
-    def submit(self, finished: Indexed) -> Pending:
-        """Begin to score (index, rollout) pairs and return at once."""
-        return Pending(finished, self._begin([rollout for _, rollout in finished]), self)
-
-    def scored(self, stream: Iterable[Indexed]) -> Iterator[Indexed]:
-        """Yield what `stream` yields with the rewards set, in its order, while later responses are still drawn."""
-        waiting: deque[Pending] = deque()
-        for finished in stream:
-            waiting.append(self.submit(finished))
-            while waiting and waiting[0].done():
-                yield waiting.popleft().result()
-        for pending in waiting:
-            yield pending.result()
+    def submit(self, rollouts: Indexed) -> Pending:
+        """Begin to score (index, rollout) pairs, one or more, and return at once."""
+        return Pending(rollouts, self._begin([rollout for _, rollout in rollouts]), self)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Return the rollouts with their rewards, in order; waits."""
@@ -145,7 +136,7 @@ class Scorer:
                 "prompt": rollout.prompt.text,
                 "answer": rollout.prompt.answer,
                 "sample": rollout.sample,
-                "version": rollout.version,
+                "version": rollout.last_version,
                 "response": rollout.text,
                 "reason": reason,
             }
@@ -180,12 +171,6 @@ class Scorer:
             except Exception as error:  # the waiting driver must hear of it
                 future.set_exception(AssertionError(f"scoring: {error!r}"))
         process.end()
-
-
-def gather(pending: Iterable[Pending]) -> list[Rollout]:
-    """Return all rollouts of `pending` in the order of their indices; waits."""
-    found = [pair for part in pending for pair in part.result()]
-    return [rollout for _, rollout in sorted(found, key=lambda pair: pair[0])]
 
 
 class _Process:
@@ -307,4 +292,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _empty_response(prompt: Prompt) -> Rollout:
-    return Rollout(prompt=prompt, sample=0, seed=0, token_ids=(), text="", truncated=False, logprob=0.0, version=0)
+    return Rollout(
+        prompt=prompt,
+        sample=0,
+        seed=0,
+        token_ids=(),
+        text="",
+        truncated=False,
+        token_logprobs=(),
+        first_version=0,
+        last_version=0,
+    )

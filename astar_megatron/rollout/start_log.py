@@ -1,7 +1,7 @@
-"""What vLLM says while an engine starts: its own log, in a file beside those of Ray's processes.
+"""What an engine does while it starts, read from vLLM's own log: a file beside those of Ray's processes.
 
-vLLM is told how to log by a JSON file, and tells every process that it starts. The driver, on the same machine, reads
-the last line: loading, compiling, capturing graphs, in vLLM's own words.
+vLLM is told how to log by a JSON file, and tells every process that it starts. The driver, on the same machine, looks
+for the messages that begin a phase: loading, measuring memory, compiling, capturing graphs.
 """
 
 import json
@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import Self
 
 _FORMAT = "%(asctime)s\t%(levelname)s\t%(message)s"
-_TAIL_BYTES = 1 << 14
-_WIDTH = 100
+# What vLLM 0.32 logs, in part, when a phase begins. It captures graphs, or only warms up, when its cache is made.
+PHASES = {
+    "Initializing a V1 LLM engine": "starting its worker",
+    "Starting to load model": "loading the weights",
+    "Model loading took": "measuring its memory",
+    "for vLLM's torch.compile": "compiling the model",
+    "Warming up model for the compilation": "compiling the model",
+    "Initial profiling/warmup run took": "measuring its memory",
+    "KV cache size: ": "{warming up}",
+    "Compile and warming up model for size": "compiling the model",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +50,10 @@ class StartLog:
         """Return what the engine's processes need in their environment."""
         return {"VLLM_LOGGING_CONFIG_PATH": str(self.config)}
 
-    def last_words(self) -> str:
-        """Return what vLLM said last, of a long message its beginning; empty before it says anything."""
-        if not self.log.is_file():
-            return ""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-        for line in reversed(lines):
-            time, level, words = (*line.split("\t", 2), "", "")[:3]
-            if time and level.isupper() and words:  # else it goes on with a message of several lines
-                return words if len(words) <= _WIDTH else f"{words[:_WIDTH]}..."
-        return ""
+    def phase(self, *, has_graphs: bool) -> str:
+        """Return in words what the engine does now; `has_graphs`: it captures graphs before it is ready."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        begun = {text.rfind(message): phase for message, phase in PHASES.items()}
+        begun[-1] = "starting its process"  # of the messages that are not there
+        phase = begun[max(begun)]
+        return phase.format(**{"warming up": "capturing graphs" if has_graphs else "warming up"})

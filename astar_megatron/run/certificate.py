@@ -71,15 +71,15 @@ def certify(
         _record(target, {"max_difference": None, "reason": reason})
         return reason
     try:
-        found = _compared(folder, logprobs, dtype)
+        comparison = _compared(folder, logprobs, dtype)
     except Exception as error:  # transformers raises of all kinds
         reason = f"not compared, {type(error).__name__}: {error!s:.300}"
         _record(target, {"max_difference": None, "reason": reason})
         raise ValueError(
             f"{target} is written and holds the weights that it was made from, but it is {reason}"
         ) from error
-    agrees, reason = _judged(found)
-    _record(target, found if agrees else found | {"reason": reason})
+    agrees, reason = _judged(comparison)
+    _record(target, comparison if agrees else comparison | {"reason": reason})
     if not agrees:
         raise DisagreementError(
             f"{target} is written and holds the weights that it was made from, but it can't be trusted: {reason}. One "
@@ -103,24 +103,24 @@ def certify_conversion(source: End, destination: Path) -> str:
         command = ["env", *variables, *program, str(megatron), str(hugging_face)]
         done = subprocess.run(command, input=json.dumps(sequences), capture_output=True, text=True, check=False)
         if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
-            raise ValueError(said[0])
+            last_line = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]
+            raise ValueError(last_line[0])
         return json.loads(done.stdout.splitlines()[-1])
 
     most = min(MAX_WEIGHT_BYTES, resources.available_memory_bytes() // 2)
     return certify(hugging_face, logprobs, record_in=destination, dtype="float32", max_weight_bytes=most)
 
 
-def _record(folder: Path, found: dict[str, Any]) -> None:
-    record = (folders.read_record(folder) or {}) | {"logprobs": found}
+def _record(folder: Path, comparison: dict[str, Any]) -> None:
+    record = (folders.read_record(folder) or {}) | {"logprobs": comparison}
     write_atomic(folder / folders.RECORD, folders.json_text(record).encode())
 
 
-def _judged(found: dict[str, Any]) -> tuple[bool, str]:
+def _judged(comparison: dict[str, Any]) -> tuple[bool, str]:
     """Whether Megatron and transformers agree, and that in words."""
-    worst, limit, against = found["max_difference"], found["limit"], found["against"]
+    worst, limit, against = comparison["max_difference"], comparison["limit"], comparison["against"]
     if worst is None:
-        return False, f"the log-probs of {' and of '.join(found['not_finite'])} are not finite numbers ({against})"
+        return False, f"the log-probs of {' and of '.join(comparison['not_finite'])} are not finite numbers ({against})"
     if worst > limit:
         return False, f"log-probs differ by {worst:.3g} nats from those of {against}, more than {limit:g}"
     return True, f"log-probs within {worst:.1e} of transformers'"
@@ -142,13 +142,13 @@ def _compared(folder: Path, logprobs: LogProbs, dtype: str) -> dict[str, Any]:
     sides = {"Megatron": ours, "transformers": theirs}
     not_finite = [name for name, side in sides.items() if not side.isfinite().all()]
     used = str(model.dtype).removeprefix("torch.")
-    found: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "max_difference": None if not_finite else float((theirs - ours).abs().max()),
         "limit": _LIMITS[used] * max(1.0, largest / _USUAL_LOGIT if math.isfinite(largest) else 0.0),
         "tokens": len(ours),
         "against": f"transformers {importlib.metadata.version('transformers')}, {used}, CPU",
     }
-    return found | ({"not_finite": not_finite} if not_finite else {})
+    return comparison | ({"not_finite": not_finite} if not_finite else {})
 
 
 def _transformers_model(folder: Path, dtype: str) -> Any:

@@ -96,12 +96,15 @@ class Checkpoints:
             f"{self._folder / 'latest'}, or remove {self._folder} to start over"
         )
 
-    def save(self, policy: PolicyGroup, step: int, prompts: PromptStream, objective: Objective) -> None:
-        """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few."""
+    def save(self, policy: PolicyGroup, step: int, prompts: dict[str, Any], objective: Objective) -> None:
+        """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few.
+
+        `prompts` is the state of the prompts at which training goes on.
+        """
         folder = self._folder / f"step_{step:08d}"
         if folder.exists():  # of a run that was set back by hand
             shutil.rmtree(folder)
-        progress = {"step": step, "prompts": prompts.state(), "contract": self._contract.fields()}
+        progress = {"step": step, "prompts": prompts, "contract": self._contract.fields()}
         policy.save(folder, progress | objective.state() | {"settings": self._settings})
         write_atomic(self._folder / "latest", folder.name.encode())
         # Later ones are of a run that was set back by hand: they are its user's to keep or to remove.

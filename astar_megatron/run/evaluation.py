@@ -16,8 +16,8 @@ from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import write_atomic
-from astar_megatron.rollout.pool import EnginePool, seed_of
-from astar_megatron.rollout.scoring import Scorer, gather
+from astar_megatron.rollout.requests import evaluation_requests
+from astar_megatron.rollout.source import Engines, RolloutSource
 from astar_megatron.run.prepare import EvalSet, Inputs
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
@@ -69,18 +69,19 @@ class Evaluation:
         return own | sampled | {"truncated": self.truncated, "formatted": self.formatted}
 
 
-def evaluate(cfg: RunConfig, inputs: Inputs, engines: EnginePool, tracker: Tracker, name: str) -> list[Evaluation]:
+def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> list[Evaluation]:
     """Evaluate what the engines hold. Responses go to `<run_dir>/<name>[_<set>].jsonl`, the table to `<name>.md`."""
-    found = []
+    evaluations = []
     for eval_set in inputs.eval_sets:
-        greedy = _draw(cfg, eval_set, engines, tracker, name, num_samples=None)
-        sampled = _draw(cfg, eval_set, engines, tracker, name, eval_set.num_samples) if eval_set.num_samples else []
+        with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
+            greedy = _draw(cfg.seed, eval_set, source, tracker, name, num_samples=None)
+            sampled = _draw(cfg.seed, eval_set, source, tracker, name, eval_set.num_samples)
         file = name if eval_set.name == "prompts" else f"{name}_{eval_set.name}"
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
         write_atomic(tracker.run_dir / f"{file}.jsonl", "".join(lines).encode())
-        found.append(summary(eval_set, greedy, sampled))
-    write_atomic(tracker.run_dir / f"{name}.md", markdown(found).encode())
-    return found
+        evaluations.append(summary(eval_set, greedy, sampled))
+    write_atomic(tracker.run_dir / f"{name}.md", markdown(evaluations).encode())
+    return evaluations
 
 
 def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:
@@ -92,10 +93,10 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
     problems = [sampled[start : start + count] for start in range(0, len(sampled), count or 1)]
     values: defaultdict[str, list[float]] = defaultdict(list)
     for rollouts in problems:
-        values[f"avg@{count}"].append(math.fsum(_reward(rollout) for rollout in rollouts) / count)
+        values[f"avg@{count}"].append(math.fsum(rollout.score for rollout in rollouts) / count)
         if extract is not None:
             values[f"maj@{count}"].append(_majority(rollouts, [extract(rollout.text) for rollout in rollouts]))
-        right = sum(_reward(rollout) >= 1 for rollout in rollouts)
+        right = sum(rollout.score >= 1 for rollout in rollouts)
         for k in sorted({*(2**i for i in range(count.bit_length())), count}):
             values[f"pass@{k}"].append(pass_at_k(count, right, k))
     return Evaluation(
@@ -103,45 +104,39 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
         reward=eval_set.reward.name,
         prompts=len(greedy),
         num_samples=count,
-        greedy=_estimate([_reward(rollout) for rollout in greedy]),
+        greedy=_estimate([rollout.score for rollout in greedy]),
         sampled={name: _estimate(each) for name, each in values.items()},
         truncated=sum(rollout.truncated for rollout in everything) / len(everything),
         formatted=sum(formatted) / len(formatted) if formatted else None,
     )
 
 
-def markdown(found: Sequence[Evaluation]) -> str:
+def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Return the evaluations as a table in Markdown, in per cent with standard errors."""
-    columns = list(dict.fromkeys(name for one in found for name, _ in one.rows()))
+    columns = list(dict.fromkeys(name for evaluation in evaluations for name, _ in evaluation.rows()))
     lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for one in found:
-        cells = dict(one.rows())
-        lines.append(f"| {one.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
+    for evaluation in evaluations:
+        cells = dict(evaluation.rows())
+        lines.append(f"| {evaluation.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
     return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
-def show(title: str, found: Sequence[Evaluation], tracker: Tracker) -> None:
+def show(title: str, evaluations: Sequence[Evaluation], tracker: Tracker) -> None:
     """Show evaluations."""
-    for one in found:
-        tracker.table(f"evaluation of {title}, {one.name}, per cent", one.rows())
+    for evaluation in evaluations:
+        tracker.table(f"evaluation of {title}, {evaluation.name}, per cent", evaluation.rows())
 
 
 def _draw(
-    cfg: RunConfig, eval_set: EvalSet, engines: EnginePool, tracker: Tracker, name: str, num_samples: int | None
+    run_seed: int, eval_set: EvalSet, source: RolloutSource, tracker: Tracker, name: str, num_samples: int | None
 ) -> list[Rollout]:
     """Scored rollouts, problem by problem; greedy ones where no number of samples is given."""
-    work = [
-        (prompt, sample, seed_of(cfg.seed, "eval", eval_set.name, prompt.uid, sample))
-        for prompt in eval_set.prompts
-        for sample in range(num_samples or 1)
-    ]
+    if num_samples == 0:
+        return []
+    requests = evaluation_requests(run_seed, eval_set.name, eval_set.prompts, num_samples)
     label = f"{name}, {eval_set.name}, {f'{num_samples} samples' if num_samples else 'greedy'}"
-    pending = []
-    with tracker.progress(label, len(work)) as advance, Scorer(eval_set.reward, tracker.run_dir) as scorer:
-        for finished in engines.generate(work, cfg.sampling, greedy=num_samples is None):
-            pending.append(scorer.submit(finished))
-            advance(len(finished))
-        return gather(pending)
+    with tracker.progress(label, len(requests)) as advance:
+        return source.ask(requests).rollouts(advance)
 
 
 def _lines(eval_set: EvalSet, rollouts: Sequence[Rollout], *, greedy: bool) -> list[str]:
@@ -166,14 +161,10 @@ def _majority(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> flo
     groups: defaultdict[str, list[float]] = defaultdict(list)
     for rollout, answer in zip(rollouts, answers, strict=True):
         if answer is not None:
-            groups[answer].append(_reward(rollout))
+            groups[answer].append(rollout.score)
     return majority([(len(group), math.fsum(group) / len(group)) for group in groups.values()])
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
     mean, error = mean_and_error(values)
     return Estimate(mean=mean, error=error)
-
-
-def _reward(rollout: Rollout) -> float:
-    return rollout.reward or 0.0  # a failure is 0

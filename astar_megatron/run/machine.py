@@ -36,9 +36,9 @@ type Level = Literal["ok", "warn", "fail"]
 class Finding:
     """One fact about the machine. `warn`: it works, but slowly or not for everything; `fail`: it can't work."""
 
-    what: str
+    subject: str
     level: Level
-    found: str
+    state: str
     remedy: str = ""
 
 
@@ -69,83 +69,87 @@ def packages(requirements: Sequence[str], version: Callable[[str], str | None]) 
     `requirements` are this project's own, as its metadata lists them; `version` gives a package's version or None.
     """
     if not requirements:
-        found = f"{_OWN_NAME} runs from its folder and is not installed: versions are not compared"
-        return [Finding(what="packages", level="warn", found=found, remedy="run `make setup`")]
+        state = f"{_OWN_NAME} runs from its folder and is not installed: versions are not compared"
+        return [Finding(subject="packages", level="warn", state=state, remedy="run `make setup`")]
     lanes = _installed_lanes(requirements, version)
     if not lanes:
-        found = "no lane is installed: there is no vLLM"
-        return [Finding(what="packages", level="fail", found=found, remedy="run `make setup`, or install one extra")]
+        state = "no lane is installed: there is no vLLM"
+        return [Finding(subject="packages", level="fail", state=state, remedy="run `make setup`, or install one extra")]
     if len(lanes) > 1:
-        found = f"the lanes {' and '.join(lanes)} are both installed, and both own the module vllm"
-        return [Finding(what="packages", level="fail", found=found, remedy="make a fresh environment with one of them")]
+        state = f"the lanes {' and '.join(lanes)} are both installed, and both own the module vllm"
+        return [
+            Finding(subject="packages", level="fail", state=state, remedy="make a fresh environment with one of them")
+        ]
     findings = []
     for name, wanted in _pins(requirements, lanes[0]):
         got = version(name)
         remedy = f"install {name}=={wanted}, which this version is tested with; `make setup` does"
         if got is None:
-            findings.append(Finding(what=name, level="fail", found="not installed", remedy=remedy))
+            findings.append(Finding(subject=name, level="fail", state="not installed", remedy=remedy))
         elif got.partition("+")[0] != wanted:
-            findings.append(Finding(what=name, level="warn", found=f"{got}, expected {wanted}", remedy=remedy))
+            findings.append(Finding(subject=name, level="warn", state=f"{got}, expected {wanted}", remedy=remedy))
         else:
-            findings.append(Finding(what=name, level="ok", found=f"{got} (lane {lanes[0]})"))
+            findings.append(Finding(subject=name, level="ok", state=f"{got} (lane {lanes[0]})"))
     return findings
 
 
 def _python() -> Finding:
     have = sys.version_info[:2]
-    found = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
+    state = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
     if not _PYTHONS[0] <= have < _PYTHONS[1]:
-        return Finding(what="python", level="fail", found=found, remedy="use Python 3.12, 3.13 or 3.14")
+        return Finding(subject="python", level="fail", state=state, remedy="use Python 3.12, 3.13 or 3.14")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         remedy = "the pinned packages have binaries for Linux on x86_64; elsewhere they may have to be compiled"
-        return Finding(what="python", level="warn", found=found, remedy=remedy)
-    return Finding(what="python", level="ok", found=found)
+        return Finding(subject="python", level="warn", state=state, remedy=remedy)
+    return Finding(subject="python", level="ok", state=state)
 
 
 def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
-    what = "accelerator"
+    subject = "accelerator"
     if names is None:
-        found = "not known: torch is not installed"
-        return Finding(what=what, level="warn", found=found, remedy="run `make setup`")
+        state = "not known: torch is not installed"
+        return Finding(subject=subject, level="warn", state=state, remedy="run `make setup`")
     if names and lanes == ["cpu"]:
-        found = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
-        return Finding(what=what, level="warn", found=found, remedy="make an environment with the GPU extra")
+        state = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
+        return Finding(subject=subject, level="warn", state=state, remedy="make an environment with the GPU extra")
     if len(names) == 1:
-        found = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
-        return Finding(what=what, level="ok", found=found)
+        state = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
+        return Finding(subject=subject, level="ok", state=state)
     if names:
-        return Finding(what=what, level="ok", found=", ".join(names))
+        return Finding(subject=subject, level="ok", state=", ".join(names))
     if Path("/dev/nvidia0").exists() or (lanes and lanes != ["cpu"]):
-        found = "torch sees none, though the device or the GPU lane is there"
-        return Finding(what=what, level="warn", found=found, remedy="look at nvidia-smi: the driver may be too old")
-    return Finding(what=what, level="ok", found="none: policy and engines run on the CPU, for small models")
+        state = "torch sees none, though the device or the GPU lane is there"
+        return Finding(
+            subject=subject, level="warn", state=state, remedy="look at nvidia-smi: the driver may be too old"
+        )
+    return Finding(subject=subject, level="ok", state="none: policy and engines run on the CPU, for small models")
 
 
 def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
     remedy = "" if cores >= 2 else "give it two: policy and engine take turns, but the driver works beside them"
-    findings = [Finding(what="cores", level="ok" if cores >= 2 else "warn", found=f"{cores:g}", remedy=remedy)]
+    findings = [Finding(subject="cores", level="ok" if cores >= 2 else "warn", state=f"{cores:g}", remedy=remedy)]
     if bfloat16:
-        found = f"multiplied natively ({', '.join(bfloat16)}); model.dtype auto computes in it"
-        return [*findings, Finding(what="bfloat16", level="ok", found=found)]
-    found = "emulated on this CPU (no amx_bf16, no avx512_bf16); model.dtype auto computes in float32 without a GPU"
-    return [*findings, Finding(what="bfloat16", level="warn", found=found, remedy="nothing to do; steps are slower")]
+        state = f"multiplied natively ({', '.join(bfloat16)}); model.dtype auto computes in it"
+        return [*findings, Finding(subject="bfloat16", level="ok", state=state)]
+    state = "emulated on this CPU (no amx_bf16, no avx512_bf16); model.dtype auto computes in float32 without a GPU"
+    return [*findings, Finding(subject="bfloat16", level="warn", state=state, remedy="nothing to do; steps are slower")]
 
 
 def _sockets() -> Finding:
     try:
         folder, reason = session.place()
     except PlaceError as error:
-        return Finding(what="sockets", level="fail", found=str(error), remedy="set TMPDIR as it says")
-    found = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
-    return Finding(what="sockets", level="ok", found=found)
+        return Finding(subject="sockets", level="fail", state=str(error), remedy="set TMPDIR as it says")
+    state = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
+    return Finding(subject="sockets", level="ok", state=state)
 
 
-def _space(what: str, free: int, wanted: int, remedy: str) -> Finding:
-    found = f"{gib(free)} free"
+def _space(subject: str, free: int, wanted: int, remedy: str) -> Finding:
+    state = f"{gib(free)} free"
     if free >= wanted:
-        return Finding(what=what, level="ok", found=found)
+        return Finding(subject=subject, level="ok", state=state)
     level: Level = "warn" if free else "fail"
-    return Finding(what=what, level=level, found=f"{found}, {gib(wanted)} wanted", remedy=remedy)
+    return Finding(subject=subject, level=level, state=f"{state}, {gib(wanted)} wanted", remedy=remedy)
 
 
 def _own_requirements() -> list[str]:
@@ -164,12 +168,12 @@ def _version(name: str) -> str | None:
 
 def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str | None]) -> list[str]:
     """Return the extras whose vLLM is installed: each lane has a package of its own for it."""
-    found = []
+    lanes = []
     for requirement in requirements:
         match = re.match(r"(vllm[\w-]*)==.*extra == ['\"](\w+)['\"]", requirement)
         if match and version(match[1]) is not None:
-            found.append(match[2])
-    return found
+            lanes.append(match[2])
+    return lanes
 
 
 def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[str]:

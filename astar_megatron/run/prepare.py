@@ -64,15 +64,17 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
             f"of {cfg.model.path}; lower one of them"
         )
     with naming("model.path"):
-        hf.check(cfg.model.path, model.parameters())
         hf.check_engines_read(cfg.model.path)
+        hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
     eval_sets = _eval_sets(cfg, prompts)
-    for name in {cfg.reward.name, *(one.reward.name for one in eval_sets)}:
+    by_reward = {cfg.reward.name: [*prompts]}
+    for eval_set in eval_sets:
+        by_reward.setdefault(eval_set.reward.name, []).extend(eval_set.prompts)
+    for name, scored_prompts in by_reward.items():
         with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
-            scorer.check([prompt for one in eval_sets if one.reward.name == name for prompt in one.prompts])
-            scorer.check(prompts if name == cfg.reward.name else [])
+            scorer.check(scored_prompts)
     resources.check_run(cfg, model_bytes=4 * model.num_parameters())
     _say_template(cfg, contract)
     return Inputs(
@@ -89,8 +91,8 @@ def _say_template(cfg: RunConfig, contract: Contract) -> None:
         _LOG.warning("data.date: the chat template writes the day %s into each prompt of this run", contract.date)
     elif cfg.data.date is not None:
         _LOG.warning("data.date: %s has no effect: the chat template asks for no time", cfg.data.date)
-    if said := chat.unstopped_turn(cfg.model.path, cfg.data.date):
-        _LOG.warning("%s", said)
+    if warning := chat.unstopped_turn(cfg.model.path, cfg.data.date):
+        _LOG.warning("%s", warning)
 
 
 def with_room(cfg: RunConfig) -> RunConfig:
@@ -133,10 +135,10 @@ def check_ranks(cfg: RunConfig) -> Shares | None:
     return accelerators.shares_of(cfg, read_model(cfg.model.path), machine)
 
 
-def check_places(cfg: RunConfig, places: int, what: str) -> None:
-    """Raise LayoutError where the ranks don't fit `places` accelerators; `what` says in words where these come from."""
+def check_places(cfg: RunConfig, places: int, source: str) -> None:
+    """Raise LayoutError where the ranks don't fit `places` accelerators; `source` says in words where they are from."""
     model = read_model(cfg.model.path)
-    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, what=what)
+    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, what=source)
 
 
 @contextmanager

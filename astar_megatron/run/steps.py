@@ -26,10 +26,7 @@ def step_options(cfg: RunConfig) -> StepOptions:
 
 
 def batch_of(rollouts: Sequence[Rollout], objective: Objective, version: int) -> RolloutBatch:
-    """The rollouts as the policy needs them; all must come from the weights it has now."""
-    stale = {rollout.version for rollout in rollouts} - {version}
-    if stale:
-        raise AssertionError(f"rollouts of versions {sorted(stale)} in a step of version {version}")
+    """The rollouts as the policy needs them, to train weights of `version` on them."""
     columns = objective.columns(rollouts)
     return RolloutBatch(
         token_ids=tuple(rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts),
@@ -63,7 +60,7 @@ def metrics_of(
     return {
         "step": step,
         "version": step,
-        "reward_mean": sum(rollout.reward or 0.0 for rollout in rollouts) / count,
+        "reward_mean": sum(rollout.score for rollout in rollouts) / count,
         "loss": stats.loss,
         "grad_norm": stats.grad_norm,
         "lr": stats.learning_rate,

@@ -169,7 +169,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics; a last line that a crash cut is left out."""
     path = Path(run_dir) / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = []
+    all_metrics = []
     for number, line in enumerate(lines, start=1):
         try:
             metrics = json.loads(line)
@@ -181,8 +181,8 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{path}, line {number}: expected the metrics of a step as JSON; repair or remove the file"
             )
-        found.append(metrics)
-    return found
+        all_metrics.append(metrics)
+    return all_metrics
 
 
 def plot_rewards(run_dir: str | Path, baseline: float | None = None) -> Path:

@@ -22,15 +22,15 @@ def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates:
     return run_estimates(cfg, inputs.contract, inputs.prompts)
 
 
-def prompt_stream(cfg: RunConfig, inputs: Inputs, found: Estimates | None) -> PromptStream:
+def prompt_stream(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> PromptStream:
     """Return the order in which training takes prompts, left out or rarer where stage 1 says they teach little."""
-    weights = filters.weights(found, cfg.filter) if found else None
+    weights = filters.weights(estimates, cfg.filter) if estimates else None
     return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
 
 
-def objective_of(cfg: RunConfig, found: Estimates | None) -> Objective:
+def objective_of(cfg: RunConfig, estimates: Estimates | None) -> Objective:
     """Return the method, as it begins with what stage 1 found."""
-    return astar_of(cfg, *((found.by_uid(), found.samples_by_uid()) if found else ({}, {})))
+    return astar_of(cfg, *((estimates.by_uid(), estimates.samples_by_uid()) if estimates else ({}, {})))
 
 
 def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:
@@ -41,8 +41,8 @@ def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:
 def check_training(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
     needs_stage_1 = cfg.filter != FilterConfig() or cfg.astar.refresh_decay is not None
-    found = stage_1(cfg, inputs) if needs_stage_1 else None
-    done = checkpoints_of(cfg, inputs).restore(prompt_stream(cfg, inputs, found), objective_of(cfg, found))
+    estimates = stage_1(cfg, inputs) if needs_stage_1 else None
+    done = checkpoints_of(cfg, inputs).restore(prompt_stream(cfg, inputs, estimates), objective_of(cfg, estimates))
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "

@@ -162,7 +162,7 @@ def _check_held(
             index = verifier.first_mismatch(expected, worker, answer["digests"])
             if index is not None:
                 sent = sent_rows(*verifier.origin(worker, index))
-                held = engines.digest_rows(engine, worker, index)
-                raise mismatch(version, verifier.held[worker][index], where, sent, held)
+                held_rows = engines.digest_rows(engine, worker, index)
+                raise mismatch(version, verifier.held[worker][index], where, sent, held_rows)
             for tensor, row, detail in answer["faults"]:
                 raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)

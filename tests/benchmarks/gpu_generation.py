@@ -118,13 +118,15 @@ def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
 
 def pool_row(work: Work) -> dict[str, Any]:
     from astar_megatron.cluster.cluster import Cluster
-    from astar_megatron.config import ClusterConfig, RolloutConfig, SamplingConfig
+    from astar_megatron.config import ClusterConfig, RewardConfig, RolloutConfig, SamplingConfig
     from astar_megatron.rollout.pool import EnginePool
-    from astar_megatron.types import Prompt
+    from astar_megatron.rollout.source import RolloutSource
+    from astar_megatron.types import Prompt, Request
 
     rollout = RolloutConfig(graphs=work.graphs, max_num_seqs=work.requests, gpu_memory_utilization=0.85)  # type: ignore[arg-type]
-    prompts = [Prompt(uid=str(i), token_ids=tuple(ids), text="", answer="") for i, ids in enumerate(work.prompts())]
-    items = [(prompt, 0, index) for index, prompt in enumerate(prompts)]
+    prompts = [Prompt(uid=str(i), token_ids=tuple(ids), text="", answer="0") for i, ids in enumerate(work.prompts())]
+    requests = [Request(prompt=prompt, sample=0, seed=index) for index, prompt in enumerate(prompts)]
+    sampling, reward = SamplingConfig(max_response_tokens=work.tokens), RewardConfig(name="last_number")
     with Cluster(ClusterConfig(start_timeout_seconds=900)) as cluster:
         start = time.perf_counter()
         pool = EnginePool(
@@ -140,10 +142,10 @@ def pool_row(work: Work) -> dict[str, Any]:
         pool.start()
         ready = time.perf_counter()
         for _ in range(2):
-            first = time.perf_counter()
-            sampling = SamplingConfig(max_response_tokens=work.tokens)
-            rollouts = [rollout for finished in pool.generate(items, sampling) for _, rollout in finished]
-            seconds = time.perf_counter() - first
+            with RolloutSource(pool, sampling, reward, Path(work.model).parent) as source:
+                first = time.perf_counter()
+                rollouts = source.ask(requests).rollouts()
+                seconds = time.perf_counter() - first
         pool.close()
     row = figures(KINDS[-1], seconds, [len(rollout.token_ids) for rollout in rollouts])
     return {"who": "the pool", "graphs": work.graphs} | row | {"start, s": round(ready - start, 1)}

@@ -41,8 +41,9 @@ def rollouts(name: str, count: int) -> list[Rollout]:
             token_ids=(1,),
             text=THOUGHT * 7 + ending.format(18 if i % 2 else 17),
             truncated=False,
-            logprob=0.0,
-            version=0,
+            token_logprobs=(0.0,),
+            first_version=0,
+            last_version=0,
         )
         for i in range(count)
     ]

@@ -25,7 +25,7 @@ from demo import machine
 from astar_megatron import config
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.pool import seed_of
+from astar_megatron.rollout.requests import seed_of
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Tracker

@@ -76,8 +76,9 @@ def shard(number: int) -> list[Rollout]:
                 token_ids=tuple(range(i % 97, i % 97 + TOKENS)),
                 text="",
                 truncated=False,
-                logprob=-1.5,
-                version=0,
+                token_logprobs=(-1.5, *(0.0,) * (TOKENS - 1)),
+                first_version=0,
+                last_version=0,
                 reward=float((i * 31 + sample * 17) % 5 < i % 6),
             )
         )

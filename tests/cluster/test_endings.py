@@ -35,6 +35,7 @@ def test_the_error_of_a_worker_goes_before_those_that_point_to_it() -> None:
             "trace for root cause.",
             "BrokenPipeError: [Errno 32] Broken pipe",
             "RuntimeError: Engine core initialization failed. See root cause above.",
+            "EOFError",
         ]
     )
     assert endings.last_error(output) == "RuntimeError: Unable to find address for: nope0"
@@ -87,7 +88,8 @@ def test_the_outputs_of_a_process_are_read_together_and_missing_ones_hold_none(t
 
 def test_the_statuses_that_vllm_names_are_said_in_words() -> None:
     message = "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -11}"
-    assert endings.is_secondary(message) and not endings.is_secondary("KeyError: 'weights'")
+    assert endings.is_secondary(message) and endings.is_secondary("EOFError")
+    assert not endings.is_secondary("KeyError: 'weights'") and not endings.is_secondary("EOFError: a.pt is cut")
     assert endings.core_end(message) == "EngineCore was killed by SIGSEGV"
     assert endings.core_end("KeyError: 'weights'") is None
 

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import signal, sys, time
+import multiprocessing, signal, sys, time
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import ClusterConfig
 def stop(number, frame): raise SystemExit(7)
 signal.signal(signal.SIGTERM, stop)
 class Worker:
-    def answer(self): return 41 + 1
+    def answer(self):
+        with multiprocessing.Manager() as manager:  # as Megatron has one when it writes a checkpoint
+            queue = manager.Queue()
+            queue.put(42)
+            return queue.get()
 with Cluster(ClusterConfig()) as cluster:
     worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
     print(cluster.wait("worker", [worker.answer.remote()], 120), flush=True)
@@ -63,8 +67,10 @@ def listening(pids: set[int]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_local_session_listens_on_loopback_only_and_sigterm_leaves_nothing_of_it(tmp_path: Path) -> None:
-    """Without HOME: the token is in no file."""
-    environment = os.environ | {"HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
+    """Without HOME: the token is in no file. With a TMPDIR in which no socket can be made: an actor has another."""
+    temporary = tmp_path / ("d" * 100)
+    temporary.mkdir()
+    environment = os.environ | {"HOME": "/proc/nowhere", "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", PROGRAM]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment

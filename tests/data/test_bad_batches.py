@@ -18,7 +18,7 @@ OPTIONS = {"sampling.temperature": 0.8}
 
 def _rollout(index: int) -> Rollout:
     prompt = Prompt(uid=f"uid{index}", token_ids=(1, 2, 3)[: index + 1], text=f"What is {index}?", answer="ü")
-    return samples.rollout(prompt, token_ids=(7, 2), text="so", logprob=-3.5, version=4)
+    return samples.rollout(prompt, token_ids=(7, 2), text="so", token_logprobs=(-3.0, -0.5), last_version=4)
 
 
 def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout], RolloutBatch, StepStats]:

@@ -103,6 +103,9 @@ def test_a_stop_token_without_a_row_is_refused(model_folder: MakeModel) -> None:
     _edit_config(model, vocab_size=258)
     with pytest.raises(TokenizerError, match=r"end at token .* \(258\).* vocab_size is 258"):
         stop_token_ids(model)
+    unknown = model_folder(stop=[9999])  # to the tokenizer too
+    with pytest.raises(TokenizerError, match=r"end at token 9999, for which the model has no row"):
+        stop_token_ids(unknown)
 
 
 @pytest.mark.parametrize("config", ["{}", '{"vocab_size": "many"}', '{"vocab_size": true}'])

@@ -1,13 +1,21 @@
-"""Rollouts of a pool of engines, all at once."""
+"""Responses of a pool's first engine, by the pool alone: nothing is scored."""
 
 from collections.abc import Sequence
 
 from astar_megatron.config import SamplingConfig
-from astar_megatron.rollout.pool import EnginePool, Item
-from astar_megatron.types import Rollout
+from astar_megatron.rollout.engine import Response
+from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.types import Prompt, Request
 
 
-def drawn(engines: EnginePool, work: Sequence[Item], sampling: SamplingConfig) -> list[Rollout]:
-    """Return the rollouts of `work` in its order."""
-    rollouts = dict(answer for finished in engines.generate(work, sampling) for answer in finished)
-    return [rollouts[index] for index in range(len(work))]
+def drawn(
+    engines: EnginePool, prompt: Prompt, sampling: SamplingConfig, *, seeds: Sequence[int] = (1,), greedy: bool = False
+) -> list[Response]:
+    """Return a response to the prompt for each seed."""
+    requests = [Request(prompt=prompt, sample=sample, seed=seed, greedy=greedy) for sample, seed in enumerate(seeds)]
+    stream, by_tag = engines.generate(0, list(enumerate(requests)), sampling), {}
+    while len(by_tag) < len(requests):
+        for _, responses in engines.responses([stream], seconds=600):
+            assert responses is not None
+            by_tag.update({response.tag: response for response in responses})
+    return [by_tag[tag] for tag in range(len(requests))]

@@ -35,11 +35,11 @@ def vllm_process(name: str) -> int:
 
 def kill_and_draw(engines: EnginePool, cfg: config.RunConfig, name: str) -> str:
     """The last line of what is said when the process is killed."""
-    drawn(engines, [(PROMPT, 0, 1)], cfg.sampling)
+    drawn(engines, PROMPT, cfg.sampling)
     os.kill(vllm_process(name), signal.SIGKILL)
     with pytest.raises(ClusterError) as caught:
-        for sample in range(1, 1000):  # the first may be answered before the end is seen
-            drawn(engines, [(PROMPT, sample, sample)], cfg.sampling)
+        for seed in range(1, 1000):  # the first may be answered before the end is seen
+            drawn(engines, PROMPT, cfg.sampling, seeds=[seed])
     return str(caught.value).splitlines()[-1]
 
 

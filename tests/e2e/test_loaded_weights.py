@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import drawn
 from safetensors.torch import load_file, save_file
 
 from astar_megatron import config
@@ -13,6 +14,7 @@ from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.run.fleet import start_engines
 from astar_megatron.run.weights import LoadedWeights
 from astar_megatron.sweep import main
+from astar_megatron.types import Prompt
 from conversion.folders import CheckpointError
 
 NAME = "model.layers.3.self_attn.v_proj.weight"
@@ -41,7 +43,8 @@ def test_an_engine_that_loaded_another_file_too_is_named(
             CheckpointError, match=r"of engine 0 loaded another model\.layers\.3\.self_attn\.v_proj"
         ) as error:
             checked.verify(engines)
-        assert len(engines.greedy([3, 4, 5], 4)[0]) == 4
+        prompt = Prompt(uid="p", token_ids=(3, 4, 5), text="", answer="")
+        assert drawn(engines, prompt, cfg.sampling)[0].token_ids
     assert "first bad row 37: digest expected" in str(error.value)
 
 

@@ -41,38 +41,39 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     cfg = config.validate(run_tree(request.getfixturevalue(kind)))
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
-    sequence = list(range(3, 33))
+    short, long = (Prompt(uid="p", token_ids=tuple(range(3, end)), text="", answer="") for end in (33, 83))
     with Fleet(cfg, inputs.model, tracker) as fleet:
         engines, policy = fleet.engines, fleet.policy
-        _, first_logprobs = engines.greedy(sequence, 6)
-        long = Prompt(uid="long", token_ids=tuple(range(3, 83)), text="", answer="")
-        (first_long,) = drawn(engines, [(long, 0, 1)], cfg.sampling)  # fills two blocks of the prefix cache
+        (first,) = drawn(engines, short, cfg.sampling, greedy=True)
+        (first_long,) = drawn(engines, long, cfg.sampling)  # fills two blocks of the prefix cache
         table = sweep(cfg, inputs, engines, tracker)
         assert table.summary().samples == 24
         assert table.missing(inputs.prompts, 2) == []
 
         train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
         (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
-        tokens, logprobs = engines.greedy(sequence, 6)
-        (megatron,) = policy.logprobs([sequence], [1])
-        (drawn_long,) = drawn(engines, [(long, 0, 1)], cfg.sampling)
-        (megatron_long,) = policy.logprobs([long.token_ids + drawn_long.token_ids], [len(long.token_ids)])
-    with engines_of(cfg, tracker, str(cfg.export_dir)) as fresh:
-        fresh_tokens, fresh_logprobs = fresh.greedy(sequence, 6)
+        (last,) = drawn(engines, short, cfg.sampling, greedy=True)
+        (last_long,) = drawn(engines, long, cfg.sampling)
+        sequences = [short.token_ids + first.token_ids, short.token_ids + last.token_ids]
+        megatron_first, megatron = policy.logprobs(sequences, [len(short.token_ids)] * 2)
+        (megatron_long,) = policy.logprobs([long.token_ids + last_long.token_ids], [len(long.token_ids)])
+    with engines_of(cfg, tracker, str(cfg.export_dir)) as fresh_engines:
+        (fresh,) = drawn(fresh_engines, short, cfg.sampling, greedy=True)
 
-    moved = max(abs(a - b) for a, b in zip(logprobs, first_logprobs, strict=True))
-    assert moved > 1e-2  # the updates did reach the engine
-    assert (first_long.version, drawn_long.version) == (0, 3)
-    assert drawn_long.logprob == pytest.approx(sum(megatron_long), abs=1e-3)  # blocks of old weights would show here
-    assert tokens == fresh_tokens
-    assert logprobs == pytest.approx(fresh_logprobs, abs=1e-5)
-    assert logprobs == pytest.approx(megatron, abs=1e-3)
+    moved = max(abs(a - b) for a, b in zip(first.token_logprobs, megatron_first, strict=True))
+    assert moved > 1e-2  # what the updates changed
+    assert (first_long.first_version, first_long.last_version) == (0, 0)
+    assert (last_long.first_version, last_long.last_version) == (3, 3)
+    assert last_long.token_logprobs == pytest.approx(megatron_long, abs=1e-3)  # blocks of old weights would show here
+    assert last.token_ids == fresh.token_ids
+    assert last.token_logprobs == pytest.approx(fresh.token_logprobs, abs=1e-5)
+    assert last.token_logprobs == pytest.approx(megatron, abs=1e-3)
 
     assert json.loads((cfg.export_dir / "conversion.json").read_text())["logprobs"]["max_difference"] < 1e-4
     model = AutoModelForCausalLM.from_pretrained(cfg.export_dir, dtype=torch.float32)
     with torch.no_grad():
-        rows = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
-    plain = [float(rows[t - 1, sequence[t]]) for t in range(1, len(sequence))]
+        rows = model(torch.tensor([sequences[1]])).logits[0].log_softmax(-1)
+    plain = [float(rows[t - 1, sequences[1][t]]) for t in range(len(short.token_ids), len(sequences[1]))]
     assert megatron == pytest.approx(plain, abs=1e-4)
 
     rows = [json.loads(line) for line in (tracker.run_dir / "eval.jsonl").read_text().splitlines()]

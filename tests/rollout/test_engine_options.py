@@ -1,5 +1,6 @@
 """What an engine is told: graphs by key or by device, the head's type, the log. vLLM itself reads the arguments."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from astar_megatron.config import RolloutConfig
 from astar_megatron.rollout.engine import EngineOptions, check_graphs, engine_arguments, graphs_of
-from astar_megatron.rollout.start_log import StartLog
+from astar_megatron.rollout.start_log import PHASES, StartLog
 
 
 def options(*, on_gpu: bool, model_path: str = "m", **rollout: Any) -> EngineOptions:
@@ -62,7 +63,7 @@ configure_logging(LoggingConfig())  # as an engine does, and the processes that 
 logger = init_logger("vllm.anything")
 logger.info("Starting to load model %s", "m")
 logger.error("no such thing")
-logger.info("Capturing decode graphs\\nof several sizes")
+logger.info("Initial profiling/warmup run took\\n3 s")
 """
 
 
@@ -72,7 +73,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], StartLog,
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("engine")
     log = StartLog.make(folder, "engine-0")
-    assert log.last_words() == ""
+    assert log.phase(has_graphs=True) == "starting its process"
     model = str(folder)  # there is such a folder: nothing more is looked for yet
     cases = [options(on_gpu=True, model_path=model, graphs=graphs) for graphs in ("none", "decode", "compiled", None)]
     text = json.dumps([engine_arguments(case) for case in [*cases, options(on_gpu=False, model_path=model)]])
@@ -94,15 +95,27 @@ def test_vllm_reads_the_arguments_as_they_are_meant(told: tuple[list[Any], Start
     ]
 
 
-def test_what_vllm_said_last_is_known(told: tuple[list[Any], StartLog, str]) -> None:
+def test_the_phase_is_that_of_the_last_message_that_begins_one(told: tuple[list[Any], StartLog, str]) -> None:
     _, log, errors = told
-    assert log.last_words() == "Capturing decode graphs"  # the line below is the message's, and no message
+    assert log.phase(has_graphs=True) == "measuring its memory"
     assert "Starting to load model m" in log.log.read_text()
     assert "no such thing" in errors and "Starting to load" not in errors
 
 
-def test_long_words_are_cut_and_half_a_file_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("has_graphs", "phase"), [(True, "capturing graphs"), (False, "warming up")])
+def test_when_its_cache_is_made_an_engine_captures_graphs_or_warms_up(
+    tmp_path: Path, has_graphs: bool, phase: str
+) -> None:
     log = StartLog.make(tmp_path, "engine-0")
-    line = "2026-01-01 00:00:00,000\tINFO\t" + "x" * 500
-    log.log.write_text("\n".join([line] * 200) + "\n")
-    assert log.last_words() == "x" * 100 + "..."
+    lines = ["Starting to load model m...", "CPU KV cache size: 297,624 tokens, Maximum", "Enabled custom fusions: x"]
+    log.log.write_text("".join(f"2026-01-01 00:00:00,000\tINFO\t{line}\n" for line in lines))
+    assert log.phase(has_graphs=has_graphs) == phase
+
+
+def test_the_installed_vllm_has_each_message_that_begins_a_phase() -> None:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or not vllm.submodule_search_locations:
+        pytest.skip("needs vllm")
+    folder = Path(vllm.submodule_search_locations[0])
+    text = "".join(path.read_text() for room in ("v1", "compilation") for path in (folder / room).rglob("*.py"))
+    assert [message for message in PHASES if message not in text] == []

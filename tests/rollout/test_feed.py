@@ -1,18 +1,18 @@
 """Queues of engines: never dry while there is work, never all of it, a prompt's samples in one place."""
 
 import random
-from collections.abc import Iterator
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astar_megatron.rollout.feed import Feed, Item
-from astar_megatron.types import Prompt
+from astar_megatron.types import Prompt, Request
 
 
 def items(num_prompts: int, samples: int) -> list[Item]:
     prompts = [Prompt(uid=f"u{i}", token_ids=(i,), text="", answer="") for i in range(num_prompts)]
-    return [(prompt, n, 0) for prompt in prompts for n in range(samples)]
+    requests = [Request(prompt=prompt, sample=n, seed=0) for prompt in prompts for n in range(samples)]
+    return list(enumerate(requests))
 
 
 @settings(deadline=None)
@@ -21,39 +21,43 @@ def items(num_prompts: int, samples: int) -> list[Item]:
     samples=st.integers(1, 9),
     num_engines=st.integers(1, 4),
     max_num_seqs=st.integers(1, 12),
+    at_once=st.booleans(),
     seed=st.integers(0, 5),
 )
 def test_everything_is_answered_once_and_no_engine_starves(
-    num_prompts: int, samples: int, num_engines: int, max_num_seqs: int, seed: int
+    num_prompts: int, samples: int, num_engines: int, max_num_seqs: int, at_once: bool, seed: int
 ) -> None:
+    """Whether all is asked for at once, or as there is room."""
     chance, asked, whole = random.Random(seed), 0, items(num_prompts, samples)
-
-    def work() -> Iterator[Item]:
-        nonlocal asked
-        for item in whole:
-            asked += 1
-            yield item
-
-    feed, answered = Feed(work(), num_engines, max_num_seqs), []
+    feed, answered = Feed(num_engines, max_num_seqs), []
     queues: list[list[int]] = [[] for _ in range(num_engines)]
     while True:
+        while asked < len(whole) and (at_once or feed.room()):
+            fresh = whole[asked:] if at_once else whole[asked : asked + feed.room()]
+            feed.ask(fresh)
+            asked += len(fresh)
+            if not at_once:
+                assert asked <= len(answered) + num_engines * (2 * max_num_seqs + samples)
+            for engine, share in feed.due():
+                assert all(whole[tag] == (tag, request) for tag, request in share)
+                queues[engine] += [tag for tag, _ in share]
         for engine, share in feed.due():
-            assert all(whole[index] == item for index, item in share)
-            queues[engine] += [index for index, _ in share]
+            queues[engine] += [tag for tag, _ in share]
         if not any(queues):
             break
-        if asked < len(whole):  # there is more: each has what it decodes and some behind it
+        if sum(map(len, queues)) + len(answered) < len(whole):  # there is more: each has some behind what it decodes
             assert min(map(len, queues)) > max_num_seqs
         assert max(map(len, queues)) <= 2 * max_num_seqs + samples  # a prompt's samples are not split
-        assert asked <= len(answered) + num_engines * (2 * max_num_seqs + samples)
         engine = chance.choice([i for i, queue in enumerate(queues) if queue])
-        index = queues[engine].pop(chance.randrange(min(max_num_seqs, len(queues[engine]))))
-        assert feed.answered(engine, index) == whole[index]
-        answered.append(index)
+        tag = queues[engine].pop(chance.randrange(min(max_num_seqs, len(queues[engine]))))
+        assert feed.answered(engine, tag) == whole[tag][1]
+        answered.append(tag)
     assert sorted(answered) == list(range(len(whole)))
 
 
 def test_a_small_batch_is_spread_over_the_engines_with_a_prompts_samples_together() -> None:
-    shares = dict(Feed(items(7, 3), 2, 256).due())
+    feed = Feed(2, 256)
+    feed.ask(items(7, 3))
+    shares = dict(feed.due())
     assert sorted(map(len, shares.values())) == [9, 12]
-    assert not {item[0].uid for _, item in shares[0]} & {item[0].uid for _, item in shares[1]}
+    assert not {request.prompt.uid for _, request in shares[0]} & {request.prompt.uid for _, request in shares[1]}

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import samples
 import yaml
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig
 from astar_megatron.rollout.scoring import Scorer
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.types import Prompt
 
 NEIGHBOURS = ("conversion", "types", "numbers", "json", "statistics", "torch", "astar_megatron")
 JUDGE = """
@@ -43,9 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def scored(name: str) -> float | None:
     prompt = Prompt(uid="u1", token_ids=(1,), text="What is 3 + 4?", answer="7")
-    rollout = Rollout(
-        prompt=prompt, sample=0, seed=0, token_ids=(1,), text="7", truncated=False, logprob=0.0, version=0
-    )
+    rollout = samples.rollout(prompt, text="7", reward=None)
     with Scorer(RewardConfig(name=name), num_processes=1) as scorer:
         return scorer.score([rollout])[0].reward
 

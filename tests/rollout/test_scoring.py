@@ -1,21 +1,24 @@
 """Scoring in processes: the same rewards as the function's, in order, and no reward can hang or end the driver."""
 
+import dataclasses
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import samples
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.config import RewardConfig
-from astar_megatron.rollout.scoring import Indexed, Scorer, gather
+from astar_megatron.rollout.scoring import Pending, Scorer
 from astar_megatron.types import Prompt, Rollout
 
 HERE = Path(__file__).parent
@@ -33,7 +36,7 @@ def _faulty_scorer(folder: Path | None = None, seconds: float = 60.0, max_failur
 
 def _rollout(text: str, answer: str = "7", uid: str = "u1") -> Rollout:
     prompt = Prompt(uid=uid, token_ids=(1,), text="What is 3 + 4?", answer=answer)
-    return Rollout(prompt=prompt, sample=3, seed=0, token_ids=(1,), text=text, truncated=False, logprob=0.0, version=5)
+    return samples.rollout(prompt, sample=3, text=text, last_version=5, reward=None)
 
 
 def test_processes_give_the_rewards_of_the_function_in_order_and_change_nothing_else() -> None:
@@ -44,35 +47,18 @@ def test_processes_give_the_rewards_of_the_function_in_order_and_change_nothing_
     reward = rewards.get("gsm8k_strict")
     assert [rollout.reward for rollout in scored] == [reward(text, "7") for text in texts]
     assert {0.0, 1.0} == {rollout.reward for rollout in scored}
-    assert [(one.text, one.prompt, one.version) for one in scored] == [(r.text, r.prompt, r.version) for r in rollouts]
+    assert [dataclasses.replace(rollout, reward=None) for rollout in scored] == rollouts
 
 
-def test_responses_are_scored_while_others_are_drawn() -> None:
+def test_whoever_asks_hears_when_rollouts_are_scored_and_need_not_wait() -> None:
+    done: queue.SimpleQueue[Pending] = queue.SimpleQueue()
     with Scorer(RewardConfig(name="last_number"), num_processes=2) as scorer:
-        scorer.score([_rollout("7")])  # its processes run
-        first_is_scored = threading.Event()
-
-        def generation() -> Iterator[Indexed]:
-            yield [(2, _rollout("7")), (0, _rollout("8"))]
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:  # the second batch is drawn only after the first was scored
-                if first.done():
-                    first_is_scored.set()
-                    break
-                time.sleep(0.01)
-            yield [(1, _rollout("7"))]
-
-        stream = generation()
-        first = scorer.submit(next(stream))
-        pending = [first, *(scorer.submit(finished) for finished in stream)]
-        assert first_is_scored.is_set()
-        assert [rollout.reward for rollout in gather(pending)] == [0.0, 1.0, 1.0]
-        batches = [[(0, _rollout("7"))], [(1, _rollout("8")), (2, _rollout("7"))]]
-        assert [[(i, r.reward) for i, r in batch] for batch in scorer.scored(batches)] == [
-            [(0, 1.0)],
-            [(1, 0.0), (2, 1.0)],
-        ]
-        assert list(scorer.scored([])) == [] and scorer.score([]) == []
+        for numbers in ([2, 0], list(range(3, 203)), [1]):  # of one message, of several, of a single response
+            scorer.submit([(number, _rollout(f"{7 + number % 2}")) for number in numbers]).when_done(done.put)
+        scored = dict(pair for _ in range(3) for pair in done.get(timeout=60).result())
+    assert {number: rollout.reward for number, rollout in scored.items()} == {
+        number: float(number % 2 == 0) for number in range(203)
+    }
 
 
 def test_each_way_to_fail_gives_no_reward_and_is_written_with_prompt_and_response(tmp_path: Path) -> None:
@@ -162,11 +148,12 @@ def test_a_reward_that_cannot_be_loaded_is_named() -> None:
 def test_closing_ends_a_reward_that_hangs(tmp_path: Path) -> None:
     started = tmp_path / "started"
     scorer = _faulty_scorer(seconds=600.0)
-    pending = scorer.submit([(0, _rollout("", answer=f"touch {started}"))])
+    scored = threading.Event()
+    scorer.submit([(0, _rollout("", answer=f"touch {started}"))]).when_done(lambda pending: scored.set())
     _wait_for(started.exists)
     scorer.close()
     _wait_for(lambda: not _running(os.getpid()))
-    assert pending.done()
+    assert scored.wait(60)  # with an error: whoever waits goes on
 
 
 def test_a_process_that_was_killed_while_it_waited_is_replaced_and_no_response_pays_for_it() -> None:
@@ -187,7 +174,7 @@ _faulty_scorer(seconds=600.0).score([_rollout("", answer="touch " + sys.argv[1])
 
 def test_a_killed_driver_takes_a_reward_that_hangs_with_it(tmp_path: Path) -> None:
     started = tmp_path / "started"
-    path = [str(HERE), str(HERE.parents[1])]
+    path = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{DRIVER}", str(started)]
     with subprocess.Popen(command) as driver:
         _wait_for(started.exists)

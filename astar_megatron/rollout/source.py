@@ -1,0 +1,197 @@
+"""Requests in, scored rollouts out: one way for stage 1, training and evaluation.
+
+A thread of its own keeps the engines busy: it hands out what was asked for whenever a queue runs low (feed.py), and
+gives what comes back to the reward's processes (scoring.py), so generation and scoring go on while the driver trains.
+"""
+
+import itertools
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from astar_megatron.config import RewardConfig, SamplingConfig
+from astar_megatron.rollout.engine import Response
+from astar_megatron.rollout.feed import Feed, Item
+from astar_megatron.rollout.scoring import Indexed, Pending, Scorer
+from astar_megatron.types import Request, Rollout
+
+_POLL_SECONDS = 0.1  # after which newly asked requests are handed out, while engines answer others
+_CLOSE_SECONDS = 30.0
+
+
+class Engines(Protocol):
+    """What a source needs of a pool of engines; see pool.EnginePool."""
+
+    max_num_seqs: int
+    detokenize: Callable[[Sequence[int]], str]
+
+    def __len__(self) -> int: ...
+
+    def generate(self, engine: int, requests: Sequence[Item], sampling: SamplingConfig) -> Any: ...
+
+    def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]: ...
+
+
+class Draw:
+    """Requests on their way, numbered as they were asked for. `changed` guards what the source's thread changes too."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.num_asked = self.num_unanswered = 0  # of those asked for, what the engines have not answered
+        self._num_scored = 0
+        self._scored: queue.SimpleQueue[Pending | Exception] = queue.SimpleQueue()
+        self._changed = changed
+
+    def wait_for_engines(self) -> None:
+        """Wait until the engines have answered everything, or can't; it may still have to be scored."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.num_unanswered)
+
+    def scored(self) -> Iterator[Indexed]:
+        """Yield (number, rollout) pairs as they are scored, until nothing that was asked for is missing."""
+        while self._num_scored < self.num_asked:
+            pairs = self._next()
+            try:
+                while not self._scored.empty():  # all that is there, or a slow driver would fall behind
+                    pairs += self._next()
+            except Exception as error:
+                self._scored.put(error)  # first what has been scored
+            self._num_scored += len(pairs)
+            yield pairs
+
+    def _next(self) -> Indexed:
+        pending = self._scored.get()
+        if isinstance(pending, Exception):
+            raise pending
+        return pending.result()
+
+    def rollouts(self, advance: Callable[[int], None] = lambda count: None) -> list[Rollout]:
+        """Return the scored rollouts in the order of their requests; `advance` hears how many more there are."""
+        by_number: dict[int, Rollout] = {}
+        for pairs in self.scored():
+            by_number.update(pairs)
+            advance(len(pairs))
+        return [by_number[number] for number in range(self.num_asked)]
+
+    def hear(self, scored: Pending | Exception) -> None:
+        """Take what is scored, or the error that ends it all; called by any thread."""
+        self._scored.put(scored)
+
+
+class RolloutSource:
+    """Draws and scores responses with engines that hold what they are to be drawn from. A context manager.
+
+    Failures to score go to `run_dir`; see Scorer. Its methods are for one thread, the driver's; an error of engines or
+    reward is raised where the driver waits for rollouts.
+    """
+
+    def __init__(self, engines: Engines, sampling: SamplingConfig, reward: RewardConfig, run_dir: Path) -> None:
+        self._engines, self._sampling = engines, sampling
+        self._scorer = Scorer(reward, run_dir)
+        self._feed = Feed(len(engines), engines.max_num_seqs)
+        self._tags = itertools.count()
+        self._draws: dict[int, tuple[Draw, int]] = {}  # by tag: the draw, and the request's number in it
+        self._changed = threading.Condition()  # guards the feed and the draws
+        self._error: Exception | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(_CLOSE_SECONDS)
+        self._scorer.close()
+
+    def ask(self, requests: Iterable[Request], draw: Draw | None = None) -> Draw:
+        """Ask for rollouts and return at once: a new draw, or `draw` with more in it."""
+        draw = draw or Draw(self._changed)
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            for request in requests:
+                tag = next(self._tags)
+                self._draws[tag] = (draw, draw.num_asked)
+                self._feed.ask([(tag, request)])
+                draw.num_asked += 1
+                draw.num_unanswered += 1
+            self._changed.notify_all()
+        return draw
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[list[Rollout]]:
+        """Yield rollouts as they are scored. `requests` are taken as engines have room: there may be no end of them."""
+        waiting, draw = iter(requests), Draw(self._changed)
+        self._fill(waiting, draw)
+        for pairs in draw.scored():
+            self._fill(waiting, draw)
+            yield [rollout for _, rollout in pairs]
+            self._fill(waiting, draw)
+
+    def _fill(self, waiting: Iterator[Request], draw: Draw) -> None:
+        while fresh := list(islice(waiting, self._room())):
+            self.ask(fresh, draw)
+
+    def _room(self) -> int:
+        with self._changed:
+            return self._feed.room()
+
+    def _serve(self) -> None:
+        """Thread: hand out, take back, give to the reward's processes."""
+        try:
+            streams: dict[Any, int] = {}  # with its engine
+            while self._has_work(streams):
+                with self._changed:
+                    due = self._feed.due()
+                for engine, items in due:
+                    streams[self._engines.generate(engine, items, self._sampling)] = engine
+                for stream, responses in self._engines.responses(list(streams), _POLL_SECONDS):
+                    if responses is None:
+                        del streams[stream]
+                    else:
+                        self._take(streams[stream], responses)
+        except Exception as error:  # of an engine, as a rule: it is the driver's to raise
+            with self._changed:
+                self._error = error
+                for draw, _ in self._draws.values():
+                    draw.num_unanswered = 0
+                    draw.hear(error)
+                self._changed.notify_all()
+
+    def _has_work(self, streams: dict[Any, int]) -> bool:
+        """Wait until there is something to do; False: the source is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or streams or self._draws)
+            return not self._closing
+
+    def _take(self, engine: int, responses: Sequence[Response]) -> None:
+        by_draw: defaultdict[Draw, Indexed] = defaultdict(list)
+        with self._changed:
+            for response in responses:
+                request = self._feed.answered(engine, response.tag)
+                draw, number = self._draws.pop(response.tag)
+                by_draw[draw].append((number, self._rollout(request, response)))
+        for draw, pairs in by_draw.items():
+            self._scorer.submit(pairs).when_done(draw.hear)
+            with self._changed:
+                draw.num_unanswered -= len(pairs)
+                self._changed.notify_all()
+
+    def _rollout(self, request: Request, response: Response) -> Rollout:
+        return Rollout(
+            prompt=request.prompt,
+            sample=request.sample,
+            seed=request.seed,
+            token_ids=response.token_ids,
+            text=self._engines.detokenize(response.token_ids),
+            truncated=response.truncated,
+            token_logprobs=response.token_logprobs,
+            first_version=response.first_version,
+            last_version=response.last_version,
+        )

@@ -1,0 +1,69 @@
+"""A pool of engines made by hand: it answers a few requests at a time, out of order, as a function says."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from astar_megatron.config import SamplingConfig
+from astar_megatron.rollout.engine import Response
+from astar_megatron.types import Request
+
+type Answer = tuple[tuple[int, ...], bool]  # the response's tokens, and whether the limit cut it
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    return bytes(token_ids).decode()
+
+
+class FakeEngines:
+    """See source.Engines. `asked` and `answered` are (engine or stream, request) in the order in which it happened."""
+
+    def __init__(
+        self,
+        answer: Callable[[Request], Answer],
+        detokenize: Callable[[Sequence[int]], str] = text_of,
+        *,
+        num_engines: int = 1,
+        max_num_seqs: int = 20,
+        at_once: int = 13,
+        seconds: float = 0.0,
+    ) -> None:
+        self.max_num_seqs, self.detokenize = max_num_seqs, detokenize
+        self.version = 0
+        self.asked: list[tuple[int, Request]] = []
+        self.answered: list[tuple[int, Request]] = []
+        self._answer, self._num_engines, self._at_once, self._seconds = answer, num_engines, at_once, seconds
+        self._shuffle, self._num_streams = random.Random(at_once), 0
+        self._streams: dict[int, list[tuple[int, int, Request]]] = {}  # version, tag, request
+
+    def __len__(self) -> int:
+        return self._num_engines
+
+    def generate(self, engine: int, requests: Sequence[tuple[int, Request]], sampling: SamplingConfig) -> int:
+        self.asked += [(engine, request) for _, request in requests]
+        self._num_streams += 1
+        self._streams[self._num_streams] = [(self.version, tag, request) for tag, request in requests]
+        return self._num_streams
+
+    def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
+        time.sleep(self._seconds)
+        stream = self._shuffle.choice(streams)
+        left = self._streams[stream]
+        if not left:
+            return [(stream, None)]
+        self._shuffle.shuffle(left)
+        now, self._streams[stream] = left[: self._at_once], left[self._at_once :]
+        self.answered += [(stream, request) for *_, request in now]
+        return [(stream, [self._respond(*item) for item in now])]
+
+    def _respond(self, version: int, tag: int, request: Request) -> Response:
+        token_ids, truncated = self._answer(request)
+        return Response(
+            tag=tag,
+            token_ids=token_ids,
+            truncated=truncated,
+            token_logprobs=(-0.5,) * len(token_ids),
+            first_version=version,
+            last_version=self.version,
+        )

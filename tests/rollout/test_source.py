@@ -1,0 +1,193 @@
+"""Requests in, scored rollouts out, with engines made by hand; tests/e2e has real ones."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engines import FakeEngines
+
+from astar_megatron.algorithm.rewards import RewardError
+from astar_megatron.config import RewardConfig, SamplingConfig
+from astar_megatron.data.prompts import PromptStream
+from astar_megatron.rollout.source import RolloutSource
+from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.types import Prompt, Request
+
+PROMPTS = [Prompt(uid=f"u{i}", token_ids=(1, i), text="", answer=str(i)) for i in range(30)]
+
+
+def request(index: int, sample: int = 0) -> Request:
+    return Request(prompt=PROMPTS[index % len(PROMPTS)], sample=sample, seed=index)
+
+
+def engines(**options: Any) -> FakeEngines:
+    """They answer a prompt's seed, which is right where it is the prompt's own number."""
+    return FakeEngines(lambda asked: (tuple(str(asked.seed).encode()), asked.sample > 0), **options)
+
+
+@pytest.fixture
+def source_of(tmp_path: Path) -> Iterator[Callable[..., RolloutSource]]:
+    """Return a function from engines to a source, closed at the end of the test."""
+    sources = []
+
+    def make(pool: Any, reward: str = "last_number") -> RolloutSource:
+        sources.append(RolloutSource(pool, SamplingConfig(), RewardConfig(name=reward, max_failures=0), tmp_path))
+        return sources[-1]
+
+    yield make
+    for source in sources:
+        source.__exit__()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_each_draw_gets_its_rollouts_scored_in_the_order_of_its_requests(source_of: Any) -> None:
+    source = source_of(engines(num_engines=3, max_num_seqs=4))
+    draws = [
+        source.ask([request(index, sample) for index in range(count)]) for count, sample in ((50, 0), (7, 1), (0, 0))
+    ]
+    heard: list[int] = []
+    first, second, none = (draw.rollouts(heard.append) for draw in draws)
+    assert [rollout.seed for rollout in first] == list(range(50)) and [rollout.seed for rollout in second] == list(
+        range(7)
+    )
+    assert [rollout.reward for rollout in first] == [1.0] * 30 + [0.0] * 20
+    assert [rollout.text for rollout in second] == [str(index) for index in range(7)]
+    assert {rollout.truncated for rollout in first} == {False} and {rollout.truncated for rollout in second} == {True}
+    assert first[17].logprob == -0.5 * 2 and none == [] and sum(heard) == 57
+    for draw in draws:
+        draw.wait_for_engines()  # at once: they have answered
+
+
+def test_the_engines_are_fed_while_the_driver_does_something_else(source_of: Any) -> None:
+    pool = engines(max_num_seqs=3, at_once=2)
+    draw = source_of(pool).ask(request(index) for index in range(100))
+    wait_for(lambda: len(pool.asked) == 100)  # far more than they take at once
+    assert len(draw.rollouts()) == 100
+
+
+def test_a_stream_takes_requests_as_there_is_room_for_them_and_never_ends_by_itself(source_of: Any) -> None:
+    taken = itertools.count()
+    stream = source_of(engines(max_num_seqs=5, at_once=3)).stream(request(next(taken)) for _ in itertools.count())
+    drawn = 0
+    for rollouts in itertools.islice(stream, 40):
+        drawn += len(rollouts)
+        time.sleep(0.01)  # slower than the engines
+    assert drawn >= 40 and next(taken) <= drawn + 2 * (2 * 5)  # with the engines, and come back meanwhile
+
+
+def test_a_stream_ends_with_its_requests_and_yields_each_once(source_of: Any) -> None:
+    source = source_of(engines(num_engines=2, max_num_seqs=3))
+    for count in (0, 1, 61):
+        seeds = [rollout.seed for rollouts in source.stream(map(request, range(count))) for rollout in rollouts]
+        assert sorted(seeds) == list(range(count))
+
+
+def test_what_ends_an_engine_is_raised_where_the_driver_waits_and_at_each_later_question(source_of: Any) -> None:
+    def answer(asked: Request) -> Any:
+        if asked.seed == 11:
+            raise ConnectionError("engine 0 ended")
+        return (55,), False
+
+    source = source_of(FakeEngines(answer, at_once=2))
+    draws = [source.ask([request(index) for index in range(first, first + 9)]) for first in (0, 9)]
+    for draw in draws:
+        draw.wait_for_engines()
+    with pytest.raises(ConnectionError, match="engine 0 ended"):
+        draws[1].rollouts()
+    with pytest.raises(ConnectionError, match="engine 0 ended"):
+        source.ask([request(0)])
+
+
+def test_what_was_scored_before_an_error_is_yielded_before_it_is_raised(source_of: Any) -> None:
+    def answer(asked: Request) -> Any:
+        if asked.seed == 11:
+            time.sleep(1.0)  # until the others are scored
+            raise ConnectionError("engine 0 ended")
+        return (55,), False
+
+    pool = FakeEngines(answer, at_once=1)
+    stream = source_of(pool).stream(request(index) for index in range(12))
+    drawn = 0
+    with pytest.raises(ConnectionError, match="engine 0 ended"):
+        for rollouts in stream:
+            drawn += len(rollouts)
+            time.sleep(2.0)
+    order = [request.seed for _, request in pool.answered]
+    assert drawn == order.index(11) > 0
+
+
+def test_what_can_t_be_scored_ends_the_run_where_the_driver_waits(source_of: Any) -> None:
+    with pytest.raises(RewardError, match="no_such_module"):
+        source_of(engines(), "no_such_module:reward").ask([request(0)]).rollouts()
+    wordless = Request(prompt=Prompt(uid="u", token_ids=(1,), text="", answer="Paris"), sample=0, seed=0)
+    with pytest.raises(RewardError, match="expected a number, got 'Paris'"):
+        source_of(engines()).ask([wordless]).rollouts()
+
+
+def test_a_source_is_left_while_engines_are_busy(source_of: Any) -> None:
+    before = threading.active_count()
+    with source_of(engines(seconds=0.05)) as source:
+        source.ask(map(request, range(1000)))
+    assert threading.active_count() == before
+
+
+def untimed(name: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def training(
+    source: RolloutSource, state: dict[str, Any] | None = None, *, first: int = 0, max_staleness: int = 0
+) -> TrainingRollouts:
+    prompts = PromptStream(PROMPTS, 7, 3)
+    if state is not None:
+        prompts.restore(state)
+    return TrainingRollouts(source, prompts, 5, versions=range(first, 6), max_staleness=max_staleness)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 2, 9])
+def test_batches_are_asked_for_as_far_ahead_as_allowed_and_are_the_same(source_of: Any, max_staleness: int) -> None:
+    ahead_pool, pool = engines(), engines()
+    ahead, batches = training(source_of(ahead_pool), max_staleness=max_staleness), training(source_of(pool))
+    for version in range(6):
+        pool.version = ahead_pool.version = version
+        early, rollouts = ahead.take(version, untimed), batches.take(version, untimed)
+        assert [rollout.seed for rollout in early] == [rollout.seed for rollout in rollouts]
+        assert {(rollout.first_version, rollout.last_version) for rollout in rollouts} == {(version, version)}
+        num_asked = 7 * min(6, version + max_staleness + 1)
+        wait_for(lambda num_asked=num_asked: len(ahead_pool.asked) == num_asked)
+        assert ahead.state() == batches.state()  # so what was asked for ahead is asked for again after a resume
+    assert [request.seed for _, request in ahead_pool.asked] == [request.seed for _, request in pool.asked]
+
+
+def test_a_resumed_run_asks_for_the_batches_that_were_not_taken(source_of: Any) -> None:
+    whole, resumed = engines(), engines()
+    batches = training(source_of(whole), max_staleness=2)
+    for version in range(4):
+        whole.version = version
+        batches.take(version, untimed)
+    resumed.version = 4
+    training(source_of(resumed), batches.state(), first=4, max_staleness=4).take(4, untimed)
+    wait_for(lambda: len(resumed.asked) == 2 * 7)
+    assert [request.seed for _, request in resumed.asked] == [request.seed for _, request in whole.asked[4 * 7 :]]
+
+
+@pytest.mark.parametrize(("drawn_by", "version", "max_staleness"), [(3, 2, 9), (0, 1, 0), (1, 4, 2)])
+def test_rollouts_of_later_weights_or_of_too_early_ones_are_refused(
+    source_of: Any, drawn_by: int, version: int, max_staleness: int
+) -> None:
+    pool = engines()
+    pool.version = drawn_by
+    batches = training(source_of(pool), first=version, max_staleness=max_staleness)
+    with pytest.raises(AssertionError, match=f"rollouts of versions {drawn_by} to {drawn_by} for version {version}, "):
+        batches.take(version, untimed)
