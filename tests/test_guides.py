@@ -134,7 +134,7 @@ def test_the_hops_name_functions() -> None:
 def commands(page: Path) -> list[list[str]]:
     """The words of every `astar` command line of a page, without those before."""
     lines = "\n".join([*blocks(text_of(page), ""), *re.findall(r"`([^`\n]+)`", prose(text_of(page)))])
-    lines = re.sub(r"\s# .*$", "", lines, flags=re.MULTILINE)
+    lines = re.sub(r"\s# .*$|\\\n", "", lines, flags=re.MULTILINE)  # comments, and lines that go on
     found = re.findall(
         r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|convert|doctor) .+)$", lines, re.MULTILINE
     )

@@ -14,8 +14,8 @@ from astar_megatron.config import AstarConfig
 from astar_megatron.run import steps
 from astar_megatron.types import Prompt, StepStats
 
-# Every key of a line. A change here is a change of what people's plots read: it belongs in CHANGELOG.md, and in the table
-# of astar_megatron/README.md.
+# Every key of a line. A change here is a change of what people's plots read: it belongs in CHANGELOG.md, and in
+# the table of astar_megatron/README.md.
 KEYS = {
     *("step", "version", "reward_mean", "v_star_mean", "loss", "grad_norm", "lr", "skipped_steps"),
     *("logratio_mean", "logratio_std", "logratio_p05", "logratio_p50", "logratio_p95", "logratio_max"),
