@@ -1,48 +1,43 @@
-"""RunConfig: every key of a run, with its default, unit and cross-checks.
+"""RunConfig: every key of a run, with its default, meaning, [unit] and cross-checks.
 
+configs/README.md is made of this file; the text below a key is its only home (tests/config_page.py).
 One YAML file (with at most one `base:` file below it) plus `key=value` overrides give one RunConfig. Unknown keys,
 wrong types and impossible combinations are refused here, before anything starts. Leaves out: what only a running
 machine knows (memory, GPUs, what a model folder holds) - resources.py and model/ check that.
 """
 
-import datetime
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from astar_megatron.config_file import ConfigError, read
-
-
-def _day(value: Any) -> str:
-    """A day as its text; YAML reads 2026-11-28 as a date."""
-    try:
-        text = value.isoformat() if type(value) is datetime.date else value
-        return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
-    except (TypeError, ValueError):
-        raise ValueError(f"data.date: expected a day as 2026-11-28, got {value!r}") from None
-
+from astar_megatron.config_file import ConfigError, day, explain, read
 
 Name = Annotated[str, Field(min_length=1)]
-Day = Annotated[str, BeforeValidator(_day)]
+Day = Annotated[str, BeforeValidator(day)]
 type Recompute = Literal["none", "selective", "full"]
 type Dtype = Literal["auto", "bfloat16", "float32"]
 type Graphs = Literal["none", "decode", "compiled"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
-    """The Hugging Face folder that the policy starts from, which is also the frozen reference."""
+    """The model that training starts from, and the frozen reference: one Hugging Face folder."""
 
     path: Name
-    dtype: Dtype = "auto"  # compute type; master weights are always fp32. auto: bfloat16 where the hardware has it
-    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None  # recipe of Transformer Engine's linear layers
-    reference: Literal["resident", "offload"] = "resident"  # offload, on GPU: in host memory but while it scores
+    """Hugging Face folder with safetensors and a chat template."""
+    dtype: Dtype = "auto"
+    """Compute type; master weights are always float32. `auto` is bfloat16 where the hardware multiplies it."""
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
+    """FP8 recipe of Transformer Engine's linear layers; null: none."""
+    reference: Literal["resident", "offload"] = "resident"
+    """Where the reference's weights lie. `offload`, on a GPU: in host memory but while they score."""
 
     @model_validator(mode="after")
     def _types(self) -> Self:
@@ -52,96 +47,135 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts: a JSONL or Parquet file, one object a line; `astar data` makes some."""
+    """The prompts of training and evaluation; `astar data` makes such files."""
 
     path: Name
+    """JSONL or Parquet file: a question and an answer a row."""
     prompt_field: str = "question"
+    """Name of the question's field."""
     answer_field: str = "answer"
-    suffix: str = ""  # appended to the prompt's text
+    """Name of the answer's field."""
+    suffix: str = ""
+    """Appended to each question."""
     max_prompt_tokens: int = Field(default=256, ge=1)
-    long_prompts: Literal["refuse", "drop"] = "refuse"  # what is done with prompts over the limit; none is ever cut
-    eval_path: Name | None = None  # evaluation prompts; none: those of `path`
-    date: Day | None = None  # the day that a chat template which asks for the time writes; it never gets the clock's
+    """[tokens] The longest prompt, chat template included."""
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    """What is done with longer prompts; none is ever cut."""
+    eval_path: Name | None = None
+    """File of the evaluation's prompts; null: those of `data.path`."""
+    date: Day | None = None
+    """The day, as 2026-11-28, for a chat template that asks for it; it never gets the clock's."""
 
 
 class RewardConfig(Section):
-    """ONE rule for sweep, training and evaluation: a name of algorithm/rewards or `package.module:function`.
+    """One rule for stage 1, training and evaluation.
 
     A response whose reward raises, takes too long or is no number from -1 to 1 is a failure: training and evaluation
     count it as 0, a V* table does not take it.
     """
 
     name: str
-    timeout_seconds: float = Field(default=10.0, gt=0.0)  # of one response; a process that takes longer is killed
-    max_failures: int = Field(default=100, ge=0)  # lines of <run_dir>/reward_failures.jsonl; one more stops the run
+    """A named reward, or `package.module:function` of your own."""
+    timeout_seconds: float = Field(default=10.0, gt=0.0)
+    """[seconds] For one response; a process that takes longer is killed and replaced."""
+    max_failures: int = Field(default=100, ge=0)
+    """[responses] Lines that `<run_dir>/reward_failures.jsonl` may have; one more stops the run."""
 
 
 class SamplingConfig(Section):
     """How responses are drawn, the same in both stages."""
 
     temperature: float = Field(default=1.0, ge=0.01)  # vLLM would raise a lower one to 0.01 in silence
+    """Divides the logits."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """[probability] Tokens are drawn from the likeliest that together have at least this; 1: from all."""
     max_response_tokens: int = Field(default=1024, ge=1)
+    """[tokens] A longer response is ended there, and scored as it stands."""
 
 
 class SweepConfig(Section):
     """Stage 1: where the rewards of the reference's samples are kept, and how many a prompt."""
 
-    table: Name | None = None  # folder; none: <run_dir>/v_star
+    table: Name | None = None
+    """Folder of the V* table; null: `<run_dir>/v_star`."""
     num_samples: int = Field(default=8, ge=1)
-    extra_tokens: int = Field(default=0, ge=0)  # response tokens for more samples where V*'s interval is widest
-    text: bool = False  # keep the responses' text beside their tokens
+    """[responses] Samples a prompt."""
+    extra_tokens: int = Field(default=0, ge=0)
+    """[tokens] Budget of response tokens for more samples where V*'s interval is widest."""
+    text: bool = False
+    """Keep the responses' text beside their tokens."""
 
 
 class AstarConfig(Section):
-    """The two temperatures of A*PO: beta1 of V*, beta2 of the regression."""
+    """The method. Its two temperatures are beta1 of V* and beta2 of the regression."""
 
     beta1: float = Field(default=0.5, gt=0.0)
+    """[reward] Of stage 1: V* = beta1 (logsumexp(r / beta1) - ln N)."""
     beta2: float = Field(default=1e-3, gt=0.0)
-    importance_cap: float | None = Field(default=None, ge=1.0)  # weigh losses by min(cap, policy / engine); none: by 1
-    # What a prompt's earlier rewards still weigh when training adds its own to V*; none: V* stays that of stage 1.
+    """[reward a nat] Of stage 2: the loss is (beta2 ln(pi / pi_ref) - (r - V*))^2."""
+    importance_cap: float | None = Field(default=None, ge=1.0)
+    """Weigh each loss by min(cap, policy's / engine's probability of the response); null: by 1."""
     refresh_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+    """[share] What earlier rewards still weigh when training adds its own to V*; null: V* stays that of stage 1."""
 
 
 class FilterConfig(Section):
-    """The share of epochs that take a prompt of which stage 1 says this; 1: all, 0: none, 0.1: now and then again."""
+    """In which share of the epochs training takes prompts of three kinds, by what stage 1 says. 1: all, 0: none."""
 
-    all_wrong: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward of 1, whatever the part for a form
-    all_right: float = Field(default=1.0, ge=0.0, le=1.0)  # no reward below 1
-    wide: float = Field(default=1.0, ge=0.0, le=1.0)  # V*'s 95 % interval wider than max_width
-    max_width: float = Field(default=1.0, gt=0.0)  # in units of reward
+    all_wrong: float = Field(default=1.0, ge=0.0, le=1.0)
+    """[share of epochs] Prompts of which no sample got 1; what is given for the right form alone does not count."""
+    all_right: float = Field(default=1.0, ge=0.0, le=1.0)
+    """[share of epochs] Prompts of which no sample got less than 1."""
+    wide: float = Field(default=1.0, ge=0.0, le=1.0)
+    """[share of epochs] Prompts whose V* has a 95 % interval wider than `filter.max_width`."""
+    max_width: float = Field(default=1.0, gt=0.0)
+    """[reward] The widest interval that `filter.wide` leaves alone."""
 
 
 class TrainConfig(Section):
+    """Stage 2: how long, and how much at a time."""
+
     num_steps: int = Field(default=100, ge=1)
-    batch_size: int = Field(default=256, ge=1)  # prompts a step, one rollout each
-    mini_batch_size: int | None = Field(default=None, ge=1)  # sequences an optimiser step; none: batch_size
-    micro_batch_tokens: int = Field(
-        default=16384, ge=1
-    )  # at most so many tokens a forward pass; a longer sequence goes alone
-    max_skipped_steps: int = Field(default=3, ge=1)  # optimiser steps lost to NaN or Inf that end the run
+    """[steps] Length of the run. A step publishes the weights, draws, scores and learns once."""
+    batch_size: int = Field(default=256, ge=1)
+    """[prompts] Prompts a step, one response each."""
+    mini_batch_size: int | None = Field(default=None, ge=1)
+    """[sequences] Sequences an optimiser step; null: `train.batch_size`."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """[tokens] Most tokens of a forward pass; a longer sequence goes alone."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """[optimiser steps] How many lost to NaN or Inf end the run."""
 
 
 class OptimConfig(Section):
-    """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch.
-
-    After `warmup_steps` of linear rise the learning rate is constant; with `cosine` it falls until the end of training,
-    with `wsd` in a straight line over the last `decay_steps`. `min_lr` is where a step after the last would be.
-    """
+    """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch."""
 
     lr: float = Field(default=1e-6, gt=0.0)
+    """Learning rate, after the warm-up."""
     min_lr: float = Field(default=0.0, ge=0.0)
+    """What the learning rate falls to: that of a step after the last."""
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up. `cosine` falls until the end, `wsd` in a straight line over the last `decay_steps`."""
     adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of the mean of gradients."""
     adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of the mean of squared gradients."""
     adam_eps: float = Field(default=1e-8, gt=0.0)
+    """Added to the root of the mean square."""
     weight_decay: float = Field(default=0.01, ge=0.0)
-    clip_grad: float = Field(default=1.0, ge=0.0)  # global norm; 0: no clipping
+    """Decoupled weight decay: a step takes the learning rate times this off a weight."""
+    clip_grad: float = Field(default=1.0, ge=0.0)
+    """Largest global norm of the gradient; 0: no clipping."""
     warmup_steps: int = Field(default=0, ge=0)
+    """[optimiser steps] Linear rise of the learning rate from 0."""
     decay_steps: int | None = Field(default=None, ge=1)
-    dither: bool = True  # bfloat16: begin each fp32 master anywhere in what rounds to its weight (model/dither.py)
-    loss_scale: Literal["paper", "pg"] = "paper"  # pg: loss / (2 beta2), whose gradient is a policy gradient's
-    offload: bool = False  # on GPU with Transformer Engine: states and step in host memory
+    """[optimiser steps] Length of the fall of `wsd`, which alone has it."""
+    dither: bool = True
+    """bfloat16: begin each float32 master weight anywhere in what rounds to its weight (examples/BFLOAT16.md)."""
+    loss_scale: Literal["paper", "pg"] = "paper"
+    """`pg`: the loss divided by 2 beta2, whose gradient is a policy gradient's."""
+    offload: bool = False
+    """On a GPU with Transformer Engine: optimiser states and step in host memory."""
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:
@@ -158,20 +192,26 @@ class OptimConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Megatron ranks: world = tensor * pipeline * context * data.
+    """Megatron ranks of the policy: world = tensor * pipeline * context * data.
 
-    What needs no key: tensor > 1 is sequence parallel between the matrices, and with more than one replica
-    (context * data) gradients are reduced and weights gathered while others are computed.
+    What needs no key: with tensor > 1 the ranks share the tokens between the matrices (sequence parallelism), and with
+    context * data > 1 gradients are reduced and weights gathered while others are computed.
     """
 
-    tensor: int = Field(default=1, ge=1)  # ranks that share each matrix
-    pipeline: int = Field(default=1, ge=1)  # stages of layers
-    virtual: int = Field(default=1, ge=1)  # parts of the model a stage holds, run in turn (interleaved 1F1B)
-    context: int = Field(default=1, ge=1)  # ranks that share the tokens of each sequence
-    data: int = Field(default=1, ge=1)  # ranks that share the sequences
-    expert: int = Field(default=1, ge=1)  # of the context * data replicas, so many share the experts
-    recompute: Recompute = "none"  # activations made again in the backward pass:
-    # selective: of attention's core, full: of every layer
+    tensor: int = Field(default=1, ge=1)
+    """[ranks] Ranks that share each matrix."""
+    pipeline: int = Field(default=1, ge=1)
+    """[ranks] Stages, each with a part of the layers."""
+    virtual: int = Field(default=1, ge=1)
+    """[parts] Parts of the model that a stage holds and runs in turn (interleaved 1F1B)."""
+    context: int = Field(default=1, ge=1)
+    """[ranks] Ranks that share the tokens of each sequence."""
+    data: int = Field(default=1, ge=1)
+    """[ranks] Ranks that share the sequences."""
+    expert: int = Field(default=1, ge=1)
+    """[ranks] How many of the context * data replicas share the experts."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again, to save memory. `selective`: attention's core; `full`: every layer."""
 
     @property
     def replicas(self) -> int:
@@ -186,49 +226,68 @@ class RolloutConfig(Section):
     """The vLLM pool: `num_engines` engines of `tensor` workers each."""
 
     num_engines: int = Field(default=1, ge=1)
+    """[engines] Engines, which share the responses to draw."""
     tensor: int = Field(default=1, ge=1)
-    max_num_seqs: int = Field(default=256, ge=1)  # sequences an engine decodes at once
-    kv_cache_gib: int = Field(default=1, ge=1)  # on CPU, GiB of host memory an engine
-    gpu_memory_utilization: float = Field(default=0.5, gt=0.0, lt=1.0)  # on GPU, share of the device
-    # decode, on GPU: a captured graph for each decode step; compiled: torch.compile too, minutes at the start. Left out
-    # it is decode on GPU, none on CPU
+    """[workers] Workers of an engine, which share each matrix."""
+    max_num_seqs: int = Field(default=256, ge=1)
+    """[sequences] Sequences that an engine decodes at once."""
+    kv_cache_gib: int = Field(default=1, ge=1)
+    """[GiB] Host memory for an engine's keys and values; on a CPU only."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """[share] Part of a GPU's memory that an engine takes; on a GPU only."""
     graphs: Graphs | None = None
+    """`decode`: captured graphs; `compiled`: torch.compile too, minutes at the start; null: `decode` if on a GPU."""
 
 
 class ConversionConfig(Section):
     """How weights move from the policy to the engines."""
 
-    bucket_bytes: int = Field(default=64 << 20, ge=4096)  # a rank sends through two buckets of at most this size
+    bucket_bytes: int = Field(default=64 << 20, ge=4096)
+    """[bytes] Size of each of the two buckets through which a rank sends."""
 
 
 class ClusterConfig(Section):
-    """Ray: joined at `address`, or started locally when there is none."""
+    """Ray: joined at `address`, or started here when there is none."""
 
     address: Name | None = None
-    threads: int | None = Field(default=None, ge=1)  # CPU threads an actor; none: shared evenly among a side's actors
+    """host:port of a Ray that runs; null: one is started on this machine."""
+    threads: int | None = Field(default=None, ge=1)
+    """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
     start_timeout_seconds: float = Field(default=300.0, gt=0.0)
+    """[seconds] How long the engines may take to start, and the policy."""
 
 
 class CheckpointConfig(Section):
-    interval: int = Field(default=50, ge=1)  # steps; the last step is always saved
-    keep: int = Field(default=2, ge=1)  # newest checkpoints kept
+    """Checkpoints of training."""
+
+    interval: int = Field(default=50, ge=1)
+    """[steps] Between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """[checkpoints] How many of the newest are kept."""
 
 
 class EvalConfig(Section):
-    """Evaluation with the pool of training: the run's own prompts under its reward, or named benchmarks."""
+    """Evaluation, with the engines of training: the run's own prompts under its reward, or named benchmarks."""
 
-    interval: int | None = Field(default=None, ge=1)  # steps between evaluations in training, and at its end; none: no
-    benchmarks: list[Name] = []  # of data/benchmarks.py; empty: data.eval_path, or data.path without one
-    folder: Name | None = None  # where the benchmarks' files are
-    num_samples: int | None = Field(default=None, ge=0)  # a problem, beside the greedy one; none: AMC23 32, others 0
-    max_prompts: int | None = Field(default=None, ge=1)  # the first so many of each set
+    interval: int | None = Field(default=None, ge=1)
+    """[steps] Between evaluations in training, with one more at its end; null: no evaluation."""
+    benchmarks: list[Name] = []
+    """Names of benchmarks; empty: `data.eval_path`, or `data.path` without one."""
+    folder: Name | None = None
+    """Where the benchmarks' files are."""
+    num_samples: int | None = Field(default=None, ge=0)
+    """[responses] Samples a problem, beside the greedy one; null: 32 for amc23, 0 for all others."""
+    max_prompts: int | None = Field(default=None, ge=1)
+    """[problems] How many of each set, from its beginning; null: all."""
 
 
 class RunConfig(Section):
-    """Every key of a run. `run_dir` gets metrics, checkpoints, the V* table and the export."""
+    """What a run is called and where it writes."""
 
     run_dir: Name
+    """Folder of metrics, checkpoints, the V* table and the export."""
     seed: int = Field(default=0, ge=0)
+    """Seed of sampling, of the order of prompts and of dithered weights."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig
@@ -308,7 +367,7 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [explain(problem, list(keys())) for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -330,41 +389,6 @@ def flat(section: Section, prefix: str = "") -> dict[str, Any]:
         value = getattr(section, name)
         values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
     return values
-
-
-_FORMER = {
-    "conversion.verify_interval": "every publish is checked whole now; leave it out",
-    "rollout.eager": "it is rollout.graphs now: true is none, false is compiled, and decode lies between them",
-}
-
-
-def _explain(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
-    if path in _FORMER:
-        return f"{path}: no such key any more; {_FORMER[path]}"
-    if problem["type"] == "extra_forbidden":
-        section = path.rpartition(".")[0]
-        siblings = [key.rpartition(".")[2] for key in keys() if key.rpartition(".")[0] == section]
-        known = f"; {section} has {', '.join(siblings)}" if section and siblings else ""
-        return f"{path}: no such key; the nearest is {_nearest_key(path)}{known}"
-    if problem["type"] == "missing":
-        return f"{path}: this key is required"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
-
-
-def _nearest_key(path: str) -> str:
-    """Return the key most like `path`: the same name in any section, its initials (learning_rate: lr), or alike."""
-    section, _, leaf = path.rpartition(".")
-    leaves = {key: key.rpartition(".")[2] for key in keys()}
-    initials = f"{section}.{''.join(word[:1] for word in leaf.split('_'))}"
-    if initials in leaves:
-        return initials
-    alike = difflib.get_close_matches(leaf, leaves.values(), n=1)
-    candidates = [key for key, name in leaves.items() if not alike or name == alike[0]]
-    return difflib.get_close_matches(path, candidates, n=1, cutoff=0.0)[0]
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

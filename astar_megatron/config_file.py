@@ -1,8 +1,10 @@
 """Configuration files as trees of plain values: YAML, one `base:` level below, `key=value` overrides above.
 
-Leaves out what the keys mean: config.py.
+And the words in which a tree is refused. Leaves out what the keys mean: config.py.
 """
 
+import datetime
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,3 +95,48 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
+
+
+def day(value: Any) -> str:
+    """Return a day as its text; YAML reads 2026-11-28 as a date. Raises ValueError."""
+    try:
+        text = value.isoformat() if type(value) is datetime.date else value
+        return datetime.datetime.strptime(text, "%Y-%m-%d").date().isoformat()
+    except (TypeError, ValueError):
+        raise ValueError(f"data.date: expected a day as 2026-11-28, got {value!r}") from None
+
+
+_FORMER = {
+    "conversion.verify_interval": "every publish is checked whole now; leave it out",
+    "rollout.eager": "it is rollout.graphs now: true is none, false is compiled, and decode lies between them",
+}
+
+
+def explain(problem: Any, keys: Sequence[str]) -> str:
+    """Return in a line what pydantic found wrong with a tree, and what would do; `keys` are all there are."""
+    path = ".".join(str(part) for part in problem["loc"])
+    got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
+    if path in _FORMER:
+        return f"{path}: no such key any more; {_FORMER[path]}"
+    if problem["type"] == "extra_forbidden":
+        section = path.rpartition(".")[0]
+        siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
+        known = f"; {section} has {', '.join(siblings)}" if section and siblings else ""
+        return f"{path}: no such key; the nearest is {_nearest_key(path, keys)}{known}"
+    if problem["type"] == "missing":
+        return f"{path}: this key is required"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
+
+
+def _nearest_key(path: str, keys: Sequence[str]) -> str:
+    """Return the key most like `path`: the same name in any section, its initials (learning_rate: lr), or alike."""
+    section, _, leaf = path.rpartition(".")
+    leaves = {key: key.rpartition(".")[2] for key in keys}
+    initials = f"{section}.{''.join(word[:1] for word in leaf.split('_'))}"
+    if initials in leaves:
+        return initials
+    alike = difflib.get_close_matches(leaf, leaves.values(), n=1)
+    candidates = [key for key, name in leaves.items() if not alike or name == alike[0]]
+    return difflib.get_close_matches(path, candidates, n=1, cutoff=0.0)[0]
