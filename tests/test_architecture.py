@@ -70,7 +70,7 @@ FORBIDDEN_NAMES = {"util", "common", "helper", "manager", "handler"}
 # Words that name no thing, and the folders whose identifiers are none of them.
 WORDS_FOR_NOTHING = {"found", "one", "what", "held", "said"}
 NAMED_BY_THE_THING = (
-    *("conversion", "astar_megatron/algorithm", "astar_megatron/data", "astar_megatron/model", "examples", "slurm"),
+    *("conversion", "astar_megatron", "examples", "slurm"),
     *("tests/algorithm", "tests/conversion", "tests/data", "tests/distributed", "tests/model"),
 )
 COMPOSES_THE_RUN = ("astar_megatron/run/fleet.py", "Fleet")  # it hands each part its branch of the configuration

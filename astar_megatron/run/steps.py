@@ -55,7 +55,7 @@ def metrics_of(
     spent_tokens: int,
     seconds: dict[str, float],
 ) -> dict[str, object]:
-    """Return a line of metrics; README.md explains the keys."""
+    """Return a line of metrics; astar_megatron/README.md explains the keys."""
     count = len(rollouts)
     return {
         "step": step,
