@@ -42,7 +42,7 @@ class Draw:
     def __init__(self, changed: threading.Condition) -> None:
         self.num_asked = self.num_unanswered = 0  # of those asked for, what the engines have not answered
         self._num_scored = 0
-        self._scored: queue.SimpleQueue[Pending | Exception] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Pending | Exception | None] = queue.SimpleQueue()
         self._changed = changed
 
     def wait_for_engines(self) -> None:
@@ -51,22 +51,25 @@ class Draw:
             self._changed.wait_for(lambda: not self.num_unanswered)
 
     def scored(self) -> Iterator[Indexed]:
-        """Yield (number, rollout) pairs as they are scored, until nothing that was asked for is missing."""
+        """Yield (number, rollout) pairs as they are scored, until nothing that was asked for is missing.
+
+        Whenever the engines have answered something it yields too, with no pairs if none is scored.
+        """
         while self._num_scored < self.num_asked:
             pairs = self._next()
             try:
-                while not self._scored.empty():  # all that is there, or a slow driver would fall behind
+                while not self._news.empty():  # all that is there, or a slow driver would fall behind
                     pairs += self._next()
             except Exception as error:
-                self._scored.put(error)  # first what has been scored
+                self._news.put(error)  # first what has been scored
             self._num_scored += len(pairs)
             yield pairs
 
     def _next(self) -> Indexed:
-        pending = self._scored.get()
-        if isinstance(pending, Exception):
-            raise pending
-        return pending.result()
+        news = self._news.get()
+        if isinstance(news, Exception):
+            raise news
+        return news.result() if news else []
 
     def rollouts(self, advance: Callable[[int], None] = lambda count: None) -> list[Rollout]:
         """Return the scored rollouts in the order of their requests; `advance` hears how many more there are."""
@@ -76,9 +79,9 @@ class Draw:
             advance(len(pairs))
         return [by_number[number] for number in range(self.num_asked)]
 
-    def hear(self, scored: Pending | Exception) -> None:
-        """Take what is scored, or the error that ends it all; called by any thread."""
-        self._scored.put(scored)
+    def hear(self, news: Pending | Exception | None) -> None:
+        """Take what is scored, or the error that ends it all; None: engines have answered. Called by any thread."""
+        self._news.put(news)
 
 
 class RolloutSource:
@@ -130,9 +133,10 @@ class RolloutSource:
         waiting, draw = iter(requests), Draw(self._changed)
         self._fill(waiting, draw)
         for pairs in draw.scored():
-            self._fill(waiting, draw)
-            yield [rollout for _, rollout in pairs]
-            self._fill(waiting, draw)
+            self._fill(waiting, draw)  # also while a slow reward keeps everything: the engines must not wait for it
+            if pairs:
+                yield [rollout for _, rollout in pairs]
+                self._fill(waiting, draw)
 
     def _fill(self, waiting: Iterator[Request], draw: Draw) -> None:
         while fresh := list(islice(waiting, self._room())):
@@ -182,6 +186,7 @@ class RolloutSource:
             with self._changed:
                 draw.num_unanswered -= len(pairs)
                 self._changed.notify_all()
+            draw.hear(None)
 
     def _rollout(self, request: Request, response: Response) -> Rollout:
         return Rollout(

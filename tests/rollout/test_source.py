@@ -86,6 +86,15 @@ def test_a_stream_takes_requests_as_there_is_room_for_them_and_never_ends_by_its
     assert drawn >= 40 and next(taken) <= drawn + 2 * (2 * 5)  # with the engines, and come back meanwhile
 
 
+def test_engines_do_not_wait_for_a_slow_reward(source_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow.py").write_text("import time\ndef reward(response, answer):\n    time.sleep(2)\n    return 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = engines(max_num_seqs=5, at_once=3)
+    stream = source_of(pool, "slow:reward").stream(request(index) for index in range(200))
+    assert next(stream)
+    assert len(pool.answered) > 190  # all but what is on its way, by the time that the first is scored
+
+
 def test_a_stream_ends_with_its_requests_and_yields_each_once(source_of: Any) -> None:
     source = source_of(engines(num_engines=2, max_num_seqs=3))
     for count in (0, 1, 61):
