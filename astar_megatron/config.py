@@ -171,7 +171,7 @@ class OptimConfig(Section):
     decay_steps: int | None = Field(default=None, ge=1)
     """[optimiser steps] Length of the fall of `wsd`, which alone has it."""
     dither: bool = True
-    """bfloat16: begin each float32 master weight anywhere in what rounds to its weight (examples/BFLOAT16.md)."""
+    """bfloat16: start each float32 master weight at a random value that rounds to it (examples/BFLOAT16.md)."""
     loss_scale: Literal["paper", "pg"] = "paper"
     """`pg`: the loss divided by 2 beta2, whose gradient is a policy gradient's."""
     offload: bool = False

@@ -119,8 +119,8 @@ def check(checker: Callable[[list[Source]], Iterable[str]], *folders: str) -> No
 
 
 def tracked() -> list[str]:
-    """The files git has, or would have after `git add .`."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    """The files of the project: a user's own beside them, such as a reward, is not git's."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):

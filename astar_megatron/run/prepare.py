@@ -69,12 +69,12 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     contract = contract_of(cfg)
     prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
     eval_sets = _eval_sets(cfg, prompts)
-    by_reward = {cfg.reward.name: [*prompts]}
+    by_reward = {cfg.reward.name: {prompt.uid: prompt for prompt in prompts}}
     for eval_set in eval_sets:
-        by_reward.setdefault(eval_set.reward.name, []).extend(eval_set.prompts)
-    for name, scored_prompts in by_reward.items():
+        by_reward.setdefault(eval_set.reward.name, {}).update({prompt.uid: prompt for prompt in eval_set.prompts})
+    for name, by_uid in by_reward.items():
         with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
-            scorer.check(scored_prompts)
+            scorer.check(list(by_uid.values()))
     resources.check_run(cfg, model_bytes=4 * model.num_parameters())
     _say_template(cfg, contract)
     return Inputs(
