@@ -3,7 +3,7 @@
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import ray
 
@@ -105,9 +105,7 @@ class EnginePool:
 
     def generate(self, engine: int, requests: Sequence[tuple[int, Request]], sampling: SamplingConfig) -> Stream:
         """Hand (tag, request) pairs to an engine and return at once; `responses` hears of them, each once."""
-        heard = Call.of(lambda at: cast(Engine, at).generate(requests, sampling))
-        method = getattr(self._engines[engine], heard.method).options(num_returns="streaming")
-        return method.remote(*heard.arguments)
+        return self._begin(engine, lambda actor: actor.generate(requests, sampling), num_returns="streaming")
 
     def responses(self, streams: Collection[Stream], seconds: float) -> list[tuple[Stream, list[Response] | None]]:
         """Wait at most so long, and return what some of the streams have; None: one has ended."""
@@ -164,9 +162,10 @@ class EnginePool:
         calls = [self._begin(index, call) for index in range(len(self))]
         return self._cluster.wait(f"engines: {Call.of(call).method}", calls)
 
-    def _begin(self, index: int, call: Callable[[Engine], Awaitable[Any]]) -> Any:
+    def _begin(self, index: int, call: Callable[[Engine], Any], num_returns: int | str = 1) -> Any:
         heard = Call.of(call)
-        return getattr(self._engines[index], heard.method).remote(*heard.arguments)
+        method = getattr(self._engines[index], heard.method).options(num_returns=num_returns)
+        return method.remote(*heard.arguments)
 
 
 def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:

@@ -177,16 +177,19 @@ class RolloutSource:
     def _take(self, engine: int, responses: Sequence[Response]) -> None:
         by_draw: defaultdict[Draw, Indexed] = defaultdict(list)
         with self._changed:
-            for response in responses:
-                request = self._feed.answered(engine, response.tag)
-                draw, number = self._draws.pop(response.tag)
-                by_draw[draw].append((number, self._rollout(request, response)))
+            requests = [self._feed.answered(engine, response.tag) for response in responses]
+            places = [self._draws[response.tag] for response in responses]
+        for request, response, (draw, number) in zip(requests, responses, places, strict=True):
+            by_draw[draw].append((number, self._rollout(request, response)))
         for draw, pairs in by_draw.items():
             self._scorer.submit(pairs).when_done(draw.hear)
             with self._changed:
                 draw.num_unanswered -= len(pairs)
                 self._changed.notify_all()
             draw.hear(None)
+        with self._changed:
+            for response in responses:  # only now: whoever still waits for one hears of an error
+                del self._draws[response.tag]
 
     def _rollout(self, request: Request, response: Response) -> Rollout:
         return Rollout(

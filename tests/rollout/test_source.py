@@ -118,6 +118,13 @@ def test_what_ends_an_engine_is_raised_where_the_driver_waits_and_at_each_later_
         source.ask([request(0)])
 
 
+def test_a_response_that_can_t_be_read_ends_the_wait_for_it(source_of: Any) -> None:
+    draw = source_of(FakeEngines(lambda asked: ((255,), False))).ask([request(0)])  # no text in UTF-8
+    draw.wait_for_engines()
+    with pytest.raises(UnicodeDecodeError):
+        draw.rollouts()
+
+
 def test_what_was_scored_before_an_error_is_yielded_before_it_is_raised(source_of: Any) -> None:
     def answer(asked: Request) -> Any:
         if asked.seed == 11:
