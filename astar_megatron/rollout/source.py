@@ -19,7 +19,7 @@ from astar_megatron.rollout.feed import Feed, Item
 from astar_megatron.rollout.scoring import Indexed, Pending, Scorer
 from astar_megatron.types import Request, Rollout
 
-_POLL_SECONDS = 0.1  # after which newly asked requests are handed out, while engines answer others
+_POLL_SECONDS = 0.1  # after which the answers to newly handed out requests are looked for too
 _CLOSE_SECONDS = 30.0
 
 
@@ -97,7 +97,8 @@ class RolloutSource:
         self._feed = Feed(len(engines), engines.max_num_seqs)
         self._tags = itertools.count()
         self._draws: dict[int, tuple[Draw, int]] = {}  # by tag: the draw, and the request's number in it
-        self._changed = threading.Condition()  # guards the feed and the draws
+        self._streams: dict[Any, int] = {}  # of answers, with their engine
+        self._changed = threading.Condition()  # guards the feed, the draws and the streams
         self._error: Exception | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -125,6 +126,7 @@ class RolloutSource:
                 self._feed.ask([(tag, request)])
                 draw.num_asked += 1
                 draw.num_unanswered += 1
+            self._hand_out()
             self._changed.notify_all()
         return draw
 
@@ -146,20 +148,21 @@ class RolloutSource:
         with self._changed:
             return self._feed.room()
 
+    def _hand_out(self) -> None:
+        """Give each engine what it has room for; the lock is held."""
+        for engine, items in self._feed.due():
+            self._streams[self._engines.generate(engine, items, self._sampling)] = engine
+
     def _serve(self) -> None:
         """Thread: hand out, take back, give to the reward's processes."""
         try:
-            streams: dict[Any, int] = {}  # with its engine
-            while self._has_work(streams):
-                with self._changed:
-                    due = self._feed.due()
-                for engine, items in due:
-                    streams[self._engines.generate(engine, items, self._sampling)] = engine
+            while streams := self._streams_of_work():
                 for stream, responses in self._engines.responses(list(streams), _POLL_SECONDS):
-                    if responses is None:
-                        del streams[stream]
-                    else:
+                    if responses is not None:
                         self._take(streams[stream], responses)
+                        continue
+                    with self._changed:
+                        del self._streams[stream]
         except Exception as error:  # of an engine, as a rule: it is the driver's to raise
             with self._changed:
                 self._error = error
@@ -168,16 +171,17 @@ class RolloutSource:
                     draw.hear(error)
                 self._changed.notify_all()
 
-    def _has_work(self, streams: dict[Any, int]) -> bool:
-        """Wait until there is something to do; False: the source is closed."""
+    def _streams_of_work(self) -> dict[Any, int]:
+        """Wait until engines have something to answer, and return from where; nothing: the source is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or streams or self._draws)
-            return not self._closing
+            self._changed.wait_for(lambda: self._closing or self._streams)
+            return {} if self._closing else dict(self._streams)
 
     def _take(self, engine: int, responses: Sequence[Response]) -> None:
         by_draw: defaultdict[Draw, Indexed] = defaultdict(list)
         with self._changed:
             requests = [self._feed.answered(engine, response.tag) for response in responses]
+            self._hand_out()
             places = [self._draws[response.tag] for response in responses]
         for request, response, (draw, number) in zip(requests, responses, places, strict=True):
             by_draw[draw].append((number, self._rollout(request, response)))
