@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,16 @@ def numbers_of(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     weights = load_file(run_dir / "hf" / "model.safetensors")
     return {
-        "stage 1": _table(run_dir / "v_star"),
+        "stage 1": _table(run_dir / "v_star", _TABLE),
+        "stage 1 without log-probs": _table(run_dir / "v_star", [name for name in _TABLE if name != "logprob"]),
         "metrics": [{key: line[key] for key in _METRICS if key in line} for line in lines],
         "evaluations": {path.name: _digest(path.read_bytes()) for path in sorted(run_dir.glob("eval*.jsonl"))},
         "weights": _digest(*(_bytes(weights[name]) for name in sorted(weights))),
     }
 
 
-def _table(folder: Path) -> str:
-    table = pa.concat_tables([pq.read_table(path, columns=list(_TABLE)) for path in folder.glob("shard-*.parquet")])
+def _table(folder: Path, columns: Sequence[str]) -> str:
+    table = pa.concat_tables([pq.read_table(path, columns=list(columns)) for path in folder.glob("shard-*.parquet")])
     rows = table.sort_by([("uid", "ascending"), ("sample", "ascending")]).to_pylist()
     return _digest(json.dumps(rows).encode())
 
