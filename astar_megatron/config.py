@@ -10,21 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from astar_megatron.config_file import ConfigError, day, explain, read
+from astar_megatron.config_file import ConfigError, Name, Section, day, explain, read
+from astar_megatron.config_file import flat as flat
+from astar_megatron.config_machine import ClusterConfig, ConversionConfig, ParallelConfig, RolloutConfig
+from astar_megatron.config_machine import Graphs as Graphs
+from astar_megatron.config_machine import Recompute as Recompute
+from astar_megatron.config_methods import (
+    AstarConfig,
+    GrpoConfig,
+    OaplConfig,
+    ObjectiveConfig,
+    RebelConfig,
+    SpoConfig,
+)
+from astar_megatron.config_methods import Clipped as Clipped
 
-Name = Annotated[str, Field(min_length=1)]
 Day = Annotated[str, BeforeValidator(day)]
-type Recompute = Literal["none", "selective", "full"]
 type Dtype = Literal["auto", "bfloat16", "float32"]
-type Graphs = Literal["none", "decode", "compiled"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class ModelConfig(Section):
@@ -106,19 +110,6 @@ class SweepConfig(Section):
     """Keep the responses' text beside their tokens."""
 
 
-class AstarConfig(Section):
-    """The method. Its two temperatures are beta1 of V* and beta2 of the regression."""
-
-    beta1: float = Field(default=0.5, gt=0.0)
-    """[reward] Of stage 1: V* = beta1 (logsumexp(r / beta1) - ln N)."""
-    beta2: float = Field(default=1e-3, gt=0.0)
-    """[reward a nat] Of stage 2: the loss is (beta2 ln(pi / pi_ref) - (r - V*))^2."""
-    importance_cap: float | None = Field(default=None, ge=1.0)
-    """Weigh each loss by min(cap, policy's / engine's probability of the response); null: by 1."""
-    refresh_decay: float | None = Field(default=None, gt=0.0, le=1.0)
-    """[share] What earlier rewards still weigh when training adds its own to V*; null: V* stays that of stage 1."""
-
-
 class FilterConfig(Section):
     """In which share of the epochs training takes prompts of three kinds, by what stage 1 says. 1: all, 0: none."""
 
@@ -138,7 +129,7 @@ class TrainConfig(Section):
     num_steps: int = Field(default=100, ge=1)
     """[steps] Length of the run. A step publishes the weights, draws, scores and learns once."""
     batch_size: int = Field(default=256, ge=1)
-    """[prompts] Prompts a step, one response each."""
+    """[responses] Responses a step: one a prompt, or as many as the method's group has."""
     mini_batch_size: int | None = Field(default=None, ge=1)
     """[sequences] Sequences an optimiser step; null: `train.batch_size`."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
@@ -191,72 +182,6 @@ class OptimConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    """Megatron ranks of the policy: world = tensor * pipeline * context * data.
-
-    What needs no key: with tensor > 1 the ranks share the tokens between the matrices (sequence parallelism), and with
-    context * data > 1 gradients are reduced and weights gathered while others are computed.
-    """
-
-    tensor: int = Field(default=1, ge=1)
-    """[ranks] Ranks that share each matrix."""
-    pipeline: int = Field(default=1, ge=1)
-    """[ranks] Stages, each with a part of the layers."""
-    virtual: int = Field(default=1, ge=1)
-    """[parts] Parts of the model that a stage holds and runs in turn (interleaved 1F1B)."""
-    context: int = Field(default=1, ge=1)
-    """[ranks] Ranks that share the tokens of each sequence."""
-    data: int = Field(default=1, ge=1)
-    """[ranks] Ranks that share the sequences."""
-    expert: int = Field(default=1, ge=1)
-    """[ranks] How many of the context * data replicas share the experts."""
-    recompute: Recompute = "none"
-    """What the backward pass computes again, to save memory. `selective`: attention's core; `full`: every layer."""
-
-    @property
-    def replicas(self) -> int:
-        return self.context * self.data
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.replicas
-
-
-class RolloutConfig(Section):
-    """The vLLM pool: `num_engines` engines of `tensor` workers each."""
-
-    num_engines: int = Field(default=1, ge=1)
-    """[engines] Engines, which share the responses to draw."""
-    tensor: int = Field(default=1, ge=1)
-    """[workers] Workers of an engine, which share each matrix."""
-    max_num_seqs: int = Field(default=256, ge=1)
-    """[sequences] Sequences that an engine decodes at once."""
-    kv_cache_gib: int = Field(default=1, ge=1)
-    """[GiB] Host memory for an engine's keys and values; on a CPU only."""
-    gpu_memory_utilization: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """[share] Part of a GPU's memory that an engine takes; on a GPU only."""
-    graphs: Graphs | None = None
-    """`decode`: captured graphs; `compiled`: torch.compile too, minutes at the start; null: `decode` if on a GPU."""
-
-
-class ConversionConfig(Section):
-    """How weights move from the policy to the engines."""
-
-    bucket_bytes: int = Field(default=64 << 20, ge=4096)
-    """[bytes] Size of each of the two buckets through which a rank sends."""
-
-
-class ClusterConfig(Section):
-    """Ray: joined at `address`, or started here when there is none."""
-
-    address: Name | None = None
-    """host:port of a Ray that runs; null: one is started on this machine."""
-    threads: int | None = Field(default=None, ge=1)
-    """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
-    start_timeout_seconds: float = Field(default=300.0, gt=0.0)
-    """[seconds] How long the engines may take to start, and the policy."""
-
-
 class CheckpointConfig(Section):
     """Checkpoints of training."""
 
@@ -271,7 +196,7 @@ class EvalConfig(Section):
 
     interval: int | None = Field(default=None, ge=1)
     """[steps] Between evaluations in training, with one more at its end; null: no evaluation."""
-    benchmarks: list[Name] = []
+    benchmarks: list[Name] = Field(default=[])
     """Names of benchmarks; empty: `data.eval_path`, or `data.path` without one."""
     folder: Name | None = None
     """Where the benchmarks' files are."""
@@ -293,7 +218,12 @@ class RunConfig(Section):
     reward: RewardConfig
     sampling: SamplingConfig = SamplingConfig()
     sweep: SweepConfig = SweepConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     astar: AstarConfig = AstarConfig()
+    oapl: OaplConfig = OaplConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    rebel: RebelConfig = RebelConfig()
+    spo: SpoConfig = SpoConfig()
     filter: FilterConfig = FilterConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
@@ -317,6 +247,21 @@ class RunConfig(Section):
                 f"parallel.data: {self.parallel.data} ranks can't share {mini} sequences an optimiser step evenly; "
                 f"take a divisor of it, for example {_nearest_divisor(mini, self.parallel.data)}"
             )
+        if mini % self.group_size:
+            raise ValueError(
+                f"{self.objective.name}: groups of {self.group_size} responses to a prompt don't divide the {mini} "
+                "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
+                f"{self.group_size}"
+            )
+        if self.objective.name == "rebel" and self.rollout.max_staleness:
+            raise ValueError(
+                f"rollout.max_staleness: {self.rollout.max_staleness}, but rebel compares with the policy before the "
+                "step, which must have drawn the responses; set it to 0"
+            )
+        if self.optim.loss_scale == "pg" and self.objective.name not in ("astar", "oapl"):
+            raise ValueError(
+                f"optim.loss_scale: pg divides by 2 beta2, which {self.objective.name} has not; leave the key out"
+            )
         needed = self.optim.warmup_steps + (self.optim.decay_steps or 0)
         if needed >= self.optimizer_steps:
             raise ValueError(
@@ -334,6 +279,22 @@ class RunConfig(Section):
     @property
     def mini_batch_size(self) -> int:
         return self.train.mini_batch_size or self.train.batch_size
+
+    @property
+    def group_size(self) -> int:
+        """Responses to a prompt, of each batch: those that the method compares with each other."""
+        return {"oapl": self.oapl.group_size, "grpo": self.grpo.group_size, "rebel": 2}.get(self.objective.name, 1)
+
+    @property
+    def reads_stage_1(self) -> bool:
+        """Whether the method takes something of the V* table."""
+        name = self.objective.name
+        return name in ("astar", "spo") or (name == "oapl" and self.oapl.value == "table")
+
+    @property
+    def beta1(self) -> float:
+        """Of the V* that the run reads."""
+        return self.oapl.beta1 if self.objective.name == "oapl" else self.astar.beta1
 
     @property
     def optimizer_steps(self) -> int:
@@ -380,15 +341,6 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
         else:
             sections[prefix + name] = section
     return sections
-
-
-def flat(section: Section, prefix: str = "") -> dict[str, Any]:
-    """Return every key path of a configuration with its value."""
-    values: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
-    return values
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

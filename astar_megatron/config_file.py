@@ -8,9 +8,29 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Keys that belong together, with their values."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def flat(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Return every key path of a configuration with its value."""
+    values: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return values
 
 
 class ConfigError(ValueError):

@@ -29,7 +29,7 @@ def main(cfg: RunConfig) -> None:
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
-    if table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)).any():
+    if table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)).any():
         with (
             _leases(table) as leases,
             engines_of(cfg, tracker) as engines,
@@ -60,7 +60,7 @@ def _fill(
     is_said = False
     failed: set[tuple[str, int]] = set()
     while True:
-        wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.astar.beta1)
+        wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)
         share = Share(table, inputs.prompts, wanted, leases, failed)
         if not share.lacking:
             if lacking := int(table.lacking(inputs.prompts, wanted).sum()):

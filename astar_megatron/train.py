@@ -36,9 +36,10 @@ def main(cfg: RunConfig) -> None:
         train(cfg, inputs, estimates, fleet, tracker)
 
 
-def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates, fleet: Fleet, tracker: Tracker) -> None:
+def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker) -> None:
     """Train on what `stage_1` found and export; the engines keep the final weights."""
-    objective, prompts = objective_of(cfg, estimates), prompt_stream(cfg, inputs, estimates)
+    objective = objective_of(cfg, inputs, estimates)
+    prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     first = checkpoints.resume(fleet.policy, prompts, objective)
     if changed := checkpoints.changed_settings():
@@ -46,22 +47,25 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates, fleet: Fleet, tr
     bad_batches.set_aside(tracker.run_dir, first)
     earlier = tracker.begin(first)
     skipped = sum(line.get("skipped_steps", 0) for line in earlier)
-    spent = int(estimates.tokens.sum()) + sum(line.get("response_tokens", 0) for line in earlier)
+    spent = (int(estimates.tokens.sum()) if estimates else 0) + sum(line.get("response_tokens", 0) for line in earlier)
     versions = range(first, cfg.train.num_steps)
     with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
-        batches = TrainingRollouts(source, prompts, cfg.seed, versions=versions)
+        batches = TrainingRollouts(source, prompts, cfg.rollout, cfg.seed, versions=versions, group_size=cfg.group_size)
         for step in versions:
             clock = Clock()
-            with fleet.generating(step, clock):
+            if objective.refreshes_reference(step):
+                fleet.policy.refresh_reference()
+            with fleet.generating(step, clock, batches.while_publishing):
                 evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock)
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
             with fleet.training():
                 stats = fleet.policy.step(batch, objective.loss, options)
             spent += stats.response_tokens
-            health = health_of(objective, rollouts, stats, options.mini_batch_size)
-            metrics = metrics_of(step, rollouts, health, stats, spent, clock.stop()) | evaluated
-            objective.learn(rollouts)
+            health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
+            seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
+            metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | evaluated
+            objective.learn(rollouts, health)
             if stats.skipped:  # first on disk, then in the metrics
                 skipped += len(stats.skipped)
                 tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, cfg))

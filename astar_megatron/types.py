@@ -50,12 +50,18 @@ class Rollout:
     token_logprobs: tuple[float, ...]
     first_version: int
     last_version: int
+    tokens_by_version: tuple[int, ...] = ()  # drawn by each version from the first to the last; empty: all by the first
     reward: float | None = None
 
     @property
     def logprob(self) -> float:
         """The engine's ln pi of the response (nats)."""
         return sum(self.token_logprobs)
+
+    def older_tokens(self, version: int) -> int:
+        """How many of the tokens were drawn by weights before `version`."""
+        by_version = self.tokens_by_version or (len(self.token_ids),)
+        return sum(by_version[: max(0, version - self.first_version)])
 
     @property
     def score(self) -> float:

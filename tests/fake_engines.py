@@ -66,4 +66,5 @@ class FakeEngines:
             token_logprobs=(-0.5,) * len(token_ids),
             first_version=version,
             last_version=self.version,
+            tokens_by_version=(len(token_ids), *(0,) * (self.version - version)),
         )

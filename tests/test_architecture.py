@@ -29,7 +29,9 @@ USUAL_FILES = {
 # Which rooms of astar_megatron a room may import. Programs (the other root modules) may import all.
 ROOMS = {
     "config_file": set(),
-    "config": {"config_file"},
+    "config_machine": {"config_file"},
+    "config_methods": {"config_file"},
+    "config": {"config_file", "config_machine", "config_methods"},
     "types": set(),
     "algorithm": {"config", "types"},
     "data": {"algorithm", "config", "types"},
@@ -42,7 +44,8 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
     *("convert", "dataset", "stage1_import", "inspection"),
 }
-WITHOUT_CONVERSION = {"config_file", "config", "types", "algorithm", "data"}  # rooms that know nothing of weights
+CONFIGURATION = {"config_file", "config_machine", "config_methods", "config"}
+WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data"}  # rooms that know nothing of weights
 
 # Package -> the places that may import it.
 OWNERS = {

@@ -190,7 +190,8 @@ def test_prompts_are_the_same_on_every_day_of_a_table_s_life(
             time.tzset()
             if not cfg.table_dir.exists():
                 fill_table(cfg.model_dump())
-            assert stage_1(cfg, prepare(cfg)).samples.tolist() == [8]
+            estimates = stage_1(cfg, prepare(cfg))
+            assert estimates is not None and estimates.samples.tolist() == [8]
     finally:
         monkeypatch.undo()
         time.tzset()

@@ -211,7 +211,7 @@ def test_the_system_page_explains_every_key_of_a_line_of_metrics() -> None:
         names = re.findall(r"`(\w+)`", cell)
         stem = names[0].rpartition("_")[0]
         explained |= {stem + name if name.startswith("_") else name for name in names}
-    assert explained == test_train.KEYS | {"eval"}  # a line has it at eval.interval only
+    assert explained == test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS | {"eval"}
 
 
 def test_the_system_page_names_every_reward() -> None:
@@ -258,10 +258,10 @@ def test_the_method_of_the_page_is_an_objective(tmp_path: Path, monkeypatch: pyt
     assert losses.tolist() == [2.25, -1.75]  # -(1 - 0.25) * -3, -(0 - 0.25) * -7
     assert logprobs.grad is not None and logprobs.grad.tolist() == [-0.75, -0.75, 0.25, 0.25]
     stats = test_train.STATS
-    health = steps.health_of(objective, drawn[:1], stats, 1)
+    health = steps.health_of(objective, drawn[:1], stats, 0, 1)
     line = steps.metrics_of(0, drawn[:1], health, stats, 4, dict.fromkeys(("generate", "publish", "total"), 1.0))
     assert "log-ratio +1.00" in steps.line_of(line, 1)
-    objective.learn(drawn)
+    objective.learn(drawn, health)
     objective.restore(objective.state())
 
 

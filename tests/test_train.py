@@ -21,8 +21,10 @@ KEYS = {
     *("logratio_mean", "logratio_std", "logratio_p05", "logratio_p50", "logratio_p95", "logratio_max"),
     *("kl_sequence", "kl_token", "entropy", "residual_mean", "residual_std", "slope", "r_squared"),
     *("engine_gap", "truncated", "tokens", "response_tokens", "tokens_per_second", "model_flops", "mfu"),
-    *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens", "changed_weights"),
+    *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens", "changed_weights", "unstable_share"),
+    *("staleness_mean", "staleness_max", "older_tokens"),
 }
+KEYS_OF_OTHER_METHODS = {"flat_groups", "value_mean", "value_error"}
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
 ROLLOUT = samples.rollout(PROMPT, truncated=True, first_version=3, last_version=3)
 OBJECTIVE = Astar(AstarConfig(), LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None))
@@ -47,13 +49,14 @@ STATS = StepStats(
 
 
 def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:
-    health = steps.health_of(OBJECTIVE, [ROLLOUT], STATS, 1)
+    health = steps.health_of(OBJECTIVE, [ROLLOUT], STATS, 3, 1)
     line = steps.metrics_of(3, [ROLLOUT], health, STATS, 70, {"total": 2.0})
     assert set(line) == KEYS
     assert (line["spent_tokens"], line["v_star_shift"]) == (70, 0.0)
     assert (line["truncated"], line["skipped_steps"], line["lr"]) == (1.0, 1, 1e-6)
     assert line["peak_memory_bytes"] == [5, 6]
-    assert line["seconds"] == {"policy": 0.4, "reference": 0.1, "total": 2.0}
+    assert line["seconds"] == {"policy": 0.4, "reference": 0.1, "total": 2.0, "ranks_idle": 1.5}
+    assert (line["staleness_mean"], line["staleness_max"], line["older_tokens"]) == (0.0, 0, 0.0)
     assert (line["logratio_mean"], line["logratio_max"], line["engine_gap"]) == (1.0, STATS.logratio_max, 0.5)
 
 
@@ -66,7 +69,14 @@ def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
 def test_a_rollout_that_could_not_be_scored_counts_0() -> None:
     failed = dataclasses.replace(ROLLOUT, reward=None)
     assert steps.batch_of([ROLLOUT, failed], OBJECTIVE, version=3).columns["reward"].tolist() == [1.0, 0.0]
-    assert steps.metrics_of(3, [ROLLOUT, failed], {}, STATS, 70, {})["reward_mean"] == 0.5
+    assert steps.metrics_of(3, [ROLLOUT, failed], {}, STATS, 70, {"total": 2.0})["reward_mean"] == 0.5
+
+
+def test_the_age_of_rollouts_is_counted_by_response_and_by_token() -> None:
+    across = dataclasses.replace(ROLLOUT, first_version=1, last_version=3, tokens_by_version=(1, 0, 1))
+    assert steps.staleness(3, [ROLLOUT, across]) == {"staleness_mean": 1.0, "staleness_max": 2, "older_tokens": 0.25}
+    assert steps.staleness(5, [ROLLOUT, across])["older_tokens"] == 1.0
+    assert math.isnan(steps.health_of(OBJECTIVE, [across], STATS, 3, 1)["engine_gap"])  # other weights drew
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:

@@ -15,7 +15,6 @@ objective the slope of the one on the other is 1 and R^2 is 1; at step 0 both ar
 Legend: B sequences of a step, b of them.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.metrics import divergence, regression
-from astar_megatron.algorithm.objective import Columns, ResponseTokens
+from astar_megatron.algorithm.metrics import drift, regression
+from astar_megatron.algorithm.objective import Columns, Need, Objective, ResponseTokens
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.config import AstarConfig, RunConfig
 from astar_megatron.types import Rollout
+
+_ROUNDING = 1e-9  # of V, where all samples of a prompt have the same reward
 
 
 def residual(logprob: Tensor, reference_logprob: Tensor, advantage: Tensor, beta2: float) -> Tensor:
@@ -76,6 +77,7 @@ class AstarLoss:
     beta2: float
     importance_cap: float | None = None  # weigh each loss by min(cap, pi / the engine's pi) of its response
     scale: Literal["paper", "pg"] = "paper"
+    needs: frozenset[Need] = frozenset()
 
     @property
     def gradient_scale(self) -> float:
@@ -89,12 +91,21 @@ class AstarLoss:
         return importance_weight(tokens.sums, columns["rollout_logprob"].float(), self.importance_cap) * losses
 
 
-class Astar:
-    """See objective.Objective. `v_star` is that of stage 1, which rewards of training refresh where it has a decay."""
+class Astar(Objective):
+    """See objective.Objective. `v_star` is that of stage 1, which rewards of training refresh where it has a decay.
 
-    def __init__(self, cfg: AstarConfig, v_star: LiveVStar, scale: Literal["paper", "pg"] = "paper") -> None:
-        self.loss = AstarLoss(beta2=cfg.beta2, importance_cap=cfg.importance_cap, scale=scale)
-        self._v_star = v_star
+    `at_beta2` is V of the same samples with beta2 in beta1's place, by uid: see `metrics`.
+    """
+
+    def __init__(
+        self,
+        cfg: AstarConfig,
+        v_star: LiveVStar,
+        scale: Literal["paper", "pg"] = "paper",
+        at_beta2: Mapping[str, float] | None = None,
+    ) -> None:
+        self.loss: AstarLoss = AstarLoss(beta2=cfg.beta2, importance_cap=cfg.importance_cap, scale=scale)
+        self._v_star, self._at_beta2 = v_star, at_beta2 or {}
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
         """Return reward, v_star and rollout_logprob [B] in float64."""
@@ -108,23 +119,33 @@ class Astar:
     def metrics(
         self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
     ) -> dict[str, float]:
-        """Return `metrics.divergence`, the residual's mean and deviation, and the line of beta2 * D on A."""
+        """Return `metrics.drift`, the residual's mean and deviation, the line of beta2 * D on A, and `unstable_share`.
+
+        That is the share of prompts whose V* lies above V at beta2. Over samples of the reference the regression has
+        a fixed point that D returns to only where V* lies below (arXiv 2605.28150). V falls in beta, so with
+        beta1 > beta2 it does, but for a V* that was refreshed.
+        """
         columns = self.columns(rollouts).sequences
         advantage = columns["reward"] - columns["v_star"]
         error = residual(logprobs, reference_logprobs, advantage, self.loss.beta2)
         line = regression(advantage, self.loss.beta2 * (logprobs - reference_logprobs).double())
-        num_tokens = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
         return {
             "v_star_mean": sum(columns["v_star"].tolist()) / len(rollouts),
+            "unstable_share": self._unstable_share(rollouts),
             "v_star_shift": self._v_star.shift(rollout.prompt.uid for rollout in rollouts),
-            **dataclasses.asdict(divergence(logprobs, reference_logprobs, num_tokens, on_policy)),
+            **drift(rollouts, logprobs, reference_logprobs, on_policy),
             "residual_mean": float(error.mean()),
             "residual_std": float(error.std(correction=0)),
             "slope": line.slope,
             "r_squared": line.r_squared,
         }
 
-    def learn(self, rollouts: Sequence[Rollout]) -> None:
+    def _unstable_share(self, rollouts: Sequence[Rollout]) -> float:
+        uids = [rollout.prompt.uid for rollout in rollouts if rollout.prompt.uid in self._at_beta2]
+        above = sum(self._v_star[uid] > self._at_beta2[uid] + _ROUNDING for uid in uids)
+        return above / len(uids) if uids else math.nan
+
+    def learn(self, rollouts: Sequence[Rollout], health: Mapping[str, float]) -> None:
         """Refresh V* by the rewards: after the step that they were in, or V* would depend on its own responses."""
         self._v_star.add((rollout.prompt.uid, rollout.reward) for rollout in rollouts if rollout.reward is not None)
 
@@ -135,7 +156,9 @@ class Astar:
         self._v_star.restore(progress.get("v_star", {}))
 
 
-def astar_of(cfg: RunConfig, v_star: Mapping[str, float], samples: Mapping[str, int]) -> Astar:
-    """Return the method of a run from V* of stage 1 and the number of samples behind it, both by uid."""
+def astar_of(
+    cfg: RunConfig, v_star: Mapping[str, float], samples: Mapping[str, int], at_beta2: Mapping[str, float]
+) -> Astar:
+    """Return the method from V* of stage 1, the number of samples behind it, and V at beta2, all by uid."""
     live = LiveVStar(v_star, samples, cfg.astar.beta1, cfg.astar.refresh_decay)
-    return Astar(cfg.astar, live, cfg.optim.loss_scale)
+    return Astar(cfg.astar, live, cfg.optim.loss_scale, at_beta2)

@@ -11,9 +11,13 @@ for the mini-batch whose weights drew the rollouts, at the sampling temperature 
 Legend: B sequences.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from astar_megatron.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,14 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> Regression:
     return Regression(
         slope=float(slope), intercept=float(y.mean() - slope * x.mean()), r_squared=float(r_squared.clamp(max=1.0))
     )
+
+
+def drift(
+    rollouts: Sequence[Rollout], logprobs: torch.Tensor, reference_logprobs: torch.Tensor, on_policy: int
+) -> dict[str, float]:
+    """Return `divergence` of a step's rollouts as metrics."""
+    num_tokens = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
+    return dataclasses.asdict(divergence(logprobs, reference_logprobs, num_tokens, on_policy))
 
 
 def divergence(

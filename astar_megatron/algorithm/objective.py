@@ -10,7 +10,7 @@ Legend: B sequences of a step, b of them, r of their response tokens.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ class Columns:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)  # [response tokens of all B] each
 
 
+# What a loss reads beside log-probs of policy and reference: each costs a forward pass of what lies behind the first
+# mini-batch of a step, whose weights are still those of its beginning.
+#   "old": `ResponseTokens.old_logprobs`
+#   "peer_shift": the column of that name, how far the log-prob of the response that the column "peer" numbers has moved
+type Need = Literal["old", "peer_shift"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ResponseTokens:
     """The response tokens of b sequences, one sequence after the other, as a loss sees them.
@@ -38,6 +45,14 @@ class ResponseTokens:
     reference_logprobs: Tensor  # [r] of the reference, nats
     lengths: tuple[int, ...]  # how many of the r tokens each sequence has here
     sum_tokens: Callable[[Tensor], Tensor]  # see `total`
+    before: Tensor | None = None  # see `old_logprobs`
+
+    @property
+    def old_logprobs(self) -> Tensor:
+        """[r] of the policy before the step, nats. For losses that need "old"."""
+        if self.before is None:
+            raise AssertionError('old_logprobs: this loss does not have "old" among its needs')
+        return self.before
 
     def total(self, values: Tensor) -> Tensor:
         """Return the sums [b] over each sequence's tokens of `values` [r], summed in float64; differentiable."""
@@ -67,16 +82,22 @@ class Loss(Protocol):
         """What the gradient is multiplied with; losses are reported without."""
         ...
 
+    @property
+    def needs(self) -> frozenset[Need]: ...
+
     def __call__(self, tokens: ResponseTokens, columns: Mapping[str, Tensor]) -> Tensor:
         """Return the losses [b]; `columns` are those of these sequences [b] and of these tokens [r]."""
         ...
 
 
 class Objective(Protocol):
-    """A method, while a program trains with it."""
+    """A method, while a program trains with it. Methods derive from this class; those below `metrics` may stay as here.
 
-    @property
-    def loss(self) -> Loss: ...
+    `columns` and `metrics` get the rollouts of a step in the order of their requests: the responses to a prompt, of
+    which there are config.RunConfig.group_size, lie beside each other.
+    """
+
+    loss: Loss
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
         """Return what the loss needs of a batch; a rollout that could not be scored counts with a reward of 0."""
@@ -91,14 +112,22 @@ class Objective(Protocol):
         """
         ...
 
-    def learn(self, rollouts: Sequence[Rollout]) -> None:
-        """Take in rollouts whose step is done."""
-        ...
+    def learn(self, rollouts: Sequence[Rollout], health: Mapping[str, float]) -> None:
+        """Take in rollouts whose step is done; `health` is what `metrics` said of it."""
+        return
 
     def state(self) -> dict[str, Any]:
         """Return what was learnt, ready for JSON: entries of a checkpoint's progress, by name."""
-        ...
+        return {}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Continue where the progress was written. Raises ValueError where this run can't."""
-        ...
+        return
+
+    def refreshes_reference(self, step: int) -> bool:
+        """Say whether the reference becomes the policy as it is before `step`."""
+        return False
+
+    def priorities(self, uids: Sequence[str]) -> Sequence[float] | None:
+        """Return how much there is to learn from each prompt now, above 0; None: all come equally often."""
+        return None

@@ -98,6 +98,10 @@ class PolicyGroup:
         answers = self._all(lambda rank: rank.step(batch, loss, options))
         return next(stats for stats in answers if stats is not None)
 
+    def refresh_reference(self) -> None:
+        """Make the reference a copy of the policy as it is."""
+        self._all(lambda rank: rank.refresh_reference())
+
     def logprobs(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[list[float]]:
         """Return each response token's log-prob under the policy (nats)."""
         answers = self._all(lambda rank: rank.logprobs(token_ids, prompt_tokens))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from astar_megatron.algorithm.methods import Stage1
 from astar_megatron.config import RunConfig, SweepConfig
 from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates
@@ -58,5 +59,21 @@ def widest(width: np.ndarray, cost: np.ndarray, budget: int) -> np.ndarray:
 def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]) -> Estimates:
     """Return V* of a run's prompts, from the samples that belong to it. Raises MissingTableError, ContractError."""
     table = VStarTable.open(cfg.table_dir, contract)
-    wanted = samples_wanted(table, prompts, cfg.sweep, cfg.astar.beta1)
-    return table.estimate(cfg.astar.beta1, prompts, wanted)
+    wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
+    return table.estimate(cfg.beta1, prompts, wanted)
+
+
+def stage_1_of(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt], estimates: Estimates | None) -> Stage1:
+    """Return what a method takes of the estimates of `run_estimates`; nothing of none."""
+    if estimates is None:
+        return Stage1()
+    at_beta2 = {}
+    if cfg.objective.name == "astar":
+        table = VStarTable.open(cfg.table_dir, contract)
+        at_beta2 = table.estimate(cfg.astar.beta2, prompts, estimates.samples).by_uid()
+    return Stage1(
+        v_star=estimates.by_uid(),
+        v_star_at_beta2=at_beta2,
+        samples=estimates.samples_by_uid(),
+        mean_reward=dict(zip(estimates.uids, estimates.mean.tolist(), strict=True)),
+    )

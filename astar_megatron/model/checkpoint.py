@@ -15,28 +15,38 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from astar_megatron.data.files import sync
+from astar_megatron.model.reference import Reference
 from conversion import folders
 
 PROGRESS_FILE = "progress.json"
 _SHARDING = "fully_reshardable"
+_COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no copies
 
 
 def save(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, progress: dict[str, Any], model_folder: str
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    schedule: Any,
+    reference: Reference,
+    progress: dict[str, Any],
+    model_folder: str,
 ) -> None:
     """Write a checkpoint to `folder`, which must not exist yet; collective over all ranks.
 
-    `chunks` are this rank's of the model. `progress` is JSON-able: what the driver needs to go on. config.json and
-    tokenizer of `model_folder` lie beside, so that `astar convert` can read the checkpoint alone.
+    `chunks` are this rank's of the model. The reference is in it where it is a copy of the policy. `progress` is
+    JSON-able: what the driver needs to go on. config.json and tokenizer of `model_folder` lie beside, so that
+    `astar convert` can read the checkpoint alone.
     """
     temporary = folder.with_name(folder.name + ".incomplete")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        text = json.dumps({**progress, "layout": _layout()}, indent=1) + "\n"
+        text = json.dumps({**progress, "layout": _layout(), _COPIED: reference.is_copy}, indent=1) + "\n"
         (temporary / PROGRESS_FILE).write_text(text, encoding="utf-8")
         shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
         folders.copy_companions(Path(model_folder), temporary)
@@ -44,7 +54,9 @@ def save(
     for inner in optimizer.chained_optimizers:
         _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
         _leave_gaps_between_buckets(inner)
-    dist_checkpointing.save(_state(chunks, optimizer, schedule, loading=False), str(temporary))
+    state = _state(chunks, optimizer, schedule, loading=False)
+    with reference.on_device():
+        dist_checkpointing.save(state | (_reference_state(reference) if reference.is_copy else {}), str(temporary))
     if dist.get_rank() == 0:
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
@@ -53,7 +65,7 @@ def save(
     dist.barrier()
 
 
-def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> None:
+def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, reference: Reference) -> None:
     """Restore a checkpoint into a built model and optimizer; collective over all ranks.
 
     In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
@@ -63,6 +75,8 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
         _fill_adam_state(inner.optimizer, step=1.0)
         _leave_gaps_between_buckets(inner)
     state = _state(chunks, optimizer, schedule, loading=True)
+    if saved.get(_COPIED):
+        state |= _reference_state(reference)
     if saved["layout"] != _layout():
         del state["random"]
     try:
@@ -75,11 +89,26 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any) -> 
     _take_groups_of(optimizer, loaded)
     for name, chunk in zip(_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
+    if saved.get(_COPIED):
+        with reference.changing():
+            for name, chunk in zip(_names(reference.chunks), reference.chunks, strict=True):
+                chunk.load_state_dict(loaded[f"reference.{name}"])
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     if "random" in loaded:
         torch.set_rng_state(loaded["random"]["torch"])
         _tracker().set_states(loaded["random"]["tracker"])
+
+
+def _reference_state(reference: Reference) -> dict[str, Any]:
+    """Return the sharded state of the reference, under names of its own."""
+    state: dict[str, Any] = {}
+    for name, chunk in zip(_names(reference.chunks), reference.chunks, strict=True):
+        state[f"reference.{name}"] = chunk.sharded_state_dict(
+            metadata={"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        )
+    add_prefix_for_sharding(state, "reference.")
+    return state
 
 
 def _take_groups_of(optimizer: Any, loaded: dict[str, Any]) -> None:

@@ -47,14 +47,28 @@ def run_scoring(
     return scored
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnScores:
+    """The log-probs [r] (nats) of the response tokens of a pack that this rank of the last stage holds."""
+
+    logprobs: Tensor
+    lengths: tuple[int, ...]  # response tokens of each of its sequences here
+
+    @property
+    def sums(self) -> Tensor:
+        """[B] of whole responses; collective over the ranks that share them."""
+        return _over_context(sequence_sums(self.logprobs, self.lengths))
+
+
 def run_own_scoring(
     modules: Sequence[Any], packs: Sequence[PackedBatch], *, vocab_size: int, temperature: float, backend: Backend
-) -> list[Tensor]:
-    """Return for each pack the [r] log-probs (nats) of the response tokens that this rank of the last stage holds.
+) -> list[OwnScores]:
+    """Return each pack's scores on ranks of the last stage, else nothing.
 
     They are bitwise what `run_loss` gives `loss` under the same weights. Collective as `run_scoring`.
     """
-    return [logprobs for _, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend))]
+    scored = _scored(modules, packs, _Inputs(vocab_size, temperature, backend))
+    return [OwnScores(logprobs=logprobs, lengths=stream.response_lengths) for stream, logprobs in scored]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

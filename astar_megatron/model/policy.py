@@ -8,8 +8,7 @@ Shapes: B sequences of a step.
 
 import dataclasses
 import socket
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +21,7 @@ from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from astar_megatron.algorithm.objective import Loss, ResponseTokens
-from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
+from astar_megatron.algorithm.objective import Loss
 from astar_megatron.config import OptimConfig, ParallelConfig, Recompute
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
@@ -37,12 +35,12 @@ from astar_megatron.model.build import (
 )
 from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.export_check import check_export
-from astar_megatron.model.flops import forward_flops
-from astar_megatron.model.forward import HeldTokens, run_loss, run_scoring
+from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
-from astar_megatron.model.optimizer import describe, learning_rate, make_optimizer, make_schedule, take_step
+from astar_megatron.model.micro_batches import packed_for
+from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
 from astar_megatron.model.reference import Reference
-from astar_megatron.model.statistics import StepRecord
+from astar_megatron.model.step import Learner
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
@@ -52,8 +50,6 @@ from conversion.transfer.route import Place, Route, Sender, here
 from conversion.verify import Holdings, sent_parts
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-type _Group = Sequence[tuple[list[int], PackedBatch]]  # this rank's packs of a mini-batch, and their batch indices
 
 
 class PolicyRank:
@@ -144,6 +140,9 @@ class PolicyRank:
         self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
+        self._learner = Learner(
+            self.model, self.layout, self.backend, self._modules, self._reference, self._optimizer, self._schedule
+        )
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats | None:
         """Score the reference, then one optimiser step a mini-batch by the mean of its sequences' losses; collective.
@@ -153,122 +152,19 @@ class PolicyRank:
         """
         if batch.version != self._version:
             raise ValueError(f"policy: rollouts of version {batch.version} for weights of version {self._version}")
-        record = StepRecord(batch, self.backend)
-        clock = time.perf_counter()
-        groups = [list(self._micro_batches(batch, indices, options)) for indices in _mini_batches(batch, options)]
-        with self.backend.range("reference"):
-            record.changed_weights = self._reference.share_changed(self.weights())
-            at_start = self._version == 0 and record.changed_weights == 0.0
-            references = [
-                self._score(group, options, record, checks_only=at_start and not index)
-                for index, group in enumerate(groups)
-            ]
-        record.seconds["reference"] = time.perf_counter() - clock
-        clock = time.perf_counter()
-        for index, (group, reference) in enumerate(zip(groups, references, strict=True)):
-            with self.backend.range("policy"):
-                self._accumulate(group, reference, batch, loss, options, record)
-            if at_start and not index:
-                _check_start(record.largest_logratio())
-            is_finite = record.is_finite([i for indices, _ in group for i in indices])
-            with self.backend.range("optimizer"):
-                taken, norm = take_step(
-                    self._optimizer, self._schedule, is_finite=is_finite, device=self.backend.device
-                )
-            record.grad_norms.append(norm)
-            record.skipped += [] if taken else [index]
-        for module in self._modules if overlaps() else ():
-            module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
+        stats = self._learner.step(batch, loss, options, self.weights(), is_first=self._version == 0)
         self._version += 1
-        record.learning_rate = learning_rate(self._optimizer)
-        record.seconds["policy"] = time.perf_counter() - clock
-        return record.stats()
+        return stats
 
-    def _score(self, group: _Group, options: StepOptions, record: StepRecord, *, checks_only: bool) -> list[Any]:
-        """Return the reference's log-probs [r] of each pack, None where the policy's own are to be taken.
-
-        With the reference's weights policy and reference are the same function: `checks_only` scores the lightest packs
-        alone, as many as a pipeline needs, to see that they are.
-        """
-        packs = [packed for _, packed in group]
-        skipped = max(0, len(packs) - self.layout.pipeline) if checks_only else 0
-        record.flops += sum(forward_flops(self.model, packed) for packed in packs[skipped:])
-        return [None] * skipped + self._reference.score(packs[skipped:], options.temperature)
-
-    def _accumulate(
-        self,
-        group: _Group,
-        reference: Sequence[Tensor | None],
-        batch: RolloutBatch,
-        loss: Loss,
-        options: StepOptions,
-        record: StepRecord,
-    ) -> None:
-        """Form the gradient of a mini-batch's mean loss and note its sequences in `record`."""
-        columns = {name: column.to(self.backend.device) for name, column in batch.columns.items()}
-        token_columns = [self._token_columns(batch, indices) for indices, _ in group]
-        scale = loss.gradient_scale / options.mini_batch_size
-
-        def scaled_loss(index: int, held_tokens: HeldTokens, logprobs: Tensor) -> Tensor:
-            indices, known = group[index][0][held_tokens.sequences], reference[index]
-            tokens = ResponseTokens(
-                logprobs=logprobs,
-                reference_logprobs=logprobs.detach() if known is None else known[held_tokens.own],
-                lengths=held_tokens.lengths,
-                sum_tokens=held_tokens.total,
-            )
-            of_sequences = {name: column[indices] for name, column in columns.items()}
-            rows = held_tokens.rows.to(self.backend.device)
-            of_tokens = {name: column[rows] for name, column in token_columns[index].items()}
-            losses = loss(tokens, of_sequences | of_tokens)
-            record.add(indices, tokens.sums, tokens.reference_sums, losses)
-            return losses * scale
-
-        for module in self._modules:
-            module.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        packs = [packed for _, packed in group]
-        record.flops += 3 * sum(forward_flops(self.model, packed) for packed in packs)
-        run_loss(
-            self._modules,
-            packs,
-            scaled_loss,
-            vocab_size=self.model.vocab_size,
-            temperature=options.temperature,
-            backend=self.backend,
-        )
-
-    def _token_columns(self, batch: RolloutBatch, indices: list[int]) -> dict[str, Tensor]:
-        """Return the columns of the response tokens of one pack's sequences, on the device."""
-        lengths = batch.response_lengths().tolist()
-        return {
-            name: torch.cat([column.split(lengths)[i] for i in indices]).to(self.backend.device)
-            for name, column in batch.token_columns.items()
-        }
-
-    def _micro_batches(
-        self, batch: RolloutBatch, indices: list[int], options: StepOptions
-    ) -> Iterator[tuple[list[int], PackedBatch]]:
-        """Yield this rank's packs of a mini-batch with the batch indices of their sequences."""
-        lengths = [len(batch.token_ids[i]) for i in indices]
-        parts = split_evenly(lengths, self.layout.data)
-        own = [[lengths[i] for i in part] for part in parts]
-        together = self.layout.pipeline if self.layout.virtual > 1 else 1  # interleaved stages take so many at a time
-        rank = parallel_state.get_data_parallel_rank()
-        for micro in equally_many_micro_batches(own, options.micro_batch_tokens, together)[rank]:
-            chosen = [indices[parts[rank][i]] for i in micro]
-            packed = self._pack([batch.token_ids[i] for i in chosen], [batch.prompt_tokens[i] for i in chosen])
-            yield chosen, packed
-
-    def _pack(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> PackedBatch:
-        shares_prefix = self.backend.shares_prefix and self.layout.context == 1
-        return pack(token_ids, prompt_tokens, share_prefix=shares_prefix)
+    def refresh_reference(self) -> None:
+        """Make the reference a copy of the policy as it is."""
+        self._reference.copy(self.weights())
 
     def logprobs(
         self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], temperature: float = 1.0
     ) -> list[list[float]] | None:
         """Return each response token's log-prob under the policy (nats), on the last stage; collective."""
-        packed = self._pack(token_ids, prompt_tokens)
+        packed = packed_for(token_ids, prompt_tokens, self.layout, self.backend)
         packs = [packed] * (self.layout.pipeline if self.layout.virtual > 1 else 1)
         scores = run_scoring(
             self._modules, packs, vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
@@ -313,11 +209,12 @@ class PolicyRank:
 
     def save(self, folder: str, progress: dict[str, Any]) -> None:
         """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
-        checkpoint.save(Path(folder), self._chunks, self._optimizer, self._schedule, progress, self._path)
+        parts = self._chunks, self._optimizer, self._schedule, self._reference
+        checkpoint.save(Path(folder), *parts, progress, self._path)
 
     def load(self, folder: str, version: int) -> None:
         """Restore what `save` wrote after `version` batches, in any layout; collective."""
-        checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule)
+        checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule, self._reference)
         self._version = version
 
     def export(self, folder: str, transfer_folder: str) -> None:
@@ -373,19 +270,3 @@ class PolicyRank:
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
-
-
-def _mini_batches(batch: RolloutBatch, options: StepOptions) -> list[list[int]]:
-    size = options.mini_batch_size
-    if len(batch) % size:
-        raise ValueError(f"a batch of {len(batch)} sequences is no multiple of the mini-batch, {size}")
-    return [list(range(start, start + size)) for start in range(0, len(batch), size)]
-
-
-def _check_start(largest_logratio: float) -> None:
-    """Raise AssertionError where the weights are the reference's and the log-probs are not; NaN is not judged here."""
-    if largest_logratio > 0.0:
-        raise AssertionError(
-            f"policy and reference have the same weights, but their log-probs of a response differ by "
-            f"{largest_logratio:.3g} nats: they don't run the same kernels in the same precision and shapes"
-        )

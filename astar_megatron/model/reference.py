@@ -1,4 +1,4 @@
-"""The frozen reference: the policy's own model class, kernels and precision, with the weights it started from."""
+"""The reference: the policy's own model class, kernels and precision, with the weights it started from or had later."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +20,10 @@ from conversion.transfer import view
 
 
 class Reference:
-    """A second copy of this rank's part of the model; its weights never change after construction.
+    """A second copy of this rank's part of the model; its weights change by `copy` alone.
 
-    With `offload` they lie in host memory and are on the device only while they score.
+    `is_copy` says that they are no longer those that training starts from: a checkpoint must hold them. With `offload`
+    they lie in host memory and are on the device only while they score.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Reference:
                 parameter.copy_(weights[name])
         # requires_grad stays on, although nothing asks for a gradient: megatron and torch.matmul take other kernels for
         # a frozen weight, and the log-ratio at step 0 would be 1e-5 instead of exactly 0.
+        self.chunks, self.is_copy = chunks, False
         self._modules: list[Any] = [in_compute_type(part, config) for part in chunks]
         self._parameters = named_parameters(chunks)
         # Each element of the model once, whatever layout holds copies of it.
@@ -55,18 +57,34 @@ class Reference:
 
     def score(self, packs: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         """Return for each pack the [r] log-probs (nats) of the response tokens held here, on the last stage only."""
-        with self._on_device():
-            return run_own_scoring(
+        with self.on_device():
+            scores = run_own_scoring(
                 self._modules,
                 packs,
                 vocab_size=self._model.vocab_size,
                 temperature=temperature,
                 backend=self._backend,
             )
+        return [pack_scores.logprobs for pack_scores in scores]
+
+    def copy(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over `weights`, this rank's parameters of the policy."""
+        with self.changing(), torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The body may write the parameters of `chunks`."""
+        with self.on_device():
+            yield
+            for name, host in self._host.items():
+                host.copy_(self._parameters[name].detach())
+        self.is_copy = True
 
     def share_changed(self, weights: Mapping[str, Tensor]) -> float:
         """Return the share of all ranks' `weights` that are not bitwise the reference's; collective over all ranks."""
-        with self._on_device():
+        with self.on_device():
             changed = torch.zeros((), dtype=torch.float64, device=self._backend.device)
             for piece in self._pieces:
                 mine = view(self._parameters, piece)
@@ -76,7 +94,8 @@ class Reference:
         return float(changed) / self._model.num_parameters()
 
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def on_device(self) -> Iterator[None]:
+        """The body may read the parameters."""
         for name, host in self._host.items():
             self._parameters[name].data = host.to(self._backend.device, non_blocking=True)
         try:

@@ -6,6 +6,7 @@ Requests name their own seed, so any subset of them reproduces whatever else run
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import multiprocessing.connection
 import os
 import sys
@@ -31,6 +32,7 @@ class Response:
     token_logprobs: tuple[float, ...]
     first_version: int
     last_version: int
+    tokens_by_version: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Engine:
         self._version = 0
         self._count = 0
         self._llm: Any = None
+        self._in_flight: dict[str, list[int]] = {}  # by request: how many tokens it had at each update that it met
 
     async def start(self) -> list[str]:
         """Load the model; returns when the engine can generate: which environment variables it left out, and why."""
@@ -105,16 +108,23 @@ class Engine:
         self._count += 1
         first_version = self._version
         prompt = {"prompt_token_ids": list(request.prompt.token_ids)}
-        outputs = [output async for output in self._llm.generate(prompt, params, str(self._count))]
+        name = str(self._count)
+        before = self._in_flight[name] = []
+        try:
+            outputs = [output async for output in self._llm.generate(prompt, params, name)]
+        finally:
+            del self._in_flight[name]
         completion = outputs[-1].outputs[0]
         token_ids = tuple(completion.token_ids)
+        bounds = [0, *before, len(token_ids)]
         return Response(
             tag=tag,
             token_ids=token_ids,
             truncated=completion.finish_reason == "length",
             token_logprobs=tuple(row[token].logprob for token, row in zip(token_ids, completion.logprobs, strict=True)),
             first_version=first_version,
-            last_version=self._version,
+            last_version=first_version + len(before),
+            tokens_by_version=tuple(end - start for start, end in itertools.pairwise(bounds)),
         )
 
     async def open_update(self, init_info: dict[str, Any]) -> None:
@@ -135,8 +145,17 @@ class Engine:
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
         await self._llm.finish_weight_update(weight_version=str(version))
+        assert not self._in_flight or version == self._version + 1, (self._version, version)
+        for name, before in self._in_flight.items():
+            before.append(self._num_tokens(name))
         self._version = version
         await self._llm.resume_generation()
+
+    def _num_tokens(self, name: str) -> int:
+        """How many tokens a request in flight has; exact while generation is paused."""
+        processor = self._llm.output_processor
+        states = [processor.request_states[internal] for internal in processor.external_req_ids.get(name, ())]
+        return states[0].detokenizer.num_output_tokens() if states else 0  # else it has not reached vLLM yet
 
     async def places(self) -> list[tuple[str, str]]:
         """Return where each worker's parameters are: memory and device, as in conversion's `Place`."""

@@ -4,6 +4,7 @@ An engine decodes `max_num_seqs` sequences at once; twice as many are kept with 
 when one ends, whoever is slow. What is not handed out yet may still go to any engine, so the tail is shared.
 """
 
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -21,6 +22,8 @@ class Feed:
         self._load = [0] * num_engines  # requests that an engine has not answered
         self._waiting: deque[Item] = deque()
         self._handed_out: dict[int, Request] = {}
+        self._idle_since: list[float | None] = [time.monotonic()] * num_engines  # None: it has requests
+        self._idle_seconds = 0.0
 
     def ask(self, items: Iterable[Item]) -> None:
         self._waiting.extend(items)
@@ -40,12 +43,25 @@ class Feed:
             shares = _shares(fresh, self._load)
             self._load = [count + len(share) for count, share in zip(self._load, shares, strict=True)]
             due += [(engine, share) for engine, share in enumerate(shares) if share]
+        self._note_idle()
         return due
 
     def answered(self, engine: int, tag: int) -> Request:
         """Hear that `engine` answered a request, and return it."""
         self._load[engine] -= 1
+        self._note_idle()
         return self._handed_out.pop(tag)
+
+    def idle_seconds(self) -> float:
+        """Return how long an engine had no request since the last call, the mean over the engines."""
+        self._note_idle()
+        seconds, self._idle_seconds = self._idle_seconds / len(self._load), 0.0
+        return seconds
+
+    def _note_idle(self) -> None:
+        now = time.monotonic()
+        self._idle_seconds += sum(now - since for since in self._idle_since if since is not None)
+        self._idle_since = [None if count else now for count in self._load]
 
     def _room(self) -> int:
         return sum(max(0, self._queue - count) for count in self._load)

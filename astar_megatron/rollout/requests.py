@@ -22,15 +22,18 @@ def stage_1_request(run_seed: int, prompt: Prompt, sample: int) -> Request:
     return Request(prompt=prompt, sample=sample, seed=seed_of(run_seed, "sweep", prompt.uid, sample))
 
 
-def training_requests(run_seed: int, step: int, prompts: Sequence[Prompt]) -> list[Request]:
-    """Return one request a prompt. A prompt that a batch across two epochs holds twice gets two samples."""
+def training_requests(run_seed: int, step: int, prompts: Sequence[Prompt], group_size: int = 1) -> list[Request]:
+    """Return `group_size` requests a prompt, one after the other.
+
+    A prompt that a batch across two epochs holds twice gets twice as many samples.
+    """
     seen: Counter[str] = Counter()
     requests = []
     for prompt in prompts:
-        sample = seen[prompt.uid]
-        seen[prompt.uid] += 1
-        seed = seed_of(run_seed, "train", step, prompt.uid, sample)
-        requests.append(Request(prompt=prompt, sample=sample, seed=seed))
+        for sample in range(seen[prompt.uid], seen[prompt.uid] + group_size):
+            seed = seed_of(run_seed, "train", step, prompt.uid, sample)
+            requests.append(Request(prompt=prompt, sample=sample, seed=seed))
+        seen[prompt.uid] += group_size
     return requests
 
 

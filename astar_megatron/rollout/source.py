@@ -9,6 +9,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -100,7 +101,7 @@ class RolloutSource:
         self._streams: dict[Any, int] = {}  # of answers, with their engine
         self._changed = threading.Condition()  # guards the feed, the draws and the streams
         self._error: Exception | None = None
-        self._closing = False
+        self._closing = self._holds_back = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -148,8 +149,31 @@ class RolloutSource:
         with self._changed:
             return self._feed.room()
 
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """Wait until no engine has a request, and hand none out in the body. Raises what ended the engines."""
+        with self._changed:
+            self._holds_back = True
+            self._changed.wait_for(lambda: self._error is not None or not self._streams)
+            if self._error is not None:
+                raise self._error
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holds_back = False
+                self._hand_out()
+                self._changed.notify_all()
+
+    def idle_seconds(self) -> float:
+        """Return how long an engine had nothing to do since the last call, the mean over the engines."""
+        with self._changed:
+            return self._feed.idle_seconds()
+
     def _hand_out(self) -> None:
         """Give each engine what it has room for; the lock is held."""
+        if self._holds_back:
+            return
         for engine, items in self._feed.due():
             self._streams[self._engines.generate(engine, items, self._sampling)] = engine
 
@@ -163,6 +187,7 @@ class RolloutSource:
                         continue
                     with self._changed:
                         del self._streams[stream]
+                        self._changed.notify_all()
         except Exception as error:  # of an engine, as a rule: it is the driver's to raise
             with self._changed:
                 self._error = error
@@ -206,4 +231,5 @@ class RolloutSource:
             token_logprobs=response.token_logprobs,
             first_version=response.first_version,
             last_version=response.last_version,
+            tokens_by_version=response.tokens_by_version,
         )

@@ -1,11 +1,12 @@
-"""What training is fed with: a batch of rollouts a version of the policy, one rollout a prompt."""
+"""What training is fed with: a batch of rollouts a version of the policy."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from astar_megatron.config import RolloutConfig
 from astar_megatron.rollout.requests import training_requests
 from astar_megatron.rollout.source import Draw, RolloutSource
 from astar_megatron.types import Prompt, Rollout
@@ -26,17 +27,25 @@ class _Batch:
 
 
 class TrainingRollouts:
-    """The batches of `versions`, in order; each may be drawn by weights up to `max_staleness` versions old.
+    """The batches of `versions`, in order, of `group_size` responses a prompt.
 
-    Batches are asked for so far ahead that the engines never wait for training. 0 is on-policy: a batch is asked for
-    when its version has been published.
+    Each may be drawn by weights up to `rollout.max_staleness` versions old, and is asked for so far ahead that the
+    engines never wait for training. 0 is on-policy: a batch is asked for when its version has been published.
     """
 
     def __init__(
-        self, source: RolloutSource, prompts: Prompts, run_seed: int, *, versions: range, max_staleness: int = 0
+        self,
+        source: RolloutSource,
+        prompts: Prompts,
+        rollout: RolloutConfig,
+        run_seed: int,
+        *,
+        versions: range,
+        group_size: int = 1,
     ) -> None:
-        self._source, self._prompts, self._run_seed = source, prompts, run_seed
-        self._versions, self._max_staleness = versions, max_staleness
+        self._source, self._prompts, self._run_seed, self._group_size = source, prompts, run_seed, group_size
+        self._versions, self._max_staleness = versions, rollout.max_staleness
+        self._drains = rollout.update == "drain"
         self._asked: deque[_Batch] = deque()  # and not taken
 
     def take(self, version: int, span: Callable[[str], AbstractContextManager[None]]) -> list[Rollout]:
@@ -47,7 +56,8 @@ class TrainingRollouts:
         with span("generate"):
             for ahead in range(version + len(self._asked), min(version + self._max_staleness + 1, self._versions.stop)):
                 before = self._prompts.state()
-                draw = self._source.ask(training_requests(self._run_seed, ahead, self._prompts.take()))
+                asked = training_requests(self._run_seed, ahead, self._prompts.take(), self._group_size)
+                draw = self._source.ask(asked)
                 self._asked.append(_Batch(draw=draw, prompts_before=before))
             draw = self._asked.popleft().draw
             draw.wait_for_engines()
@@ -61,6 +71,10 @@ class TrainingRollouts:
                 f"{self._max_staleness}, and none of later weights"
             )
         return rollouts
+
+    def while_publishing(self) -> AbstractContextManager[None]:
+        """Return what weights are published in: with `rollout.update: drain` no response is on its way then."""
+        return self._source.drained() if self._drains else nullcontext()
 
     def state(self) -> dict[str, Any]:
         """Return where the prompts go on, ready for JSON: what was asked for and not taken is asked for again."""

@@ -13,9 +13,11 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
 from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.files import write_atomic
+from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 
 _PROGRESS_FILE = "progress.json"  # model/checkpoint.py writes it
+type _Prompts = PromptStream | PrioritisedPrompts
 _BEFORE_DITHER = {"optim.dither": False}  # of checkpoints that are older than the key
 _AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
 
@@ -42,7 +44,7 @@ class Checkpoints:
             )
         return folder
 
-    def restore(self, prompts: PromptStream, objective: Objective) -> int:
+    def restore(self, prompts: _Prompts, objective: Objective) -> int:
         """Set prompt order and objective to the newest checkpoint's; return the steps behind it, 0 without one.
 
         Raises ContractError or ValueError for a checkpoint of other settings that this run can't go on from.
@@ -58,7 +60,7 @@ class Checkpoints:
         except (AttributeError, KeyError, TypeError) as error:
             raise self._damaged(folder, repr(error)) from error
 
-    def resume(self, policy: PolicyGroup, prompts: PromptStream, objective: Objective) -> int:
+    def resume(self, policy: PolicyGroup, prompts: _Prompts, objective: Objective) -> int:
         """As `restore`, and the policy too."""
         step, folder = self.restore(prompts, objective), self.latest
         if folder is not None:

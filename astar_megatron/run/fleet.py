@@ -1,7 +1,7 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,12 +67,20 @@ class Fleet:
         tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
 
     @contextmanager
-    def generating(self, version: int, clock: Clock) -> Iterator[None]:
-        """The engines have the policy's weights after `version` batches. Raises WeightMismatch if one has not."""
-        with clock.span("publish"):
-            if self._weights is None:
-                self._weights = self._open()
-            self._weights.publish(version)
+    def generating(
+        self, version: int, clock: Clock, drained: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Iterator[None]:
+        """The engines have the policy's weights after `version` batches. Raises WeightMismatch if one has not.
+
+        They get them in `drained`, where no request is in flight; by default those in flight go on under new weights.
+        """
+        with ExitStack() as stack:
+            with clock.span("drain"):
+                stack.enter_context(drained())
+            with clock.span("publish"):
+                if self._weights is None:
+                    self._weights = self._open()
+                self._weights.publish(version)
         yield
 
     @contextmanager

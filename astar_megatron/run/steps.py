@@ -1,5 +1,6 @@
 """One step of training, beside what computes it: its batch, its line of metrics, and what a bad one leaves."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,13 +38,21 @@ def batch_of(rollouts: Sequence[Rollout], objective: Objective, version: int) ->
     )
 
 
-def health_of(objective: Objective, rollouts: Sequence[Rollout], stats: StepStats, on_policy: int) -> dict[str, float]:
-    """What the objective makes of a step, and how far the engines were; the first `on_policy` rollouts are of the
-    weights that were scored."""
+def health_of(
+    objective: Objective, rollouts: Sequence[Rollout], stats: StepStats, version: int, on_policy: int
+) -> dict[str, float]:
+    """What the objective makes of the step that trained `version`, and how far the engines were.
+
+    The first `on_policy` rollouts were scored by these weights.
+    """
     logprobs = torch.tensor(stats.logprobs, dtype=torch.float64)
     reference = torch.tensor(stats.reference_logprobs, dtype=torch.float64)
-    drawn = torch.tensor([rollout.logprob for rollout in rollouts], dtype=torch.float64)
-    gap = float((logprobs - drawn)[:on_policy].mean())
+    gaps = [
+        logprob - rollout.logprob
+        for logprob, rollout in zip(stats.logprobs[:on_policy], rollouts, strict=False)
+        if rollout.first_version == version
+    ]
+    gap = sum(gaps) / len(gaps) if gaps else math.nan
     return {**objective.metrics(rollouts, logprobs, reference, on_policy), "engine_gap": gap}
 
 
@@ -67,6 +76,7 @@ def metrics_of(
         "changed_weights": stats.changed_weights,
         "skipped_steps": len(stats.skipped),
         **health,
+        **staleness(step, rollouts),
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,
         "response_tokens": stats.response_tokens,
@@ -75,7 +85,19 @@ def metrics_of(
         "mfu": stats.mfu,
         "peak_memory_bytes": list(stats.peak_memory_bytes),
         "spent_tokens": spent_tokens,
-        "seconds": {**stats.seconds, **seconds},
+        "seconds": {**stats.seconds, **seconds, "ranks_idle": seconds["total"] - sum(stats.seconds.values())},
+    }
+
+
+def staleness(version: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Return how much older than `version`, which is trained on them, the weights were that drew the rollouts."""
+    ages = [version - rollout.first_version for rollout in rollouts]
+    older = sum(rollout.older_tokens(version) for rollout in rollouts)
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    return {
+        "staleness_mean": sum(ages) / len(ages),
+        "staleness_max": max(ages),
+        "older_tokens": older / tokens if tokens else 0.0,
     }
 
 

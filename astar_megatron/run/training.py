@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from astar_megatron import config
-from astar_megatron.algorithm.astar import astar_of
+from astar_megatron.algorithm import methods
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.config import FilterConfig, RunConfig
 from astar_megatron.data import filters
-from astar_megatron.data.allocation import run_estimates
+from astar_megatron.data.allocation import run_estimates, stage_1_of
 from astar_megatron.data.estimates import Estimates
+from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run import resources
 from astar_megatron.run.checkpoints import Checkpoints
@@ -17,20 +18,30 @@ from astar_megatron.run.tracking import read_metrics
 from conversion import folders
 
 
-def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates:
-    """Return what stage 1 says of the run's prompts. Raises MissingTableError, ContractError."""
+def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates | None:
+    """Return what stage 1 says of the run's prompts, if its method or filter asks.
+
+    Raises MissingTableError, ContractError.
+    """
+    if not (cfg.reads_stage_1 or cfg.filter != FilterConfig()):
+        return None
     return run_estimates(cfg, inputs.contract, inputs.prompts)
 
 
-def prompt_stream(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> PromptStream:
+def objective_of(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> Objective:
+    """Return the method, as it begins with what stage 1 found."""
+    return methods.objective_of(cfg, stage_1_of(cfg, inputs.contract, inputs.prompts, estimates))
+
+
+def prompt_stream(
+    cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, objective: Objective
+) -> PromptStream | PrioritisedPrompts:
     """Return the order in which training takes prompts, left out or rarer where stage 1 says they teach little."""
     weights = filters.weights(estimates, cfg.filter) if estimates else None
-    return PromptStream(inputs.prompts, cfg.train.batch_size, cfg.seed, weights)
-
-
-def objective_of(cfg: RunConfig, estimates: Estimates | None) -> Objective:
-    """Return the method, as it begins with what stage 1 found."""
-    return astar_of(cfg, *((estimates.by_uid(), estimates.samples_by_uid()) if estimates else ({}, {})))
+    number = cfg.train.batch_size // cfg.group_size
+    if objective.priorities([inputs.prompts[0].uid]) is None:
+        return PromptStream(inputs.prompts, number, cfg.seed, weights)
+    return PrioritisedPrompts(inputs.prompts, number, cfg.seed, objective.priorities, weights)
 
 
 def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:
@@ -40,9 +51,11 @@ def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:
 
 def check_training(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
-    needs_stage_1 = cfg.filter != FilterConfig() or cfg.astar.refresh_decay is not None
-    estimates = stage_1(cfg, inputs) if needs_stage_1 else None
-    done = checkpoints_of(cfg, inputs).restore(prompt_stream(cfg, inputs, estimates), objective_of(cfg, estimates))
+    checkpoints = checkpoints_of(cfg, inputs)
+    is_asked = cfg.filter != FilterConfig() or checkpoints.latest is not None  # else its table may not be there yet
+    estimates = stage_1(cfg, inputs) if is_asked else None
+    objective = objective_of(cfg, inputs, estimates)
+    done = checkpoints.restore(prompt_stream(cfg, inputs, estimates, objective), objective)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "

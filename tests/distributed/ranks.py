@@ -105,12 +105,19 @@ def _options(job: Job, size: int) -> Any:
     return StepOptions(temperature=0.8, mini_batch_size=size, micro_batch_tokens=job.micro_batch_tokens)
 
 
-def gradients(pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str) -> Any:
-    """Take one step and write the gradient under HF names to `folder`; return the statistics."""
+def gradients(
+    pipe: Any, rank: int, port: int | None, *, job: Job, batch: Any, folder: str, size: int = 0, shared: str = ""
+) -> Any:
+    """Take one step in mini-batches of `size` (0: all) and return the statistics.
+
+    `folder` gets the last gradient under HF names and, with a folder for the transfer in `shared`, the new weights.
+    """
     with started(pipe, rank, port, job) as policy:
-        stats = policy.step(batch, job.loss, _options(job, len(batch)))
+        stats = policy.step(batch, job.loss, _options(job, size or len(batch)))
         _gather_gradients(policy)
         write_gradients(policy, folder)
+        if shared:
+            policy.export(f"{folder}/weights", shared)
         return stats
 
 

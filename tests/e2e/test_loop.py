@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from astar_megatron import config
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import hugging_face
+from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.run.evaluation import evaluate
 from astar_megatron.run.fleet import Fleet, engines_of
 from astar_megatron.run.prepare import prepare
@@ -31,7 +32,13 @@ from conversion.ends import open_end
 from conversion.rewrite import compare
 
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
-SECONDS = {"publish", "generate", "score", "reference", "policy", "total"}
+SECONDS = {"drain", "publish", "generate", "score", "reference", "policy", "engines_idle", "ranks_idle", "total"}
+METHODS: dict[str, dict[str, Any]] = {
+    "astar": {},
+    "oapl": {"oapl": {"group_size": 3, "refresh_steps": 2}},  # the reference is part of the checkpoint
+    "spo": {},  # so are the values, by which prompts are chosen
+    "rebel": {},
+}
 
 
 @pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
@@ -104,10 +111,13 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_and_ends_with_the_same_numbers(run_tree: Any, tied_llama: Path, tmp_path: Path) -> None:
-    """SIGKILL after step 2 of 4, the same command again: losses and rewards are those of an uninterrupted run."""
-    tree = run_tree(tied_llama) | {"checkpoint": {"interval": 1}}
-    tree["train"]["num_steps"] = 4
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_continues_and_ends_with_the_same_numbers(
+    method: str, run_tree: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after step 3 of 4, the same command again: losses and rewards are those of an uninterrupted run."""
+    tree = run_tree(tied_llama) | {"checkpoint": {"interval": 1}, "objective": {"name": method}} | METHODS[method]
+    tree["train"] |= {"num_steps": 4, "batch_size": 12, "mini_batch_size": 6}
 
     def command(name: str, run: str, steps: int) -> list[dict[str, Any]]:
         file = tmp_path / f"{run}.yaml"
@@ -130,10 +140,50 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(run_tree: Any, ti
             VStarTable.open(tmp_path / run / "v_star", prepare(config.validate(tree)).contract).summary().samples == 24
         )
     whole = command("train", "whole", 4)
-    command("train", "killed", 2)
+    command("train", "killed", 3)
     killed = command("train", "killed", 4)
     assert len(whole) == len(killed) == 4
     for one, other in zip(whole, killed, strict=True):
         assert one | MEASURED == other | MEASURED
     exported = json.loads((tmp_path / "killed" / "hf" / "config.json").read_text())
     assert exported["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["in_flight", "drain"])
+def test_engines_draw_ahead_and_say_which_weights_drew_each_token(
+    update: str, run_tree: Any, untied_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    tree = run_tree(untied_qwen2) | {"objective": {"name": "oapl"}, "oapl": {"group_size": 5}}
+    tree["rollout"] |= {"max_staleness": 2, "update": update, "max_num_seqs": 3}
+    tree["sampling"] = {"max_response_tokens": 60}
+    tree["train"]["num_steps"] = 5
+    cfg = config.validate(tree)
+    inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+    taken: list[Any] = []
+    with Fleet(cfg, inputs.model, tracker) as fleet:
+        take = TrainingRollouts.take
+
+        def remember(self: Any, version: int, span: Any) -> Any:
+            rollouts = take(self, version, span)
+            sequences = [rollout.prompt.token_ids + rollout.token_ids for rollout in rollouts]
+            scored = fleet.policy.logprobs(sequences, [len(rollout.prompt.token_ids) for rollout in rollouts])
+            taken.append((version, rollouts, scored))
+            return rollouts
+
+        monkeypatch.setattr(TrainingRollouts, "take", remember)
+        train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+    steps = read_metrics(cfg.run_dir)
+    assert [step["staleness_max"] for step in steps] == [0, 1, 2, 2, 2]
+    across = same = 0
+    for version, rollouts, scored in taken:
+        for rollout, logprobs in zip(rollouts, scored, strict=True):
+            assert rollout.last_version - rollout.first_version + 1 == len(rollout.tokens_by_version)
+            assert sum(rollout.tokens_by_version) == len(rollout.token_ids)
+            across += len([count for count in rollout.tokens_by_version if count]) > 1
+            older = rollout.older_tokens(version)
+            if older < len(logprobs):  # what this version drew, it scores the same, to the token
+                same += 1
+                assert rollout.token_logprobs[older:] == pytest.approx(logprobs[older:], abs=2e-3)
+    assert same and (across > 0) == (update == "in_flight")

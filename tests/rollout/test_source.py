@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_engines import FakeEngines
 
 from astar_megatron.algorithm.rewards import RewardError
-from astar_megatron.config import RewardConfig, SamplingConfig
+from astar_megatron.config import RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
@@ -78,12 +78,13 @@ def test_the_engines_are_fed_while_the_driver_does_something_else(source_of: Any
 
 def test_a_stream_takes_requests_as_there_is_room_for_them_and_never_ends_by_itself(source_of: Any) -> None:
     taken = itertools.count()
-    stream = source_of(engines(max_num_seqs=5, at_once=3)).stream(request(next(taken)) for _ in itertools.count())
+    pool = engines(max_num_seqs=5, at_once=3)
+    stream = source_of(pool).stream(request(next(taken)) for _ in itertools.count())
     drawn = 0
     for rollouts in itertools.islice(stream, 40):
         drawn += len(rollouts)
         time.sleep(0.01)  # slower than the engines
-    assert drawn >= 40 and next(taken) <= drawn + 2 * (2 * 5)  # with the engines, and come back meanwhile
+    assert drawn >= 40 and next(taken) <= len(pool.answered) + 2 * 5  # what is with the engines
 
 
 def test_engines_do_not_wait_for_a_slow_reward(source_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,12 +164,19 @@ def untimed(name: str) -> AbstractContextManager[None]:
 
 
 def training(
-    source: RolloutSource, state: dict[str, Any] | None = None, *, first: int = 0, max_staleness: int = 0
+    source: RolloutSource,
+    state: dict[str, Any] | None = None,
+    *,
+    first: int = 0,
+    max_staleness: int = 0,
+    update: Literal["in_flight", "drain"] = "in_flight",
+    group_size: int = 1,
 ) -> TrainingRollouts:
     prompts = PromptStream(PROMPTS, 7, 3)
     if state is not None:
         prompts.restore(state)
-    return TrainingRollouts(source, prompts, 5, versions=range(first, 6), max_staleness=max_staleness)
+    rollout = RolloutConfig(max_staleness=max_staleness, update=update)
+    return TrainingRollouts(source, prompts, rollout, 5, versions=range(first, 6), group_size=group_size)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 9])
@@ -207,3 +215,37 @@ def test_rollouts_of_later_weights_or_of_too_early_ones_are_refused(
     batches = training(source_of(pool), first=version, max_staleness=max_staleness)
     with pytest.raises(AssertionError, match=f"rollouts of versions {drawn_by} to {drawn_by} for version {version}, "):
         batches.take(version, untimed)
+
+
+@pytest.mark.parametrize("update", ["in_flight", "drain"])
+def test_weights_are_published_where_no_request_is_in_flight_if_that_is_asked_for(source_of: Any, update: Any) -> None:
+    pool = engines(max_num_seqs=3, at_once=1, seconds=0.01)
+    batches = training(source_of(pool), max_staleness=3, update=update)
+    batches.take(0, untimed)
+    with batches.while_publishing():
+        in_flight = len(pool.asked) - len(pool.answered)
+        asked = len(pool.asked)
+        time.sleep(0.2)
+        assert (len(pool.asked) > asked) == (update == "in_flight") == (in_flight > 0)
+        pool.version = 1
+    rollouts = batches.take(1, untimed)
+    versions = {(rollout.first_version, rollout.last_version) for rollout in rollouts}
+    assert versions <= {(0, 0), (1, 1)} if update == "drain" else (0, 0) in versions
+
+
+def test_the_responses_of_a_group_lie_beside_each_other_with_seeds_of_their_own(source_of: Any) -> None:
+    rollouts = training(source_of(engines(num_engines=2)), group_size=3).take(0, untimed)
+    uids = [rollout.prompt.uid for rollout in rollouts]
+    assert len(rollouts) == 7 * 3 and uids[::3] == uids[1::3] == uids[2::3] and len(set(uids)) == 7
+    assert [rollout.sample for rollout in rollouts[:6]] == [0, 1, 2, 0, 1, 2]
+    assert len({rollout.seed for rollout in rollouts}) == 21
+
+
+def test_a_source_says_how_long_its_engines_had_nothing_to_do(source_of: Any) -> None:
+    source = source_of(engines(num_engines=2, seconds=0.05))
+    time.sleep(0.5)
+    assert source.idle_seconds() >= 0.5
+    source.ask(map(request, range(200))).rollouts()
+    busy = source.idle_seconds()
+    time.sleep(1.0)
+    assert source.idle_seconds() > 1.0 > busy

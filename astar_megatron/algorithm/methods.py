@@ -1,0 +1,45 @@
+"""Which method trains, by `objective.name`, and what it takes of stage 1."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from astar_megatron.algorithm.astar import astar_of
+from astar_megatron.algorithm.clipped import TokenMean
+from astar_megatron.algorithm.grpo import Grpo
+from astar_megatron.algorithm.oapl import Oapl
+from astar_megatron.algorithm.objective import Objective
+from astar_megatron.algorithm.rebel import Rebel
+from astar_megatron.algorithm.spo import Spo
+from astar_megatron.config import Clipped, RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage1:
+    """What the samples of stage 1 say of each prompt, by uid; empty for a method that reads none."""
+
+    v_star: Mapping[str, float] = field(default_factory=dict)  # at the method's beta1
+    v_star_at_beta2: Mapping[str, float] = field(default_factory=dict)  # of A*PO
+    samples: Mapping[str, int] = field(default_factory=dict)
+    mean_reward: Mapping[str, float] = field(default_factory=dict)
+
+
+def objective_of(cfg: RunConfig, stage_1: Stage1) -> Objective:
+    """Return the run's method, as it begins with what stage 1 found."""
+    is_stale = cfg.rollout.max_staleness > 0
+    match cfg.objective.name:
+        case "astar":
+            return astar_of(cfg, stage_1.v_star, stage_1.samples, stage_1.v_star_at_beta2)
+        case "oapl":
+            return Oapl(cfg.oapl, stage_1.v_star, cfg.optim.loss_scale)
+        case "grpo":
+            return Grpo(cfg.grpo, _token_mean(cfg, cfg.grpo), old_from_engine=is_stale)
+        case "rebel":
+            return Rebel(cfg.rebel)
+        case "spo":
+            return Spo(cfg.spo, _token_mean(cfg, cfg.spo), stage_1.mean_reward, old_from_engine=is_stale)
+
+
+def _token_mean(cfg: RunConfig, method: Clipped) -> TokenMean:
+    return TokenMean(
+        over=method.loss, mini_batch_size=cfg.mini_batch_size, max_response_tokens=cfg.sampling.max_response_tokens
+    )

@@ -1,0 +1,107 @@
+"""SPO: one response a prompt against a value that is tracked over the steps (arXiv 2509.13232, sections 3.2 to 3.4).
+
+    value       v(x) = a / (a + b), a beta distribution's mean; from N samples of stage 1 a + b = 1 / (1 - least_decay)
+    decay       d(x) = 2^(-D(x) / half_life), not below least_decay, not above most_decay
+    on reward   a <- d(x) a + r,  b <- d(x) b + 1 - r          after the step that the reward was in
+    advantage   A = (r - v(x) - mean) / standard deviation, both over the batch
+    priority    sqrt(v(x) (1 - v(x))) + exploration
+
+A is that of all tokens of the response in the clipped policy gradient of clipped.py. D(x) is how far the policy has
+moved since the one that last drew for x. The paper leaves open how to measure it; here it is the change of the KL to
+the reference (nats a token, of a batch), which needs no forward pass of its own and is below the true one: the decay
+then is nearer to `most_decay`. Rewards are taken as the paper has them, between 0 and 1: lower ones count as 0.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss, engine_logprobs
+from astar_megatron.algorithm.metrics import drift
+from astar_megatron.algorithm.objective import Columns, Objective
+from astar_megatron.config import SpoConfig
+from astar_megatron.types import Rollout
+
+_LEAST_DEVIATION = 1e-6  # added: a batch whose advantages are equal has advantages of 0, not NaN
+
+
+class Tracker:
+    """The value of each prompt. `mean_reward` is that of stage 1's samples by uid; 1/2 for a prompt without any."""
+
+    def __init__(self, cfg: SpoConfig, mean_reward: Mapping[str, float]) -> None:
+        self._cfg, self._first = cfg, mean_reward
+        self._moved: dict[str, tuple[float, float, float]] = {}  # a, b, and the KL to the reference at that time
+
+    def __getitem__(self, uid: str) -> float:
+        a, b, _ = self._beta(uid)
+        return a / (a + b)
+
+    def add(self, uid: str, reward: float, kl_token: float) -> None:
+        """Take in a reward that was drawn when the policy was `kl_token` from the reference (nats a token)."""
+        a, b, last = self._beta(uid)
+        moved = abs(kl_token - last) if math.isfinite(kl_token) else 0.0
+        decay = min(max(2.0 ** (-moved / self._cfg.half_life), self._cfg.least_decay), self._cfg.most_decay)
+        success = min(max(reward, 0.0), 1.0)
+        here = kl_token if math.isfinite(kl_token) else last
+        self._moved[uid] = decay * a + success, decay * b + 1.0 - success, here
+
+    def state(self) -> dict[str, Any]:
+        """Return what was learnt since stage 1, ready for JSON."""
+        return {uid: list(entry) for uid, entry in self._moved.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._moved = {uid: (float(a), float(b), float(last)) for uid, (a, b, last) in state.items()}
+
+    def _beta(self, uid: str) -> tuple[float, float, float]:
+        if uid in self._moved:
+            return self._moved[uid]
+        weight, mean = 1.0 / (1.0 - self._cfg.least_decay), min(max(self._first.get(uid, 0.5), 0.0), 1.0)
+        return weight * mean, weight * (1.0 - mean), 0.0
+
+
+class Spo(Objective):
+    """See objective.Objective. `mean_reward` as in Tracker, `old_from_engine` as in ClippedLoss."""
+
+    def __init__(
+        self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float], *, old_from_engine: bool = False
+    ) -> None:
+        self._cfg, self._mean, self._tracker = cfg, mean, Tracker(cfg, mean_reward)
+        self.loss: ClippedLoss = clipped_loss(cfg, old_from_engine=old_from_engine)
+
+    def columns(self, rollouts: Sequence[Rollout]) -> Columns:
+        raw = torch.tensor([rollout.score - self._tracker[rollout.prompt.uid] for rollout in rollouts]).double()
+        advantage = (raw - raw.mean()) / (raw.std(correction=0) + _LEAST_DEVIATION)
+        return Columns(
+            sequences={"advantage": advantage, "token_weight": self._mean.weights(rollouts)},
+            tokens={"engine_logprob": engine_logprobs(rollouts)},
+        )
+
+    def metrics(
+        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+    ) -> Mapping[str, float]:
+        """Return `metrics.drift`, the mean of v over the batch, and how far v was from the rewards (mean square)."""
+        values = torch.tensor([self._tracker[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64)
+        rewards = torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float64)
+        return {
+            "value_mean": float(values.mean()),
+            "value_error": float((rewards - values).square().mean()),
+            **drift(rollouts, logprobs, reference_logprobs, on_policy),
+        }
+
+    def learn(self, rollouts: Sequence[Rollout], health: Mapping[str, float]) -> None:
+        for rollout in rollouts:
+            if rollout.reward is not None:
+                self._tracker.add(rollout.prompt.uid, rollout.reward, health["kl_token"])
+
+    def state(self) -> dict[str, Any]:
+        return {"values": self._tracker.state()}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        self._tracker.restore(progress.get("values", {}))
+
+    def priorities(self, uids: Sequence[str]) -> list[float]:
+        values = [self._tracker[uid] for uid in uids]
+        return [math.sqrt(value * (1.0 - value)) + self._cfg.exploration for value in values]

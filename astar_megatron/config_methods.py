@@ -1,0 +1,110 @@
+"""The methods' keys: a section each, of which `objective.name` chooses the one that counts.
+
+Their equations, and the papers that the defaults are from, are in astar_megatron/algorithm/, a page a method.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from astar_megatron.config_file import Section
+
+type MethodName = Literal["astar", "oapl", "grpo", "rebel", "spo"]
+
+
+class ObjectiveConfig(Section):
+    """Which method trains; its keys are in the section of its name, and those of the others have no effect."""
+
+    name: MethodName = "astar"
+    """The method."""
+
+
+class AstarConfig(Section):
+    """A*PO. Its two temperatures are beta1 of V* and beta2 of the regression."""
+
+    beta1: float = Field(default=0.5, gt=0.0)
+    """[reward] Of stage 1: V* = beta1 (logsumexp(r / beta1) - ln N)."""
+    beta2: float = Field(default=1e-3, gt=0.0)
+    """[reward a nat] Of stage 2: the loss is (beta2 ln(pi / pi_ref) - (r - V*))^2."""
+    importance_cap: float | None = Field(default=None, ge=1.0)
+    """Weigh each loss by min(cap, policy's / engine's probability of the response); null: by 1."""
+    refresh_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+    """[share] What earlier rewards still weigh when training adds its own to V*; null: V* stays that of stage 1."""
+
+
+class OaplConfig(Section):
+    """OAPL: A*PO's regression against the policy that drew the response, however old."""
+
+    beta1: float = Field(default=1.0, gt=0.0)
+    """[reward] Of V: beta1 (logsumexp(r / beta1) - ln n)."""
+    beta2: float = Field(default=1e-3, gt=0.0)
+    """[reward a nat] The loss is (beta2 ln(pi / pi_old) - (r - V))^2."""
+    value: Literal["group", "table"] = "group"
+    """What V is made of: the rewards of a response's own group, or the V* table of stage 1."""
+    group_size: int = Field(default=8, ge=1)
+    """[responses] Responses to a prompt."""
+    refresh_steps: int | None = Field(default=None, ge=1)
+    """[steps] pi_old is a copy of the policy, made anew after so many steps; null: the weights that drew."""
+
+    @model_validator(mode="after")
+    def _value(self) -> Self:
+        if self.value == "group" and self.group_size < 2:
+            raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
+        return self
+
+
+class Clipped(Section):
+    """What the methods have in common that clip the ratio of new to old policy, token by token."""
+
+    clip_low: float = Field(default=0.2, ge=0.0, lt=1.0)
+    """The ratio pi / pi_old of a token counts down to 1 - this."""
+    clip_high: float = Field(default=0.2, ge=0.0)
+    """It counts up to 1 + this."""
+    kl_coef: float = Field(default=1e-3, ge=0.0)
+    """[reward a nat] Weight of a token's KL to the reference in the loss."""
+    loss: Literal["token", "sequence", "constant"] = "token"
+    """`token`: mean over the tokens of an optimiser step, `sequence`: over each response's first, `constant`: sum of
+    each response's over `sampling.max_response_tokens`."""
+
+
+class GrpoConfig(Clipped):
+    """GRPO: advantages within a group. DAPO: `clip_high` 0.28, `kl_coef` 0, `loss` token; Dr. GRPO: `normalise` false,
+    `kl_coef` 0, `loss` constant."""
+
+    loss: Literal["token", "sequence", "constant"] = "sequence"
+    """`token`: mean over the tokens of an optimiser step, `sequence`: over each response's first, `constant`: sum of
+    each response's over `sampling.max_response_tokens`."""
+    group_size: int = Field(default=8, ge=2)
+    """[responses] Responses to a prompt."""
+    normalise: bool = True
+    """Divide advantages by the standard deviation of the group's rewards."""
+
+
+class RebelConfig(Section):
+    """REBEL: regress the difference of two responses to a prompt on that of their rewards."""
+
+    eta: float = Field(default=1.0, gt=0.0)
+    """[nats a reward] The loss is ((ln(pi / pi_old)(y) - ln(pi / pi_old)(y')) / eta - (r - r'))^2."""
+
+
+class SpoConfig(Clipped):
+    """SPO: one response a prompt against a value that is tracked over the steps, and prompts by what they teach."""
+
+    clip_high: float = Field(default=0.28, ge=0.0)
+    """It counts up to 1 + this."""
+    kl_coef: float = Field(default=0.0, ge=0.0)
+    """[reward a nat] Weight of a token's KL to the reference in the loss."""
+    least_decay: float = Field(default=0.875, gt=0.0, lt=1.0)
+    """[share] What earlier rewards of a prompt weigh at least when it gets a new one."""
+    most_decay: float = Field(default=0.96, gt=0.0, lt=1.0)
+    """[share] What they weigh at most."""
+    half_life: float = Field(default=0.06, gt=0.0)
+    """[nats a token] Divergence of the policy since the last one at which they weigh half."""
+    exploration: float = Field(default=0.05, gt=0.0)
+    """Added to the weight of each prompt, sqrt(v (1 - v)), so that every prompt comes again."""
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.least_decay > self.most_decay:
+            raise ValueError(f"spo.least_decay: {self.least_decay} is above spo.most_decay {self.most_decay}; lower it")
+        return self

@@ -1,0 +1,74 @@
+"""The order of prompts for a method that says how much there is to learn from each."""
+
+import hashlib
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from astar_megatron.data.rows import PromptError
+from astar_megatron.types import Prompt
+
+
+class PrioritisedPrompts:
+    """Batches of different prompts, drawn with chances in proportion to `priorities` at the time, times `weights`.
+
+    Without replacement by the keys ln(u) / weight of Efraimidis and Spirakis (Inf. Process. Lett. 97, 2006), u a digest
+    of (seed, number of the batch, uid): so a batch depends on these and the priorities alone. As PromptStream else.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int,
+        seed: int,
+        priorities: Callable[[Sequence[str]], Sequence[float] | None],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self._weights = weights or {}
+        self._prompts = sorted(
+            (prompt for prompt in prompts if self._weights.get(prompt.uid, 1.0) > 0), key=lambda prompt: prompt.uid
+        )
+        if not 1 <= batch_size <= len(self._prompts):
+            raise PromptError(
+                f"train.batch_size: expected 1 to {len(self._prompts)} prompts a batch, as many as there are to choose "
+                f"from, got {batch_size}; a method that chooses its prompts takes each once a batch"
+            )
+        self._uids = [prompt.uid for prompt in self._prompts]
+        self._batch_size, self._seed, self._priorities = batch_size, seed, priorities
+        self._digest = hashlib.sha256("\n".join(self._uids).encode()).hexdigest()
+        self._batch = 0
+
+    def take(self) -> list[Prompt]:
+        """Return the next `batch_size` prompts."""
+        priorities = self._priorities(self._uids)
+        assert priorities is not None
+        keys = [self._key(uid, priority) for uid, priority in zip(self._uids, priorities, strict=True)]
+        self._batch += 1
+        chosen = heapq.nlargest(self._batch_size, range(len(keys)), key=keys.__getitem__)
+        return [self._prompts[i] for i in chosen]
+
+    def state(self) -> dict[str, int | str]:
+        """Return the cursor, ready for JSON; the priorities are their method's to keep."""
+        return {"seed": self._seed, "batch": self._batch, "prompts": self._digest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken. Raises PromptError for other prompts, another seed or order."""
+        for name, mine in {"seed": self._seed, "prompts": self._digest}.items():
+            if state.get(name) != mine:
+                raise PromptError(
+                    f"prompts: the saved cursor has {name} {state.get(name)!r}, this run {mine!r}; continue with the "
+                    "data, the filter and the seed it was saved with, or start a new run_dir"
+                )
+        batch = state.get("batch")
+        if not isinstance(batch, int) or batch < 0:
+            raise PromptError(
+                f"prompts: expected a cursor of prioritised prompts, got {dict(state)!r}; continue with the "
+                "objective.name it was saved with, or start a new run_dir"
+            )
+        self._batch = batch
+
+    def _key(self, uid: str, priority: float) -> float:
+        digest = hashlib.blake2b(f"{self._seed}:{self._batch}:{uid}".encode(), digest_size=8).digest()
+        chance = (int.from_bytes(digest, "big") + 0.5) / 2**64
+        return math.log(chance) / (priority * self._weights.get(uid, 1.0))

@@ -1,0 +1,56 @@
+"""Which sequences of a batch a rank takes, in which packs. Each rank derives the same from the same batch.
+
+Shapes: B sequences of a step, b of a pack, r response tokens of them.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
+from astar_megatron.model.backend import Backend
+from astar_megatron.types import RolloutBatch, StepOptions
+from conversion.tiles import ParallelLayout
+
+type Group = Sequence[tuple[list[int], PackedBatch]]  # this rank's packs of a mini-batch, and their batch indices
+
+
+def mini_batches(batch: RolloutBatch, options: StepOptions) -> list[list[int]]:
+    """Return the batch indices of each mini-batch. Raises ValueError where they are not equally large."""
+    size = options.mini_batch_size
+    if len(batch) % size:
+        raise ValueError(f"a batch of {len(batch)} sequences is no multiple of the mini-batch, {size}")
+    return [list(range(start, start + size)) for start in range(0, len(batch), size)]
+
+
+def micro_batches(
+    batch: RolloutBatch, indices: list[int], options: StepOptions, layout: ParallelLayout, backend: Backend
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yield this rank's packs of a mini-batch with the batch indices of their sequences."""
+    lengths = [len(batch.token_ids[i]) for i in indices]
+    parts = split_evenly(lengths, layout.data)
+    own = [[lengths[i] for i in part] for part in parts]
+    together = layout.pipeline if layout.virtual > 1 else 1  # interleaved stages take so many at a time
+    rank = parallel_state.get_data_parallel_rank()
+    for micro in equally_many_micro_batches(own, options.micro_batch_tokens, together)[rank]:
+        chosen = [indices[parts[rank][i]] for i in micro]
+        token_ids, prompts = [batch.token_ids[i] for i in chosen], [batch.prompt_tokens[i] for i in chosen]
+        yield chosen, packed_for(token_ids, prompts, layout, backend)
+
+
+def packed_for(
+    token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], layout: ParallelLayout, backend: Backend
+) -> PackedBatch:
+    """Return the sequences in one pack, as the device's attention takes it."""
+    return pack(token_ids, prompt_tokens, share_prefix=backend.shares_prefix and layout.context == 1)
+
+
+def token_columns(batch: RolloutBatch, indices: list[int], device: torch.device) -> dict[str, Tensor]:
+    """Return the columns of the response tokens of one pack's sequences."""
+    lengths = batch.response_lengths().tolist()
+    return {
+        name: torch.cat([column.split(lengths)[i] for i in indices]).to(device)
+        for name, column in batch.token_columns.items()
+    }

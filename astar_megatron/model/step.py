@@ -1,0 +1,200 @@
+"""A step of the policy on one rank: score what the loss reads, then one optimiser step a mini-batch.
+
+Shapes: B sequences of a step, b of a pack; r response tokens of a pack that this rank holds.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from astar_megatron.algorithm.objective import Loss, ResponseTokens
+from astar_megatron.model.backend import Backend
+from astar_megatron.model.build import overlaps
+from astar_megatron.model.flops import forward_flops
+from astar_megatron.model.forward import HeldTokens, OwnScores, run_loss, run_own_scoring
+from astar_megatron.model.micro_batches import Group, micro_batches, mini_batches, token_columns
+from astar_megatron.model.optimizer import learning_rate, take_step
+from astar_megatron.model.reference import Reference
+from astar_megatron.model.statistics import StepRecord
+from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from conversion.families import Model
+from conversion.tiles import ParallelLayout
+
+type _Scores = list[OwnScores | None]  # of each pack of a group; None: the policy's own, as its gradient sees them
+
+
+class Learner:
+    """This rank's part of the policy, as it learns: modules, optimizer and learning rate, beside the reference."""
+
+    def __init__(
+        self,
+        model: Model,
+        layout: ParallelLayout,
+        backend: Backend,
+        modules: Sequence[Any],
+        reference: Reference,
+        optimizer: Any,
+        schedule: Any,
+    ) -> None:
+        self._model, self._layout, self._backend = model, layout, backend
+        self._modules, self._reference = modules, reference
+        self._optimizer, self._schedule = optimizer, schedule
+
+    def step(
+        self, batch: RolloutBatch, loss: Loss, options: StepOptions, weights: Mapping[str, Tensor], *, is_first: bool
+    ) -> StepStats | None:
+        """Take a step; collective. Returns and leaves out as PolicyRank.step does.
+
+        `weights` are the rank's parameters, which at the first step of a run may be the reference's.
+        """
+        record = StepRecord(batch, self._backend)
+        clock = time.perf_counter()
+        groups = [
+            list(micro_batches(batch, indices, options, self._layout, self._backend))
+            for indices in mini_batches(batch, options)
+        ]
+        with self._backend.range("reference"):
+            record.changed_weights = self._reference.share_changed(weights)
+            at_start = is_first and record.changed_weights == 0.0
+            references = [
+                self._score_reference(group, options, record, checks_only=at_start and not index)
+                for index, group in enumerate(groups)
+            ]
+        record.seconds["reference"] = time.perf_counter() - clock
+        clock = time.perf_counter()
+        olds = [self._score_before(group, loss, options, record, index) for index, group in enumerate(groups)]
+        for index, (group, reference, old) in enumerate(zip(groups, references, olds, strict=True)):
+            columns = {name: column.to(self._backend.device) for name, column in batch.columns.items()}
+            if "peer_shift" in loss.needs:
+                shift = self._shift(group, old, options, record, len(batch), moved=index > 0)
+                columns["peer_shift"] = shift[columns["peer"].long()]
+            with self._backend.range("policy"):
+                self._accumulate(group, reference, old, columns, batch, loss, options, record)
+            if at_start and not index:
+                _check_start(record.largest_logratio())
+            is_finite = record.is_finite([i for indices, _ in group for i in indices])
+            with self._backend.range("optimizer"):
+                taken, norm = take_step(
+                    self._optimizer, self._schedule, is_finite=is_finite, device=self._backend.device
+                )
+            record.grad_norms.append(norm)
+            record.skipped += [] if taken else [index]
+        for module in self._modules if overlaps() else ():
+            module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
+        record.learning_rate = learning_rate(self._optimizer)
+        record.seconds["policy"] = time.perf_counter() - clock
+        return record.stats()
+
+    def _score_reference(
+        self, group: Group, options: StepOptions, record: StepRecord, *, checks_only: bool
+    ) -> list[Tensor | None]:
+        """Return the reference's log-probs [r] of each pack, None where the policy's own are to be taken.
+
+        With the reference's weights policy and reference are the same function: `checks_only` scores the lightest packs
+        alone, as many as a pipeline needs, to see that they are.
+        """
+        packs = [packed for _, packed in group]
+        skipped = max(0, len(packs) - self._layout.pipeline) if checks_only else 0
+        record.flops += sum(forward_flops(self._model, packed) for packed in packs[skipped:])
+        return [None] * skipped + self._reference.score(packs[skipped:], options.temperature)
+
+    def _score_before(self, group: Group, loss: Loss, options: StepOptions, record: StepRecord, index: int) -> _Scores:
+        """Return what the policy gives before the step, if the loss needs it; the first mini-batch's is its own."""
+        if not loss.needs or index == 0:
+            return [None] * len(group)
+        return [*self._score(group, options, record)]
+
+    def _score(self, group: Group, options: StepOptions, record: StepRecord) -> list[OwnScores]:
+        """Return what the policy gives now; nothing on stages before the last."""
+        packs = [packed for _, packed in group]
+        record.flops += sum(forward_flops(self._model, packed) for packed in packs)
+        return run_own_scoring(
+            self._modules,
+            packs,
+            vocab_size=self._model.vocab_size,
+            temperature=options.temperature,
+            backend=self._backend,
+        )
+
+    def _shift(
+        self, group: Group, old: _Scores, options: StepOptions, record: StepRecord, count: int, *, moved: bool
+    ) -> Tensor:
+        """Return [B], by how much the log-prob of each response of the mini-batch has moved since before the step.
+
+        Of other mini-batches' responses it says 0, and of all before any step. Collective.
+        """
+        shift = torch.zeros(count, dtype=torch.float64, device=self._backend.device)
+        if not moved:
+            return shift
+        for (indices, _), now, before in zip(group, self._score(group, options, record), old, strict=False):
+            assert before is not None
+            shift[indices] = (now.sums - before.sums).to(shift)
+        dist.all_reduce(shift, group=parallel_state.get_data_parallel_group())  # type: ignore[arg-type]
+        return shift
+
+    def _accumulate(
+        self,
+        group: Group,
+        reference: Sequence[Tensor | None],
+        old: _Scores,
+        columns: Mapping[str, Tensor],
+        batch: RolloutBatch,
+        loss: Loss,
+        options: StepOptions,
+        record: StepRecord,
+    ) -> None:
+        """Form the gradient of a mini-batch's mean loss and note its sequences in `record`."""
+        of_packs = [token_columns(batch, indices, self._backend.device) for indices, _ in group]
+        scale = loss.gradient_scale / options.mini_batch_size
+
+        def scaled_loss(index: int, held_tokens: HeldTokens, logprobs: Tensor) -> Tensor:
+            indices = group[index][0][held_tokens.sequences]
+            known, before = reference[index], old[index]
+            tokens = ResponseTokens(
+                logprobs=logprobs,
+                reference_logprobs=logprobs.detach() if known is None else known[held_tokens.own],
+                lengths=held_tokens.lengths,
+                sum_tokens=held_tokens.total,
+                before=_before(loss, logprobs, None if before is None else before.logprobs[held_tokens.own]),
+            )
+            of_sequences = {name: column[indices] for name, column in columns.items()}
+            rows = held_tokens.rows.to(self._backend.device)
+            of_tokens = {name: column[rows] for name, column in of_packs[index].items()}
+            losses = loss(tokens, of_sequences | of_tokens)
+            record.add(indices, tokens.sums, tokens.reference_sums, losses)
+            return losses * scale
+
+        for module in self._modules:
+            module.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        packs = [packed for _, packed in group]
+        record.flops += 3 * sum(forward_flops(self._model, packed) for packed in packs)
+        run_loss(
+            self._modules,
+            packs,
+            scaled_loss,
+            vocab_size=self._model.vocab_size,
+            temperature=options.temperature,
+            backend=self._backend,
+        )
+
+
+def _before(loss: Loss, logprobs: Tensor, scored: Tensor | None) -> Tensor | None:
+    """The policy's log-probs before the step: while none was taken they are the ones that are differentiated."""
+    if "old" not in loss.needs:
+        return None
+    return logprobs.detach() if scored is None else scored
+
+
+def _check_start(largest_logratio: float) -> None:
+    """Raise AssertionError where the weights are the reference's and the log-probs are not; NaN is not judged here."""
+    if largest_logratio > 0.0:
+        raise AssertionError(
+            f"policy and reference have the same weights, but their log-probs of a response differ by "
+            f"{largest_logratio:.3g} nats: they don't run the same kernels in the same precision and shapes"
+        )
