@@ -1,13 +1,13 @@
 """The V* table: what the reference's own samples were rewarded with, kept on disk.
 
-    <folder>/header.json                                 format version and contract
-    <folder>/shard-*.parquet, <folder>/index-*.parquet   rows; see shards.py
-    <folder>/leases/                                     which job draws what; see leases.py
+    <folder>/header.json       format version and contract
+    <folder>/shard-*.parquet   rows; see shards.py
+    <folder>/leases/           which job draws what; see leases.py
 
 A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole.
 V* itself is not stored: `estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686;
-algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB in 1024 shards are
-checked against their digests when opened; a larger table is read through its indexes, and without whole digests.
+algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB are checked against
+the shards' digests when opened; of a larger table only the pages that are read are checked.
 
 Any number of jobs may append at once: nothing is lost. Of a sample that two of them drew one row counts, the one with
 the smallest digest of (uid, sample, reward, tokens): the same in any order of reading, and no reward is favoured.
@@ -33,18 +33,13 @@ from astar_megatron.data.files import StorageError, make_folder, storage_error
 from astar_megatron.data.header import MissingTableError, check_header, complete_header, make_header
 from astar_megatron.data.shards import (
     TableError,
-    read_index,
     read_responses,
     read_shard,
     shard_number,
-    write_index,
     write_shard,
 )
 from astar_megatron.types import Prompt, Rollout
 
-SHARDS_AN_INDEX = 256
-
-_WHOLE_SHARDS = 4 * SHARDS_AN_INDEX  # each is a file to open
 _MERGE_ROWS = 1 << 16  # so many new rows, or a quarter of the old ones, are sorted in among the old
 
 
@@ -102,7 +97,6 @@ class VStarTable:
         self._starts = np.zeros(1, np.int64)  # where in _old the rows of a prompt begin
         self._new: list[_Rows] = []  # in order of appearance
         self._shards: set[str] = set()  # names of those read or written
-        self._unindexed: list[tuple[str, pa.Table]] = []
         self._next_shard = 1
 
     @classmethod
@@ -120,8 +114,8 @@ class VStarTable:
     def open(cls, folder: str | Path, contract: Contract | None, check_whole_bytes: int = 64 << 20) -> Self:
         """Return the table at `folder`. A damaged shard is set aside with a warning: its rows are missing again.
 
-        `contract` None takes any table, to look at it. One of more than `check_whole_bytes`, or 1024 shards, is read
-        through its indexes and has only the pages checked that are read; many shards without an index get one.
+        `contract` None takes any table, to look at it. One of more than `check_whole_bytes` has only the pages checked
+        that are read.
         Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
         """
         folder = Path(folder)
@@ -131,16 +125,9 @@ class VStarTable:
                 complete_header(folder, contract)
         table = cls(folder, contract)
         names = table._listed()
-        whole = len(names) <= _WHOLE_SHARDS and _no_more_than(check_whole_bytes, folder, names)
-        indexed = {} if whole else table._indexed(set(names))
+        whole = _no_more_than(check_whole_bytes, folder, names)
         for name in names:
-            if name in indexed:
-                table._new.append(indexed[name])
-                table._seen(name)
-            else:
-                table._read(name, whole)
-        if whole:
-            table._unindexed.clear()
+            table._read(name, whole)
         return table
 
     def refresh(self) -> None:
@@ -152,10 +139,10 @@ class VStarTable:
     def append(self, rollouts: Sequence[Rollout], text: bool = False) -> None:
         """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice one row counts.
 
-        `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds; every
-        256th shard adds an index of these. Raises StorageError (nothing of the shard is left, earlier ones are
-        untouched), TableError for a rollout without a finite reward, and ContractError where the folder has been
-        deleted and made anew for another contract since the table was opened.
+        `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds. Raises
+        StorageError (nothing of the shard is left, earlier ones are untouched), TableError for a rollout without a
+        finite reward, and ContractError where the folder has been deleted and made anew for another contract since the
+        table was opened.
         """
         if rollouts:
             check_header(self.folder, self._contract)
@@ -275,22 +262,6 @@ class VStarTable:
             raise storage_error(f"{self.folder}: can't list the V* table", error) from error
         return sorted(name for name in names if name.startswith("shard-") and name.endswith(".parquet"))
 
-    def _indexed(self, shards: set[str]) -> dict[str, _Rows]:
-        """The rows of the shards that indexes cover, but for those of another size now.
-
-        An index that names a shard that is gone is not used.
-        """
-        indexed: dict[str, _Rows] = {}
-        for path in sorted(self.folder.glob("index-*.parquet")):
-            if (read := read_index(path)) is None or not shards.issuperset(name for name, _, _ in read[0]):
-                continue
-            rows, start = self._numbered(read[1]), 0
-            for name, count, size in read[0]:
-                if _size(self.folder / name) == size:
-                    indexed[name] = rows.at(slice(start, start + count))
-                start += count
-        return indexed
-
     def _read(self, name: str, whole: bool) -> None:
         self._seen(name)
         if (columns := read_shard(self.folder / name, whole)) is not None:
@@ -299,11 +270,6 @@ class VStarTable:
     def _add(self, name: str, columns: pa.Table) -> None:
         self._seen(name)
         self._new.append(self._numbered(columns))
-        self._unindexed.append((name, columns))
-        if len(self._unindexed) == SHARDS_AN_INDEX:
-            with contextlib.suppress(StorageError):  # on a read-only file system the next job reads more files
-                write_index(self.folder, self._unindexed)
-            self._unindexed.clear()
 
     def _seen(self, name: str) -> None:
         self._shards.add(name)
@@ -352,17 +318,11 @@ class VStarTable:
         return self._old, self._starts[:-1], np.diff(self._starts)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # another job has just set it aside
-        return 0
-
-
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
     total = 0
     for name in names:
-        total += _size(folder / name)
+        with contextlib.suppress(FileNotFoundError):  # another job has just set it aside
+            total += (folder / name).stat().st_size
         if total > limit_bytes:
             return False
     return True
