@@ -16,7 +16,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceive
 from conversion.transfer.slots import IN_THE_FILE, Slots
 
 Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]
+type Sender = SharedMemorySender | GroupSender
+type Receiver = SharedMemoryReceiver | GroupReceiver
+
 _UNTRIED = "this way has not been run on a GPU yet; each publish is verified all the same"
 
 
@@ -38,22 +41,6 @@ class Place:
 
     memory: str
     device: str = ""
-
-
-class Sender(Protocol):
-    """The end at a source rank."""
-
-    @property
-    def held_bytes(self) -> int: ...
-    def send(self, version: int = 0) -> None: ...
-    def close(self) -> None: ...
-
-
-class Receiver(Protocol):
-    """The end at a target rank of an engine."""
-
-    def receive(self, version: int = 0) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,16 +66,8 @@ class Route:
         if self.way == "gloo" or self.way == "nccl":
             world = self._world(self.way)
             return GroupSender(plan, rank, tensors, world, dtype, **self._bounds)
-        return SharedMemorySender(
-            plan,
-            rank,
-            tensors,
-            self.folder,
-            dtype,
-            num_engines=self.num_engines,
-            slots=self._slots(tensors),
-            **self._bounds,
-        )
+        options: dict[str, Any] = self._bounds | {"slots": self._slots(tensors)}
+        return SharedMemorySender(plan, rank, tensors, self.folder, dtype, num_engines=self.num_engines, **options)
 
     def receiver(
         self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, engine: int = 0
@@ -97,16 +76,8 @@ class Route:
         if self.way == "gloo" or self.way == "nccl":
             world = self._world(self.way)
             return GroupReceiver(plan, rank, tensors, world, dtype, engine=engine, **self._bounds)
-        return SharedMemoryReceiver(
-            plan,
-            rank,
-            tensors,
-            self.folder,
-            dtype,
-            engine=engine,
-            slots=self._slots(tensors),
-            **self._bounds,
-        )
+        options: dict[str, Any] = self._bounds | {"slots": self._slots(tensors)}
+        return SharedMemoryReceiver(plan, rank, tensors, self.folder, dtype, engine=engine, **options)
 
     @property
     def _bounds(self) -> dict[str, Any]:
