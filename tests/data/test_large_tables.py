@@ -152,4 +152,4 @@ def test_a_row_in_memory_is_its_small_columns(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     table.append([scored(PROMPTS[0], sample, tokens=100) for sample in range(8)])
     (rows,) = VStarTable.open(tmp_path, CONTRACT)._new
-    assert [column.nbytes // 8 for column in (rows.prompt, rows.sample, rows.reward, rows.tokens)] == [4, 4, 8, 4]
+    assert len(rows) == 8 and rows.nbytes == 8 * 20
