@@ -59,7 +59,8 @@ class HuggingFaceEnd(End):
     def __init__(self, path: str | Path) -> None:
         self.path = self.companions = Path(path)
         self.model = read_model(path)
-        self._stored = hf.stored(self.path, hf.check(self.path, self.model.parameters()))
+        self._stored = hf.check(self.path, self.model.parameters())
+        hf.check_one_type(self.path, self._stored)
         self.dtype = next(iter(self._stored.values())).dtype
         self.files = tuple(sorted({place.file for place in self._stored.values()}))
 

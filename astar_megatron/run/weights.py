@@ -126,7 +126,7 @@ class LoadedWeights:
         weight_plan = plan(self._model.hf_tiles(), self._model.vllm_tiles(tensor))
         self._verifier = Verifier(weight_plan, getattr(torch, dtype))
         self._parts = sent_parts(weight_plan, 0)
-        self._places = hf.places(self._folder, hf.check(self._folder, self._model.parameters()))
+        self._places = hf.check(self._folder, self._model.parameters())
         with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:
             digests = list(threads.map(lambda part: self._in_file(part).digests()[0], self._parts))
         self._expected = self._verifier.manifest(0, [digests])
