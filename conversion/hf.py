@@ -223,8 +223,10 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
                     f"{folder / file} holds a {name} that {INDEX} does not place there, while vLLM would load it: "
                     "remove the tensor or mend the index; transformers writes both anew"
                 )
-            if name not in shapes:
-                _check_extra(folder / file, name)
+            if (
+                name not in shapes and name != HEAD and not name.endswith(".rotary_emb.inv_freq")
+            ):  # HF ignores these two
+                raise ModelFolderError(f"{folder / file} holds {name}, which the model of config.json does not have")
             shape, dtype = tuple(tensors[name]["shape"]), tensors[name]["dtype"]
             if shape != shapes.get(name, shape):
                 raise ModelFolderError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
@@ -253,12 +255,6 @@ def _check_tied(folder: Path, embedding: Stored, head: Stored) -> None:
             f"{folder / head.file} holds a {HEAD} that is not {EMBEDDING}, but config.json ties them: set "
             "tie_word_embeddings to false if the model has a head of its own, else remove the tensor"
         )
-
-
-def _check_extra(path: Path, name: str) -> None:
-    """Refuses a tensor that is no parameter of the model, except the two that HF itself ignores."""
-    if name != HEAD and not name.endswith(".rotary_emb.inv_freq"):
-        raise ModelFolderError(f"{path} holds {name}, which the model of config.json does not have")
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
