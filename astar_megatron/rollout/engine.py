@@ -254,8 +254,9 @@ def leave_out_unreadable() -> list[str]:
     variables = runpy.run_path(str(Path(package.origin).with_name("envs.py")))  # alone: the package reads some itself
     left_out = []
     for name, read in variables["environment_variables"].items():
-        if (value := os.environ.get(name)) is None:
+        if (value := os.environ.pop(name, None)) is None:
             continue
+        os.environ[name] = value
         try:
             read()
         except ValueError as error:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from conversion.transfer import TransferError
 from conversion.transfer.buckets import Schedule
-from conversion.transfer.mapped_file import MappedFile
-from conversion.transfer.slots import Slots
+from conversion.transfer.mapped_file import MappedFile, Slots
 
 HANDLE_BYTES = 2048  # room for one handle; the rest of it is spaces
 # The device, and what UntypedStorage._new_shared_cuda takes after its number: handle, bytes, offset, handle and offset

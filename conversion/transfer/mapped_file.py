@@ -1,4 +1,4 @@
-"""A file of shared memory, mapped: words on cache lines of their own, and bytes for tensors.
+"""A file of shared memory, mapped: words on cache lines of their own, and the two slots that buckets take turns in.
 
 Its creator holds a lock on the first line for as long as it lives, and everyone else who writes a word one on that
 word's line. That tells a live run from what a killed one left, and keeps whoever waits for another process from waiting
@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from conversion.transfer.buckets import Schedule
 
 LINE_BYTES = 64
 CREATOR = 0  # the line whose lock the creator of a file holds
@@ -94,6 +97,28 @@ class MappedFile:
         self.bytes = torch.empty(0, dtype=torch.uint8)
         os.close(self.descriptor)
         self.descriptor = -1
+
+
+class Slots:
+    """The slots are the end of the file; in a GPU's memory, with handles there instead, see cuda_ipc.DeviceSlots."""
+
+    def num_bytes(self, order: Schedule, num_receivers: int) -> int:
+        """What they need of the end of the file."""
+        return order.num_slots * order.slot_bytes
+
+    def create(self, file: MappedFile, order: Schedule, num_receivers: int) -> Tensor:
+        """The slots as bytes, for the sender."""
+        return file.bytes[file.num_bytes - self.num_bytes(order, num_receivers) :]
+
+    def open(self, file: MappedFile, order: Schedule, receiver: int) -> Tensor:
+        """The same slots, for a receiver."""
+        return self.create(file, order, receiver + 1)
+
+    def settle(self) -> None:
+        """Returns when the copies into or out of a slot have been made; those of a host's memory are."""
+
+
+IN_THE_FILE = Slots()
 
 
 # Locks of the open file, not of the process: another part of it that opens and closes the file must not free them.

@@ -24,9 +24,9 @@ from torch import Tensor
 from conversion.plan import WeightPlan
 from conversion.transfer.buckets import BUCKET_BYTES
 from conversion.transfer.cuda_ipc import DeviceSlots, device_name
+from conversion.transfer.mapped_file import IN_THE_FILE, Slots
 from conversion.transfer.process_group import GroupReceiver, GroupSender, Way, World
 from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender
-from conversion.transfer.slots import IN_THE_FILE, Slots
 
 type Sender = SharedMemorySender | GroupSender
 type Receiver = SharedMemoryReceiver | GroupReceiver

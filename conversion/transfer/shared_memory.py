@@ -28,8 +28,7 @@ from torch import Tensor
 from conversion.plan import WeightPlan
 from conversion.transfer import TransferError, placed, view
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
-from conversion.transfer.mapped_file import CREATOR, LINE_BYTES, MappedFile, create
-from conversion.transfer.slots import IN_THE_FILE, Slots
+from conversion.transfer.mapped_file import CREATOR, IN_THE_FILE, LINE_BYTES, MappedFile, Slots, create
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0
