@@ -85,13 +85,13 @@ def evaluate(
 @data.command()
 def gsm8k(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
     """GSM8K; SOURCE defaults to the hub's openai/gsm8k."""
-    _prepare("gsm8k", source, out, split=split, drop=drop)
+    _program("dataset").prepare("gsm8k", source, out, split=split, drop=drop)
 
 
 @data.command()
 def math(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
     """MATH; SOURCE defaults to the hub's DigitalLearningGmbH/MATH-lighteval."""
-    _prepare("math", source, out, split=split, drop=drop)
+    _program("dataset").prepare("math", source, out, split=split, drop=drop)
 
 
 @data.command()
@@ -104,7 +104,9 @@ def jsonl(
     drop: Drop = False,
 ) -> None:
     """Files of this machine."""
-    _prepare("jsonl", source, out, question=question_field, answer=answer_field, reward=reward, drop=drop)
+    _program("dataset").prepare(
+        "jsonl", source, out, question=question_field, answer=answer_field, reward=reward, drop=drop
+    )
 
 
 @data.command()
@@ -120,7 +122,7 @@ def hf(
 ) -> None:
     """Any data set of the Hugging Face hub."""
     fields = {"question": question_field, "answer": answer_field}
-    _prepare("hf", name, out, split=split, subset=subset, reward=reward, drop=drop, **fields)
+    _program("dataset").prepare("hf", name, out, split=split, subset=subset, reward=reward, drop=drop, **fields)
 
 
 @data.command()
@@ -150,11 +152,6 @@ def import_stage1(
 ) -> None:
     """Published stage-1 data of A*PO: prompts to data.path, responses to the V* table of the run."""
     _program("stage1_import").import_stage1(config.load(config_file, overrides or ()), source, split)
-
-
-def _prepare(kind: str, source: str | None, out: str, **changes: Any) -> None:
-    options = {"split": "train", "subset": None, "question": "question", "answer": "answer", "reward": None}
-    _program("dataset").prepare(kind, source, out, **(options | changes))
 
 
 @convert.command(name="hf-to-megatron")

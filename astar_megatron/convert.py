@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from astar_megatron.run.certificate import certify_conversion
 from astar_megatron.run.link_table import LINKS_SHOWN, files_text, links, size_text
-from astar_megatron.run.tracking import progress, show_table
+from astar_megatron.run.tracking import Screen
 from conversion import folders, rewrite
 from conversion.ends import End, MegatronEnd, open_end
 from conversion.folders import ModelFolderError
@@ -34,18 +33,16 @@ def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> 
 
 def verify(a: str, b: str, *, like: str | None) -> None:
     """Compare two folders of any kind. Raises MismatchError naming the first parameter and row that differ."""
-    console = Console(highlight=False)
+    screen = Screen()
     first, second = open_end(a, like), open_end(b, like)
-    with progress(console, "comparing parameters", len(first.model.parameters())) as advance:
+    with screen.progress("comparing parameters", len(first.model.parameters())) as advance:
         rewrite.compare(first, second, advance)
-    console.print(
-        f"{a} and {b} hold the same {first.model.num_parameters():,} parameters", markup=False, soft_wrap=True
-    )
+    screen.say(f"{a} and {b} hold the same {first.model.num_parameters():,} parameters")
 
 
 def inspect(path: str, *, like: str | None) -> None:
     """Say what a folder holds; then read it, and say which parameters hold NaN or Inf, or are not as recorded."""
-    console = Console(highlight=False)
+    screen = Screen()
     end = open_end(path, like)
     model, dims, notes = end.model, end.model.dims, end.notes()
     rows = [
@@ -67,12 +64,12 @@ def inspect(path: str, *, like: str | None) -> None:
         rows += [(f"{folders.RECORD}: {key}", _shown(value)) for key, value in record.items()]
     except ModelFolderError as error:  # the weights can be sound all the same
         rows.append((folders.RECORD, str(error)))
-    show_table(console, path, rows)
-    with progress(console, "reading all weights", len(rewrite.hf_parts(model, end.dtype))) as advance:
+    screen.table(path, rows)
+    with screen.progress("reading all weights", len(rewrite.hf_parts(model, end.dtype))) as advance:
         ledger = rewrite.read_through(end, advance)
     finite = listed(ledger.bad) if ledger.bad else "all weights are finite"
     for line in dict.fromkeys((finite, weights_verdict(end, ledger.digests()), config_verdict(end))):
-        console.print(line, markup=False, soft_wrap=True)
+        screen.say(line)
 
 
 def _opened(source: str, destination: str, like: str | None, dry_run: bool) -> End:
@@ -92,7 +89,7 @@ def _run(
     dry_run: bool,
     write: Callable[[Callable[[int], None]], None],
 ) -> None:
-    console = Console(highlight=False)
+    screen = Screen()
     preview = rewrite.preview(end, layout)
     allowance = "" if layout is None else f" (with {rewrite.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
@@ -107,13 +104,13 @@ def _run(
         *links(preview.reads, preview.links),
         ("memory at most", f"{size_text(preview.peak_bytes)} beside the process itself"),
     ]
-    show_table(console, "what this conversion does" if dry_run else "conversion", rows)
+    screen.table("what this conversion does" if dry_run else "conversion", rows)
     if not dry_run:
         # Parts are moved side by side, so one thread each.
-        with _torch_threads(1), progress(console, "writing", parts) as advance:
+        with _torch_threads(1), screen.progress("writing", parts) as advance:
             write(advance)
         if (end.kind == MegatronEnd.kind) == (layout is None):  # else both are of one kind: see the digests
-            console.print(certify_conversion(end, Path(destination)), markup=False, soft_wrap=True)
+            screen.say(certify_conversion(end, Path(destination)))
 
 
 @contextmanager

@@ -10,53 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from astar_megatron.algorithm import rewards
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
-from astar_megatron.data.benchmarks import SUFFIXES, gsm8k_answer, math_answer
-from astar_megatron.data.rows import (
-    Pair,
-    Problems,
-    PromptError,
-    answer_field,
-    pairs_of,
-    without_duplicates,
-)
+from astar_megatron.data.benchmarks import BENCHMARKS, Benchmark
+from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
 from astar_megatron.data.sources import refuse_other, rows_of
-from astar_megatron.run.tracking import show_table
+from astar_megatron.run.tracking import Screen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A data set that this program knows: where the hub has it, its fields, suffix and reward."""
+    """A data set that this program knows: where the hub has it; its fields, suffix and reward are the benchmark's."""
 
-    hub: str | None = None
-    subset: str | None = None
-    question: str | None = None
-    answer: Callable[[Mapping[str, Any]], str] | None = None
-    suffix: str | None = None
-    reward: str | None = None
+    hub: str
+    subset: str | None
+    benchmark: Benchmark
 
 
 _SOURCES = {
-    "gsm8k": _Source(
-        hub="openai/gsm8k",
-        subset="main",
-        question="question",
-        answer=gsm8k_answer,
-        suffix=SUFFIXES["gsm8k"],
-        reward="gsm8k_strict",
-    ),
-    "math": _Source(
-        hub="DigitalLearningGmbH/MATH-lighteval",
-        question="problem",
-        answer=math_answer,
-        suffix=SUFFIXES["math"],
-        reward="math",
-    ),
-    "jsonl": _Source(),
-    "hf": _Source(),
+    "gsm8k": _Source(hub="openai/gsm8k", subset="main", benchmark=BENCHMARKS["gsm8k"]),
+    "math": _Source(hub="DigitalLearningGmbH/MATH-lighteval", subset=None, benchmark=BENCHMARKS["math500"]),
 }
 _GENERATED = {"countdown": countdown, "arithmetic": arithmetic, "multiply": multiply}
 
@@ -66,7 +39,7 @@ def generate(kind: str, out: str, *, rows: int, seed: int) -> None:
     problems = _GENERATED[kind](rows, seed)
     _check_out(out, jsonl(problems))
     write_jsonl(out, problems)
-    show_table(Console(highlight=False), f"{kind}, seed {seed}", _settings(out, len(problems), kind, suffix=""))
+    Screen().table(f"{kind}, seed {seed}", _settings(out, len(problems), kind, suffix=""))
 
 
 def prepare(
@@ -74,39 +47,45 @@ def prepare(
     source: str | None,
     out: str,
     *,
-    split: str,
-    subset: str | None,
-    question: str,
-    answer: str,
-    reward: str | None,
-    drop: bool,
+    split: str = "train",
+    subset: str | None = None,
+    question: str = "question",
+    answer: str = "answer",
+    reward: str | None = None,
+    drop: bool = False,
 ) -> None:
-    """Write the questions and answers of a data set: files of this machine, else of the hub."""
-    known = _SOURCES[kind]
-    place = source or known.hub
-    if place is None:
+    """Write the questions and answers of a data set: files of this machine, else of the hub.
+
+    Of a data set that is known by its `kind` all but `split` and `drop` is known.
+    """
+    suffix = None
+    read: Callable[[Mapping[str, Any]], str] = answer_field(answer)
+    if known := _SOURCES.get(kind):
+        source, subset, benchmark = source or known.hub, known.subset, known.benchmark
+        question, read, suffix, reward = benchmark.question, benchmark.answer, benchmark.suffix, benchmark.reward
+    if source is None:
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
-    problems = Problems(place)
-    rows = rows_of(kind, place, subset or known.subset, split, problems)
+    problems = Problems(source)
+    rows = rows_of(kind, source, subset, split, problems)
     total = len(rows) + problems.count
-    read = known.answer or answer_field(answer)
-    pairs = pairs_of(rows, known.question or question, read, problems)
-    if name := reward or known.reward:
-        pairs = _readable(pairs, name, problems)
+    pairs = pairs_of(rows, question, read, problems)
+    if reward:
+        pairs = _readable(pairs, reward, problems)
     kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]
     if not drop:
         problems.refuse(total)
     if not kept:
         raise PromptError(problems.message(total))
     written = [{"question": pair.question, "answer": pair.answer} for pair in kept]
-    _check_out(out, jsonl(written), place)
+    _check_out(out, jsonl(written), source)
     write_jsonl(out, written)
-    table = _settings(out, len(kept), name, known.suffix)
+    table = _settings(out, len(kept), reward, suffix)
     if len(kept) < total:
         table.insert(1, ("left out", f"{total - len(kept)} of {total} rows: duplicates, or not usable"))
-    show_table(console := Console(highlight=False), place, table)
+    screen = Screen()
+    screen.table(source, table)
     if problems.count:
-        console.print(problems.message(total), markup=False, soft_wrap=True)
+        screen.say(problems.message(total))
 
 
 def _readable(pairs: list[Pair], reward_name: str, problems: Problems) -> list[Pair]:

@@ -6,20 +6,19 @@ Rewards are scored anew by the run's own rule, which its contract names.
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
-from astar_megatron.data.arithmetic import jsonl
+from astar_megatron.data.arithmetic import jsonl, write_jsonl
 from astar_megatron.data.contract import contract_of
-from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.files import make_folder
 from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import Problems, PromptError
 from astar_megatron.data.sources import refuse_other, rows_of
 from astar_megatron.data.stage1 import rollouts_of, stage1_rows
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.scoring import Scorer
-from astar_megatron.run.tracking import progress, show_table
+from astar_megatron.run.tracking import Screen
 from astar_megatron.types import Prompt, Rollout
 
 _ROWS_A_SHARD = 512
@@ -37,7 +36,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     problems.refuse(len(rows) + problems.count)
     used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
     prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
-    _check_prompt_file(cfg, prompts)
+    refuse_other("data.path", Path(cfg.data.path), jsonl(_lines(cfg, prompts)))
     contract = contract_of(cfg)
     limit = cfg.sampling.max_response_tokens
     drawn = [
@@ -56,7 +55,8 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     _check_there(table, drawn, missing)
     pairs = zip(drawn, published, strict=True)
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
-    _write_prompts(cfg, prompts)
+    if not Path(cfg.data.path).exists():
+        write_jsonl(cfg.data.path, _lines(cfg, prompts))
     other, failed = _import(cfg, table, work)
     rows_shown = [
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
@@ -68,15 +68,14 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
     ]
-    show_table(Console(highlight=False), f"V* table {table.folder}", rows_shown)
+    Screen().table(f"V* table {table.folder}", rows_shown)
 
 
 def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]) -> tuple[int, int]:
     """Score (response, published reward) pairs into the table; how many rewards differ, and how many there are not."""
     other = failed = 0
     make_folder(cfg.run_dir)
-    console = Console(highlight=False)
-    with progress(console, "importing", len(work)) as advance, Scorer(cfg.reward, Path(cfg.run_dir)) as scorer:
+    with Screen().progress("importing", len(work)) as advance, Scorer(cfg.reward, Path(cfg.run_dir)) as scorer:
         for start in range(0, len(work), _ROWS_A_SHARD):
             part = work[start : start + _ROWS_A_SHARD]
             scored = scorer.score([rollout for rollout, _ in part])
@@ -86,10 +85,6 @@ def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]
             table.append([rollout for rollout in scored if rollout.reward is not None])
             advance(len(part))
     return other, failed
-
-
-def _check_prompt_file(cfg: RunConfig, prompts: list[Prompt]) -> None:
-    refuse_other("data.path", Path(cfg.data.path), _lines(cfg, prompts))
 
 
 def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
@@ -126,12 +121,5 @@ def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str
         )
 
 
-def _write_prompts(cfg: RunConfig, prompts: list[Prompt]) -> None:
-    path = Path(cfg.data.path)
-    if not path.exists():
-        make_folder(path.parent)
-        write_atomic(path, _lines(cfg, prompts))
-
-
-def _lines(cfg: RunConfig, prompts: list[Prompt]) -> bytes:
-    return jsonl({cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts)
+def _lines(cfg: RunConfig, prompts: list[Prompt]) -> list[dict[str, str]]:
+    return [{cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts]

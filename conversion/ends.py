@@ -7,14 +7,14 @@ with it, in the memory of a few parts.
 import json
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from conversion import hf, torch_dist
 from conversion.families import Model, contrast, read_model
-from conversion.folders import RECORD, ModelFolderError
+from conversion.folders import RECORD
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 from conversion.torch_dist import CheckpointReader, Index
@@ -24,34 +24,34 @@ _HEAD = "output_layer.weight"
 _NORM, _ALSO_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
 
 
-class End(Protocol):
+class End:
     """A folder that holds a whole model."""
 
     path: Path
     companions: Path  # the folder with its config.json and tokenizer
     model: Model
-    kind: str
+    kind: ClassVar[str]
     dtype: torch.dtype
     files: tuple[str, ...]  # that hold the weights
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return these rows of a parameter by its HF name, on the host, as stored; from any thread. Not to write to."""
-        ...
+        raise NotImplementedError
 
     def tiles(self) -> list[Tile]:
         """Return what lies in which of the files: their index is the tile's rank."""
-        ...
+        raise NotImplementedError
 
     def layout(self) -> dict[str, int] | None:
         """Return the axes of the ranks that it was written by or for; None if nothing says so."""
-        ...
+        return _layout(self.path / RECORD)
 
     def notes(self) -> dict[str, str]:
         """Return in words what else is known of the folder: its layout, padding of the vocabulary."""
-        ...
+        return {}
 
 
-class HuggingFaceEnd:
+class HuggingFaceEnd(End):
     """A safetensors folder with its config.json."""
 
     kind = "Hugging Face"
@@ -59,7 +59,8 @@ class HuggingFaceEnd:
     def __init__(self, path: str | Path) -> None:
         self.path = self.companions = Path(path)
         self.model = read_model(path)
-        self._stored = hf.stored(self.path, hf.check(self.path, self.model.parameters()))
+        self._stored = hf.check(self.path, self.model.parameters())
+        hf.check_one_type(self.path, self._stored)
         self.dtype = next(iter(self._stored.values())).dtype
         self.files = tuple(sorted({place.file for place in self._stored.values()}))
 
@@ -73,14 +74,8 @@ class HuggingFaceEnd:
             for tile in self.model.hf_tiles()
         ]
 
-    def layout(self) -> dict[str, int] | None:
-        return _layout(self.path / RECORD)
 
-    def notes(self) -> dict[str, str]:
-        return {}
-
-
-class ConfigEnd:
+class ConfigEnd(End):
     """A config.json whose weights lie elsewhere: enough to plan with, and for nothing else."""
 
     kind = "Hugging Face, its weights are not here"
@@ -95,20 +90,11 @@ class ConfigEnd:
             raise ValueError(f"{self.path / 'config.json'}: dtype {name!r}, expected for example 'bfloat16'")
         self.dtype = dtype
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        raise ModelFolderError(f"{self.path} has no weights")
-
     def tiles(self) -> list[Tile]:
         return self.model.hf_tiles()
 
-    def layout(self) -> dict[str, int] | None:
-        return None
 
-    def notes(self) -> dict[str, str]:
-        return {}
-
-
-class MegatronEnd:
+class MegatronEnd(End):
     """A distributed checkpoint, and the HF folder that says what model it is: its own, unless another is named."""
 
     kind = "Megatron"
@@ -177,7 +163,7 @@ class MegatronEnd:
                 raise ValueError(f"{self.path}: {stored} is {stored_shape}, too few for {name}")
 
     def layout(self) -> dict[str, int] | None:
-        return _layout(self.path / RECORD) or _layout(self.path / "progress.json")  # ours, or a run's
+        return super().layout() or _layout(self.path / "progress.json")  # of our conversion, or of a run
 
     def notes(self) -> dict[str, str]:
         padded = self._shapes["embedding.word_embeddings.weight"][0]

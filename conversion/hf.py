@@ -10,7 +10,6 @@ import logging
 import math
 import mmap
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torch import Tensor
 from conversion.families import read_model
 from conversion.folders import RECORD, ModelFolderError, copy_companions, replacing, write_json
 from conversion.mapping import PiecewiseFile, mapped
-from conversion.plan import Copy, WeightPlan
+from conversion.plan import WeightPlan
 from conversion.transfer import view
 from conversion.verify import DIGEST_RULE, tensor_digests
 
@@ -42,17 +41,27 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Return which file holds which parameter. ModelFolderError unless the folder holds exactly `shapes`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """Where a parameter lies: from byte `offset` of a safetensors file on, row after row."""
+
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Return where each parameter lies. ModelFolderError unless the folder holds exactly `shapes`.
 
     Reads headers, and no weights but those of a tied head that is stored beside the embedding. Says that an adapter
     beside them is left out.
     """
     folder = Path(folder)
-    holder = _check(folder, _weight_files(folder), shapes)
+    parameters = _check(folder, _weight_files(folder), shapes)
     if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
         _say_left_out(folder, " and ".join(adapters))
-    return {name: file for name, file in holder.items() if name in shapes}
+    return {name: place for name, place in parameters.items() if name in shapes}
 
 
 @cache
@@ -75,42 +84,12 @@ def check_engines_read(folder: str | Path) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """Where a parameter lies: from byte `offset` of a safetensors file on, row after row."""
-
-    file: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def places(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
-    """Return where the parameters in `holder` lie, which are as `check` gives them."""
-    parameters: dict[str, Stored] = {}
-    for file in sorted(set(holder.values())):
-        with (folder / file).open("rb") as shard:  # safetensors has checked the header
-            length = int.from_bytes(shard.read(8), "little")
-            header = json.loads(shard.read(length))
-        for name, entry in header.items():
-            if holder.get(name) == file:
-                parameters[name] = Stored(
-                    file=file,
-                    offset=8 + length + entry["data_offsets"][0],
-                    shape=tuple(entry["shape"]),
-                    dtype=_DTYPES[entry["dtype"]],
-                )
-    return parameters
-
-
-def stored(folder: Path, holder: Mapping[str, str]) -> dict[str, Stored]:
-    """Return the `places` of parameters that are of one type. ModelFolderError: several types."""
-    parameters = places(folder, holder)
+def check_one_type(folder: Path, parameters: Mapping[str, Stored]) -> None:
+    """Raise ModelFolderError where the parameters of a folder are of several types."""
     of_type = {place.dtype: name for name, place in sorted(parameters.items(), reverse=True)}
     if len(of_type) != 1:
         mix = ", ".join(sorted(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in of_type.items()))
         raise ModelFolderError(f"{folder} mixes types: {mix}; convert it to one first, for example with transformers")
-    return parameters
 
 
 def rows(folder: Path, place: Stored, start: int = 0, stop: int | None = None) -> Tensor:
@@ -132,17 +111,11 @@ def load(folder: str | Path, plan: WeightPlan, rank: int, tensors: Mapping[str, 
     checked whole, against all the parameters of the plan, before the first tensor is written.
     """
     folder = Path(folder)
-    files = _weight_files(folder)
-    shapes = _shapes(plan)
-    by_file: dict[str, list[Copy]] = defaultdict(list)
-    holder = _check(folder, files, shapes)
+    parameters = _check(folder, _weight_files(folder), _shapes(plan))
     for copy in plan.to_rank(rank):
-        by_file[holder[copy.source.name]].append(copy)
-    for file, copies in by_file.items():
-        with _opened(folder / file) as shard:
-            for copy in copies:
-                piece = shard.get_slice(copy.source.name)[copy.source.slices]
-                view(tensors, copy.target).copy_(piece)
+        (start, stop), *columns = copy.source.index
+        piece = rows(folder, parameters[copy.source.name], start, stop)
+        view(tensors, copy.target).copy_(piece[(slice(None), *(slice(*span) for span in columns))])
 
 
 @dataclass
@@ -184,12 +157,11 @@ def writing(
     name_of_dtype = str(dtype).removeprefix("torch.")
     with replacing(folder) as new:
         tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
-        places = stored(new, shard_names(model.parameters(), dtype, max_shard_bytes))
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
         write_json(new / "config.json", config | {"dtype": name_of_dtype})
         copy_companions(source_folder, new)
         record = {"source": source_folder.resolve().name, "dtype": name_of_dtype, "config": model.computation()}
-        export = Export(new, tensors, record | {"digest_rule": DIGEST_RULE}, places)
+        export = Export(new, tensors, record | {"digest_rule": DIGEST_RULE}, check(new, model.parameters()))
         yield export
         export.record.setdefault("logprobs", {"max_difference": None, "reason": "nobody has compared them yet"})
         if "digests" not in export.record:
@@ -238,68 +210,66 @@ def _shapes(plan: WeightPlan) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Which file holds which parameter, after proof that all are there, and nothing that is not modelled."""
-    holder: dict[str, str] = {}
+def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Where each parameter lies, after proof that all are there, and nothing that is not modelled."""
+    parameters: dict[str, Stored] = {}
     for file, listed in files.items():
-        with _opened(folder / file) as shard:
-            names = set(shard.keys())
-            for name in sorted(names | (listed or set())):
-                if name not in names:
-                    raise ModelFolderError(f"{folder / INDEX} says {file} holds {name}, but it does not")
-                if listed is not None and name not in listed and name in shapes:
-                    raise ModelFolderError(
-                        f"{folder / file} holds a {name} that {INDEX} does not place there, while vLLM would load it: "
-                        "remove the tensor or mend the index; transformers writes both anew"
-                    )
-                holder[name] = file
-                if name not in shapes:
-                    _check_extra(folder / file, name)
-                    continue
-                part = shard.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                if shape != shapes[name]:
-                    raise ModelFolderError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
-                if dtype not in _DTYPES:
-                    raise ModelFolderError(
-                        f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}"
-                    )
+        tensors, start = _header(folder / file)
+        for name in sorted(tensors.keys() | (listed or set())):
+            if name not in tensors:
+                raise ModelFolderError(f"{folder / INDEX} says {file} holds {name}, but it does not")
+            if listed is not None and name not in listed and name in shapes:
+                raise ModelFolderError(
+                    f"{folder / file} holds a {name} that {INDEX} does not place there, while vLLM would load it: "
+                    "remove the tensor or mend the index; transformers writes both anew"
+                )
+            if (
+                name not in shapes and name != HEAD and not name.endswith(".rotary_emb.inv_freq")
+            ):  # HF ignores these two
+                raise ModelFolderError(f"{folder / file} holds {name}, which the model of config.json does not have")
+            shape, dtype = tuple(tensors[name]["shape"]), tensors[name]["dtype"]
+            if shape != shapes.get(name, shape):
+                raise ModelFolderError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
+            if dtype in _DTYPES:
+                offset = start + tensors[name]["data_offsets"][0]
+                parameters[name] = Stored(file=file, offset=offset, shape=shape, dtype=_DTYPES[dtype])
+            elif name in shapes or name == HEAD:
+                raise ModelFolderError(f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}")
     for name in shapes:
-        if name not in holder:
+        if name not in parameters:
             raise ModelFolderError(f"{folder} does not hold {name}")
-    if HEAD in holder and HEAD not in shapes:
-        _check_tied(folder, holder)
-    return holder
+    if HEAD in parameters and HEAD not in shapes:
+        _check_tied(folder, parameters[EMBEDDING], parameters[HEAD])
+    return parameters
 
 
-def _check_tied(folder: Path, holder: Mapping[str, str]) -> None:
+def _check_tied(folder: Path, embedding: Stored, head: Stored) -> None:
     """Refuses a stored head that is not the embedding: who ties and who reads it would compute different models."""
-    with _opened(folder / holder[EMBEDDING]) as embedding_file, _opened(folder / holder[HEAD]) as head_file:
-        embedding, head = embedding_file.get_slice(EMBEDDING), head_file.get_slice(HEAD)
-        same = (embedding.get_shape(), embedding.get_dtype()) == (head.get_shape(), head.get_dtype())
-        for start in range(0, embedding.get_shape()[0] if same else 0, _ROWS):
-            rows = slice(start, start + _ROWS)
-            same = same and torch.equal(embedding[rows].view(torch.uint8), head[rows].view(torch.uint8))
+    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+    for start in range(0, embedding.shape[0] if same else 0, _ROWS):
+        stop = min(start + _ROWS, embedding.shape[0])
+        pair = (rows(folder, place, start, stop).view(torch.uint8) for place in (embedding, head))
+        same = same and torch.equal(*pair)
     if not same:
         raise ModelFolderError(
-            f"{folder / holder[HEAD]} holds a {HEAD} that is not {EMBEDDING}, but config.json ties them: set "
+            f"{folder / head.file} holds a {HEAD} that is not {EMBEDDING}, but config.json ties them: set "
             "tie_word_embeddings to false if the model has a head of its own, else remove the tensor"
         )
 
 
-def _check_extra(path: Path, name: str) -> None:
-    """Refuses a tensor that is no parameter of the model, except the two that HF itself ignores."""
-    if name != HEAD and not name.endswith(".rotary_emb.inv_freq"):
-        raise ModelFolderError(f"{path} holds {name}, which the model of config.json does not have")
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The tensors that the header of a safetensors file names, and where their bytes begin. ModelFolderError: damaged.
 
-
-def _opened(path: Path) -> safe_open:
-    """An open safetensors file; the header is checked against the file's size."""
+    safetensors checks the header against the file's size, but gives no offsets.
+    """
     try:
-        path.open("rb").close()  # safetensors says "No such file" of every file that it can't open
-        return safe_open(path, framework="pt")
+        with path.open("rb") as file, safe_open(path, framework="pt"):
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise ModelFolderError(f"{path} is damaged, truncated or not readable: {error}") from error
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _mapped_weights(

@@ -15,6 +15,7 @@ from conversion.ends import End
 from conversion.families import contrast
 from conversion.folders import RECORD, ModelFolderError, read_record
 from conversion.plan import Rectangle
+from conversion.tiles import Span
 from conversion.verify import DIGEST_RULE, digest
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ class Ledger:
             self._digests[name] += part_digest
             if bad:
                 self.bad[name] += bad
+
+    def read(self, name: str, rows: Span) -> Tensor:
+        """Return whole rows of a parameter of the folder, counted in."""
+        values = self.end.rows(name, *rows)
+        self.enter(name, (*rows, 0, values.shape[1] if values.dim() > 1 else 1), values)
+        return values
 
     def digests(self) -> dict[str, str]:
         """Return the digest of each parameter, as conversion.json holds them."""

@@ -5,6 +5,7 @@ ranks hold the same rectangle (data-parallel replicas, norms on every tensor ran
 the bytes spread over the replicas. Every target tile is covered exactly once, or there is no plan.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,10 +55,7 @@ class Piece:
 
     @property
     def num_elements(self) -> int:
-        n = 1
-        for start, stop in self.index:
-            n *= stop - start
-        return n
+        return math.prod(stop - start for start, stop in self.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,18 +103,16 @@ def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None, pa
     """
     folders.check_apart(folder, end.path)
     check_record(end)
-    ledger, count = Ledger(end), _Counted(advance)
+    ledger = Ledger(end)
     with hf.writing(folder, end.companions, end.dtype) as export:
 
         def move(part: tuple[str, Span]) -> None:
-            name, (start, stop) = part
-            values = end.rows(name, start, stop)
-            ledger.enter(name, (start, stop, 0, values.shape[1] if values.dim() > 1 else 1), values)
+            name, rows = part
+            values = ledger.read(name, rows)
             if not ledger.bad:
-                export.write(name, start, values)
-            count(1)
+                export.write(name, rows[0], values)
 
-        _each(move, hf_parts(end.model, end.dtype, part_bytes))
+        _each(move, hf_parts(end.model, end.dtype, part_bytes), advance)
         ledger.check()
         _check_written(HuggingFaceEnd(export.folder), end, advance)
         export.record |= ledger.record()
@@ -143,7 +141,7 @@ def write_megatron(
     folders.check_apart(folder, end.path)
     check_record(end)
     ledger = Ledger(end)
-    source = _Assembled(end, model, ledger, _Counted(advance))
+    source = _Assembled(end, model, ledger, advance)
     with folders.replacing(folder, _written_bytes(model, layout, end.dtype)) as new:
         torch_dist.write(
             new, chunks(model, layout, end.dtype, part_bytes), source.read, end.dtype, _objects(model), THREADS
@@ -188,39 +186,22 @@ def _slabs(shape: Shape, rows: Span, dtype: torch.dtype, part_bytes: int = PART_
         yield start, min(start + height, rows[1])
 
 
-def _each(move: Callable[[Any], None], parts: Iterable[Any]) -> None:
-    """Move all parts, `THREADS` at a time; the first error in their order."""
+def _each(move: Callable[[Any], object], parts: Iterable[Any], advance: Advance) -> None:
+    """Move all parts, `THREADS` at a time, and tell `advance` of each; the first error in their order."""
     with ThreadPoolExecutor(THREADS) as threads:
         for moving in [threads.submit(move, part) for part in parts]:
             try:
                 moving.result()
+                advance(1)
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
 
 
-class _Counted:
-    """`advance` from any thread."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance, self._lock = advance, Lock()
-
-    def __call__(self, count: int) -> None:
-        with self._lock:
-            self._advance(count)
-
-
 def read_through(end: End, advance: Advance = lambda _: None) -> Ledger:
     """Return what a folder holds, digests and NaN; `advance` hears of each of `hf_parts`."""
-    ledger, count = Ledger(end), _Counted(advance)
-
-    def read(part: tuple[str, Span]) -> None:
-        name, (start, stop) = part
-        values = end.rows(name, start, stop)
-        ledger.enter(name, (start, stop, 0, values.shape[1] if values.dim() > 1 else 1), values)
-        count(1)
-
-    _each(read, hf_parts(end.model, end.dtype))
+    ledger = Ledger(end)
+    _each(lambda part: ledger.read(*part), hf_parts(end.model, end.dtype), advance)
     return ledger
 
 
@@ -230,7 +211,7 @@ def _check_written(end: End, source: End, advance: Advance) -> None:
     Of each part its beginning and its end, an eighth: that shows what is in a wrong place. To compare every bit takes
     as long as to write it, and is what `compare` is for. The disk takes the files in meanwhile.
     """
-    count, shapes = _Counted(advance), end.model.parameters()
+    shapes = end.model.parameters()
 
     def check(part: tuple[str, Span]) -> None:
         name, rows = part
@@ -241,11 +222,10 @@ def _check_written(end: End, source: End, advance: Advance) -> None:
                     f"{end.path}: {name}, somewhere in rows {start} to {stop}, is not written as it was read from "
                     f"{source.path}; nothing is kept: try again, on another disk or machine"
                 )
-        count(1)
 
     with ThreadPoolExecutor(1) as beside:
         syncing = beside.submit(folders.sync, end.path)
-        _each(check, hf_parts(end.model, end.dtype))
+        _each(check, hf_parts(end.model, end.dtype), advance)
         syncing.result()
 
 
@@ -253,7 +233,7 @@ class _Assembled:
     """Parts of a checkpoint's tensors, put together from HF parameters."""
 
     def __init__(self, end: End, model: Model, ledger: Ledger, advance: Advance) -> None:
-        self._end, self._ledger, self._advance = end, ledger, advance
+        self._end, self._ledger, self._advance, self._lock = end, ledger, advance, Lock()
         self._local = {global_place(name): name for name in local_shapes(model)}
         self._copies: dict[str, list[Copy]] = {}
         for copy in plan(model.hf_tiles(), model.megatron_tiles(whole())).copies:
@@ -280,7 +260,8 @@ class _Assembled:
             filled += values.numel()
         if filled < out.numel():  # the vocabulary's padding is at the end
             out[filled // max(1, math.prod(size[1:])) :] = 0
-        self._advance(1)
+        with self._lock:  # any thread reads
+            self._advance(1)
         return out.reshape(shape)
 
     def _place(self, stored: str, index: Index) -> tuple[str, Index]:

@@ -185,10 +185,24 @@ def _as_rows(tensor: Tensor, part: Part) -> Tensor:
 
 def _rows(rows: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     """The digest of each row, [rows] int64."""
-    words = _Words(*part.rectangle[2:], dtype)
-    factors, height = words.factors(rows.device), len(rows)
-    step = min(height, max(1, _CHUNK_WORDS // len(factors)))
-    return torch.cat([_products(words.of(chunk), factors) for chunk in rows.split(step)])
+    start, stop = part.rectangle[2:]
+    columns = max(_WORD_BYTES, dtype.itemsize) // dtype.itemsize  # of a word
+    factors = _multipliers(_COLUMN_SEED, start // columns, -(-stop // columns), rows.device)  # of the words they touch
+    step = min(len(rows), max(1, _CHUNK_WORDS // len(factors)))
+    before, width = start % columns, len(factors) * columns
+    return torch.cat([_products(_words(chunk, before, width, dtype), factors) for chunk in rows.split(step)])
+
+
+def _words(rows: Tensor, before: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[rows, words] of the rows with `before` zeros in front and `width` columns in all; no copy if that can be."""
+    word = max(_WORD_BYTES, dtype.itemsize)
+    starts = (before, rows.shape[-1], rows.storage_offset(), *rows.stride()[:-1])
+    lie_in_words = rows.dtype == dtype and rows.stride(-1) == 1 and not any(n * dtype.itemsize % word for n in starts)
+    if not lie_in_words or rows.data_ptr() % word:  # of a mapped file
+        padded = rows.new_zeros((*rows.shape[:-1], width), dtype=dtype)
+        padded[..., before : before + rows.shape[-1]] = rows
+        rows = padded
+    return rows.view(_INTEGERS[word])
 
 
 def _products(words: Tensor, factors: Tensor) -> Tensor:
@@ -196,37 +210,6 @@ def _products(words: Tensor, factors: Tensor) -> Tensor:
     if words.device.type == "cpu":  # one pass by numpy, two by torch
         return torch.from_numpy(np.einsum("ij,j->i", words.numpy(), factors.numpy()))
     return (words * factors).sum(1)
-
-
-class _Words:
-    """The words that columns `start`..`stop` - 1 of an HF parameter in `dtype` touch."""
-
-    def __init__(self, start: int, stop: int, dtype: torch.dtype) -> None:
-        self._bytes = max(_WORD_BYTES, dtype.itemsize)
-        self._dtype, self._columns = dtype, self._bytes // dtype.itemsize
-        self._first, self._last = start // self._columns, -(-stop // self._columns)
-        self._before, self._width = start % self._columns, stop - start
-
-    def factors(self, device: torch.device) -> Tensor:
-        """The numbers of the words, [words] int64."""
-        return _multipliers(_COLUMN_SEED, self._first, self._last, device)
-
-    def of(self, rows: Tensor) -> Tensor:
-        """The words of these columns of each row, [..., columns] -> [..., words], without a copy if that can be."""
-        if self._lie_whole_in(rows):
-            return rows.view(_INTEGERS[self._bytes])
-        padded = rows.new_zeros((*rows.shape[:-1], (self._last - self._first) * self._columns), dtype=self._dtype)
-        padded[..., self._before : self._before + self._width] = rows
-        return padded.view(_INTEGERS[self._bytes])
-
-    def _lie_whole_in(self, rows: Tensor) -> bool:
-        starts = (self._before, self._width, rows.storage_offset(), *rows.stride()[:-1])
-        return (
-            rows.dtype == self._dtype
-            and rows.stride(-1) == 1
-            and not any(start % self._columns for start in starts)
-            and not rows.data_ptr() % self._bytes  # of a mapped file
-        )
 
 
 def _folded(part: Part, rows: Tensor) -> int:
@@ -241,17 +224,26 @@ def _multipliers(seed: int, start: int, stop: int, device: torch.device) -> Tens
 
 
 def _mixed(index: Tensor, seed: int) -> Tensor:
-    """Odd pseudo-random int64 of each index: splitmix64 (Steele, Lea, Flood 2014); torch's arithmetic wraps around."""
-
-    def shifted(z: Tensor, by: int) -> Tensor:
-        return (z >> by) & ((1 << (64 - by)) - 1)
-
-    z = (index + 1) * _signed(0x9E3779B97F4A7C15) + _signed(seed)
-    z = (z ^ shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return (z ^ shifted(z, 31)) | 1
+    """Odd pseudo-random int64 of each index."""
+    return splitmix64((index + 1) * GAMMA + signed(seed)) | 1
 
 
-def _signed(value: int) -> int:
+def splitmix64(z: Tensor) -> Tensor:
+    """Return pseudo-random int64 of each int64 (Steele, Lea, Flood 2014); torch's arithmetic wraps around."""
+    z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
+    return z ^ shifted(z, 31)
+
+
+def shifted(numbers: Tensor, places: int) -> Tensor:
+    """Return int64 numbers shifted right as if they had no sign."""
+    return (numbers >> places) & ((1 << (64 - places)) - 1)
+
+
+def signed(value: int) -> int:
+    """Return 64 bits as int64 reads them."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
+
+
+GAMMA = signed(0x9E3779B97F4A7C15)  # splitmix64's step from one number to the next

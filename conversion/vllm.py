@@ -41,7 +41,7 @@ from vllm.platforms import current_platform
 
 from conversion.families import Model, model_from_config
 from conversion.plan import WeightPlan, plan
-from conversion.tiles import ParallelLayout
+from conversion.tiles import ParallelLayout, Tile
 from conversion.transfer.route import Receiver, Route, here
 from conversion.verify import Holdings, held_parts
 
@@ -86,20 +86,23 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         """Plans, and proves that the plan covers this worker's parameters. ValueError naming one that it does not."""
         if self.parallel_config.pipeline_parallel_size != 1:
             raise ValueError(f"{BACKEND} needs an engine with pipeline_parallel_size=1")
-        tensor, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
-        model = model_from_config(init_info.config)
-        source = model.megatron_tiles(ParallelLayout(**init_info.layout))
-        weights = plan(source, model.vllm_tiles(tensor))
-        self._end = (model, weights, tensor, rank, getattr(torch, init_info.dtype))
         self.shutdown()
-        self._holdings = self._held()
+        model = model_from_config(init_info.config)
+        self._plan(model, model.megatron_tiles(ParallelLayout(**init_info.layout)), init_info.dtype)
+        _, weights, _, rank, dtype = self._end
         route = Route(**init_info.route)
-        self._receiver = route.receiver(weights, rank, _parameters(self.model), self._end[-1], init_info.engine)
+        self._receiver = route.receiver(weights, rank, _parameters(self.model), dtype, init_info.engine)
 
     def place(self) -> tuple[str, str]:
         """The memory and the device of this worker's parameters: the fields of a `Place`."""
         place = here(next(self.model.parameters()).device)
         return place.memory, place.device
+
+    def _plan(self, model: Model, source: list[Tile], dtype: str) -> None:
+        """Plan how this worker is filled from `source`; its holdings are those of this plan from now on."""
+        tensor, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
+        self._end = (model, plan(source, model.vllm_tiles(tensor)), tensor, rank, getattr(torch, dtype))
+        self._holdings = self._held()
 
     def _held(self) -> Holdings:
         """What the live module holds now. ValueError if that is no longer what the plan fills."""
@@ -121,10 +124,8 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
 
         What the worker loaded by itself is proved so. ValueError as in init_transfer_engine.
         """
-        tensor, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
         model = model_from_config(config)
-        self._end = (model, plan(model.hf_tiles(), model.vllm_tiles(tensor)), tensor, rank, getattr(torch, dtype))
-        self._holdings = self._held()
+        self._plan(model, model.hf_tiles(), dtype)
 
     def audit(self, version: int) -> dict[str, Any]:
         """The digests of what this worker holds, in its plan's order, and the faults of its packs."""

@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from astar_megatron.run.tracking import waiting
+from astar_megatron.run.tracking import Screen
 
 
 def test_a_long_wait_says_meanwhile_what_goes_on() -> None:
@@ -19,7 +19,7 @@ def test_a_long_wait_says_meanwhile_what_goes_on() -> None:
             asked.set()
         return words
 
-    with waiting(Console(file=text, width=200), "starting the engines", phase, seconds_a_line=0.05):
+    with Screen(Console(file=text, width=200)).waiting("starting the engines", phase, seconds_a_line=0.05):
         assert asked.wait(30)
     lines = text.getvalue().splitlines()
     assert lines[:2] == ["starting the engines: 0 s; loading weights", "starting the engines: 0 s; capturing graphs"]
@@ -29,11 +29,11 @@ def test_a_long_wait_says_meanwhile_what_goes_on() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_short_wait_leaves_one_line_and_a_failed_one_none(terminal: bool) -> None:
     text = io.StringIO()
-    console = Console(file=text, force_terminal=terminal, width=200, color_system=None)
-    with waiting(console, "starting the policy"):
+    screen = Screen(Console(file=text, force_terminal=terminal, width=200, color_system=None))
+    with screen.waiting("starting the policy"):
         pass
     assert text.getvalue().count(" s\n") == 1
-    with pytest.raises(ValueError, match="broken"), waiting(console, "again"):
+    with pytest.raises(ValueError, match="broken"), screen.waiting("again"):
         raise ValueError("broken")
     assert "again: " not in text.getvalue()
     assert threading.active_count() == 1 or not any("watch" in thread.name for thread in threading.enumerate())

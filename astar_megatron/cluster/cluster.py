@@ -203,8 +203,7 @@ class Cluster:
                 failed, error = reference, other
                 break
         (kind, index), outputs = self._outputs(failed)
-        name = _named(kind, index)
-        text = _plain(error)
+        name, text = f"{kind} {index}", re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without Ray's colours
         is_lost = _is_end(error)
         if is_lost:
             event = "the process ended"
@@ -221,7 +220,7 @@ class Cluster:
     def _late(self, action: str, pending: Sequence[Any], seconds: float) -> ClusterError:
         """What to raise where there was no answer in time, with the last error of each that did not answer."""
         outputs = [self._outputs(reference) for reference in pending]
-        causes = [f"\n{_named(*actor)}: {cause}" for actor, files in outputs if (cause := cause_in(files))]
+        causes = [f"\n{kind} {index}: {cause}" for (kind, index), files in outputs if (cause := cause_in(files))]
         return ClusterError(
             f"{action}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The "
             f"output of its processes lies in {_log_folder()}{''.join(causes)}"
@@ -235,10 +234,6 @@ class Cluster:
         return (kind, index), [
             path for end in ("out", "err") for path in Path(_log_folder()).glob(f"worker-*-{pid}.{end}")
         ]
-
-
-def _named(kind: str, index: int) -> str:
-    return f"{kind} {index}"
 
 
 def _is_end(error: Exception) -> bool:
@@ -287,10 +282,6 @@ def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
     if not num_gpus:
         return 0
     return 0.5 if shared else workers
-
-
-def _plain(error: Exception) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
 def _log_folder() -> str:

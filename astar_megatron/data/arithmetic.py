@@ -5,7 +5,7 @@ The same seed gives the same problems everywhere, whatever the Python; no proble
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -116,14 +116,9 @@ class _Dice:
     """Numbers from a digest of the seed and a counter: a library's new version must not change a data set."""
 
     def __init__(self, seed: str) -> None:
-        self._numbers = self._stream(seed)
+        self._seed, self._count = seed, 0
 
     def roll(self, lowest: int, highest: int) -> int:
-        return lowest + next(self._numbers) % (highest - lowest + 1)  # of 64 bits: even to one in 10^17
-
-    @staticmethod
-    def _stream(seed: str) -> Iterator[int]:
-        count = 0
-        while True:
-            yield int.from_bytes(hashlib.blake2b(f"{seed}:{count}".encode(), digest_size=8).digest(), "big")
-            count += 1
+        digest = hashlib.blake2b(f"{self._seed}:{self._count}".encode(), digest_size=8).digest()
+        self._count += 1
+        return lowest + int.from_bytes(digest, "big") % (highest - lowest + 1)  # of 64 bits: even to one in 10^17

@@ -21,7 +21,6 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
-from types import TracebackType
 from typing import Self
 
 from astar_megatron.data.files import make_folder, storage_error
@@ -52,7 +51,7 @@ class Leases:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end.set()
         self._thread.join()
         self.release(list(self._held))

@@ -14,15 +14,7 @@ from typing import Any
 
 from astar_megatron.config import DataConfig
 from astar_megatron.data import chat
-from astar_megatron.data.rows import (
-    Pair,
-    Problems,
-    PromptError,
-    answer_field,
-    pairs_of,
-    read_rows,
-    without_duplicates,
-)
+from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, read_rows, without_duplicates
 from astar_megatron.types import Prompt
 
 _LOG = logging.getLogger(__name__)

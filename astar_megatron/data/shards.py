@@ -1,16 +1,13 @@
-"""The files of a V* table: shards of rows, written once, and indexes of many shards, which only save time.
+"""The files of a V* table: shards of rows, written once.
 
     shard-000001-<16 hex of SHA-256>.parquet    rows, one a sample
-    index-<16 hex of SHA-256>.parquet           the small columns of many shards; their names, rows, bytes
 
 A file appears whole (temporary file, fsync, rename) and its name carries the digest of its content, so a torn one is
-seen. A shard that is damaged is set aside and its rows are missing again; an index that is damaged, or names a shard
-that is gone, is not used, nor what it says of a shard that has another size by now. Everything in an index is in the
-shards: indexes may be deleted at any time.
+seen: it is set aside and its rows are missing again. Earlier versions wrote index-*.parquet beside: nothing reads them,
+they may be deleted.
 """
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -51,7 +48,17 @@ def write_shard(folder: Path, number: int, rollouts: Sequence[Rollout], text: bo
     Raises StorageError (nothing is left of the shard), TableError for values that don't fit or no finite reward.
     """
     rows = _rows(rollouts, text)
-    return _write(folder, f"shard-{number:06d}-", rows), rows.select(list(COLUMNS))
+    return write_rows(folder, number, rows), rows.select(list(COLUMNS))
+
+
+def write_rows(folder: Path, number: int, rows: pa.Table) -> str:
+    """Write rows of the table's columns as one shard and return its name. Raises StorageError."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
+    data = sink.getvalue().to_pybytes()
+    name = f"shard-{number:06d}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+    write_atomic(folder / name, data)
+    return name
 
 
 def read_shard(path: Path, whole: bool) -> pa.Table | None:
@@ -92,42 +99,6 @@ def shard_number(name: str) -> int:
     """Return the number in a shard's name; 0 where there is none."""
     digits = name.split("-")[1]
     return int(digits) if digits.isdecimal() else 0
-
-
-def write_index(folder: Path, shards: Sequence[tuple[str, pa.Table]]) -> None:
-    """Write an index of shards, given by name and small columns. Raises StorageError."""
-    try:
-        listed = json.dumps([(name, len(columns), (folder / name).stat().st_size) for name, columns in shards])
-    except OSError as error:
-        raise storage_error(f"{folder}: can't write an index of shards", error) from error
-    rows = pa.concat_tables([_plain(columns) for _, columns in shards])
-    _write(folder, "index-", rows.replace_schema_metadata({"shards": listed}))
-
-
-def read_index(path: Path) -> tuple[list[tuple[str, int, int]], pa.Table] | None:
-    """Return an index's shards, (name, rows, bytes) each, and their rows in this order; None for a damaged one."""
-    columns, reason = _read(path, whole=True)
-    if columns is not None:
-        try:
-            listed = json.loads((columns.schema.metadata or {})[b"shards"])
-            return [(str(name), int(count), int(size)) for name, count, size in listed], columns
-        except (KeyError, ValueError):
-            reason = "it does not say its shards' names, rows and bytes"
-    _LOG.warning("%s: damaged index not used (%s); it may be deleted", path, reason)
-    return None
-
-
-def _plain(columns: pa.Table) -> pa.Table:
-    return columns.set_column(0, "uid", columns["uid"].cast(pa.string()))
-
-
-def _write(folder: Path, prefix: str, rows: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="zstd", write_page_checksum=True)
-    data = sink.getvalue().to_pybytes()
-    name = f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}.parquet"
-    write_atomic(folder / name, data)
-    return name
 
 
 def _read(path: Path, whole: bool, names: Sequence[str] = COLUMNS) -> tuple[pa.Table | None, str]:

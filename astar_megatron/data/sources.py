@@ -2,13 +2,7 @@
 
 from pathlib import Path
 
-from astar_megatron.data.rows import (
-    Problems,
-    PromptError,
-    Row,
-    hub_rows,
-    read_rows,
-)
+from astar_megatron.data.rows import Problems, PromptError, Row, hub_rows, read_rows
 
 
 def rows_of(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:

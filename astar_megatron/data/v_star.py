@@ -1,13 +1,13 @@
 """The V* table: what the reference's own samples were rewarded with, kept on disk.
 
-    <folder>/header.json                                 format version and contract
-    <folder>/shard-*.parquet, <folder>/index-*.parquet   rows; see shards.py
-    <folder>/leases/                                     which job draws what; see leases.py
+    <folder>/header.json       format version and contract
+    <folder>/shard-*.parquet   rows; see shards.py
+    <folder>/leases/           which job draws what; see leases.py
 
 A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole.
 V* itself is not stored: `estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686;
-algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB in 1024 shards are
-checked against their digests when opened; a larger table is read through its indexes, and without whole digests.
+algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB are checked against
+the shards' digests when opened; of a larger table only the pages that are read are checked.
 
 Any number of jobs may append at once: nothing is lost. Of a sample that two of them drew one row counts, the one with
 the smallest digest of (uid, sample, reward, tokens): the same in any order of reading, and no reward is favoured.
@@ -31,20 +31,11 @@ from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
 from astar_megatron.data.files import StorageError, make_folder, storage_error
 from astar_megatron.data.header import MissingTableError, check_header, complete_header, make_header
-from astar_megatron.data.shards import (
-    TableError,
-    read_index,
-    read_responses,
-    read_shard,
-    shard_number,
-    write_index,
-    write_shard,
-)
+from astar_megatron.data.shards import TableError, read_responses, read_shard, shard_number, write_shard
 from astar_megatron.types import Prompt, Rollout
 
-SHARDS_AN_INDEX = 256
-
-_WHOLE_SHARDS = 4 * SHARDS_AN_INDEX  # each is a file to open
+# A row in memory, twenty bytes; `prompt` indexes the table's list of uids, `tokens` are of the response.
+_ROW = np.dtype([("prompt", np.int32), ("sample", np.uint32), ("reward", np.float64), ("tokens", np.int32)])
 _MERGE_ROWS = 1 << 16  # so many new rows, or a quarter of the old ones, are sorted in among the old
 
 
@@ -60,49 +51,16 @@ class TableSummary:
     response_tokens: int  # tokens spent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """Columns of R rows; `prompt` indexes the table's list of uids."""
-
-    prompt: np.ndarray  # [R] int32
-    sample: np.ndarray  # [R] uint32
-    reward: np.ndarray  # [R] float64
-    tokens: np.ndarray  # [R] int32, of the response
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-    def at(self, rows: np.ndarray | slice) -> "_Rows":
-        return _Rows(
-            prompt=self.prompt[rows], sample=self.sample[rows], reward=self.reward[rows], tokens=self.tokens[rows]
-        )
-
-    def rearrange(self, to: np.ndarray | slice, rows: np.ndarray) -> None:
-        """Put `rows` where `to` is, in place: of no more than one column there is a copy."""
-        for column in (self.prompt, self.sample, self.reward, self.tokens):
-            column[to] = column[rows]
-
-    @classmethod
-    def together(cls, parts: Sequence["_Rows"]) -> "_Rows":
-        return cls(
-            prompt=np.concatenate([np.empty(0, np.int32), *(part.prompt for part in parts)]),
-            sample=np.concatenate([np.empty(0, np.uint32), *(part.sample for part in parts)]),
-            reward=np.concatenate([np.empty(0, np.float64), *(part.reward for part in parts)]),
-            tokens=np.concatenate([np.empty(0, np.int32), *(part.tokens for part in parts)]),
-        )
-
-
 class VStarTable:
     """The samples of one folder, made under one contract. Open it with `open` or `create_or_open`."""
 
     def __init__(self, folder: Path, contract: Contract | None) -> None:
         self.folder, self._contract = folder, contract
         self._uids: dict[str, int] = {}  # uid -> index, in order of appearance
-        self._old = _Rows.together([])  # sorted by prompt, then sample, each once
+        self._old = np.empty(0, _ROW)  # sorted by prompt, then sample, each once
         self._starts = np.zeros(1, np.int64)  # where in _old the rows of a prompt begin
-        self._new: list[_Rows] = []  # in order of appearance
+        self._new: list[np.ndarray] = []  # of _ROW, in order of appearance
         self._shards: set[str] = set()  # names of those read or written
-        self._unindexed: list[tuple[str, pa.Table]] = []
         self._next_shard = 1
 
     @classmethod
@@ -120,8 +78,8 @@ class VStarTable:
     def open(cls, folder: str | Path, contract: Contract | None, check_whole_bytes: int = 64 << 20) -> Self:
         """Return the table at `folder`. A damaged shard is set aside with a warning: its rows are missing again.
 
-        `contract` None takes any table, to look at it. One of more than `check_whole_bytes`, or 1024 shards, is read
-        through its indexes and has only the pages checked that are read; many shards without an index get one.
+        `contract` None takes any table, to look at it. One of more than `check_whole_bytes` has only the pages checked
+        that are read.
         Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
         """
         folder = Path(folder)
@@ -131,16 +89,9 @@ class VStarTable:
                 complete_header(folder, contract)
         table = cls(folder, contract)
         names = table._listed()
-        whole = len(names) <= _WHOLE_SHARDS and _no_more_than(check_whole_bytes, folder, names)
-        indexed = {} if whole else table._indexed(set(names))
+        whole = _no_more_than(check_whole_bytes, folder, names)
         for name in names:
-            if name in indexed:
-                table._new.append(indexed[name])
-                table._seen(name)
-            else:
-                table._read(name, whole)
-        if whole:
-            table._unindexed.clear()
+            table._read(name, whole)
         return table
 
     def refresh(self) -> None:
@@ -152,10 +103,10 @@ class VStarTable:
     def append(self, rollouts: Sequence[Rollout], text: bool = False) -> None:
         """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice one row counts.
 
-        `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds; every
-        256th shard adds an index of these. Raises StorageError (nothing of the shard is left, earlier ones are
-        untouched), TableError for a rollout without a finite reward, and ContractError where the folder has been
-        deleted and made anew for another contract since the table was opened.
+        `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds. Raises
+        StorageError (nothing of the shard is left, earlier ones are untouched), TableError for a rollout without a
+        finite reward, and ContractError where the folder has been deleted and made anew for another contract since the
+        table was opened.
         """
         if rollouts:
             check_header(self.folder, self._contract)
@@ -179,16 +130,16 @@ class VStarTable:
             self._merge()
         index = self._index([prompt.uid for prompt in prompts])
         there = np.arange(wanted.max()) >= wanted[:, None]  # [P, samples]; those not wanted count as there
-        known = np.flatnonzero((index >= 0) & (index < len(self._starts) - 1))
-        begin, end = self._starts[index[known]], self._starts[index[known] + 1]
-        count = end - begin
-        rows = np.repeat(begin - np.cumsum(count) + count, count) + np.arange(count.sum())
-        self._mark(there, np.repeat(known, count), self._old.sample[rows])
-        place = np.full(len(self._uids) + 1, -1)
+        place = np.full(len(self._uids) + 1, -1)  # by the index of a prompt: where it is in `prompts`
         place[index] = np.arange(len(prompts))
-        place[-1] = -1
-        for part in self._new:
-            self._mark(there, place[part.prompt], part.sample)
+        place[-1] = -1  # of all that are nowhere in the table
+        known = index[(index >= 0) & (index < len(self._starts) - 1)]
+        parts = zip(self._starts[known], self._starts[known + 1], strict=True)
+        old = np.concatenate([self._old[:0], *(self._old[begin:end] for begin, end in parts)])
+        for rows in (old, *self._new):
+            prompt, sample = place[rows["prompt"]], rows["sample"]
+            inside = (prompt >= 0) & (sample < there.shape[1])
+            there[prompt[inside], sample[inside]] = True
         return [(prompts[i], int(sample)) for i, sample in np.argwhere(~there)]
 
     def estimate(
@@ -220,7 +171,7 @@ class VStarTable:
                 f"{max(1, int(use[lacks].min()))} samples; "
                 "run `astar sweep` with this configuration: it draws what is missing"
             )
-        return estimate(names, rows.reward, rows.tokens, starts[index], use, beta1, level=level)
+        return estimate(names, rows["reward"], rows["tokens"], starts[index], use, beta1, level=level)
 
     def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""
@@ -231,23 +182,23 @@ class VStarTable:
         """Return the raw rewards by uid, in order of their sample index."""
         rows, starts, counts = self._by_prompt()
         return {
-            uid: rows.reward[start : start + count].tolist()
+            uid: rows["reward"][start : start + count].tolist()
             for uid, start, count in zip(self._uids, starts, counts, strict=True)
         }
 
     def summary(self) -> TableSummary:
         """Return counts and shares of the whole table."""
         rows, _, counts = self._by_prompt()
-        num_prompts = len(counts)
-        some_right = np.bincount(rows.prompt[rows.reward >= 1], minlength=num_prompts) > 0
-        some_wrong = np.bincount(rows.prompt[rows.reward < 1], minlength=num_prompts) > 0
+        num_prompts, reward = len(counts), np.ascontiguousarray(rows["reward"])
+        some_right = np.bincount(rows["prompt"][reward >= 1], minlength=num_prompts) > 0
+        some_wrong = np.bincount(rows["prompt"][reward < 1], minlength=num_prompts) > 0
         return TableSummary(
             prompts=num_prompts,
-            samples=len(rows.reward),
-            mean_reward=float(rows.reward.mean()) if num_prompts else math.nan,
+            samples=len(rows),
+            mean_reward=float(reward.mean()) if num_prompts else math.nan,
             all_wrong=float((~some_right).mean()) if num_prompts else math.nan,
             all_right=float((~some_wrong).mean()) if num_prompts else math.nan,
-            response_tokens=int(rows.tokens.sum(dtype=np.int64)),
+            response_tokens=int(rows["tokens"].sum(dtype=np.int64)),
         )
 
     def _have(self, index: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -255,17 +206,13 @@ class VStarTable:
         rows, _, _ = self._by_prompt()
         limit = np.zeros(len(self._uids), np.int64)
         limit[index[index >= 0]] = wanted[index >= 0]
-        there = np.bincount(rows.prompt[rows.sample < limit[rows.prompt]], minlength=len(self._uids))
+        prompt = rows["prompt"]
+        there = np.bincount(prompt[rows["sample"] < limit[prompt]], minlength=len(self._uids))
         return np.where(index >= 0, np.append(there, 0)[index], 0)
 
     def _index(self, uids: Sequence[str]) -> np.ndarray:
         """[P] int64: where each uid is in the table; -1: nowhere."""
         return np.array([self._uids.get(uid, -1) for uid in uids], dtype=np.int64)
-
-    @staticmethod
-    def _mark(there: np.ndarray, prompt: np.ndarray, sample: np.ndarray) -> None:
-        inside = (prompt >= 0) & (sample < there.shape[1])
-        there[prompt[inside], sample[inside]] = True
 
     def _listed(self) -> list[str]:
         try:
@@ -275,22 +222,6 @@ class VStarTable:
             raise storage_error(f"{self.folder}: can't list the V* table", error) from error
         return sorted(name for name in names if name.startswith("shard-") and name.endswith(".parquet"))
 
-    def _indexed(self, shards: set[str]) -> dict[str, _Rows]:
-        """The rows of the shards that indexes cover, but for those of another size now.
-
-        An index that names a shard that is gone is not used.
-        """
-        indexed: dict[str, _Rows] = {}
-        for path in sorted(self.folder.glob("index-*.parquet")):
-            if (read := read_index(path)) is None or not shards.issuperset(name for name, _, _ in read[0]):
-                continue
-            rows, start = self._numbered(read[1]), 0
-            for name, count, size in read[0]:
-                if _size(self.folder / name) == size:
-                    indexed[name] = rows.at(slice(start, start + count))
-                start += count
-        return indexed
-
     def _read(self, name: str, whole: bool) -> None:
         self._seen(name)
         if (columns := read_shard(self.folder / name, whole)) is not None:
@@ -299,70 +230,57 @@ class VStarTable:
     def _add(self, name: str, columns: pa.Table) -> None:
         self._seen(name)
         self._new.append(self._numbered(columns))
-        self._unindexed.append((name, columns))
-        if len(self._unindexed) == SHARDS_AN_INDEX:
-            with contextlib.suppress(StorageError):  # on a read-only file system the next job reads more files
-                write_index(self.folder, self._unindexed)
-            self._unindexed.clear()
 
     def _seen(self, name: str) -> None:
         self._shards.add(name)
         self._next_shard = max(self._next_shard, shard_number(name) + 1)
 
-    def _numbered(self, columns: pa.Table) -> _Rows:
+    def _numbered(self, columns: pa.Table) -> np.ndarray:
+        """The rows of a shard, [R] of _ROW."""
         uids = columns["uid"].unify_dictionaries().combine_chunks()
         uids = uids if isinstance(uids, pa.DictionaryArray) else uids.dictionary_encode()
         local = [self._uids.setdefault(uid, len(self._uids)) for uid in uids.dictionary.to_pylist()]
-        return _Rows(
-            prompt=np.array(local, dtype=np.int32)[uids.indices.to_numpy()],
-            sample=columns["sample"].to_numpy(),
-            reward=columns["reward"].to_numpy(),
-            tokens=columns["response_tokens"].to_numpy(),
-        )
+        rows = np.empty(len(columns), _ROW)
+        rows["prompt"] = np.array(local, dtype=np.int32)[uids.indices.to_numpy()]
+        for name, column in (("sample", "sample"), ("reward", "reward"), ("tokens", "response_tokens")):
+            rows[name] = columns[column].to_numpy()
+        return rows
 
     def _merge(self) -> None:
         """Sort the new rows in; of several rows of one (prompt, sample) the one of the smallest digest stays."""
         if self._new:
-            rows = _Rows.together([self._old, *self._new])
-            self._old, self._new = _Rows.together([]), []  # lets go of the parts, as large as they are together
-            key = rows.prompt.astype(np.int64) << 32 | rows.sample
+            rows = np.concatenate([self._old, *self._new])
+            self._old, self._new = np.empty(0, _ROW), []  # lets go of the parts, as large as they are together
+            key = rows["prompt"].astype(np.int64) << 32 | rows["sample"]
             if not (key[1:] > key[:-1]).all():
                 order = np.argsort(key, kind="stable")
-                rows.rearrange(slice(None), order)
-                key = key[order]
+                rows, key = rows[order], key[order]
                 again = key[1:] == key[:-1]
                 if again.any():
                     several = np.flatnonzero(np.append(False, again) | np.append(again, False))
-                    digests = np.array(self._digests(rows.at(several)))
-                    rows.rearrange(several, several[np.lexsort((digests, key[several]))])
-                    rows = rows.at(np.append(True, ~again))
+                    digests = np.array(self._digests(rows[several]))
+                    rows[several] = rows[several[np.lexsort((digests, key[several]))]]
+                    rows = rows[np.append(True, ~again)]
             self._old = rows
-            self._starts = np.append(0, np.cumsum(np.bincount(rows.prompt, minlength=len(self._uids))))
+            self._starts = np.append(0, np.cumsum(np.bincount(rows["prompt"], minlength=len(self._uids))))
 
-    def _digests(self, rows: _Rows) -> list[bytes]:
+    def _digests(self, rows: np.ndarray) -> list[bytes]:
         """[R], of what a row says, and nothing of when it came."""
         uids = list(self._uids)
-        columns = (rows.prompt.tolist(), rows.sample.tolist(), rows.reward.tolist(), rows.tokens.tolist())
-        texts = (f"{uids[prompt]} {rest!r}" for prompt, *rest in zip(*columns, strict=True))
+        texts = (f"{uids[prompt]} {rest!r}" for prompt, *rest in rows.tolist())
         return [hashlib.blake2b(text.encode(), digest_size=8).hexdigest().encode() for text in texts]
 
-    def _by_prompt(self) -> tuple[_Rows, np.ndarray, np.ndarray]:
+    def _by_prompt(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All rows, and for each prompt [P] where its rows start and how many they are."""
         self._merge()
         return self._old, self._starts[:-1], np.diff(self._starts)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # another job has just set it aside
-        return 0
-
-
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
     total = 0
     for name in names:
-        total += _size(folder / name)
+        with contextlib.suppress(FileNotFoundError):  # another job has just set it aside
+            total += (folder / name).stat().st_size
         if total > limit_bytes:
             return False
     return True

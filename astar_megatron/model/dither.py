@@ -24,11 +24,10 @@ from torch import Tensor
 
 from conversion.families import Model
 from conversion.tiles import ParallelLayout, Tile
+from conversion.verify import GAMMA, shifted, splitmix64
 
 _HALF = 1 << 15  # float32's steps in half a step of bfloat16
 _BLOCK_ELEMENTS = 1 << 18
-# splitmix64 (Steele, Lea, Flood 2014), its constants as signed integers of 64 bits
-_GAMMA, _MIX_1, _MIX_2 = (number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def dither_masters(
@@ -110,13 +109,5 @@ def _steps_of_rows(
 def _random_steps(place: Tensor, seed: int, hf: str) -> Tensor:
     """Return evenly from -32767 to 32767 for each place of an HF parameter, int32 of the shape of `place` (int64)."""
     key = int.from_bytes(hashlib.sha256(f"{seed}\0dither\0{hf}".encode()).digest()[:8], "little", signed=True)
-    mixed = place * _GAMMA + key  # modulo 2^64, here and below
-    mixed = (mixed ^ _shifted(mixed, 30)) * _MIX_1
-    mixed = (mixed ^ _shifted(mixed, 27)) * _MIX_2
-    high = _shifted(mixed ^ _shifted(mixed, 31), 32)  # [0, 2^32)
+    high = shifted(splitmix64(place * GAMMA + key), 32)  # [0, 2^32); all modulo 2^64
     return ((high * (2 * _HALF - 1) >> 32) - (_HALF - 1)).to(torch.int32)  # [0, 2^32) to 65535 equal parts
-
-
-def _shifted(numbers: Tensor, places: int) -> Tensor:
-    """Return int64 numbers shifted right as if they had no sign."""
-    return (numbers >> places) & ((1 << (64 - places)) - 1)

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import multiprocessing.connection
 import os
+import runpy
 import sys
 import threading
 import time
@@ -269,24 +270,17 @@ def leave_out_unreadable() -> list[str]:
     """
     package = importlib.util.find_spec("vllm")
     assert package is not None and package.origin is not None
-    spec = importlib.util.spec_from_file_location("_vllm_variables", Path(package.origin).with_name("envs.py"))
-    assert spec is not None and spec.loader is not None
-    variables = importlib.util.module_from_spec(spec)  # alone: some are read while the package is imported
-    sys.modules[spec.name] = variables
+    variables = runpy.run_path(str(Path(package.origin).with_name("envs.py")))  # alone: the package reads some itself
     left_out = []
-    try:
-        spec.loader.exec_module(variables)
-        for name, read in variables.environment_variables.items():
-            if (value := os.environ.pop(name, None)) is None:
-                continue
-            os.environ[name] = value
-            try:
-                read()
-            except ValueError as error:
-                os.environ.pop(name)
-                left_out.append(f"{name}={value!r:.100}, which vLLM can't read: {error!s:.200}")
-    finally:
-        del sys.modules[spec.name]
+    for name, read in variables["environment_variables"].items():
+        if (value := os.environ.pop(name, None)) is None:
+            continue
+        os.environ[name] = value
+        try:
+            read()
+        except ValueError as error:
+            os.environ.pop(name)
+            left_out.append(f"{name}={value!r:.100}, which vLLM can't read: {error!s:.200}")
     return left_out
 
 

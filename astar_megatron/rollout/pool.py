@@ -3,21 +3,14 @@
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
 from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.config import RolloutConfig, SamplingConfig
-from astar_megatron.rollout.engine import (
-    Engine,
-    EngineOptions,
-    Response,
-    check_graphs,
-    environment,
-    graphs_of,
-)
+from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.start_log import StartLog
 from astar_megatron.types import Request
 from conversion.transfer.route import Place
@@ -25,10 +18,6 @@ from conversion.transfer.route import Place
 _LOG = logging.getLogger(__name__)
 
 type Stream = Any  # Ray's generator of what an engine answers to one call
-
-
-class Detokenize(Protocol):
-    def __call__(self, token_ids: Sequence[int], /) -> str: ...
 
 
 class EnginePool:
@@ -47,7 +36,7 @@ class EnginePool:
         dtype: str,
         max_tokens: int,
         stop_token_ids: tuple[int, ...],
-        detokenize: Detokenize,
+        detokenize: Callable[[Sequence[int]], str],
         seed: int,
         shares_gpu: bool = False,
     ) -> None:
@@ -108,19 +97,17 @@ class EnginePool:
         return self._begin(engine, lambda actor: actor.generate(requests, sampling), num_returns="streaming")
 
     def responses(self, streams: Collection[Stream], seconds: float) -> list[tuple[Stream, list[Response] | None]]:
-        """Wait at most so long, and return what some of the streams have; None: one has ended."""
+        """Wait at most so long, and return what the first stream to have something has; None: it has ended."""
         ready: list[Stream] = ray.wait(list(streams), num_returns=1, timeout=seconds)[0]
-        answers: list[tuple[Stream, list[Response] | None]] = []
-        for stream in ready:
-            try:
-                reference = next(stream)
-            except StopIteration:
-                answers.append((stream, None))
-                continue
-            answers.append((stream, self._cluster.wait("engines: generate", [reference])[0]))
-        if len(streams) == 1 and answers[-1:] == [(*streams, None)]:
-            self._cluster.remember_shared_files()  # the first requests make some
-        return answers
+        if not ready:
+            return []
+        try:
+            reference = next(ready[0])
+        except StopIteration:
+            if len(streams) == 1:
+                self._cluster.remember_shared_files()  # the first requests make some
+            return [(ready[0], None)]
+        return [(ready[0], self._cluster.wait("engines: generate", [reference])[0])]
 
     def places(self) -> list[list[Place]]:
         """Return where the weights of each engine's workers are."""

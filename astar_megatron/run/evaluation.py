@@ -23,7 +23,7 @@ from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A mean over problems and its standard error (NaN for one problem)."""
 
@@ -104,8 +104,8 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
         reward=eval_set.reward.name,
         prompts=len(greedy),
         num_samples=count,
-        greedy=_estimate([rollout.score for rollout in greedy]),
-        sampled={name: _estimate(each) for name, each in values.items()},
+        greedy=Estimate(*mean_and_error([rollout.score for rollout in greedy])),
+        sampled={name: Estimate(*mean_and_error(each)) for name, each in values.items()},
         truncated=sum(rollout.truncated for rollout in everything) / len(everything),
         formatted=sum(formatted) / len(formatted) if formatted else None,
     )
@@ -163,8 +163,3 @@ def _majority(rollouts: Sequence[Rollout], answers: Sequence[str | None]) -> flo
         if answer is not None:
             groups[answer].append(rollout.score)
     return majority([(len(group), math.fsum(group) / len(group)) for group in groups.values()])
-
-
-def _estimate(values: Sequence[float]) -> Estimate:
-    mean, error = mean_and_error(values)
-    return Estimate(mean=mean, error=error)

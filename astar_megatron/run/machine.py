@@ -32,7 +32,7 @@ _PYTHONS = ((3, 12), (3, 15))  # from, below
 type Level = Literal["ok", "warn", "fail"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One fact about the machine. `warn`: it works, but slowly or not for everything; `fail`: it can't work."""
 
@@ -70,26 +70,24 @@ def packages(requirements: Sequence[str], version: Callable[[str], str | None]) 
     """
     if not requirements:
         state = f"{_OWN_NAME} runs from its folder and is not installed: versions are not compared"
-        return [Finding(subject="packages", level="warn", state=state, remedy="run `make setup`")]
+        return [Finding("packages", "warn", state, "run `make setup`")]
     lanes = _installed_lanes(requirements, version)
     if not lanes:
         state = "no lane is installed: there is no vLLM"
-        return [Finding(subject="packages", level="fail", state=state, remedy="run `make setup`, or install one extra")]
+        return [Finding("packages", "fail", state, "run `make setup`, or install one extra")]
     if len(lanes) > 1:
         state = f"the lanes {' and '.join(lanes)} are both installed, and both own the module vllm"
-        return [
-            Finding(subject="packages", level="fail", state=state, remedy="make a fresh environment with one of them")
-        ]
+        return [Finding("packages", "fail", state, "make a fresh environment with one of them")]
     findings = []
     for name, wanted in _pins(requirements, lanes[0]):
         got = version(name)
         remedy = f"install {name}=={wanted}, which this version is tested with; `make setup` does"
         if got is None:
-            findings.append(Finding(subject=name, level="fail", state="not installed", remedy=remedy))
+            findings.append(Finding(name, "fail", "not installed", remedy))
         elif got.partition("+")[0] != wanted:
-            findings.append(Finding(subject=name, level="warn", state=f"{got}, expected {wanted}", remedy=remedy))
+            findings.append(Finding(name, "warn", f"{got}, expected {wanted}", remedy))
         else:
-            findings.append(Finding(subject=name, level="ok", state=f"{got} (lane {lanes[0]})"))
+            findings.append(Finding(name, "ok", f"{got} (lane {lanes[0]})"))
     return findings
 
 
@@ -97,59 +95,57 @@ def _python() -> Finding:
     have = sys.version_info[:2]
     state = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.machine()}"
     if not _PYTHONS[0] <= have < _PYTHONS[1]:
-        return Finding(subject="python", level="fail", state=state, remedy="use Python 3.12, 3.13 or 3.14")
+        return Finding("python", "fail", state, "use Python 3.12, 3.13 or 3.14")
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         remedy = "the pinned packages have binaries for Linux on x86_64; elsewhere they may have to be compiled"
-        return Finding(subject="python", level="warn", state=state, remedy=remedy)
-    return Finding(subject="python", level="ok", state=state)
+        return Finding("python", "warn", state, remedy)
+    return Finding("python", "ok", state)
 
 
 def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
     subject = "accelerator"
     if names is None:
         state = "not known: torch is not installed"
-        return Finding(subject=subject, level="warn", state=state, remedy="run `make setup`")
+        return Finding(subject, "warn", state, "run `make setup`")
     if names and lanes == ["cpu"]:
         state = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
-        return Finding(subject=subject, level="warn", state=state, remedy="make an environment with the GPU extra")
+        return Finding(subject, "warn", state, "make an environment with the GPU extra")
     if len(names) == 1:
         state = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
-        return Finding(subject=subject, level="ok", state=state)
+        return Finding(subject, "ok", state)
     if names:
-        return Finding(subject=subject, level="ok", state=", ".join(names))
+        return Finding(subject, "ok", ", ".join(names))
     if Path("/dev/nvidia0").exists() or (lanes and lanes != ["cpu"]):
         state = "torch sees none, though the device or the GPU lane is there"
-        return Finding(
-            subject=subject, level="warn", state=state, remedy="look at nvidia-smi: the driver may be too old"
-        )
-    return Finding(subject=subject, level="ok", state="none: policy and engines run on the CPU, for small models")
+        return Finding(subject, "warn", state, "look at nvidia-smi: the driver may be too old")
+    return Finding(subject, "ok", "none: policy and engines run on the CPU, for small models")
 
 
 def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
     remedy = "" if cores >= 2 else "give it two: policy and engine take turns, but the driver works beside them"
-    findings = [Finding(subject="cores", level="ok" if cores >= 2 else "warn", state=f"{cores:g}", remedy=remedy)]
+    findings = [Finding("cores", "ok" if cores >= 2 else "warn", f"{cores:g}", remedy)]
     if bfloat16:
         state = f"multiplied natively ({', '.join(bfloat16)}); model.dtype auto computes in it"
-        return [*findings, Finding(subject="bfloat16", level="ok", state=state)]
+        return [*findings, Finding("bfloat16", "ok", state)]
     state = "emulated on this CPU (no amx_bf16, no avx512_bf16); model.dtype auto computes in float32 without a GPU"
-    return [*findings, Finding(subject="bfloat16", level="warn", state=state, remedy="nothing to do; steps are slower")]
+    return [*findings, Finding("bfloat16", "warn", state, "nothing to do; steps are slower")]
 
 
 def _sockets() -> Finding:
     try:
         folder, reason = session.place()
     except PlaceError as error:
-        return Finding(subject="sockets", level="fail", state=str(error), remedy="set TMPDIR as it says")
+        return Finding("sockets", "fail", str(error), "set TMPDIR as it says")
     state = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
-    return Finding(subject="sockets", level="ok", state=state)
+    return Finding("sockets", "ok", state)
 
 
 def _space(subject: str, free: int, wanted: int, remedy: str) -> Finding:
     state = f"{gib(free)} free"
     if free >= wanted:
-        return Finding(subject=subject, level="ok", state=state)
+        return Finding(subject, "ok", state)
     level: Level = "warn" if free else "fail"
-    return Finding(subject=subject, level=level, state=f"{state}, {gib(wanted)} wanted", remedy=remedy)
+    return Finding(subject, level, f"{state}, {gib(wanted)} wanted", remedy)
 
 
 def _own_requirements() -> list[str]:

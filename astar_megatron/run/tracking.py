@@ -42,12 +42,88 @@ class Clock:
         return {**self.seconds, "total": time.perf_counter() - self._start}
 
 
-class Tracker:
+class Screen:
+    """Talks to the person who started a program: on a terminal by rich, elsewhere in plain lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Yield `advance(count)` for a task of `total` pieces: a bar on a terminal, elsewhere a line a quarter."""
+        if not self.console.is_terminal:
+            start, done = time.perf_counter(), 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                if 4 * (done + count) // total > 4 * done // total and done + count < total:
+                    self.say(f"{label}: {done + count} of {total} after {time.perf_counter() - start:.1f} s")
+                done += count
+
+            yield advance
+            self.say(f"{label}: {total} in {time.perf_counter() - start:.1f} s")
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=False) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.update(task, advance=count)
+
+    @contextmanager
+    def waiting(
+        self, label: str, now: Callable[[], str] = str, seconds_a_line: float = _SECONDS_A_LINE
+    ) -> Iterator[None]:
+        """Show how long the body already takes, and what `now()` says of it: on a terminal each second, else a line.
+
+        `now` is called in another thread. At the end one line stays, unless the body failed.
+        """
+        start, ended = time.perf_counter(), threading.Event()
+
+        def passed() -> str:
+            return f"{label}: {time.perf_counter() - start:.0f} s" + (f"; {words}" if (words := now()) else "")
+
+        def watch() -> None:
+            if not self.console.is_terminal:
+                while not ended.wait(seconds_a_line):
+                    self.say(passed())
+                return
+            with self.console.status(Text(label)) as status:
+                while not ended.wait(1.0):
+                    status.update(Text(passed()))
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+        self.say(f"{label}: {time.perf_counter() - start:.1f} s")
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Show two columns under a title: a table on a terminal, elsewhere a line a row."""
+        if not self.console.is_terminal:
+            self.say(f"{title}:")
+            for name, value in rows:
+                self.say(f"  {name}: {value}")
+            return
+        table = Table(title=title, show_header=False, title_justify="left")
+        table.add_column()
+        table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+
+class Tracker(Screen):
     """Writes `<run_dir>/metrics.jsonl` and talks to the person who started the run."""
 
     def __init__(self, run_dir: str | Path, console: Console | None = None) -> None:
+        super().__init__(console)
         self.run_dir = Path(run_dir)
-        self.console = console or Console(highlight=False)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -56,10 +132,6 @@ class Tracker:
     @property
     def metrics_path(self) -> Path:
         return self.run_dir / METRICS_FILE
-
-    def say(self, text: str) -> None:
-        """Show one line."""
-        _say(self.console, text)
 
     def begin(self, step: int) -> list[dict[str, Any]]:
         """Drop the lines of steps from `step` on, which a resumed run writes again, and return the others."""
@@ -75,94 +147,6 @@ class Tracker:
             file.write(json.dumps(_plain(metrics)) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """As the function `progress`, on this tracker's console."""
-        with progress(self.console, label, total) as advance:
-            yield advance
-
-    @contextmanager
-    def waiting(self, label: str, now: Callable[[], str] = str) -> Iterator[None]:
-        """As the function `waiting`, on this tracker's console."""
-        with waiting(self.console, label, now):
-            yield
-
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Show two columns under a title."""
-        show_table(self.console, title, rows)
-
-
-@contextmanager
-def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(count)` for a task of `total` pieces: a bar on a terminal, elsewhere a line a quarter."""
-    if not console.is_terminal:
-        start, done = time.perf_counter(), 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            if 4 * (done + count) // total > 4 * done // total and done + count < total:
-                _say(console, f"{label}: {done + count} of {total} after {time.perf_counter() - start:.1f} s")
-            done += count
-
-        yield advance
-        _say(console, f"{label}: {total} in {time.perf_counter() - start:.1f} s")
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.update(task, advance=count)
-
-
-@contextmanager
-def waiting(
-    console: Console, label: str, now: Callable[[], str] = str, seconds_a_line: float = _SECONDS_A_LINE
-) -> Iterator[None]:
-    """Show how long the body already takes, and what `now()` says of it: on a terminal each second, else a line.
-
-    `now` is called in another thread. At the end one line stays, unless the body failed.
-    """
-    start, ended = time.perf_counter(), threading.Event()
-
-    def passed() -> str:
-        return f"{label}: {time.perf_counter() - start:.0f} s" + (f"; {words}" if (words := now()) else "")
-
-    def watch() -> None:
-        if not console.is_terminal:
-            while not ended.wait(seconds_a_line):
-                _say(console, passed())
-            return
-        with console.status(Text(label)) as status:
-            while not ended.wait(1.0):
-                status.update(Text(passed()))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-    _say(console, f"{label}: {time.perf_counter() - start:.1f} s")
-
-
-def show_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
-    """Show two columns under a title: a table on a terminal, elsewhere a line a row."""
-    if not console.is_terminal:
-        _say(console, f"{title}:")
-        for name, value in rows:
-            _say(console, f"  {name}: {value}")
-        return
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

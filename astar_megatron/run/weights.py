@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -51,7 +50,7 @@ class TransferFolder:
         self._lock.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.__exit__(None, None, None)
 
@@ -126,7 +125,7 @@ class LoadedWeights:
         weight_plan = plan(self._model.hf_tiles(), self._model.vllm_tiles(tensor))
         self._verifier = Verifier(weight_plan, getattr(torch, dtype))
         self._parts = sent_parts(weight_plan, 0)
-        self._places = hf.places(self._folder, hf.check(self._folder, self._model.parameters()))
+        self._places = hf.check(self._folder, self._model.parameters())
         with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:
             digests = list(threads.map(lambda part: self._in_file(part).digests()[0], self._parts))
         self._expected = self._verifier.manifest(0, [digests])

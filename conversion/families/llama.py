@@ -11,19 +11,16 @@ EMBEDDING_AND_HEAD: tuple[Row, ...] = (
     Vocabulary(
         hf="model.embed_tokens.weight",
         megatron="embedding.word_embeddings.weight",
-        vllm="model.embed_tokens.weight",
         stage="first",
     ),
     Replicated(
         hf="model.norm.weight",
         megatron="decoder.final_layernorm.weight",
-        vllm="model.norm.weight",
         stage="last",
     ),
     Vocabulary(
         hf="lm_head.weight",
         megatron="output_layer.weight",
-        vllm="lm_head.weight",
         stage="last",
         tied_to="model.embed_tokens.weight",
     ),
@@ -33,7 +30,6 @@ ATTENTION: tuple[Row, ...] = (
         hf="model.layers.{i}.input_layernorm.weight",
         megatron="decoder.layers.{n}.input_layernorm.weight",
         megatron_fused_norms="decoder.layers.{n}.self_attention.linear_qkv.layer_norm_weight",
-        vllm="model.layers.{i}.input_layernorm.weight",
     ),
     QKV(
         hf="model.layers.{i}.self_attn.{part}_proj.weight",
@@ -43,7 +39,6 @@ ATTENTION: tuple[Row, ...] = (
     AttentionOutput(
         hf="model.layers.{i}.self_attn.o_proj.weight",
         megatron="decoder.layers.{n}.self_attention.linear_proj.weight",
-        vllm="model.layers.{i}.self_attn.o_proj.weight",
     ),
 )
 FEED_FORWARD: tuple[Row, ...] = (
@@ -51,7 +46,6 @@ FEED_FORWARD: tuple[Row, ...] = (
         hf="model.layers.{i}.post_attention_layernorm.weight",
         megatron="decoder.layers.{n}.pre_mlp_layernorm.weight",
         megatron_fused_norms="decoder.layers.{n}.mlp.linear_fc1.layer_norm_weight",
-        vllm="model.layers.{i}.post_attention_layernorm.weight",
     ),
     GateUp(
         hf="model.layers.{i}.mlp.{part}_proj.weight",
@@ -61,7 +55,6 @@ FEED_FORWARD: tuple[Row, ...] = (
     FeedForwardOutput(
         hf="model.layers.{i}.mlp.down_proj.weight",
         megatron="decoder.layers.{n}.mlp.linear_fc2.weight",
-        vllm="model.layers.{i}.mlp.down_proj.weight",
     ),
 )
 ROWS = (*EMBEDDING_AND_HEAD, *ATTENTION, *FEED_FORWARD)

@@ -193,7 +193,7 @@ class Model:
                 continue
             shard = row.vllm_shard(self.dims, tensor, t)
             for i in range(self.num_layers) if row.stage == "every layer" else (0,):
-                yield row.vllm.replace("{i}", str(i)), i, shard
+                yield (row.vllm or row.hf).replace("{i}", str(i)), i, shard
 
 
 def model_of(family: Family, config: Mapping[str, Any]) -> Model:

@@ -11,13 +11,11 @@ HEAD_NORMS: tuple[Row, ...] = (
     Replicated(
         hf="model.layers.{i}.self_attn.q_norm.weight",
         megatron="decoder.layers.{n}.self_attention.q_layernorm.weight",
-        vllm="model.layers.{i}.self_attn.q_norm.weight",
         sizes=("head_dim",),
     ),
     Replicated(
         hf="model.layers.{i}.self_attn.k_norm.weight",
         megatron="decoder.layers.{n}.self_attention.k_layernorm.weight",
-        vllm="model.layers.{i}.self_attn.k_norm.weight",
         sizes=("head_dim",),
     ),
 )

@@ -13,12 +13,10 @@ _EXPERTS: tuple[Row, ...] = (
     Replicated(  # before a router Transformer Engine has no linear layer to fuse it with
         hf="model.layers.{i}.post_attention_layernorm.weight",
         megatron="decoder.layers.{n}.pre_mlp_layernorm.weight",
-        vllm="model.layers.{i}.post_attention_layernorm.weight",
     ),
     Replicated(
         hf="model.layers.{i}.mlp.gate.weight",
         megatron="decoder.layers.{n}.mlp.router.weight",
-        vllm="model.layers.{i}.mlp.gate.weight",
         sizes=("num_experts", "hidden_size"),
     ),
     ExpertGateUp(

@@ -58,11 +58,14 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One parameter at the three ends. `megatron_fused_norms` is its Megatron name in Transformer Engine's spec."""
+    """One parameter at the three ends. `megatron_fused_norms` is its Megatron name in Transformer Engine's spec.
+
+    `vllm` is given where vLLM fuses it with others; else it has the name of HF there.
+    """
 
     hf: str
     megatron: str
-    vllm: str
+    vllm: str | None = None
     megatron_fused_norms: str | None = None
     stage: Literal["first", "every layer", "last"] = "every layer"
     tied_to: str | None = None  # the HF parameter this one is, where the configuration ties them

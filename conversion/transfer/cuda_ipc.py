@@ -16,23 +16,15 @@ from torch import Tensor
 
 from conversion.transfer import TransferError
 from conversion.transfer.buckets import Schedule
-from conversion.transfer.mapped_file import MappedFile
+from conversion.transfer.mapped_file import MappedFile, Slots
 
 HANDLE_BYTES = 2048  # room for one handle; the rest of it is spaces
-# What UntypedStorage._new_shared_cuda takes after the number of the device, in its order.
-_FIELDS = (
-    "handle",
-    "num_bytes",
-    "offset_bytes",
-    "counter_handle",
-    "counter_offset",
-    "event_handle",
-    "waits_for_event",
-)
-_TYPES = {"num_bytes": int, "offset_bytes": int, "counter_offset": int, "waits_for_event": bool}
+# The device, and what UntypedStorage._new_shared_cuda takes after its number: handle, bytes, offset, handle and offset
+# of the counter, handle of the event, whether it waits for the event. Handles are bytes, in hexadecimal.
+_TYPES = [str, str, int, int, str, int, str, bool]
 
 
-class DeviceSlots:
+class DeviceSlots(Slots):
     """Slots in the memory of `device`; `settle` waits for its current stream."""
 
     def __init__(self, device: torch.device) -> None:
@@ -75,9 +67,7 @@ def device_name(device: torch.device) -> str:
 
 def packed(device: str, shared: list[Any]) -> bytes:
     """A handle as it stands in the file."""
-    named = zip(_FIELDS, shared, strict=True)
-    fields = {name: value.hex() if isinstance(value, bytes) else value for name, value in named}
-    text = json.dumps({"device": device} | fields).encode()
+    text = json.dumps([device, *(value.hex() if isinstance(value, bytes) else value for value in shared)]).encode()
     if len(text) > HANDLE_BYTES:
         raise TransferError(f"a handle of CUDA IPC needs {len(text)} bytes, there is room for {HANDLE_BYTES}")
     return text.ljust(HANDLE_BYTES)
@@ -86,10 +76,9 @@ def packed(device: str, shared: list[Any]) -> bytes:
 def unpacked(text: bytes) -> tuple[str, list[Any]]:
     """The device and the handle of `packed`. TransferError if it is none."""
     try:
-        fields = json.loads(text)
-        for name in ("device", *_FIELDS):
-            if type(fields[name]) is not _TYPES.get(name, str):
-                raise TypeError(f"{name} is {fields[name]!r}")
-        return fields["device"], [fields[name] if name in _TYPES else bytes.fromhex(fields[name]) for name in _FIELDS]
-    except (ValueError, KeyError, TypeError) as error:
+        values = json.loads(text)
+        if [type(value) for value in values] != _TYPES:
+            raise TypeError(f"{values!r:.200}")
+        return values[0], [bytes.fromhex(value) if isinstance(value, str) else value for value in values[1:]]
+    except (ValueError, TypeError) as error:
         raise TransferError(f"no handle of CUDA IPC stands in the file: {error}") from None

@@ -1,7 +1,8 @@
-"""A file of shared memory, mapped: words on cache lines of their own, and bytes for tensors.
+"""A file of shared memory, mapped: words on cache lines of their own, and the two slots that buckets take turns in.
 
-Its creator holds a lock on it for as long as it lives, and everyone who writes a word one on that word's line. That
-tells a live run from what a killed one left, and keeps whoever waits for another process from waiting for nobody.
+Its creator holds a lock on the first line for as long as it lives, and everyone else who writes a word one on that
+word's line. That tells a live run from what a killed one left, and keeps whoever waits for another process from waiting
+for nobody.
 """
 
 import errno
@@ -13,29 +14,32 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from conversion.transfer.buckets import Schedule
 
 LINE_BYTES = 64
+CREATOR = 0  # the line whose lock the creator of a file holds
 _LOOK_SECONDS = 0.5  # a look at a lock is a call of the kernel: so often at most
 _FLOCK = "hhqqi4x"  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
 def create(path: Path, num_bytes: int) -> int:
-    """A locked descriptor of a new file of this size, mode 0600, its memory reserved. Replaces what no one holds."""
+    """A descriptor of a new file of this size, mode 0600, its memory reserved. Replaces what no one holds."""
     try:
         stale = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         pass
     else:
         try:
-            fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_held(stale, CREATOR):
+                raise FileExistsError(f"{path} is in use by another sender: give each run a folder of its own")
             path.unlink()
-        except BlockingIOError:
-            raise FileExistsError(f"{path} is in use by another sender: give each run a folder of its own") from None
         finally:
             os.close(stale)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _hold(descriptor, CREATOR)
         # Without the reservation a full /dev/shm shows as a SIGBUS in the middle of a pack.
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
@@ -60,7 +64,7 @@ class MappedFile:
         self.descriptor = descriptor
         self.identity = (status.st_dev, status.st_ino)
         self.owner, self.num_bytes = status.st_uid, status.st_size
-        self._looked: dict[int | None, float] = {}  # a line, or None for the creator
+        self._looked: dict[int, float] = {}  # when at the lock of a line
         self._map = mmap.mmap(descriptor, status.st_size) if status.st_size else None
         nothing = torch.empty(0, dtype=torch.uint8)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8) if self._map is not None else nothing
@@ -77,33 +81,15 @@ class MappedFile:
 
     def hold(self, line: int) -> None:
         """Holds the lock of a line until this file is closed, or the process ends in whatever way."""
-        # Of the open file, not of the process: another part of it that opens and closes the file must not free it.
-        fcntl.fcntl(self.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, line))
+        _hold(self.descriptor, line)
 
     def is_held(self, line: int) -> bool | None:
-        """True if someone holds the lock of a line, None if it was looked up within the last half second."""
-        if self._seen_lately(line):
+        """True if someone else holds the lock of a line, None if it was looked up within the last half second."""
+        now = time.monotonic()
+        if now - self._looked.get(line, 0.0) < _LOOK_SECONDS:
             return None
-        answer = fcntl.fcntl(self.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, line))
-        return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
-
-    def creator_has_ended(self) -> bool:
-        """True if the lock that the creator holds on its file is free; looked up twice a second at most."""
-        if self._seen_lately(None):
-            return False
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-        return True
-
-    def _seen_lately(self, line: int | None) -> bool:
-        now, last = time.monotonic(), self._looked.get(line, 0.0)
-        if now - last < _LOOK_SECONDS:
-            return True
         self._looked[line] = now
-        return False
+        return _is_held(self.descriptor, line)
 
     def close(self) -> None:
         """Lets go of the file; the mapping ends with the last tensor that looks into it."""
@@ -111,6 +97,38 @@ class MappedFile:
         self.bytes = torch.empty(0, dtype=torch.uint8)
         os.close(self.descriptor)
         self.descriptor = -1
+
+
+class Slots:
+    """The slots are the end of the file; in a GPU's memory, with handles there instead, see cuda_ipc.DeviceSlots."""
+
+    def num_bytes(self, order: Schedule, num_receivers: int) -> int:
+        """What they need of the end of the file."""
+        return order.num_slots * order.slot_bytes
+
+    def create(self, file: MappedFile, order: Schedule, num_receivers: int) -> Tensor:
+        """The slots as bytes, for the sender."""
+        return file.bytes[file.num_bytes - self.num_bytes(order, num_receivers) :]
+
+    def open(self, file: MappedFile, order: Schedule, receiver: int) -> Tensor:
+        """The same slots, for a receiver."""
+        return self.create(file, order, receiver + 1)
+
+    def settle(self) -> None:
+        """Returns when the copies into or out of a slot have been made; those of a host's memory are."""
+
+
+IN_THE_FILE = Slots()
+
+
+# Locks of the open file, not of the process: another part of it that opens and closes the file must not free them.
+def _hold(descriptor: int, line: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, line))
+
+
+def _is_held(descriptor: int, line: int) -> bool:
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, line))
+    return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
 
 
 def _lock(kind: int, line: int) -> bytes:

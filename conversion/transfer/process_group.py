@@ -30,22 +30,23 @@ from conversion.transfer import TransferError, placed, view
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
 
 TIMEOUT_SECONDS = 120.0
+Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a publish, and the TCPStore through which they find each other.
+    """The processes of a publish; of gloo and NCCL also the TCPStore through which they find each other.
 
     `name` must be new for each group that meets at one store.
     """
 
-    backend: Literal["gloo", "nccl"]
-    host: str
-    port: int
-    name: str
+    way: Way
     num_sources: int
     num_engines: int
     num_workers: int  # of an engine: the target ranks of the plan
+    host: str = ""
+    port: int = 0
+    name: str = ""
 
     @property
     def size(self) -> int:
@@ -62,24 +63,21 @@ class World:
 
 
 class _Member:
-    """One process's place in the group; opens it at the first message. Counts what it sends and receives."""
+    """One process's place in the group; opens it at the first message."""
 
     def __init__(self, world: World, number: int, tensors: Mapping[str, Tensor], timeout_seconds: float) -> None:
         self._world, self._number, self._group = world, number, None
         self._timeout = timedelta(seconds=timeout_seconds)
-        on_gpu = world.backend == "nccl"
+        on_gpu = world.way == "nccl"
         self.device = next(iter(tensors.values())).device if on_gpu and tensors else torch.device("cpu")
-        self.num_bytes = 0
         self._left = False
 
     def send(self, payload: Tensor, peer: int) -> Any:
         """Begins a message to a process; the work to `wait` for."""
-        self.num_bytes += payload.nbytes
         return self._opened().send([payload], peer, 0)
 
     def receive(self, payload: Tensor, peer: int) -> Any:
         """Begins to take a message from a process; the work to `wait` for."""
-        self.num_bytes += payload.nbytes
         return self._opened().recv([payload], peer, 0)
 
     def wait(self, work: Any, peer: str, late: str) -> None:
@@ -124,7 +122,7 @@ class _Member:
 
 
 def _group(world: World, store: Any, number: int, timeout: timedelta, device: torch.device) -> Any:
-    if world.backend == "gloo":
+    if world.way == "gloo":
         from torch.distributed import ProcessGroupGloo  # pyright: ignore[reportPrivateImportUsage]
 
         gloo: Any = ProcessGroupGloo
@@ -187,21 +185,6 @@ class GroupSender:
             ]
             for number, bucket in enumerate(order.buckets)
         ]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes this rank packs at each send; it sends them to every receiver that wants them."""
-        return sum(self._sizes)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of buffers this rank holds."""
-        return sum(slot.nbytes for slot in self._slots)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes given to the network so far."""
-        return self._member.num_bytes
 
     def send(self, version: int = 0) -> None:
         """Sends bucket after bucket, the version first; returns when the last has arrived. TransferError."""
@@ -279,16 +262,6 @@ class GroupReceiver:
                 for target in (view(tensors, piece),)
             ]
             self._arrivals.append((source, slot[: orders[source].sizes[number]], copies))
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of buffers this rank holds."""
-        return sum(slot.nbytes for slot in self._slots)
-
-    @property
-    def received_bytes(self) -> int:
-        """Bytes taken from the network so far."""
-        return self._member.num_bytes
 
     def receive(self, version: int = 0) -> None:
         """Takes one send of every source rank into the tensors. TransferError."""

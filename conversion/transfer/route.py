@@ -16,7 +16,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from torch import Tensor
 from conversion.plan import WeightPlan
 from conversion.transfer.buckets import BUCKET_BYTES
 from conversion.transfer.cuda_ipc import DeviceSlots, device_name
-from conversion.transfer.process_group import GroupReceiver, GroupSender, World
+from conversion.transfer.mapped_file import IN_THE_FILE, Slots
+from conversion.transfer.process_group import GroupReceiver, GroupSender, Way, World
 from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender
-from conversion.transfer.slots import IN_THE_FILE, Slots
 
-Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]
+type Sender = SharedMemorySender | GroupSender
+type Receiver = SharedMemoryReceiver | GroupReceiver
+
 _UNTRIED = "this way has not been run on a GPU yet; each publish is verified all the same"
 
 
@@ -40,73 +42,29 @@ class Place:
     device: str = ""
 
 
-class Sender(Protocol):
-    """The end at a source rank."""
+@dataclass(frozen=True, kw_only=True)
+class Route(World):
+    """A way, and what its ends must know to find each other. Plain values: it crosses any RPC as a dictionary."""
 
-    @property
-    def held_bytes(self) -> int: ...
-    def send(self, version: int = 0) -> None: ...
-    def close(self) -> None: ...
-
-
-class Receiver(Protocol):
-    """The end at a target rank of an engine."""
-
-    def receive(self, version: int = 0) -> None: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Route:
-    """A way, and what its ends must know to find each other. Plain values: it crosses any RPC as a dictionary.
-
-    `folder` is of shared memory and CUDA IPC; `host`, `port` and `name` of gloo and NCCL: see process_group.World.
-    """
-
-    way: Way
-    num_sources: int
-    num_engines: int
-    num_workers: int
-    folder: str = ""
-    host: str = ""
-    port: int = 0
-    name: str = ""
+    folder: str = ""  # of shared memory and CUDA IPC
     bucket_bytes: int = BUCKET_BYTES
     timeout_seconds: float = 120.0  # without any progress of the other side
 
     def sender(self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Sender:
         """The end at source rank `rank`, which holds `tensors`; they travel as `dtype`."""
-        if self.way == "gloo" or self.way == "nccl":
-            world = self._world(self.way)
-            return GroupSender(plan, rank, tensors, world, dtype, **self._bounds)
-        return SharedMemorySender(
-            plan,
-            rank,
-            tensors,
-            self.folder,
-            dtype,
-            num_engines=self.num_engines,
-            slots=self._slots(tensors),
-            **self._bounds,
-        )
+        if self.way in ("gloo", "nccl"):
+            return GroupSender(plan, rank, tensors, self, dtype, **self._bounds)
+        options: dict[str, Any] = self._bounds | {"slots": self._slots(tensors)}
+        return SharedMemorySender(plan, rank, tensors, self.folder, dtype, num_engines=self.num_engines, **options)
 
     def receiver(
         self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, engine: int = 0
     ) -> Receiver:
         """The end at target rank `rank` of an engine, which holds `tensors`."""
-        if self.way == "gloo" or self.way == "nccl":
-            world = self._world(self.way)
-            return GroupReceiver(plan, rank, tensors, world, dtype, engine=engine, **self._bounds)
-        return SharedMemoryReceiver(
-            plan,
-            rank,
-            tensors,
-            self.folder,
-            dtype,
-            engine=engine,
-            slots=self._slots(tensors),
-            **self._bounds,
-        )
+        if self.way in ("gloo", "nccl"):
+            return GroupReceiver(plan, rank, tensors, self, dtype, engine=engine, **self._bounds)
+        options: dict[str, Any] = self._bounds | {"slots": self._slots(tensors)}
+        return SharedMemoryReceiver(plan, rank, tensors, self.folder, dtype, engine=engine, **options)
 
     @property
     def _bounds(self) -> dict[str, Any]:
@@ -116,17 +74,6 @@ class Route:
         if self.way == "shared memory":
             return IN_THE_FILE
         return DeviceSlots(next(iter(tensors.values())).device)
-
-    def _world(self, backend: Literal["gloo", "nccl"]) -> World:
-        return World(
-            backend=backend,
-            host=self.host,
-            port=self.port,
-            name=self.name,
-            num_sources=self.num_sources,
-            num_engines=self.num_engines,
-            num_workers=self.num_workers,
-        )
 
 
 def here(device: torch.device) -> Place:

@@ -28,8 +28,7 @@ from torch import Tensor
 from conversion.plan import WeightPlan
 from conversion.transfer import TransferError, placed, view
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
-from conversion.transfer.mapped_file import LINE_BYTES, MappedFile, create
-from conversion.transfer.slots import IN_THE_FILE, Slots
+from conversion.transfer.mapped_file import CREATOR, IN_THE_FILE, LINE_BYTES, MappedFile, Slots, create
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0
@@ -78,19 +77,8 @@ class SharedMemorySender:
             [(source, placed(memory, slot + at, source, dtype)) for at, source in bucket]
             for slot, bucket in zip(self._schedule.slots(), sources, strict=True)
         ]
-        self._held = size if memory.device.type == "cpu" else size + memory.nbytes
         self._serial, self._began = 0, 0.0
         self._file.write(_FINGERPRINT, self._schedule.fingerprint(str(dtype)))  # last: the file is whole
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes this rank puts on the wire at each send."""
-        return self._schedule.total_bytes
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of shared memory this rank holds, whatever number of receivers read them."""
-        return self._held
 
     def send(self, version: int = 0) -> None:
         """Packs bucket after bucket, cast to the wire's dtype; returns when the last is packed. TransferError."""
@@ -319,7 +307,7 @@ class _Link:
     def _sender_ended_in(self, state: int) -> bool:
         """True if the sender's process is gone and this was its last word, not one it has added to since."""
         assert self._file is not None
-        return self._file.creator_has_ended() and self.state() == state
+        return self._file.is_held(CREATOR) is False and self.state() == state
 
     def _skip(self) -> None:
         """Passes over buckets that hold nothing for this receiver, and tells the sender how far it is."""

@@ -25,7 +25,7 @@ import torch
 from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
-from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender
+from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender, weight_file
 from conversion.verify import Holdings, Verifier, held_parts, sent_parts
 
 SMOLLM2_135M = {
@@ -92,9 +92,9 @@ def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict
             times[name].append(seconds(call))
     median = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first touches the pages
     figures: dict[str, object] = {
-        "bytes": sender.total_bytes,
+        "bytes": sender._schedule.total_bytes,
         "bucket_bytes": bucket_bytes,
-        "held_bytes": sender.held_bytes,
+        "held_bytes": weight_file(folder, 0).stat().st_size,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "load": [*load, round(os.getloadavg()[0], 1)],

@@ -143,13 +143,12 @@ def main() -> None:
             print(f"{number} of {wanted} shards; run this again")
             return
         rows = columns(number)
-        table._add(shards._write(folder, f"shard-{number + 1:06d}-", rows), rows.select(list(shards.COLUMNS)))
+        table._add(shards.write_rows(folder, number + 1, rows), rows.select(list(shards.COLUMNS)))
     empty = VStarTable.create_or_open(arguments.folder / "empty", CONTRACT)
     found: dict[str, Any] = {
         "machine": machine() | {"load": os.getloadavg()[0]},
         "shards": wanted,
         "rows_a_shard": ROWS,
-        "indexes": len(list(folder.glob("index-*"))),
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "opened": opened(folder),
         "append_milliseconds": {

@@ -41,6 +41,7 @@ def run(number: int, world: World, folder: Path, fault: str) -> None:
             sender = GroupSender(
                 PLAN, number, weights[number], world, bucket_bytes=BUCKET_BYTES, timeout_seconds=seconds
             )
+            sizes = messages_of(sender, "send")
             for version in (3, 4):
                 if fault == "late" and number == 1:
                     time.sleep(2.5)
@@ -48,22 +49,41 @@ def run(number: int, world: World, folder: Path, fault: str) -> None:
                 if fault == "ended" and number == 1 and version == 4:
                     os._exit(0)  # no farewell
                 sender.send(version)
-            counted = {"held": sender.held_bytes, "sent": sender.sent_bytes, "packed": sender.total_bytes}
+            counted = {"held": buffer_bytes(sender), "sent": sum(sizes), "packed": sum(sender._sizes)}
         else:
             engine, rank = divmod(number - 2, 2)
             tensors = empty_world({0: MODEL.vllm_shapes(2, rank)})[0]
             receiver = GroupReceiver(
                 PLAN, rank, tensors, world, bucket_bytes=BUCKET_BYTES, engine=engine, timeout_seconds=seconds
             )
+            sizes = messages_of(receiver, "receive")
             for version in (3, 4):
                 receiver.receive(version)
-            counted = {"held": receiver.held_bytes, "received": receiver.received_bytes}
+            counted = {"held": buffer_bytes(receiver), "received": sum(sizes)}
     except TransferError as error:
         (folder / f"{number}.error").write_text(str(error))
         return
     (folder / f"{number}.json").write_text(json.dumps(counted))
     if tensors:
         save_file(tensors, folder / f"{number}.safetensors")
+
+
+def buffer_bytes(end: GroupSender | GroupReceiver) -> int:
+    """Return the bytes of an end's buffers."""
+    return sum(slot.nbytes for slot in end._slots)
+
+
+def messages_of(end: GroupSender | GroupReceiver, direction: str) -> list[int]:
+    """Return the list to which the bytes of each message that an end sends or receives are added."""
+    sizes: list[int] = []
+    begin = getattr(end._member, direction)
+
+    def counting(payload: torch.Tensor, peer: int) -> object:
+        sizes.append(payload.nbytes)
+        return begin(payload, peer)
+
+    setattr(end._member, direction, counting)
+    return sizes
 
 
 def main() -> None:
@@ -76,7 +96,7 @@ def main() -> None:
         if (child := os.fork()) == 0:
             port = int(os.read(reading, 5))
             sizes = {"num_sources": 2, "num_engines": 2, "num_workers": 2}
-            run(number, World(backend="gloo", host="127.0.0.1", port=port, name="test", **sizes), folder, fault)
+            run(number, World(way="gloo", host="127.0.0.1", port=port, name="test", **sizes), folder, fault)
             os._exit(0)
         children.append(child)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after the forks: it has threads

@@ -76,7 +76,7 @@ def test_a_connection_that_breaks_is_not_said_to_be_late(tmp_path: Path) -> None
 
 
 def test_processes_are_numbered_policy_first_then_engine_by_engine() -> None:
-    world = World(backend="nccl", host="h", port=1, name="n", num_sources=3, num_engines=2, num_workers=4)
+    world = World(way="nccl", host="h", port=1, name="n", num_sources=3, num_engines=2, num_workers=4)
     numbers = [world.worker(engine, rank) for engine in range(2) for rank in range(4)]
     assert [*range(3), *numbers] == list(range(world.size))
     with pytest.raises(ValueError, match="worker 4 of engine 0: the group has 2 engines of 4"):

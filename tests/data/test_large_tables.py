@@ -1,4 +1,4 @@
-"""Tables of many shards: indexes, other jobs' shards, what an append and a look-up touch, storage that refuses."""
+"""Tables of many shards: damage, other jobs' shards, what an append and a look-up touch, storage that refuses."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ from table_rows import PROMPTS, scored
 
 from astar_megatron.data.files import StorageError
 from astar_megatron.data.leases import Leases
-from astar_megatron.data.v_star import SHARDS_AN_INDEX, VStarTable
+from astar_megatron.data.v_star import VStarTable
 from astar_megatron.types import Prompt
 
 
@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def many(tmp_path: Path, made: Path) -> tuple[Path, list[Prompt]]:
-    """A table of 600 shards, each of one row, of 150 prompts; the last shards have no index yet."""
+    """A table of 600 shards, each of one row, of 150 prompts."""
     prompts = [Prompt(uid=f"{i:032x}", token_ids=(i,), text="", answer="") for i in range(150)]
     if not (made / "t").exists():
         table = VStarTable.create_or_open(made / "t", CONTRACT)
@@ -39,26 +39,16 @@ def opened(folder: Path) -> VStarTable:
     return VStarTable.open(folder, CONTRACT, check_whole_bytes=0)
 
 
-def test_an_index_stands_for_its_shards_and_may_be_deleted(many: tuple[Path, list[Prompt]]) -> None:
+def test_indexes_that_an_earlier_version_wrote_are_not_read(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
-    indexes = list(folder.glob("index-*"))
-    assert len(indexes) == 600 // SHARDS_AN_INDEX == 2
     expected = VStarTable.open(folder, CONTRACT)
-    shards = sorted(folder.glob("shard-*"))
-    saved = shards[3].read_bytes()
-    shards[3].write_bytes(bytes(len(saved)))  # what an index covers is not read
-    fast = opened(folder)
-    assert fast.rewards() == expected.rewards() and fast.summary() == expected.summary()
-    assert not fast.missing(prompts, 4) and len(fast.missing(prompts, 5)) == 150
-    shards[3].write_bytes(saved)
-    for path in indexes:
-        path.unlink()
-    slow = opened(folder)
-    assert slow.rewards() == expected.rewards()
-    assert len(list(folder.glob("index-*"))) == 2  # and made again
+    (folder / "index-0123456789abcdef.parquet").write_bytes(b"of another format")
+    large = opened(folder)
+    assert large.rewards() == expected.rewards() and large.summary() == expected.summary()
+    assert not large.missing(prompts, 4) and len(large.missing(prompts, 5)) == 150
 
 
-def test_a_torn_shard_is_set_aside_whatever_an_index_says(many: tuple[Path, list[Prompt]]) -> None:
+def test_a_torn_shard_of_many_is_set_aside(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     shards = sorted(folder.glob("shard-*"))
     shards[0].write_bytes(shards[0].read_bytes()[:50])
@@ -67,26 +57,17 @@ def test_a_torn_shard_is_set_aside_whatever_an_index_says(many: tuple[Path, list
     assert len(list(folder.glob("*.damaged"))) == 2
 
 
-@pytest.mark.parametrize("damage", [b"", b"torn"])
-def test_a_damaged_index_is_not_used(many: tuple[Path, list[Prompt]], damage: bytes) -> None:
-    folder, prompts = many
-    index = min(folder.glob("index-*"))
-    index.write_bytes(damage or index.read_bytes()[:-200])
-    assert not opened(folder).missing(prompts, 4)
-
-
-def test_rows_of_a_shard_that_is_gone_are_missing_whatever_an_index_says(many: tuple[Path, list[Prompt]]) -> None:
+def test_rows_of_a_shard_that_is_gone_are_missing(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     min(folder.glob("shard-*")).unlink()
     assert opened(folder).missing(prompts, 4) == [(prompts[0], 0)]
 
 
-def test_of_a_sample_drawn_twice_the_same_row_counts_with_and_without_indexes(many: tuple[Path, list[Prompt]]) -> None:
+def test_of_a_sample_drawn_twice_the_same_row_counts_however_the_table_is_read(many: tuple[Path, list[Prompt]]) -> None:
     folder, prompts = many
     late = VStarTable.create_or_open(folder, CONTRACT)
-    for i in range(SHARDS_AN_INDEX):  # an index of its own, full of duplicates
+    for i in range(256):
         late.append([scored(prompts[i % 150], i // 150, -5.0)])
-    assert len(list(folder.glob("index-*"))) > 2
     assert opened(folder).rewards() == VStarTable.open(folder, CONTRACT).rewards() == late.rewards()
     counted = sum(rewards.count(-5.0) for rewards in late.rewards().values())
     assert 90 < counted < 166  # half of 256; 8 a standard deviation
@@ -155,22 +136,15 @@ def test_a_read_only_table_can_be_read_and_refuses_a_sweep_by_name(many: tuple[P
         os.seteuid(0)
 
 
-def test_a_full_disk_during_leases_or_an_index_is_a_clear_error_or_no_error(tmp_path: Path) -> None:
-    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+def test_a_full_disk_during_leases_is_a_clear_error(tmp_path: Path) -> None:
+    VStarTable.create_or_open(tmp_path, CONTRACT)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for i in range(SHARDS_AN_INDEX - 1):
-        table.append([scored(PROMPTS[0], i)])
-    size = max(path.stat().st_size for path in tmp_path.glob("shard-*"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 64, hard))  # the shard fits, its index does not
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
-        table.append([scored(PROMPTS[0], SHARDS_AN_INDEX - 1)])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
         with pytest.raises(StorageError, match="can't take leases"), Leases(tmp_path / "leases"):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(tmp_path.glob("index-*"))
-    assert VStarTable.open(tmp_path, CONTRACT).summary().samples == SHARDS_AN_INDEX
 
 
 def test_a_row_in_memory_is_its_small_columns(tmp_path: Path) -> None:
@@ -178,4 +152,4 @@ def test_a_row_in_memory_is_its_small_columns(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     table.append([scored(PROMPTS[0], sample, tokens=100) for sample in range(8)])
     (rows,) = VStarTable.open(tmp_path, CONTRACT)._new
-    assert [column.nbytes // 8 for column in (rows.prompt, rows.sample, rows.reward, rows.tokens)] == [4, 4, 8, 4]
+    assert len(rows) == 8 and rows.nbytes == 8 * 20

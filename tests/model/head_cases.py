@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from plain_head import PlainHead
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from astar_megatron.model.head.chunked import TorchKernels
 from astar_megatron.model.head.fused import FusedHead
 from astar_megatron.model.head.interface import Head, Responses, Vocabulary
-from astar_megatron.model.head.plain import PlainHead
 
 BETA2 = 0.05
 
