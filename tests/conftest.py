@@ -1,6 +1,7 @@
 """What several folders of tests need: tiny models on disk, of both kinds, made by transformers itself."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return _write(transformers.AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(family))
 
     return write
+
+
+@pytest.fixture
+def astar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs `astar ...` in this process and gives exit status, stdout and stderr."""
+    from astar_megatron import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["astar", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, error = capsys.readouterr()
+        return status, out, error
+
+    return run
 
 
 def _transformers() -> Any:

@@ -1,5 +1,9 @@
 """Samples of the types that several tests fill in: what a test does not name does not matter to it."""
 
+import json
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +49,38 @@ def closed_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & allowed != allowed]
 
 
-def run_config(**sections: dict[str, Any] | str) -> RunConfig:
-    """Return a valid configuration, of files that are not there, with `sections` in place of the usual ones."""
-    required = {
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """A disk that is full after so many bytes of a file, as far as this process can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_tree(**sections: Any) -> dict[str, Any]:
+    """Return the tree of a valid configuration, of files that are not there, with the keys of `sections` as given."""
+    tree: dict[str, Any] = {
         "run_dir": "runs/x",
         "model": {"path": "m"},
         "data": {"path": "d.jsonl"},
         "reward": {"name": "last_number"},
     }
-    return config.validate(required | sections)
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
+    return tree
+
+
+def run_config(**sections: Any) -> RunConfig:
+    return config.validate(run_tree(**sections))
