@@ -392,7 +392,7 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("program", ["import astar_megatron\n", "import astar_megatron.config\n", HELP])
+@pytest.mark.parametrize("program", ["import astar_megatron.config\n", "import astar_megatron.doctor\n", HELP])
 def test_import_and_help_need_nothing_heavy(program: str) -> None:
     assert "torch" in python("import sys; sys.modules['torch'] = sys\n" + SHOW_HEAVY).stderr
     done = python(program + SHOW_HEAVY)
