@@ -1,6 +1,7 @@
 """Samples of the types that several tests fill in: what a test does not name does not matter to it."""
 
 import json
+import math
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.types import Prompt, Rollout, StepStats
 
 CONTRACT = Contract(
     model_digest="a" * 64,
@@ -22,6 +23,25 @@ CONTRACT = Contract(
     max_response_tokens=1024,
     stop_token_ids=(2,),
     reward="last_number/1",
+)
+
+STATS = StepStats(
+    loss=0.25,
+    grad_norm=2.0,
+    grad_norms=(2.0, math.inf),
+    learning_rate=1e-6,
+    changed_weights=0.125,
+    skipped=(1,),
+    tokens=4,
+    response_tokens=2,
+    tokens_per_second=8.0,
+    model_flops=1e9,
+    mfu=None,
+    peak_memory_bytes=(5, 6),
+    seconds={"policy": 0.4, "reference": 0.1},
+    logprobs=(-1.0,),
+    reference_logprobs=(-2.0,),
+    losses=(0.25,),
 )
 
 

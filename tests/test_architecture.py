@@ -69,10 +69,7 @@ MAX_FUNCTION_LINES = 50  # a literal table of 10 lines or more inside it does no
 FORBIDDEN_NAMES = {"util", "common", "helper", "manager", "handler"}
 # Words that name no thing, and the folders whose identifiers are none of them.
 WORDS_FOR_NOTHING = {"found", "one", "what", "held", "said"}
-NAMED_BY_THE_THING = (
-    *("conversion", "astar_megatron", "examples", "slurm"),
-    *("tests/algorithm", "tests/conversion", "tests/data", "tests/distributed", "tests/model"),
-)
+NAMED_BY_THE_THING = ("conversion", "astar_megatron", "examples", "slurm", "tests")
 COMPOSES_THE_RUN = ("astar_megatron/run/fleet.py", "Fleet")  # it hands each part its branch of the configuration
 # The one subclass of pickle.Unpickler, which names the types it makes and refuses all others.
 RESTRICTED_UNPICKLER = "conversion/torch_dist.py"

@@ -157,27 +157,21 @@ def test_every_publish_finds_a_single_wrong_element(ends: tuple[Any, Any, Weight
     assert engines.audits == list(range(12))
 
 
-def test_a_worker_that_does_not_hold_what_was_sent_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:
+def test_a_wrong_element_is_named_with_worker_engine_row_and_digests(ends: tuple[Any, Any, WeightSync]) -> None:
     _, engines, sync = ends
-    sync.publish(0)
-
-    def spoil(tensors: list[dict[str, Tensor]]) -> None:
-        tensors[1]["model.layers.2.self_attn.o_proj.weight"][7, 130] += 1e-6  # of the second rank's columns
-
-    engines.spoil = spoil
-    with pytest.raises(
-        WeightMismatch, match=r"version 1: worker 0 of engine 1 .* digest expected \w{16}, got"
-    ) as caught:
-        sync.publish(1)
-    assert (caught.value.tensor, caught.value.row) == ("model.layers.2.self_attn.o_proj.weight", 7)
+    o_proj = "model.layers.2.self_attn.o_proj.weight"
+    engines.spoil = lambda tensors: tensors[1][o_proj][7, 130].add_(1e-6)  # of the second rank's columns
+    words = r"version 0: worker 0 of engine 1 .* digest expected \w{16}, got"
+    with pytest.raises(WeightMismatch, match=words) as caught:
+        sync.publish(0)
+    assert (caught.value.tensor, caught.value.row) == (o_proj, 7)
 
 
 def test_a_stale_pack_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:
     _, engines, sync = ends
-    sync.publish(0)
     engines.faults = [("lm_head.weight", 5, "old")]
     with pytest.raises(WeightMismatch, match=r"worker 0 of engine 0 does not hold lm_head.weight .* row 5: old"):
-        sync.publish(1)
+        sync.publish(0)
 
 
 def test_on_several_hosts_the_weights_go_by_gloo_and_are_proved_all_the_same(tied_llama: Path, tmp_path: Path) -> None:

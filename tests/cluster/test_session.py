@@ -35,8 +35,8 @@ def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
         (folder.path / "session_latest").symlink_to("session_1")
         (folder.path / "ray_current_cluster").touch()
         raise ClusterError("an engine did not start")
-    held = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
-    assert held == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
+    left = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
+    assert left == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
     age(folder.path, days=2)
     session.remove_left_behind()
     assert not folder.path.exists()

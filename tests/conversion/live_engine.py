@@ -3,8 +3,8 @@
     python live_engine.py TENSOR REQUESTS.json ANSWERS.json
 
 A request names the folder the live engine starts from, the export, and what init_weight_transfer_engine gets; the
-sender is another process. An answer holds what both engines say: greedy tokens, and log-probabilities of prompts; and
-what the live engine's workers say they hold, as they are and with faults injected.
+sender is another process. An answer holds what both engines say: greedy tokens, and log-probabilities of prompts; what
+the live engine's workers hold by their own word, as they are and with faults injected; and what is not the export's.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from live_faults import live_faults
 from vllm import LLM, SamplingParams
 
 
-def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorker") -> LLM:
+def engine(folder: str, tensor: int) -> LLM:
     return LLM(
         folder,
         dtype="float32",
@@ -42,7 +42,7 @@ def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorke
         enable_chunked_prefill=False,
         enforce_eager=True,
         weight_transfer_config={"backend": "astar_tiles"},
-        worker_extension_cls=extension,
+        worker_extension_cls="worker_faults.FaultyWorker",
     )
 
 
@@ -84,8 +84,12 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
         live.collective_rpc("init_weight_transfer_engine", args=(wrong,))
     except Exception as error:
         answer["refusal"] = str(error)
-    live.llm_engine.engine_core.shutdown()
-    return answer | {"fresh": generated(engine(request["export"], tensor), request["prompts"])}
+    fresh = engine(request["export"], tensor)
+    answer["fresh"] = generated(fresh, request["prompts"])
+    for name, llm in (("live differences", live), ("fresh differences", fresh)):
+        answer[name] = llm.collective_rpc("differences", args=(request["export"], tensor))
+        llm.llm_engine.engine_core.shutdown()
+    return answer
 
 
 if __name__ == "__main__":

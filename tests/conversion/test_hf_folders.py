@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,29 +131,6 @@ def test_an_export_is_filled_as_the_weights_arrive_and_says_what_it_holds(source
     assert (records[0]["source"], records[0]["dtype"]) == ("source", "float32")
 
 
-def test_an_export_for_which_there_is_no_room_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    room = os.statvfs(tmp_path)
-    large = model_from_config(config(vocab_size=room.f_blocks * room.f_frsize // 48))
-    (source / "config.json").write_text(json.dumps(large.config))
-    with (
-        pytest.raises(OSError, match=r"no room for the \d+ bytes of model\.safetensors"),
-        hf.writing(tmp_path / "export", source, torch.float32, max_shard_bytes=float("inf")),
-    ):
-        raise AssertionError("nothing can be filled")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_truncated_file_is_named(source: Path) -> None:
-    path = source / hf.WEIGHTS
-    with path.open("r+b") as file:
-        file.truncate(path.stat().st_size - 100)
-    with pytest.raises(ModelFolderError, match=r"model\.safetensors is damaged, truncated"):
-        loaded(source)
-    path.write_bytes(b"")
-    with pytest.raises(ModelFolderError, match="damaged, truncated"):
-        loaded(source)
-
-
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     shard = min(sharded.glob("model-*.safetensors"))
     shard.unlink()
@@ -228,24 +206,27 @@ def test_that_an_adapter_is_left_out_is_said(source: Path, caplog: pytest.LogCap
     assert warning.startswith(f"{source}: adapter_config.json and adapter_model.bin: left out; merge the adapter")
 
 
+def with_tensor(name: str, tensor: Tensor) -> Callable[[Path], object]:
+    """What writes the weights to a file with one of them, or one more, as given."""
+    return lambda file: save_file(WEIGHTS | {name: tensor}, file)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("spoil", "message"),
     [
-        ({"model.norm.weight": torch.zeros(40)}, r"model\.norm\.weight has shape \(40,\), expected \(48,\)"),
-        ({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}, "has dtype I8"),
-        ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}, r"holds model\.layers\.0\.self_attn\.q_proj\.bias"),
+        (lambda file: os.truncate(file, file.stat().st_size - 100), r"model\.safetensors is damaged, truncated"),
+        (lambda file: file.write_bytes(b""), "damaged, truncated"),
+        (lambda file: file.unlink(), "has neither"),
+        (lambda file: file.rename(file.with_suffix(".bin")), r"model\.bin is a pickle checkpoint"),
+        (with_tensor("model.norm.weight", torch.zeros(40)), r"norm\.weight has shape \(40,\), expected \(48,\)"),
+        (with_tensor("model.norm.weight", torch.zeros(48, dtype=torch.int8)), "has dtype I8"),
+        (with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(48)), r"holds .*\.self_attn\.q_proj\.bias"),
     ],
+    ids=["truncated", "empty", "gone", "pickle", "shape", "type", "no parameter"],
 )
-def test_tensors_the_model_does_not_have_are_refused(changes: dict[str, Tensor], message: str, source: Path) -> None:
-    save_file(WEIGHTS | changes, source / hf.WEIGHTS)
+def test_a_file_of_other_weights_than_the_model_s_is_named(
+    spoil: Callable[[Path], object], message: str, source: Path
+) -> None:
+    spoil(source / hf.WEIGHTS)
     with pytest.raises(ModelFolderError, match=message):
-        loaded(source)
-
-
-def test_pickle_checkpoints_are_refused(source: Path) -> None:
-    (source / hf.WEIGHTS).rename(source / "pytorch_model.bin")
-    with pytest.raises(ModelFolderError, match=r"pytorch_model\.bin is a pickle checkpoint"):
-        loaded(source)
-    (source / "pytorch_model.bin").unlink()
-    with pytest.raises(ModelFolderError, match="has neither"):
         loaded(source)

@@ -307,38 +307,51 @@ def test_what_is_not_modelled_is_refused_by_name(family: str, changes: dict[str,
         model_from_config(config(family, **changes))
 
 
-def test_sizes_that_do_not_divide_are_named() -> None:
+@pytest.mark.parametrize(
+    ("family", "sizes", "layout", "words"),
+    [
+        ("llama", {}, {"pipeline": 4}, r"num_hidden_layers=2 does not divide by pipeline=4; .* by 1, 2$"),
+        ("llama", {}, {"pipeline": 2, "virtual": 2}, r"num_hidden_layers=2 .* by pipeline \* virtual=4"),
+        ("llama", {}, {"virtual": 2}, "virtual=2 needs pipeline > 1"),
+        ("llama", {}, {"data": 3, "expert": 2}, "data=3 does not divide by expert=2"),
+        ("llama", {}, {"data": 2, "expert": 2}, "expert=2: LlamaForCausalLM has no experts"),
+        ("llama", {}, {"tensor": 3}, "num_key_value_heads=2 .* by tensor=3.* these do: 1, 2, 4$"),
+        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3}, {"tensor": 2}, "num_key_value_heads=3 .*=2"),
+        ("llama", {"num_attention_heads": 6, "num_key_value_heads": 3}, {"tensor": 9}, "num_attention_heads=6 .*=9"),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 3}, {"tensor": 4}, "rows of query, key and value=18 .*=4"),
+        ("qwen3_moe", {}, {"data": 4, "expert": 4}, "num_experts=6 .* by expert=4; .* by 1, 2, 3, 6$"),
+    ],
+)
+def test_sizes_that_a_layout_does_not_divide_are_named(
+    family: str, sizes: dict[str, Any], layout: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        model_from_config(config(family, **sizes)).megatron_tiles(ParallelLayout(**layout))
+
+
+def test_a_query_group_may_be_halved() -> None:
     model = model_from_config(config(num_attention_heads=6, num_key_value_heads=3, intermediate_size=72))
-    with pytest.raises(ValueError, match="num_key_value_heads=3 does not divide by tensor=2"):
-        model.megatron_tiles(ParallelLayout(tensor=2))
-    assert model.megatron_tiles(ParallelLayout(tensor=6))  # half a query group each
-    with pytest.raises(ValueError, match="num_attention_heads=6 does not divide by tensor=9"):
-        model.megatron_tiles(ParallelLayout(tensor=9))
-    odd = model_from_config(config(num_attention_heads=4, num_key_value_heads=1, head_dim=3))
-    with pytest.raises(ValueError, match="rows of query, key and value=18 does not divide by tensor=4"):
-        odd.megatron_tiles(ParallelLayout(tensor=4))
-    with pytest.raises(ValueError, match=r"num_hidden_layers=2 does not divide by pipeline \* virtual=4"):
-        model.megatron_tiles(ParallelLayout(pipeline=2, virtual=2))
-    with pytest.raises(ValueError, match="virtual=2 needs pipeline > 1"):
-        ParallelLayout(virtual=2)
-    with pytest.raises(ValueError, match="data=3 does not divide by expert=2"):
-        ParallelLayout(data=3, expert=2)
-    with pytest.raises(ValueError, match="expert=2: LlamaForCausalLM has no experts"):
-        model.megatron_tiles(ParallelLayout(data=2, expert=2))
-    experts = model_from_config(config("qwen3_moe"))
-    with pytest.raises(ValueError, match="num_experts=6 does not divide by expert=4"):
-        experts.megatron_tiles(ParallelLayout(data=4, expert=4))
-    with pytest.raises(ValueError, match="moe_intermediate_size=40 does not divide by tensor=16"):
-        model_from_config(config("qwen3_moe", num_attention_heads=16, num_key_value_heads=16)).vllm_tiles(16)
-    with pytest.raises(ValueError, match="num_hidden_layers=2 does not divide by pipeline=4"):
-        model.megatron_tiles(ParallelLayout(pipeline=4))
-    with pytest.raises(ValueError, match="num_attention_heads=6 does not divide by tensor=4"):
-        model.vllm_tiles(4)
-    six = model_from_config(config(num_attention_heads=24, num_key_value_heads=6))
-    for tensor in (4, 8):
-        wanted = f"num_key_value_heads=6 does not divide by tensor={tensor}, .*vLLM.* 1, 2, 3, 6, 12, 24$"
-        with pytest.raises(ValueError, match=wanted):
-            six.vllm_tiles(tensor)
+    assert model.megatron_tiles(ParallelLayout(tensor=6))
+
+
+@pytest.mark.parametrize(
+    ("family", "heads", "kv_heads", "tensor", "words"),
+    [
+        ("llama", 6, 3, 4, "num_attention_heads=6 does not divide by tensor=4"),
+        ("llama", 24, 6, 4, "num_key_value_heads=6 does not divide by tensor=4, .*vLLM.* 1, 2, 3, 6, 12, 24$"),
+        ("llama", 24, 6, 8, "num_key_value_heads=6 does not divide by tensor=8, .*vLLM.* 1, 2, 3, 6, 12, 24$"),
+        ("qwen3_moe", 16, 16, 16, "moe_intermediate_size=40 does not divide by tensor=16"),
+    ],
+)
+def test_sizes_that_an_engine_s_workers_do_not_divide_are_named(
+    family: str, heads: int, kv_heads: int, tensor: int, words: str
+) -> None:
+    model = model_from_config(config(family, num_attention_heads=heads, num_key_value_heads=kv_heads))
+    with pytest.raises(ValueError, match=words):
+        model.vllm_tiles(tensor)
+
+
+def test_a_size_that_does_not_divide_is_named_with_its_axis() -> None:
     with pytest.raises(ValueError, match="F=7 does not divide by tp=2"):
         share(7, 2, 0, "F", "tp")
 

@@ -1,14 +1,13 @@
 """Tables of many shards: indexes, other jobs' shards, what an append and a look-up touch, storage that refuses."""
 
 import os
-import resource
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from samples import CONTRACT
+from samples import CONTRACT, files_of_at_most
 from table_rows import PROMPTS, scored
 
 from astar_megatron.data.files import StorageError
@@ -58,12 +57,15 @@ def test_an_index_stands_for_its_shards_and_may_be_deleted(many: tuple[Path, lis
     assert len(list(folder.glob("index-*"))) == 2  # and made again
 
 
-def test_a_torn_shard_is_set_aside_whatever_an_index_says(many: tuple[Path, list[Prompt]]) -> None:
+def test_rows_of_a_torn_shard_and_of_one_that_is_gone_are_missing_whatever_an_index_says(
+    many: tuple[Path, list[Prompt]],
+) -> None:
     folder, prompts = many
     shards = sorted(folder.glob("shard-*"))
     shards[0].write_bytes(shards[0].read_bytes()[:50])
     shards[7].write_bytes(b"")
-    assert opened(folder).missing(prompts, 4) == [(prompts[0], 0), (prompts[7], 0)]
+    shards[9].unlink()
+    assert opened(folder).missing(prompts, 4) == [(prompts[0], 0), (prompts[7], 0), (prompts[9], 0)]
     assert len(list(folder.glob("*.damaged"))) == 2
 
 
@@ -73,12 +75,6 @@ def test_a_damaged_index_is_not_used(many: tuple[Path, list[Prompt]], damage: by
     index = min(folder.glob("index-*"))
     index.write_bytes(damage or index.read_bytes()[:-200])
     assert not opened(folder).missing(prompts, 4)
-
-
-def test_rows_of_a_shard_that_is_gone_are_missing_whatever_an_index_says(many: tuple[Path, list[Prompt]]) -> None:
-    folder, prompts = many
-    min(folder.glob("shard-*")).unlink()
-    assert opened(folder).missing(prompts, 4) == [(prompts[0], 0)]
 
 
 def test_of_a_sample_drawn_twice_the_same_row_counts_with_and_without_indexes(many: tuple[Path, list[Prompt]]) -> None:
@@ -157,18 +153,17 @@ def test_a_read_only_table_can_be_read_and_refuses_a_sweep_by_name(many: tuple[P
 
 def test_a_full_disk_during_leases_or_an_index_is_a_clear_error_or_no_error(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for i in range(SHARDS_AN_INDEX - 1):
         table.append([scored(PROMPTS[0], i)])
     size = max(path.stat().st_size for path in tmp_path.glob("shard-*"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 64, hard))  # the shard fits, its index does not
-    try:
+    with files_of_at_most(size + 64):  # the shard fits, its index does not
         table.append([scored(PROMPTS[0], SHARDS_AN_INDEX - 1)])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-        with pytest.raises(StorageError, match="can't take leases"), Leases(tmp_path / "leases"):
-            pass
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        files_of_at_most(10),
+        pytest.raises(StorageError, match="can't take leases"),
+        Leases(tmp_path / "leases"),
+    ):
+        pass
     assert not list(tmp_path.glob("index-*"))
     assert VStarTable.open(tmp_path, CONTRACT).summary().samples == SHARDS_AN_INDEX
 

@@ -81,6 +81,8 @@ def test_a_byte_order_mark_blank_lines_and_crlf_are_no_trouble(tmp_path: Path, m
         (b"\n\n", "holds no prompt"),
         ([_row(), "text"], "line 2: expected a JSON object, got str"),
         (b'{"question": "a", "answer": "1"}\n{"question": \n', "line 2: not JSON"),
+        (b'{"question": "a", "answer": "1", "answer": "2"}', r"line 1: not JSON \(the key 'answer' stands twice\)"),
+        (b'{"question":' + b"[" * 200_000, "1 of 1 rows can't be used:\n  line 1: not JSON"),
         (b'{"question": "a", "answer": "1"}\n\n{"question": "\xff", "answer": "1"}\n', "line 3: not UTF-8"),
         ([_row(), {"question": "a"}], "line 2: no field 'answer', only 'question'; set data.answer_field"),
         ([{"problem": "a", "answer": "1"}], "line 1: no field 'question'.*set data.prompt_field"),
@@ -123,15 +125,10 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path, model_fo
         (damaged, "no tokenizer that transformers can load"),
         (model_folder(template=None), "no chat template; add chat_template.jinja"),
         (model_folder(eos=None), "no EOS token"),
+        (model_folder(template="{{ raise_exception('system first') }}"), r"can't format .*system first"),
     ):
         with pytest.raises(TokenizerError, match=message):
             read_prompts(DataConfig(path=_file(tmp_path, [_row()])), folder)
-
-
-def test_a_template_that_fails_is_a_clear_error(tmp_path: Path, model_folder: MakeModel) -> None:
-    broken = model_folder(template="{{ raise_exception('system first') }}")
-    with pytest.raises(TokenizerError, match=r"can't format .*system first"):
-        read_prompts(DataConfig(path=_file(tmp_path, [_row()])), broken)
 
 
 def test_stop_tokens_are_the_tokenizer_s_then_those_of_the_generation_config(model_folder: MakeModel) -> None:
@@ -196,10 +193,11 @@ def test_a_cursor_of_other_prompts_or_seed_is_refused() -> None:
             stream.restore(wrong)
 
 
-def test_a_stream_needs_distinct_prompts_and_a_batch_size() -> None:
-    with pytest.raises(PromptError, match="got 0 and 2"):
-        PromptStream([], 2, seed=0)
-    with pytest.raises(PromptError, match="got 3 and 0"):
-        PromptStream(_prompts(3), 0, seed=0)
-    with pytest.raises(PromptError, match="same uid"):
-        PromptStream(_prompts(3) * 2, 2, seed=0)
+@pytest.mark.parametrize(
+    ("prompts", "batch_size", "words"),
+    [([], 2, "got 0 and 2"), (_prompts(3), 0, "got 3 and 0"), (_prompts(3) * 2, 2, "same uid")],
+    ids=["no prompt", "no batch", "a prompt twice"],
+)
+def test_a_stream_needs_distinct_prompts_and_a_batch_size(prompts: list[Prompt], batch_size: int, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        PromptStream(prompts, batch_size, seed=0)

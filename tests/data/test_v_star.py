@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from samples import CONTRACT
+from samples import CONTRACT, files_of_at_most
 from table_rows import PROMPTS, scored
 
 from astar_megatron.algorithm.value import v_star
@@ -112,42 +111,24 @@ def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(tmp_path: Path
     assert ahead.rewards() == VStarTable.open(tmp_path, CONTRACT).rewards()
 
 
-def test_two_writers_of_one_folder_lose_nothing(tmp_path: Path) -> None:
-    first, second = (VStarTable.create_or_open(tmp_path, CONTRACT) for _ in range(2))
-    first.append([scored(PROMPTS[0], 0, 1.0)])
-    second.append([scored(PROMPTS[1], 0, 0.5)])
-    first.append([scored(PROMPTS[2], 0, 0.0)])
-    assert VStarTable.open(tmp_path, CONTRACT).rewards() == {"uid-0": [1.0], "uid-1": [0.5], "uid-2": [0.0]}
-
-
 def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     assert math.isnan(table.summary().mean_reward)
-    table.append(
-        [
-            scored(PROMPTS[i], s, r)
-            for i, pair in enumerate([(0, 0), (1, 1), (0, 1), (0, 0.1)])
-            for s, r in enumerate(pair)
-        ]
-    )
+    for prompt, rewards in zip(PROMPTS, [(0, 0), (1, 1), (0, 1), (0, 0.1)], strict=False):
+        table.append([scored(prompt, sample, reward) for sample, reward in enumerate(rewards)])
     summary = table.summary()
     assert (summary.all_wrong, summary.all_right, summary.mean_reward) == (0.5, 0.25, pytest.approx(3.1 / 8))
 
 
-def _torn(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def _empty(data: bytes) -> bytes:
-    return b""
-
-
-def _zeroed(data: bytes) -> bytes:
-    return data[:4] + bytes(60) + data[64:]
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "torn": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeroed": lambda data: data[:4] + bytes(60) + data[64:],
+}
 
 
 @pytest.mark.parametrize("check_whole_bytes", [1 << 20, 0], ids=["whole", "by page"])
-@pytest.mark.parametrize("damage", [_torn, _empty, _zeroed])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_shard_is_set_aside_and_its_rows_are_missing_again(
     tmp_path: Path, check_whole_bytes: int, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,13 +254,8 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     _fill(table, PROMPTS, range(2))
     before = sorted(path.name for path in tmp_path.iterdir())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # files above 100 bytes fail, as on a full disk
-    try:
-        with pytest.raises(StorageError, match="free some space"):
-            _fill(table, PROMPTS, range(2, 3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(100), pytest.raises(StorageError, match="free some space"):
+        _fill(table, PROMPTS, range(2, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert len(table.missing(PROMPTS, 3)) == 6
     _fill(table, PROMPTS, range(2, 3))  # the same table goes on once there is space

@@ -33,6 +33,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "CP2, one micro-batch": {"context": 2, "micro_batch_tokens": 10_000},
 }
 EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP2": {"data": 2},
     "EP2 over DP2": {"data": 2, "expert": 2},
     "EP2 over CP2": {"context": 2, "expert": 2},
     "TP2 EP2 SP": {"tensor": 2, "data": 2, "expert": 2},
