@@ -126,16 +126,8 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<user>",
-        "<assistant>",
-        *"0123456789",
-        *"+-= ?.",
-        *"abcdefghijklmnopqrstuvwxyzWA",
-    ]
+    special = ["<unk>", "<s>", "</s>", "<user>", "<assistant>"]
+    pieces = [*special, *"0123456789", *"+-= ?.", *"abcdefghijklmnopqrstuvwxyzWA"]
     tokenizer = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
     return PreTrainedTokenizerFast(

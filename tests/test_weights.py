@@ -144,27 +144,22 @@ def ends(tied_llama: Path, tmp_path: Path) -> tuple[Any, Any, WeightSync]:
     return policy, engines, sync
 
 
-def test_every_publish_finds_a_single_wrong_element(ends: tuple[Any, Any, WeightSync]) -> None:
+def test_every_publish_finds_and_names_a_single_wrong_element(ends: tuple[Any, Any, WeightSync]) -> None:
     policy, engines, sync = ends
     for version in range(0, 12, 2):
         policy.tensors[1]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
         engines.spoil = lambda tensors: None
         sync.publish(version)
-        name = f"model.layers.{version % 6}.mlp.down_proj.weight"
-        engines.spoil = lambda tensors, name=name: tensors[0][name][11, 3].add_(1e-6)
-        with pytest.raises(WeightMismatch, match=f"does not hold {name}"):
+        engine, name = version // 2 % 2, f"model.layers.{version % 6}.mlp.down_proj.weight"
+        # of the first rank's columns, or of the second's
+        engines.spoil = lambda tensors, e=engine, name=name: tensors[e][name][11, 3 + 40 * e].add_(1e-6)
+        words = (
+            rf"version {version + 1}: worker 0 of engine {engine} does not hold {name} .* digest expected \w{{16}}, got"
+        )
+        with pytest.raises(WeightMismatch, match=words) as caught:
             sync.publish(version + 1)
+        assert (caught.value.tensor, caught.value.row) == (name, 11)
     assert engines.audits == list(range(12))
-
-
-def test_a_wrong_element_is_named_with_worker_engine_row_and_digests(ends: tuple[Any, Any, WeightSync]) -> None:
-    _, engines, sync = ends
-    o_proj = "model.layers.2.self_attn.o_proj.weight"
-    engines.spoil = lambda tensors: tensors[1][o_proj][7, 130].add_(1e-6)  # of the second rank's columns
-    words = r"version 0: worker 0 of engine 1 .* digest expected \w{16}, got"
-    with pytest.raises(WeightMismatch, match=words) as caught:
-        sync.publish(0)
-    assert (caught.value.tensor, caught.value.row) == (o_proj, 7)
 
 
 def test_a_stale_pack_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:

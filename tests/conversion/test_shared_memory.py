@@ -226,6 +226,12 @@ def test_another_dtype_or_plan_is_refused(opened: Opened) -> None:
             receiver.receive()
 
 
+def test_another_bucket_size_is_refused(opened: Opened) -> None:
+    opened(SharedMemorySender, PLAN, large(), bucket_bytes=BUCKET_BYTES)
+    with pytest.raises(TransferError, match="was not written for this plan, dtype and bucket size"):
+        opened(SharedMemoryReceiver, PLAN, {"b": torch.zeros(64, 16)}, bucket_bytes=2 * BUCKET_BYTES).receive()
+
+
 def test_a_live_senders_file_is_not_taken_and_a_dead_ones_is(
     opened: Opened, small: SharedMemorySender, tmp_path: Path
 ) -> None:
