@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +70,14 @@ def closed_files(folder: Path) -> list[Path]:
     allowed = (folder / "like this").stat().st_mode
     (folder / "like this").unlink()
     return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & allowed != allowed]
+
+
+def output_of(program: str, *arguments: str, **environment: str) -> str:
+    """Return what a program in Python prints, in a process of its own; it fails if that does."""
+    command, env = [sys.executable, "-c", program, *arguments], os.environ | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @contextmanager

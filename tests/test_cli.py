@@ -229,13 +229,18 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(refused: Refused
 def test_a_template_that_writes_the_day_is_refused_without_one_and_told_with_it(
     command: Command, refused: Refused, tree: Tree, caplog: pytest.LogCaptureFixture
 ) -> None:
-    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}<assistant>"
-    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(template)
+    """And so is that its end of a turn ends no response."""
+    turns = (
+        "{% for m in messages %}{{ m.content }}<user>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + turns)
     for name in ("sweep", "train", "doctor"):
         error = refused(name)
         assert f"data.date: the chat template of {tree['model']['path']}" in error and "data.date=20" in error
     assert command("doctor", "data.date=2026-11-28")[0] == 0
-    assert "the chat template writes the day 2026-11-28 into each prompt" in caplog.text
+    day, turn = (record.getMessage() for record in caplog.records)
+    assert "the chat template writes the day 2026-11-28 into each prompt" in day
+    assert "ends a turn with '<user>' (3), but a response ends only at '</s>' (2)" in turn
 
 
 def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_out(
@@ -247,18 +252,6 @@ def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_o
         error = refused(name)
         assert "holds adapter_model.safetensors beside model.safetensors" in error
         assert "left out" not in caplog.text + error
-
-
-def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(
-    command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
-) -> None:
-    turn = (
-        "{% for m in messages %}{{ m.content }}<user>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(turn)
-    assert command("doctor")[0] == 0
-    (warning,) = [record.getMessage() for record in caplog.records]
-    assert "ends a turn with '<user>' (3), but a response ends only at '</s>' (2)" in warning
 
 
 def test_another_tokenizer_than_the_runs_is_refused_by_eval(

@@ -1,11 +1,8 @@
 """`astar sweep --inspect`: what it says of a table, without a model, Ray or vLLM."""
 
 import dataclasses
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +107,6 @@ def test_inspect_runs_on_a_machine_without_ray_vllm_megatron_and_transformers(tm
         f"sys.argv = ['astar', 'sweep', '--inspect', '--config', {str(tmp_path / 'run.yaml')!r}]\n"
         "runpy.run_module('astar_megatron.cli', run_name='__main__')\n"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "prompts by mean reward" in done.stdout
-    assert "not compared with this run's contract: " in done.stdout
+    shown = samples.output_of(program, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert "prompts by mean reward" in shown
+    assert "not compared with this run's contract: " in shown

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from samples import output_of
 
 from astar_megatron.cluster import session
 from astar_megatron.cluster.errors import ClusterError
@@ -105,9 +106,7 @@ PLACE = "from astar_megatron.cluster import session; print(*session.place(), sep
 
 
 def place(temporary: Path) -> list[str]:
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    done = subprocess.run([sys.executable, "-c", PLACE], env=environment, capture_output=True, text=True, timeout=60)
-    return done.stdout.splitlines()
+    return output_of(PLACE, TMPDIR=str(temporary)).splitlines()
 
 
 def test_a_long_temporary_folder_is_left_for_a_usual_one_and_that_is_said(tmp_path: Path) -> None:

@@ -84,11 +84,12 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
         live.collective_rpc("init_weight_transfer_engine", args=(wrong,))
     except Exception as error:
         answer["refusal"] = str(error)
+    answer["live differences"] = live.collective_rpc("differences", args=(request["export"], tensor))
+    live.llm_engine.engine_core.shutdown()
     fresh = engine(request["export"], tensor)
     answer["fresh"] = generated(fresh, request["prompts"])
-    for name, llm in (("live differences", live), ("fresh differences", fresh)):
-        answer[name] = llm.collective_rpc("differences", args=(request["export"], tensor))
-        llm.llm_engine.engine_core.shutdown()
+    answer["fresh differences"] = fresh.collective_rpc("differences", args=(request["export"], tensor))
+    fresh.llm_engine.engine_core.shutdown()
     return answer
 
 

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from conversion.transfer import TransferError
 from conversion.transfer.cuda_ipc import HANDLE_BYTES, packed, unpacked
-from conversion.transfer.route import Place, choose, here
+from conversion.transfer.route import Place, choose
 
 ONE_TO_ONE = {(0, 0), (1, 1)}
 ALL_TO_ALL = {(source, target) for source in range(2) for target in range(2)}
@@ -43,11 +42,6 @@ def test_the_way_follows_from_the_places(
 ) -> None:
     chosen, reason = choose(places(*sources), [places(*engine) for engine in engines], links, "a")
     assert chosen == way and words in reason
-
-
-def test_a_process_knows_its_own_place() -> None:
-    place = here(torch.device("cpu"))
-    assert place == here(torch.device("cpu")) and place.device == "" and place.memory
 
 
 def test_a_handle_of_a_gpus_memory_is_read_as_it_was_written() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,12 +108,18 @@ def test_a_missing_file_is_refused(model: str) -> None:
         read_prompts(DataConfig(path="/nowhere.jsonl"), model)
 
 
-def test_long_prompts_are_refused_never_cut(tmp_path: Path, model: str) -> None:
+def test_long_prompts_are_refused_or_dropped_and_never_cut(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = _file(tmp_path, [_row(), _row("b" * 30), _row("c" * 40)])
-    message = r"2 of 3 prompts exceed data\.max_prompt_tokens = 20; the longest \(line 3\) has 42"
-    with pytest.raises(PromptError, match=message):
+    message = "2 of 3 prompts exceed data.max_prompt_tokens = 20; the longest (line 3) has 42"
+    with pytest.raises(PromptError, match=re.escape(message)):
         read_prompts(DataConfig(path=path, max_prompt_tokens=20), model)
     assert len(read_prompts(DataConfig(path=path, max_prompt_tokens=42), model)) == 3
+    (short,) = read_prompts(DataConfig(path=path, max_prompt_tokens=20, long_prompts="drop"), model)
+    assert short.text == "2 + 2?" and f"{message}; dropped" in caplog.text
+    with pytest.raises(PromptError, match="3 of 3 prompts exceed"):
+        read_prompts(DataConfig(path=path, max_prompt_tokens=1, long_prompts="drop"), model)
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path, model_folder: MakeModel) -> None:

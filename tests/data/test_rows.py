@@ -114,15 +114,3 @@ def test_the_first_of_equal_prompts_stays_and_none_of_those_with_two_answers() -
         match=r"3 of 5 rows can't be used:\n  line 0: its prompt has two answers, '1' .line 0. and '3' .line 3",
     ):
         problems.refuse(5)
-
-
-def test_long_prompts_are_dropped_where_the_configuration_says_so(
-    tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [{"question": question, "answer": "1"} for question in ("a", "b" * 30, "c", "d" * 40)]
-    path = str(write_jsonl(tmp_path / "x.jsonl", rows))
-    cfg = DataConfig(path=path, max_prompt_tokens=20, long_prompts="drop")
-    assert [prompt.text for prompt in read_prompts(cfg, model_folder())] == ["a", "c"]
-    assert "2 of 4 prompts exceed data.max_prompt_tokens = 20; the longest (line 4) has 42; dropped" in caplog.text
-    with pytest.raises(PromptError, match="4 of 4 prompts exceed"):
-        read_prompts(DataConfig(path=path, max_prompt_tokens=1, long_prompts="drop"), model_folder())

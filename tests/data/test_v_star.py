@@ -19,7 +19,7 @@ from astar_megatron.data.contract import ContractError
 from astar_megatron.data.files import StorageError
 from astar_megatron.data.header import FORMAT, make_header, stored_contract
 from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
-from astar_megatron.types import Prompt
+from astar_megatron.types import Prompt, Rollout
 
 
 def _reward(prompt: int, sample: int) -> float:
@@ -232,22 +232,24 @@ def test_shards_without_a_header_are_not_adopted(tmp_path: Path) -> None:
         VStarTable.create_or_open(tmp_path, CONTRACT)
 
 
-@pytest.mark.parametrize("reward", [None, math.nan, math.inf])
-def test_a_rollout_without_a_finite_reward_is_refused(tmp_path: Path, reward: float | None) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        *(
+            (scored(PROMPTS[0], 4, reward), f"sample 4 of prompt uid-0 is {reward}")
+            for reward in (None, math.nan, math.inf)
+        ),
+        (scored(PROMPTS[0], -1), "sample is uint32"),
+        (dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64), "seed is int64"),
+    ],
+    ids=["no reward", "nan", "inf", "sample", "seed"],
+)
+def test_a_rollout_with_a_value_that_no_row_may_have_is_refused(tmp_path: Path, wrong: Rollout, words: str) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    with pytest.raises(TableError, match=f"sample 4 of prompt uid-0 is {reward}"):
-        table.append([scored(PROMPTS[1], 0), scored(PROMPTS[0], 4, reward)])
-    assert table.rewards() == {} and not list(tmp_path.glob("shard-*"))
-
-
-def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    with pytest.raises(TableError, match="sample is uint32"):
-        table.append([scored(PROMPTS[0], -1)])
-    with pytest.raises(TableError, match="seed is int64"):
-        table.append([dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64)])
+    with pytest.raises(TableError, match=words):
+        table.append([scored(PROMPTS[1], 0), wrong])
     table.append([])
-    assert table.summary().samples == 0
+    assert table.rewards() == {} and not list(tmp_path.glob("shard-*"))
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,7 @@ RARE_EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def one_rank(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     """What one rank computes for a model folder, computed once."""
-    known: dict[Path, Any] = {}
-
-    def trained(folder: Path) -> Any:
-        if folder not in known:
-            known[folder] = run(ranks, tmp_path_factory.mktemp("one"), job_of(folder))
-        return known[folder]
-
-    return trained
+    return cache(lambda folder: run(ranks, tmp_path_factory.mktemp("one"), job_of(folder)))
 
 
 def job_of(folder: Path, **layout: Any) -> Job:
@@ -162,16 +156,13 @@ def test_the_order_of_sequences_is_no_part_of_the_gradient(ranks: Any, tied_llam
 @pytest.fixture(scope="module")
 def four_steps(ranks: Any) -> Callable[[Path], list[float]]:
     """The losses of the third and fourth step of one rank that nobody interrupts, computed once a model folder."""
-    known: dict[Path, list[float]] = {}
 
     def trained(folder: Path) -> list[float]:
-        if folder not in known:
-            arguments = {"batches": batches() + later_batches(), "load": None, "save": None}
-            (reports,) = ranks.run(work.steps, 1, job=job_of(folder), **arguments)
-            known[folder] = [stats.loss for stats in reports[2:]]
-        return known[folder]
+        arguments = {"batches": batches() + later_batches(), "load": None, "save": None}
+        (reports,) = ranks.run(work.steps, 1, job=job_of(folder), **arguments)
+        return [stats.loss for stats in reports[2:]]
 
-    return trained
+    return cache(trained)
 
 
 def later_batches() -> list[Any]:
