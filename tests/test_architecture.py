@@ -189,9 +189,8 @@ def programs_that_lean_on_programs(files: list[Source]) -> Iterator[str]:
 def test_the_root_holds_short_programs_that_do_not_import_each_other() -> None:
     for text in ("from astar_megatron import train", "from astar_megatron.sweep import sweep", "\n" * 151):
         assert list(programs_that_lean_on_programs(planted("astar_megatron/evaluate.py", text)))
-    assert not list(
-        programs_that_lean_on_programs(planted("astar_megatron/evaluate.py", "from astar_megatron import x"))
-    )
+    harmless = planted("astar_megatron/evaluate.py", "from astar_megatron import x")
+    assert not list(programs_that_lean_on_programs(harmless))
     check(programs_that_lean_on_programs, "astar_megatron")
 
 
@@ -254,13 +253,8 @@ def test_no_import_cycles() -> None:
 
 def test_rollout_and_model_never_import_each_other_not_even_through_a_third() -> None:
     model = planted("astar_megatron/model/x.py", "from astar_megatron.cluster import y")
-    assert list(
-        meetings_of_policy_and_engine(
-            model
-            + planted("astar_megatron/cluster/y.py", "import astar_megatron.rollout.z")
-            + planted("astar_megatron/rollout/z.py", "")
-        )
-    )
+    third = planted("astar_megatron/cluster/y.py", "import astar_megatron.rollout.z")
+    assert list(meetings_of_policy_and_engine(model + third + planted("astar_megatron/rollout/z.py", "")))
     check(meetings_of_policy_and_engine, "astar_megatron", "conversion")
 
 
@@ -586,12 +580,8 @@ def private_places(files: list[Source]) -> Iterator[str]:
 
 
 def test_no_tracked_file_names_a_machine_or_a_registry() -> None:
-    for text in (
-        "x = '/" + "work/main/x'",
-        "cd /" + "home/me",
-        "--extra-" + "index-url x",
-        "https://x.org/" + "simple",
-    ):
+    private = ("x = '/" + "work/main/x'", "cd /" + "home/me", "--extra-" + "index-url x", "https://x.org/" + "simple")
+    for text in private:
         assert list(private_places(planted("README.md", text))), text
     assert not list(private_places(planted("README.md", "src/work/x a/home/b /dev/shm https://pypi.org/project/ray")))
     texts = []

@@ -38,9 +38,7 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
     eval_set = EvalSet(name="x", prompts=prompts, reward=RewardConfig(name="math"), num_samples=4)
     right, wrong, other = r"\boxed{5}", r"\boxed{6}", "no answer..."
     texts = [[right, right, wrong, other], [right, wrong, wrong, other], [other, other, other, other]]
-    greedy = [
-        _rollout(prompts[i], text, reward=reward) for i, (text, reward) in enumerate(((right, 1.0), (wrong, 0.0)))
-    ]
+    greedy = [_rollout(prompts[0], right, reward=1.0), _rollout(prompts[1], wrong, reward=0.0)]
     greedy.append(_rollout(prompts[2], other, reward=None))  # it could not be scored: that counts 0
     sampled = [
         _rollout(prompt, text, sample, float(text == right))

@@ -79,12 +79,12 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     answer |= {"after": generated(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
     if "num_experts" in request["init_info"]["config"]:
         answer["laid_out_anew"] = live.collective_rpc("refusal_of_a_kernel_that_lays_experts_out_anew")
+    answer["live differences"] = live.collective_rpc("differences", args=(request["export"], tensor))
     wrong = request["init_info"] | {"config": request["init_info"]["config"] | {"intermediate_size": 64}}
     try:
         live.collective_rpc("init_weight_transfer_engine", args=(wrong,))
     except Exception as error:
         answer["refusal"] = str(error)
-    answer["live differences"] = live.collective_rpc("differences", args=(request["export"], tensor))
     live.llm_engine.engine_core.shutdown()
     fresh = engine(request["export"], tensor)
     answer["fresh"] = generated(fresh, request["prompts"])

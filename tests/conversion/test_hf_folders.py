@@ -57,10 +57,6 @@ def test_shards_and_links_read_like_one_file(source: Path, sharded: Path, tmp_pa
     assert_same(loaded(linked), WEIGHTS)
 
 
-def test_dtypes_are_cast_on_the_way(source: Path) -> None:
-    assert_same(loaded(source, dtype=torch.bfloat16), {name: t.bfloat16() for name, t in WEIGHTS.items()})
-
-
 def test_transformers_opens_an_export_in_the_dtype_it_was_written_in(source: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -114,48 +110,39 @@ def test_an_export_is_filled_as_the_weights_arrive_and_says_what_it_holds(source
     assert (records[0]["source"], records[0]["dtype"]) == ("source", "float32")
 
 
-def test_a_missing_shard_is_named(sharded: Path) -> None:
-    shard = min(sharded.glob("model-*.safetensors"))
-    shard.unlink()
-    with pytest.raises(ModelFolderError, match=rf"names {shard.name}, which is missing"):
-        loaded(sharded)
-
-
-def test_a_wrong_index_is_refused(sharded: Path) -> None:
+def test_an_index_and_files_that_contradict_each_other_are_refused(sharded: Path) -> None:
     path = sharded / hf.INDEX
-    index = json.loads(path.read_text())
-    files = sorted(set(index["weight_map"].values()))
-    elsewhere = {"model.norm.weight": files[0] if index["weight_map"]["model.norm.weight"] != files[0] else files[1]}
-    without = {name: file for name, file in index["weight_map"].items() if name != "model.norm.weight"}
-    for weight_map, message in (
-        (index["weight_map"] | elsewhere, r"holds model\.norm\.weight, but it does not"),
-        (index["weight_map"] | {"model.norm.weight": "../escape.safetensors"}, "not a file of this folder"),
+    weight_map = json.loads(path.read_text())["weight_map"]
+    own = weight_map["model.norm.weight"]
+    other = next(file for file in weight_map.values() if file != own)
+    without = {name: file for name, file in weight_map.items() if name != "model.norm.weight"}
+    for changed, message in (
+        (weight_map | {"model.norm.weight": other}, r"holds model\.norm\.weight, but it does not"),
+        (weight_map | {"model.norm.weight": "../escape.safetensors"}, "not a file of this folder"),
         (without, r"holds a model\.norm\.weight that model\.safetensors\.index\.json does not place there"),
         ([], "no safetensors index"),
-        (index["weight_map"] | {"model.norm.weight": 3}, "no safetensors index.*names the file 3"),
+        (weight_map | {"model.norm.weight": 3}, "no safetensors index.*names the file 3"),
     ):
-        path.write_text(json.dumps({"weight_map": weight_map}))
+        path.write_text(json.dumps({"weight_map": changed}))
         with pytest.raises(ModelFolderError, match=message):
             loaded(sharded)
     path.write_text("{")
     with pytest.raises(ModelFolderError, match="no safetensors index"):
         loaded(sharded)
-
-
-def test_a_parameter_in_two_shards_is_refused(sharded: Path) -> None:
-    """transformers and this project would take the one that the index names, vLLM the one it reads last."""
-    weight_map = json.loads((sharded / hf.INDEX).read_text())["weight_map"]
-    shard = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
-    save_file(load_file(sharded / shard) | {"model.norm.weight": torch.zeros(48)}, sharded / shard)
-    with pytest.raises(ModelFolderError, match=rf"{shard} holds a model\.norm\.weight that .* does not place there"):
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    # transformers and this project would take the one that the index names, vLLM the one it reads last
+    save_file(load_file(sharded / other) | {"model.norm.weight": torch.zeros(48)}, sharded / other)
+    with pytest.raises(ModelFolderError, match=rf"{other} holds a model\.norm\.weight that .* does not place there"):
+        loaded(sharded)
+    (sharded / other).unlink()
+    with pytest.raises(ModelFolderError, match=rf"names {other}, which is missing"):
         loaded(sharded)
 
 
 def test_one_file_beside_an_index_of_others_is_refused(sharded: Path) -> None:
     (sharded / hf.WEIGHTS).write_bytes(b"")
-    with pytest.raises(
-        ModelFolderError, match=r"holds model\.safetensors beside model\.safetensors\.index\.json, which"
-    ):
+    words = r"holds model\.safetensors beside model\.safetensors\.index\.json, which"
+    with pytest.raises(ModelFolderError, match=words):
         loaded(sharded)
 
 

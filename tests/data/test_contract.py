@@ -28,10 +28,8 @@ def model(model_folder: Callable[..., str]) -> str:
 
 def test_equal_runs_have_equal_contracts(model: str, tmp_path: Path) -> None:
     copy = str(shutil.copytree(model, tmp_path / "copy"))
-    first, second = (
-        _contract(model),
-        _contract(copy, astar={"beta1": 2.0}, sweep={"num_samples": 32}, train={"num_steps": 1}),
-    )
+    first = _contract(model)
+    second = _contract(copy, astar={"beta1": 2.0}, sweep={"num_samples": 32}, train={"num_steps": 1})
     assert first == second
     assert first.digest() == second.digest()
     assert first.difference(second) == []

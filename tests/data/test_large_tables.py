@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from samples import CONTRACT, files_of_at_most
 from table_rows import PROMPTS, scored
@@ -125,14 +124,6 @@ def test_many_small_lookups_between_appends_agree_with_the_table_read_anew(tmp_p
         lacking = [sum((i, n) not in there for n in range(w)) for i, w in zip(some, wanted, strict=True)]
         if step % 20 == 3:
             assert table.lacking([prompts[i] for i in some], wanted).tolist() == lacking
-
-
-def test_text_is_kept_on_request(tmp_path: Path) -> None:
-    table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    table.append([scored(PROMPTS[0], 0)], text=True)
-    table.append([scored(PROMPTS[0], 1)])
-    texts = [pq.read_table(path)["text"].to_pylist() for path in sorted(tmp_path.glob("shard-*"))]
-    assert texts == [["text"], [None]]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become a user who may not write")

@@ -57,8 +57,6 @@ def test_the_uid_follows_tokens_and_answer_alone(tmp_path: Path, model: str, mod
         DataConfig(path=_file(tmp_path, [_row()])), model_folder(template="{{ messages[0]['content'] }}")
     )
     assert len({first.uid, other_answer.uid, other_template.uid}) == 3
-    (literal,) = read_prompts(DataConfig(path=_file(tmp_path, [_row()])), model)
-    assert literal.uid == first.uid
 
 
 def test_exact_duplicates_are_kept_once_and_counted(
@@ -144,12 +142,10 @@ def test_stop_tokens_are_the_tokenizer_s_then_those_of_the_generation_config(mod
     assert stop_token_ids(model_folder(stop=eos)) == (eos,)
     assert stop_token_ids(model_folder(stop=[7, eos, 9, 7])) == (eos, 7, 9)
     broken = model_folder()
-    (Path(broken) / "generation_config.json").write_text("[]")
-    with pytest.raises(TokenizerError, match=r"generation_config\.json: not readable"):
-        stop_token_ids(broken)
-    (Path(broken) / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(TokenizerError, match="expected a token id, got '</s>'"):
-        stop_token_ids(broken)
+    for text, words in (("[]", "not readable"), ('{"eos_token_id": "</s>"}', ".*expected a token id, got '</s>'")):
+        (Path(broken) / "generation_config.json").write_text(text)
+        with pytest.raises(TokenizerError, match=rf"generation_config\.json: {words}"):
+            stop_token_ids(broken)
 
 
 def _prompts(number: int) -> list[Prompt]:

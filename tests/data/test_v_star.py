@@ -43,8 +43,10 @@ def test_rows_are_there_after_reopening(tmp_path: Path) -> None:
 
 def test_a_shard_holds_everything_about_a_rollout(tmp_path: Path) -> None:
     VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 3, 1.0)])
-    (shard,) = tmp_path.glob("shard-000001-*.parquet")
-    assert pq.read_table(shard).to_pylist() == [
+    VStarTable.open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 4)], text=True)
+    first, second = sorted(tmp_path.glob("shard-*.parquet"))
+    assert pq.read_table(second)["text"].to_pylist() == ["text"]
+    assert pq.read_table(first).to_pylist() == [
         {
             "uid": "uid-0",
             "sample": 3,
@@ -235,10 +237,9 @@ def test_shards_without_a_header_are_not_adopted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        *(
-            (scored(PROMPTS[0], 4, reward), f"sample 4 of prompt uid-0 is {reward}")
-            for reward in (None, math.nan, math.inf)
-        ),
+        (scored(PROMPTS[0], 4, None), "sample 4 of prompt uid-0 is None"),
+        (scored(PROMPTS[0], 4, math.nan), "sample 4 of prompt uid-0 is nan"),
+        (scored(PROMPTS[0], 4, math.inf), "sample 4 of prompt uid-0 is inf"),
         (scored(PROMPTS[0], -1), "sample is uint32"),
         (dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64), "seed is int64"),
     ],

@@ -109,23 +109,18 @@ def _cases(kind: str, layouts: dict[str, dict[str, Any]], *marks: pytest.MarkDec
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
-        *_cases("tied_llama", LAYOUTS),
+        *_cases("tied_llama", LAYOUTS | SPLITS),
         *_cases("untied_qwen2", LAYOUTS),
         *_cases("experts", EXPERT_LAYOUTS),
         *_cases("tied_llama", RARE_LAYOUTS, pytest.mark.slow),
         *_cases("experts", RARE_EXPERT_LAYOUTS, pytest.mark.slow),
     ],
 )
-def test_every_axis_computes_what_one_rank_does(
+def test_every_axis_and_every_micro_batch_computes_what_one_rank_does(
     kind: str, layout: dict[str, Any], ranks: Any, one_rank: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
     assert_same(run(ranks, tmp_path, job_of(folder, **layout)), one_rank(folder))
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_micro_batches_change_no_number(name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path) -> None:
-    assert_same(run(ranks, tmp_path, job_of(tied_llama, **SPLITS[name])), one_rank(tied_llama))
 
 
 def test_norms_of_heads_get_the_gradients_of_all_tensor_ranks(
