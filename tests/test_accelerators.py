@@ -53,11 +53,8 @@ def test_nobody_else_shares_it(more: dict) -> None:
     assert not accelerators.are_shared(cfg, 1)
     assert accelerators.free_accelerators(cfg, 1)[0] <= 0
     assert accelerators.shares_of(cfg, QWEN2_1_5B, machine(141)) is None
-
-
-def test_what_each_has_on_a_machine_with_several_is_its_own() -> None:
-    assert accelerators.shares_of(run_config(), QWEN2_1_5B, machine(80, count=2)) is None
-    assert accelerators.shares_of(run_config(), QWEN2_1_5B, machine(0, count=0)) is None
+    for several in (machine(80, count=2), machine(0, count=0)):  # there each has its own
+        assert accelerators.shares_of(run_config(), QWEN2_1_5B, several) is None
 
 
 def test_the_shares_are_stated_and_leave_room_for_the_processes() -> None:

@@ -185,7 +185,6 @@ def test_damaged_metrics_are_named_with_their_line(refused: Refused, tree: Tree)
         ("train.num_steps=6", "train.num_steps: 6"),
         ("train.num_steps=6", "after 7 steps"),
         ("seed=1", "seed 0, this run 1"),
-        ("sampling.temperature=0.5", "temperature: this run has 0.5, the table 1.0"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(setting: str, words: str, refused: Refused, started: Path) -> None:

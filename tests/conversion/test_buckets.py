@@ -53,11 +53,7 @@ def test_replicas_share_the_bytes(replicas: dict[str, Any]) -> None:
 @given(
     model=models(),
     layout=st.sampled_from(
-        [
-            ParallelLayout(tensor=2, pipeline=2, data=2),
-            ParallelLayout(tensor=2, data=3),
-            ParallelLayout(pipeline=3),
-        ]
+        [ParallelLayout(tensor=2, pipeline=2, data=2), ParallelLayout(tensor=2, data=3), ParallelLayout(pipeline=3)]
     ),
     bucket_bytes=st.sampled_from([640, 5000]),
 )

@@ -110,6 +110,16 @@ def test_an_export_is_filled_as_the_weights_arrive_and_says_what_it_holds(source
     assert (records[0]["source"], records[0]["dtype"]) == ("source", "float32")
 
 
+def test_an_export_for_which_there_is_no_room_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    room = os.statvfs(tmp_path)
+    large = model_from_config(config(vocab_size=room.f_blocks * room.f_frsize // 48))
+    (source / "config.json").write_text(json.dumps(large.config))
+    words = r"no room for the \d+ bytes of model\.safetensors"
+    with pytest.raises(OSError, match=words), hf.writing(tmp_path / "export", source, torch.float32, float("inf")):
+        raise AssertionError("nothing can be filled")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_an_index_and_files_that_contradict_each_other_are_refused(sharded: Path) -> None:
     path = sharded / hf.INDEX
     weight_map = json.loads(path.read_text())["weight_map"]

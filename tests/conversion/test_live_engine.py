@@ -74,7 +74,7 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout, Way]], tensor
             port=store.port,
             name=f"case {number}",
             bucket_bytes=BUCKET_BYTES,
-            timeout_seconds=200.0,
+            timeout_seconds=500.0,
         )
         world, request = prepared(model, layout, route, place)
         requests.append(request)

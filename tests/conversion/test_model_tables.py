@@ -26,7 +26,7 @@ from torch import Tensor
 
 from conversion.families import Model, RopeScaling, UnsupportedModelError, model_from_config, read_model
 from conversion.megatron import check_tensors
-from conversion.tiles import ParallelLayout, share
+from conversion.tiles import ParallelLayout
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -242,11 +242,6 @@ def test_sizes_that_do_not_divide_are_named(sizes: dict[str, Any], layout: dict[
     with pytest.raises(ValueError, match=words):
         model.vllm_tiles(layout["workers"]) if "workers" in layout else model.megatron_tiles(ParallelLayout(**layout))
     assert model_from_config(config(**THREE_GROUPS)).megatron_tiles(ParallelLayout(tensor=6))  # half a group each
-
-
-def test_a_size_that_does_not_divide_is_named_with_its_axis() -> None:
-    with pytest.raises(ValueError, match="F=7 does not divide by tp=2"):
-        share(7, 2, 0, "F", "tp")
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
