@@ -45,9 +45,9 @@ def _sections(section: type[Section], prefix: str) -> Iterator[str]:
             inner[f"{prefix}{name}."] = key.annotation
         else:
             yield _row(prefix + name, key)
-    for name, found in inner.items():
+    for name, section in inner.items():
         yield ""
-        yield from _sections(found, name)
+        yield from _sections(section, name)
 
 
 def _row(path: str, key: FieldInfo) -> str:
@@ -72,7 +72,7 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is list:
         return "list of text"
     if type(None) in get_args(annotation):
-        return _type(next(one for one in get_args(annotation) if one is not type(None)))
+        return _type(next(kind for kind in get_args(annotation) if kind is not type(None)))
     return _TYPES[annotation if annotation in _TYPES else get_args(annotation)[0]]
 
 

@@ -1,6 +1,7 @@
 """What several folders of tests need: tiny models on disk, of both kinds, made by transformers itself."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,24 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return write
 
 
+@pytest.fixture
+def astar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs `astar ...` in this process and gives exit status, stdout and stderr."""
+    from astar_megatron import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["astar", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, error = capsys.readouterr()
+        return status, out, error
+
+    return run
+
+
 def _transformers() -> Any:
     """The package; without it or what it writes folders with, the test is skipped by the name of what is missing."""
     return [pytest.importorskip(name) for name in ("tokenizers", "safetensors", "transformers")][-1]
@@ -107,16 +126,8 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<user>",
-        "<assistant>",
-        *"0123456789",
-        *"+-= ?.",
-        *"abcdefghijklmnopqrstuvwxyzWA",
-    ]
+    special = ["<unk>", "<s>", "</s>", "<user>", "<assistant>"]
+    pieces = [*special, *"0123456789", *"+-= ?.", *"abcdefghijklmnopqrstuvwxyzWA"]
     tokenizer = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
     return PreTrainedTokenizerFast(

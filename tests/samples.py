@@ -1,12 +1,20 @@
 """Samples of the types that several tests fill in: what a test does not name does not matter to it."""
 
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.types import Prompt, Rollout, StepStats
 
 CONTRACT = Contract(
     model_digest="a" * 64,
@@ -18,6 +26,25 @@ CONTRACT = Contract(
     max_response_tokens=1024,
     stop_token_ids=(2,),
     reward="last_number/1",
+)
+
+STATS = StepStats(
+    loss=0.25,
+    grad_norm=2.0,
+    grad_norms=(2.0, math.inf),
+    learning_rate=1e-6,
+    changed_weights=0.125,
+    skipped=(1,),
+    tokens=4,
+    response_tokens=2,
+    tokens_per_second=8.0,
+    model_flops=1e9,
+    mfu=None,
+    peak_memory_bytes=(5, 6),
+    seconds={"policy": 0.4, "reference": 0.1},
+    logprobs=(-1.0,),
+    reference_logprobs=(-2.0,),
+    losses=(0.25,),
 )
 
 
@@ -45,12 +72,46 @@ def closed_files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & allowed != allowed]
 
 
-def run_config(**sections: dict[str, Any] | str) -> RunConfig:
-    """Return a valid configuration, of files that are not there, with `sections` in place of the usual ones."""
-    required = {
+def output_of(program: str, *arguments: str, **environment: str) -> str:
+    """Return what a program in Python prints, in a process of its own; it fails if that does."""
+    command, env = [sys.executable, "-c", program, *arguments], os.environ | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """A disk that is full after so many bytes of a file, as far as this process can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run_tree(**sections: Any) -> dict[str, Any]:
+    """Return the tree of a valid configuration, of files that are not there, with the keys of `sections` as given."""
+    tree: dict[str, Any] = {
         "run_dir": "runs/x",
         "model": {"path": "m"},
         "data": {"path": "d.jsonl"},
         "reward": {"name": "last_number"},
     }
-    return config.validate(required | sections)
+    for name, section in sections.items():
+        tree[name] = tree.get(name, {}) | section if isinstance(section, dict) else section
+    return tree
+
+
+def run_config(**sections: Any) -> RunConfig:
+    return config.validate(run_tree(**sections))

@@ -16,7 +16,6 @@ import samples
 from fake_engines import Answer, FakeEngines
 from samples import CONTRACT
 
-from astar_megatron import config
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.sweep import sweep
@@ -53,8 +52,8 @@ def _answer(request: Request) -> Answer:
 
 def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last_number", **settings: Any) -> None:
     """Sweep `num_prompts` prompts into `folder`/v_star; `seconds` is the engine's pace, for 13 rows."""
-    tree = {"run_dir": folder, "model": {"path": "m"}, "data": {"path": "p"}, "reward": {"name": reward}}
-    cfg = config.validate(tree | {"sweep": {"num_samples": 4} | settings, "rollout": {"max_num_seqs": 16}})
+    sections = {"reward": {"name": reward}, "sweep": {"num_samples": 4} | settings, "rollout": {"max_num_seqs": 16}}
+    cfg = samples.run_config(run_dir=folder, **sections)
     inputs = Inputs(
         prompts=PROMPTS[:num_prompts],
         eval_sets=[],
@@ -68,8 +67,8 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """Every row on disk, sorted; those written twice come twice."""
     import pyarrow.parquet as pq
 
-    found = [row for path in (folder / "v_star").glob("shard-*.parquet") for row in pq.read_table(path).to_pylist()]
-    return sorted(found, key=lambda row: (row["uid"], row["sample"]))
+    unsorted = [row for path in (folder / "v_star").glob("shard-*.parquet") for row in pq.read_table(path).to_pylist()]
+    return sorted(unsorted, key=lambda row: (row["uid"], row["sample"]))
 
 
 def expected(num_prompts: int = 300, num_samples: int = 4) -> set[tuple[str, int]]:

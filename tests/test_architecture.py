@@ -72,10 +72,7 @@ MAX_FUNCTION_LINES = 50  # a literal table of 10 lines or more inside it does no
 FORBIDDEN_NAMES = {"util", "common", "helper", "manager", "handler"}
 # Words that name no thing, and the folders whose identifiers are none of them.
 WORDS_FOR_NOTHING = {"found", "one", "what", "held", "said"}
-NAMED_BY_THE_THING = (
-    *("conversion", "astar_megatron", "examples", "slurm"),
-    *("tests/algorithm", "tests/conversion", "tests/data", "tests/distributed", "tests/model"),
-)
+NAMED_BY_THE_THING = ("conversion", "astar_megatron", "examples", "slurm", "tests")
 COMPOSES_THE_RUN = ("astar_megatron/run/fleet.py", "Fleet")  # it hands each part its branch of the configuration
 # The one subclass of pickle.Unpickler, which names the types it makes and refuses all others.
 RESTRICTED_UNPICKLER = "conversion/torch_dist.py"
@@ -195,9 +192,8 @@ def programs_that_lean_on_programs(files: list[Source]) -> Iterator[str]:
 def test_the_root_holds_short_programs_that_do_not_import_each_other() -> None:
     for text in ("from astar_megatron import train", "from astar_megatron.sweep import sweep", "\n" * 151):
         assert list(programs_that_lean_on_programs(planted("astar_megatron/evaluate.py", text)))
-    assert not list(
-        programs_that_lean_on_programs(planted("astar_megatron/evaluate.py", "from astar_megatron import x"))
-    )
+    harmless = planted("astar_megatron/evaluate.py", "from astar_megatron import x")
+    assert not list(programs_that_lean_on_programs(harmless))
     check(programs_that_lean_on_programs, "astar_megatron")
 
 
@@ -260,13 +256,8 @@ def test_no_import_cycles() -> None:
 
 def test_rollout_and_model_never_import_each_other_not_even_through_a_third() -> None:
     model = planted("astar_megatron/model/x.py", "from astar_megatron.cluster import y")
-    assert list(
-        meetings_of_policy_and_engine(
-            model
-            + planted("astar_megatron/cluster/y.py", "import astar_megatron.rollout.z")
-            + planted("astar_megatron/rollout/z.py", "")
-        )
-    )
+    third = planted("astar_megatron/cluster/y.py", "import astar_megatron.rollout.z")
+    assert list(meetings_of_policy_and_engine(model + third + planted("astar_megatron/rollout/z.py", "")))
     check(meetings_of_policy_and_engine, "astar_megatron", "conversion")
 
 
@@ -395,7 +386,7 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("program", ["import astar_megatron\n", "import astar_megatron.config\n", HELP])
+@pytest.mark.parametrize("program", ["import astar_megatron.config\n", "import astar_megatron.doctor\n", HELP])
 def test_import_and_help_need_nothing_heavy(program: str) -> None:
     assert "torch" in python("import sys; sys.modules['torch'] = sys\n" + SHOW_HEAVY).stderr
     done = python(program + SHOW_HEAVY)
@@ -592,12 +583,8 @@ def private_places(files: list[Source]) -> Iterator[str]:
 
 
 def test_no_tracked_file_names_a_machine_or_a_registry() -> None:
-    for text in (
-        "x = '/" + "work/main/x'",
-        "cd /" + "home/me",
-        "--extra-" + "index-url x",
-        "https://x.org/" + "simple",
-    ):
+    private = ("x = '/" + "work/main/x'", "cd /" + "home/me", "--extra-" + "index-url x", "https://x.org/" + "simple")
+    for text in private:
         assert list(private_places(planted("README.md", text))), text
     assert not list(private_places(planted("README.md", "src/work/x a/home/b /dev/shm https://pypi.org/project/ray")))
     texts = []

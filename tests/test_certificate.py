@@ -23,6 +23,12 @@ def export(tied_llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the record of an export says of its log-probs."""
+    text = (folder / "conversion.json").read_text()
+    return json.loads(text, parse_constant=pytest.fail)["logprobs"]  # NaN is no JSON
+
+
 def transformers_own(folder: Path, off_by: float):
     """Log-probs by transformers itself, one of them wrong."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -32,8 +38,8 @@ def transformers_own(folder: Path, off_by: float):
         rows = []
         for ids in sequences:
             with torch.no_grad():
-                found = model(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
-            rows.append([float(found[at, token]) for at, token in enumerate(ids[1:])])
+                logprobs = model(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+            rows.append([float(logprobs[at, token]) for at, token in enumerate(ids[1:])])
         rows[-1][7] += off_by
         return rows
 
@@ -54,27 +60,25 @@ def refusal(folder: Path, logprobs: Any) -> dict[str, Any]:
     """What the record says of an export that is refused, as the message does."""
     with pytest.raises(DisagreementError) as caught:
         certify(folder, logprobs)
-    text = (folder / "conversion.json").read_text()
-    found = json.loads(text, parse_constant=pytest.fail)["logprobs"]  # NaN is no JSON
-    assert str(folder) in str(caught.value) and found["reason"] in str(caught.value)
+    record = recorded(folder)
+    assert str(folder) in str(caught.value) and record["reason"] in str(caught.value)
     assert "within" not in str(caught.value)
     assert "holds the weights that it was made from" in str(caught.value)  # a wrong rotary base is no wrong weight
-    return found
+    return record
 
 
 @pytest.mark.parametrize("off_by", [math.nan, math.inf, -math.inf])
 def test_log_probs_that_are_no_numbers_are_refused_on_either_side(
     off_by: float, export: Path, tied_llama: Path, tmp_path: Path
 ) -> None:
-    found = refusal(export, transformers_own(tied_llama, off_by))
-    assert found["max_difference"] is None and found["not_finite"] == ["Megatron"]
+    record = refusal(export, transformers_own(tied_llama, off_by))
+    assert record["max_difference"] is None and record["not_finite"] == ["Megatron"]
     weights = load_file(tied_llama / "model.safetensors")
     weights["model.norm.weight"][5] = off_by
     spoiled = tmp_path / "spoiled"
     write_export(spoiled, weights, tied_llama)
     assert refusal(spoiled, transformers_own(tied_llama, 0.0))["not_finite"] == ["transformers"]
-    found = refusal(spoiled, transformers_own(spoiled, 0.0))
-    assert found["max_difference"] is None and found["not_finite"] == ["Megatron", "transformers"]
+    assert refusal(spoiled, transformers_own(spoiled, 0.0))["not_finite"] == ["Megatron", "transformers"]
 
 
 @pytest.mark.parametrize(("dtype", "right", "wrong"), [(torch.float32, 5e-4, 2e-3), (torch.bfloat16, 0.5, 1.5)])
@@ -84,8 +88,8 @@ def test_a_difference_above_the_limit_of_the_type_is_refused(
     weights = {name: tensor.to(dtype) for name, tensor in load_file(tied_llama / "model.safetensors").items()}
     write_export(tmp_path / "export", weights, tied_llama)
     certify(tmp_path / "export", transformers_own(tmp_path / "export", right))
-    found = refusal(tmp_path / "export", transformers_own(tmp_path / "export", wrong))
-    assert found["max_difference"] > found["limit"]
+    record = refusal(tmp_path / "export", transformers_own(tmp_path / "export", wrong))
+    assert record["max_difference"] > record["limit"]
     assert (tmp_path / "export" / "model.safetensors").exists()
 
 
@@ -95,15 +99,13 @@ def test_large_models_are_not_measured_and_the_record_says_why(export: Path) -> 
 
     size = (export / "model.safetensors").stat().st_size
     words = certify(export, never, max_weight_bytes=size - 1)
-    found = json.loads((export / "conversion.json").read_text())["logprobs"]
-    assert found == {"max_difference": None, "reason": words}
+    assert recorded(export) == {"max_difference": None, "reason": words}
     assert f"{size:,} bytes" in words
 
 
 def test_a_conversion_by_itself_says_that_nobody_compared(export: Path) -> None:
-    found = json.loads((export / "conversion.json").read_text())["logprobs"]
-    assert found["max_difference"] is None
-    assert "nobody has compared" in found["reason"]
+    assert recorded(export)["max_difference"] is None
+    assert "nobody has compared" in recorded(export)["reason"]
 
 
 def test_fixed_sequences_are_fixed_legal_and_spread() -> None:
@@ -128,7 +130,7 @@ def test_a_comparison_that_fails_is_recorded_with_its_reason(export: Path) -> No
 
     with pytest.raises(ValueError, match=rf"{export} is written .* not compared, RuntimeError: no such kernel"):
         certify(export, failing)
-    assert "no such kernel" in json.loads((export / "conversion.json").read_text())["logprobs"]["reason"]
+    assert "no such kernel" in recorded(export)["reason"]
 
 
 def test_large_logits_may_differ_by_more(tied_llama: Path, tmp_path: Path) -> None:
@@ -136,5 +138,4 @@ def test_large_logits_may_differ_by_more(tied_llama: Path, tmp_path: Path) -> No
     weights["model.norm.weight"] *= 1000.0
     write_export(tmp_path / "loud", weights, tied_llama)
     certify(tmp_path / "loud", transformers_own(tmp_path / "loud", 2e-3))
-    found = json.loads((tmp_path / "loud" / "conversion.json").read_text())["logprobs"]
-    assert found["limit"] > 2e-3
+    assert recorded(tmp_path / "loud")["limit"] > 2e-3

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import AstarConfig, CheckpointConfig
-from astar_megatron.data.contract import ContractError
+from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run.checkpoints import Checkpoints
 from astar_megatron.types import Prompt
@@ -29,22 +30,41 @@ class FakePolicy:
         (folder / "progress.json").write_text(json.dumps(progress))
 
 
-def saved(run_dir: Path, keep: int, steps: list[int]) -> list[int]:
-    checkpoints = Checkpoints(run_dir, CheckpointConfig(keep=keep), CONTRACT, {})
+def checkpoints_of(
+    run_dir: Path, contract: Contract = CONTRACT, settings: dict[str, Any] | None = None, keep: int = 2
+) -> Checkpoints:
+    return Checkpoints(run_dir, CheckpointConfig(keep=keep), contract, settings or {})
+
+
+def stream() -> PromptStream:
+    return PromptStream(PROMPTS, 2, 0)
+
+
+def save(checkpoints: Checkpoints, step: int, objective: Astar = FIXED) -> None:
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), step, stream().state(), objective)
+
+
+def astar(live: LiveVStar) -> Astar:
+    return Astar(AstarConfig(), live)
+
+
+def kept(run_dir: Path, keep: int, steps: Iterable[int]) -> list[int]:
+    """The steps whose checkpoints are there once those of `steps` were saved."""
+    checkpoints = checkpoints_of(run_dir, keep=keep)
     for step in steps:
-        checkpoints.save(cast(PolicyGroup, FakePolicy()), step, PromptStream(PROMPTS, 2, 0).state(), FIXED)
+        save(checkpoints, step)
     return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 6, 9])
 def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
-    assert saved(tmp_path, keep, list(range(1, 9))) == list(range(1, 9))[-keep:]
+    assert kept(tmp_path, keep, range(1, 9)) == list(range(1, 9))[-keep:]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000008"
 
 
 def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path: Path) -> None:
-    assert saved(tmp_path, 2, [10, 20]) == [10, 20]
-    assert saved(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
+    assert kept(tmp_path, 2, [10, 20]) == [10, 20]
+    assert kept(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
 
 
 @pytest.mark.parametrize(
@@ -52,48 +72,40 @@ def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path
     [{"prompts": None}, {"prompts": []}, {"v_star": {"beta1": 0.5, "decay": 0.9}}, {"v_star": 7}, {"step": None}],
 )
 def test_progress_that_is_damaged_inside_is_said_to_be(damage: dict[str, Any], tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
-    live, stream = LiveVStar({}, {}, 0.5, 0.9), PromptStream(PROMPTS, 2, 0)
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream.state(), Astar(AstarConfig(), live))
+    checkpoints, live = checkpoints_of(tmp_path), LiveVStar({}, {}, 0.5, 0.9)
+    save(checkpoints, 3, astar(live))
     path = tmp_path / "checkpoints" / "step_00000003" / "progress.json"
     if "beta1" in str(damage):
         damage = {"v_star": damage["v_star"] | {"stage_1": live._digest()}}
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(ValueError, match=r"progress\.json: missing or damaged"):
-        checkpoints.restore(stream, Astar(AstarConfig(), live))
+        checkpoints.restore(stream(), astar(live))
 
 
 def test_a_run_whose_rewards_read_no_special_tokens_is_not_continued_with_those_that_do(tmp_path: Path) -> None:
-    stream = PromptStream(PROMPTS, 2, 0)
-    Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {}).save(
-        cast(PolicyGroup, FakePolicy()), 3, stream.state(), FIXED
-    )
+    save(checkpoints_of(tmp_path), 3)
     now = dataclasses.replace(CONTRACT, kept_token_ids=(5,))
-    with pytest.raises(
-        ContractError, match=r"kept token ids: this run has \[5\], the checkpoint none: its rewards read"
-    ):
-        Checkpoints(tmp_path, CheckpointConfig(), now, {}).restore(stream, FIXED)
+    words = r"kept token ids: this run has \[5\], the checkpoint none: its rewards read"
+    with pytest.raises(ContractError, match=words):
+        checkpoints_of(tmp_path, now).restore(stream(), FIXED)
 
 
 def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(tmp_path: Path) -> None:
     def live(beta1: float) -> LiveVStar:
         return LiveVStar({"0": 0.5}, {"0": 4}, beta1, 0.9)
 
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, {})
-    before, stream = live(0.5), PromptStream(PROMPTS, 2, 0)
+    checkpoints, before, after = checkpoints_of(tmp_path), live(0.5), live(0.5)
     before.add([("0", 1.0)])
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), 3, stream.state(), Astar(AstarConfig(), before))
-    after = live(0.5)
-    assert checkpoints.restore(stream, Astar(AstarConfig(), after)) == 3 and after["0"] == before["0"] != 0.5
+    save(checkpoints, 3, astar(before))
+    assert checkpoints.restore(stream(), astar(after)) == 3 and after["0"] == before["0"] != 0.5
     with pytest.raises(ValueError, match=r"astar\.beta1: the checkpoint's V\* was refreshed with astar\.beta1 0\.5"):
-        checkpoints.restore(stream, Astar(AstarConfig(), live(0.25)))
+        checkpoints.restore(stream(), astar(live(0.25)))
 
 
 def test_a_checkpoint_from_before_the_key_goes_on_without_dither_and_that_is_said(tmp_path: Path) -> None:
     def changed(written: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-        before, now = (Checkpoints(tmp_path, CheckpointConfig(), CONTRACT, keys) for keys in (written, settings))
-        before.save(cast(PolicyGroup, FakePolicy()), 1, PromptStream(PROMPTS, 2, 0).state(), FIXED)
-        return now.changed_settings()
+        save(checkpoints_of(tmp_path, settings=written), 1)
+        return checkpoints_of(tmp_path, settings=settings).changed_settings()
 
     as_saved = "(master weights go on as the checkpoint has them)"
     assert changed({"seed": 1}, {"seed": 1, "optim.dither": True}) == [f"optim.dither False -> True {as_saved}"]

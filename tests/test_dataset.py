@@ -1,21 +1,21 @@
 """`astar data`: what it writes is what data.path reads, and what can't be used is counted."""
 
 import importlib.util
-import json
 import math
 import shutil
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import samples
 import yaml
+from samples import read_jsonl, write_jsonl
 
-from astar_megatron import cli, config
-from astar_megatron.config import DataConfig
+from astar_megatron import config
+from astar_megatron.config import DataConfig, RunConfig
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
@@ -26,47 +26,29 @@ type Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def astar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+def data(astar: Any) -> Command:
     """Return a function that runs `astar data ...` and gives exit status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["astar", "data", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+    return lambda *arguments: astar("data", *arguments)
 
 
-def _jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_gsm8k_and_math_keep_the_final_answer_and_name_suffix_and_reward(astar: Command, tmp_path: Path) -> None:
+def test_gsm8k_and_math_keep_the_final_answer_and_name_suffix_and_reward(data: Command, tmp_path: Path) -> None:
     out = tmp_path / "new" / "prompts.jsonl"
-    source = _jsonl(tmp_path / "gsm8k.jsonl", [{"question": "How?", "answer": "6*200=<<6*200=1200>>1,200\n#### 1,200"}])
-    status, said, _ = astar("gsm8k", source, "--out", out)
-    assert (status, _read(out)) == (0, [{"question": "How?", "answer": "1200"}])
-    assert "reward.name: gsm8k_strict" in said
-    suffix = next(line.partition(": ")[2] for line in said.splitlines() if "data.suffix" in line)
+    source = write_jsonl(
+        tmp_path / "gsm8k.jsonl", [{"question": "How?", "answer": "6*200=<<6*200=1200>>1,200\n#### 1,200"}]
+    )
+    status, report, _ = data("gsm8k", source, "--out", out)
+    assert (status, read_jsonl(out)) == (0, [{"question": "How?", "answer": "1200"}])
+    assert "reward.name: gsm8k_strict" in report
+    suffix = next(line.partition(": ")[2] for line in report.splitlines() if "data.suffix" in line)
     assert yaml.safe_load(suffix) == ' Let\'s think step by step and output the final answer after "####".'
     out = tmp_path / "math" / "prompts.jsonl"
-    source = _jsonl(tmp_path / "math.jsonl", [{"problem": "Why?", "solution": r"\boxed{1} so \boxed{\frac12}"}])
-    status, said, _ = astar("math", source, "--out", out)
-    assert (status, _read(out)) == (0, [{"question": "Why?", "answer": r"\frac12"}])
-    assert "reward.name: math" in said
+    source = write_jsonl(tmp_path / "math.jsonl", [{"problem": "Why?", "solution": r"\boxed{1} so \boxed{\frac12}"}])
+    status, report, _ = data("math", source, "--out", out)
+    assert (status, read_jsonl(out)) == (0, [{"question": "Why?", "answer": r"\frac12"}])
+    assert "reward.name: math" in report
 
 
-def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar: Command, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(data: Command, tmp_path: Path) -> None:
     rows = [
         {"q": "one", "a": 1},
         {"q": "one", "a": "1"},  # an exact duplicate
@@ -75,22 +57,22 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(astar
         {"q": "one", "a": "2"},  # another answer
         {"q": "four", "a": "4"},
     ]
-    source, out = _jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    source, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     arguments = ["jsonl", source, "--out", out, "--question-field", "q", "--answer-field", "a"]
     arguments += ["--reward", "last_number"]
-    status, _, error = astar(*arguments)
+    status, _, error = data(*arguments)
     assert status == 2 and not out.exists()
     assert "5 of 6 rows can't be used" in error
     assert "line 3: the reward last_number can't read the answer" in error and "line 4: no field 'a'" in error
-    status, said, _ = astar(*arguments, "--drop")
-    assert (status, _read(out)) == (0, [{"question": "four", "answer": "4"}])
-    assert "left out: 5 of 6 rows" in said and "5 of 6 rows can't be used" in said
+    status, report, _ = data(*arguments, "--drop")
+    assert (status, read_jsonl(out)) == (0, [{"question": "four", "answer": "4"}])
+    assert "left out: 5 of 6 rows" in report and "5 of 6 rows can't be used" in report
 
 
 @pytest.mark.parametrize("link", ["itself", "symbolic", "hard", "folder"])
-def test_the_source_is_never_overwritten(link: str, astar: Command, tmp_path: Path) -> None:
+def test_the_source_is_never_overwritten(link: str, data: Command, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    source = _jsonl(tmp_path / "data" / "x.jsonl", [{"question": "a", "answer": "1"}])
+    source = write_jsonl(tmp_path / "data" / "x.jsonl", [{"question": "a", "answer": "1"}])
     before, out = source.read_bytes(), tmp_path / "out.jsonl"
     if link == "symbolic":
         out.symlink_to(source)
@@ -98,46 +80,46 @@ def test_the_source_is_never_overwritten(link: str, astar: Command, tmp_path: Pa
         out.hardlink_to(source)
     else:
         out = source
-    status, _, error = astar("jsonl", source.parent if link == "folder" else source, "--out", out)
+    status, _, error = data("jsonl", source.parent if link == "folder" else source, "--out", out)
     assert status == 2 and f"--out: {out} is {source}, which the rows come from" in error
     assert source.read_bytes() == before and out.samefile(source)
 
 
-def test_what_is_there_with_other_prompts_is_kept(astar: Command, tmp_path: Path) -> None:
-    source, out = _jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "1"}]), tmp_path / "out.jsonl"
+def test_what_is_there_with_other_prompts_is_kept(data: Command, tmp_path: Path) -> None:
+    source, out = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "1"}]), tmp_path / "out.jsonl"
     for arguments in (["jsonl", source, "--out", out], ["countdown", "--out", tmp_path / "c", "--rows", 3]):
-        assert astar(*arguments)[0] == astar(*arguments)[0] == 0  # again: the same content
+        assert data(*arguments)[0] == data(*arguments)[0] == 0  # again: the same content
     out.write_text("mine")
     for arguments in (["jsonl", source, "--out", out], ["countdown", "--out", out, "--rows", 3]):
-        status, _, error = astar(*arguments)
+        status, _, error = data(*arguments)
         assert status == 2 and f"--out: {out} is there with other prompts; remove it" in error
     assert out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["gsm8k.jsonl", "./gsm8k", "/no/such/file", "a/b/c"])
-def test_a_file_that_is_not_there_is_not_looked_for_in_the_hub(name: str, astar: Command, tmp_path: Path) -> None:
-    status, _, error = astar("gsm8k", name, "--out", tmp_path / "x.jsonl")
+def test_a_file_that_is_not_there_is_not_looked_for_in_the_hub(name: str, data: Command, tmp_path: Path) -> None:
+    status, _, error = data("gsm8k", name, "--out", tmp_path / "x.jsonl")
     assert status == 2 and f"{name}: no such file or folder" in error
 
 
 @pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])
-def test_what_is_made_is_read_as_prompts(kind: str, astar: Command, tmp_path: Path, tied_llama: Path) -> None:
-    status, said, _ = astar(kind, "--out", tmp_path / "x.jsonl", "--rows", 30, "--seed", 5)
-    assert status == 0 and f"reward.name: {kind}" in said
+def test_what_is_made_is_read_as_prompts(kind: str, data: Command, tmp_path: Path, tied_llama: Path) -> None:
+    status, report, _ = data(kind, "--out", tmp_path / "x.jsonl", "--rows", 30, "--seed", 5)
+    assert status == 0 and f"reward.name: {kind}" in report
     prompts = read_prompts(DataConfig(path=str(tmp_path / "x.jsonl"), max_prompt_tokens=1000), str(tied_llama))
     assert len(prompts) == 30
 
 
-def test_a_data_set_of_the_hub_is_read_by_the_package_datasets(astar: Command, tmp_path: Path) -> None:
+def test_a_data_set_of_the_hub_is_read_by_the_package_datasets(data: Command, tmp_path: Path) -> None:
     if importlib.util.find_spec("datasets") is None:
-        status, _, error = astar("gsm8k", "--out", tmp_path / "x.jsonl")
+        status, _, error = data("gsm8k", "--out", tmp_path / "x.jsonl")
         assert status == 2 and "needs the package datasets" in error
         return
     (tmp_path / "set").mkdir()
-    _jsonl(tmp_path / "set" / "test.jsonl", [{"question": "a", "answer": 1}])
+    write_jsonl(tmp_path / "set" / "test.jsonl", [{"question": "a", "answer": 1}])
     (row,) = hub_rows(str(tmp_path / "set"), None, "test")
     assert (row.where, dict(row.fields)) == ("row 1", {"question": "a", "answer": 1})
-    status, _, error = astar("hf", "no/such-data-set", "--out", tmp_path / "y.jsonl")
+    status, _, error = data("hf", "no/such-data-set", "--out", tmp_path / "y.jsonl")
     assert status == 2 and "can't load it (split 'train')" in error
 
 
@@ -155,27 +137,39 @@ def _stage1(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def stage1(tmp_path: Path, tied_llama: Path) -> Callable[..., tuple[Path, Path]]:
-    """Return a function that writes stage-1 rows and the configuration of a run; it gives both paths."""
+def stage1(tmp_path: Path, tied_llama: Path, data: Command) -> Command:
+    """Return a function that imports stage-1 rows, or again those of before, into the run of tmp_path / "run.yaml"."""
+    tree = samples.run_tree(
+        run_dir=str(tmp_path / "run"),
+        model={"path": str(tied_llama)},
+        data={"path": str(tmp_path / "prompts" / "p.jsonl"), "max_prompt_tokens": 30},
+        sampling={"max_response_tokens": 8},
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
 
-    def write(*rows: dict[str, Any]) -> tuple[Path, Path]:
-        columns = dict.fromkeys(name for row in rows for name in row)
-        table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-        pq.write_table(table, tmp_path / "stage1.parquet")
-        tree = {
-            "run_dir": str(tmp_path / "run"),
-            "model": {"path": str(tied_llama)},
-            "data": {"path": str(tmp_path / "prompts" / "p.jsonl"), "max_prompt_tokens": 30},
-            "reward": {"name": "last_number"},
-            "sampling": {"max_response_tokens": 8},
-        }
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-        return tmp_path / "stage1.parquet", tmp_path / "run.yaml"
+    def run(*rows: dict[str, Any], settings: Sequence[str] = ()) -> tuple[int, str, str]:
+        source = tmp_path / "stage1.parquet"
+        if rows:
+            columns = dict.fromkeys(name for row in rows for name in row)
+            pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), source)
+        overrides = [word for setting in settings for word in ("--set", setting)]
+        return data("import-stage1", source, "--config", tmp_path / "run.yaml", *overrides)
 
-    return write
+    return run
 
 
-def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_rewards(stage1: Any, astar: Command) -> None:
+@pytest.fixture
+def cfg(stage1: Command, tmp_path: Path) -> RunConfig:
+    return config.load(tmp_path / "run.yaml")
+
+
+def columns_of(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("*.parquet"))])
+
+
+def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_rewards(
+    stage1: Command, cfg: RunConfig
+) -> None:
     other = _stage1(
         prompt=[{"role": "user", "content": "What is 1 + 2?"}],
         reward_model={"style": "rule", "ground_truth": "3"},
@@ -183,162 +177,113 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
         eval_1=1.0,
         eval_2=1.0,  # wrong: its last number is 2
     )
-    source, file = stage1(_stage1(), other)
-    status, said, error = astar("import-stage1", source, "--config", file)
+    status, report, error = stage1(_stage1(), other)
     assert status == 0, error
-    assert "6 imported" in said and "1 differ from the published ones" in said
-    cfg = config.load(file)
+    assert "6 imported" in report and "1 differ from the published ones" in report
     prompts = read_prompts(cfg.data, cfg.model.path)
     table = VStarTable.open(cfg.table_dir, contract_of(cfg))
     assert [table.rewards()[prompt.uid] for prompt in prompts] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
-    columns = pa.concat_tables([pq.read_table(path) for path in sorted(cfg.table_dir.glob("*.parquet"))])
-    tok = tokenizer(cfg.model.path)
+    columns, tok = columns_of(cfg.table_dir), tokenizer(cfg.model.path)
     assert columns["finish_reason"].to_pylist() == ["stop", "stop", "length"] * 2  # eight tokens are the limit
     assert columns["response"].to_pylist()[1] == [*tok("3")["input_ids"], tok.eos_token_id]
     assert all(math.isnan(value) for value in columns["logprob"].to_pylist())
-    status, said, _ = astar("import-stage1", source, "--config", file)
-    assert status == 0 and "0 imported, 6 were there" in said
+    status, report, _ = stage1()
+    assert status == 0 and "0 imported, 6 were there" in report
 
 
 def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special_ones(
-    stage1: Any, astar: Command, tmp_path: Path, tied_llama: Path
+    stage1: Command, cfg: RunConfig, tmp_path: Path, tied_llama: Path
 ) -> None:
-    model = Path(shutil.copytree(tied_llama, tmp_path / "model"))
+    model = shutil.copytree(tied_llama, tmp_path / "model")
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
-    source, file = stage1(_stage1(response_0="2<assistant>", response_1="3<user>2", eval_1=1.0))
-    options = ["--set", f"model.path={model}"]
-    status, said, error = astar("import-stage1", source, "--config", file, *options)
-    assert status == 0 and "3 imported" in said, error
-    cfg = config.load(file, options[1:])
-    (path,) = cfg.table_dir.glob("shard-*")
-    tok = tokenizer(cfg.model.path)
-    two, three = (tok.convert_tokens_to_ids(text) for text in "23")
-    assert pq.read_table(path)["response"].to_pylist()[:2] == [[two, 4], [three, 3, two, 2]]
+    row = _stage1(response_0="2<assistant>", response_1="3<user>2", eval_1=1.0)
+    status, report, error = stage1(row, settings=[f"model.path={model}"])
+    assert status == 0 and "3 imported" in report, error
+    two, three = (tokenizer(str(model)).convert_tokens_to_ids(text) for text in "23")
+    assert columns_of(cfg.table_dir)["response"].to_pylist()[:2] == [[two, 4], [three, 3, two, 2]]
 
 
 def test_an_imported_response_that_the_model_has_no_row_for_is_refused(
-    stage1: Any, astar: Command, tmp_path: Path, tied_llama: Path
+    stage1: Command, tmp_path: Path, tied_llama: Path
 ) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tied_llama, model)
+    model = shutil.copytree(tied_llama, tmp_path / "model")
     large = tokenizer(str(model))
     large.add_tokens([f"more{i}" for i in range(300)])
     large.save_pretrained(model)
     tokenizer.cache_clear()
-    source, file = stage1(_stage1(response_1="more299"))
-    status, _, error = astar("import-stage1", source, "--config", file, "--set", f"model.path={model}")
+    status, _, error = stage1(_stage1(response_1="more299"), settings=[f"model.path={model}"])
     assert status == 2 and "1 of 3 responses hold" in error and "vocab_size is 263" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_other_responses_of_the_same_prompts_are_refused_and_nothing_is_written(
-    stage1: Any, astar: Command, tmp_path: Path
+    stage1: Command, cfg: RunConfig
 ) -> None:
-    source, file = stage1(_stage1())
-    assert astar("import-stage1", source, "--config", file)[0] == 0
-    before = sorted((tmp_path / "run" / "v_star").glob("shard-*"))
-    source, file = stage1(_stage1(response_1="4</s>", response_3="2", eval_3=1.0))
-    status, _, error = astar("import-stage1", source, "--config", file)
+    assert stage1(_stage1())[0] == 0
+    before = sorted(cfg.table_dir.glob("shard-*"))
+    status, _, error = stage1(_stage1(response_1="4</s>", response_3="2", eval_3=1.0))
     assert status == 2
     assert "has other responses where 1 of 4 would go, for example response_1 of 'What is 1 + 1?'" in error
-    assert sorted((tmp_path / "run" / "v_star").glob("shard-*")) == before
+    assert sorted(cfg.table_dir.glob("shard-*")) == before
 
 
-def test_a_column_whose_number_begins_with_zeros_is_refused(stage1: Any, astar: Command) -> None:
-    source, file = stage1(_stage1(response_01="2", eval_01=1.0))
-    status, _, error = astar("import-stage1", source, "--config", file)
-    assert status == 2 and "response_01 has zeros before its number" in error
-
-
-def test_duplicates_of_published_rows_are_imported_once_and_counted(stage1: Any, astar: Command) -> None:
-    source, file = stage1(_stage1(), _stage1(response_0="1"), _stage1())
+def test_duplicates_of_published_rows_are_imported_once_and_counted(stage1: Command, cfg: RunConfig) -> None:
     for imported, there in ((3, 0), (0, 3)):
-        status, said, error = astar("import-stage1", source, "--config", file)
+        status, report, error = stage1(_stage1(), _stage1(response_0="1"), _stage1())
         assert status == 0, error
-        assert f"{imported} imported, {there} were there" in said and "2 of 3: duplicates" in said
-    cfg = config.load(file)
-    assert _read(Path(cfg.data.path)) == [{"question": "What is 1 + 1?", "answer": "2"}]
+        assert f"{imported} imported, {there} were there" in report and "2 of 3: duplicates" in report
+    assert read_jsonl(Path(cfg.data.path)) == [{"question": "What is 1 + 1?", "answer": "2"}]
     assert list(VStarTable.open(cfg.table_dir, None).rewards().values()) == [[1.0, 0.0, 1.0]]
 
 
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reward_model": {"style": "rule", "ground_truth": "3"}}, "2 of 2 rows can't be used"),
-        (
-            {"prompt": [{"role": "user", "content": "x"}], "response_1": "7 " * 9},
-            "1 of 6 responses exceed sampling.max_response_tokens = 8",
-        ),
-        ({"prompt": [{"role": "user", "content": "x" * 31}]}, "1 of 2 prompts exceed data.max_prompt_tokens = 30"),
-        (
-            {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"style": "rule", "ground_truth": "y"}},
-            "1 of 2 prompts can't be scored",
-        ),
+        ({"reward_model": {"ground_truth": "3"}}, "2 of 2 rows can't be used"),
+        ({"prompt": _user("x"), "response_1": "7 " * 9}, "1 of 6 responses exceed sampling.max_response_tokens = 8"),
+        ({"prompt": _user("x" * 31)}, "1 of 2 prompts exceed data.max_prompt_tokens = 30"),
+        ({"prompt": _user("x"), "reward_model": {"ground_truth": "y"}}, "1 of 2 prompts can't be scored"),
+        ({"eval_1": None}, "1 of 2 rows can't be used"),
+        ({"eval_1": None}, "row 2: eval_1 is None, expected a finite number"),
+        ({"eval_1": math.nan}, "row 2: eval_1 is nan"),
+        ({"response_2": None}, "row 2: response_2 is None, expected text"),
+        ({"response_7": "2"}, "row 2: eval_7 is None, expected a finite number"),
+        ({"eval_8": 1.0}, "row 2: response_8 is None, expected text"),
+        ({f"{name}_{i}": None for name in ("response", "eval") for i in range(3)}, "row 2: it has no response_i"),
+        ({"response_01": "2", "eval_01": 1.0}, "response_01 has zeros before its number"),
+        ({"reward_model": {"ground_truth": ""}}, "ground_truth is ''"),
+        ({"prompt": [{"role": "system", "content": "x"}]}, "expected a chat of one user message"),
+        ({"prompt": _user(" ")}, "row 2: the user message is ' '"),
     ],
 )
 def test_an_import_that_is_refused_writes_nothing(
-    change: dict[str, Any], message: str, stage1: Any, astar: Command
+    change: dict[str, Any], message: str, stage1: Command, cfg: RunConfig
 ) -> None:
-    source, file = stage1(_stage1(), _stage1(**change))
-    status, _, error = astar("import-stage1", source, "--config", file)
-    assert status == 2 and message in error
-    cfg = config.load(file)
+    status, _, error = stage1(_stage1(), _stage1(**change))
+    assert status == 2 and message in error, error
     assert not Path(cfg.data.path).exists() and not cfg.table_dir.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"eval_1": None}, "eval_1 is None, expected a finite number"),
-        ({"eval_1": math.nan}, "eval_1 is nan"),
-        ({"response_2": None}, "response_2 is None, expected text"),
-        ({"reward_model": {"style": "rule", "ground_truth": ""}}, "ground_truth is ''"),
-        ({"prompt": [{"role": "system", "content": "x"}]}, "expected a chat of one user message"),
-        ({"prompt": [{"role": "user", "content": " "}]}, "the user message is ' '"),
-    ],
-)
-def test_stage1_rows_that_lack_a_part_are_refused_and_nothing_is_written(
-    stage1: Any, astar: Command, change: dict[str, Any], message: str
-) -> None:
-    source, file = stage1(_stage1(), _stage1(**change))
-    status, _, error = astar("import-stage1", source, "--config", file)
-    assert status == 2
-    assert "1 of 2 rows can't be used" in error and "row 2: " in error and message in error
-    assert not Path(config.load(file).data.path).exists()
-
-
-def test_every_published_pair_is_imported_whatever_the_first_row_has(stage1: Any, astar: Command) -> None:
-    short = _stage1(
-        prompt=[{"role": "user", "content": "x"}], response_0=None, eval_0=None, response_2=None, eval_2=None
-    )
-    source, file = stage1(short, _stage1(response_9="2", eval_9=1.0), _stage1(response_9="2", eval_9=1.0))
-    status, said, error = astar("import-stage1", source, "--config", file)
+def test_every_published_pair_is_imported_whatever_the_first_row_has(stage1: Command, cfg: RunConfig) -> None:
+    short = _stage1(prompt=_user("x"), response_0=None, eval_0=None, response_2=None, eval_2=None)
+    status, report, error = stage1(short, *[_stage1(response_9="2", eval_9=1.0)] * 2)
     assert status == 0, error
-    assert "5 imported" in said and "responses left out: 4," in said and "responses a prompt: 1 to 4" in said
-    cfg = config.load(file)
-    columns = pa.concat_tables([pq.read_table(path) for path in sorted(cfg.table_dir.glob("*.parquet"))])
-    assert columns["sample"].to_pylist() == [1, 0, 1, 2, 9]
-    status, said, _ = astar("import-stage1", source, "--config", file)
-    assert status == 0 and "0 imported, 5 were there" in said
+    assert "5 imported" in report and "responses left out: 4," in report and "responses a prompt: 1 to 4" in report
+    assert columns_of(cfg.table_dir)["sample"].to_pylist() == [1, 0, 1, 2, 9]
+    status, report, _ = stage1()
+    assert status == 0 and "0 imported, 5 were there" in report
 
 
-def test_half_a_published_pair_is_refused_wherever_it_stands(stage1: Any, astar: Command) -> None:
-    empty = {f"{name}_{i}": None for name in ("response", "eval") for i in range(3)}
-    source, file = stage1(_stage1(), _stage1(response_7="2"), _stage1(eval_8=1.0), _stage1(**empty))
-    status, _, error = astar("import-stage1", source, "--config", file)
-    assert status == 2 and "3 of 4 rows can't be used" in error
-    assert "row 2: eval_7 is None, expected a finite number" in error
-    assert "row 3: response_8 is None, expected text" in error and "row 4: it has no response_i" in error
-
-
-def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Any, astar: Command) -> None:
-    source, file = stage1({"prompt": [], "eval_0": 1.0})
-    assert "no stage-1 data set: expected columns" in astar("import-stage1", source, "--config", file)[2]
-    source, file = stage1(_stage1())
-    assert "data.suffix" in astar("import-stage1", source, "--config", file, "--set", "data.suffix=x")[2]
-    prompts = Path(config.load(file).data.path)
+def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Command, cfg: RunConfig) -> None:
+    assert "no stage-1 data set: expected columns" in stage1({"prompt": [], "eval_0": 1.0})[2]
+    assert "data.suffix" in stage1(_stage1(), settings=["data.suffix=x"])[2]
+    prompts = Path(cfg.data.path)
     prompts.parent.mkdir()
     prompts.write_text('{"question": "mine", "answer": "1"}\n')
-    status, _, error = astar("import-stage1", source, "--config", file)
+    status, _, error = stage1(_stage1())
     assert status == 2 and "is there with other prompts" in error
     assert prompts.read_text() == '{"question": "mine", "answer": "1"}\n'

@@ -1,6 +1,5 @@
 """Evaluation: what rollouts say in numbers, files and tables. The engines are a fake that answers from a list."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import samples
 from fake_engines import FakeEngines
 from rich.console import Console
 
-from astar_megatron import config
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data.rows import PromptError
@@ -40,19 +38,17 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
     eval_set = EvalSet(name="x", prompts=prompts, reward=RewardConfig(name="math"), num_samples=4)
     right, wrong, other = r"\boxed{5}", r"\boxed{6}", "no answer..."
     texts = [[right, right, wrong, other], [right, wrong, wrong, other], [other, other, other, other]]
-    greedy = [
-        _rollout(prompts[i], text, reward=reward) for i, (text, reward) in enumerate(((right, 1.0), (wrong, 0.0)))
-    ]
+    greedy = [_rollout(prompts[0], right, reward=1.0), _rollout(prompts[1], wrong, reward=0.0)]
     greedy.append(_rollout(prompts[2], other, reward=None))  # it could not be scored: that counts 0
     sampled = [
         _rollout(prompt, text, sample, float(text == right))
         for prompt, row in zip(prompts, texts, strict=True)
         for sample, text in enumerate(row)
     ]
-    found = summary(eval_set, greedy, sampled)
-    assert (found.prompts, found.num_samples, found.reward_mean) == (3, 4, pytest.approx(1 / 3))
-    assert found.greedy.error == pytest.approx(1 / 3)  # of 1, 0, 0: sqrt((4/9 + 1/9 + 1/9) / 2 / 3)
-    means = {name: estimate.mean for name, estimate in found.sampled.items()}
+    score = summary(eval_set, greedy, sampled)
+    assert (score.prompts, score.num_samples, score.reward_mean) == (3, 4, pytest.approx(1 / 3))
+    assert score.greedy.error == pytest.approx(1 / 3)  # of 1, 0, 0: sqrt((4/9 + 1/9 + 1/9) / 2 / 3)
+    means = {name: estimate.mean for name, estimate in score.sampled.items()}
     assert means == {
         "avg@4": pytest.approx((2 / 4 + 1 / 4 + 0) / 3),
         "maj@4": pytest.approx((1 + 0 + 0) / 3),
@@ -60,9 +56,9 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
         "pass@2": pytest.approx((1 - 1 / 6 + 1 / 2 + 0) / 3),
         "pass@4": pytest.approx(2 / 3),
     }
-    assert found.truncated == pytest.approx((1 + 1 + 1 + 4) / 15)
-    assert found.formatted == pytest.approx(1 - found.truncated)
-    assert found.sampled["avg@4"].error == pytest.approx(math.sqrt((0.25**2 + 0.25**2) / 2 / 3))
+    assert score.truncated == pytest.approx((1 + 1 + 1 + 4) / 15)
+    assert score.formatted == pytest.approx(1 - score.truncated)
+    assert score.sampled["avg@4"].error == pytest.approx(math.sqrt((0.25**2 + 0.25**2) / 2 / 3))
 
 
 @pytest.mark.parametrize(
@@ -89,19 +85,19 @@ def test_the_vote_is_by_the_value_that_the_reward_compares(
     prompt, reward = _prompt(0, answer), rewards.get(name)
     eval_set = EvalSet(name="x", prompts=[prompt], reward=RewardConfig(name=name), num_samples=len(texts))
     sampled = [_rollout(prompt, text, i, reward(text, answer)) for i, text in enumerate(texts)]
-    found = summary(eval_set, sampled[:1], sampled)
-    assert found.sampled[f"maj@{len(texts)}"].mean == 1
+    score = summary(eval_set, sampled[:1], sampled)
+    assert score.sampled[f"maj@{len(texts)}"].mean == 1
     count = len(texts)
-    assert found.formatted == pytest.approx((1 + count * formatted) / (count + 1))  # the greedy one too
+    assert score.formatted == pytest.approx((1 + count * formatted) / (count + 1))  # the greedy one too
 
 
 def test_answers_of_a_reward_of_another_are_not_compared() -> None:
     eval_set = EvalSet(name="x", prompts=[_prompt(0)], reward=RewardConfig(name="some.module:f"), num_samples=2)
     sampled = [_rollout(_prompt(0), "a", sample, 0.5) for sample in range(2)]
-    found = summary(eval_set, [_rollout(_prompt(0), "a", reward=0.5)], sampled)
-    assert list(found.sampled) == ["avg@2", "pass@1", "pass@2"]
-    assert found.formatted is None and math.isnan(found.greedy.error)
-    assert "in the asked form" not in markdown([found])
+    score = summary(eval_set, [_rollout(_prompt(0), "a", reward=0.5)], sampled)
+    assert list(score.sampled) == ["avg@2", "pass@1", "pass@2"]
+    assert score.formatted is None and math.isnan(score.greedy.error)
+    assert "in the asked form" not in markdown([score])
 
 
 @pytest.fixture
@@ -112,21 +108,18 @@ def run(tmp_path: Path, tied_llama: Path) -> Callable[..., RunConfig]:
         "gsm8k_test.jsonl": [{"question": "How many? " * 20, "answer": "thinking\n#### 7"}],
     }
     for name, rows in files.items():
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "prompts.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+        samples.write_jsonl(tmp_path / name, rows)
+    samples.write_jsonl(tmp_path / "prompts.jsonl", [{"question": "1 + 1?", "answer": "2"}])
 
     def make(**changes: Any) -> RunConfig:
-        tree: dict[str, Any] = {
-            "run_dir": str(tmp_path / "run"),
+        sections: dict[str, dict[str, Any]] = {
             "model": {"path": str(tied_llama), "dtype": "float32"},
             "data": {"path": str(tmp_path / "prompts.jsonl"), "max_prompt_tokens": 120},
-            "reward": {"name": "last_number"},
             "sampling": {"max_response_tokens": 8},
             "eval": {"folder": str(tmp_path)},
         }
-        for name, section in changes.items():
-            tree[name] = tree[name] | section
-        return config.validate(tree)
+        merged = {name: section | changes.get(name, {}) for name, section in sections.items()}
+        return samples.run_config(run_dir=str(tmp_path / "run"), **merged)
 
     return make
 
@@ -136,13 +129,13 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir, Console(quiet=True))
     engines = engines_that(lambda asked: rf"\boxed{{{asked.prompt.answer if asked.greedy or asked.sample else 'no'}}}")
-    (found,) = evaluate(cfg, inputs, engines, tracker, "eval")
-    assert (found.name, found.reward, found.greedy.mean) == ("amc23", "boxed_integer", 1.0)
-    assert found.sampled["avg@3"].mean == pytest.approx(2 / 3) and found.sampled["maj@3"].mean == 1.0
+    (score,) = evaluate(cfg, inputs, engines, tracker, "eval")
+    assert (score.name, score.reward, score.greedy.mean) == ("amc23", "boxed_integer", 1.0)
+    assert score.sampled["avg@3"].mean == pytest.approx(2 / 3) and score.sampled["maj@3"].mean == 1.0
     requests = [request for _, request in engines.asked]
     assert [request.greedy for request in requests] == [True] * 3 + [False] * 9
     assert len({request.seed for request in requests[3:]}) == 9  # one for each sample of each problem
-    rows = [json.loads(line) for line in (tracker.run_dir / "eval_amc23.jsonl").read_text().splitlines()]
+    rows = samples.read_jsonl(tracker.run_dir / "eval_amc23.jsonl")
     assert [row["sample"] for row in rows] == ["greedy"] * 3 + [0, 1, 2] * 3
     assert [row["answer"] for row in rows[:3]] == ["0", "2", "4"]
     assert rows[3] | {"uid": ""} == {
@@ -164,8 +157,7 @@ def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(
 ) -> None:
     drawn = []
     for changed in (lambda rows: rows, lambda rows: rows[:0:-1]):
-        rows = changed((tmp_path / "amc23.jsonl").read_text().splitlines())
-        (tmp_path / "amc23.jsonl").write_text("".join(row + "\n" for row in rows))
+        samples.write_jsonl(tmp_path / "amc23.jsonl", changed(samples.read_jsonl(tmp_path / "amc23.jsonl")))
         cfg, engines = run(eval={"benchmarks": ["amc23"], "num_samples": 2}), engines_that(lambda asked: "")
         tracker = Tracker(cfg.run_dir, Console(quiet=True))
         evaluate(cfg, prepare(cfg, for_training=False), engines, tracker, "eval")

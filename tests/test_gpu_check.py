@@ -57,12 +57,6 @@ def test_a_test_without_its_packages_is_skipped_by_name(missing: str, tmp_path: 
     assert any(f"No module named '{package}" in done.stdout for package in missing.split())
 
 
-def test_the_table_of_the_head_needs_torch_and_triton_alone(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed: the table needs it")
-    done = run([sys.executable, "tests/benchmarks/gpu_head.py"], tmp_path, OTHERS)
-    assert done.returncode == 1 and done.stderr.startswith("gpu-check: torch ") and "sees no GPU" in done.stderr
-
-
 def test_the_table_of_a_rank_runs_without_a_gpu_too(tmp_path: Path) -> None:
     """A tiny shape: the program that watches over the fusions is itself known to work."""
     for package in ("megatron", "pydantic", "safetensors", "yaml"):
@@ -75,12 +69,20 @@ def test_the_table_of_a_rank_runs_without_a_gpu_too(tmp_path: Path) -> None:
     assert row["shape"] == "tiny" and row["step, s"] > 0 and row["tokens/s"] > 0 and row["peak GiB"] > 0
 
 
-def test_the_table_of_a_rank_says_what_it_lacks(tmp_path: Path) -> None:
-    command = [sys.executable, "tests/benchmarks/gpu_rank.py"]
-    done = run(command, tmp_path, "megatron")
-    assert done.returncode == 0 and done.stdout.startswith("gpu-check: no megatron here: the table")
-    done = run(command, tmp_path, "")
-    assert done.returncode == 1 and "sees no GPU" in done.stderr
+@pytest.mark.parametrize(
+    ("program", "missing", "status", "words"),
+    [
+        ("gpu_head.py", OTHERS, 1, "sees no GPU"),  # it needs torch and Triton alone
+        ("gpu_rank.py", "megatron", 0, "gpu-check: no megatron here: the table"),
+        ("gpu_rank.py", "", 1, "sees no GPU"),
+    ],
+)
+def test_a_table_says_what_it_lacks(program: str, missing: str, status: int, words: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: the tables need it")
+    done = run([sys.executable, f"tests/benchmarks/{program}"], tmp_path, missing)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == status and len(lines) == 1, lines
+    assert lines[0].startswith("gpu-check: ") and words in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def defined(file: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
-            methods = (one for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef))
+            methods = (method for method in node.body if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef))
             names |= {f"{node.name}.{method.name}" for method in methods}
     return names
 
@@ -119,13 +119,10 @@ def defined(file: Path) -> set[str]:
 @each_page
 def test_every_file_and_function_that_is_named_exists(page: Path) -> None:
     new = {"my_reward.py", "astar_megatron/algorithm/reinforce.py"}  # the reader's own
+    assert page != SYSTEM or len([name for _, _, name in named_files(page) if name]) >= 15  # the hops
     for written, file, name in named_files(page):
         assert written in new or file is not None, f"{written}: no such file"
         assert not (file and name) or name in defined(file), f"{written} has no {name}"
-
-
-def test_the_hops_name_functions() -> None:
-    assert len([name for _, _, name in named_files(SYSTEM) if name]) >= 15
 
 
 # --- commands and keys
@@ -135,10 +132,8 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every `astar` command line of a page, without those before."""
     lines = "\n".join([*blocks(text_of(page), ""), *re.findall(r"`([^`\n]+)`", prose(text_of(page)))])
     lines = re.sub(r"\s# .*$|\\\n", "", lines, flags=re.MULTILINE)  # comments, and lines that go on
-    found = re.findall(
-        r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|convert|doctor) .+)$", lines, re.MULTILINE
-    )
-    return [shlex.split(line) for line in found]
+    command = r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|convert|doctor) .+)$"
+    return [shlex.split(line) for line in re.findall(command, lines, re.MULTILINE)]
 
 
 def parse(words: list[str]) -> dict[str, Any]:
@@ -257,7 +252,7 @@ def test_the_method_of_the_page_is_an_objective(tmp_path: Path, monkeypatch: pyt
     losses.sum().backward()
     assert losses.tolist() == [2.25, -1.75]  # -(1 - 0.25) * -3, -(0 - 0.25) * -7
     assert logprobs.grad is not None and logprobs.grad.tolist() == [-0.75, -0.75, 0.25, 0.25]
-    stats = test_train.STATS
+    stats = samples.STATS
     health = steps.health_of(objective, drawn[:1], stats, 0, 1)
     line = steps.metrics_of(0, drawn[:1], health, stats, 4, dict.fromkeys(("generate", "publish", "total"), 1.0))
     assert "log-ratio +1.00" in steps.line_of(line, 1)
@@ -272,9 +267,9 @@ def test_the_library_page_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / MODEL).parent.mkdir(parents=True)
     (tmp_path / MODEL).symlink_to(tied_llama)
-    said = []
+    outputs = []
     for block in blocks(text, "python"):
         code = block.replace("tensor=3", "tensor=2")  # this model's heads
         exec(compile(code, str(CONVERSION), "exec"), {})
-        said.append(capsys.readouterr().out)
-    assert "the same " in said[0] and blocks(text, "text") == [said[1]] and "copies from 4 ranks" in said[2]
+        outputs.append(capsys.readouterr().out)
+    assert "the same " in outputs[0] and blocks(text, "text") == [outputs[1]] and "copies from 4 ranks" in outputs[2]

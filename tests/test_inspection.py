@@ -1,23 +1,25 @@
 """`astar sweep --inspect`: what it says of a table, without a model, Ray or vLLM."""
 
 import dataclasses
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import samples
 from sweep_jobs import CONTRACT, PROMPTS, answer
 
-from astar_megatron import config
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
 from astar_megatron.inspection import _histogram, main
 
-TREE = {"model": {"path": "no/such"}, "data": {"path": "none"}, "reward": {"name": "last_number"}}
+
+def shown_of(folder: Path, capsys: pytest.CaptureFixture[str], **sections: Any) -> str:
+    """What `--inspect` prints of the table in `folder`, as one line."""
+    main(samples.run_config(run_dir=str(folder), **sections))
+    return " ".join(capsys.readouterr().out.split())
 
 
 def fill(folder: Path, values: tuple[float, ...]) -> None:
@@ -37,30 +39,26 @@ def test_inspect_shows_shares_quantiles_and_tokens_and_draws(
     tmp_path: Path, values: tuple[float, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(tmp_path / "v_star", values)
-    main(config.validate(TREE | {"run_dir": str(tmp_path)}))
-    shown = capsys.readouterr().out
-    held = VStarTable.open(tmp_path / "v_star", None).summary()
+    shown = shown_of(tmp_path, capsys)
+    summary = VStarTable.open(tmp_path / "v_star", None).summary()
     assert "samples a prompt: 4: 39 prompts, 8: 1 prompts" in shown
-    assert f"{held.all_wrong:.1%} / {held.all_right:.1%} of the prompts" in shown
-    assert f"tokens spent: {held.response_tokens} of responses" in shown
+    assert f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts" in shown
+    assert f"tokens spent: {summary.response_tokens} of responses" in shown
     assert "width of the 95 % interval: " in shown and "nan" not in shown
     assert (tmp_path / "v_star.png").stat().st_size > 5000
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    ("samples", "said"), [((1, 1), "unknown: it takes more"), ((1, 3), "(of 1 prompts; the others have one sample)")]
+    ("counts", "words"), [((1, 1), "unknown: it takes more"), ((1, 3), "(of 1 prompts; the others have one sample)")]
 )
 def test_prompts_with_one_sample_show_no_nan(
-    tmp_path: Path, samples: tuple[int, int], said: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, counts: tuple[int, int], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [
-        dataclasses.replace(answer(PROMPTS[i], n, n), reward=0.1 + i / 2) for i in (0, 1) for n in range(samples[i])
-    ]
+    rows = [dataclasses.replace(answer(PROMPTS[i], n, n), reward=0.1 + i / 2) for i in (0, 1) for n in range(counts[i])]
     VStarTable.create_or_open(tmp_path / "v_star", CONTRACT).append(rows)
-    main(config.validate(TREE | {"run_dir": str(tmp_path)}))
-    shown = " ".join(capsys.readouterr().out.split())
-    assert said in shown and "nan" not in shown and "inf" not in shown
+    shown = shown_of(tmp_path, capsys)
+    assert words in shown and "nan" not in shown and "inf" not in shown
 
 
 def test_every_prompt_is_in_one_bar() -> None:
@@ -70,7 +68,7 @@ def test_every_prompt_is_in_one_bar() -> None:
 
 
 def test_a_table_without_rows_or_none_at_all_is_a_clear_error(tmp_path: Path) -> None:
-    cfg = config.validate(TREE | {"run_dir": str(tmp_path)})
+    cfg = samples.run_config(run_dir=str(tmp_path))
     with pytest.raises(MissingTableError, match="run `astar sweep`"):
         main(cfg)
     VStarTable.create_or_open(tmp_path / "v_star", CONTRACT)
@@ -81,46 +79,34 @@ def test_a_table_without_rows_or_none_at_all_is_a_clear_error(tmp_path: Path) ->
 def test_it_says_what_the_table_was_made_under_and_whether_this_run_could_use_it(
     tmp_path: Path, tied_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = config.validate(TREE | {"run_dir": str(tmp_path), "model": {"path": str(tied_llama)}})
-    contract, rows = contract_of(cfg), [dataclasses.replace(answer(PROMPTS[0], n, n), reward=1.0) for n in range(2)]
+    model = {"path": str(tied_llama)}
+    contract = contract_of(samples.run_config(model=model))
+    rows = [dataclasses.replace(answer(PROMPTS[0], n, n), reward=1.0) for n in range(2)]
     table = VStarTable.create_or_open(tmp_path / "v_star", dataclasses.replace(contract, temperature=0.5))
     table.append(rows)
-    main(cfg)
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = shown_of(tmp_path, capsys, model=model)
     assert "temperature: 0.5" in shown and f"reward: {contract.reward}" in shown
     assert "this run can't use it: temperature: this run has 1.0, the table 0.5" in shown
     shutil.rmtree(tmp_path / "v_star")
     VStarTable.create_or_open(tmp_path / "v_star", contract).append(rows)
-    main(cfg)
-    assert "this run's contract is the same" in " ".join(capsys.readouterr().out.split())
+    assert "this run's contract is the same" in shown_of(tmp_path, capsys, model=model)
     shutil.rmtree(tmp_path / "v_star")  # made by a version whose rewards read no special tokens: <assistant> is 4
     earlier = VStarTable.create_or_open(tmp_path / "v_star", dataclasses.replace(contract, kept_token_ids=()))
     earlier.append([dataclasses.replace(row, token_ids=(5, 2)) for row in rows])
-    main(cfg)
-    assert "this run's contract is the same" in " ".join(capsys.readouterr().out.split())
+    assert "this run's contract is the same" in shown_of(tmp_path, capsys, model=model)
     earlier.append([dataclasses.replace(rows[0], token_ids=(5, 4), sample=2)])
-    main(cfg)
-    assert "can't use it: kept token ids" in " ".join(capsys.readouterr().out.split())
+    assert "can't use it: kept token ids" in shown_of(tmp_path, capsys, model=model)
 
 
 def test_inspect_runs_on_a_machine_without_ray_vllm_megatron_and_transformers(tmp_path: Path) -> None:
     fill(tmp_path / "v_star", (0.0, 1.0))
-    (tmp_path / "run.yaml").write_text(str(TREE | {"run_dir": str(tmp_path)}))
+    (tmp_path / "run.yaml").write_text(str(samples.run_tree(run_dir=str(tmp_path))))
     program = (
         "import runpy, sys\n"
         "for name in ('ray', 'vllm', 'megatron', 'transformers'): sys.modules[name] = None\n"
         f"sys.argv = ['astar', 'sweep', '--inspect', '--config', {str(tmp_path / 'run.yaml')!r}]\n"
         "runpy.run_module('astar_megatron.cli', run_name='__main__')\n"
     )
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "prompts by mean reward" in done.stdout
-    assert "not compared with this run's contract: " in done.stdout
+    shown = samples.output_of(program, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert "prompts by mean reward" in shown
+    assert "not compared with this run's contract: " in shown

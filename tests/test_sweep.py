@@ -123,14 +123,6 @@ def test_a_job_ends_the_work_of_one_that_was_killed_beside_it(tmp_path: Path, st
     assert keys(tmp_path) == sorted(expected())
 
 
-def test_more_samples_buy_only_the_difference(tmp_path: Path, start: Start) -> None:
-    finish(start(tmp_path, 0.0, num_samples=2, num_prompts=50))
-    before = {path.name for path in (tmp_path / "v_star").glob("shard-*")}
-    finish(start(tmp_path, 0.0, num_samples=5, num_prompts=50))
-    assert before < {path.name for path in (tmp_path / "v_star").glob("shard-*")}
-    assert keys(tmp_path) == sorted(expected(50, 5))
-
-
 def test_samples_that_could_not_be_scored_are_drawn_again_by_the_next_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import samples
 import torch
+from samples import STATS
 
 from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.config import AstarConfig
 from astar_megatron.run import steps
-from astar_megatron.types import Prompt, StepStats
+from astar_megatron.types import Prompt
 
 # Every key of a line. A change here is a change of what people's plots read: it belongs in CHANGELOG.md, and in
 # the table of astar_megatron/README.md.
@@ -28,24 +29,6 @@ KEYS_OF_OTHER_METHODS = {"flat_groups", "value_mean", "value_error"}
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
 ROLLOUT = samples.rollout(PROMPT, truncated=True, first_version=3, last_version=3)
 OBJECTIVE = Astar(AstarConfig(), LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None))
-STATS = StepStats(
-    loss=0.25,
-    grad_norm=2.0,
-    grad_norms=(2.0, math.inf),
-    learning_rate=1e-6,
-    changed_weights=0.125,
-    skipped=(1,),
-    tokens=4,
-    response_tokens=2,
-    tokens_per_second=8.0,
-    model_flops=1e9,
-    mfu=None,
-    peak_memory_bytes=(5, 6),
-    seconds={"policy": 0.4, "reference": 0.1},
-    logprobs=(-1.0,),
-    reference_logprobs=(-2.0,),
-    losses=(0.25,),
-)
 
 
 def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:

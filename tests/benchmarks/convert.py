@@ -24,30 +24,14 @@ import time
 from pathlib import Path
 
 import torch
+from gpu_models import SHAPES
 
 from conversion import hf, rewrite
 from conversion.ends import open_end
 from conversion.families import model_from_config
 from conversion.tiles import ParallelLayout
 
-QWEN = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "dtype": "bfloat16",
-}
-QWEN_1_5B = QWEN | {
-    "num_hidden_layers": 28,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "vocab_size": 151936,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-QWEN_72B = QWEN | {
+QWEN_72B = SHAPES["1.5b"] | {
     "num_hidden_layers": 80,
     "hidden_size": 8192,
     "intermediate_size": 29568,
@@ -101,7 +85,7 @@ def warm(source: Path, folder: Path) -> None:
 
 def random_model(folder: Path, layers: int) -> Path:
     (folder / "config").mkdir()
-    (folder / "config" / "config.json").write_text(json.dumps(QWEN_1_5B | {"num_hidden_layers": layers}))
+    (folder / "config" / "config.json").write_text(json.dumps(SHAPES["1.5b"] | {"num_hidden_layers": layers}))
     generator = torch.Generator().manual_seed(0)
     with hf.writing(folder / "source", folder / "config", torch.bfloat16) as export:
         for tensor in export.tensors.values():
@@ -125,14 +109,14 @@ def measured(folder: Path, rounds: int, layers: int) -> dict[str, object]:
         "megatron": lambda: in_a_process("hf-to-megatron", source, folder / "megatron"),
         "hf": lambda: in_a_process("megatron-to-hf", folder / "megatron", folder / "hf"),
     }
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+    measured_runs: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             shutil.rmtree(folder / name, ignore_errors=True)
-            found[name].append(run())
+            measured_runs[name].append(run())
     weights = sorted(path.name for path in source.glob("*.safetensors"))
     _, different, missing = filecmp.cmpfiles(source, folder / "hf", weights, shallow=False)
-    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in measured_runs.items()}
     return {
         "bytes": sum((source / name).stat().st_size for name in weights),
         "rounds": rounds,
@@ -140,10 +124,10 @@ def measured(folder: Path, rounds: int, layers: int) -> dict[str, object]:
         "threads": rewrite.THREADS,
         "load_average": os.getloadavg()[0],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "all_seconds": {name: [round(run["seconds"], 2) for run in runs] for name, runs in found.items()},
+        "all_seconds": {name: [round(run["seconds"], 2) for run in runs] for name, runs in measured_runs.items()},
         "hf_to_megatron_over_cp": round(seconds["megatron"] / seconds["cp"], 2),
         "megatron_to_hf_over_cp": round(seconds["hf"] / seconds["cp"], 2),
-        "peak_bytes": {name: max(int(run["peak_bytes"]) for run in found[name]) for name in ("megatron", "hf")},
+        "peak_bytes": {name: max(int(run["peak_bytes"]) for run in measured_runs[name]) for name in ("megatron", "hf")},
         "round_trip_is_bitwise": not different and not missing,
         "plan_72b_seconds": round(plan_seconds(), 2),
     }

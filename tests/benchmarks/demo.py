@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,35 +51,34 @@ def ours(steps: int) -> dict[str, Any]:
             "dtype": fleet.policy.dtype,
             "start_up": ready - start,
             "stage_1": swept - ready,
-            "step": median(one["total"] for one in seconds),
-            "step_parts": {part: median(one[part] for one in seconds) for part in parts},
-            "driver_share": median(1 - sum(one[part] for part in parts) / one["total"] for one in seconds),
-            "steps": [one["total"] for one in seconds],
+            "step": median(step["total"] for step in seconds),
+            "step_parts": {part: median(step[part] for step in seconds) for part in parts},
+            "driver_share": median(1 - sum(step[part] for part in parts) / step["total"] for step in seconds),
+            "steps": [step["total"] for step in seconds],
         }
 
 
 def peer(trl: Path, steps: int) -> dict[str, Any]:
     """Stage 1 and the median step of TRL's A2PO trainer (fp32, its own settings on CPU), seconds."""
-    lines = _run([str(HERE / "trl_a2po.py"), str(steps)], PYTHONPATH=str(trl))
-    stage_1 = next(float(line.split()[1]) for line in lines if line.startswith("stage1"))
-    return {"dtype": "float32", "stage_1": stage_1, "step": median(_step(line) for line in lines if "step " in line)}
+    command, env = [sys.executable, str(HERE / "trl_a2po.py"), str(steps)], os.environ | {"PYTHONPATH": str(trl)}
+    done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    words = [line.split() for line in done.stdout.splitlines()]
+    stage_1 = next(float(line[1]) for line in words if line[:1] == ["stage1"])
+    return {"dtype": "float32", "stage_1": stage_1, "step": median(float(n[2]) for n in words if n[:1] == ["step"])}
 
 
 def floor(dtype: str) -> dict[str, Any]:
-    """The generation of stage 1 and of a step by vLLM alone, in-process, after a warm-up, seconds."""
-    lines = [line.split() for line in _run([str(HERE / "vllm_floor.py"), dtype])]
-    return {"dtype": dtype} | {name: float(seconds) for _, name, seconds in lines if name != "warm-up"}
+    """The generation of stage 1 and of a step by vLLM alone, after a warm-up, seconds."""
+    from plain_vllm import Plain
 
+    from astar_megatron import config
+    from astar_megatron.data.prompts import read_prompts
 
-def _step(line: str) -> float:
-    return float(line.split()[2])
-
-
-def _run(arguments: list[str], **env: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, *arguments], env=os.environ | env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return [line for line in done.stdout.splitlines() if line.startswith(("stage1", "step ", "floor"))]
+    cfg = config.load(ROOT / "configs/demo.yaml")
+    with closing(Plain(cfg, read_prompts(cfg.data, cfg.model.path), dtype, samples=1)) as plain:
+        plain.draw(1)
+        seconds = {name: plain.draw(samples)["seconds"] for name, samples in (("stage_1", 8), ("generate", 1))}
+    return {"dtype": dtype} | {name: round(spent, 1) for name, spent in seconds.items()}
 
 
 def main() -> None:
@@ -88,15 +87,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--trl-steps", type=int, default=1)
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "astar_megatron": ours(arguments.steps)}
-    write(found)
+    report: dict[str, Any] = {"machine": machine(), "astar_megatron": ours(arguments.steps)}
+    write(report)
     if arguments.trl:
-        found["trl_a2po"] = peer(arguments.trl.resolve(), arguments.trl_steps)
-        found["ratios"] = {key: found["trl_a2po"][key] / found["astar_megatron"][key] for key in ("stage_1", "step")}
-        write(found)
-    found["vllm_alone"] = floor(found["astar_megatron"]["dtype"])
-    write(found)
-    print(json.dumps(found, indent=1))
+        report["trl_a2po"] = peer(arguments.trl.resolve(), arguments.trl_steps)
+        report["ratios"] = {key: report["trl_a2po"][key] / report["astar_megatron"][key] for key in ("stage_1", "step")}
+        write(report)
+    report["vllm_alone"] = floor(report["astar_megatron"]["dtype"])
+    write(report)
+    print(json.dumps(report, indent=1))
 
 
 def machine() -> dict[str, Any]:
@@ -106,10 +105,10 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "flags": flags, "kind": platform.machine()}
 
 
-def write(found: dict[str, Any]) -> None:
+def write(report: dict[str, Any]) -> None:
     """Keep what is measured so far: the parts take minutes each."""
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "results" / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

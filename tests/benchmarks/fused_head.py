@@ -117,12 +117,12 @@ def main() -> None:
     load = os.getloadavg()[0]
     passes = Passes(*SHAPES[arguments.shape]).named()
     base = "plain-score" if "score" in arguments.name else "plain"
-    found: dict[str, list[tuple[float, float, int]]] = {base: [], arguments.name: []}
+    figures_of: dict[str, list[tuple[float, float, int]]] = {base: [], arguments.name: []}
     for _ in range(RUNS[arguments.shape]):
-        for name, runs in found.items():
+        for name, runs in figures_of.items():
             runs.append(measure(passes[name]))
             print(arguments.shape, name, *(round(figure, 2) for figure in runs[-1]), flush=True)
-    plain, fused = ([min(column) for column in zip(*runs, strict=True)] for runs in found.values())
+    plain, fused = ([min(column) for column in zip(*runs, strict=True)] for runs in figures_of.values())
     report = {
         "seconds": [round(fused[0], 2), round(plain[0], 2)],
         "x plain": round(fused[0] / plain[0], 3),

@@ -1,4 +1,4 @@
-"""Model folders with random weights, made on the spot: the shapes that the GPU's benchmarks are stated for."""
+"""Model folders with random weights, made on the spot: the shapes that benchmarks are stated for."""
 
 import json
 from pathlib import Path
@@ -29,6 +29,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "0.6b": _COMMON  # Qwen3-0.6B
     | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "attention_bias": False}
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8},
+    "smollm2": _COMMON  # SmolLM2-135M
+    | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30, "vocab_size": 49152}
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    | {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 1e5, "eos_token_id": 2, "bos_token_id": 1},
     "tiny": _COMMON  # for a CPU: that the program runs, no figure of anything
     | _QWEN2
     | {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -65,7 +65,7 @@ def measured(shape: str, steps: int) -> dict[str, Any]:
             seed=0,
             optimizer_steps=2 * (steps + 1),
         )
-        found = []
+        steps_taken = []
         try:
             words = rank.start("127.0.0.1", rank.listen("127.0.0.1"))
             for version in range(steps + 1):
@@ -74,10 +74,10 @@ def measured(shape: str, steps: int) -> dict[str, Any]:
                     batch(version), loss, options
                 )  # ends with the optimiser's norm, so nothing is under way
                 assert stats is not None
-                found.append((time.perf_counter() - start, stats))
+                steps_taken.append((time.perf_counter() - start, stats))
         finally:
             rank.close()
-    first, later = found[0][0], found[1:]
+    first, later = steps_taken[0][0], steps_taken[1:]
     return {
         "shape": shape,
         "runs on": words,

@@ -1,17 +1,22 @@
-"""One plain vLLM process, for sweep.py: a line of JSON a command on stdin, an answer on stdout.
+"""A process of plain vLLM, for sweep.py and demo.py, and the program that it runs: JSON, a line a command, on stdin.
 
-The first names model, type and limits, the second the prompts with their seeds. Each other draws and is answered: "n"
-(n samples a prompt, one seed, no log-probs), "same" (each response a request of its own, with seed and log-prob) or
-"warm-up".
+The first line names model, type and limits, the second the prompts with their seeds. Each other draws and is answered:
+a number (so many samples a prompt, one seed, no log-probs), or "same" (each response a request of its own, with its
+seed and its log-prob).
 """
 
 import json
 import os
+import subprocess
 import sys
 import time
 from typing import Any
 
-os.environ |= {
+from astar_megatron.config import RunConfig
+from astar_megatron.rollout.requests import seed_of
+from astar_megatron.types import Prompt
+
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -19,14 +24,40 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-from vllm import LLM, SamplingParams
 
+class Plain:
+    """The process, which loads at once and draws when told."""
 
-def answer(**found: float) -> None:
-    print("plain " + json.dumps(found), flush=True)
+    def __init__(self, cfg: RunConfig, prompts: list[Prompt], dtype: str, samples: int) -> None:
+        env = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(os.cpu_count())}
+        command = [sys.executable, __file__]
+        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        work = [(p.token_ids, [seed_of(cfg.seed, "sweep", p.uid, n) for n in range(samples)]) for p in prompts]
+        self._tell({"model": cfg.model.path, "dtype": dtype, "limits": [cfg.max_tokens, cfg.rollout.max_num_seqs]})
+        self._tell({"work": work, "max_tokens": cfg.sampling.max_response_tokens})
+
+    def _tell(self, command: Any) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def draw(self, command: int | str) -> dict[str, float]:
+        """Return the seconds it took, and how many tokens it drew."""
+        self._tell(command)
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("plain "):
+                return json.loads(line.removeprefix("plain "))
+        raise RuntimeError("plain vLLM ended")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
 
 def main() -> None:
+    from vllm import LLM, SamplingParams
+
     first = json.loads(sys.stdin.readline())
     max_tokens, max_num_seqs = first["limits"]
     llm = LLM(
@@ -42,30 +73,19 @@ def main() -> None:
         logprobs_mode="processed_logprobs",
     )
     second = json.loads(sys.stdin.readline())
-    prompts = [{"prompt_token_ids": ids} for ids, _ in second["work"]]
-    samples = len(second["work"][0][1])
-    plain = SamplingParams(n=samples, temperature=1.0, max_tokens=second["max_tokens"], seed=0)
-    each = [
-        (
-            {"prompt_token_ids": ids},
-            SamplingParams(temperature=1.0, max_tokens=second["max_tokens"], seed=s, logprobs=0),
-        )
-        for ids, seeds in second["work"]
-        for s in seeds
-    ]
+    usual: dict[str, Any] = {"temperature": 1.0, "max_tokens": second["max_tokens"]}
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids, _ in second["work"]]
+    each = [(ids, seed) for ids, seeds in second["work"] for seed in seeds]
+    same = [SamplingParams(**usual, seed=seed, logprobs=0) for _, seed in each]
     for line in sys.stdin:
-        start = time.perf_counter()
-        kind = json.loads(line)
-        if kind == "warm-up":
-            some: Any = [one for one, _ in each[: 8 * samples : samples]]
-            outputs = llm.generate(some, each[0][1], use_tqdm=False)
-        elif kind == "n":
-            outputs = llm.generate(prompts, plain, use_tqdm=False)  # pyright: ignore[reportArgumentType]
+        llm.reset_prefix_cache()
+        command, start = json.loads(line), time.perf_counter()
+        if command == "same":
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in each], same, use_tqdm=False)
         else:
-            alone: Any = [one for one, _ in each]
-            outputs = llm.generate(alone, [params for _, params in each], use_tqdm=False)
-        seconds = time.perf_counter() - start
-        answer(seconds=seconds, tokens=sum(len(one.token_ids) for output in outputs for one in output.outputs))
+            outputs = llm.generate(prompts, SamplingParams(**usual, n=command, seed=0), use_tqdm=False)
+        tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+        print("plain " + json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}), flush=True)
 
 
 if __name__ == "__main__":

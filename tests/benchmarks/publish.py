@@ -21,27 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from gpu_models import SHAPES
 
 from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
 from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender, weight_file
 from conversion.verify import Holdings, Verifier, held_parts, sent_parts
-
-SMOLLM2_135M = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000,
-    "tie_word_embeddings": True,
-}
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -61,7 +47,7 @@ def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict
     way = plan(model.megatron_tiles(layout), model.vllm_tiles(1))
     sender = SharedMemorySender(way, 0, trainer, folder, dtype, bucket_bytes=bucket_bytes)
     receiver = SharedMemoryReceiver(way, 0, worker, folder, dtype, bucket_bytes=bucket_bytes)
-    sent, held = Holdings(sent_parts(way, 0), trainer, dtype), Holdings(held_parts(way, 0), worker, dtype)
+    sent, arrived = Holdings(sent_parts(way, 0), trainer, dtype), Holdings(held_parts(way, 0), worker, dtype)
     verifier = Verifier(way, dtype)
     threads = ThreadPoolExecutor(1)
 
@@ -78,19 +64,15 @@ def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict
 
     def check() -> None:
         manifest = verifier.manifest(len(times["publish"]), [sent.digests()])
-        assert verifier.first_mismatch(manifest, 0, held.digests()) is None
+        assert verifier.first_mismatch(manifest, 0, arrived.digests()) is None
 
-    parts: dict[str, Callable[[], object]] = {
-        "two_copies": copies,
-        "publish": publish,
-        "check": check,
-    }
+    parts: dict[str, Callable[[], object]] = {"two_copies": copies, "publish": publish, "check": check}
     times: dict[str, list[float]] = {name: [] for name in parts}
     for _ in range(rounds + 1):
         trainer["decoder.final_layernorm.weight"].normal_()
         for name, call in parts.items():
             times[name].append(seconds(call))
-    median = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first touches the pages
+    median = {name: statistics.median(spent[1:]) for name, spent in times.items()}  # the first touches the pages
     figures: dict[str, object] = {
         "bytes": sender._schedule.total_bytes,
         "bucket_bytes": bucket_bytes,
@@ -117,7 +99,7 @@ def main() -> None:
     figures = []
     for mib in chosen.bucket_mib:
         with tempfile.TemporaryDirectory(prefix="astar-benchmark-", dir=SHARED_MEMORY) as folder:
-            model = model_from_config(SMOLLM2_135M)
+            model = model_from_config(SHAPES["smollm2"])
             figures.append(measured(model, chosen.rounds, int(mib * 2**20), Path(folder)))
     text = json.dumps(figures, indent=2)
     print(text)

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--reward", action="append", choices=FORMS, help="repeatable; default: all")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found: dict[str, object] = {
+    report: dict[str, object] = {
         "responses": arguments.responses,
         "characters": len(rollouts("gsm8k_strict", 1)[0].text),
         "cores": len(os.sched_getaffinity(0)),
@@ -79,8 +79,8 @@ def main() -> None:
                 scored = scorer.score(drawn)
                 assert sum(rollout.reward == 1 for rollout in scored) == arguments.responses // 2
                 row[f"{processes}_processes"] = seconds(arguments.rounds, lambda: scorer.score(drawn))  # noqa: B023
-        found[name] = row
-    text = json.dumps(found, indent=2)
+        report[name] = row
+    text = json.dumps(report, indent=2)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")

@@ -10,8 +10,6 @@ draws the very same tokens. Each side has answered once before it is timed. Writ
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import closing
@@ -21,11 +19,11 @@ from statistics import median
 from typing import Any
 
 from demo import machine
+from plain_vllm import Plain
 
 from astar_megatron import config
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.requests import seed_of
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Tracker
@@ -33,35 +31,6 @@ from astar_megatron.sweep import sweep
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-
-
-class Plain:
-    """A process of plain vLLM, which loads at once and draws when told."""
-
-    def __init__(self, cfg: config.RunConfig, inputs: Inputs, dtype: str, samples: int) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(HERE / "plain_vllm.py")]
-        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        work = [(p.token_ids, [seed_of(cfg.seed, "sweep", p.uid, n) for n in range(samples)]) for p in inputs.prompts]
-        self._tell({"model": cfg.model.path, "dtype": dtype, "limits": [cfg.max_tokens, cfg.rollout.max_num_seqs]})
-        self._tell({"work": work, "max_tokens": cfg.sampling.max_response_tokens})
-
-    def _tell(self, command: Any) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-
-    def draw(self, command: str) -> dict[str, float]:
-        self._tell(command)
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith("plain "):
-                return json.loads(line.removeprefix("plain "))
-        raise RuntimeError("plain vLLM ended")
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def ours(cfg: config.RunConfig, inputs: Inputs, engines: Any, samples: int, folder: Path) -> dict[str, float]:
@@ -81,26 +50,26 @@ def main() -> None:
     cfg = config.load(ROOT / "configs/demo.yaml", [f"cluster.threads={os.cpu_count()}"])
     write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
-    found: dict[str, list[dict[str, float]]] = {"pool": [], "plain": [], "plain, same requests": []}
+    turns: dict[str, list[dict[str, float]]] = {"pool": [], "plain": [], "plain, same requests": []}
     dtype = str(resolve_dtype(cfg.model.dtype, 0)[0]).removeprefix("torch.")
-    plain = Plain(cfg, inputs, dtype, arguments.samples)
+    plain = Plain(cfg, inputs.prompts, dtype, arguments.samples)
     runs = tempfile.TemporaryDirectory(dir=ROOT / "runs")
     with closing(plain), runs as name, engines_of(cfg, Tracker(name)) as engines:
         few = replace(inputs, prompts=inputs.prompts[:8])
         ours(cfg, few, engines, 1, Path(name) / "warm-up" / "v_star")
-        plain.draw("warm-up")
+        plain.draw(1)
         for turn in range(arguments.turns):
-            found["pool"].append(ours(cfg, inputs, engines, arguments.samples, Path(name) / str(turn) / "v_star"))
-            found["plain, same requests"].append(plain.draw("same"))
-            write(found)
-            found["plain"].append(plain.draw("n"))
-            write(found)
-            assert found["pool"][turn]["tokens"] == found["plain, same requests"][turn]["tokens"], found
+            turns["pool"].append(ours(cfg, inputs, engines, arguments.samples, Path(name) / str(turn) / "v_star"))
+            turns["plain, same requests"].append(plain.draw("same"))
+            write(turns)
+            turns["plain"].append(plain.draw(arguments.samples))
+            write(turns)
+            assert turns["pool"][turn]["tokens"] == turns["plain, same requests"][turn]["tokens"], turns
 
 
-def write(found: dict[str, list[dict[str, float]]]) -> None:
+def write(turns: dict[str, list[dict[str, float]]]) -> None:
     """Keep and show what is measured so far."""
-    speed = {name: [turn["tokens"] / turn["seconds"] for turn in turns] for name, turns in found.items() if turns}
+    speed = {name: [turn["tokens"] / turn["seconds"] for turn in taken] for name, taken in turns.items() if taken}
     of_pool = median(speed["pool"])
     result = {
         "machine": machine() | {"load": os.getloadavg()},

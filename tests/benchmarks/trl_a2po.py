@@ -21,9 +21,9 @@ MODEL = "runs/models/smollm2-135m-instruct"
 
 def reward(completions: list[Any], truth: list[str], **_: Any) -> list[float]:
     """1 where the last number is right."""
-    texts = [one if isinstance(one, str) else one[0]["content"] for one in completions]
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
     numbers = [re.findall(r"-?\d+", text) for text in texts]
-    return [float(bool(found) and found[-1] == right) for found, right in zip(numbers, truth, strict=True)]
+    return [float(bool(named) and named[-1] == right) for named, right in zip(numbers, truth, strict=True)]
 
 
 class Clock(TrainerCallback):

@@ -48,13 +48,13 @@ start, start_cpu = time.perf_counter(), time.process_time()
 table = VStarTable.open(sys.argv[1], None)
 table.lacking([], 8)
 opened, opened_cpu, opened_gib = time.perf_counter(), time.process_time(), peak()
-found = table.estimate(0.5)
+estimates = table.estimate(0.5)
 print(json.dumps({
     "open_seconds": opened - start,
     "open_cpu_seconds": opened_cpu - start_cpu,
     "estimate_seconds": time.perf_counter() - opened,
-    "prompts": len(found.uids),
-    "rows": int(found.samples.sum()),
+    "prompts": len(estimates.uids),
+    "rows": int(estimates.samples.sum()),
     "imports_gib": imports,
     "peak_gib_when_open": opened_gib,
     "peak_gib_with_estimate": peak(),
@@ -63,36 +63,32 @@ print(json.dumps({
 
 
 def shard(number: int) -> list[Rollout]:
-    """The rollouts of 256 prompts."""
-    rollouts = []
-    for place in range(ROWS):
-        i, sample = number * (ROWS // SAMPLES) + place // SAMPLES, place % SAMPLES
-        prompt = Prompt(uid=uid(i), token_ids=(1,), text="", answer="")
-        rollouts.append(
-            Rollout(
-                prompt=prompt,
-                sample=sample,
-                seed=i * SAMPLES + sample,
-                token_ids=tuple(range(i % 97, i % 97 + TOKENS)),
-                text="",
-                truncated=False,
-                token_logprobs=(-1.5, *(0.0,) * (TOKENS - 1)),
-                first_version=0,
-                last_version=0,
-                reward=float((i * 31 + sample * 17) % 5 < i % 6),
-            )
+    """The rollouts of 256 prompts, as `columns` has their rows."""
+    return [
+        Rollout(
+            prompt=Prompt(uid=row["uid"], token_ids=(1,), text="", answer=""),
+            sample=row["sample"],
+            seed=row["seed"],
+            token_ids=tuple(row["response"]),
+            text="",
+            truncated=False,
+            token_logprobs=(row["logprob"], *(0.0,) * (TOKENS - 1)),
+            first_version=0,
+            last_version=0,
+            reward=row["reward"],
         )
-    return rollouts
+        for row in columns(number).to_pylist()
+    ]
 
 
 def columns(number: int) -> pa.Table:
-    """The rows of 256 prompts, as `shard` has them."""
+    """The rows of 256 prompts."""
     i = np.repeat(np.arange(ROWS // SAMPLES) + number * (ROWS // SAMPLES), SAMPLES)
     sample = np.tile(np.arange(SAMPLES), ROWS // SAMPLES)
     tokens = (i[:, None] % 97 + np.arange(TOKENS)).astype(np.int32)
     lists = pa.ListArray.from_arrays(np.arange(ROWS + 1, dtype=np.int32) * TOKENS, tokens.reshape(-1))
     values = {
-        "uid": pa.array([uid(int(one)) for one in i]),
+        "uid": pa.array([uid(int(prompt)) for prompt in i]),
         "sample": sample.astype(np.uint32),
         "reward": ((i * 31 + sample * 17) % 5 < i % 6).astype(np.float64),
         "response": lists,
@@ -145,7 +141,7 @@ def main() -> None:
         rows = columns(number)
         table._add(shards.write_rows(folder, number + 1, rows), rows.select(list(shards.COLUMNS)))
     empty = VStarTable.create_or_open(arguments.folder / "empty", CONTRACT)
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         "machine": machine() | {"load": os.getloadavg()[0]},
         "shards": wanted,
         "rows_a_shard": ROWS,
@@ -156,8 +152,8 @@ def main() -> None:
             "to all": append_milliseconds(table, wanted),
         },
     }
-    (HERE / "results" / "v_star.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found, indent=1))
+    (HERE / "results" / "v_star.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

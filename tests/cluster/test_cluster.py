@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import output_of
 
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.cluster.errors import ActorLost, ClusterError
@@ -139,7 +140,7 @@ with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
     print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
     half = gpus_asked(cluster.num_gpus, 1, shared=True)
     both = [cluster.actor(name, 0, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
-    print(cluster.num_gpus, cluster.wait("both", [one.answer.remote() for one in both], 60))
+    print(cluster.num_gpus, cluster.wait("both", [actor.answer.remote() for actor in both], 60))
 """
 
 
@@ -184,10 +185,7 @@ def test_a_cluster_that_runs_already_is_joined() -> None:
             assert head.stdout
             assert any("Ray runtime started" in line for line in head.stdout)
             for _ in range(2):
-                done = subprocess.run(
-                    [sys.executable, "-c", JOIN, f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=120
-                )
-                assert done.stdout.splitlines() == ["1 [42]", "1 [42, 42]"], done.stderr
+                assert output_of(JOIN, f"127.0.0.1:{port}").splitlines() == ["1 [42]", "1 [42, 42]"]
         finally:
             head.terminate()
             head.communicate(timeout=60)

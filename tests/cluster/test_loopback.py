@@ -32,7 +32,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 def members(session: int) -> set[int]:
     """The processes of a session of the kernel's, with all that they started, also in sessions of their own."""
-    parents, found = {}, set()
+    parents, pids = {}, set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -40,10 +40,10 @@ def members(session: int) -> set[int]:
             continue
         parents[int(folder.name)] = int(fields[1])
         if int(fields[3]) == session:
-            found.add(int(folder.name))
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+            pids.add(int(folder.name))
+    while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids |= more
+    return pids
 
 
 def listening(pids: set[int]) -> dict[str, int]:
@@ -55,14 +55,14 @@ def listening(pids: set[int]) -> dict[str, int]:
                 inodes.add(str(descriptor.readlink()))
             except OSError:
                 continue
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == LISTENS and f"socket:[{fields[9]}]" in inodes:
                 address = fields[1].partition(":")[0]
-                found[address] = found.get(address, 0) + 1
-    return found
+                counts[address] = counts.get(address, 0) + 1
+    return counts
 
 
 @pytest.mark.slow

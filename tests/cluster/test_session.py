@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from samples import output_of
 
 from astar_megatron.cluster import session
 from astar_megatron.cluster.errors import ClusterError
@@ -35,8 +36,8 @@ def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
         (folder.path / "session_latest").symlink_to("session_1")
         (folder.path / "ray_current_cluster").touch()
         raise ClusterError("an engine did not start")
-    held = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
-    assert held == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
+    left = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
+    assert left == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
     age(folder.path, days=2)
     session.remove_left_behind()
     assert not folder.path.exists()
@@ -105,9 +106,7 @@ PLACE = "from astar_megatron.cluster import session; print(*session.place(), sep
 
 
 def place(temporary: Path) -> list[str]:
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    done = subprocess.run([sys.executable, "-c", PLACE], env=environment, capture_output=True, text=True, timeout=60)
-    return done.stdout.splitlines()
+    return output_of(PLACE, TMPDIR=str(temporary)).splitlines()
 
 
 def test_a_long_temporary_folder_is_left_for_a_usual_one_and_that_is_said(tmp_path: Path) -> None:

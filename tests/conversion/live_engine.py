@@ -3,8 +3,8 @@
     python live_engine.py TENSOR REQUESTS.json ANSWERS.json
 
 A request names the folder the live engine starts from, the export, and what init_weight_transfer_engine gets; the
-sender is another process. An answer holds what both engines say: greedy tokens, and log-probabilities of prompts; and
-what the live engine's workers say they hold, as they are and with faults injected.
+sender is another process. An answer holds what both engines say: greedy tokens, and log-probabilities of prompts; what
+the live engine's workers hold by their own word, as they are and with faults injected; and what is not the export's.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from live_faults import live_faults
 from vllm import LLM, SamplingParams
 
 
-def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorker") -> LLM:
+def engine(folder: str, tensor: int) -> LLM:
     return LLM(
         folder,
         dtype="float32",
@@ -42,7 +42,7 @@ def engine(folder: str, tensor: int, extension: str = "worker_faults.FaultyWorke
         enable_chunked_prefill=False,
         enforce_eager=True,
         weight_transfer_config={"backend": "astar_tiles"},
-        worker_extension_cls=extension,
+        worker_extension_cls="worker_faults.FaultyWorker",
     )
 
 
@@ -79,13 +79,18 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
     answer |= {"after": generated(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
     if "num_experts" in request["init_info"]["config"]:
         answer["laid_out_anew"] = live.collective_rpc("refusal_of_a_kernel_that_lays_experts_out_anew")
+    answer["live differences"] = live.collective_rpc("differences", args=(request["export"], tensor))
     wrong = request["init_info"] | {"config": request["init_info"]["config"] | {"intermediate_size": 64}}
     try:
         live.collective_rpc("init_weight_transfer_engine", args=(wrong,))
     except Exception as error:
         answer["refusal"] = str(error)
     live.llm_engine.engine_core.shutdown()
-    return answer | {"fresh": generated(engine(request["export"], tensor), request["prompts"])}
+    fresh = engine(request["export"], tensor)
+    answer["fresh"] = generated(fresh, request["prompts"])
+    answer["fresh differences"] = fresh.collective_rpc("differences", args=(request["export"], tensor))
+    fresh.llm_engine.engine_core.shutdown()
+    return answer
 
 
 if __name__ == "__main__":

@@ -79,10 +79,7 @@ def test_whatever_a_field_holds_it_is_understood_or_named(data: st.DataObject, v
             {"rope_parameters": PLAIN | {"rope_theta": 5e5}, "rope_scaling": ROPE},
             "'rope_scaling', 'rope_parameters' contradict",
         ),
-        (
-            {"rope_theta": 1e4, "rope_parameters": PLAIN | {"rope_theta": 5e5}},
-            "rope_theta=10000.0 contradicts rope_",
-        ),
+        ({"rope_theta": 1e4, "rope_parameters": PLAIN | {"rope_theta": 5e5}}, "rope_theta=10000.0 contradicts rope_"),
         ({"rope_scaling": ROPE | {"type": "default"}}, "rope_scaling: rope_type='llama3', 'default' is not modelled"),
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1, expected a number above 0"),
         ({"rope_theta": "abc"}, "rope_theta='abc', expected a number above 0"),

@@ -3,17 +3,17 @@
 import json
 import math
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from exports import write_export
 from safetensors.torch import load_file
-from tiny_models import config, random_weights, write_folder
+from samples import files_of_at_most
+from tiny_models import EXPERTS, config, write_folder
 from torch import Tensor
+from transfer_process import memory_bytes
 
 from conversion import hf, rewrite, torch_dist
 from conversion.ends import MegatronEnd, open_end
@@ -22,26 +22,14 @@ from conversion.folders import ModelFolderError
 from conversion.tiles import ParallelLayout
 from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
 
-MODEL = model_from_config(config("qwen3_moe", num_hidden_layers=3))
 ONE = ParallelLayout()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "source", MODEL, random_weights(MODEL))
-
-
-@pytest.fixture
-def megatron(source: Path, tmp_path: Path) -> Path:
-    rewrite.write_megatron(open_end(source), tmp_path / "megatron", ParallelLayout(tensor=2, expert=2, data=2))
-    return tmp_path / "megatron"
 
 
 def changed(folder: Path, change: Callable[[dict[str, Tensor]], object], target: Path) -> Path:
     """A copy of an HF folder whose weights `change` has changed."""
     weights = load_file(folder / hf.WEIGHTS)
     change(weights)
-    return write_folder(target, MODEL, {name: tensor.contiguous() for name, tensor in weights.items()})
+    return write_folder(target, EXPERTS, {name: tensor.contiguous() for name, tensor in weights.items()})
 
 
 def test_weights_that_are_not_finite_are_all_named_and_not_converted(source: Path, tmp_path: Path) -> None:
@@ -62,20 +50,9 @@ def test_weights_that_are_not_finite_are_all_named_and_not_converted(source: Pat
     rewrite.compare(open_end(bad), open_end(bad))  # the same weights, NaN or not
 
 
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """A disk that is full after so many bytes, as far as this process can tell."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_fills_up_leaves_nothing(source: Path, megatron: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
-    with largest_file(100_000):
+    with files_of_at_most(100_000):
         with pytest.raises(OSError, match=r"can't write .*distcp: File too large"):
             rewrite.write_megatron(open_end(source), tmp_path / "out", ONE)
         with pytest.raises(OSError, match="no room for the"):
@@ -101,18 +78,15 @@ def test_the_disk_that_a_preview_asks_for_is_enough(layout: ParallelLayout, sour
     assert used <= rewrite.preview(end, layout).written_bytes < 2 * used
 
 
-def test_places_that_can_t_be_written_are_refused(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for place, error, words in (
-        (source, ModelFolderError, "is the source itself|is no export"),
-        (source / "inside", ModelFolderError, "lies in the other"),
-        (tmp_path, ModelFolderError, "lies in the other|is no export"),
-        (tmp_path / "file" / "below", OSError, "can't write .*choose another destination"),
-        (Path("/sys/out"), OSError, "can't write /sys/out"),
+def test_a_destination_that_is_or_holds_the_source_is_refused(source: Path, tmp_path: Path) -> None:
+    for place, words in (
+        (source, "is the source itself|is no export"),
+        (source / "inside", "lies in the other"),
+        (tmp_path, "lies in the other|is no export"),
     ):
-        with pytest.raises(error, match=words):
+        with pytest.raises(ModelFolderError, match=words):
             rewrite.write_hf(open_end(source), place)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source"]
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_links_are_followed_at_both_ends(source: Path, tmp_path: Path) -> None:
@@ -135,27 +109,15 @@ def test_several_types_and_pickles_are_refused(source: Path, tmp_path: Path) -> 
     mixed = changed(source, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].half()}), tmp_path / "mixed")
     with pytest.raises(ModelFolderError, match=r"mixes types: float16 \(lm_head\.weight\), float32"):
         open_end(mixed)
-    for suffix in (".bin", ".pt"):
-        folder = write_folder(tmp_path / f"pickled{suffix}", MODEL, {})
-        (folder / hf.WEIGHTS).rename(folder / f"model{suffix}")
-        with pytest.raises(ModelFolderError, match=f"model{suffix} is a pickle checkpoint"):
-            open_end(folder, plan_only=True)
+    (source / hf.WEIGHTS).rename(source / "model.pt")
+    with pytest.raises(ModelFolderError, match=r"model\.pt is a pickle checkpoint"):
+        open_end(source, plan_only=True)
 
 
 def test_a_buffer_of_another_type_is_no_mix(source: Path, tmp_path: Path) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8, dtype=torch.float16)}
     old = changed(source, lambda w: w.update(extra), tmp_path / "old")
     rewrite.compare(open_end(old), open_end(source))
-
-
-def test_a_layout_that_does_not_fit_says_which_would(source: Path) -> None:
-    for layout, words in (
-        (ParallelLayout(pipeline=2), "num_hidden_layers=3 does not divide by pipeline=2; .* by 1, 3$"),
-        (ParallelLayout(expert=4, data=4), "num_experts=6 does not divide by expert=4; .* by 1, 2, 3, 6$"),
-        (ParallelLayout(tensor=3), "num_key_value_heads=2 does not divide by tensor=3.* these do: 1, 2, 4$"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            rewrite.preview(open_end(source), layout)
 
 
 def test_a_damaged_index_is_refused(megatron: Path) -> None:
@@ -170,28 +132,25 @@ def test_a_damaged_index_is_refused(megatron: Path) -> None:
         open_end(megatron)
 
 
+def swap_gate_and_up(weights: dict[str, Tensor]) -> None:
+    gate, up = (f"model.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("gate", "up"))
+    weights[gate], weights[up] = weights[up], weights[gate]
+
+
+def flip_a_bit(weights: dict[str, Tensor]) -> None:
+    weights["model.layers.2.mlp.experts.4.down_proj.weight"].view(torch.int32)[7, 3] ^= 1
+
+
 @pytest.mark.parametrize(
-    ("fault", "named"),
+    ("spoil", "named"),
     [
-        ("flipped bit", r"^model\.layers\.2\.mlp\.experts\.4\.down_proj\.weight, row 7, column 3: .* 1 of"),
-        ("gate and up swapped", r"^model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight, row 0"),
-        ("heads of keys swapped", r"^model\.layers\.1\.self_attn\.k_proj\.weight, row 0"),
-        ("old head", r"^lm_head\.weight, row 0"),
+        (flip_a_bit, r"^model\.layers\.2\.mlp\.experts\.4\.down_proj\.weight, row 7, column 3: .* 1 of"),
+        (swap_gate_and_up, r"^model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight, row 0"),
     ],
 )
-def test_verify_finds_every_fault_by_name(fault: str, named: str, source: Path, megatron: Path, tmp_path: Path) -> None:
-    def spoil(weights: dict[str, Tensor]) -> None:
-        if fault == "flipped bit":
-            weights["model.layers.2.mlp.experts.4.down_proj.weight"].view(torch.int32)[7, 3] ^= 1
-        elif fault == "gate and up swapped":
-            gate, up = (f"model.layers.0.mlp.experts.0.{part}_proj.weight" for part in ("gate", "up"))
-            weights[gate], weights[up] = weights[up], weights[gate]
-        elif fault == "heads of keys swapped":
-            keys = weights["model.layers.1.self_attn.k_proj.weight"]
-            weights["model.layers.1.self_attn.k_proj.weight"] = torch.cat(keys.chunk(2)[::-1])
-        else:
-            weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-
+def test_verify_finds_every_fault_by_name(
+    spoil: Callable[[dict[str, Tensor]], None], named: str, source: Path, megatron: Path, tmp_path: Path
+) -> None:
     bad = changed(source, spoil, tmp_path / "bad")
     for left, right in ((megatron, bad), (bad, source)):
         with pytest.raises(rewrite.MismatchError, match=named):
@@ -219,7 +178,7 @@ def test_unstacked_layers_and_the_other_norm_s_name_are_read(source: Path, tmp_p
     norm, other = "decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
     for unstacked in (False, True):
         parts, origin = {}, {}
-        for name, cut in rewrite.chunks(MODEL, ONE, torch.float32).items():
+        for name, cut in rewrite.chunks(EXPERTS, ONE, torch.float32).items():
             for index in cut:
                 new = other if name == norm else name
                 if unstacked and ".layers." in name:
@@ -236,11 +195,6 @@ def test_unstacked_layers_and_the_other_norm_s_name_are_read(source: Path, tmp_p
         folder.mkdir()
         torch_dist.write(folder, parts, read, torch.float32, {})
         rewrite.compare(MegatronEnd(folder, like=source), end)
-
-
-def peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def write_repeated(folder: Path, like: Path) -> None:
@@ -266,9 +220,9 @@ def test_a_conversion_holds_a_few_parts_and_not_the_model(tmp_path: Path) -> Non
         end = open_end(tmp_path / source)
         allowed = rewrite.preview(end, ONE).peak_bytes
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-        before = peak_bytes()
+        before = memory_bytes("VmHWM")
         write(end, tmp_path / target)
-        assert peak_bytes() - before < allowed < 0.6 * size
+        assert memory_bytes("VmHWM") - before < allowed < 0.6 * size
     texts = [(tmp_path / name / "conversion.json").read_text() for name in ("source", "megatron", "hf")]
     digests = [json.loads(text)["digests"] for text in texts]
     assert digests[0] == digests[1] == digests[2]

@@ -51,6 +51,12 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
 def on_gpu(way: Way, sender: str, receiver: str) -> Any:
     num_gpus = 1 + max(int(device[-1]) for device in (sender, receiver) if device != "cpu")
     missing = not torch.cuda.is_available() or torch.cuda.device_count() < num_gpus
@@ -74,13 +80,12 @@ def test_each_version_arrives_bit_by_bit(way: Way, sender: str, receiver: str, t
     tensor = torch.zeros(64, 16, device=sender)
     end = route.sender(PLAN, 0, {"a": tensor}, torch.float32)
     with start("receiver", route, tmp_path, "tells", receiver) as process:
-        assert process.stdin is not None and line_of(process) == "ready"
+        assert line_of(process) == "ready"
         for version in range(3):
             tensor.normal_()
             end.send(version)
             assert line_of(process) == digest(tensor)
-            process.stdin.write("\n")
-            process.stdin.flush()
+            go_on(process)
     assert process.returncode == 0
     end.close()
 
@@ -124,9 +129,7 @@ def test_no_process_grows_by_more_than_two_buckets(route: Route, tmp_path: Path)
     ends = [start(role, route, tmp_path, "measures") for role in ("sender", "receiver")]
     assert [line_of(end) for end in ends] == ["ready", "ready"]
     for end in ends:
-        assert end.stdin is not None
-        end.stdin.write("\n")
-        end.stdin.flush()
+        go_on(end)
     for end in ends:
         grown = json.loads(line_of(end))["grown"]
         assert LARGE_BUCKET_BYTES < grown < 3 * LARGE_BUCKET_BYTES  # with code, sockets, plans: no third bucket

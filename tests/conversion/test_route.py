@@ -1,14 +1,12 @@
 """Which way weights go follows from where the ends are, and the reason says so."""
 
-import dataclasses
 import json
 
 import pytest
-import torch
 
 from conversion.transfer import TransferError
 from conversion.transfer.cuda_ipc import HANDLE_BYTES, packed, unpacked
-from conversion.transfer.route import Place, Route, choose, here
+from conversion.transfer.route import Place, choose
 
 ONE_TO_ONE = {(0, 0), (1, 1)}
 ALL_TO_ALL = {(source, target) for source in range(2) for target in range(2)}
@@ -44,16 +42,6 @@ def test_the_way_follows_from_the_places(
 ) -> None:
     chosen, reason = choose(places(*sources), [places(*engine) for engine in engines], links, "a")
     assert chosen == way and words in reason
-
-
-def test_a_process_knows_its_own_place() -> None:
-    place = here(torch.device("cpu"))
-    assert place == here(torch.device("cpu")) and place.device == "" and place.memory
-
-
-def test_a_route_crosses_as_plain_values() -> None:
-    route = Route(way="gloo", num_sources=3, num_engines=2, num_workers=4, host="10.0.0.1", port=7, name="n")
-    assert Route(**json.loads(json.dumps(dataclasses.asdict(route)))) == route
 
 
 def test_a_handle_of_a_gpus_memory_is_read_as_it_was_written() -> None:

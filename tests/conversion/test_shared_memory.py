@@ -3,8 +3,11 @@
 import os
 import stat
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from tiny_models import at_once
 from torch import Tensor
 from transfer_process import BUCKET_BYTES, PLAN
 
-from conversion.plan import plan
+from conversion.plan import WeightPlan, plan
 from conversion.tiles import Tile
 from conversion.transfer import TransferError
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender, weight_file
@@ -31,20 +34,46 @@ def large(seed: int = 0) -> dict[str, Tensor]:
     return {"a": torch.randn(64, 16, generator=torch.Generator().manual_seed(seed))}
 
 
-def test_the_file_is_private_has_its_size_at_once_and_goes_away(tmp_path: Path) -> None:
-    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path, torch.float32)
+type Opened = Callable[..., Any]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opened]:
+    """Return a function that opens an end of rank 0 in tmp_path; it is closed in the end."""
+    with ExitStack() as ends:
+
+        def end_of(kind: type, weights: WeightPlan, tensors: dict[str, Tensor], *more: Any, **options: Any) -> Any:
+            return ends.enter_context(closing(kind(weights, 0, tensors, tmp_path, *more, **options)))
+
+        yield end_of
+
+
+@pytest.fixture
+def small(opened: Opened) -> SharedMemorySender:
+    return opened(SharedMemorySender, SMALL, TENSORS)
+
+
+def both(
+    opened: Opened, kind: type[SharedMemorySender], tensors: dict[str, Tensor], received: Tensor | None = None
+) -> tuple[Any, Any]:
+    """A sender of 16 buckets and its receiver, into zeros."""
+    target = {"b": torch.zeros(64, 16) if received is None else received}
+    options = {"bucket_bytes": BUCKET_BYTES, "timeout_seconds": 4}
+    return opened(kind, PLAN, tensors, **options), opened(SharedMemoryReceiver, PLAN, target, **options)
+
+
+def test_the_file_is_private_has_its_size_at_once_and_goes_away(small: SharedMemorySender, tmp_path: Path) -> None:
     status = weight_file(tmp_path, 0).stat()
     assert stat.S_IMODE(status.st_mode) == 0o600
     assert status.st_size == HEADER_BYTES + 64
-    sender.close()
-    sender.close()
+    small.close()
+    small.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_each_send_carries_what_the_tensors_hold_then(tmp_path: Path) -> None:
+def test_each_send_carries_what_the_tensors_hold_then(opened: Opened) -> None:
     tensors, received = {"a": TENSORS["a"].clone().requires_grad_()}, target()
-    sender = SharedMemorySender(SMALL, 0, tensors, tmp_path)
-    receiver = SharedMemoryReceiver(SMALL, 0, received, tmp_path)
+    sender, receiver = opened(SharedMemorySender, SMALL, tensors), opened(SharedMemoryReceiver, SMALL, received)
     for step in (0.0, 5.0):
         with torch.no_grad():
             tensors["a"] += step
@@ -52,8 +81,6 @@ def test_each_send_carries_what_the_tensors_hold_then(tmp_path: Path) -> None:
         receiver.receive()
         assert torch.equal(received["b"][1:4], tensors["a"].detach())
     assert (received["b"][[0, 4]] == -1).all()  # a region no tile covers is not touched
-    receiver.close()
-    sender.close()
 
 
 def test_the_files_stay_mapped_and_many_receivers_read_the_same_buckets(tmp_path: Path) -> None:
@@ -84,7 +111,7 @@ def test_the_files_stay_mapped_and_many_receivers_read_the_same_buckets(tmp_path
         end.close()
 
 
-def test_packing_overlaps_consuming(tmp_path: Path) -> None:
+def test_packing_overlaps_consuming(opened: Opened) -> None:
     """While the sender is slow with bucket k + 1 the receiver takes bucket k; it is never more than two behind."""
 
     class Slow(SharedMemorySender):
@@ -96,34 +123,30 @@ def test_packing_overlaps_consuming(tmp_path: Path) -> None:
             super()._pack(number)
             self.taken.append((number - before, number - (self._file.read(3) & 0xFFFFFFFF)))
 
-    sender = Slow(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES)
+    sender, receiver = both(opened, Slow, large())
     sender.taken = []
-    receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
     at_once([sender.send, receiver.receive])
     assert len(sender.taken) == 16 and max(before for before, _ in sender.taken[1:]) == 1
     assert sum(after == 0 for _, after in sender.taken) > 8  # all before the one being packed are taken by then
-    sender.close()
 
 
-def test_a_sender_that_is_not_there_or_does_not_send_is_named(tmp_path: Path) -> None:
+def test_a_sender_that_is_not_there_or_does_not_send_is_named(opened: Opened) -> None:
     def receiver() -> SharedMemoryReceiver:
-        return SharedMemoryReceiver(SMALL, 0, target(), tmp_path, timeout_seconds=0.3)
+        return opened(SharedMemoryReceiver, SMALL, target(), timeout_seconds=0.3)
 
     with pytest.raises(TransferError, match="source rank 0 has no open sender"):
         receiver().receive()
-    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
+    opened(SharedMemorySender, SMALL, TENSORS)
     with pytest.raises(TransferError, match="source rank 0 is late: nothing came"):
         receiver().receive()
-    sender.close()
 
 
-def test_another_version_is_refused_at_both_ends(tmp_path: Path) -> None:
-    sender = SharedMemorySender(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES)
-    receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
+def test_another_version_is_refused_at_both_ends(opened: Opened) -> None:
+    sender, receiver = both(opened, SharedMemorySender, large())
 
-    def refused(call: object, version: int, message: str) -> None:
+    def refused(call: Callable[[int], None], version: int, message: str) -> None:
         with pytest.raises(TransferError, match=message):
-            call(version)  # type: ignore[operator]
+            call(version)
 
     at_once(
         [
@@ -131,21 +154,16 @@ def test_another_version_is_refused_at_both_ends(tmp_path: Path) -> None:
             lambda: refused(receiver.receive, 7, "sends version 8, expected 7"),
         ]
     )
-    with pytest.raises(TransferError, match="an earlier send failed"):
-        sender.send(9)
-    with pytest.raises(TransferError, match="gave up before"):
-        receiver.receive(9)
-    sender.close()
+    refused(sender.send, 9, "an earlier send failed")
+    refused(receiver.receive, 9, "gave up before")
 
 
-def test_a_receiver_whose_engine_is_not_among_the_senders_is_refused(tmp_path: Path) -> None:
-    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path, num_engines=1)
+def test_a_receiver_whose_engine_is_not_among_the_senders_is_refused(opened: Opened, small: SharedMemorySender) -> None:
     with pytest.raises(TransferError, match="for so many engines"):
-        SharedMemoryReceiver(SMALL, 0, target(), tmp_path, engine=1).receive()
-    sender.close()
+        opened(SharedMemoryReceiver, SMALL, target(), engine=1).receive()
 
 
-def test_a_bucket_that_never_came_is_found_by_its_rows(tmp_path: Path) -> None:
+def test_a_bucket_that_never_came_is_found_by_its_rows(opened: Opened) -> None:
     class Forgetful(SharedMemorySender):
         forgets: int | None = None
 
@@ -153,11 +171,10 @@ def test_a_bucket_that_never_came_is_found_by_its_rows(tmp_path: Path) -> None:
             if number != self.forgets:
                 super()._pack(number)
 
-    tensors, received = large(), {"b": torch.zeros(64, 16)}
-    sender = Forgetful(PLAN, 0, tensors, tmp_path, bucket_bytes=BUCKET_BYTES)  # four rows a bucket
-    receiver = SharedMemoryReceiver(PLAN, 0, received, tmp_path, bucket_bytes=BUCKET_BYTES)
+    tensors, received = large(), torch.zeros(64, 16)
+    sender, receiver = both(opened, Forgetful, tensors, received)  # four rows a bucket
     sent = Holdings(sent_parts(PLAN, 0), tensors, torch.float32)
-    arrived = Holdings(held_parts(PLAN, 0), received, torch.float32)
+    arrived = Holdings(held_parts(PLAN, 0), {"b": received}, torch.float32)
     for forgets in (None, 9):
         sender.forgets = forgets
         tensors["a"].normal_()
@@ -167,66 +184,64 @@ def test_a_bucket_that_never_came_is_found_by_its_rows(tmp_path: Path) -> None:
         assert verifier.first_mismatch(expected, 0, arrived.digests()) == (None if forgets is None else 0)
         wrong = [row for row, (a, b) in enumerate(zip(sent.rows(0), arrived.rows(0), strict=True)) if a != b]
         assert wrong == ([] if forgets is None else [36, 37, 38, 39])
-    sender.close()
 
 
-def test_a_receiver_notices_a_restarted_sender(tmp_path: Path) -> None:
+def test_a_receiver_notices_a_restarted_sender(opened: Opened) -> None:
     received = target()
-    receiver = SharedMemoryReceiver(SMALL, 0, received, tmp_path)
-    first = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
-    first.send()
-    receiver.receive()
-    first.close()
-    second = SharedMemorySender(SMALL, 0, {"a": TENSORS["a"] + 1}, tmp_path)
-    second.send()
-    receiver.receive()
-    assert torch.equal(received["b"][1:4], TENSORS["a"] + 1)
-    second.close()
+    receiver = opened(SharedMemoryReceiver, SMALL, received)
+    for more in (0, 1):
+        sender = opened(SharedMemorySender, SMALL, {"a": TENSORS["a"] + more})
+        sender.send()
+        receiver.receive()
+        assert torch.equal(received["b"][1:4], TENSORS["a"] + more)
+        sender.close()
 
 
-def test_a_receiver_that_ended_between_two_sends_is_named_long_before_the_deadline(tmp_path: Path) -> None:
-    sender = SharedMemorySender(PLAN, 0, large(), tmp_path, bucket_bytes=BUCKET_BYTES, timeout_seconds=4)
-    receiver = SharedMemoryReceiver(PLAN, 0, {"b": torch.zeros(64, 16)}, tmp_path, bucket_bytes=BUCKET_BYTES)
+def test_a_receiver_that_ended_between_two_sends_is_named_long_before_the_deadline(opened: Opened) -> None:
+    sender, receiver = both(opened, SharedMemorySender, large())
     at_once([sender.send, receiver.receive])
     receiver.close()
     with pytest.raises(TransferError, match=r"worker 0 of engine 0 has ended: .* after 0 of the 16 buckets"):
         sender.send()
-    sender.close()
 
 
-def test_a_new_receiver_waits_for_the_next_send(tmp_path: Path) -> None:
+def test_a_new_receiver_waits_for_the_next_send(opened: Opened, small: SharedMemorySender) -> None:
     """What an earlier receiver in its place has had already is no longer whole in the slots."""
-    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
-    sender.send()
-    SharedMemoryReceiver(SMALL, 0, target(), tmp_path).receive()
+    small.send()
+    opened(SharedMemoryReceiver, SMALL, target()).receive()
     with pytest.raises(TransferError, match="is late: nothing came"):
-        SharedMemoryReceiver(SMALL, 0, target(), tmp_path, timeout_seconds=0.2).receive()
-    sender.close()
+        opened(SharedMemoryReceiver, SMALL, target(), timeout_seconds=0.2).receive()
 
 
-def test_another_dtype_or_plan_is_refused(tmp_path: Path) -> None:
-    sender = SharedMemorySender(SMALL, 0, {"a": torch.zeros(30, 40)}, tmp_path)
+def test_another_dtype_or_plan_is_refused(opened: Opened) -> None:
+    opened(SharedMemorySender, SMALL, {"a": torch.zeros(30, 40)})
     wide = plan([Tile(0, "a", "w", (0, 30), (0, 4))], [Tile(0, "b", "w", (0, 30), (0, 4))])
     tall = plan([Tile(0, "a", "w", (0, 3), (0, 4))], [Tile(0, "b", "w", (0, 3), (0, 4), 2)])
-    SharedMemoryReceiver(tall, 0, {"b": torch.zeros(5, 4)}, tmp_path)._links[0].open()  # the same bytes: accepted
+    opened(SharedMemoryReceiver, tall, {"b": torch.zeros(5, 4)})._links[0].open()  # the same bytes: accepted
     for receiver in (
-        SharedMemoryReceiver(wide, 0, {"b": torch.zeros(30, 4)}, tmp_path),
-        SharedMemoryReceiver(SMALL, 0, {"b": torch.zeros(5, 4)}, tmp_path, torch.bfloat16),
+        opened(SharedMemoryReceiver, wide, {"b": torch.zeros(30, 4)}),
+        opened(SharedMemoryReceiver, SMALL, {"b": torch.zeros(5, 4)}, torch.bfloat16),
     ):
         with pytest.raises(TransferError, match="was not written for this plan, dtype and bucket size"):
             receiver.receive()
-    sender.close()
 
 
-def test_a_live_senders_file_is_not_taken_and_a_dead_ones_is(tmp_path: Path) -> None:
-    sender = SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
+def test_another_bucket_size_is_refused(opened: Opened) -> None:
+    opened(SharedMemorySender, PLAN, large(), bucket_bytes=BUCKET_BYTES)
+    with pytest.raises(TransferError, match="was not written for this plan, dtype and bucket size"):
+        opened(SharedMemoryReceiver, PLAN, {"b": torch.zeros(64, 16)}, bucket_bytes=2 * BUCKET_BYTES).receive()
+
+
+def test_a_live_senders_file_is_not_taken_and_a_dead_ones_is(
+    opened: Opened, small: SharedMemorySender, tmp_path: Path
+) -> None:
     with pytest.raises(FileExistsError, match="in use by another sender"):
-        SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
-    sender.close()
+        opened(SharedMemorySender, SMALL, TENSORS)
+    small.close()
     weight_file(tmp_path, 0).write_bytes(b"left by a killed run")
     with pytest.raises(TransferError, match="20 bytes"):
-        SharedMemoryReceiver(SMALL, 0, target(), tmp_path).receive()
-    SharedMemorySender(SMALL, 0, TENSORS, tmp_path).close()
+        opened(SharedMemoryReceiver, SMALL, target()).receive()
+    opened(SharedMemorySender, SMALL, TENSORS)
 
 
 def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import World, config, empty_world, models, random_weights, reference_world
-from torch import Tensor
 
 from conversion.families import Model, model_from_config
 from conversion.plan import Piece, WeightMismatch, WeightPlan, plan
@@ -181,19 +180,6 @@ def test_digests_of_columns_add_up_wherever_they_are_cut(dtype: torch.dtype, cut
     assert (sum(parts) - digest(values, (0, 5, 0, 11))) % (1 << 64) == 0
     unaligned = torch.frombuffer(bytearray(b"\0" + values.view(torch.uint8).numpy().tobytes()), dtype=dtype, offset=1)
     assert digest(unaligned.view(5, 11), (0, 5, 0, 11)) == digest(values, (0, 5, 0, 11))
-
-
-@pytest.mark.parametrize("shape", [(6,), (3, 5), (1, 3, 5)])
-def test_pieces_of_one_to_three_dimensions_are_digested(shape: tuple[int, ...]) -> None:
-    def digests(tensor: Tensor) -> list[int]:
-        height, width = (len(tensor), 1) if tensor.dim() == 1 else (tensor.numel() // shape[-1], shape[-1])
-        part = Part(Piece(rank=0, name="t", index=tuple((0, n) for n in shape)), "w", (0, height, 0, width))
-        holdings = Holdings([part], {"t": tensor}, torch.bfloat16)
-        assert len(holdings.rows(0)) == height
-        return holdings.digests()
-
-    tensor = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape).bfloat16()
-    assert digests(tensor) == digests(tensor.float()) != digests(tensor.flip(-1))
 
 
 def test_an_expert_axis_joins_the_rows() -> None:

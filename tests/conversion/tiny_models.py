@@ -59,6 +59,9 @@ def config(family: str = "llama", **changes: object) -> dict[str, object]:
     return sizes | {"model_type": family} | FAMILIES[family] | changes
 
 
+EXPERTS = model_from_config(config("qwen3_moe", num_hidden_layers=3))
+
+
 @st.composite
 def models(draw: st.DrawFn) -> Model:
     """Models that tensor sizes 1, 2 and 4 divide, with 1 to 3 query heads a group, and vocabularies of any size."""

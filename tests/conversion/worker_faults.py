@@ -1,14 +1,19 @@
 """The worker's extension with faults to inject, for the tests of the verification in a live engine."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from live_faults import LiveFault
+from safetensors.torch import load_file
+from tiny_models import reference_world, vllm_world
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 
-from conversion.vllm import WorkerExtension, check_experts, repack
+from conversion.families import read_model
+from conversion.plan import plan
+from conversion.vllm import WorkerExtension, check_coverage, check_experts, repack
 
 
 class FaultyWorker(WorkerExtension):
@@ -62,6 +67,23 @@ class FaultyWorker(WorkerExtension):
         finally:
             method.unquantized_backend = chosen
         return "nothing"
+
+    def differences(self, folder: str, tensor: int) -> list[str]:
+        """The names of parameters that differ in any bit from what the tiles of the folder's model say they are.
+
+        ValueError as check_coverage.
+        """
+        model, rank, module = read_model(folder), get_tensor_model_parallel_rank(), self.model_runner.get_model()
+        check_coverage(model, plan(model.hf_tiles(), model.vllm_tiles(tensor)), tensor, rank, module)
+        weights = load_file(Path(folder) / "model.safetensors")
+        expected = reference_world(model.vllm_tiles(tensor), weights, vllm_world(model, tensor))[rank]
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        padding = {name: tile.isnan() for name, tile in expected.items()}
+        return [
+            name
+            for name, tile in expected.items()
+            if not torch.equal(parameters[name].data[~padding[name]], tile[~padding[name]])
+        ]
 
     def mend(self) -> None:
         weight, right = self._kept

@@ -1,5 +1,6 @@
 """A batch that spoiled a step: whole on disk, and readable without this program."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -33,19 +34,12 @@ def _case(logprobs: tuple[float, ...] = (math.nan, -2.0)) -> tuple[list[Rollout]
         token_columns={"rollout_token_logprob": torch.tensor([-3.0, -0.5, -1.0, -2.5])},
         version=4,
     )
-    stats = StepStats(
+    stats = dataclasses.replace(
+        samples.STATS,
         loss=math.nan,
         grad_norm=math.nan,
         grad_norms=(math.nan, 3.0),
-        learning_rate=1e-6,
-        changed_weights=0.125,
         skipped=(0,),
-        tokens=7,
-        response_tokens=4,
-        tokens_per_second=1.0,
-        model_flops=1.0,
-        mfu=None,
-        peak_memory_bytes=(1,),
         logprobs=logprobs,
         reference_logprobs=(-1.0, -2.5),
         losses=(math.nan, 0.25),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from samples import write_jsonl
 
 from astar_megatron import config
 from astar_megatron.algorithm import rewards
@@ -104,23 +105,30 @@ def test_a_contest_s_integer_is_right_in_any_form(name: str, text: str, tmp_path
     assert not any(reward(response("math", form), pair.answer) for form in ("26", "25.5", "-25", "2 5x", ""))
 
 
-def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:
-    rows = [{"problem": "q", "answer": "1"}, {"problem": "q"}, {"problem": "", "answer": "1"}, {"answer": "1"}]
-    (tmp_path / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(PromptError, match=r"(?s)3 of 4 rows.*line 2: no field 'solution'.*line 3.*empty.*line 4"):
-        read_benchmark("math500", tmp_path)
-    (tmp_path / "aime24.jsonl").write_text('{"problem": "q", "answer": "x"}\n')
-    with pytest.raises(PromptError, match="1 of 1 rows"):
-        read_benchmark("aime24", tmp_path)
-    with pytest.raises(PromptError, match=r"eval\.folder: amc23 is read from amc23\.jsonl"):
-        read_benchmark("amc23", tmp_path)
-    with pytest.raises(PromptError, match=r"no benchmark 'aime25'; there are gsm8k, math500"):
-        read_benchmark("aime25", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        (
+            "math500",
+            [{"problem": "q", "answer": "1"}, {"problem": "q"}, {"problem": "", "answer": "1"}, {"answer": "1"}],
+            r"(?s)3 of 4 rows.*line 2: no field 'solution'.*line 3.*empty.*line 4",
+        ),
+        ("aime24", [{"problem": "q", "answer": "x"}], "1 of 1 rows"),
+        ("amc23", None, r"eval\.folder: amc23 is read from amc23\.jsonl"),
+        ("aime25", None, r"no benchmark 'aime25'; there are gsm8k, math500"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_read_is_refused(
+    name: str, rows: list[dict[str, str]] | None, words: str, tmp_path: Path
+) -> None:
+    if rows is not None:
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    with pytest.raises(PromptError, match=words):
+        read_benchmark(name, tmp_path)
 
 
 def test_each_row_is_a_prompt_and_none_is_cut(tmp_path: Path, model_folder: Callable[..., str]) -> None:
-    row = json.dumps({"problem": "How many?", "answer": 3})
-    (tmp_path / "amc23.jsonl").write_text(f"{row}\n{row}\n")
+    write_jsonl(tmp_path / "amc23.jsonl", [{"problem": "How many?", "answer": 3}] * 2)
     model = model_folder()
     wide = DataConfig(path="none", max_prompt_tokens=1000)
     prompts = benchmark_prompts("amc23", tmp_path, wide, model)

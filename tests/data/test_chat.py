@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import write_jsonl
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import DataConfig
@@ -36,9 +37,8 @@ DAY_IN_A_MACRO = "{% macro day() %}{{ strftime_now('%H:%M %d %b %Y') }}{% endmac
 
 
 def _file(tmp_path: Path, *questions: str) -> str:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"question": question, "answer": "4"}) + "\n" for question in questions))
-    return str(path)
+    rows = [{"question": question, "answer": "4"} for question in questions]
+    return str(write_jsonl(tmp_path / "data.jsonl", rows))
 
 
 def _edit_config(model: str, **changes: Any) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import CONTRACT
+from samples import CONTRACT, run_config
 
-from astar_megatron.config import validate
 from astar_megatron.data.chat import TokenizerError
 from astar_megatron.data.contract import Contract, ContractError, contract_of
 
@@ -19,15 +18,7 @@ NAMES = ("this run", "the table")
 
 
 def _contract(model: str, **sections: dict[str, Any]) -> Contract:
-    tree: dict[str, Any] = {
-        "run_dir": "/tmp/run",
-        "model": {"path": model},
-        "data": {"path": "data.jsonl"},
-        "reward": {"name": "last_number"},
-    }
-    for name, section in sections.items():
-        tree[name] = tree.get(name, {}) | section
-    return contract_of(validate(tree))
+    return contract_of(run_config(**sections | {"model": {"path": model}}))
 
 
 @pytest.fixture
@@ -37,10 +28,8 @@ def model(model_folder: Callable[..., str]) -> str:
 
 def test_equal_runs_have_equal_contracts(model: str, tmp_path: Path) -> None:
     copy = str(shutil.copytree(model, tmp_path / "copy"))
-    first, second = (
-        _contract(model),
-        _contract(copy, astar={"beta1": 2.0}, sweep={"num_samples": 32}, train={"num_steps": 1}),
-    )
+    first = _contract(model)
+    second = _contract(copy, astar={"beta1": 2.0}, sweep={"num_samples": 32}, train={"num_steps": 1})
     assert first == second
     assert first.digest() == second.digest()
     assert first.difference(second) == []
@@ -67,50 +56,24 @@ def test_a_configuration_that_changes_the_samples_changes_one_field(
     assert first.digest() != second.digest()
 
 
-def _weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-
-
-def _type(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes().replace(b"F32", b"I32"))
-
-
-def _config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"vocab_size": 1000}')
-
-
-def _tokenizer(folder: Path) -> None:
-    path = folder / "tokenizer.json"
-    path.write_text(path.read_text() + "\n")
-
-
-def _stop(folder: Path) -> None:
-    (folder / "generation_config.json").write_text('{"eos_token_id": 6}')
-
-
-def _template(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-
-
 @pytest.mark.parametrize(
-    ("change", "field"),
+    ("file", "change", "field"),
     [
-        (_weights, "model digest"),
-        (_type, "model digest"),
-        (_config, "model digest"),
-        (_tokenizer, "tokenizer digest"),
-        (_stop, "stop token ids"),
-        (_template, "template digest"),
+        ("model.safetensors", lambda data: data[:-1] + b"x", "model digest"),
+        ("model.safetensors", lambda data: data.replace(b"F32", b"I32"), "model digest"),
+        ("config.json", lambda _: b'{"vocab_size": 1000}', "model digest"),
+        ("tokenizer.json", lambda data: data + b"\n", "tokenizer digest"),
+        ("generation_config.json", lambda _: b'{"eos_token_id": 6}', "stop token ids"),
+        ("chat_template.jinja", lambda _: b"{{ messages[0]['content'] }}", "template digest"),
     ],
+    ids=["weights", "type", "configuration", "tokenizer", "stop tokens", "template"],
 )
 def test_a_changed_model_folder_changes_one_field(
-    model: str, tmp_path: Path, change: Callable[[Path], None], field: str
+    model: str, tmp_path: Path, file: str, change: Callable[[bytes], bytes], field: str
 ) -> None:
-    folder = shutil.copytree(model, tmp_path / "copy")
-    change(folder)
-    (line,) = _contract(model).difference(_contract(str(folder)))
+    path = shutil.copytree(model, tmp_path / "copy") / file
+    path.write_bytes(change(path.read_bytes()))
+    (line,) = _contract(model).difference(_contract(str(path.parent)))
     assert line.startswith(f"{field}: ")
 
 

@@ -49,17 +49,22 @@ def coverage(values: Sequence[float], shares: Sequence[float], beta1: float, n: 
     return float(((estimates.low <= true) & (true <= estimates.high)).mean())
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.45, 0.05), (0.05, 0.9, 0.05), (0.2, 0.7, 0.1), (0.9, 0.09, 0.01)])
-@pytest.mark.parametrize("beta1", [0.05, 0.5, 5.0])
-def test_intervals_of_other_rewards_cover(shares: tuple[float, ...], beta1: float) -> None:
-    for n in (2, 8, 32):
-        assert coverage((0.0, 0.1, 1.0), shares, beta1, n) >= 0.95, n
-
-
-@pytest.mark.parametrize(("values", "shares"), [((-1.0, 1.0), (0.15, 0.85)), ((-1.0, 0.0, 1.0), (0.15, 0.4, 0.45))])
-@pytest.mark.parametrize("beta1", [0.5, 5.0])
-def test_intervals_of_rewards_below_0_cover(values: tuple[float, ...], shares: tuple[float, ...], beta1: float) -> None:
-    for n in (1, 4, 8):
+@pytest.mark.parametrize(
+    ("values", "shares", "beta1", "counts"),
+    [
+        *(
+            ((0.0, 0.1, 1.0), shares, beta1, (2, 8, 32))
+            for shares in ((0.5, 0.45, 0.05), (0.05, 0.9, 0.05), (0.2, 0.7, 0.1), (0.9, 0.09, 0.01))
+            for beta1 in (0.05, 0.5, 5.0)
+        ),
+        *(((-1.0, 1.0), (0.15, 0.85), beta1, (1, 4, 8)) for beta1 in (0.5, 5.0)),
+        *(((-1.0, 0.0, 1.0), (0.15, 0.4, 0.45), beta1, (1, 4, 8)) for beta1 in (0.5, 5.0)),
+    ],
+)
+def test_intervals_of_other_rewards_cover(
+    values: tuple[float, ...], shares: tuple[float, ...], beta1: float, counts: tuple[int, ...]
+) -> None:
+    for n in counts:
         assert coverage(values, shares, beta1, n) >= 0.95, n
 
 

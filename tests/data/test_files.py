@@ -1,33 +1,22 @@
 """Files that are whole or absent, and the data that the project makes itself."""
 
-import json
 import re
-import resource
 from pathlib import Path
 
 import pytest
+from samples import files_of_at_most, read_jsonl
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
 from astar_megatron.data.files import StorageError, exclusive, write_atomic
 
 
-def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
-    for data in (b"old", b"new"):
-        write_atomic(tmp_path / "file", data)
-        assert (tmp_path / "file").read_bytes() == data
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "file", b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(StorageError, match=r"file: can't write 100 bytes: .*free some space"):
-            write_atomic(tmp_path / "file", b"x" * 100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for data in (b"older", b"old"):
+        write_atomic(tmp_path / "file", data)
+    words = r"file: can't write 100 bytes: .*free some space"
+    with files_of_at_most(10), pytest.raises(StorageError, match=words):
+        write_atomic(tmp_path / "file", b"x" * 100)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
@@ -51,8 +40,7 @@ def test_the_one_digit_additions_are_all_64_and_right() -> None:
 
 def test_rows_are_written_one_a_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "new" / "data.jsonl", [{"question": "é?", "answer": "1"}, {"question": "b"}])
-    lines = (tmp_path / "new" / "data.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [{"question": "é?", "answer": "1"}, {"question": "b"}]
+    assert read_jsonl(tmp_path / "new" / "data.jsonl") == [{"question": "é?", "answer": "1"}, {"question": "b"}]
 
 
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path: Path) -> None:

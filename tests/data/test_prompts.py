@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,6 @@ def test_the_uid_follows_tokens_and_answer_alone(tmp_path: Path, model: str, mod
         DataConfig(path=_file(tmp_path, [_row()])), model_folder(template="{{ messages[0]['content'] }}")
     )
     assert len({first.uid, other_answer.uid, other_template.uid}) == 3
-    (literal,) = read_prompts(DataConfig(path=_file(tmp_path, [_row()])), model)
-    assert literal.uid == first.uid
 
 
 def test_exact_duplicates_are_kept_once_and_counted(
@@ -81,6 +80,8 @@ def test_a_byte_order_mark_blank_lines_and_crlf_are_no_trouble(tmp_path: Path, m
         (b"\n\n", "holds no prompt"),
         ([_row(), "text"], "line 2: expected a JSON object, got str"),
         (b'{"question": "a", "answer": "1"}\n{"question": \n', "line 2: not JSON"),
+        (b'{"question": "a", "answer": "1", "answer": "2"}', r"line 1: not JSON \(the key 'answer' stands twice\)"),
+        (b'{"question":' + b"[" * 200_000, "1 of 1 rows can't be used:\n  line 1: not JSON"),
         (b'{"question": "a", "answer": "1"}\n\n{"question": "\xff", "answer": "1"}\n', "line 3: not UTF-8"),
         ([_row(), {"question": "a"}], "line 2: no field 'answer', only 'question'; set data.answer_field"),
         ([{"problem": "a", "answer": "1"}], "line 1: no field 'question'.*set data.prompt_field"),
@@ -105,12 +106,18 @@ def test_a_missing_file_is_refused(model: str) -> None:
         read_prompts(DataConfig(path="/nowhere.jsonl"), model)
 
 
-def test_long_prompts_are_refused_never_cut(tmp_path: Path, model: str) -> None:
+def test_long_prompts_are_refused_or_dropped_and_never_cut(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = _file(tmp_path, [_row(), _row("b" * 30), _row("c" * 40)])
-    message = r"2 of 3 prompts exceed data\.max_prompt_tokens = 20; the longest \(line 3\) has 42"
-    with pytest.raises(PromptError, match=message):
+    message = "2 of 3 prompts exceed data.max_prompt_tokens = 20; the longest (line 3) has 42"
+    with pytest.raises(PromptError, match=re.escape(message)):
         read_prompts(DataConfig(path=path, max_prompt_tokens=20), model)
     assert len(read_prompts(DataConfig(path=path, max_prompt_tokens=42), model)) == 3
+    (short,) = read_prompts(DataConfig(path=path, max_prompt_tokens=20, long_prompts="drop"), model)
+    assert short.text == "2 + 2?" and f"{message}; dropped" in caplog.text
+    with pytest.raises(PromptError, match="3 of 3 prompts exceed"):
+        read_prompts(DataConfig(path=path, max_prompt_tokens=1, long_prompts="drop"), model)
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path, model_folder: MakeModel) -> None:
@@ -123,15 +130,10 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path: Path, model_fo
         (damaged, "no tokenizer that transformers can load"),
         (model_folder(template=None), "no chat template; add chat_template.jinja"),
         (model_folder(eos=None), "no EOS token"),
+        (model_folder(template="{{ raise_exception('system first') }}"), r"can't format .*system first"),
     ):
         with pytest.raises(TokenizerError, match=message):
             read_prompts(DataConfig(path=_file(tmp_path, [_row()])), folder)
-
-
-def test_a_template_that_fails_is_a_clear_error(tmp_path: Path, model_folder: MakeModel) -> None:
-    broken = model_folder(template="{{ raise_exception('system first') }}")
-    with pytest.raises(TokenizerError, match=r"can't format .*system first"):
-        read_prompts(DataConfig(path=_file(tmp_path, [_row()])), broken)
 
 
 def test_stop_tokens_are_the_tokenizer_s_then_those_of_the_generation_config(model_folder: MakeModel) -> None:
@@ -140,12 +142,10 @@ def test_stop_tokens_are_the_tokenizer_s_then_those_of_the_generation_config(mod
     assert stop_token_ids(model_folder(stop=eos)) == (eos,)
     assert stop_token_ids(model_folder(stop=[7, eos, 9, 7])) == (eos, 7, 9)
     broken = model_folder()
-    (Path(broken) / "generation_config.json").write_text("[]")
-    with pytest.raises(TokenizerError, match=r"generation_config\.json: not readable"):
-        stop_token_ids(broken)
-    (Path(broken) / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(TokenizerError, match="expected a token id, got '</s>'"):
-        stop_token_ids(broken)
+    for text, words in (("[]", "not readable"), ('{"eos_token_id": "</s>"}', ".*expected a token id, got '</s>'")):
+        (Path(broken) / "generation_config.json").write_text(text)
+        with pytest.raises(TokenizerError, match=rf"generation_config\.json: {words}"):
+            stop_token_ids(broken)
 
 
 def _prompts(number: int) -> list[Prompt]:
@@ -196,10 +196,11 @@ def test_a_cursor_of_other_prompts_or_seed_is_refused() -> None:
             stream.restore(wrong)
 
 
-def test_a_stream_needs_distinct_prompts_and_a_batch_size() -> None:
-    with pytest.raises(PromptError, match="got 0 and 2"):
-        PromptStream([], 2, seed=0)
-    with pytest.raises(PromptError, match="got 3 and 0"):
-        PromptStream(_prompts(3), 0, seed=0)
-    with pytest.raises(PromptError, match="same uid"):
-        PromptStream(_prompts(3) * 2, 2, seed=0)
+@pytest.mark.parametrize(
+    ("prompts", "batch_size", "words"),
+    [([], 2, "got 0 and 2"), (_prompts(3), 0, "got 3 and 0"), (_prompts(3) * 2, 2, "same uid")],
+    ids=["no prompt", "no batch", "a prompt twice"],
+)
+def test_a_stream_needs_distinct_prompts_and_a_batch_size(prompts: list[Prompt], batch_size: int, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        PromptStream(prompts, batch_size, seed=0)

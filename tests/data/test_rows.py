@@ -1,6 +1,5 @@
 """Rows from files: JSONL, Parquet and folders, and what can't be used is counted and named."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from samples import write_jsonl
 
 from astar_megatron.config import DataConfig
 from astar_megatron.data.prompts import read_prompts
@@ -24,24 +24,19 @@ from astar_megatron.data.rows import (
 ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": "Ünï\n", "answer": "5"}]
 
 
-def _jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_parquet_jsonl_and_folders_give_the_same_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     folder = tmp_path / "folder"
     (folder / "a").mkdir(parents=True)
-    _jsonl(folder / "b.JSONL", ROWS[1:])
+    write_jsonl(folder / "b.JSONL", ROWS[1:])
     pq.write_table(pa.Table.from_pylist(ROWS[:1]), folder / "a" / "x.parquet")
     (folder / "README.md").write_text("no data")
     (folder / ".cache").mkdir()
     for hidden in (folder / ".hidden.jsonl", folder / ".cache" / "c.jsonl"):
-        _jsonl(hidden, ROWS)
+        write_jsonl(hidden, ROWS)
     tables = [
         [(row.where, dict(row.fields)) for row in read_rows(source, Problems(source))]
-        for source in (tmp_path / "rows.parquet", _jsonl(tmp_path / "rows.jsonl", ROWS), folder)
+        for source in (tmp_path / "rows.parquet", write_jsonl(tmp_path / "rows.jsonl", ROWS), folder)
     ]
     assert [[fields for _, fields in rows] for rows in tables] == [ROWS] * 3
     assert [where for where, _ in tables[0]] == ["row 1", "row 2"]
@@ -60,7 +55,7 @@ def test_a_damaged_or_empty_source_is_refused(tmp_path: Path) -> None:
 
 def test_all_problems_are_counted_and_the_first_five_named(tmp_path: Path, model_folder: Any) -> None:
     bad = [{"question": "q"}] * 4 + ["text", {"question": "", "answer": "1"}, {"question": "q", "answer": None}]
-    path = _jsonl(tmp_path / "x.jsonl", [ROWS[0], *bad])
+    path = write_jsonl(tmp_path / "x.jsonl", [ROWS[0], *bad])
     with path.open("ab") as file:
         file.write(b'{"question": "\xff"}\n')
     with pytest.raises(PromptError) as caught:
@@ -85,14 +80,14 @@ def test_all_problems_are_counted_and_the_first_five_named(tmp_path: Path, model
     ],
 )
 def test_a_number_is_as_good_an_answer_as_its_text(value: object, answer: str, tmp_path: Path) -> None:
-    rows = read_rows(_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}]), problems := Problems("x"))
+    rows = read_rows(write_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}]), problems := Problems("x"))
     (pair,) = pairs_of(rows, "q", answer_field("a"), problems)
     assert pair.answer == answer
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e400, None])
 def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) -> None:
-    _jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}])
+    write_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}])
     pq.write_table(pa.table({"q": ["text"], "a": pa.array([value], pa.float64())}), tmp_path / "x.parquet")
     rows = read_rows(tmp_path, problems := Problems("x"))
     assert len(rows) == 2 and pairs_of(rows, "q", answer_field("a"), problems) == []
@@ -110,20 +105,6 @@ def test_a_row_of_parquet_that_is_not_utf_8_is_a_problem_of_its_own(tmp_path: Pa
     assert "2 of 1104 rows" in message and "row 2: not UTF-8" in message and "row 1103: not UTF-8" in message
 
 
-def test_a_line_with_a_key_twice_is_refused(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path / "x.jsonl", ROWS)
-    path.write_text(path.read_text(encoding="utf-8") + '{"question": "a", "answer": "1", "answer": "2"}\n', "utf-8")
-    assert len(read_rows(path, problems := Problems("x"))) == 2
-    assert "line 3: not JSON (the key 'answer' stands twice)" in problems.message(3)
-
-
-def test_a_line_that_nests_too_deeply_is_counted_as_any_other_bad_line(tmp_path: Path) -> None:
-    path = _jsonl(tmp_path / "x.jsonl", ROWS)
-    path.write_text(path.read_text(encoding="utf-8") + '{"question":' + "[" * 200_000 + "\n", encoding="utf-8")
-    assert len(read_rows(path, problems := Problems("x"))) == 2
-    assert problems.count == 1 and "line 3: not JSON" in problems.message(3)
-
-
 def test_the_first_of_equal_prompts_stays_and_none_of_those_with_two_answers() -> None:
     pairs = [Pair(where=f"line {i}", question=q, answer=a) for i, (q, a) in enumerate(["x1", "y2", "x1", "x3", "y2"])]
     problems = Problems("file")
@@ -133,15 +114,3 @@ def test_the_first_of_equal_prompts_stays_and_none_of_those_with_two_answers() -
         match=r"3 of 5 rows can't be used:\n  line 0: its prompt has two answers, '1' .line 0. and '3' .line 3",
     ):
         problems.refuse(5)
-
-
-def test_long_prompts_are_dropped_where_the_configuration_says_so(
-    tmp_path: Path, model_folder: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = [{"question": question, "answer": "1"} for question in ("a", "b" * 30, "c", "d" * 40)]
-    path = str(_jsonl(tmp_path / "x.jsonl", rows))
-    cfg = DataConfig(path=path, max_prompt_tokens=20, long_prompts="drop")
-    assert [prompt.text for prompt in read_prompts(cfg, model_folder())] == ["a", "c"]
-    assert "2 of 4 prompts exceed data.max_prompt_tokens = 20; the longest (line 4) has 42; dropped" in caplog.text
-    with pytest.raises(PromptError, match="4 of 4 prompts exceed"):
-        read_prompts(DataConfig(path=path, max_prompt_tokens=1, long_prompts="drop"), model_folder())

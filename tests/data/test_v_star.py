@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from samples import CONTRACT
+from samples import CONTRACT, files_of_at_most
 from table_rows import PROMPTS, scored
 
 from astar_megatron.algorithm.value import v_star
@@ -20,7 +19,7 @@ from astar_megatron.data.contract import ContractError
 from astar_megatron.data.files import StorageError
 from astar_megatron.data.header import FORMAT, make_header, stored_contract
 from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
-from astar_megatron.types import Prompt
+from astar_megatron.types import Prompt, Rollout
 
 
 def _reward(prompt: int, sample: int) -> float:
@@ -44,8 +43,10 @@ def test_rows_are_there_after_reopening(tmp_path: Path) -> None:
 
 def test_a_shard_holds_everything_about_a_rollout(tmp_path: Path) -> None:
     VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 3, 1.0)])
-    (shard,) = tmp_path.glob("shard-000001-*.parquet")
-    assert pq.read_table(shard).to_pylist() == [
+    VStarTable.open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 4)], text=True)
+    first, second = sorted(tmp_path.glob("shard-*.parquet"))
+    assert pq.read_table(second)["text"].to_pylist() == ["text"]
+    assert pq.read_table(first).to_pylist() == [
         {
             "uid": "uid-0",
             "sample": 3,
@@ -112,42 +113,24 @@ def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(tmp_path: Path
     assert ahead.rewards() == VStarTable.open(tmp_path, CONTRACT).rewards()
 
 
-def test_two_writers_of_one_folder_lose_nothing(tmp_path: Path) -> None:
-    first, second = (VStarTable.create_or_open(tmp_path, CONTRACT) for _ in range(2))
-    first.append([scored(PROMPTS[0], 0, 1.0)])
-    second.append([scored(PROMPTS[1], 0, 0.5)])
-    first.append([scored(PROMPTS[2], 0, 0.0)])
-    assert VStarTable.open(tmp_path, CONTRACT).rewards() == {"uid-0": [1.0], "uid-1": [0.5], "uid-2": [0.0]}
-
-
 def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     assert math.isnan(table.summary().mean_reward)
-    table.append(
-        [
-            scored(PROMPTS[i], s, r)
-            for i, pair in enumerate([(0, 0), (1, 1), (0, 1), (0, 0.1)])
-            for s, r in enumerate(pair)
-        ]
-    )
+    for prompt, rewards in zip(PROMPTS, [(0, 0), (1, 1), (0, 1), (0, 0.1)], strict=False):
+        table.append([scored(prompt, sample, reward) for sample, reward in enumerate(rewards)])
     summary = table.summary()
     assert (summary.all_wrong, summary.all_right, summary.mean_reward) == (0.5, 0.25, pytest.approx(3.1 / 8))
 
 
-def _torn(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def _empty(data: bytes) -> bytes:
-    return b""
-
-
-def _zeroed(data: bytes) -> bytes:
-    return data[:4] + bytes(60) + data[64:]
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "torn": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "zeroed": lambda data: data[:4] + bytes(60) + data[64:],
+}
 
 
 @pytest.mark.parametrize("check_whole_bytes", [1 << 20, 0], ids=["whole", "by page"])
-@pytest.mark.parametrize("damage", [_torn, _empty, _zeroed])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_shard_is_set_aside_and_its_rows_are_missing_again(
     tmp_path: Path, check_whole_bytes: int, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,35 +234,31 @@ def test_shards_without_a_header_are_not_adopted(tmp_path: Path) -> None:
         VStarTable.create_or_open(tmp_path, CONTRACT)
 
 
-@pytest.mark.parametrize("reward", [None, math.nan, math.inf])
-def test_a_rollout_without_a_finite_reward_is_refused(tmp_path: Path, reward: float | None) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (scored(PROMPTS[0], 4, None), "sample 4 of prompt uid-0 is None"),
+        (scored(PROMPTS[0], 4, math.nan), "sample 4 of prompt uid-0 is nan"),
+        (scored(PROMPTS[0], 4, math.inf), "sample 4 of prompt uid-0 is inf"),
+        (scored(PROMPTS[0], -1), "sample is uint32"),
+        (dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64), "seed is int64"),
+    ],
+    ids=["no reward", "nan", "inf", "sample", "seed"],
+)
+def test_a_rollout_with_a_value_that_no_row_may_have_is_refused(tmp_path: Path, wrong: Rollout, words: str) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    with pytest.raises(TableError, match=f"sample 4 of prompt uid-0 is {reward}"):
-        table.append([scored(PROMPTS[1], 0), scored(PROMPTS[0], 4, reward)])
-    assert table.rewards() == {} and not list(tmp_path.glob("shard-*"))
-
-
-def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    with pytest.raises(TableError, match="sample is uint32"):
-        table.append([scored(PROMPTS[0], -1)])
-    with pytest.raises(TableError, match="seed is int64"):
-        table.append([dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64)])
+    with pytest.raises(TableError, match=words):
+        table.append([scored(PROMPTS[1], 0), wrong])
     table.append([])
-    assert table.summary().samples == 0
+    assert table.rewards() == {} and not list(tmp_path.glob("shard-*"))
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     _fill(table, PROMPTS, range(2))
     before = sorted(path.name for path in tmp_path.iterdir())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # files above 100 bytes fail, as on a full disk
-    try:
-        with pytest.raises(StorageError, match="free some space"):
-            _fill(table, PROMPTS, range(2, 3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(100), pytest.raises(StorageError, match="free some space"):
+        _fill(table, PROMPTS, range(2, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert len(table.missing(PROMPTS, 3)) == 6
     _fill(table, PROMPTS, range(2, 3))  # the same table goes on once there is space

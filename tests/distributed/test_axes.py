@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "CP2, one micro-batch": {"context": 2, "micro_batch_tokens": 10_000},
 }
 EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP2": {"data": 2},
     "EP2 over DP2": {"data": 2, "expert": 2},
     "EP2 over CP2": {"context": 2, "expert": 2},
     "TP2 EP2 SP": {"tensor": 2, "data": 2, "expert": 2},
@@ -56,14 +58,7 @@ RARE_EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def one_rank(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     """What one rank computes for a model folder, computed once."""
-    known: dict[Path, Any] = {}
-
-    def trained(folder: Path) -> Any:
-        if folder not in known:
-            known[folder] = run(ranks, tmp_path_factory.mktemp("one"), job_of(folder))
-        return known[folder]
-
-    return trained
+    return cache(lambda folder: run(ranks, tmp_path_factory.mktemp("one"), job_of(folder)))
 
 
 def job_of(folder: Path, **layout: Any) -> Job:
@@ -114,23 +109,18 @@ def _cases(kind: str, layouts: dict[str, dict[str, Any]], *marks: pytest.MarkDec
 @pytest.mark.parametrize(
     ("kind", "layout"),
     [
-        *_cases("tied_llama", LAYOUTS),
+        *_cases("tied_llama", LAYOUTS | SPLITS),
         *_cases("untied_qwen2", LAYOUTS),
         *_cases("experts", EXPERT_LAYOUTS),
         *_cases("tied_llama", RARE_LAYOUTS, pytest.mark.slow),
         *_cases("experts", RARE_EXPERT_LAYOUTS, pytest.mark.slow),
     ],
 )
-def test_every_axis_computes_what_one_rank_does(
+def test_every_axis_and_every_micro_batch_computes_what_one_rank_does(
     kind: str, layout: dict[str, Any], ranks: Any, one_rank: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue(kind)
     assert_same(run(ranks, tmp_path, job_of(folder, **layout)), one_rank(folder))
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_micro_batches_change_no_number(name: str, ranks: Any, one_rank: Any, tied_llama: Path, tmp_path: Path) -> None:
-    assert_same(run(ranks, tmp_path, job_of(tied_llama, **SPLITS[name])), one_rank(tied_llama))
 
 
 def test_norms_of_heads_get_the_gradients_of_all_tensor_ranks(
@@ -161,16 +151,13 @@ def test_the_order_of_sequences_is_no_part_of_the_gradient(ranks: Any, tied_llam
 @pytest.fixture(scope="module")
 def four_steps(ranks: Any) -> Callable[[Path], list[float]]:
     """The losses of the third and fourth step of one rank that nobody interrupts, computed once a model folder."""
-    known: dict[Path, list[float]] = {}
 
     def trained(folder: Path) -> list[float]:
-        if folder not in known:
-            arguments = {"batches": batches() + later_batches(), "load": None, "save": None}
-            (reports,) = ranks.run(work.steps, 1, job=job_of(folder), **arguments)
-            known[folder] = [stats.loss for stats in reports[2:]]
-        return known[folder]
+        arguments = {"batches": batches() + later_batches(), "load": None, "save": None}
+        (reports,) = ranks.run(work.steps, 1, job=job_of(folder), **arguments)
+        return [stats.loss for stats in reports[2:]]
 
-    return trained
+    return cache(trained)
 
 
 def later_batches() -> list[Any]:

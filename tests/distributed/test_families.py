@@ -48,11 +48,6 @@ def assert_logits(ranks: Any, folders: list[Path], layout: ParallelLayout, packs
                 assert numpy.abs(truth).max() > 1.0  # or the tolerance would say nothing
 
 
-def test_logits_of_every_family_are_those_of_transformers(ranks: Any, tiny_family: Callable[..., Path]) -> None:
-    folders = [tiny_family(family, tie_word_embeddings=tied) for family in FAMILIES for tied in (True, False)]
-    assert_logits(ranks, folders, ParallelLayout(), packs_of_sequences(1))
-
-
 def test_scaled_and_plain_rotary_positions_differ(tiny_family: Callable[..., Path]) -> None:
     """The test above would pass without rope scaling, if these sequences did not feel it."""
     packs = packs_of_sequences(1)
@@ -66,44 +61,35 @@ def test_scaled_and_plain_rotary_positions_differ(tiny_family: Callable[..., Pat
     assert numpy.abs(scaled - plain).max() > 0.1
 
 
-def test_experts_on_two_ranks_each_take_the_tokens_of_both(ranks: Any, tiny_family: Callable[..., Path]) -> None:
-    folders = [tiny_family(family) for family in ("qwen3_moe", "qwen3_moe_unnormed")]
-    assert_logits(ranks, folders, ParallelLayout(data=2, expert=2), packs_of_sequences(2))
+MOE = ["qwen3_moe", "qwen3_moe_unnormed"]
+EIGHT_LAYERS: dict[str, Any] = {"num_hidden_layers": 8}
+EIGHT_HEADS: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}  # which four ranks divide
+LAYOUTS: list[tuple[ParallelLayout, list[str], dict[str, Any]]] = [
+    (ParallelLayout(), FAMILIES * 2, {}),
+    (ParallelLayout(tensor=2), ["llama3", "qwen3"], {}),
+    (ParallelLayout(pipeline=2), ["mistral", "qwen3"], {}),
+    (ParallelLayout(pipeline=2, virtual=2), ["llama3"] * 2, EIGHT_LAYERS),
+    (ParallelLayout(data=2, expert=2), MOE, {}),
+]
+RARE_LAYOUTS: list[tuple[ParallelLayout, list[str], dict[str, Any]]] = [
+    (ParallelLayout(tensor=2), ["mistral", "qwen3_moe"], EIGHT_HEADS),
+    (ParallelLayout(pipeline=2), ["llama3", "qwen3_moe"], EIGHT_HEADS),
+    (ParallelLayout(tensor=2, pipeline=2), FAMILIES, EIGHT_HEADS),
+    (ParallelLayout(tensor=4), FAMILIES, EIGHT_HEADS),
+    (ParallelLayout(tensor=2, pipeline=2, data=2, expert=2), MOE[:1], {}),
+]
 
 
 @pytest.mark.parametrize(
-    ("layout", "families"),
-    [
-        (ParallelLayout(tensor=2), ["llama3", "qwen3"]),
-        (ParallelLayout(pipeline=2), ["mistral", "qwen3"]),
-    ],
-    ids=["tensor", "pipeline"],
+    ("layout", "families", "sizes"),
+    [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARE_LAYOUTS)],
 )
-def test_dense_families_on_two_ranks(
-    layout: ParallelLayout, families: list[str], ranks: Any, tiny_family: Callable[..., Path]
+def test_logits_of_every_family_are_those_of_transformers(
+    layout: ParallelLayout, families: list[str], sizes: dict[str, Any], ranks: Any, tiny_family: Callable[..., Path]
 ) -> None:
-    folders = [tiny_family(family, tie_word_embeddings=family == "qwen3") for family in families]
-    assert_logits(ranks, folders, layout, packs_of_sequences(1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "families"),
-    [
-        (ParallelLayout(tensor=2), ["mistral", "qwen3_moe"]),
-        (ParallelLayout(pipeline=2), ["llama3", "qwen3_moe"]),
-        (ParallelLayout(tensor=2, pipeline=2), FAMILIES),
-        (ParallelLayout(tensor=4), FAMILIES),
-    ],
-    ids=["tensor", "pipeline", "both", "four"],
-)
-def test_every_family_on_more_layouts(
-    layout: ParallelLayout, families: list[str], ranks: Any, tiny_family: Callable[..., Path]
-) -> None:
-    """With heads that four ranks divide."""
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    """Of every other one with a tied head: two of a family differ in that."""
     folders = [
-        tiny_family(family, tie_word_embeddings=number % 2 == 0, **sizes) for number, family in enumerate(families)
+        tiny_family(family, tie_word_embeddings=number % 2 == 1, **sizes) for number, family in enumerate(families)
     ]
     assert_logits(ranks, folders, layout, packs_of_sequences(2))
 
@@ -115,17 +101,6 @@ def test_more_tensor_ranks_than_query_groups_share_them(ranks: Any, tiny_family:
         tiny_family("qwen3", num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     ]
     assert_logits(ranks, folders, ParallelLayout(tensor=4, vocabulary_multiple=128), packs_of_sequences(1))
-
-
-def test_interleaved_stages_hold_the_chunks_the_tiles_say(ranks: Any, tiny_family: Callable[..., Path]) -> None:
-    folders = [tiny_family("llama3", num_hidden_layers=8, tie_word_embeddings=tied) for tied in (True, False)]
-    assert_logits(ranks, folders, ParallelLayout(pipeline=2, virtual=2), packs_of_sequences(2))
-
-
-@pytest.mark.slow
-def test_experts_tensor_and_pipeline_ranks_together(ranks: Any, tiny_family: Callable[..., Path]) -> None:
-    layout = ParallelLayout(tensor=2, pipeline=2, data=2, expert=2)
-    assert_logits(ranks, [tiny_family("qwen3_moe")], layout, packs_of_sequences(2))
 
 
 def unfused(gradients: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +133,3 @@ def test_gradients_are_those_of_transformers(
         for key, gradient in wanted.items():
             worst = (computed[key] - gradient).abs().max().item()
             assert worst <= 1e-5 + 1e-4 * gradient.abs().max().item(), f"{name}, {key}: {worst}"
-
-
-def test_experts_are_the_same_on_replicas(ranks: Any, tiny_family: Callable[..., Path], tmp_path: Path) -> None:
-    folder, data = tiny_family("qwen3_moe"), batch(4)
-    _, wanted = run_gradients(ranks, tmp_path, Job(str(folder)), data, "one")
-    _, replicated = run_gradients(ranks, tmp_path, Job(str(folder), data=2), data, "two")
-    assert replicated.loss == pytest.approx(wanted.loss, abs=1e-6)
-    assert replicated.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)

@@ -114,27 +114,6 @@ def test_a_micro_batch_without_any_token_changes_no_number(
         torch.testing.assert_close(computed[name], gradient, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2}])
-def test_training_continues_exactly_from_a_checkpoint(
-    layout: dict[str, Any], ranks: Any, tied_llama: Path, tmp_path: Path
-) -> None:
-    """Same layout: bitwise the same losses. Another layout: the same to rounding, which Adam amplifies."""
-    single = Job(str(tied_llama))
-    batches = [batch(10 + version, version=version) for version in range(4)]
-    checkpoint = str(tmp_path / "step_00000002")
-    whole = ranks.run(work.steps, 1, job=single, batches=batches, load=None, save=None)[0]
-    ranks.run(work.steps, 1, job=single, batches=batches[:2], load=None, save=checkpoint)
-    job = dataclasses.replace(single, **layout)
-    answers = ranks.run(work.steps, job.world_size, job=job, batches=batches[2:], load=checkpoint, save=None)
-    rest = next(reports for reports in answers if reports[0] is not None)
-    wanted, losses = [stats.loss for stats in whole[2:]], [stats.loss for stats in rest]
-    assert whole[3].logratio_max > 0.01  # the steps did move the policy
-    if layout:
-        assert losses == pytest.approx(wanted, rel=1e-4)
-    else:
-        assert losses == wanted
-
-
 def test_a_resumed_run_takes_the_learning_rate_of_its_configuration(
     ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:

@@ -79,31 +79,21 @@ def test_a_bad_mini_batch_leaves_the_good_one_beside_it(ranks: Any, tied_llama: 
     assert trained.stats[0].grad_norm == trained.stats[0].grad_norms[0] == wanted.stats[0].grad_norm
 
 
+@pytest.mark.parametrize(("spoiled_step", "saved_after"), [(1, 2), (0, 1)], ids=["one", "every step until then"])
 def test_a_run_resumed_after_a_skipped_step_is_the_uninterrupted_run(
-    ranks: Any, tied_llama: Path, tmp_path: Path
+    spoiled_step: int, saved_after: int, ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:
     batches = [batch(version, version=version) for version in range(4)]
-    batches[1] = spoiled(batches[1], 2)
-    optim = {"schedule": "cosine", "warmup_steps": 1}
-    whole = Run(str(tied_llama), batches, optim=optim)
+    batches[spoiled_step] = spoiled(batches[spoiled_step], 2)
+    whole = Run(str(tied_llama), batches, optim={"schedule": "cosine", "warmup_steps": 1})
     (wanted,) = train(ranks, whole)
-    save = str(tmp_path / "step_00000002")
-    train(ranks, dataclasses.replace(whole, batches=batches[:2], save=save))
-    (trained,) = train(ranks, dataclasses.replace(whole, batches=batches[2:], load=save))
-    assert trained.digests == wanted.digests[2:]
-    assert [step.loss for step in trained.stats] == [step.loss for step in wanted.stats[2:]]
-    assert [step.learning_rate for step in trained.stats] == [step.learning_rate for step in wanted.stats[2:]]
-
-
-def test_a_run_whose_every_step_was_skipped_is_saved_and_goes_on(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
-    batches = [spoiled(batch(1), 2), batch(2, version=1), batch(3, version=2)]
-    whole = Run(str(tied_llama), batches)
-    (wanted,) = train(ranks, whole)
-    save = str(tmp_path / "step_00000001")
-    train(ranks, dataclasses.replace(whole, batches=batches[:1], save=save))
-    (trained,) = train(ranks, dataclasses.replace(whole, batches=batches[1:], load=save))
-    assert trained.digests[1:] == wanted.digests[2:]
-    assert [step.loss for step in trained.stats] == [step.loss for step in wanted.stats[1:]]
+    save = str(tmp_path / f"step_{saved_after:08d}")
+    train(ranks, dataclasses.replace(whole, batches=batches[:saved_after], save=save))
+    (trained,) = train(ranks, dataclasses.replace(whole, batches=batches[saved_after:], load=save))
+    first, later = wanted.digests[saved_after:], wanted.stats[saved_after:]
+    assert trained.digests[1:] == first[1:] and (saved_after == 1 or trained.digests[0] == first[0])
+    assert [step.loss for step in trained.stats] == [step.loss for step in later]
+    assert [step.learning_rate for step in trained.stats] == [step.learning_rate for step in later]
 
 
 def test_weights_that_are_spoiled_skip_every_step(ranks: Any, tied_llama: Path) -> None:

@@ -45,7 +45,7 @@ def kill_and_draw(engines: EnginePool, cfg: config.RunConfig, name: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tensor", "killed", "said"),
+    ("tensor", "killed", "words"),
     [
         (1, "VLLM::EngineCore", "EngineCore was killed by SIGKILL"),
         (2, "VLLM::Worker_TP1", "died unexpectedly (exit code: -9)"),
@@ -53,7 +53,7 @@ def kill_and_draw(engines: EnginePool, cfg: config.RunConfig, name: str) -> str:
     ],
 )
 def test_a_killed_process_of_an_engine_is_named_and_leaves_no_shared_memory(
-    run_tree: Any, tied_llama: Path, tensor: int, killed: str, said: str
+    run_tree: Any, tied_llama: Path, tensor: int, killed: str, words: str
 ) -> None:
     before = {path.name for path in Path("/dev/shm").iterdir()}
     tree = run_tree(tied_llama)
@@ -61,11 +61,11 @@ def test_a_killed_process_of_an_engine_is_named_and_leaves_no_shared_memory(
     cfg = config.validate(tree)
     with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster)) as engines:
         engines.start()
-        held = set(session.shared_files(os.getpid())) - before
-        assert any(name.startswith("sem.mp-") for name in held)
+        names = set(session.shared_files(os.getpid())) - before
+        assert any(name.startswith("sem.mp-") for name in names)
         line = kill_and_draw(engines, cfg, killed)
-    assert line.startswith("engine 0: ") and said in line
-    assert not held & {path.name for path in Path("/dev/shm").iterdir()}
+    assert line.startswith("engine 0: ") and words in line
+    assert not names & {path.name for path in Path("/dev/shm").iterdir()}
 
 
 @pytest.mark.slow

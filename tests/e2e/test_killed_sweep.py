@@ -6,14 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
-
-
-def rows(table: Path) -> list[dict[str, Any]]:
-    found = [row for path in table.glob("shard-*.parquet") for row in pq.read_table(path).to_pylist()]
-    return sorted(found, key=lambda row: (row["uid"], row["sample"]))
+from sweep_jobs import rows
 
 
 @pytest.mark.slow
@@ -36,14 +31,14 @@ def test_a_killed_sweep_that_is_run_again_has_the_rows_of_a_whole_one(
 
     assert sweep("whole") == 0
     assert sweep("killed", until_shards=2) == -9
-    before = rows(tmp_path / "killed" / "v_star")
+    before = rows(tmp_path / "killed")
     assert 0 < len(before) < 240
     assert sweep("killed") == 0
-    whole, killed = rows(tmp_path / "whole" / "v_star"), rows(tmp_path / "killed" / "v_star")
+    whole, killed = rows(tmp_path / "whole"), rows(tmp_path / "killed")
     assert len(whole) == len(killed) == 240
-    for one, other in zip(whole, killed, strict=True):
-        assert one.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-4)  # summed in another batch
-        assert one == other
+    for row, other in zip(whole, killed, strict=True):
+        assert row.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-4)  # summed in another batch
+        assert row == other
     assert [row | {"logprob": 0} for row in before] == [
         row | {"logprob": 0}
         for row in killed

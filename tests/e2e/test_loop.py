@@ -143,8 +143,8 @@ def test_a_killed_run_continues_and_ends_with_the_same_numbers(
     command("train", "killed", 3)
     killed = command("train", "killed", 4)
     assert len(whole) == len(killed) == 4
-    for one, other in zip(whole, killed, strict=True):
-        assert one | MEASURED == other | MEASURED
+    for line, other in zip(whole, killed, strict=True):
+        assert line | MEASURED == other | MEASURED
     exported = json.loads((tmp_path / "killed" / "hf" / "config.json").read_text())
     assert exported["architectures"] == ["LlamaForCausalLM"]
 

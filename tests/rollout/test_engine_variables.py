@@ -1,10 +1,7 @@
 """Environment variables that vLLM could not read do not reach it, and are named."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from samples import output_of
 
 pytest.importorskip("vllm")
 
@@ -17,11 +14,7 @@ print("vllm" in sys.modules, sorted(name for name in os.environ if name in ("VLL
 
 
 def left_out(**variables: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=os.environ | variables, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return output_of(PROGRAM, **variables).splitlines()
 
 
 def test_what_kubernetes_sets_beside_a_service_named_vllm_is_left_out() -> None:

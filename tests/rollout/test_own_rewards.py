@@ -93,17 +93,17 @@ def test_a_reward_in_a_folder_without_init_is_found(folder: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_stage_1_runs_among_files_of_any_name(folder: Path, tied_llama: Path) -> None:
     """The whole program: driver, Ray's workers, vLLM's own processes (two workers), and the reward's."""
-    (folder / "prompts.jsonl").write_text('{"question": "What is 3 + 4?", "answer": "7"}\n')
-    tree = {
-        "run_dir": "run",
-        "model": {"path": str(tied_llama), "dtype": "float32"},
-        "data": {"path": "prompts.jsonl", "max_prompt_tokens": 100},
-        "reward": {"name": "my_module:reward"},
-        "sampling": {"max_response_tokens": 9},
-        "sweep": {"num_samples": 2},
-        "rollout": {"max_num_seqs": 16, "tensor": 2},
-        "cluster": {"start_timeout_seconds": 900.0},
-    }
+    samples.write_jsonl(folder / "prompts.jsonl", [{"question": "What is 3 + 4?", "answer": "7"}])
+    tree = samples.run_tree(
+        run_dir="run",
+        model={"path": str(tied_llama), "dtype": "float32"},
+        data={"path": "prompts.jsonl", "max_prompt_tokens": 100},
+        reward={"name": "my_module:reward"},
+        sampling={"max_response_tokens": 9},
+        sweep={"num_samples": 2},
+        rollout={"max_num_seqs": 16, "tensor": 2},
+        cluster={"start_timeout_seconds": 900.0},
+    )
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     # As the script `astar` does: the current folder is not on the Python path.
     command = [sys.executable, "-P", "-m", "astar_megatron.cli", "sweep", "--config", "run.yaml"]

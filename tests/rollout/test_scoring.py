@@ -39,6 +39,10 @@ def _rollout(text: str, answer: str = "7", uid: str = "u1") -> Rollout:
     return samples.rollout(prompt, sample=3, text=text, last_version=5, reward=None)
 
 
+def _rewards(scorer: Scorer, *rollouts: Rollout) -> list[float | None]:
+    return [rollout.reward for rollout in scorer.score(rollouts)]
+
+
 def test_processes_give_the_rewards_of_the_function_in_order_and_change_nothing_else() -> None:
     texts = [f"#### {number}" for number in (7, 8)] * 50 + ["", "7" * 1_000_000, "\ud800", "#### 7\n\u2028 \0"]
     rollouts = [_rollout(text) for text in texts]
@@ -101,10 +105,10 @@ def test_a_failure_is_told_with_the_beginning_of_a_long_response() -> None:
 def test_failures_of_all_scorers_of_a_run_count_together(tmp_path: Path) -> None:
     for number in (1, 2):
         with _faulty_scorer(tmp_path, max_failures=2) as scorer:
-            assert [one.reward for one in scorer.score([_rollout("raise"), _rollout("fine")])] == [None, 0.5]
+            assert _rewards(scorer, _rollout("raise"), _rollout("fine")) == [None, 0.5]
             assert len((tmp_path / "reward_failures.jsonl").read_bytes().splitlines()) == number
     with _faulty_scorer(tmp_path, max_failures=2) as scorer:
-        assert [one.reward for one in scorer.score([_rollout("fine")])] == [0.5]
+        assert _rewards(scorer, _rollout("fine")) == [0.5]
         with pytest.raises(RewardError, match=r"3 responses could not be scored, reward\.max_failures is 2 .*move it"):
             scorer.score([_rollout("raise")])
 
@@ -114,18 +118,16 @@ def test_what_a_reward_does_to_its_process_changes_no_other_reward(way: str, tmp
     values = ["0.25", "0.75", "-0.5"]
     with Scorer(RewardConfig(name="faulty_reward:echo", timeout_seconds=20.0), num_processes=1) as scorer:
         texts = ["", way, "", ""]
-        first = scorer.score(
-            [_rollout(text, value) for text, value in zip(texts, ["1", "0.5", *values[:2]], strict=True)]
-        )
-        assert [one.reward for one in first if one.text != way] == [1.0, 0.25, 0.75]
+        first, _, *others = _rewards(scorer, *map(_rollout, texts, ["1", "0.5", *values[:2]]))
+        assert [first, *others] == [1.0, 0.25, 0.75]
         time.sleep(0.5 if way == "fork" else 0.0)  # until the child returns
-        assert [one.reward for one in scorer.score([_rollout("", value) for value in values])] == [0.25, 0.75, -0.5]
+        assert _rewards(scorer, *(_rollout("", value) for value in values)) == [0.25, 0.75, -0.5]
 
 
 def test_what_a_stopped_reward_has_started_ends_with_it(tmp_path: Path) -> None:
     started = tmp_path / "pid"
     with Scorer(RewardConfig(name="faulty_reward:start", timeout_seconds=3.0), num_processes=1) as scorer:
-        assert [one.reward for one in scorer.score([_rollout("", answer=str(started))])] == [None]
+        assert _rewards(scorer, _rollout("", answer=str(started))) == [None]
         status = Path("/proc", started.read_text(), "status")
         _wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text())
 
@@ -158,11 +160,11 @@ def test_closing_ends_a_reward_that_hangs(tmp_path: Path) -> None:
 
 def test_a_process_that_was_killed_while_it_waited_is_replaced_and_no_response_pays_for_it() -> None:
     with Scorer(RewardConfig(name="faulty_reward:reward", max_failures=0), num_processes=1) as scorer:
-        assert [rollout.reward for rollout in scorer.score([_rollout("fine")])] == [0.5]
+        assert _rewards(scorer, _rollout("fine")) == [0.5]
         (waiting,) = _running(os.getpid())
         os.kill(int(waiting), signal.SIGKILL)
         os.waitid(os.P_PID, int(waiting), os.WEXITED | os.WNOWAIT)  # /proc forgets it before `poll` hears of its end
-        assert [rollout.reward for rollout in scorer.score([_rollout("fine")] * 2)] == [0.5, 0.5]
+        assert _rewards(scorer, *[_rollout("fine")] * 2) == [0.5, 0.5]
 
 
 DRIVER = """
@@ -185,15 +187,15 @@ def test_a_killed_driver_takes_a_reward_that_hangs_with_it(tmp_path: Path) -> No
 
 def _running(driver: int) -> list[str]:
     """The processes of rewards that a driver has started; they name it in their command line."""
-    found = []
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if "faulty_reward:reward" in words and str(driver) in words:
-            found.append(folder.name)
-    return found
+            processes.append(folder.name)
+    return processes
 
 
 def _wait_for(condition: Callable[[], object]) -> None:
