@@ -22,6 +22,7 @@ from astar_megatron.config_methods import (
     GrpoConfig,
     OaplConfig,
     ObjectiveConfig,
+    PpoConfig,
     RebelConfig,
     SpoConfig,
 )
@@ -223,6 +224,7 @@ class RunConfig(Section):
     oapl: OaplConfig = OaplConfig()
     grpo: GrpoConfig = GrpoConfig()
     rebel: RebelConfig = RebelConfig()
+    ppo: PpoConfig = PpoConfig()
     spo: SpoConfig = SpoConfig()
     filter: FilterConfig = FilterConfig()
     train: TrainConfig = TrainConfig()
@@ -284,6 +286,11 @@ class RunConfig(Section):
     def group_size(self) -> int:
         """Responses to a prompt, of each batch: those that the method compares with each other."""
         return {"oapl": self.oapl.group_size, "grpo": self.grpo.group_size, "rebel": 2}.get(self.objective.name, 1)
+
+    @property
+    def critic_lr(self) -> float | None:
+        """The learning rate of the method's critic, if it has one."""
+        return self.ppo.critic_lr if self.objective.name == "ppo" else None
 
     @property
     def reads_stage_1(self) -> bool:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from astar_megatron.config_file import Section
 
-type MethodName = Literal["astar", "oapl", "grpo", "rebel", "spo"]
+type MethodName = Literal["astar", "oapl", "grpo", "rebel", "ppo", "spo"]
 
 
 class ObjectiveConfig(Section):
@@ -85,6 +85,19 @@ class RebelConfig(Section):
 
     eta: float = Field(default=1.0, gt=0.0)
     """[nats a reward] The loss is ((ln(pi / pi_old)(y) - ln(pi / pi_old)(y')) / eta - (r - r'))^2."""
+
+
+class PpoConfig(Clipped):
+    """PPO, with a critic: a Megatron model of its own in the policy's layout, which begins as the policy does."""
+
+    gamma: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Discount a token."""
+    gae_lambda: float = Field(default=1.0, ge=0.0, le=1.0)
+    """1: advantages by the rewards alone, 0: by the critic's next value."""
+    value_clip: float = Field(default=0.2, gt=0.0)
+    """[reward] How far a step may move a value before its loss stops falling."""
+    critic_lr: float = Field(default=1e-5, gt=0.0)
+    """Learning rate of the critic; its other settings are the policy's."""
 
 
 class SpoConfig(Clipped):

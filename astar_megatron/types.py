@@ -131,6 +131,7 @@ class StepStats:
     logprobs: tuple[float, ...]  # [B]
     reference_logprobs: tuple[float, ...]  # [B]
     losses: tuple[float, ...]  # [B]
+    critic: dict[str, float] = field(default_factory=dict)  # metrics of a method's critic, by name
 
     @property
     def logratio_max(self) -> float:

@@ -25,7 +25,10 @@ KEYS = {
     *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens", "changed_weights", "unstable_share"),
     *("staleness_mean", "staleness_max", "older_tokens"),
 }
-KEYS_OF_OTHER_METHODS = {"flat_groups", "value_mean", "value_error"}
+KEYS_OF_OTHER_METHODS = {
+    *("flat_groups", "value_mean", "value_error"),
+    *("critic_loss", "critic_grad_norm", "critic_skipped_steps"),
+}
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
 ROLLOUT = samples.rollout(PROMPT, truncated=True, first_version=3, last_version=3)
 OBJECTIVE = Astar(AstarConfig(), LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None))

@@ -8,6 +8,7 @@ from astar_megatron.algorithm.clipped import TokenMean
 from astar_megatron.algorithm.grpo import Grpo
 from astar_megatron.algorithm.oapl import Oapl
 from astar_megatron.algorithm.objective import Objective
+from astar_megatron.algorithm.ppo import Ppo
 from astar_megatron.algorithm.rebel import Rebel
 from astar_megatron.algorithm.spo import Spo
 from astar_megatron.config import Clipped, RunConfig
@@ -35,6 +36,8 @@ def objective_of(cfg: RunConfig, stage_1: Stage1) -> Objective:
             return Grpo(cfg.grpo, _token_mean(cfg, cfg.grpo), old_from_engine=is_stale)
         case "rebel":
             return Rebel(cfg.rebel)
+        case "ppo":
+            return Ppo(cfg.ppo, _token_mean(cfg, cfg.ppo), old_from_engine=is_stale)
         case "spo":
             return Spo(cfg.spo, _token_mean(cfg, cfg.spo), stage_1.mean_reward, old_from_engine=is_stale)
 

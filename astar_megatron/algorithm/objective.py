@@ -30,7 +30,8 @@ class Columns:
 # mini-batch of a step, whose weights are still those of its beginning.
 #   "old": `ResponseTokens.old_logprobs`
 #   "peer_shift": the column of that name, how far the log-prob of the response that the column "peer" numbers has moved
-type Need = Literal["old", "peer_shift"]
+#   "values": a critic's, of all tokens of the batch; the loss is a CriticLoss
+type Need = Literal["old", "peer_shift", "values"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,22 @@ class Loss(Protocol):
 
     def __call__(self, tokens: ResponseTokens, columns: Mapping[str, Tensor]) -> Tensor:
         """Return the losses [b]; `columns` are those of these sequences [b] and of these tokens [r]."""
+        ...
+
+
+class CriticLoss(Loss, Protocol):
+    """The loss of a method with a critic, which learns beside the policy."""
+
+    @property
+    def value(self) -> Loss:
+        """The critic's own, of values in place of log-probs."""
+        ...
+
+    def with_values(self, rewards: Tensor, values: Tensor, lengths: Sequence[int]) -> dict[str, Tensor]:
+        """Return columns of the [N] response tokens of a batch, for both losses, from the values before the step.
+
+        `rewards` [B] is the column "reward", `lengths` are those of the B responses; all in float64.
+        """
         ...
 
 

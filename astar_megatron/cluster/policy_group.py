@@ -51,6 +51,7 @@ class PolicyGroup:
         optim: OptimConfig,
         optimizer_steps: int,
         seed: int,
+        critic_lr: float | None = None,
         gpu_share: float = 1.0,
     ) -> None:
         check_features(model, optim, cluster.num_gpus)
@@ -81,6 +82,7 @@ class PolicyGroup:
                 reference=model.reference,
                 fp8=model.fp8,
                 optimizer_steps=optimizer_steps,
+                critic_lr=critic_lr,
             )
             for rank in range(parallel.world_size)
         ]

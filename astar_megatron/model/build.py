@@ -107,9 +107,13 @@ def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, torch.nn.Parameter
     }
 
 
-def for_training(chunks: Sequence[GPTModel], config: TransformerConfig) -> list[DistributedDataParallel]:
-    """Return the chunks as the schedule trains them, their gradients summed in float32 over the replicas."""
-    overlap = overlaps()
+def for_training(
+    chunks: Sequence[GPTModel], config: TransformerConfig, *, overlap: bool
+) -> list[DistributedDataParallel]:
+    """Return the chunks as the schedule trains them, their gradients summed in float32 over the replicas.
+
+    With `overlap`, for which every weight must get a gradient, while others are computed.
+    """
     modules = [
         DistributedDataParallel(
             config=config,

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from astar_megatron.data.files import sync
+from astar_megatron.model.critic import Critic
 from astar_megatron.model.reference import Reference
 from conversion import folders
 
@@ -33,6 +34,7 @@ def save(
     optimizer: Any,
     schedule: Any,
     reference: Reference,
+    critic: Critic | None,
     progress: dict[str, Any],
     model_folder: str,
 ) -> None:
@@ -51,10 +53,10 @@ def save(
         shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
         folders.copy_companions(Path(model_folder), temporary)
     dist.barrier()
-    for inner in optimizer.chained_optimizers:
+    for inner in _inner_optimizers(optimizer, critic):
         _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
         _leave_gaps_between_buckets(inner)
-    state = _state(chunks, optimizer, schedule, loading=False)
+    state = _state(chunks, optimizer, schedule, loading=False) | _critic_state(critic, loading=False)
     with reference.on_device():
         dist_checkpointing.save(state | (_reference_state(reference) if reference.is_copy else {}), str(temporary))
     if dist.get_rank() == 0:
@@ -65,16 +67,18 @@ def save(
     dist.barrier()
 
 
-def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, reference: Reference) -> None:
+def load(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, reference: Reference, critic: Critic | None
+) -> None:
     """Restore a checkpoint into a built model and optimizer; collective over all ranks.
 
     In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
     """
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    for inner in optimizer.chained_optimizers:
+    for inner in _inner_optimizers(optimizer, critic):
         _fill_adam_state(inner.optimizer, step=1.0)
         _leave_gaps_between_buckets(inner)
-    state = _state(chunks, optimizer, schedule, loading=True)
+    state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved.get(_COPIED):
         state |= _reference_state(reference)
     if saved["layout"] != _layout():
@@ -86,18 +90,38 @@ def load(folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, ref
             f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
             f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"
         ) from error
-    _take_groups_of(optimizer, loaded)
-    for name, chunk in zip(_names(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
     if saved.get(_COPIED):
         with reference.changing():
             for name, chunk in zip(_names(reference.chunks), reference.chunks, strict=True):
                 chunk.load_state_dict(loaded[f"reference.{name}"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    schedule.load_state_dict(loaded["schedule"])
+    if critic is not None:
+        _load_model(critic.chunks, critic.optimizer, critic.schedule, loaded["critic"])
+    _load_model(chunks, optimizer, schedule, loaded)
     if "random" in loaded:
         torch.set_rng_state(loaded["random"]["torch"])
         _tracker().set_states(loaded["random"]["tracker"])
+
+
+def _load_model(chunks: Sequence[Any], optimizer: Any, schedule: Any, loaded: dict[str, Any]) -> None:
+    _take_groups_of(optimizer, loaded)
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
+    optimizer.load_state_dict(loaded["optimizer"])
+    schedule.load_state_dict(loaded["schedule"])
+
+
+def _inner_optimizers(optimizer: Any, critic: Critic | None) -> list[Any]:
+    return [*optimizer.chained_optimizers, *(critic.optimizer.chained_optimizers if critic is not None else ())]
+
+
+def _critic_state(critic: Critic | None, *, loading: bool) -> dict[str, Any]:
+    """Return the sharded state of the critic, under names of its own."""
+    if critic is None:
+        return {}
+    state = _state(critic.chunks, critic.optimizer, critic.schedule, loading=loading)
+    del state["random"]
+    add_prefix_for_sharding(state, "critic.")
+    return {"critic": state}
 
 
 def _reference_state(reference: Reference) -> dict[str, Any]:

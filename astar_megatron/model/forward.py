@@ -27,20 +27,27 @@ from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.attention import PackedSequences
 from astar_megatron.model.backend import FP8_TOKENS, Backend
 from astar_megatron.model.head import output
-from astar_megatron.model.head.interface import Responses, SequenceLoss, Vocabulary, sequence_sums
+from astar_megatron.model.head.interface import Head, Responses, SequenceLoss, Vocabulary, sequence_sums
 from astar_megatron.model.head.ranks import summed
 from astar_megatron.model.split import RankStream, rank_stream
 
 
 def run_scoring(
-    modules: Sequence[Any], packs: Sequence[PackedBatch], *, vocab_size: int, temperature: float, backend: Backend
+    modules: Sequence[Any],
+    packs: Sequence[PackedBatch],
+    *,
+    vocab_size: int,
+    temperature: float,
+    backend: Backend,
+    head: Head | None = None,
 ) -> list[Tensor]:
     """Return the [R] log-probs (nats) of each pack's response tokens on ranks of the last stage, else nothing.
 
-    `modules` are this rank's chunks of the model. Collective over tensor, pipeline and context ranks.
+    `modules` are this rank's chunks of the model; with `head` in place of the device's they are what that one gives.
+    Collective over tensor, pipeline and context ranks.
     """
     scored = []
-    for stream, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend)):
+    for stream, logprobs in _scored(modules, packs, _Inputs(vocab_size, temperature, backend, head)):
         # [R], zero where another rank has the response token: the sum over ranks fills in
         everywhere = logprobs.new_zeros(stream.num_responses).index_copy(0, stream.rows.to(logprobs.device), logprobs)
         scored.append(_over_context(everywhere))
@@ -96,19 +103,20 @@ def run_loss(
     vocab_size: int,
     temperature: float,
     backend: Backend,
+    head: Head | None = None,
 ) -> None:
     """Accumulate the gradient of the sum of all sequences' losses over the packs of ALL data-parallel ranks.
 
     `loss(i, held_tokens, logprobs)` returns the losses [b] of some sequences of pack i from the log-probs [r] (nats) of
-    the response tokens that this rank holds of them. It is called on the last stage, once for each sequence.
-    Collective over tensor, pipeline and context ranks.
+    the response tokens that this rank holds of them, or what `head` gives in their place. It is called on the last
+    stage, once for each sequence. Collective over tensor, pipeline and context ranks.
     """
     scale = len(packs) * parallel_state.get_data_parallel_world_size()
 
     def scaled(total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return total * scale, {}
 
-    inputs = _Inputs(vocab_size, temperature, backend)
+    inputs = _Inputs(vocab_size, temperature, backend, head)
     streams = inputs.streams(modules, packs)
 
     def pack_loss(index: int, sequences: slice, logprobs: Tensor) -> Tensor:
@@ -148,9 +156,9 @@ def _over_context(tensor: Tensor) -> Tensor:
 class _Inputs:
     """What every forward pass of a run has in common."""
 
-    def __init__(self, vocab_size: int, temperature: float, backend: Backend) -> None:
+    def __init__(self, vocab_size: int, temperature: float, backend: Backend, head: Head | None = None) -> None:
         self.vocab_size, self.temperature, self.backend = vocab_size, temperature, backend
-        self.head = output.choose(backend)
+        self.head = head or output.choose(backend)
 
     def streams(self, modules: Sequence[Any], packs: Sequence[PackedBatch]) -> list[RankStream]:
         """Return this rank's part of each pack."""

@@ -33,6 +33,7 @@ from astar_megatron.model.build import (
     overlaps,
     transformer_config,
 )
+from astar_megatron.model.critic import Critic
 from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.export_check import check_export
 from astar_megatron.model.forward import run_scoring
@@ -56,7 +57,8 @@ class PolicyRank:
     """This rank's shards of policy, reference and optimizer.
 
     `dtype` is "bfloat16" or "float32"; master weights and gradients are float32 either way. `reference` and `fp8` are
-    the keys of config.ModelConfig; `optimizer_steps` are those of the whole run, which the learning rate follows.
+    the keys of config.ModelConfig; `optimizer_steps` are those of the whole run, which the learning rate follows. With
+    `critic_lr` a critic learns beside the policy.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class PolicyRank:
         reference: str = "resident",
         fp8: str | None = None,
         optimizer_steps: int = 1,
+        critic_lr: float | None = None,
     ) -> None:
         self.backend = backends.choose()
         self.rank = rank
@@ -80,6 +83,7 @@ class PolicyRank:
         self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
         self._dithers = optim.dither and self._dtype == torch.bfloat16
         self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
+        self._critic_lr = critic_lr
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
         self._rendezvous = ("", 0)
@@ -132,7 +136,7 @@ class PolicyRank:
         self._reference = Reference(
             self.model, self.layout, self.rank, config, tensors, self.backend, offload=self._offloads_reference
         )
-        self._modules = for_training(self._chunks, config)
+        self._modules = for_training(self._chunks, config, overlap=overlaps())
         self._optimizer = make_optimizer(self._modules, self._optim, self._dtype, overlap=overlaps())
         if self._dithers:
             parameters = named_parameters(self._chunks)
@@ -140,8 +144,32 @@ class PolicyRank:
         self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
+        self._critic = self._make_critic() if self._critic_lr is not None else None
         self._learner = Learner(
-            self.model, self.layout, self.backend, self._modules, self._reference, self._optimizer, self._schedule
+            self.model,
+            self.layout,
+            self.backend,
+            self._modules,
+            self._reference,
+            self._optimizer,
+            self._schedule,
+            self._critic,
+        )
+
+    def _make_critic(self) -> Critic:
+        config = transformer_config(
+            self.model, self.layout, self._dtype, self.backend, recompute=self._recompute, fp8=self._fp8
+        )
+        return Critic(
+            self.model,
+            self.layout,
+            self.rank,
+            config,
+            self.weights(),
+            self.backend,
+            self._optim.model_copy(update={"lr": self._critic_lr, "min_lr": 0.0, "schedule": "constant"}),
+            self._optimizer_steps,
+            self._seed + 1 if self._dithers else None,
         )
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats | None:
@@ -209,12 +237,12 @@ class PolicyRank:
 
     def save(self, folder: str, progress: dict[str, Any]) -> None:
         """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
-        parts = self._chunks, self._optimizer, self._schedule, self._reference
+        parts = self._chunks, self._optimizer, self._schedule, self._reference, self._critic
         checkpoint.save(Path(folder), *parts, progress, self._path)
 
     def load(self, folder: str, version: int) -> None:
         """Restore what `save` wrote after `version` batches, in any layout; collective."""
-        checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule, self._reference)
+        checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule, self._reference, self._critic)
         self._version = version
 
     def export(self, folder: str, transfer_folder: str) -> None:

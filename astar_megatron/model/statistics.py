@@ -30,6 +30,7 @@ class StepRecord:
         self.changed_weights = 0.0
         self.flops = 0  # model FLOPs of this rank's packs
         self.seconds: dict[str, float] = {}
+        self.critic: list[tuple[bool, float, Tensor]] = []  # of each mini-batch: step taken, norm, sum of losses here
 
     def add(self, indices: Sequence[int], logprobs: Tensor, reference: Tensor, losses: Tensor) -> None:
         """Note the sums of log-probs (nats) and the losses of the sequences `indices`."""
@@ -51,17 +52,18 @@ class StepRecord:
         if not parallel_state.is_pipeline_last_stage():
             return None
         flops = torch.tensor(float(self.flops), dtype=torch.float64)
+        value_loss = torch.tensor(sum(float(total) for *_, total in self.critic), dtype=torch.float64)
         if parallel_state.get_data_parallel_world_size() > 1:
-            sums = torch.cat((self._rows.flatten(), flops.view(1))).to(self._backend.device)
+            sums = torch.cat((self._rows.flatten(), flops.view(1), value_loss.view(1))).to(self._backend.device)
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())  # type: ignore[arg-type]
-            self._rows, flops = sums[:-1].cpu().view_as(self._rows), sums[-1].cpu()
+            self._rows, flops, value_loss = sums[:-2].cpu().view_as(self._rows), sums[-2].cpu(), sums[-1].cpu()
         ranks = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_data_parallel_rank(with_context_parallel=True),
         )
-        return None if any(ranks) else self._summed_up(float(flops), memory)
+        return None if any(ranks) else self._summed_up(float(flops), float(value_loss), memory)
 
-    def _summed_up(self, flops: float, memory: tuple[int, ...]) -> StepStats:
+    def _summed_up(self, flops: float, value_loss: float, memory: tuple[int, ...]) -> StepStats:
         batch, rows = self._batch, self._rows
         logprob, reference = rows[:, _LOGPROB], rows[:, _REFERENCE]
         seconds = sum(self.seconds.values())
@@ -85,7 +87,17 @@ class StepRecord:
             logprobs=tuple(logprob.tolist()),
             reference_logprobs=tuple(reference.tolist()),
             losses=tuple(rows[:, _LOSS].tolist()),
+            critic=self._of_critic(value_loss),
         )
+
+    def _of_critic(self, value_loss: float) -> dict[str, float]:
+        if not self.critic:
+            return {}
+        return {
+            "critic_loss": value_loss / len(self._batch),
+            "critic_grad_norm": statistics.fmean(norm for _, norm, _ in self.critic),
+            "critic_skipped_steps": float(sum(not taken for taken, *_ in self.critic)),
+        }
 
     def _memory_of_all_ranks(self) -> tuple[int, ...]:
         mine = torch.tensor([self._backend.peak_memory_bytes()], dtype=torch.int64, device=self._backend.device)

@@ -3,18 +3,20 @@
 Shapes: B sequences of a step, b of a pack; r response tokens of a pack that this rank holds.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from astar_megatron.algorithm.objective import Loss, ResponseTokens
+from astar_megatron.algorithm.objective import CriticLoss, Loss, ResponseTokens
 from astar_megatron.model.backend import Backend
 from astar_megatron.model.build import overlaps
+from astar_megatron.model.critic import Critic
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import HeldTokens, OwnScores, run_loss, run_own_scoring
 from astar_megatron.model.micro_batches import Group, micro_batches, mini_batches, token_columns
@@ -40,10 +42,11 @@ class Learner:
         reference: Reference,
         optimizer: Any,
         schedule: Any,
+        critic: Critic | None = None,
     ) -> None:
         self._model, self._layout, self._backend = model, layout, backend
         self._modules, self._reference = modules, reference
-        self._optimizer, self._schedule = optimizer, schedule
+        self._optimizer, self._schedule, self._critic = optimizer, schedule, critic
 
     def step(
         self, batch: RolloutBatch, loss: Loss, options: StepOptions, weights: Mapping[str, Tensor], *, is_first: bool
@@ -66,6 +69,7 @@ class Learner:
                 for index, group in enumerate(groups)
             ]
         record.seconds["reference"] = time.perf_counter() - clock
+        batch = self._with_values(groups, batch, loss, options, record)
         clock = time.perf_counter()
         olds = [self._score_before(group, loss, options, record, index) for index, group in enumerate(groups)]
         for index, (group, reference, old) in enumerate(zip(groups, references, olds, strict=True)):
@@ -88,7 +92,34 @@ class Learner:
             module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
         record.learning_rate = learning_rate(self._optimizer)
         record.seconds["policy"] = time.perf_counter() - clock
+        self._teach_critic(groups, batch, loss, options, record)
         return record.stats()
+
+    def _with_values(
+        self, groups: Sequence[Group], batch: RolloutBatch, loss: Loss, options: StepOptions, record: StepRecord
+    ) -> RolloutBatch:
+        """Return the batch with the columns that a loss makes of the critic's values, if it needs them."""
+        if "values" not in loss.needs:
+            return batch
+        assert self._critic is not None, "this loss needs a critic: PolicyRank's critic_lr"
+        clock = time.perf_counter()
+        values = self._critic.values(groups, batch, options)
+        lengths = batch.response_lengths().tolist()
+        rewards = batch.columns["reward"].to(values)
+        made = cast(CriticLoss, loss).with_values(rewards, values, lengths)
+        record.seconds["critic"] = time.perf_counter() - clock
+        return dataclasses.replace(batch, token_columns={**batch.token_columns, **made})
+
+    def _teach_critic(
+        self, groups: Sequence[Group], batch: RolloutBatch, loss: Loss, options: StepOptions, record: StepRecord
+    ) -> None:
+        if self._critic is None or "values" not in loss.needs:
+            return
+        clock = time.perf_counter()
+        for group in groups:
+            record.critic.append(self._critic.step(group, batch, cast(CriticLoss, loss).value, options))
+            record.flops += self._critic.flops(group)
+        record.seconds["critic"] += time.perf_counter() - clock
 
     def _score_reference(
         self, group: Group, options: StepOptions, record: StepRecord, *, checks_only: bool

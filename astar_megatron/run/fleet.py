@@ -149,6 +149,7 @@ def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None)
         parallel=cfg.parallel,
         optim=cfg.optim,
         optimizer_steps=cfg.optimizer_steps,
+        critic_lr=cfg.critic_lr,
         seed=cfg.seed,
         gpu_share=shares.policy_share if shares else 1.0,
     )

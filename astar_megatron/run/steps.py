@@ -76,6 +76,7 @@ def metrics_of(
         "changed_weights": stats.changed_weights,
         "skipped_steps": len(stats.skipped),
         **health,
+        **stats.critic,
         **staleness(step, rollouts),
         "truncated": sum(rollout.truncated for rollout in rollouts) / count,
         "tokens": stats.tokens,

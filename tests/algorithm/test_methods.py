@@ -136,7 +136,7 @@ def test_spo_normalises_over_the_batch_learns_after_the_step_and_prefers_what_is
 STAGE_1 = Stage1(v_star={"a": 0.4}, v_star_at_beta2={"a": 0.3}, samples={"a": 4}, mean_reward={"a": 0.2})
 
 
-@pytest.mark.parametrize("name", ["astar", "oapl", "grpo", "rebel", "spo"])
+@pytest.mark.parametrize("name", ["astar", "oapl", "grpo", "rebel", "ppo", "spo"])
 def test_each_name_has_its_method(name: str) -> None:
     objective = objective_of(run(name), STAGE_1)
     assert type(objective).__name__.lower() == name
@@ -148,9 +148,9 @@ def test_each_name_has_its_method(name: str) -> None:
 
 
 def test_old_weights_that_drew_are_known_by_the_engines_log_probs() -> None:
-    for name in ("grpo", "spo"):
-        assert objective_of(run(name), STAGE_1).loss.needs == {"old"}
-        assert not objective_of(run(name, rollout={"max_staleness": 1}), STAGE_1).loss.needs
+    for name, others in (("grpo", set()), ("spo", set()), ("ppo", {"values"})):
+        assert objective_of(run(name), STAGE_1).loss.needs == {"old"} | others
+        assert objective_of(run(name, rollout={"max_staleness": 1}), STAGE_1).loss.needs == others
 
 
 def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:

@@ -30,6 +30,7 @@ class Job:
     dtype: str = "float32"
     dither: bool = True
     loss: Any = ASTAR
+    critic_lr: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -74,6 +75,7 @@ def started(pipe: Any, rank: int, port: int | None, job: Job) -> Iterator[Any]:
         parallel=ParallelConfig(**job.parallel),
         optim=OptimConfig(lr=job.lr, adam_eps=job.adam_eps, clip_grad=0.0, weight_decay=0.1, dither=job.dither),
         seed=0,
+        critic_lr=job.critic_lr,
     )
     if rank == 0:
         port = policy.listen("127.0.0.1")

@@ -75,7 +75,7 @@ def gradients(pipe: Any, rank: int, port: int | None, *, in_place: bool) -> list
         assert sum_weight_gradients_in_place(model) == 1 and model.linear.fuse_wgrad_accumulation
         model.linear.fuse_wgrad_accumulation = in_place
         config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, params_dtype=torch.bfloat16)
-        (module,) = for_training([model], config)
+        (module,) = for_training([model], config, overlap=False)
         return [_mini_batch(module, model, first) for first in (0, 3)]
     finally:
         parallel_state.destroy_model_parallel()
