@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import output_of
 
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
 from astar_megatron.cluster.errors import ActorLost, ClusterError
@@ -176,6 +175,8 @@ def test_a_cluster_that_runs_already_is_joined() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    from samples import output_of  # here: Ray's workers import this file, and have no tests on their path
+
     ray_command = str(Path(sys.executable).with_name("ray"))
     options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=1"]
     with subprocess.Popen(
