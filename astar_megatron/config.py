@@ -293,6 +293,11 @@ class RunConfig(Section):
         return self.ppo.critic_lr if self.objective.name == "ppo" else None
 
     @property
+    def copies_reference(self) -> bool:
+        """Whether the reference becomes a copy of the policy, which a checkpoint then holds."""
+        return self.objective.name == "oapl" and self.oapl.refresh_steps is not None
+
+    @property
     def reads_stage_1(self) -> bool:
         """Whether the method takes something of the V* table."""
         name = self.objective.name

@@ -59,7 +59,7 @@ def prepare(
     Of a data set that is known by its `kind` all but `split` and `drop` is known.
     """
     suffix = None
-    read: Callable[[Mapping[str, Any]], str] = answer_field(answer)
+    read: Callable[[Mapping[str, Any]], str] = answer_field(answer, "--answer-field")
     if known := _SOURCES.get(kind):
         source, subset, benchmark = source or known.hub, known.subset, known.benchmark
         question, read, suffix, reward = benchmark.question, benchmark.answer, benchmark.suffix, benchmark.reward
@@ -68,7 +68,7 @@ def prepare(
     problems = Problems(source)
     rows = rows_of(kind, source, subset, split, problems)
     total = len(rows) + problems.count
-    pairs = pairs_of(rows, question, read, problems)
+    pairs = pairs_of(rows, question, read, problems, key="--question-field")
     if reward:
         pairs = _readable(pairs, reward, problems)
     kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]

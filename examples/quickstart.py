@@ -14,7 +14,7 @@ from smollm2 import ensure_model
 from astar_megatron import config
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RunConfig
-from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
+from astar_megatron.data.arithmetic import jsonl, one_digit_additions, write_jsonl
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run.evaluation import evaluate
@@ -29,8 +29,8 @@ from astar_megatron.train import train
 def main(overrides: list[str]) -> None:
     cfg = config.load(Path(__file__).parent.parent / "configs/demo.yaml", overrides)
     tracker = Tracker(cfg.run_dir)
+    write_prompts(Path(cfg.data.path))
     ensure_model(Path(cfg.model.path))
-    write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
     VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
     check_training(cfg, inputs)
@@ -54,6 +54,17 @@ def main(overrides: list[str]) -> None:
     )
     for question in ("What is 7 + 8? Answer with just the number.", "What is 3 + 4? Answer with just the number."):
         tracker.say(f"transformers with the export: {question} -> {answer(cfg, question)!r}")
+
+
+def write_prompts(path: Path) -> None:
+    """Write the demo's prompts, but not over a file that holds others. Raises ValueError."""
+    prompts = one_digit_additions()
+    if path.exists() and path.read_bytes() != jsonl(prompts):
+        raise ValueError(
+            f"data.path: {path} holds other prompts than the demo's, which it would overwrite; choose a new name, or "
+            "train on yours with `astar sweep` and `astar train`"
+        )
+    write_jsonl(path, prompts)
 
 
 def answer(cfg: RunConfig, question: str) -> str:

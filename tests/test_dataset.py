@@ -14,12 +14,12 @@ import samples
 import yaml
 from samples import read_jsonl, write_jsonl
 
-from astar_megatron import config
+from astar_megatron import config, dataset
 from astar_megatron.config import DataConfig, RunConfig
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
-from astar_megatron.data.rows import hub_rows
+from astar_megatron.data.rows import PromptError, hub_rows
 from astar_megatron.data.v_star import VStarTable
 
 type Command = Callable[..., tuple[int, str, str]]
@@ -287,3 +287,12 @@ def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Command, cfg: Ru
     status, _, error = stage1(_stage1())
     assert status == 2 and "is there with other prompts" in error
     assert prompts.read_text() == '{"question": "mine", "answer": "1"}\n'
+
+
+def test_a_field_that_is_not_there_is_named_by_the_option_that_sets_it(tmp_path: Path) -> None:
+    source = tmp_path / "mine.jsonl"
+    source.write_text('{"problem": "1 + 1", "solution": "2"}\n')
+    with pytest.raises(PromptError, match="no field 'question', only 'problem', 'solution'; set --question-field"):
+        dataset.prepare("jsonl", str(source), str(tmp_path / "out.jsonl"))
+    with pytest.raises(PromptError, match=r"no field 'answer'.*set --answer-field"):
+        dataset.prepare("jsonl", str(source), str(tmp_path / "out.jsonl"), question="problem")

@@ -102,22 +102,30 @@ def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
 
 
 def pairs_of(
-    rows: Iterable[Row], question_field: str, answer: Callable[[Mapping[str, Any]], str], problems: Problems
+    rows: Iterable[Row],
+    question_field: str,
+    answer: Callable[[Mapping[str, Any]], str],
+    problems: Problems,
+    *,
+    key: str = "data.prompt_field",
 ) -> list[Pair]:
-    """Return question and answer of each row; one where either can't be read goes to `problems`."""
+    """Return question and answer of each row; one where either can't be read goes to `problems`.
+
+    `key` is what names the question's field.
+    """
     pairs = []
     for row in rows:
         try:
-            question = text_of(row.fields, question_field, "data.prompt_field")
+            question = text_of(row.fields, question_field, key)
             pairs.append(Pair(where=row.where, question=question, answer=answer(row.fields)))
         except ValueError as error:
             problems.add(row.where, str(error))
     return pairs
 
 
-def answer_field(name: str) -> Callable[[Mapping[str, Any]], str]:
+def answer_field(name: str, key: str = "data.answer_field") -> Callable[[Mapping[str, Any]], str]:
     """Return the function that takes a row's field `name`, text or number, as the answer."""
-    return lambda fields: text_of(fields, name, "data.answer_field", number=True)
+    return lambda fields: text_of(fields, name, key, number=True)
 
 
 def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = False) -> str:

@@ -71,7 +71,8 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     weights = (2 if is_bfloat16 else 4) * num_parameters
     replicas, engines = cfg.parallel.replicas // cfg.parallel.expert, cfg.rollout.num_engines
     optimizer = (12 if is_bfloat16 else 8) * num_parameters
-    policy = replicas * (2 * weights + 4 * num_parameters) + optimizer
+    learning = 1 if cfg.critic_lr is None else 2  # models, beside the reference
+    policy = replicas * ((1 + learning) * weights + learning * 4 * num_parameters) + learning * optimizer
     ranks = cfg.parallel.world_size
     buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, EXPORT_BUCKET_BYTES)]
     return Needs(
@@ -112,10 +113,13 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
     """Raise ResourceError if `free` bytes (none: measured) don't hold what training will write to `run_dir`.
 
     That is checkpoint.keep checkpoints and one on its way, each of weights and Adam's two fp32 moments, with fp32
-    master weights beside bfloat16 ones (12 or 14 bytes a parameter), and the export. What lies there already counts.
+    master weights beside bfloat16 ones (12 or 14 bytes a parameter), and the export; of a critic as much again, of a
+    reference that is a copy its weights. What lies there already counts.
     """
     run_dir = Path(cfg.run_dir).absolute()
     checkpoint, export = (12, 4) if cfg.model.dtype == "float32" else (14, 2)
+    checkpoint *= 1 if cfg.critic_lr is None else 2
+    checkpoint += export if cfg.copies_reference else 0
     need = ((cfg.checkpoint.keep + 1) * checkpoint + export) * num_parameters
     if free is None:
         written = (path for name in ("checkpoints", "hf") for path in (run_dir / name).rglob("*"))

@@ -15,6 +15,15 @@ from astar_megatron.run.tracking import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_the_demo_does_not_write_over_prompts_that_are_not_its_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), f"data.path={mine}", "run_dir=run"]
+    demo = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert demo.returncode == 1 and f"demo: data.path: {mine} holds other prompts" in demo.stderr
+    assert mine.read_text() == '{"question": "1 + 1", "answer": "2"}\n'
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not native_bfloat16(), reason="this CPU emulates bfloat16, ten times slower than it multiplies")
