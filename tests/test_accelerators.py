@@ -77,6 +77,8 @@ def test_bytes_of_the_policy_are_the_formulas() -> None:
     cfg = run_config(train={"micro_batch_tokens": tokens})
     kept = 28 * (7 * 1536 + 3 * 8960)
     assert accelerators.policy_needs(cfg, QWEN2_1_5B) == 20 * parameters + 2 * tokens * kept + HEAD_BYTES
+    critic = run_config(train={"micro_batch_tokens": tokens}, objective={"name": "ppo"})
+    assert accelerators.policy_needs(critic, QWEN2_1_5B) == 38 * parameters + 2 * tokens * kept + HEAD_BYTES
     less = run_config(
         train={"micro_batch_tokens": tokens},
         optim={"offload": True},

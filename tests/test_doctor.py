@@ -59,6 +59,7 @@ def test_replicas_that_share_experts_hold_less() -> None:
 def test_bytes_a_parameter_are_the_formulas() -> None:
     in_bfloat16 = needs(machine())
     assert in_bfloat16.policy_bytes == (2 + 4 + 12 + 2) * NUM_PARAMETERS
+    assert needs(machine(), objective={"name": "ppo"}).policy_bytes == (2 + 2 * (2 + 4 + 12)) * NUM_PARAMETERS
     assert in_bfloat16.engines_bytes == 2 * NUM_PARAMETERS + GIB
     assert in_bfloat16.shared_bytes == 2 * 2 * resources.EXPORT_BUCKET_BYTES + resources.OBJECT_STORE_BYTES
     in_float32 = needs(machine(native_bfloat16=False))
@@ -116,6 +117,14 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) 
     resources.check_disk(cfg, NUM_PARAMETERS, free=need)
     with pytest.raises(ResourceError, match=r"4 checkpoints of 1\.5 GiB.* lower checkpoint\.keep"):
         resources.check_disk(cfg, NUM_PARAMETERS, free=need - 1)
+    for method, bytes_a_parameter in (
+        ({"objective": {"name": "ppo"}}, 4 * 24 + 4),
+        ({"objective": {"name": "oapl"}, "oapl": {"refresh_steps": 5}}, 4 * 16 + 4),
+    ):
+        more = run_config(run_dir=str(tmp_path), checkpoint={"keep": 3}, model={"dtype": "float32"}, **method)
+        resources.check_disk(more, NUM_PARAMETERS, free=bytes_a_parameter * NUM_PARAMETERS)
+        with pytest.raises(ResourceError, match="4 checkpoints"):
+            resources.check_disk(more, NUM_PARAMETERS, free=bytes_a_parameter * NUM_PARAMETERS - 1)
     resources.check_disk(cfg, 1000)
     with pytest.raises(ResourceError, match="not/yet"):
         resources.check_disk(cfg, 1 << 50)

@@ -97,6 +97,8 @@ def policy_needs(cfg: RunConfig, model: Model) -> int:
     weights = (size + 4) * parameters
     if not cfg.optim.offload:
         weights += (12 if size == 2 else 8) * parameters
+    if cfg.critic_lr is not None:  # a second model that learns, in the same way
+        weights *= 2
     if cfg.model.reference == "resident":
         weights += size * parameters
     width = dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
