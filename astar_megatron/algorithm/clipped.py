@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.objective import Need, ResponseTokens
+from astar_megatron.algorithm.objective import Columns, Need, ResponseTokens
 from astar_megatron.config import Clipped
 from astar_megatron.types import Rollout
 
@@ -67,6 +67,14 @@ class TokenMean:
     mini_batch_size: int
     max_response_tokens: int
 
+    def columns(self, rollouts: Sequence[Rollout], **of_sequences: Tensor) -> Columns:
+        """Return what ClippedLoss reads of a batch, beside `of_sequences` [B]."""
+        logprobs = [logprob for rollout in rollouts for logprob in rollout.token_logprobs]
+        return Columns(
+            sequences={**of_sequences, "token_weight": self.weights(rollouts)},
+            tokens={"engine_logprob": torch.tensor(logprobs, dtype=torch.float64)},
+        )
+
     def weights(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Return [B] float64, what the sum over a response's tokens is multiplied with."""
         lengths = torch.tensor([max(1, len(rollout.token_ids)) for rollout in rollouts], dtype=torch.float64)
@@ -76,8 +84,3 @@ class TokenMean:
             return torch.full_like(lengths, 1 / self.max_response_tokens)
         totals = lengths.view(-1, self.mini_batch_size).sum(dim=1)  # a mini-batch is a run of the batch
         return (self.mini_batch_size / totals).repeat_interleave(self.mini_batch_size)
-
-
-def engine_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
-    """Return the engines' log-probs (nats) of all response tokens in order, float64."""
-    return torch.tensor([logprob for rollout in rollouts for logprob in rollout.token_logprobs], dtype=torch.float64)

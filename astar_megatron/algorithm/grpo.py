@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss, engine_logprobs
+from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss
 from astar_megatron.algorithm.metrics import drift
 from astar_megatron.algorithm.objective import Columns, Objective
 from astar_megatron.config import GrpoConfig
@@ -40,10 +40,7 @@ class Grpo(Objective):
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
         advantage = group_advantages(self._groups(rollouts), normalise=self._cfg.normalise).flatten()
-        return Columns(
-            sequences={"advantage": advantage, "token_weight": self._mean.weights(rollouts)},
-            tokens={"engine_logprob": engine_logprobs(rollouts)},
-        )
+        return self._mean.columns(rollouts, advantage=advantage)
 
     def metrics(
         self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss, engine_logprobs
+from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss
 from astar_megatron.algorithm.metrics import drift
 from astar_megatron.algorithm.objective import Columns, Need, Objective, ResponseTokens
 from astar_megatron.config import PpoConfig
@@ -96,10 +96,7 @@ class Ppo(Objective):
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
         rewards = torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float64)
-        return Columns(
-            sequences={"reward": rewards, "token_weight": self._mean.weights(rollouts)},
-            tokens={"engine_logprob": engine_logprobs(rollouts)},
-        )
+        return self._mean.columns(rollouts, reward=rewards)
 
     def metrics(
         self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int

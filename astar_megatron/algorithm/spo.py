@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss, engine_logprobs
+from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss
 from astar_megatron.algorithm.metrics import drift
 from astar_megatron.algorithm.objective import Columns, Objective
 from astar_megatron.config import SpoConfig
@@ -72,12 +72,10 @@ class Spo(Objective):
         self.loss: ClippedLoss = clipped_loss(cfg, old_from_engine=old_from_engine)
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
-        raw = torch.tensor([rollout.score - self._tracker[rollout.prompt.uid] for rollout in rollouts]).double()
+        surprise = [rollout.score - self._tracker[rollout.prompt.uid] for rollout in rollouts]
+        raw = torch.tensor(surprise, dtype=torch.float64)
         advantage = (raw - raw.mean()) / (raw.std(correction=0) + _LEAST_DEVIATION)
-        return Columns(
-            sequences={"advantage": advantage, "token_weight": self._mean.weights(rollouts)},
-            tokens={"engine_logprob": engine_logprobs(rollouts)},
-        )
+        return self._mean.columns(rollouts, advantage=advantage)
 
     def metrics(
         self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int

@@ -9,7 +9,7 @@ GPTModel is deprecated in megatron-core 0.19 in favour of HybridModel; when it g
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor
 
 from astar_megatron.config import Recompute
 from astar_megatron.model.attention import PackedAttention, PackedRotaryEmbedding
@@ -96,6 +97,17 @@ def build(model: Model, layout: ParallelLayout, config: TransformerConfig, backe
     """
     backend.check_dtype(config.params_dtype)
     return [_chunk(model, layout, config, backend, chunk) for chunk in range(layout.virtual)]
+
+
+def build_copy(
+    model: Model, layout: ParallelLayout, config: TransformerConfig, backend: Backend, weights: Mapping[str, Tensor]
+) -> list[GPTModel]:
+    """Return as `build` does, with `weights`, this rank's parameters of another model of this kind."""
+    chunks = build(model, layout, config, backend)
+    with torch.no_grad():
+        for name, parameter in named_parameters(chunks).items():
+            parameter.copy_(weights[name])
+    return chunks
 
 
 def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, torch.nn.Parameter]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from astar_megatron.algorithm.objective import Loss, ResponseTokens
 from astar_megatron.config import OptimConfig
 from astar_megatron.model.backend import Backend
-from astar_megatron.model.build import build, for_training, named_parameters
+from astar_megatron.model.build import build_copy, for_training, named_parameters
 from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import HeldTokens, run_loss, run_scoring
@@ -49,10 +49,7 @@ class Critic:
         dither_seed: int | None,
     ) -> None:
         self._model, self._layout, self._backend = model, layout, backend
-        self.chunks = build(model, layout, config, backend)
-        with torch.no_grad():
-            for name, parameter in named_parameters(self.chunks).items():
-                parameter.copy_(weights[name])
+        self.chunks = build_copy(model, layout, config, backend, weights)
         head = torch.zeros(model.dims.hidden_size, dtype=config.params_dtype, device=backend.device)
         self._head = torch.nn.Parameter(head)
         # Sequence-parallel ranks all compute the whole head: its gradient is not summed over them.

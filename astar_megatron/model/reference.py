@@ -11,7 +11,7 @@ from torch import Tensor
 
 from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.backend import Backend
-from astar_megatron.model.build import build, in_compute_type, named_parameters
+from astar_megatron.model.build import build_copy, in_compute_type, named_parameters
 from astar_megatron.model.forward import run_own_scoring
 from conversion.families import Model
 from conversion.plan import plan
@@ -38,10 +38,7 @@ class Reference:
         offload: bool = False,
     ) -> None:
         self._model, self._backend = model, backend
-        chunks = build(model, layout, config, backend)
-        with torch.no_grad():
-            for name, parameter in named_parameters(chunks).items():
-                parameter.copy_(weights[name])
+        chunks = build_copy(model, layout, config, backend, weights)
         # requires_grad stays on, although nothing asks for a gradient: megatron and torch.matmul take other kernels for
         # a frozen weight, and the log-ratio at step 0 would be 1e-5 instead of exactly 0.
         self.chunks, self.is_copy = chunks, False
