@@ -112,3 +112,10 @@ def test_a_checkpoint_from_before_the_key_goes_on_without_dither_and_that_is_sai
     assert changed({"optim.dither": True}, {"optim.dither": False}) == [f"optim.dither True -> False {as_saved}"]
     assert changed({"seed": 1}, {"seed": 1, "optim.dither": False}) == []
     assert changed({"optim.dither": True, "seed": 1}, {"seed": 2, "optim.dither": True}) == ["seed 1 -> 2"]
+
+
+def test_a_checkpoint_of_another_method_is_refused_and_one_without_a_name_is_astars(tmp_path: Path) -> None:
+    save(checkpoints_of(tmp_path), 3)  # as before there were several
+    assert checkpoints_of(tmp_path, settings={"objective.name": "astar"}).restore(stream(), FIXED) == 3
+    with pytest.raises(ValueError, match=r"objective\.name: ppo, but .*step_00000003 was trained with astar; set it"):
+        checkpoints_of(tmp_path, settings={"objective.name": "ppo"}).restore(stream(), FIXED)

@@ -53,6 +53,7 @@ class Checkpoints:
         if folder is None:
             return 0
         progress = self._progress(folder)
+        self._check_method(folder, progress.get("settings", {}))
         try:
             prompts.restore(progress["prompts"])
             objective.restore(progress)
@@ -76,6 +77,14 @@ class Checkpoints:
             for key, new in self._settings.items()
             if before.get(key, new) != new
         ]
+
+    def _check_method(self, folder: Path, before: dict[str, Any]) -> None:
+        """Raise ValueError where another method than the run's has trained: each keeps what it learns in its own way."""
+        was, now = (settings.get("objective.name", "astar") for settings in (before, self._settings))
+        if was != now:
+            raise ValueError(
+                f"objective.name: {now}, but {folder} was trained with {was}; set it to {was}, or choose a new run_dir"
+            )
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         try:
