@@ -79,7 +79,7 @@ class Checkpoints:
         ]
 
     def _check_method(self, folder: Path, before: dict[str, Any]) -> None:
-        """Raise ValueError where another method than the run's has trained: each keeps what it learns in its own way."""
+        """Raise ValueError where another method than the run's has trained: each keeps what it learns in its way."""
         was, now = (settings.get("objective.name", "astar") for settings in (before, self._settings))
         if was != now:
             raise ValueError(
