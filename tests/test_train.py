@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import samples
@@ -11,8 +13,9 @@ from samples import STATS
 
 from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
-from astar_megatron.config import AstarConfig
-from astar_megatron.run import steps
+from astar_megatron.config import AstarConfig, RunConfig
+from astar_megatron.data.v_star import MissingTableError
+from astar_megatron.run import steps, training
 from astar_megatron.types import Prompt
 
 # Every key of a line. A change here is a change of what people's plots read: it belongs in CHANGELOG.md, and in
@@ -70,3 +73,23 @@ def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:
     assert batch.response_lengths().tolist() == [2]
     assert batch.response_tokens() == 2
     assert torch.equal(batch.columns["v_star"], torch.tensor([0.5], dtype=torch.float64))
+
+
+def test_only_methods_and_filters_that_read_stage_1_ask_for_its_table(tmp_path: Path) -> None:
+    def inputs(**sections: Any) -> tuple[RunConfig, Any]:
+        cfg = samples.run_config(sweep={"table": str(tmp_path / "none")}, **sections)
+        return cfg, SimpleNamespace(contract=samples.CONTRACT, prompts=[PROMPT])
+
+    for sections in (
+        *({"objective": {"name": name}} for name in ("grpo", "rebel", "ppo", "oapl")),
+        {"objective": {"name": "oapl"}, "oapl": {"refresh_steps": 3}},
+    ):
+        assert training.stage_1(*inputs(**sections)) is None
+    for sections in (
+        {},
+        {"objective": {"name": "spo"}},
+        {"objective": {"name": "oapl"}, "oapl": {"value": "table"}},
+        {"objective": {"name": "grpo"}, "filter": {"all_wrong": 0.5}},
+    ):
+        with pytest.raises(MissingTableError, match="astar sweep"):
+            training.stage_1(*inputs(**sections))
