@@ -14,8 +14,8 @@ from astar_megatron.data.allocation import run_estimates, samples_wanted
 from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run import comparison, comparison_files
-from astar_megatron.run.commands import LOG_FILE, Runner, astar, run_command
-from astar_megatron.run.comparison import Run, Stage1Cost
+from astar_megatron.run.commands import LOG_FILE, End, Runner, astar, last_line, run_command
+from astar_megatron.run.comparison import Budget, Run, Stage1Cost
 from astar_megatron.run.comparison_files import Comparison
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.spending import generation_flops
@@ -23,6 +23,7 @@ from astar_megatron.run.tracking import Screen, read_stage_1_seconds
 from astar_megatron.run.training import asks_stage_1
 
 _STAGE_1 = "stage-1"  # folder of the sweep
+_SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 
 
 def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None, runner: Runner = astar) -> int:
@@ -36,7 +37,7 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     inputs, screen = prepare(configs[runs[0]]), Screen()
     make_folder(folder)
     with exclusive(folder / "compare.lock", "another comparison of this folder"):
-        stage_1 = _stage_1(cfg.seed, configs, inputs, folder, screen, runner)
+        stage_1 = _stage_1(cfg.seed, configs, limit, inputs, folder, screen, runner)
         configs = {run: comparison.with_budget(own, limit, stage_1.get(run.method)) for run, own in configs.items()}
         known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors={})
         for run in runs:  # first, so that what is written never loses a finished run
@@ -57,14 +58,21 @@ def _train(
     if run in known.results:
         screen.say(f"{label}: finished before")
         return
-    with screen.waiting(f"{label}, log in {folder / run.name / LOG_FILE}"):
-        end = run_command("train", cfg, runner)
-    if end.status:
-        known.errors[run] = end.error
-        screen.say(f"{label} failed: {end.error}")
-    else:
+    end = _run("train", cfg, label, screen, runner)
+    try:
+        if end.status:
+            raise ValueError(end.error)
         _take(known, run, folder)
+    except ValueError as error:
+        known.errors[run] = str(error)
+        screen.say(f"{label} failed: {error}")
     comparison_files.write(folder, known)
+
+
+def _run(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> End:
+    log = Path(cfg.run_dir) / LOG_FILE
+    with screen.waiting(f"{label}, log in {log}", lambda: last_line(log), _SECONDS_A_LINE):
+        return run_command(name, cfg, runner)
 
 
 def _take(known: Comparison, run: Run, folder: Path) -> None:
@@ -73,29 +81,40 @@ def _take(known: Comparison, run: Run, folder: Path) -> None:
 
 
 def _stage_1(
-    seed: int, configs: Mapping[Run, RunConfig], inputs: Inputs, folder: Path, screen: Screen, runner: Runner
+    seed: int,
+    configs: Mapping[Run, RunConfig],
+    limit: Budget,
+    inputs: Inputs,
+    folder: Path,
+    screen: Screen,
+    runner: Runner,
 ) -> dict[str, Stage1Cost]:
     """Fill the V* table as each method reads it, and return what that cost, by method; nothing of one that does not."""
     costs = {}
     for method, cfg in {run.method: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
-        if _lacking(cfg, inputs):
+        there, lacking = _samples(cfg, inputs)
+        if lacking:
+            comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / _STAGE_1, there))
             own = cfg.model_copy(update={"run_dir": str(folder / _STAGE_1), "seed": seed})
-            with screen.waiting(f"stage 1, log in {folder / _STAGE_1 / LOG_FILE}"):
-                end = run_command("sweep", own, runner)
+            end = _run("sweep", own, "stage 1", screen, runner)
             if end.status:
                 raise ValueError(f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn")
-            if lacking := _lacking(cfg, inputs):
-                raise ValueError(
-                    f"stage 1: {lacking} samples could not be scored, see {folder / _STAGE_1}/reward_failures.jsonl; "
-                    "run the same command again: it draws them anew"
-                )
+            there, lacking = _samples(cfg, inputs)
+        if lacking:
+            raise ValueError(
+                f"stage 1: {lacking} samples could not be scored, see {folder / _STAGE_1}/reward_failures.jsonl; "
+                "run the same command again: it draws them anew"
+            )
         costs[method] = _cost(cfg, inputs, folder)
     return costs
 
 
-def _lacking(cfg: RunConfig, inputs: Inputs) -> int:
+def _samples(cfg: RunConfig, inputs: Inputs) -> tuple[int, int]:
+    """Return how many of the samples that the method reads the table has, and how many it lacks."""
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
-    return int(table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)).sum())
+    wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)
+    lacking = int(table.lacking(inputs.prompts, wanted).sum())
+    return int(wanted.sum()) - lacking, lacking
 
 
 def _cost(cfg: RunConfig, inputs: Inputs, folder: Path) -> Stage1Cost:

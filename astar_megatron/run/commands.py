@@ -11,6 +11,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.files import make_folder, write_atomic
 
 LOG_FILE = "log.txt"
+_TAIL_BYTES = 8192
 
 # Runs `astar NAME --config FILE`, appends all that it says to a log, and returns its exit status.
 type Runner = Callable[[str, Path, Path], int]
@@ -26,9 +27,17 @@ class End:
     @property
     def error(self) -> str:
         """The last line of what it said, and the status."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"{last} (exit status {self.status}, log {self.log})"
+        return f"{last_line(self.log) or 'it said nothing'} (exit status {self.status}, log {self.log})"
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not blank; "" without one."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:

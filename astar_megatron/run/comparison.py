@@ -157,12 +157,8 @@ def with_budget(cfg: RunConfig, budget: Budget, stage_1: Stage1Cost | None) -> R
 
     Raises ValueError where that is nothing, or where seconds count and those of stage 1 are not known.
     """
-    if stage_1 is not None and budget.measure == "seconds" and stage_1.seconds is None:
-        raise ValueError(
-            f"--budget: {budget}, but how long stage 1, which {cfg.objective.name} reads, took is not known: its table "
-            f"{cfg.table_dir} was not filled by this comparison; set sweep.table to a new folder, which it fills and "
-            "times, or give tokens or flops"
-        )
+    if stage_1:
+        check_seconds(cfg, budget, stage_1.seconds)
     before = stage_1.known.by(budget.measure) if stage_1 else 0
     if before >= budget.amount:
         raise ValueError(
@@ -172,6 +168,16 @@ def with_budget(cfg: RunConfig, budget: Budget, stage_1: Stage1Cost | None) -> R
     left = budget.amount - before
     amount = {budget.measure: int(left) if budget.measure == "tokens" else left}
     return config.validate(cfg.model_dump() | {"budget": amount})
+
+
+def check_seconds(cfg: RunConfig, budget: Budget, stage_1_seconds: float | None) -> None:
+    """Raise ValueError where seconds are to be equal and those of stage 1 are not known."""
+    if budget.measure == "seconds" and stage_1_seconds is None:
+        raise ValueError(
+            f"--budget: {budget}, but how long stage 1, which {cfg.objective.name} reads, took is not known: its table "
+            f"{cfg.table_dir} was not filled by this comparison alone; set sweep.table to a new folder, which it fills "
+            "and times, or give tokens or flops"
+        )
 
 
 def settings_of(cfg: RunConfig, budget: Budget) -> dict[str, Any]:
@@ -206,8 +212,8 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> Result:
             step=line["step"],
             spent=spent,
             reward_mean=line["reward_mean"],
-            kl_token=line["kl_token"],
-            entropy=line["entropy"],
+            kl_token=line.get("kl_token"),
+            entropy=line.get("entropy"),
             truncated=line["truncated"],
             scores={name: scores["greedy"] for name, scores in line.get("eval", {}).items()},
         )
