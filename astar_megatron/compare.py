@@ -16,13 +16,12 @@ from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run import comparison, comparison_files
 from astar_megatron.run.commands import LOG_FILE, End, Runner, astar, last_line, run_command
 from astar_megatron.run.comparison import Budget, Run, Stage1Cost
-from astar_megatron.run.comparison_files import Comparison
+from astar_megatron.run.comparison_files import STAGE_1, Comparison
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.spending import generation_flops
 from astar_megatron.run.tracking import Screen, read_stage_1_seconds
 from astar_megatron.run.training import asks_stage_1
 
-_STAGE_1 = "stage-1"  # folder of the sweep
 _SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 
 
@@ -94,15 +93,15 @@ def _stage_1(
     for method, cfg in {run.method: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
         there, lacking = _samples(cfg, inputs)
         if lacking:
-            comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / _STAGE_1, there))
-            own = cfg.model_copy(update={"run_dir": str(folder / _STAGE_1), "seed": seed})
+            comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, there))
+            own = cfg.model_copy(update={"run_dir": str(folder / STAGE_1), "seed": seed})
             end = _run("sweep", own, "stage 1", screen, runner)
             if end.status:
                 raise ValueError(f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn")
             there, lacking = _samples(cfg, inputs)
         if lacking:
             raise ValueError(
-                f"stage 1: {lacking} samples could not be scored, see {folder / _STAGE_1}/reward_failures.jsonl; "
+                f"stage 1: {lacking} samples could not be scored, see {folder / STAGE_1}/reward_failures.jsonl; "
                 "run the same command again: it draws them anew"
             )
         costs[method] = _cost(cfg, inputs, folder)
@@ -126,5 +125,5 @@ def _cost(cfg: RunConfig, inputs: Inputs, folder: Path) -> Stage1Cost:
     return Stage1Cost(
         tokens=int(estimates.tokens.sum()),
         flops=generation_flops(inputs.model, ((prompts[uid], tokens) for (uid, _), tokens in drawn.items())),
-        seconds=read_stage_1_seconds(folder / _STAGE_1, int(estimates.samples.sum())),
+        seconds=read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, int(estimates.samples.sum())),
     )

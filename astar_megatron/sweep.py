@@ -105,7 +105,7 @@ def _draw(
         now = time.monotonic()
         if scored:
             tokens = sum(len(rollout.token_ids) for rollout in scored)
-            tracker.log_stage_1(len(scored), tokens, now - written)
+            tracker.log_stage_1(table.folder, len(scored), tokens, now - written)
         written = now
 
     progress = tracker.progress("stage 1, V* sweep", share.lacking)

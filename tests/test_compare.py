@@ -66,7 +66,7 @@ class Astar:
 
     def sweep(self, cfg: RunConfig) -> int:
         fill_table(cfg)
-        Tracker(cfg.run_dir).log_stage_1(8, STAGE_1_TOKENS, STAGE_1_SECONDS)
+        Tracker(cfg.run_dir).log_stage_1(cfg.table_dir, 8, STAGE_1_TOKENS, STAGE_1_SECONDS)
         return 0
 
     def train(self, cfg: RunConfig, run_dir: Path, log: Path) -> int:

@@ -14,6 +14,8 @@ from astar_megatron.run.comparison import UNITS, Budget, Result, Run, Stage1Cost
 from astar_megatron.run.curves import plot
 
 JSON_FILE = "compare.json"
+STAGE_1 = "stage-1"  # folder of the sweep
+_BEFORE = {"compare.lock", STAGE_1}  # what there is before the first run
 _COLUMNS = (
     *("method", "seed", "step", "spent_tokens", "spent_flops", "spent_seconds"),
     *("reward_mean", "kl_token", "entropy", "truncated", "score_before"),
@@ -57,7 +59,7 @@ def read(folder: Path) -> tuple[dict[str, Any], set[str]]:
     """
     path = folder / JSON_FILE
     if not path.exists():
-        if folder.exists() and any(entry.name != "compare.lock" for entry in folder.iterdir()):
+        if folder.exists() and {entry.name for entry in folder.iterdir()} - _BEFORE:
             raise ValueError(f"{folder}: holds files but no {JSON_FILE}, so no comparison; choose another --out")
         return {}, set()
     try:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,9 @@ class Tracker(Screen):
         """Append one line; it is on disk on return. Values that JSON can't hold (NaN, Inf) become null."""
         _append(self.metrics_path, metrics)
 
-    def log_stage_1(self, samples: int, response_tokens: int, seconds: float) -> None:
+    def log_stage_1(self, table: Path, samples: int, response_tokens: int, seconds: float) -> None:
         """Append to `<run_dir>/stage_1.jsonl` how long a part of a sweep took; starting the engines is not in it."""
-        line = {"samples": samples, "response_tokens": response_tokens, "seconds": seconds}
+        line = {"table": str(table), "samples": samples, "response_tokens": response_tokens, "seconds": seconds}
         _append(self.run_dir / STAGE_1_FILE, line)
 
 
@@ -179,10 +179,16 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return all_metrics
 
 
-def read_stage_1_seconds(run_dir: Path, samples: int) -> float | None:
-    """Return how long drawing so many samples took sweeps of this run folder; None where they drew another number."""
-    path = run_dir / STAGE_1_FILE
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def read_stage_1_seconds(run_dir: Path, table: Path, samples: int) -> float | None:
+    """Return how long drawing so many samples of a table took sweeps of this run folder; None: they drew more or fewer.
+
+    The last line may be cut: its samples are not counted.
+    """
+    path, lines = run_dir / STAGE_1_FILE, []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    lines = [line for line in lines if line["table"] == str(table)]
     return sum(line["seconds"] for line in lines) if sum(line["samples"] for line in lines) == samples else None
 
 
