@@ -136,7 +136,7 @@ def commands(page: Path) -> list[list[str]]:
     lines = "\n".join([*blocks(text_of(page), ""), *re.findall(r"`([^`\n]+)`", prose(text_of(page)))])
     lines = re.sub(r"\s# .*$|\\\n", "", lines, flags=re.MULTILINE)  # comments, and lines that go on
     found = re.findall(
-        r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|convert|doctor) .+)$", lines, re.MULTILINE
+        r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|compare|convert|doctor) .+)$", lines, re.MULTILINE
     )
     return [shlex.split(line) for line in found]
 
@@ -166,7 +166,7 @@ def test_every_command_line_parses_and_its_keys_exist(page: Path) -> None:
 def test_the_guides_have_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30
     programs = {words[0] for page in PAGES for words in commands(page)}
-    assert programs == {"data", "sweep", "train", "eval", "convert", "doctor"}
+    assert programs == {"data", "sweep", "train", "eval", "compare", "convert", "doctor"}
 
 
 @each_page
