@@ -28,23 +28,23 @@ _SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None, runner: Runner = astar) -> int:
     """Compare, and write `out`, by default `<run_dir>/compare`; return 1 where a run failed, else 0."""
     folder = out or Path(cfg.run_dir) / "compare"
-    limit, runs = comparison.budget_of(budget), comparison.runs_of(methods, seeds)
-    configs = {run: comparison.run_config(cfg, run, folder) for run in runs}
+    limit, asked = comparison.budget_of(budget), comparison.runs_of(methods, seeds)
     settings = comparison.settings_of(cfg, limit)
     before, finished = comparison_files.read(folder)
     comparison.check_settings(folder, before, settings)
-    inputs, screen = prepare(configs[runs[0]]), Screen()
+    runs = list(dict.fromkeys([*asked, *finished]))
+    configs = {run: comparison.run_config(cfg, run, folder) for run in runs}
+    inputs, screen = prepare(configs[asked[0]]), Screen()
     make_folder(folder)
     with exclusive(folder / "compare.lock", "another comparison of this folder"):
         stage_1 = _stage_1(cfg.seed, configs, limit, inputs, folder, screen, runner)
         configs = {run: comparison.with_budget(own, limit, stage_1.get(run.method)) for run, own in configs.items()}
         known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors={})
-        for run in runs:  # first, so that what is written never loses a finished run
-            if run.name in finished and (folder / run.name).exists():
-                _take(known, run, folder)
+        for run in finished:  # first, asked for or not, so that what is written never loses a finished run
+            _take(known, run, folder)
         comparison_files.write(folder, known)
-        for number, run in enumerate(runs, 1):
-            _train(known, run, configs[run], f"{run.name}, run {number} of {len(runs)}", folder, screen, runner)
+        for number, run in enumerate(asked, 1):
+            _train(known, run, configs[run], f"{run.name}, run {number} of {len(asked)}", folder, screen, runner)
     screen.say(comparison_files.as_markdown(known))
     screen.say(f"compare.md, compare.csv, compare.json and compare.png are in {folder}")
     return 1 if known.errors else 0

@@ -200,9 +200,20 @@ def test_one_table_is_filled_once_with_the_seed_of_the_configuration(
     assert runner.calls == [("sweep", "stage-1")] + [("train", f"{m}-{s}") for m in ALL.split(",") for s in range(3)]
     assert config.load(tmp_path / "out" / "stage-1" / "run.json").seed == cfg.seed == 5
     assert VStarTable.open(cfg.table_dir, contract_of(cfg)).summary().samples == 8
-    again = Astar()
-    compare(again, "astar,grpo", seeds="0,1,2,3")
-    assert again.calls == [("train", "astar-3"), ("train", "grpo-3")]
+
+
+def test_a_comparison_grows_and_forgets_no_finished_run(compare: Any, tmp_path: Path) -> None:
+    compare(Astar(), "astar,grpo", seeds="0,1")
+    grown = Astar()
+    compare(grown, "rebel,grpo", seeds="1,2")
+    assert [name for _, name in grown.calls] == ["rebel-1", "rebel-2", "grpo-2"]
+    names = [run["name"] for run in tree_of(tmp_path)["runs"]]
+    assert names == ["rebel-1", "rebel-2", "grpo-1", "grpo-2", "astar-0", "astar-1", "grpo-0"]
+    assert {run["state"] for run in tree_of(tmp_path)["runs"]} == {"finished"}
+    nothing = Astar()
+    compare(nothing, "astar,grpo,rebel", seeds="1,2")
+    assert [name for _, name in nothing.calls] == ["astar-2"]
+    assert len(tree_of(tmp_path)["runs"]) == 8
 
 
 def test_without_a_method_that_reads_stage_1_none_is_run_or_counted(

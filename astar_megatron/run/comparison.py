@@ -146,7 +146,8 @@ def run_config(cfg: RunConfig, run: Run, folder: Path) -> RunConfig:
     if cfg.budget != BudgetConfig():
         raise ValueError("budget: a comparison takes it from --budget; leave the keys out")
     tree = cfg.model_dump()
-    tree |= {"run_dir": str(folder / run.name), "seed": run.seed, "objective": {"name": run.method}}
+    tree |= {"run_dir": str(folder / run.name), "seed": run.seed}
+    tree["objective"]["name"] = run.method
     tree["sweep"]["table"] = str(cfg.table_dir)
     tree["eval"]["interval"] = cfg.eval.interval or cfg.train.num_steps
     return config.validate(tree)

@@ -52,8 +52,8 @@ class Comparison:
         return sorted(own, key=lambda summary: -summary.score)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], set[str]]:
-    """Return the settings of the comparison that a folder holds and the names of its finished runs; none of neither.
+def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
+    """Return the settings of the comparison that a folder holds and its finished runs; nothing where there is none.
 
     Raises ValueError where the folder holds something else.
     """
@@ -61,10 +61,11 @@ def read(folder: Path) -> tuple[dict[str, Any], set[str]]:
     if not path.exists():
         if folder.exists() and {entry.name for entry in folder.iterdir()} - _BEFORE:
             raise ValueError(f"{folder}: holds files but no {JSON_FILE}, so no comparison; choose another --out")
-        return {}, set()
+        return {}, []
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return dict(tree["settings"]), {run["name"] for run in tree["runs"] if run["state"] == "finished"}
+        finished = [Run(run["method"], run["seed"]) for run in tree["runs"] if run["state"] == "finished"]
+        return dict(tree["settings"]), [run for run in finished if (folder / run.name).exists()]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a comparison's ({error!r}); choose another --out, or remove the file") from None
 
