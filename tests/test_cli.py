@@ -110,6 +110,12 @@ def test_fewer_steps_than_are_done_are_refused(command: Any, tree: dict[str, Any
     assert "train.num_steps: 6" in error and "after 7 steps" in error
 
 
+def test_a_comparison_with_an_unknown_method_is_refused_in_a_line(command: Any, tree: dict[str, Any]) -> None:
+    status, error = command("compare", tree, "--methods", "astar,dpo", "--budget", "tokens=9")
+    assert status == 2
+    assert error.startswith("astar: --methods: no method dpo; there are astar, ") and len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize("text", ['{"st', "{}", "[]"])
 def test_a_damaged_checkpoint_is_named(command: Any, tree: dict[str, Any], text: str) -> None:
     fill_table(tree)
