@@ -64,6 +64,20 @@ def train(config_file: Config, overrides: Overrides = None) -> None:
     _program("train").main(config.load(config_file, overrides or ()))
 
 
+@app.command()
+def compare(
+    config_file: Config,
+    methods: Annotated[str, typer.Option(help="Names of objective.name, as in astar,grpo,rebel.")],
+    budget: Annotated[str, typer.Option(help="Of each run, stage 1 counted: tokens=N, flops=N or seconds=N.")],
+    seeds: Annotated[str, typer.Option(help="A run of each method for each of them.")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and results; default: <run_dir>/compare.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train with several methods at equal cost; leaves a table, and curves with bands. Run again to continue."""
+    cfg = config.load(config_file, overrides or ())
+    raise typer.Exit(_program("compare").main(cfg, methods, budget, seeds, out))
+
+
 @app.command(name="eval")
 def evaluate(
     config_file: Config,

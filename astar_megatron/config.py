@@ -27,6 +27,7 @@ from astar_megatron.config_methods import (
     SpoConfig,
 )
 from astar_megatron.config_methods import Clipped as Clipped
+from astar_megatron.config_methods import MethodName as MethodName
 
 Day = Annotated[str, BeforeValidator(day)]
 type Dtype = Literal["auto", "bfloat16", "float32"]
@@ -139,6 +140,20 @@ class TrainConfig(Section):
     """[optimiser steps] How many lost to NaN or Inf end the run."""
 
 
+class BudgetConfig(Section):
+    """What training may cost, beside `train.num_steps`: it ends after the step that reaches one of these.
+
+    Stage 1 and evaluations are not counted. Checkpoint, evaluation and export come at the step where it ends.
+    """
+
+    tokens: int | None = Field(default=None, ge=1)
+    """[tokens] Of responses; null: no limit."""
+    flops: float | None = Field(default=None, gt=0.0)
+    """[FLOPs] Of the model, in training and generation (`astar_megatron/run/spending.py`); null: no limit."""
+    seconds: float | None = Field(default=None, gt=0.0)
+    """[seconds] Of the steps; null: no limit."""
+
+
 class OptimConfig(Section):
     """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch."""
 
@@ -228,6 +243,7 @@ class RunConfig(Section):
     spo: SpoConfig = SpoConfig()
     filter: FilterConfig = FilterConfig()
     train: TrainConfig = TrainConfig()
+    budget: BudgetConfig = BudgetConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -25,11 +25,11 @@ def main(cfg: RunConfig) -> None:
     summary = table.summary()
     if not summary.samples:
         raise TableError(f"{table.folder}: the V* table has no rows yet; run `astar sweep` with this configuration")
-    estimates = table.estimate(cfg.astar.beta1)
+    estimates = table.estimate(cfg.beta1)
     tracker = Tracker(cfg.run_dir)
     samples = np.unique(estimates.samples, return_counts=True)
     tracker.table(
-        f"V* table {table.folder}, beta1 = {cfg.astar.beta1:g}",
+        f"V* table {table.folder}, beta1 = {cfg.beta1:g}",
         [
             ("prompts", f"{summary.prompts}"),
             ("samples", f"{summary.samples}"),

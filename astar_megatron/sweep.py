@@ -97,11 +97,16 @@ def _draw(
 
     def append() -> None:
         nonlocal written
-        table.append([rollout for rollout in waiting if rollout.reward is not None], text=cfg.sweep.text)
+        scored = [rollout for rollout in waiting if rollout.reward is not None]
+        table.append(scored, text=cfg.sweep.text)
         failed.update((rollout.prompt.uid, rollout.sample) for rollout in waiting if rollout.reward is None)
         share.appended(waiting)
         waiting.clear()
-        written = time.monotonic()
+        now = time.monotonic()
+        if scored:
+            tokens = sum(len(rollout.token_ids) for rollout in scored)
+            tracker.log_stage_1(table.folder, len(scored), tokens, now - written)
+        written = now
 
     progress = tracker.progress("stage 1, V* sweep", share.lacking)
     with progress as advance, RolloutSource(engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:

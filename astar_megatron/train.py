@@ -13,6 +13,7 @@ from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import Inputs, prepare
+from astar_megatron.run.spending import Spending, generation_flops
 from astar_megatron.run.steps import (
     batch_of,
     check_skipped,
@@ -48,10 +49,11 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     earlier = tracker.begin(first)
     skipped = sum(line.get("skipped_steps", 0) for line in earlier)
     spent = (int(estimates.tokens.sum()) if estimates else 0) + sum(line.get("response_tokens", 0) for line in earlier)
+    spending = Spending(cfg.budget, cfg.train.num_steps, first, earlier)
     versions = range(first, cfg.train.num_steps)
     with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
         batches = TrainingRollouts(source, prompts, cfg.rollout, cfg.seed, versions=versions, group_size=cfg.group_size)
-        for step in versions:
+        for step in spending.steps():
             clock = Clock()
             if objective.refreshes_reference(step):
                 fleet.policy.refresh_reference()
@@ -64,7 +66,9 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             spent += stats.response_tokens
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
-            metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | evaluated
+            drawing = {"generation_flops": generation_flops(inputs.model, ((r.prompt, r.token_ids) for r in rollouts))}
+            metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | drawing | evaluated
+            spending.add(metrics)
             objective.learn(rollouts, health)
             if stats.skipped:  # first on disk, then in the metrics
                 skipped += len(stats.skipped)
@@ -72,10 +76,12 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             tracker.log(metrics)
             tracker.say(line_of(metrics, cfg.train.num_steps))
             check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
-            if (step + 1) % cfg.checkpoint.interval == 0 or step + 1 == cfg.train.num_steps:
+            if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
                 checkpoints.save(fleet.policy, step + 1, batches.state(), objective)
-        with fleet.generating(cfg.train.num_steps, Clock()):
-            _evaluate(cfg, inputs, fleet, tracker, cfg.train.num_steps, Clock())
+        for words in spending.reached:
+            tracker.say(words)
+        with fleet.generating(spending.done, Clock()):
+            _evaluate(cfg, inputs, fleet, tracker, spending.done, Clock(), is_last=True)
     fleet.export(cfg.export_dir)
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
@@ -83,11 +89,11 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
 
 
 def _evaluate(
-    cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int, clock: Clock
+    cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int, clock: Clock, *, is_last: bool = False
 ) -> dict[str, object]:
     """Evaluate every `eval.interval` versions and the last; returns what the step's metrics get of it."""
     interval = cfg.eval.interval
-    if interval is None or (version % interval and version != cfg.train.num_steps):
+    if interval is None or (version % interval and not is_last):
         return {}
     with clock.span("eval"):
         evaluations = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")

@@ -1,4 +1,4 @@
-"""A pool of engines made by hand: it answers a few requests at a time, out of order, as a function says."""
+"""A pool of engines made by hand: it answers a few requests at a time, as a rule out of order, as a function says."""
 
 import random
 import time
@@ -28,12 +28,14 @@ class FakeEngines:
         max_num_seqs: int = 20,
         at_once: int = 13,
         seconds: float = 0.0,
+        in_order: bool = False,
     ) -> None:
         self.max_num_seqs, self.detokenize = max_num_seqs, detokenize
         self.version = 0
         self.asked: list[tuple[int, Request]] = []
         self.answered: list[tuple[int, Request]] = []
         self._answer, self._num_engines, self._at_once, self._seconds = answer, num_engines, at_once, seconds
+        self._in_order = in_order
         self._shuffle, self._num_streams = random.Random(at_once), 0
         self._streams: dict[int, list[tuple[int, int, Request]]] = {}  # version, tag, request
 
@@ -48,11 +50,12 @@ class FakeEngines:
 
     def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
         time.sleep(self._seconds)
-        stream = self._shuffle.choice(streams)
+        stream = min(streams) if self._in_order else self._shuffle.choice(streams)
         left = self._streams[stream]
         if not left:
             return [(stream, None)]
-        self._shuffle.shuffle(left)
+        if not self._in_order:
+            self._shuffle.shuffle(left)
         now, self._streams[stream] = left[: self._at_once], left[self._at_once :]
         self.answered += [(stream, request) for *_, request in now]
         return [(stream, [self._respond(*item) for item in now])]

@@ -42,7 +42,7 @@ ROOMS = {
 }
 PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
-    *("convert", "dataset", "stage1_import", "inspection"),
+    *("convert", "dataset", "stage1_import", "inspection", "compare"),
 }
 CONFIGURATION = {"config_file", "config_machine", "config_methods", "config"}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data"}  # rooms that know nothing of weights

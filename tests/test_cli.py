@@ -126,6 +126,7 @@ def write_checkpoint(tree: Tree, **contract: Any) -> Path:
         ("train", ["parallel.pipeline=4"], ["pipeline=4", "divide"]),
         ("train", ["parallel.tensor=5"], ["tensor=5", "divide"]),
         ("train", ["rollout.tensor=5"], ["5", "divide"]),
+        ("compare --methods astar,dpo --budget tokens=9", [], ["--methods: no method dpo; there are astar, "]),
         ("eval", [], ["astar train"]),
         ("eval --benchmarks amc23,aime24", [], ["eval.folder: needed for eval.benchmarks amc23, aime24"]),
         ("eval --benchmarks amc23 --data / --model {model}", [], ["amc23 is read from amc23.jsonl", "not in /"]),

@@ -132,7 +132,7 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every `astar` command line of a page, without those before."""
     lines = "\n".join([*blocks(text_of(page), ""), *re.findall(r"`([^`\n]+)`", prose(text_of(page)))])
     lines = re.sub(r"\s# .*$|\\\n", "", lines, flags=re.MULTILINE)  # comments, and lines that go on
-    command = r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|convert|doctor) .+)$"
+    command = r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|compare|convert|doctor) .+)$"
     return [shlex.split(line) for line in re.findall(command, lines, re.MULTILINE)]
 
 
@@ -161,7 +161,7 @@ def test_every_command_line_parses_and_its_keys_exist(page: Path) -> None:
 def test_the_guides_have_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30
     programs = {words[0] for page in PAGES for words in commands(page)}
-    assert programs == {"data", "sweep", "train", "eval", "convert", "doctor"}
+    assert programs == {"data", "sweep", "train", "eval", "compare", "convert", "doctor"}
 
 
 @each_page
@@ -206,7 +206,7 @@ def test_the_system_page_explains_every_key_of_a_line_of_metrics() -> None:
         names = re.findall(r"`(\w+)`", cell)
         stem = names[0].rpartition("_")[0]
         explained |= {stem + name if name.startswith("_") else name for name in names}
-    assert explained == test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS | {"eval"}
+    assert explained == test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS | {"eval", "generation_flops"}
 
 
 def test_the_system_page_names_every_reward() -> None:

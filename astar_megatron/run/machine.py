@@ -162,6 +162,14 @@ def _version(name: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str]:
+    """Return the installed versions of Python, of this project, and of the packages that the installed lane pins."""
+    requirements = _own_requirements()
+    names = [name for lane in _installed_lanes(requirements, _version) for name, _ in _pins(requirements, lane)]
+    installed = {name: _version(name) for name in [_OWN_NAME, *names]}
+    return {"python": platform.python_version()} | {name: text for name, text in installed.items() if text}
+
+
 def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str | None]) -> list[str]:
     """Return the extras whose vLLM is installed: each lane has a package of its own for it."""
     lanes = []

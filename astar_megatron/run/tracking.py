@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 METRICS_FILE = "metrics.jsonl"
+STAGE_1_FILE = "stage_1.jsonl"
 _SECONDS_A_LINE = 15.0  # of waiting, where there is no terminal
 
 
@@ -143,10 +144,19 @@ class Tracker(Screen):
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; it is on disk on return. Values that JSON can't hold (NaN, Inf) become null."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(metrics)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.metrics_path, metrics)
+
+    def log_stage_1(self, table: Path, samples: int, response_tokens: int, seconds: float) -> None:
+        """Append to `<run_dir>/stage_1.jsonl` how long a part of a sweep took; starting the engines is not in it."""
+        line = {"table": str(table), "samples": samples, "response_tokens": response_tokens, "seconds": seconds}
+        _append(self.run_dir / STAGE_1_FILE, line)
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(_plain(line)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -167,6 +177,19 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             )
         all_metrics.append(metrics)
     return all_metrics
+
+
+def read_stage_1_seconds(run_dir: Path, table: Path, samples: int) -> float | None:
+    """Return how long drawing so many samples of a table took sweeps of this run folder; None: they drew more or fewer.
+
+    The last line may be cut: its samples are not counted.
+    """
+    path, lines = run_dir / STAGE_1_FILE, []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(text))
+    lines = [line for line in lines if line["table"] == str(table)]
+    return sum(line["seconds"] for line in lines) if sum(line["samples"] for line in lines) == samples else None
 
 
 def plot_rewards(run_dir: str | Path, baseline: float | None = None) -> Path:

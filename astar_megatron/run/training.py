@@ -23,9 +23,12 @@ def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates | None:
 
     Raises MissingTableError, ContractError.
     """
-    if not (cfg.reads_stage_1 or cfg.filter != FilterConfig()):
-        return None
-    return run_estimates(cfg, inputs.contract, inputs.prompts)
+    return run_estimates(cfg, inputs.contract, inputs.prompts) if asks_stage_1(cfg) else None
+
+
+def asks_stage_1(cfg: RunConfig) -> bool:
+    """Return whether the run's method or filter takes something of stage 1."""
+    return cfg.reads_stage_1 or cfg.filter != FilterConfig()
 
 
 def objective_of(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> Objective:

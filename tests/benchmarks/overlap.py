@@ -36,7 +36,11 @@ PROMPTS = [Prompt(uid=f"u{i:03}", token_ids=(1, i), text="", answer="55") for i 
 def run(max_staleness: int, train_seconds: float) -> dict[str, Any]:
     """Return seconds a step and the oldest weights that a batch was begun with."""
     engines = FakeEngines(
-        lambda request: ((53, 53), False), max_num_seqs=BATCH, at_once=8, seconds=GENERATE_SECONDS * 8 / BATCH
+        lambda request: ((53, 53), False),
+        max_num_seqs=BATCH,
+        at_once=8,
+        seconds=GENERATE_SECONDS * 8 / BATCH,
+        in_order=True,
     )
     oldest, start = 0, time.perf_counter()
     with (

@@ -1,0 +1,60 @@
+"""`astar` commands in processes of their own, each with its configuration and its log in the folder of its run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from astar_megatron.config import RunConfig
+from astar_megatron.data.files import make_folder, write_atomic
+
+LOG_FILE = "log.txt"
+_TAIL_BYTES = 8192
+
+# Runs `astar NAME --config FILE`, appends all that it says to a log, and returns its exit status.
+type Runner = Callable[[str, Path, Path], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a command ended."""
+
+    status: int
+    log: Path
+
+    @property
+    def error(self) -> str:
+        """The last line of what it said, and the status."""
+        return f"{last_line(self.log) or 'it said nothing'} (exit status {self.status}, log {self.log})"
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that is not blank; "" without one."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
+    """Run a command in `cfg.run_dir`, where `run.json` will be the configuration, and wait for its end."""
+    folder = Path(cfg.run_dir)
+    make_folder(folder)
+    file, log = folder / "run.json", folder / LOG_FILE  # JSON is YAML
+    write_atomic(file, (json.dumps(cfg.model_dump(), indent=1) + "\n").encode())
+    return End(status=runner(name, file, log), log=log)
+
+
+def astar(name: str, config_file: Path, log: Path) -> int:
+    """Run it as a user would; a Runner. The process ends with this one."""
+    command = [sys.executable, "-m", "astar_megatron.cli", name, "--config", str(config_file)]
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
