@@ -18,6 +18,7 @@ from astar_megatron.config_machine import ClusterConfig, ConversionConfig, Paral
 from astar_megatron.config_machine import Graphs as Graphs
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_methods import (
+    ON_POLICY,
     AstarConfig,
     GrpoConfig,
     OaplConfig,
@@ -271,11 +272,16 @@ class RunConfig(Section):
                 "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
                 f"{self.group_size}"
             )
-        if self.objective.name == "rebel" and self.rollout.max_staleness:
+        if self.rollout.max_staleness and (reason := ON_POLICY.get(self.objective.name)):
             raise ValueError(
-                f"rollout.max_staleness: {self.rollout.max_staleness}, but rebel compares with the policy before the "
-                "step, which must have drawn the responses; set it to 0"
+                f"rollout.max_staleness: {self.rollout.max_staleness}, but {self.objective.name} {reason}; set it to 0"
             )
+        if self.sampling.top_p < 1 and self.compares_with_engines:
+            raise ValueError(
+                f"sampling.top_p: {self.sampling.top_p}, but {self.objective.name} as configured compares the policy's "
+                "log-probs with the engines', which are after top-p: they would be of different policies; set it to 1"
+            )
+        self._check_method()
         if self.optim.loss_scale == "pg" and self.objective.name not in ("astar", "oapl"):
             raise ValueError(
                 f"optim.loss_scale: pg divides by 2 beta2, which {self.objective.name} has not; leave the key out"
@@ -293,6 +299,24 @@ class RunConfig(Section):
                 "their files"
             )
         return self
+
+    def _check_method(self) -> None:
+        if self.objective.name == "oapl" and self.oapl.value == "group" and self.oapl.group_size < 2:
+            raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
+        if self.objective.name == "spo" and self.spo.least_decay > self.spo.most_decay:
+            raise ValueError(
+                f"spo.least_decay: {self.spo.least_decay} is above spo.most_decay {self.spo.most_decay}; lower it"
+            )
+
+    @property
+    def compares_with_engines(self) -> bool:
+        """Whether the method reads the engines' log-probs as those of the policy that drew."""
+        return {
+            "astar": self.astar.importance_cap is not None,
+            "oapl": self.oapl.refresh_steps is None,
+            "grpo": self.rollout.max_staleness > 0,
+            "ppo": self.rollout.max_staleness > 0,
+        }.get(self.objective.name, False)
 
     @property
     def mini_batch_size(self) -> int:

@@ -3,13 +3,19 @@
 Their equations, and the papers that the defaults are from, are in astar_megatron/algorithm/, a page a method.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from astar_megatron.config_file import Section
 
 type MethodName = Literal["astar", "oapl", "grpo", "rebel", "ppo", "spo"]
+
+# Methods whose responses the policy itself must have drawn, and why.
+ON_POLICY = {
+    "rebel": "compares with the policy before the step, which must have drawn the responses",
+    "spo": "chooses its prompts by what it has learnt of all before",
+}
 
 
 class ObjectiveConfig(Section):
@@ -45,12 +51,6 @@ class OaplConfig(Section):
     """[responses] Responses to a prompt."""
     refresh_steps: int | None = Field(default=None, ge=1)
     """[steps] pi_old is a copy of the policy, made anew after so many steps; null: the weights that drew."""
-
-    @model_validator(mode="after")
-    def _value(self) -> Self:
-        if self.value == "group" and self.group_size < 2:
-            raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
-        return self
 
 
 class Clipped(Section):
@@ -97,7 +97,7 @@ class PpoConfig(Clipped):
     value_clip: float = Field(default=0.2, gt=0.0)
     """[reward] How far a step may move a value before its loss stops falling."""
     critic_lr: float = Field(default=1e-5, gt=0.0)
-    """Learning rate of the critic; its other settings are the policy's."""
+    """Learning rate of the critic, constant after the warm-up; its other settings are the policy's."""
 
 
 class SpoConfig(Clipped):
@@ -115,9 +115,3 @@ class SpoConfig(Clipped):
     """[nats a token] Divergence of the policy since the last one at which they weigh half."""
     exploration: float = Field(default=0.05, gt=0.0)
     """Added to the weight of each prompt, sqrt(v (1 - v)), so that every prompt comes again."""
-
-    @model_validator(mode="after")
-    def _decays(self) -> Self:
-        if self.least_decay > self.most_decay:
-            raise ValueError(f"spo.least_decay: {self.least_decay} is above spo.most_decay {self.most_decay}; lower it")
-        return self

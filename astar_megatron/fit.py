@@ -5,20 +5,19 @@ from astar_megatron.data.header import MissingTableError
 from astar_megatron.model import layouts
 from astar_megatron.run import resources
 from astar_megatron.run.prepare import check_ranks, prepare
-from astar_megatron.run.training import check_output, check_training, stage_1
+from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
 
 
 def main(cfg: RunConfig) -> None:
     """Say what a run needs of this machine. Raises ValueError, as training would, where it can't start or go on."""
     inputs = prepare(cfg)
     shares = check_ranks(cfg)
+    check_before_stage_1(cfg, inputs)
     try:
-        stage_1(cfg, inputs)
+        done = "stage 1 is done" if stage_1(cfg, inputs) else f"{cfg.objective.name} needs no stage 1"
     except MissingTableError:
         done = "stage 1 is still to be done"
-        check_output(cfg, inputs)
     else:
-        done = "stage 1 is done"
         check_training(cfg, inputs)
     need = resources.needs(cfg, 4 * inputs.model.num_parameters(), resources.measure())
     print(

@@ -1,4 +1,4 @@
-"""Stage 2 of A*PO: regress beta2 * ln(pi / pi_ref) on r - V*, one on-policy rollout a prompt (arXiv 2505.20686).
+"""PROGRAM: train the policy by the method of the run; of A*PO it is stage 2, one on-policy rollout a prompt.
 
 The driver is one plain process; Megatron ranks and vLLM engines are Ray actors. The same command run again continues
 from the newest checkpoint.
@@ -21,15 +21,24 @@ from astar_megatron.run.steps import (
     keep_bad_batch,
     line_of,
     metrics_of,
+    skipped_of,
     step_options,
 )
 from astar_megatron.run.tracking import Clock, Tracker
-from astar_megatron.run.training import check_training, checkpoints_of, objective_of, prompt_stream, stage_1
+from astar_megatron.run.training import (
+    check_before_stage_1,
+    check_training,
+    checkpoints_of,
+    objective_of,
+    prompt_stream,
+    stage_1,
+)
 
 
 def main(cfg: RunConfig) -> None:
     """Train from the V* table of the run and export the result to `<run_dir>/hf`."""
     inputs = prepare(cfg)
+    check_before_stage_1(cfg, inputs)
     estimates = stage_1(cfg, inputs)
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
@@ -47,7 +56,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     bad_batches.set_aside(tracker.run_dir, first)
     earlier = tracker.begin(first)
-    skipped = sum(line.get("skipped_steps", 0) for line in earlier)
+    skipped = sum(map(skipped_of, earlier))
     spent = (int(estimates.tokens.sum()) if estimates else 0) + sum(line.get("response_tokens", 0) for line in earlier)
     spending = Spending(cfg.budget, cfg.train.num_steps, first, earlier)
     versions = range(first, cfg.train.num_steps)
@@ -59,6 +68,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 fleet.policy.refresh_reference()
             with fleet.generating(step, clock, batches.while_publishing):
                 evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock)
+                source.idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
             with fleet.training():
@@ -71,10 +81,10 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             spending.add(metrics)
             objective.learn(rollouts, health)
             if stats.skipped:  # first on disk, then in the metrics
-                skipped += len(stats.skipped)
                 tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, cfg))
             tracker.log(metrics)
             tracker.say(line_of(metrics, cfg.train.num_steps))
+            skipped += skipped_of(metrics)
             check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
                 checkpoints.save(fleet.policy, step + 1, batches.state(), objective)

@@ -119,3 +119,11 @@ def test_a_checkpoint_of_another_method_is_refused_and_one_without_a_name_is_ast
     assert checkpoints_of(tmp_path, settings={"objective.name": "astar"}).restore(stream(), FIXED) == 3
     with pytest.raises(ValueError, match=r"objective\.name: ppo, but .*step_00000003 was trained with astar; set it"):
         checkpoints_of(tmp_path, settings={"objective.name": "ppo"}).restore(stream(), FIXED)
+
+
+def test_a_reference_that_is_a_copy_is_not_continued_as_one_that_is_not(tmp_path: Path) -> None:
+    oapl: dict[str, Any] = {"objective.name": "oapl", "oapl.refresh_steps": 5}
+    save(checkpoints_of(tmp_path, settings=oapl), 3)
+    checkpoints_of(tmp_path, settings=oapl | {"oapl.refresh_steps": 7}).check_method()
+    with pytest.raises(ValueError, match=r"oapl\.refresh_steps: .*step_00000003 was trained with 5"):
+        checkpoints_of(tmp_path, settings=oapl | {"oapl.refresh_steps": None}).check_method()

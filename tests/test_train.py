@@ -55,6 +55,11 @@ def test_too_many_skipped_steps_end_the_run_naming_where_to_look() -> None:
         steps.check_skipped(3, 3, Path("runs/x"))
 
 
+def test_steps_of_a_critic_that_were_left_out_count_too() -> None:
+    assert steps.skipped_of({"skipped_steps": 1, "critic_skipped_steps": 2.0}) == 3
+    assert steps.skipped_of({}) == 0
+
+
 def test_a_rollout_that_could_not_be_scored_counts_0() -> None:
     failed = dataclasses.replace(ROLLOUT, reward=None)
     assert steps.batch_of([ROLLOUT, failed], OBJECTIVE, version=3).columns["reward"].tolist() == [1.0, 0.0]

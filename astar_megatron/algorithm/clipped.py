@@ -2,8 +2,9 @@
 
     loss_t = - min( rho_t A_t, clip(rho_t, 1 - low, 1 + high) A_t ) + kl_coef ( e^d_t - d_t - 1 )
 
-rho_t = pi / pi_old and d_t = ln pi_ref - ln pi of a response token; the last term estimates the KL to the reference
-without bias, and is never below 0 (k3 of GRPO, arXiv 2402.03300, equation 4). A_t is the method's. The loss of a
+rho_t = pi / pi_old and d_t = ln pi_ref - ln pi of a response token. For tokens that pi drew the last term estimates
+KL(pi || pi_ref) without bias, and is never below 0 (k3 of GRPO, arXiv 2402.03300, equation 4); its gradient is that of
+KL(pi_ref || pi), and for older tokens both are approximations. A_t is the method's. The loss of a
 response is the sum over its tokens times a weight, by which the losses' mean is the mean that is asked for.
 
 Legend: B sequences of a step, b of them, r of their response tokens.
@@ -21,7 +22,7 @@ from astar_megatron.config import Clipped
 from astar_megatron.types import Rollout
 
 
-def clipped_loss(cfg: Clipped, *, old_from_engine: bool) -> "ClippedLoss":
+def clipped_loss(cfg: Clipped, *, old_from_engine: bool = False) -> "ClippedLoss":
     """Return the loss with the clips and the KL of its keys."""
     return ClippedLoss(
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, kl_coef=cfg.kl_coef, old_from_engine=old_from_engine

@@ -4,9 +4,11 @@
 
 The optimum of max E_pi[r] - beta KL(pi || pi_old) has beta ln(pi* / pi_old) = r - V(x) for EVERY y, so the regression
 needs no samples of the current policy: rollouts may lag, without importance weights. V is beta1 (logsumexp(r / beta1) -
-ln n) over the response's own group, which pi_old drew too, or the V* table of stage 1. Published: beta1 1, beta2 1e-3.
+ln n) over the response's own group, or the V* table of stage 1. Published: beta1 1, beta2 1e-3.
 
-pi_old is the engine's policy, by its log-probs of each token, or a copy of the policy that `refresh_steps` renews.
+pi_old is the engine's policy, by its log-probs of each token, or a copy of the policy that `refresh_steps` renews. A
+group may be of later policies then, and the table is of the first: such a V is not pi_old's, which costs variance, and
+bias as far as the responses lag.
 
 Legend: B sequences of a step, b of them, G groups of n.
 """

@@ -26,8 +26,8 @@ class Columns:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)  # [response tokens of all B] each
 
 
-# What a loss reads beside log-probs of policy and reference: each costs a forward pass of what lies behind the first
-# mini-batch of a step, whose weights are still those of its beginning.
+# What a loss reads beside log-probs of policy and reference. The first two cost a forward pass of what lies behind the
+# first mini-batch of a step, whose weights are still those of its beginning; values one of the critic.
 #   "old": `ResponseTokens.old_logprobs`
 #   "peer_shift": the column of that name, how far the log-prob of the response that the column "peer" numbers has moved
 #   "values": a critic's, of all tokens of the batch; the loss is a CriticLoss

@@ -44,7 +44,7 @@ class Tracker:
         a, b, last = self._beta(uid)
         moved = abs(kl_token - last) if math.isfinite(kl_token) else 0.0
         decay = min(max(2.0 ** (-moved / self._cfg.half_life), self._cfg.least_decay), self._cfg.most_decay)
-        success = min(max(reward, 0.0), 1.0)
+        success = _success(reward)
         here = kl_token if math.isfinite(kl_token) else last
         self._moved[uid] = decay * a + success, decay * b + 1.0 - success, here
 
@@ -62,17 +62,19 @@ class Tracker:
         return weight * mean, weight * (1.0 - mean), 0.0
 
 
-class Spo(Objective):
-    """See objective.Objective. `mean_reward` as in Tracker, `old_from_engine` as in ClippedLoss."""
+def _success(reward: float) -> float:
+    return min(max(reward, 0.0), 1.0)
 
-    def __init__(
-        self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float], *, old_from_engine: bool = False
-    ) -> None:
+
+class Spo(Objective):
+    """See objective.Objective. `mean_reward` as in Tracker."""
+
+    def __init__(self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float]) -> None:
         self._cfg, self._mean, self._tracker = cfg, mean, Tracker(cfg, mean_reward)
-        self.loss: ClippedLoss = clipped_loss(cfg, old_from_engine=old_from_engine)
+        self.loss: ClippedLoss = clipped_loss(cfg)
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
-        surprise = [rollout.score - self._tracker[rollout.prompt.uid] for rollout in rollouts]
+        surprise = [_success(rollout.score) - self._tracker[rollout.prompt.uid] for rollout in rollouts]
         raw = torch.tensor(surprise, dtype=torch.float64)
         advantage = (raw - raw.mean()) / (raw.std(correction=0) + _LEAST_DEVIATION)
         return self._mean.columns(rollouts, advantage=advantage)
@@ -82,7 +84,7 @@ class Spo(Objective):
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, the mean of v over the batch, and how far v was from the rewards (mean square)."""
         values = torch.tensor([self._tracker[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64)
-        rewards = torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float64)
+        rewards = torch.tensor([_success(rollout.score) for rollout in rollouts], dtype=torch.float64)
         return {
             "value_mean": float(values.mean()),
             "value_error": float((rewards - values).square().mean()),

@@ -36,7 +36,8 @@ class PrioritisedPrompts:
             )
         self._uids = [prompt.uid for prompt in self._prompts]
         self._batch_size, self._seed, self._priorities = batch_size, seed, priorities
-        self._digest = hashlib.sha256("\n".join(self._uids).encode()).hexdigest()
+        listed = self._uids + [f"{uid} {weight!r}" for uid, weight in sorted(self._weights.items())]
+        self._digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
         self._batch = 0
 
     def take(self) -> list[Prompt]:
@@ -46,7 +47,7 @@ class PrioritisedPrompts:
         keys = [self._key(uid, priority) for uid, priority in zip(self._uids, priorities, strict=True)]
         self._batch += 1
         chosen = heapq.nlargest(self._batch_size, range(len(keys)), key=keys.__getitem__)
-        return [self._prompts[i] for i in chosen]
+        return [self._prompts[i] for i in sorted(chosen)]  # by uid: no mini-batch has more of the likelier ones
 
     def state(self) -> dict[str, int | str]:
         """Return the cursor, ready for JSON; the priorities are their method's to keep."""

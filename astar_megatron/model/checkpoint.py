@@ -79,12 +79,12 @@ def load(
         _fill_adam_state(inner.optimizer, step=1.0)
         _leave_gaps_between_buckets(inner)
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
-    if saved.get(_COPIED):
-        state |= _reference_state(reference)
     if saved["layout"] != _layout():
         del state["random"]
     try:
-        loaded: Any = dist_checkpointing.load(state, str(folder))
+        with reference.on_device():
+            state |= _reference_state(reference) if saved.get(_COPIED) else {}
+            loaded: Any = dist_checkpointing.load(state, str(folder))
     except Exception as error:  # torch and megatron raise a dozen kinds for files that are cut or missing
         raise ValueError(
             f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "

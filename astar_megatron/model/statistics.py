@@ -93,9 +93,10 @@ class StepRecord:
     def _of_critic(self, value_loss: float) -> dict[str, float]:
         if not self.critic:
             return {}
+        norms = [norm for taken, norm, _ in self.critic if taken]
         return {
             "critic_loss": value_loss / len(self._batch),
-            "critic_grad_norm": statistics.fmean(norm for _, norm, _ in self.critic),
+            "critic_grad_norm": statistics.fmean(norms) if norms else math.nan,
             "critic_skipped_steps": float(sum(not taken for taken, *_ in self.critic)),
         }
 

@@ -136,7 +136,7 @@ class Learner:
 
     def _score_before(self, group: Group, loss: Loss, options: StepOptions, record: StepRecord, index: int) -> _Scores:
         """Return what the policy gives before the step, if the loss needs it; the first mini-batch's is its own."""
-        if not loss.needs or index == 0:
+        if index == 0 or not loss.needs & {"old", "peer_shift"}:
             return [None] * len(group)
         return [*self._score(group, options, record)]
 

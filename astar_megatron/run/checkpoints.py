@@ -53,7 +53,7 @@ class Checkpoints:
         if folder is None:
             return 0
         progress = self._progress(folder)
-        self._check_method(folder, progress.get("settings", {}))
+        self.check_method()
         try:
             prompts.restore(progress["prompts"])
             objective.restore(progress)
@@ -78,12 +78,20 @@ class Checkpoints:
             if before.get(key, new) != new
         ]
 
-    def _check_method(self, folder: Path, before: dict[str, Any]) -> None:
-        """Raise ValueError where another method than the run's has trained: each keeps what it learns in its way."""
-        was, now = (settings.get("objective.name", "astar") for settings in (before, self._settings))
-        if was != now:
+    def check_method(self) -> None:
+        """Raise ValueError where another method has trained: each keeps what it learns, and its reference, its way."""
+        folder = self.latest
+        before = self._progress(folder).get("settings", {}) if folder else self._settings
+        was, now = ((_method(settings), _copies(settings)) for settings in (before, self._settings))
+        if was[0] != now[0]:
             raise ValueError(
-                f"objective.name: {now}, but {folder} was trained with {was}; set it to {was}, or choose a new run_dir"
+                f"objective.name: {now[0]}, but {folder} was trained with {was[0]}; set it to {was[0]}, or choose a "
+                "new run_dir"
+            )
+        if was[1] != now[1]:
+            raise ValueError(
+                f"oapl.refresh_steps: {folder} was trained with {before.get('oapl.refresh_steps')}, and its reference "
+                "is that of such a run; set it as it was, or choose a new run_dir"
             )
 
     def _progress(self, folder: Path) -> dict[str, Any]:
@@ -122,3 +130,11 @@ class Checkpoints:
         earlier = sorted(path for path in self._folder.glob("step_????????") if path.name < folder.name)
         for old in earlier[: max(0, len(earlier) + 1 - self._keep)]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _method(settings: dict[str, Any]) -> str:
+    return settings.get("objective.name", "astar")  # the only one before there were several
+
+
+def _copies(settings: dict[str, Any]) -> bool:
+    return _method(settings) == "oapl" and settings.get("oapl.refresh_steps") is not None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -121,6 +122,11 @@ def keep_bad_batch(
         f"step {batch.version}: a loss or a gradient was not finite in mini-batches {list(stats.skipped)}; their "
         f"optimiser steps were left out, weights and optimiser are as before; the batch is in {folder}"
     )
+
+
+def skipped_of(line: Mapping[str, Any]) -> int:
+    """Return how many optimiser steps a line of metrics says were left out, a critic's too."""
+    return line.get("skipped_steps", 0) + int(line.get("critic_skipped_steps", 0))
 
 
 def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:

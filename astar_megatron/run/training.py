@@ -65,6 +65,13 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
             f"{done} steps; raise it, choose a new run_dir, or write the name of an earlier step_* folder into "
             f"{cfg.run_dir}/checkpoints/latest"
         )
+
+
+def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError for what of a training can be wrong before there is a table: it would cost a sweep."""
+    checkpoints_of(cfg, inputs).check_method()
+    if cfg.filter == FilterConfig():
+        prompt_stream(cfg, inputs, None, objective_of(cfg, inputs, None))
     check_output(cfg, inputs)
 
 

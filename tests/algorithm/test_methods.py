@@ -148,7 +148,7 @@ def test_each_name_has_its_method(name: str) -> None:
 
 
 def test_old_weights_that_drew_are_known_by_the_engines_log_probs() -> None:
-    for name, others in (("grpo", set()), ("spo", set()), ("ppo", {"values"})):
+    for name, others in (("grpo", set()), ("ppo", {"values"})):
         assert objective_of(run(name), STAGE_1).loss.needs == {"old"} | others
         assert objective_of(run(name, rollout={"max_staleness": 1}), STAGE_1).loss.needs == others
 
@@ -169,6 +169,10 @@ def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:
         ("oapl", {"train": {"batch_size": 64, "mini_batch_size": 4}}, "oapl: groups of 8 .* the 4 sequences"),
         ("oapl", {"oapl": {"group_size": 1}}, "oapl.group_size: a group of 1 is its own value"),
         ("rebel", {"rollout": {"max_staleness": 1}}, "rollout.max_staleness: 1, but rebel"),
+        ("spo", {"rollout": {"max_staleness": 2}}, "rollout.max_staleness: 2, but spo chooses its prompts by what"),
+        ("oapl", {"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9, but oapl as configured"),
+        ("astar", {"sampling": {"top_p": 0.9}, "astar": {"importance_cap": 2.0}}, "sampling.top_p: 0.9, but astar"),
+        ("ppo", {"sampling": {"top_p": 0.9}, "rollout": {"max_staleness": 1}}, "sampling.top_p: 0.9, but ppo"),
         ("grpo", {"optim": {"loss_scale": "pg"}}, "optim.loss_scale: pg divides by 2 beta2, which grpo has not"),
         ("spo", {"spo": {"least_decay": 0.97}}, "spo.least_decay: 0.97 is above spo.most_decay 0.96"),
         ("dpo", {}, "objective.name: .*'astar', 'oapl', 'grpo', 'rebel'"),
@@ -177,3 +181,25 @@ def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:
 def test_methods_that_can_t_run_as_configured_are_refused(name: str, sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         run(name, **sections)
+
+
+@pytest.mark.parametrize(
+    ("name", "sections"),
+    [
+        ("astar", {"sampling": {"top_p": 0.9}, "oapl": {"group_size": 1}, "spo": {"least_decay": 0.97}}),
+        ("oapl", {"sampling": {"top_p": 0.9}, "oapl": {"refresh_steps": 5}}),
+        ("oapl", {"oapl": {"group_size": 1, "value": "table"}}),
+        ("grpo", {"sampling": {"top_p": 0.9}}),
+        ("grpo", {"rollout": {"max_staleness": 3}}),
+    ],
+)
+def test_what_has_no_part_in_a_run_is_not_refused(name: str, sections: dict[str, Any]) -> None:
+    run(name, **sections)
+
+
+def test_a_negative_reward_counts_as_nothing_for_spo_in_the_advantage_too() -> None:
+    objective = Spo(SpoConfig(), mean("token", 3), {"a": 0.0, "b": 0.0, "c": 0.0})
+    drawn = rollouts(-1.0, 0.0, 1.0)
+    advantage = objective.columns(drawn).sequences["advantage"]
+    assert advantage[0] == advantage[1] < 0 < advantage[2]
+    assert objective.metrics(drawn, torch.zeros(3), torch.zeros(3), 3)["value_error"] == pytest.approx(1 / 3)

@@ -22,6 +22,22 @@ def learns(pipe: Any, rank: int, port: int | None, *, job: Any, batches: Any, si
         return reports
 
 
+def copies(pipe: Any, rank: int, port: int | None, *, job: Any, batches: Any, save: str, load: str) -> Any:
+    """Train against copies of the policy, one made after each step; the last step goes on from a checkpoint."""
+    with work.started(pipe, rank, port, job) as policy:
+        if load:
+            policy.load(load, len(batches) - 1)
+            return [policy.step(batches[-1], job.loss, work._options(job, len(batches[-1])))]
+        reports = []
+        for number, batch in enumerate(batches):
+            if save and number == len(batches) - 1:
+                policy.save(save, {"step": number})
+            reports.append(policy.step(batch, job.loss, work._options(job, len(batch))))
+            if number < len(batches) - 2:
+                policy.refresh_reference()
+        return reports
+
+
 def values_and_gradient(pipe: Any, rank: int, port: int | None, *, job: Any, batch: Any, head: Any, folder: str) -> Any:
     """Return the critic's values with `head` [H] as its own weight; its gradient goes to `folder` under HF names."""
     import torch

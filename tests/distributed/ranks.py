@@ -31,6 +31,7 @@ class Job:
     dither: bool = True
     loss: Any = ASTAR
     critic_lr: float | None = None
+    reference: str = "resident"
 
     @property
     def world_size(self) -> int:
@@ -76,6 +77,7 @@ def started(pipe: Any, rank: int, port: int | None, job: Job) -> Iterator[Any]:
         optim=OptimConfig(lr=job.lr, adam_eps=job.adam_eps, clip_grad=0.0, weight_decay=0.1, dither=job.dither),
         seed=0,
         critic_lr=job.critic_lr,
+        reference=job.reference,
     )
     if rank == 0:
         port = policy.listen("127.0.0.1")

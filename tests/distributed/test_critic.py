@@ -122,6 +122,28 @@ def test_a_critic_of_bfloat16_is_dithered_but_for_its_head(ranks: Any, tied_llam
     assert first.critic["critic_grad_norm"] > 0
 
 
+@pytest.mark.parametrize("axes", [{}, pytest.param({"tensor": 2, "pipeline": 2}, marks=pytest.mark.slow)], ids=str)
+def test_a_reference_that_is_a_copy_goes_on_from_a_checkpoint_wherever_it_lies(
+    axes: dict[str, Any], ranks: Any, untied_qwen2: Path, tmp_path: Path
+) -> None:
+    batches = [batch(seed, version=seed) for seed in range(3)]
+    job = Job(str(untied_qwen2), **axes)
+
+    def run(place: str, **folders: str) -> Any:
+        placed = dataclasses.replace(job, reference=place)
+        paths = {"save": "", "load": ""} | folders
+        answers = ranks.run(critic_ranks.copies, job.world_size, job=placed, batches=batches, **paths)
+        return next(reports for reports in answers if reports[0] is not None)[-1]
+
+    saved = str(tmp_path / "saved")
+    whole = run("resident", save=saved)
+    assert whole.reference_logprobs != whole.logprobs
+    for place in ("resident", "offload"):
+        resumed = run(place, load=saved)
+        assert resumed.losses == whole.losses and resumed.reference_logprobs == whole.reference_logprobs
+    assert run("offload", save=saved + "_2").losses == whole.losses
+
+
 def test_advantages_are_the_sums_that_the_paper_has() -> None:
     rewards, lengths = torch.tensor([1.0, 0.25], dtype=torch.float64), [3, 2]
     values = torch.tensor([0.5, 0.25, 0.75, 0.1, 0.2], dtype=torch.float64)
