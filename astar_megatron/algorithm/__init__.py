@@ -1,1 +1,4 @@
-"""The mathematics of A*PO and its siblings: tensors in, tensors out. No files, no processes, no Megatron; imports with torch alone."""
+"""The mathematics of A*PO and its siblings: tensors in, tensors out.
+
+No files, no processes, no Megatron; imports with torch alone.
+"""
