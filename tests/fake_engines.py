@@ -49,11 +49,11 @@ class FakeEngines:
         return self._num_streams
 
     def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
-        time.sleep(self._seconds)
         stream = min(streams) if self._in_order else self._shuffle.choice(streams)
         left = self._streams[stream]
         if not left:
             return [(stream, None)]
+        time.sleep(self._seconds)
         if not self._in_order:
             self._shuffle.shuffle(left)
         now, self._streams[stream] = left[: self._at_once], left[self._at_once :]

@@ -28,7 +28,7 @@ from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.types import Prompt
 
 RESULTS = Path(__file__).parent / "results" / "overlap.json"
-BATCH, STEPS = 64, 16
+BATCH, STEPS = 64, 12
 GENERATE_SECONDS = 1.0  # of a batch
 PROMPTS = [Prompt(uid=f"u{i:03}", token_ids=(1, i), text="", answer="55") for i in range(128)]
 
