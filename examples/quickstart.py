@@ -21,7 +21,7 @@ from astar_megatron.run.evaluation import evaluate
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker, plot_rewards, read_metrics
-from astar_megatron.run.training import check_training, stage_1
+from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
 from astar_megatron.sweep import show, sweep
 from astar_megatron.train import train
 
@@ -33,6 +33,7 @@ def main(overrides: list[str]) -> None:
     ensure_model(Path(cfg.model.path))
     inputs = prepare(cfg)
     VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
+    check_before_stage_1(cfg, inputs)
     check_training(cfg, inputs)
     with Fleet(cfg, inputs.model, tracker) as fleet:
         table = sweep(cfg, inputs, fleet.engines, tracker)

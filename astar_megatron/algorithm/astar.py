@@ -71,17 +71,26 @@ def importance_weight(logprob_train: Tensor, logprob_rollout: Tensor, cap: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AstarLoss:
-    """See objective.Loss. `scale` pg divides the gradient by 2 beta2, which makes it a policy gradient's."""
+class SquaredResidual:
+    """What losses of squared residuals have in common; see objective.Loss.
+
+    `scale` pg divides the gradient by 2 beta2, which makes it a policy gradient's.
+    """
 
     beta2: float
-    importance_cap: float | None = None  # weigh each loss by min(cap, pi / the engine's pi) of its response
     scale: Literal["paper", "pg"] = "paper"
     needs: frozenset[Need] = frozenset()
 
     @property
     def gradient_scale(self) -> float:
         return 1.0 if self.scale == "paper" else 1.0 / (2.0 * self.beta2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AstarLoss(SquaredResidual):
+    """Columns [b]: `reward`, `v_star`, `rollout_logprob`."""
+
+    importance_cap: float | None = None  # weigh each loss by min(cap, pi / the engine's pi) of its response
 
     def __call__(self, tokens: ResponseTokens, columns: Mapping[str, Tensor]) -> Tensor:
         advantage = (columns["reward"] - columns["v_star"]).float()

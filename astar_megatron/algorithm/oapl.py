@@ -20,29 +20,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.astar import astar_loss, residual
+from astar_megatron.algorithm.astar import SquaredResidual, astar_loss, residual
 from astar_megatron.algorithm.metrics import drift, regression
-from astar_megatron.algorithm.objective import Columns, Need, Objective, ResponseTokens
+from astar_megatron.algorithm.objective import Columns, Objective, ResponseTokens
 from astar_megatron.algorithm.value import v_star
 from astar_megatron.config import OaplConfig
 from astar_megatron.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OaplLoss:
-    """See objective.Loss. Columns [b]: `advantage` r - V, and `engine_logprob`, the engine's ln pi_old of responses.
+class OaplLoss(SquaredResidual):
+    """Columns [b]: `advantage` r - V, and `engine_logprob`, the engine's ln pi_old of responses.
 
-    With `against_copy` pi_old is the reference. `scale` pg divides the gradient by 2 beta2.
+    With `against_copy` pi_old is the reference.
     """
 
-    beta2: float
     against_copy: bool = False
-    scale: Literal["paper", "pg"] = "paper"
-    needs: frozenset[Need] = frozenset()
-
-    @property
-    def gradient_scale(self) -> float:
-        return 1.0 if self.scale == "paper" else 1.0 / (2.0 * self.beta2)
 
     def __call__(self, tokens: ResponseTokens, columns: Mapping[str, Tensor]) -> Tensor:
         old = tokens.reference_sums if self.against_copy else columns["engine_logprob"].float()

@@ -24,7 +24,7 @@ from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import HeldTokens, run_loss, run_scoring
 from astar_megatron.model.head.value import ValueHead
-from astar_megatron.model.micro_batches import Group, token_columns
+from astar_megatron.model.micro_batches import Group, GroupColumns
 from astar_megatron.model.optimizer import make_optimizer, make_schedule, take_step
 from astar_megatron.types import RolloutBatch, StepOptions
 from conversion.families import Model
@@ -83,21 +83,18 @@ class Critic:
 
         Returns whether it was taken, the gradient's norm, and the sum of this rank's losses.
         """
-        columns = {name: column.to(self._backend.device) for name, column in batch.columns.items()}
-        of_packs = [token_columns(batch, indices, self._backend.device) for indices, _ in group]
+        columns = GroupColumns(batch, group, self._backend.device)
         total = torch.zeros((), dtype=torch.float64, device=self._backend.device)
 
         def scaled_loss(index: int, held_tokens: HeldTokens, values: Tensor) -> Tensor:
-            indices = group[index][0][held_tokens.sequences]
-            rows = held_tokens.rows.to(self._backend.device)
+            _, of_losses = columns.seen_by_loss(index, held_tokens)
             tokens = ResponseTokens(
                 logprobs=values,
                 reference_logprobs=values.detach(),
                 lengths=held_tokens.lengths,
                 sum_tokens=held_tokens.total,
             )
-            of_sequences = {name: column[indices] for name, column in columns.items()}
-            losses = loss(tokens, of_sequences | {name: column[rows] for name, column in of_packs[index].items()})
+            losses = loss(tokens, of_losses)
             total.add_(losses.detach().double().sum())
             return losses * (loss.gradient_scale / options.mini_batch_size)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
 from astar_megatron.model.backend import Backend
+from astar_megatron.model.forward import HeldTokens
 from astar_megatron.types import RolloutBatch, StepOptions
 from conversion.tiles import ParallelLayout
 
@@ -47,10 +48,31 @@ def packed_for(
     return pack(token_ids, prompt_tokens, share_prefix=backend.shares_prefix and layout.context == 1)
 
 
-def token_columns(batch: RolloutBatch, indices: list[int], device: torch.device) -> dict[str, Tensor]:
-    """Return the columns of the response tokens of one pack's sequences."""
-    lengths = batch.response_lengths().tolist()
-    return {
-        name: torch.cat([column.split(lengths)[i] for i in indices]).to(device)
-        for name, column in batch.token_columns.items()
-    }
+class GroupColumns:
+    """The columns of a mini-batch on the device, as its losses read them."""
+
+    def __init__(self, batch: RolloutBatch, group: Group, device: torch.device) -> None:
+        self._group, self._device = group, device
+        lengths = batch.response_lengths().tolist()
+        self._of_sequences = {name: column.to(device) for name, column in batch.columns.items()}
+        self._of_packs = [
+            {
+                name: torch.cat([column.split(lengths)[i] for i in indices]).to(device)
+                for name, column in batch.token_columns.items()
+            }
+            for indices, _ in group
+        ]
+
+    def add(self, name: str, column: Tensor) -> None:
+        """Add a column of all sequences of the batch."""
+        self._of_sequences[name] = column
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of_sequences[name]
+
+    def seen_by_loss(self, index: int, held_tokens: HeldTokens) -> tuple[list[int], dict[str, Tensor]]:
+        """Return of some sequences of pack `index` the batch indices, and the columns of them and of their tokens."""
+        indices = self._group[index][0][held_tokens.sequences]
+        rows = held_tokens.rows.to(self._device)
+        of_tokens = {name: column[rows] for name, column in self._of_packs[index].items()}
+        return indices, {name: column[indices] for name, column in self._of_sequences.items()} | of_tokens

@@ -19,7 +19,7 @@ from astar_megatron.model.build import overlaps
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import HeldTokens, OwnScores, run_loss, run_own_scoring
-from astar_megatron.model.micro_batches import Group, micro_batches, mini_batches, token_columns
+from astar_megatron.model.micro_batches import Group, GroupColumns, micro_batches, mini_batches
 from astar_megatron.model.optimizer import learning_rate, take_step
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.statistics import StepRecord
@@ -73,12 +73,12 @@ class Learner:
         clock = time.perf_counter()
         olds = [self._score_before(group, loss, options, record, index) for index, group in enumerate(groups)]
         for index, (group, reference, old) in enumerate(zip(groups, references, olds, strict=True)):
-            columns = {name: column.to(self._backend.device) for name, column in batch.columns.items()}
+            columns = GroupColumns(batch, group, self._backend.device)
             if "peer_shift" in loss.needs:
                 shift = self._shift(group, old, options, record, len(batch), moved=index > 0)
-                columns["peer_shift"] = shift[columns["peer"].long()]
+                columns.add("peer_shift", shift[columns["peer"].long()])
             with self._backend.range("policy"):
-                self._accumulate(group, reference, old, columns, batch, loss, options, record)
+                self._accumulate(group, reference, old, columns, loss, options, record)
             if at_start and not index:
                 _check_start(record.largest_logratio())
             is_finite = record.is_finite([i for indices, _ in group for i in indices])
@@ -173,18 +173,16 @@ class Learner:
         group: Group,
         reference: Sequence[Tensor | None],
         old: _Scores,
-        columns: Mapping[str, Tensor],
-        batch: RolloutBatch,
+        columns: GroupColumns,
         loss: Loss,
         options: StepOptions,
         record: StepRecord,
     ) -> None:
         """Form the gradient of a mini-batch's mean loss and note its sequences in `record`."""
-        of_packs = [token_columns(batch, indices, self._backend.device) for indices, _ in group]
         scale = loss.gradient_scale / options.mini_batch_size
 
         def scaled_loss(index: int, held_tokens: HeldTokens, logprobs: Tensor) -> Tensor:
-            indices = group[index][0][held_tokens.sequences]
+            indices, of_losses = columns.seen_by_loss(index, held_tokens)
             known, before = reference[index], old[index]
             tokens = ResponseTokens(
                 logprobs=logprobs,
@@ -193,10 +191,7 @@ class Learner:
                 sum_tokens=held_tokens.total,
                 before=_before(loss, logprobs, None if before is None else before.logprobs[held_tokens.own]),
             )
-            of_sequences = {name: column[indices] for name, column in columns.items()}
-            rows = held_tokens.rows.to(self._backend.device)
-            of_tokens = {name: column[rows] for name, column in of_packs[index].items()}
-            losses = loss(tokens, of_sequences | of_tokens)
+            losses = loss(tokens, of_losses)
             record.add(indices, tokens.sums, tokens.reference_sums, losses)
             return losses * scale
 

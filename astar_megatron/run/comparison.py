@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from astar_megatron import config
+from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import read_metrics
@@ -232,13 +233,13 @@ def summary_of(method: str, results: Iterable[Result]) -> Summary | None:
     own = [result for result in results if result.run.method == method]
     if not own:
         return None
-    scores = [result.score for result in own]
+    score, error = mean_and_error([result.score for result in own])
     kl = [value for result in own if (value := result.steps[-1].kl_token) is not None]
     return Summary(
         method=method,
         num_runs=len(own),
-        score=statistics.fmean(scores),
-        score_error=statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None,
+        score=score,
+        score_error=None if math.isnan(error) else error,
         kl_token=statistics.fmean(kl) if len(kl) == len(own) else None,
         seconds=statistics.fmean(result.spent.seconds for result in own),
         flops=statistics.fmean(result.spent.flops for result in own),
