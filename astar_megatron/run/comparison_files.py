@@ -39,7 +39,7 @@ class Comparison:
         return [self.results[run] for run in self.runs if run in self.results]
 
     @property
-    def below(self) -> list[str]:
+    def ended_by_num_steps(self) -> list[str]:
         """Names of the finished runs that `train.num_steps` ended before they reached the budget."""
         measure, least = self.budget.measure, self.budget.amount * (1 - 1e-9)  # a run adds up from the other side
         return [result.run.name for result in self.finished if result.spent.by(measure) < least]
@@ -86,7 +86,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "versions": machine.versions(),
         "stage_1": {method: dataclasses.asdict(cost) for method, cost in comparison.stage_1.items()},
         "summaries": [dataclasses.asdict(summary) for summary in comparison.summaries],
-        "ended_by_num_steps": comparison.below,
+        "ended_by_num_steps": comparison.ended_by_num_steps,
         "runs": [
             {"name": run.name, "method": run.method, "seed": run.seed} | _state(comparison, run)
             for run in comparison.runs
@@ -125,8 +125,11 @@ def as_markdown(comparison: Comparison) -> str:
     for method, cost in comparison.stage_1.items():
         seconds = "seconds that are not known, and not counted" if cost.seconds is None else f"{cost.seconds:.1f} s"
         lines += ["", f"Stage 1, as {method} reads it: {cost.tokens} tokens, {cost.flops:.3g} FLOPs, {seconds}."]
-    if comparison.below:
-        lines += ["", f"Ended by train.num_steps before the budget was reached: {', '.join(comparison.below)}."]
+    if comparison.ended_by_num_steps:
+        lines += [
+            "",
+            f"Ended by train.num_steps before the budget was reached: {', '.join(comparison.ended_by_num_steps)}.",
+        ]
     if missing := [run for run in comparison.runs if run not in comparison.results]:
         lines += ["", "Not finished:", ""]
         lines += [f"- {run.name}: {comparison.errors.get(run, 'has not run yet')}" for run in missing]
