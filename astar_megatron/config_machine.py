@@ -58,6 +58,8 @@ class RolloutConfig(Section):
     """[versions] How much older than the policy the weights may be that drew a response. Above 0 engines draw ahead."""
     update: Literal["in_flight", "drain"] = "in_flight"
     """How weights reach an engine that draws ahead: its responses freeze and go on under the new ones, or end first."""
+    keep: int | None = Field(default=None, ge=0)
+    """[steps] Of how many of the newest steps `<run_dir>/rollouts` holds the rollouts; null: of all."""
     graphs: Graphs | None = None
     """`decode`: captured graphs; `compiled`: torch.compile too, minutes at the start; null: `decode` if on a GPU."""
 

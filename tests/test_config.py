@@ -108,6 +108,7 @@ KEYS = {
     "rollout.gpu_memory_utilization": 0.5,
     "rollout.max_staleness": 0,
     "rollout.update": "in_flight",
+    "rollout.keep": None,
     "rollout.graphs": None,
     "conversion.bucket_bytes": 64 << 20,
     "cluster.address": None,
