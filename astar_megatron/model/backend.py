@@ -4,6 +4,7 @@ Everything that depends on the device and is not the engine's is decided here on
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import resource
@@ -108,6 +109,15 @@ class Backend:
         if self.name == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated()
+
+    def release_cache(self) -> int:
+        """Give memory that no tensor holds back to the device; return the bytes that this process still has of it."""
+        if self.name == "cpu":
+            return 0
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise ValueError where the layers multiply float32 in fewer bits than it has: tried here, not assumed."""
