@@ -16,6 +16,7 @@ from astar_megatron.config_file import ConfigError, Name, Section, day, explain,
 from astar_megatron.config_file import flat as flat
 from astar_megatron.config_machine import ClusterConfig, ConversionConfig, ParallelConfig, RolloutConfig
 from astar_megatron.config_machine import Graphs as Graphs
+from astar_megatron.config_machine import Offload as Offload
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_methods import (
     ON_POLICY,

@@ -7,6 +7,7 @@ from pydantic import Field
 from astar_megatron.config_file import Name, Section
 
 type Recompute = Literal["none", "selective", "full"]
+type Offload = Literal["none", "cache", "optimizer", "all"]
 type Graphs = Literal["none", "decode", "compiled"]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
-from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
+from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
@@ -99,6 +99,14 @@ class PolicyGroup:
         """Train on one batch and return its statistics."""
         answers = self._all(lambda rank: rank.step(batch, loss, options))
         return next(stats for stats in answers if stats is not None)
+
+    def release(self, offload: Offload) -> list[tuple[int, int]]:
+        """Make every rank give memory back until `resume`; returns of each what PolicyRank.release does."""
+        return self._all(lambda rank: rank.release(offload))
+
+    def resume(self) -> None:
+        """Make every rank take its memory again."""
+        self._all(lambda rank: rank.resume())
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is."""

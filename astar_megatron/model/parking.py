@@ -6,12 +6,10 @@ float32 parameters, which are views of the model's, would be trained and never r
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-
-type Offload = Literal["none", "cache", "optimizer", "all"]
 
 
 class Parking:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.config import OptimConfig, ParallelConfig, Recompute
+from astar_megatron.config import Offload, OptimConfig, ParallelConfig, Recompute
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
@@ -40,7 +40,7 @@ from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
-from astar_megatron.model.parking import Offload, Parking, gradient_buffers, optimizer_tensors
+from astar_megatron.model.parking import Parking, gradient_buffers, optimizer_tensors
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.step import Learner
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats

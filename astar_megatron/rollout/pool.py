@@ -3,7 +3,7 @@
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -126,6 +126,14 @@ class EnginePool:
         """Make every engine take over the weights that the calls `sending` send; ends when both sides are done."""
         calls = [self._begin(index, lambda engine: engine.update(version)) for index in range(len(self))]
         self._cluster.wait("publish", [*calls, *sending])
+
+    def sleep(self) -> list[int]:
+        """Make every engine give its memory back, and return the bytes of each; see Engine.sleep."""
+        return self._all(lambda engine: engine.sleep())
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Make every engine take a part of its memory again."""
+        self._all(lambda engine: engine.wake(part))
 
     def open_audit(self, config: dict[str, Any], dtype: str) -> None:
         """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""

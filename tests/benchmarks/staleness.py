@@ -2,9 +2,10 @@
 
     .venv/bin/python tests/benchmarks/staleness.py --compared runs/compare
 
-One run of astar and one of oapl for each k of 1, 4 and 16, with the table, the seed and the budget of a comparison that
-`astar compare` made of the demo; its runs of seed 0 are k = 0. Writes results/staleness.json and .png. On two cores
-engines and policy take each other's time: how stale rollouts are depends on both, so it is measured and written too.
+One run of astar and one of oapl for each k of 1, 4 and 16, with the table and the seed of a comparison that
+`astar compare` made of the demo; its runs of seed 0 are k = 0. All end where astar's had spent its budget on steps.
+Writes results/staleness.json and .png. On two cores engines and policy take each other's time: how stale rollouts are
+depends on both, so it is measured and written too.
 """
 
 import argparse
@@ -27,19 +28,28 @@ def run(compared: Path, method: str, staleness: int, folder: Path) -> Path:
     tree = json.loads((compared / f"{method}-0" / "run.json").read_text(encoding="utf-8"))
     tree["run_dir"] = str(folder / f"{method}-{staleness}")
     tree["rollout"]["max_staleness"] = staleness
+    tree["budget"]["tokens"] = tokens_of(compared)
     end = run_command("train", config.validate(tree), astar)
     if end.status:
         sys.exit(f"{tree['run_dir']}: {end.error}")
     return Path(tree["run_dir"])
 
 
-def curve(run_dir: Path) -> dict[str, Any]:
-    """Return reward and staleness of each step by the tokens that were spent on steps up to it."""
-    lines = read_metrics(run_dir)
-    tokens = [Cost.of_step(line).tokens for line in lines]
+def tokens_of(compared: Path) -> int:
+    """Return what stage 1 left of astar's budget: the response tokens that each run here may draw for its steps."""
+    return json.loads((compared / "astar-0" / "run.json").read_text(encoding="utf-8"))["budget"]["tokens"]
+
+
+def curve(run_dir: Path, tokens: int) -> dict[str, Any]:
+    """Return reward and staleness of each step, up to the one that reaches `tokens`, by the tokens spent up to it."""
+    lines, spent = [], []
+    for line in read_metrics(run_dir):
+        if not spent or spent[-1] < tokens:
+            lines.append(line)
+            spent.append(Cost.of_step(line).tokens + (spent[-1] if spent else 0))
     last = lines[-4:]
     return {
-        "tokens": [sum(tokens[: number + 1]) for number in range(len(lines))],
+        "tokens": spent,
         "reward_mean": [line["reward_mean"] for line in lines],
         "staleness_mean": [line["staleness_mean"] for line in lines],
         "staleness_max": [line["staleness_max"] for line in lines],
@@ -74,10 +84,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
     arguments = parser.parse_args()
     curves: dict[str, dict[str, Any]] = {}
+    tokens = tokens_of(arguments.compared)
     for method in METHODS:
-        curves[method] = {"0": curve(arguments.compared / f"{method}-0")}
+        curves[method] = {"0": curve(arguments.compared / f"{method}-0", tokens)}
         for staleness in STALENESS:
-            curves[method][str(staleness)] = curve(run(arguments.compared, method, staleness, arguments.out))
+            curves[method][str(staleness)] = curve(run(arguments.compared, method, staleness, arguments.out), tokens)
     (RESULTS / "staleness.json").write_text(json.dumps(curves, indent=1) + "\n", encoding="utf-8")
     plot(curves, RESULTS / "staleness.png")
 

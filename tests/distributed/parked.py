@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from astar_megatron.model.parking import Offload
+from astar_megatron.config import Offload
 
 
 def give_back_before_each_step(policy: Any, offload: Offload) -> None:
