@@ -1,4 +1,4 @@
-"""The keys of what computes: the policy's ranks, the engines, the weights between them, Ray."""
+"""The keys of what computes: the policy's ranks, the engines, the weights between them, Ray, checkpoints."""
 
 from typing import Literal
 
@@ -68,6 +68,15 @@ class RolloutConfig(Section):
     """[steps] Of how many of the newest steps `<run_dir>/rollouts` holds the rollouts; null: of all."""
     graphs: Graphs | None = None
     """`decode`: captured graphs; `compiled`: torch.compile too, minutes at the start; null: `decode` if on a GPU."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of training."""
+
+    interval: int = Field(default=50, ge=1)
+    """[steps] Between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """[checkpoints] How many of the newest are kept."""
 
 
 class ConversionConfig(Section):

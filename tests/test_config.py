@@ -78,6 +78,7 @@ KEYS = {
     "train.mini_batch_size": None,
     "train.micro_batch_tokens": 16384,
     "train.max_skipped_steps": 3,
+    "train.offload": "cache",
     "budget.tokens": None,
     "budget.flops": None,
     "budget.seconds": None,

@@ -36,8 +36,8 @@ def sides() -> Sides:
     return Sides()
 
 
-def turns(sides: Sides, said: list[str] | None = None) -> Turns:
-    return Turns(sides, sides, "optimizer", (said if said is not None else []).append)
+def turns(sides: Sides, lines: list[str] | None = None) -> Turns:
+    return Turns(sides, sides, "optimizer", (lines if lines is not None else []).append, sides.sleep())
 
 
 def a_step(own: Turns) -> None:
@@ -47,14 +47,13 @@ def a_step(own: Turns) -> None:
 
 
 def test_no_two_sides_have_the_memory_at_once(sides: Sides) -> None:
-    said: list[str] = []
-    own = turns(sides, said)
-    a_step(own)
-    assert sides.done == ["release optimizer", "sleep", "resume"]  # at first the engines are awake
-    sides.done.clear()
-    a_step(own)
-    assert sides.done == ["release optimizer", "wake weights", "wake kv_cache", "sleep", "resume"]
-    assert len(said) == 2 and "5.0 GiB" in said[0] and "7.0 GiB" in said[1]
+    lines: list[str] = []
+    own = turns(sides, lines)
+    for _ in range(2):
+        sides.done.clear()
+        a_step(own)
+        assert sides.done == ["release optimizer", "wake weights", "wake kv_cache", "sleep", "resume"]
+    assert len(lines) == 2 and "7.0 GiB" in lines[0] and "5.0 GiB" in lines[1]
 
 
 def test_a_turn_that_is_there_already_is_not_taken_again(sides: Sides) -> None:
@@ -78,5 +77,6 @@ def test_a_residue_that_grows_ends_the_run_and_names_who_holds_it(
     getattr(sides, side)[index] += sign * GIB
     a_step(own)  # what may be
     getattr(sides, side)[index] += sign
+    sides.done.clear()
     with pytest.raises(ClusterError, match=f"memory of shared GPUs: {words}"):
         a_step(own)

@@ -55,7 +55,7 @@ class Reservation:
         """
         answers: dict[str, Any] = {}
         for node, number in self._with_gpus.items():
-            options = {"num_cpus": 0, "num_gpus": number, "max_calls": 1, "max_retries": 0}
+            options: dict[str, Any] = {"num_cpus": 0, "num_gpus": number, "max_calls": 1, "max_retries": 0}
             answers[node] = ray.remote(**options, scheduling_strategy=self._on(node))(function).remote()
         try:
             return dict(zip(answers, ray.get(list(answers.values())), strict=True))

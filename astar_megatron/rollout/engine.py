@@ -40,7 +40,7 @@ class Response:
 class EngineOptions:
     """What every engine of a pool has in common.
 
-    `max_tokens` are of prompt and response; `sleeps` says that `Engine.sleep` will be called.
+    `max_tokens` are of prompt and response; `sleep` says that `Engine.sleep` will be called.
     """
 
     model_path: str
@@ -50,7 +50,7 @@ class EngineOptions:
     seed: int
     rollout: RolloutConfig
     on_gpu: bool
-    sleeps: bool = False
+    sleep: bool = False
 
 
 class Engine:
@@ -267,7 +267,7 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
     }
     if options.on_gpu:
         return arguments | {
-            "enable_sleep_mode": options.sleeps,
+            "enable_sleep_mode": options.sleep,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             # The other kernels for experts lay their weights out anew at load, where a publish could not write to them.
             "moe_backend": "triton",

@@ -39,6 +39,7 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Callable[[Sequence[int]], str],
         seed: int,
+        sleep: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         check_graphs(rollout, on_gpu=on_gpu)
@@ -55,6 +56,7 @@ class EnginePool:
             seed=seed,
             rollout=rollout,
             on_gpu=on_gpu,
+            sleep=sleep,
         )
         pool = uuid.uuid4().hex[:8]  # a session may have several pools
         names = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]

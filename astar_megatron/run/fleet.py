@@ -10,12 +10,14 @@ from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
-from astar_megatron.data.files import exclusive
+from astar_megatron.data.files import exclusive, write_atomic
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
+from astar_megatron.run.decoding import check_decoding
 from astar_megatron.run.prepare import check_here, placement_of
+from astar_megatron.run.sharing import Turns
 from astar_megatron.run.tracking import Clock, Tracker
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion.families import Model
@@ -24,9 +26,9 @@ from conversion.families import Model
 class Fleet:
     """Policy and engines of a run, and the weights between them. A context manager; one at a time for a run_dir.
 
-    `generating` and `training` are the only places where weights move. Where policy and engines share GPUs the policy
-    starts when the engines have taken their part: see accelerators.py. Entering raises ModelFolderError where an engine
-    has not loaded what model.path holds.
+    `generating` and `training` are the only places where weights move. Where policy and engines share GPUs they take
+    turns (sharing.py), at the start too: engines load, are checked and sleep before the policy starts, and get their
+    weights from it. Entering raises ModelFolderError where an engine has not loaded what model.path holds.
     """
 
     policy: PolicyGroup
@@ -35,37 +37,55 @@ class Fleet:
     def __init__(self, cfg: RunConfig, model: Model, tracker: Tracker) -> None:
         self._cfg, self._model, self._tracker = cfg, model, tracker
         self._weights: WeightSync | None = None
+        self._turns: Turns | None = None  # where both sides share memory
+        self._computes_as_sent = False  # whether the engines' decode path was looked at
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            self._start(stack)
-            self._stack = stack.pop_all()
+        with ExitStack() as self._stack:
+            self._start()
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def _start(self, stack: ExitStack) -> None:
-        cfg, tracker = self._cfg, self._tracker
+    def _start(self) -> None:
+        cfg, tracker, stack = self._cfg, self._tracker, self._stack
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(cluster_of(cfg))
         placement = cluster.reservation.placement
-        (tracker.run_dir / "placement.json").write_text(json.dumps(placement.fields(), indent=1), encoding="utf-8")
+        text = json.dumps(placement.fields(), indent=1) + "\n"
+        write_atomic(tracker.run_dir / "placement.json", text.encode())
         tracker.say(placement.describe())
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        shares = _shares(cfg, cluster, self._model) if placement.shared else None
-        self.engines = stack.enter_context(closing(start_engines(cfg, cluster)))
+        take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True
+        self.engines = stack.enter_context(closing(start_engines(cfg, cluster, sleep=take_turns)))
         loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
-        if shares:
-            tracker.say(shares.describe())
-            _wait_for(self.engines, tracker)
-        self.policy = stack.enter_context(closing(start_policy(cfg, cluster, shares)))
-        if not shares:
-            _wait_for(self.engines, tracker)
+        if take_turns:
+            self._start_by_turns(cluster, loaded, _shares(cfg, cluster, self._model) if placement.shared else None)
+            return
+        self.policy = stack.enter_context(closing(start_policy(cfg, cluster)))  # while the engines start
+        _wait_for(self.engines, tracker)
         loaded.verify(self.engines)
-        with tracker.waiting("starting the policy"):
+        self._wait_for_policy()
+
+    def _start_by_turns(self, cluster: Cluster, loaded: LoadedWeights, shares: Shares | None) -> None:
+        """Engines first: vLLM measures what memory is free, and the policy takes what they give back."""
+        if shares:
+            self._tracker.say(shares.describe())
+        _wait_for(self.engines, self._tracker)
+        loaded.verify(self.engines)
+        returned = self.engines.sleep()
+        self.policy = self._stack.enter_context(closing(start_policy(self._cfg, cluster, shares)))
+        self._wait_for_policy()
+        self._turns = Turns(self.policy, self.engines, self._cfg.train.offload, self._tracker.say, returned)
+        with self.generating(0, Clock()):  # the weights that the engines had, which sleep has lost
+            pass
+
+    def _wait_for_policy(self) -> None:
+        with self._tracker.waiting("starting the policy"):
             reason = self.policy.start()
-        tracker.say(f"policy on {cfg.parallel.describe()}: {reason}")
+        self._tracker.say(f"policy on {self._cfg.parallel.describe()}: {reason}")
 
     @contextmanager
     def generating(
@@ -79,14 +99,28 @@ class Fleet:
             with clock.span("drain"):
                 stack.enter_context(drained())
             with clock.span("publish"):
+                if self._turns:
+                    self._turns.begin_publishing()
                 if self._weights is None:
                     self._weights = self._open()
                 self._weights.publish(version)
+                if self._turns:
+                    self._turns.begin_generating()
+                if version and not self._computes_as_sent:  # other weights than the engines began with
+                    self._check_decoding(version)
         yield
+
+    def _check_decoding(self, version: int) -> None:
+        model, max_tokens = self._model, self._cfg.max_tokens
+        gap = check_decoding(self.engines, self.policy, version, model.vocab_size, max_tokens)
+        self._tracker.say(f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats")
+        self._computes_as_sent = True
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The policy may step. Engines that share its GPU keep their part of the memory."""
+        """The policy may step. Engines that share its memory sleep, until they generate again."""
+        if self._turns:
+            self._turns.begin_training()
         yield
 
     def export(self, folder: Path) -> None:
@@ -138,10 +172,12 @@ def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
     return str(dtype).removeprefix("torch."), reason
 
 
-def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = None) -> EnginePool:
+def start_engines(
+    cfg: RunConfig, cluster: Cluster, model_path: str | None = None, *, sleep: bool = False
+) -> EnginePool:
     """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it.
 
-    The cluster is `cluster_of` the run.
+    The cluster is `cluster_of` the run; `sleep` says that engines will be asked to.
     """
     return EnginePool(
         cluster,
@@ -152,6 +188,7 @@ def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = Non
         stop_token_ids=chat.stop_token_ids(cfg.model.path),
         detokenize=chat.detokenizer(cfg.model.path),
         seed=cfg.seed,
+        sleep=sleep,
     )
 
 

@@ -35,13 +35,25 @@ class Engines(Protocol):
 
 
 class Turns:
-    """Whose turn it is: at first both sides have their memory. `say` hears of the first turn of each side."""
+    """Whose turn it is: at first the policy's, while engines sleep that have given `returned` bytes back each.
 
-    def __init__(self, policy: Policy, engines: Engines, offload: Offload, say: Callable[[str], None]) -> None:
-        self._policy, self._engines, self._offload, self._say = policy, engines, offload, say
-        self._engines_sleep = self._policy_rests = False
+    `say` hears what each side gives back at first.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engines: Engines,
+        offload: Offload,
+        say: Callable[[str], None],
+        returned: Sequence[int],
+    ) -> None:
+        self._policy, self._engines, self._say = policy, engines, say
+        self._offload: Offload = offload
+        self._engines_sleep, self._policy_rests = True, False
         self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
-        self._first_returned: list[int] = []  # bytes that each engine first gave back
+        self._first_returned = list(returned)
+        say(f"shared memory: engines give back {' '.join(map(gib, returned))}")
 
     def begin_publishing(self) -> None:
         """The policy gives back, engines have room for weights. Raises ClusterError for a residue that grows."""
@@ -85,9 +97,6 @@ class Turns:
                 )
 
     def _check_engines(self, returned: Sequence[int]) -> None:
-        if not self._first_returned:
-            self._first_returned = list(returned)
-            self._say(f"shared memory: engines give back {' '.join(map(gib, returned))}")
         for engine, (now, first) in enumerate(zip(returned, self._first_returned, strict=True)):
             if now < first - GROWTH_BYTES:
                 raise ClusterError(

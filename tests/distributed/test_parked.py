@@ -28,7 +28,7 @@ def test_what_was_given_back_is_there_again_bit_for_bit(
 ) -> None:
     batches = [batch(1), batch(3, version=1), batch(2, version=2)]
     run = Run(str(untied_qwen2), batches, axes=axes, dtype=dtype)
-    world = ParallelConfig(**axes).world_size
+    world = ParallelConfig(**axes).world_size  # type: ignore[arg-type]
     whole = ranks.run(work.trained, world, run=run)
     tamper = partial(parked.give_back_before_each_step, offload=offload)
     rested = ranks.run(work.trained, world, run=run, tamper=tamper)

@@ -48,7 +48,8 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     kind: str, run_tree: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    cfg = config.validate(run_tree(request.getfixturevalue(kind)))
+    tree = run_tree(request.getfixturevalue(kind)) | {"cluster": {"share_gpus": kind == "untied_qwen2"}}
+    cfg = config.validate(tree)
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
     short, long = (Prompt(uid="p", token_ids=tuple(range(3, end)), text="", answer="") for end in (33, 83))
     with Fleet(cfg, inputs.model, tracker) as fleet:
@@ -110,6 +111,27 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert steps[0]["eval"]["prompts"]["greedy"] >= 0
     assert samples.closed_files(tracker.run_dir) == []
     assert not list(Path("/dev/shm").glob(f"astar-{os.getpid()}-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["cache", "all"])
+def test_policy_and_engines_that_share_memory_compute_what_they_do_apart(
+    offload: str, run_tree: Any, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    tree = run_tree(tied_llama)
+
+    def metrics(run: str, **changes: Any) -> list[dict[str, Any]]:
+        cfg = config.validate(tree | {"run_dir": str(tmp_path / run)} | changes)
+        inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+        with Fleet(cfg, inputs.model, tracker) as fleet:
+            sweep(cfg, inputs, fleet.engines, tracker)
+            train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+        return read_metrics(cfg.run_dir)
+
+    apart = metrics("apart")
+    shared = metrics("shared", cluster={"share_gpus": True}, train=tree["train"] | {"offload": offload})
+    assert [line | MEASURED for line in shared] == [line | MEASURED for line in apart]
 
 
 @pytest.mark.slow
