@@ -85,6 +85,8 @@ class RewardConfig(Section):
     """A named reward, or `package.module:function` of your own."""
     timeout_seconds: float = Field(default=10.0, gt=0.0)
     """[seconds] For one response; a process that takes longer is killed and replaced."""
+    memory_gib: float = Field(default=4.0, gt=0.0)
+    """[GiB] Memory that each process of a reward may write to; PyTorch takes one."""
     max_failures: int = Field(default=100, ge=0)
     """[responses] Lines that `<run_dir>/reward_failures.jsonl` may have; one more stops the run."""
 
@@ -388,10 +390,9 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
     """Return every key path of the configuration with the section that owns it, in file order."""
     sections: dict[str, type[Section]] = {}
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            sections |= keys(field.annotation, f"{prefix}{name}.")
-        else:
-            sections[prefix + name] = section
+        inner = field.annotation
+        nested = isinstance(inner, type) and issubclass(inner, Section)
+        sections |= keys(inner, f"{prefix}{name}.") if nested else {prefix + name: section}
     return sections
 
 

@@ -19,9 +19,11 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from astar_megatron.data.files import sync
+from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.reference import Reference
 from conversion import folders
+from conversion.torch_dist import CheckpointReader
 
 PROGRESS_FILE = "progress.json"
 _SHARDING = "fully_reshardable"
@@ -81,7 +83,11 @@ def load(
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
+    read_no_code()
     try:
+        CheckpointReader(
+            folder
+        )  # its index is a pickle, which torch would run: this reads it as plain data, or refuses
         with reference.on_device():
             state |= _reference_state(reference) if saved.get(_COPIED) else {}
             loaded: Any = dist_checkpointing.load(state, str(folder))
