@@ -1,4 +1,4 @@
-"""No secret of the environment reaches a file or an output, and no code of a model's folder runs (real stack)."""
+"""A whole run with the real stack: its secrets stay out of files and outputs, its sockets are on loopback."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import samples
 import yaml
+from sockets import LOOPBACK, listening, members
 
 SECRETS = {
     "RAY_AUTH_TOKEN": "5ec2e7" * 10 + "abcd",
@@ -62,7 +64,7 @@ def planted_model(source: Path, folder: Path, mark: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_planted_secrets_are_in_no_file_and_no_output_and_files_follow_a_strict_umask(
+def test_a_run_tells_no_secret_runs_no_code_of_its_model_listens_on_loopback_and_follows_the_umask(
     run_tree: Any, tied_llama: Path, tmp_path: Path, temporary: Path
 ) -> None:
     """Stage 1, training that a reward ends, and training that goes on to its export."""
@@ -72,12 +74,18 @@ def test_planted_secrets_are_in_no_file_and_no_output_and_files_follow_a_strict_
     (tmp_path / "own_reward.py").write_text(REWARD)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
 
+    listened: set[str] = set()
+
     def astar(name: str, number: int) -> int:
         command = [sys.executable, "-m", "astar_megatron.cli", name, "--config", "run.yaml"]
         with (tmp_path / f"output_{number}").open("wb") as output:
             environment = os.environ | SECRETS | {"TMPDIR": str(temporary)}
-            done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        return done.returncode
+            streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+            with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **streams) as run:
+                while run.poll() is None:
+                    listened.update(listening(members(run.pid)))
+                    time.sleep(0.5)
+        return run.returncode
 
     with samples.umask_of(0o077):
         assert astar("sweep", 0) == 0
@@ -87,6 +95,7 @@ def test_planted_secrets_are_in_no_file_and_no_output_and_files_follow_a_strict_
         assert astar("train", 2) == 0
         assert samples.unlike_the_umask(tmp_path / "run") == []
 
+    assert listened and listened <= LOOPBACK
     run = tmp_path / "run"
     failure = (run / "reward_failures.jsonl").read_text()
     assert f"PATH={os.environ['PATH']}"[:100] in failure
