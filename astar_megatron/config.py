@@ -195,8 +195,7 @@ class OptimConfig(Section):
             raise ValueError("optim.min_lr: schedule constant never falls to it; leave it out or set optim.schedule")
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError(
-                f"optim.decay_steps: schedule wsd needs it and no other has it, got {self.decay_steps} with "
-                f"{self.schedule}"
+                f"optim.decay_steps: schedule wsd needs it, no other has it; got {self.decay_steps}, {self.schedule}"
             )
         return self
 
@@ -390,9 +389,10 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
     """Return every key path of the configuration with the section that owns it, in file order."""
     sections: dict[str, type[Section]] = {}
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        nested = isinstance(inner, type) and issubclass(inner, Section)
-        sections |= keys(inner, f"{prefix}{name}.") if nested else {prefix + name: section}
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            sections |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            sections[prefix + name] = section
     return sections
 
 

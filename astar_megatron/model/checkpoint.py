@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from astar_megatron.data.files import sync
 from astar_megatron.model.backend import read_no_code
@@ -91,7 +92,8 @@ def load(
         with reference.on_device():
             state |= _reference_state(reference) if saved.get(_COPIED) else {}
             loaded: Any = dist_checkpointing.load(state, str(folder))
-    except Exception as error:  # torch and megatron raise a dozen kinds for files that are cut or missing
+    # torch and megatron raise a dozen kinds for files that are cut or missing, one of them no Exception
+    except (Exception, CheckpointException) as error:
         raise ValueError(
             f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
             f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"
