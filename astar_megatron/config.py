@@ -92,6 +92,8 @@ class RewardConfig(Section):
     """A named reward, or `package.module:function` of your own."""
     timeout_seconds: float = Field(default=10.0, gt=0.0)
     """[seconds] For one response; a process that takes longer is killed and replaced."""
+    memory_gib: float = Field(default=4.0, gt=0.0)
+    """[GiB] Memory that each process of a reward may write to; PyTorch takes one."""
     max_failures: int = Field(default=100, ge=0)
     """[responses] Lines that `<run_dir>/reward_failures.jsonl` may have; one more stops the run."""
 
@@ -203,8 +205,7 @@ class OptimConfig(Section):
             raise ValueError("optim.min_lr: schedule constant never falls to it; leave it out or set optim.schedule")
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError(
-                f"optim.decay_steps: schedule wsd needs it and no other has it, got {self.decay_steps} with "
-                f"{self.schedule}"
+                f"optim.decay_steps: schedule wsd needs it, no other has it; got {self.decay_steps}, {self.schedule}"
             )
         return self
 

@@ -17,11 +17,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from astar_megatron.data.files import sync
+from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.reference import Reference
 from conversion import folders
+from conversion.torch_dist import CheckpointReader
 
 PROGRESS_FILE = "progress.json"
 _SHARDING = "fully_reshardable"
@@ -81,11 +84,16 @@ def load(
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
+    read_no_code()
     try:
+        CheckpointReader(
+            folder
+        )  # its index is a pickle, which torch would run: this reads it as plain data, or refuses
         with reference.on_device():
             state |= _reference_state(reference) if saved.get(_COPIED) else {}
             loaded: Any = dist_checkpointing.load(state, str(folder))
-    except Exception as error:  # torch and megatron raise a dozen kinds for files that are cut or missing
+    # torch and megatron raise a dozen kinds for files that are cut or missing, one of them no Exception
+    except (Exception, CheckpointException) as error:
         raise ValueError(
             f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
             f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"

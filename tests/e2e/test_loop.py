@@ -109,7 +109,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert all(math.isfinite(value) for value in step.values() if isinstance(value, int | float))
         assert step["skipped_steps"] == 0 and all(size > 0 for size in step["peak_memory_bytes"])
     assert steps[0]["eval"]["prompts"]["greedy"] >= 0
-    assert samples.closed_files(tracker.run_dir) == []
+    assert samples.unlike_the_umask(tracker.run_dir) == []
     assert not list(Path("/dev/shm").glob(f"astar-{os.getpid()}-*"))
 
 
