@@ -14,7 +14,13 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, Name, Section, day, explain, read
 from astar_megatron.config_file import flat as flat
-from astar_megatron.config_machine import ClusterConfig, ConversionConfig, ParallelConfig, RolloutConfig
+from astar_megatron.config_machine import (
+    CheckpointConfig,
+    ClusterConfig,
+    ConversionConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from astar_megatron.config_machine import Graphs as Graphs
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_methods import (
@@ -197,15 +203,6 @@ class OptimConfig(Section):
                 f"{self.schedule}"
             )
         return self
-
-
-class CheckpointConfig(Section):
-    """Checkpoints of training."""
-
-    interval: int = Field(default=50, ge=1)
-    """[steps] Between checkpoints; the last step is always saved."""
-    keep: int = Field(default=2, ge=1)
-    """[checkpoints] How many of the newest are kept."""
 
 
 class EvalConfig(Section):
