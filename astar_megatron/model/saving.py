@@ -89,10 +89,10 @@ class Saving:
         try:
             for bucket in self._buckets:
                 path, name, _ = bucket
-                _, written = FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, None, None, True)
-                if isinstance(written, Exception):
-                    raise written
-                records += written
+                outcome: Any = FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, None, None, True)
+                if isinstance(outcome[1], Exception):
+                    raise outcome[1]
+                records += outcome[1]
                 digests[name] = digest_of(Path(path))
             return records, digests
         finally:
