@@ -289,7 +289,7 @@ def test_a_save_that_fails_changes_nothing_that_was_saved_and_is_tried_again(
         begin(saves, 3)
     (line,) = lines
     assert line.startswith("the checkpoint after 2 steps was not saved: x: can't be written: No space left on device. ")
-    assert "training goes on" in line and "the next is due 1 steps later" in line
+    assert "Nothing that was saved is changed" in line and "tries again 1 steps later" in line
     assert steps_in(tmp_path) == [3]
 
 

@@ -166,8 +166,8 @@ class Saves:
             error = storage_error(f"{self._folder}: can't be written", error)
         self._failure = StorageError(f"the checkpoint after {step} steps was not saved: {error}")
         self._say(
-            f"{str(self._failure).partition('; ')[0]}. Nothing that was saved is changed; training goes on, and the "
-            f"next is due {self._cfg.interval} steps later: make room, or the folder writable, before it is"
+            f"{str(self._failure).partition('; ')[0]}. Nothing that was saved is changed. If steps are left training "
+            f"goes on, and tries again {self._cfg.interval} steps later: make room, or the folder writable, by then"
         )
 
 
