@@ -22,6 +22,7 @@ from astar_megatron.config_machine import (
     RolloutConfig,
 )
 from astar_megatron.config_machine import Graphs as Graphs
+from astar_megatron.config_machine import Offload as Offload
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_methods import (
     ON_POLICY,

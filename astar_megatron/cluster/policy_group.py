@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
-from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
 from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
@@ -36,9 +36,10 @@ class _RankActor:
 
 
 class PolicyGroup:
-    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits.
+    """Policy, reference and optimizer over `parallel.world_size` ranks, in the seats that the cluster has reserved.
 
-    Below 1 `gpu_share` is the part of its GPU's memory that the only rank may take beside an engine.
+    Construction returns at once; `start` waits. `gpu_share` is the part of its GPU's memory that a rank may take which
+    has an engine beside it.
     """
 
     def __init__(
@@ -60,20 +61,21 @@ class PolicyGroup:
         # Transformer Engine's layers hold the norms inside their linears.
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
-        env = environment(
-            num_gpus=cluster.num_gpus,
-            threads=cluster.threads(parallel.world_size),
-            num_nodes=cluster.num_nodes,
-            dtype=dtype,
-            memory_share=gpu_share,
-        )
+        placement = cluster.reservation.placement
+        threads = cluster.threads(placement.ranks)
         self._ranks = [
             cluster.actor(
                 "policy rank",
                 rank,
                 _RankActor,
-                env=env,
-                num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
+                env=environment(
+                    gpus=seat.gpus,
+                    threads=threads,
+                    num_nodes=cluster.num_nodes,
+                    dtype=dtype,
+                    memory_share=gpu_share if placement.is_shared(seat) else 1.0,
+                ),
+                seat=seat,
                 rank=rank,
                 model_path=model_path,
                 dtype=dtype,
@@ -85,7 +87,7 @@ class PolicyGroup:
                 optimizer_steps=optimizer_steps,
                 critic_lr=critic_lr,
             )
-            for rank in range(parallel.world_size)
+            for rank, seat in enumerate(placement.ranks)
         ]
 
     def start(self) -> str:
@@ -100,6 +102,14 @@ class PolicyGroup:
         """Train on one batch and return its statistics."""
         answers = self._all(lambda rank: rank.step(batch, loss, options))
         return next(stats for stats in answers if stats is not None)
+
+    def release(self, offload: Offload) -> list[tuple[int, int]]:
+        """Make every rank give memory back until `resume`; returns of each what PolicyRank.release does."""
+        return self._all(lambda rank: rank.release(offload))
+
+    def resume(self) -> None:
+        """Make every rank take its memory again."""
+        self._all(lambda rank: rank.resume())
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is."""

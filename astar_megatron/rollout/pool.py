@@ -3,12 +3,13 @@
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.start_log import StartLog
@@ -21,10 +22,10 @@ type Stream = Any  # Ray's generator of what an engine answers to one call
 
 
 class EnginePool:
-    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready.
+    """`rollout.num_engines` engines of one model, in the seats that the cluster has reserved.
 
-    `graphs` says what they do beside running the model as it is. With `shares_gpu` the only engine has a policy rank
-    beside it on its GPU.
+    Construction returns at once; `start` waits until all are ready. `graphs` says what they do beside running the model
+    as it is.
     """
 
     def __init__(
@@ -38,7 +39,6 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Callable[[Sequence[int]], str],
         seed: int,
-        shares_gpu: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         check_graphs(rollout, on_gpu=on_gpu)
@@ -59,18 +59,19 @@ class EnginePool:
         pool = uuid.uuid4().hex[:8]  # a session may have several pools
         names = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
         self._logs = [StartLog.make(cluster.log_folder, name) for name in names]
-        env = _environment(cluster, rollout)
+        seats = cluster.reservation.placement.engines
+        threads = cluster.threads(seats, rollout.tensor)
         self._engines = [
             cluster.actor(
                 "engine",
                 index,
                 Engine,
-                env=env | log.environment(),
-                num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
+                env=_environment(cluster, rollout, seat, threads) | log.environment(),
+                seat=seat,
                 concurrency=1000,
                 options=options,
             )
-            for index, log in enumerate(self._logs)
+            for index, (log, seat) in enumerate(zip(self._logs, seats, strict=True))
         ]
         self._starting = [self._begin(index, lambda engine: engine.start()) for index in range(len(self))]
 
@@ -127,6 +128,14 @@ class EnginePool:
         calls = [self._begin(index, lambda engine: engine.update(version)) for index in range(len(self))]
         self._cluster.wait("publish", [*calls, *sending])
 
+    def sleep(self) -> list[int]:
+        """Make every engine give its memory back, and return the bytes of each; see Engine.sleep."""
+        return self._all(lambda engine: engine.sleep())
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Make every engine take a part of its memory again."""
+        self._all(lambda engine: engine.wake(part))
+
     def open_audit(self, config: dict[str, Any], dtype: str) -> None:
         """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""
         self._all(lambda engine: engine.open_audit(config, dtype))
@@ -155,10 +164,10 @@ class EnginePool:
         return method.remote(*heard.arguments)
 
 
-def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
+def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: int) -> dict[str, str]:
     return environment(
-        on_gpu=cluster.num_gpus > 0,
-        threads=cluster.threads(rollout.num_engines * rollout.tensor),
+        gpus=seat.gpus,
+        threads=threads,
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
         num_nodes=cluster.num_nodes,

@@ -1,0 +1,97 @@
+"""Turns on memory that policy and engines share: while one side computes, the other has given its memory back.
+
+    policy steps      engines asleep: no weights, keys or values
+    weights move      policy has given back what `train.offload` names; engines have room for weights
+    engines generate  and for keys and values
+
+Each side says what it gave back. Where that shrinks from turn to turn, or what a rank still has grows, somebody keeps
+memory that the other side will miss, soon and in the middle of a step: it is named at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.config import Offload
+from astar_megatron.run.resources import GIB, gib
+
+GROWTH_BYTES = GIB  # that a residue may grow by, over a whole run
+
+
+class Policy(Protocol):
+    """What the turns need of a policy; see PolicyGroup."""
+
+    def release(self, offload: Offload) -> list[tuple[int, int]]: ...
+
+    def resume(self) -> None: ...
+
+
+class Engines(Protocol):
+    """What the turns need of engines; see EnginePool."""
+
+    def sleep(self) -> list[int]: ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None: ...
+
+
+class Turns:
+    """Whose turn it is: at first both sides have their memory. `say` hears of the first turn of each side."""
+
+    def __init__(self, policy: Policy, engines: Engines, offload: Offload, say: Callable[[str], None]) -> None:
+        self._policy, self._engines, self._offload, self._say = policy, engines, offload, say
+        self._engines_sleep = self._policy_rests = False
+        self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
+        self._first_returned: list[int] = []  # bytes that each engine first gave back
+
+    def begin_publishing(self) -> None:
+        """The policy gives back, engines have room for weights. Raises ClusterError for a residue that grows."""
+        if not self._policy_rests:
+            self._check_policy(self._policy.release(self._offload))
+            self._policy_rests = True
+        if self._engines_sleep:
+            self._engines.wake("weights")
+
+    def begin_generating(self) -> None:
+        """Engines, which have their weights, get room for keys and values."""
+        if self._engines_sleep:
+            self._engines.wake("kv_cache")
+            self._engines_sleep = False
+
+    def begin_training(self) -> None:
+        """Engines give back and lose their weights, the policy has all of its memory."""
+        if not self._engines_sleep:
+            self._check_engines(self._engines.sleep())
+            self._engines_sleep = True
+        if self._policy_rests:
+            self._policy.resume()
+            self._policy_rests = False
+
+    def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:
+        kept = [bytes_kept for _, bytes_kept in given]
+        if not self._first_kept:
+            self._first_kept = kept
+            released = " ".join(gib(bytes_released) for bytes_released, _ in given)
+            self._say(
+                f"shared memory: ranks give back {released} of tensors (train.offload={self._offload}), keep "
+                f"{' '.join(map(gib, kept))} of their GPUs"
+            )
+        for rank, (now, first) in enumerate(zip(kept, self._first_kept, strict=True)):
+            if now > first + GROWTH_BYTES:
+                raise ClusterError(
+                    f"memory of shared GPUs: policy rank {rank} kept {gib(first)} when it first gave back, and keeps "
+                    f"{gib(now)} now, {gib(GROWTH_BYTES)} is the most that may come on top: engines would not find "
+                    f"their room. Set train.offload=all (it is {self._offload}), or lower "
+                    "rollout.gpu_memory_utilization, and run the same command again"
+                )
+
+    def _check_engines(self, returned: Sequence[int]) -> None:
+        if not self._first_returned:
+            self._first_returned = list(returned)
+            self._say(f"shared memory: engines give back {' '.join(map(gib, returned))}")
+        for engine, (now, first) in enumerate(zip(returned, self._first_returned, strict=True)):
+            if now < first - GROWTH_BYTES:
+                raise ClusterError(
+                    f"memory of shared GPUs: engine {engine} gave back {gib(first)} when it first slept, and "
+                    f"{gib(now)} now, {gib(GROWTH_BYTES)} less is the most that may be: the policy would not find its "
+                    "room. Run the same command again, which starts new engines, and report this"
+                )
