@@ -31,7 +31,8 @@ ROOMS = {
     "config_file": set(),
     "config_machine": {"config_file"},
     "config_methods": {"config_file"},
-    "config": {"config_file", "config_machine", "config_methods"},
+    "config_training": {"config_file", "config_machine"},
+    "config": {"config_file", "config_machine", "config_methods", "config_training"},
     "types": set(),
     "algorithm": {"config", "types"},
     "data": {"algorithm", "config", "types"},
@@ -44,7 +45,7 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
     *("convert", "dataset", "stage1_import", "inspection", "compare"),
 }
-CONFIGURATION = {"config_file", "config_machine", "config_methods", "config"}
+CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_training", "config"}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data"}  # rooms that know nothing of weights
 
 # Package -> the places that may import it.

@@ -119,6 +119,7 @@ KEYS = {
     "cluster.start_timeout_seconds": 300.0,
     "checkpoint.interval": 50,
     "checkpoint.keep": 2,
+    "checkpoint.keep_every": None,
     "eval.interval": None,
     "eval.benchmarks": [],
     "eval.folder": None,

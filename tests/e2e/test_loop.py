@@ -33,7 +33,10 @@ from conversion.ends import open_end
 from conversion.rewrite import compare
 
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
-SECONDS = {"drain", "publish", "generate", "score", "reference", "policy", "engines_idle", "ranks_idle", "total"}
+SECONDS = {
+    *("drain", "publish", "generate", "score", "reference", "policy"),
+    *("engines_idle", "ranks_idle", "checkpoint", "total"),
+}
 METHODS: dict[str, dict[str, Any]] = {
     "astar": {},
     "oapl": {"oapl": {"group_size": 3, "refresh_steps": 2}},  # the reference is part of the checkpoint
