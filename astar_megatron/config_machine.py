@@ -27,17 +27,17 @@ class ParallelConfig(Section):
     context * data > 1 gradients are reduced and weights gathered while others are computed.
     """
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=4096)
     """[ranks] Ranks that share each matrix."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=4096)
     """[ranks] Stages, each with a part of the layers."""
-    virtual: int = Field(default=1, ge=1)
+    virtual: int = Field(default=1, ge=1, le=4096)
     """[parts] Parts of the model that a stage holds and runs in turn (interleaved 1F1B)."""
-    context: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1, le=4096)
     """[ranks] Ranks that share the tokens of each sequence."""
-    data: int = Field(default=1, ge=1)
+    data: int = Field(default=1, ge=1, le=4096)
     """[ranks] Ranks that share the sequences."""
-    expert: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1, le=4096)
     """[ranks] How many of the context * data replicas share the experts."""
     recompute: Recompute = "none"
     """What the backward pass computes again, to save memory. `selective`: attention's core; `full`: every layer."""

@@ -136,6 +136,8 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("objective.name=spo spo.least_decay=0.97", "spo.least_decay: 0.97", "lower it"),
     ("sampling.max_response_tokens=1000", "1030 exceeds the 160 positions", "lower one of them"),
     ("parallel.pipeline=4", "divide by pipeline=4", "that fits: pipeline=2"),
+    ("parallel.context=1000000000000", "parallel.context: ", "less than or equal to 4096"),
+    ("parallel.tensor=4096 parallel.pipeline=4096", "16777216 ranks", "expected at most 65536"),
     ("parallel.tensor=5", "divide by tensor=5", "that fits: one rank"),
     ("rollout.tensor=5", "rollout.tensor: ", "it does by 1, 2"),
 ]

@@ -7,7 +7,7 @@ from itertools import product
 
 from astar_megatron.config import ParallelConfig
 from conversion.families import Model
-from conversion.tiles import ParallelLayout
+from conversion.tiles import MOST_RANKS, ParallelLayout
 
 _AXES = ("tensor", "pipeline", "virtual", "context", "data", "expert")
 
@@ -35,7 +35,7 @@ def check(
         size = available
     if problem is None:
         return
-    if size < 1:
+    if not 1 <= size <= MOST_RANKS:  # else the search for one that fits would take hours
         raise LayoutError(f"parallel: {problem}")
     part = _largest_part(parallel, model, sequences=sequences, world_size=size)
     raise LayoutError(f"parallel: {problem}. Its largest part of up to {size} ranks that fits: {described(part)}")
