@@ -1,6 +1,8 @@
 """astar: the command line. Each command names a program that is imported only when it runs, so help needs no torch."""
 
 import importlib
+import json
+import re
 import signal
 import sys
 import time
@@ -42,7 +44,7 @@ QuestionField = Annotated[str, typer.Option(help="Field of the question.")]
 AnswerField = Annotated[str, typer.Option(help="Field of the answer.")]
 RewardName = Annotated[str | None, typer.Option("--reward", help="Refuse answers that this reward can't read.")]
 Drop = Annotated[bool, typer.Option("--drop", help="Leave out rows that can't be used, instead of refusing them.")]
-Rows = Annotated[int, typer.Option(min=1, help="How many to make.")]
+Rows = Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to make.")]
 Seed = Annotated[int, typer.Option(min=0)]
 
 
@@ -91,8 +93,9 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Evaluate the run's export or another model: pass@1, and avg@n, maj@n, pass@k of samples."""
-    sets = [f"eval.benchmarks=[{benchmarks}]"] if benchmarks else []
-    sets += [f"eval.folder={folder}"] if folder else []
+    names = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
+    sets = [f"eval.benchmarks={json.dumps(names)}"] if names else []
+    sets += [f"eval.folder={json.dumps(folder)}"] if folder else []
     _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
 
 
@@ -254,13 +257,28 @@ def _stop(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _check_sets(arguments: list[str]) -> None:
+    """Raise ConfigError where several keys follow one --set, of which the command would take the first."""
+    for option, setting, more in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if option == "--set" and re.match(r"\w+(\.\w+)*=", more) and not Path(more).exists():
+            raise config.ConfigError(f"--set {setting} {more}: each key has its own: --set {setting} --set {more}")
+
+
+def _words(error: Exception) -> str:
+    """The message, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends as one message and exit status 2, without a traceback."""
     signal.signal(signal.SIGTERM, _stop)
     try:
+        _check_sets(sys.argv)
         app()
     except (ValueError, OSError) as error:
-        print(f"astar: {error}", file=sys.stderr)
+        print(f"astar: {_words(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         extras = _program("run.machine").extras_with(error.name or "")

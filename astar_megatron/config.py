@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from astar_megatron.config_file import ConfigError, Name, Section, day, explain, read
+from astar_megatron.config_file import ConfigError, Name, Seconds, Section, day, explain, nearest_divisor, read
 from astar_megatron.config_file import flat as flat
 from astar_megatron.config_machine import (
     CheckpointConfig,
@@ -91,7 +91,7 @@ class RewardConfig(Section):
 
     name: str
     """A named reward, or `package.module:function` of your own."""
-    timeout_seconds: float = Field(default=10.0, gt=0.0)
+    timeout_seconds: Seconds = 10.0
     """[seconds] For one response; a process that takes longer is killed and replaced."""
     memory_gib: float = Field(default=4.0, gt=0.0)
     """[GiB] Memory that each process of a reward may write to; PyTorch takes one."""
@@ -115,7 +115,7 @@ class SweepConfig(Section):
 
     table: Name | None = None
     """Folder of the V* table; null: `<run_dir>/v_star`."""
-    num_samples: int = Field(default=8, ge=1)
+    num_samples: int = Field(default=8, ge=1, le=100_000)
     """[responses] Samples a prompt."""
     extra_tokens: int = Field(default=0, ge=0)
     """[tokens] Budget of response tokens for more samples where V*'s interval is widest."""
@@ -145,7 +145,7 @@ class EvalConfig(Section):
     """Names of benchmarks; empty: `data.eval_path`, or `data.path` without one."""
     folder: Name | None = None
     """Where the benchmarks' files are."""
-    num_samples: int | None = Field(default=None, ge=0)
+    num_samples: int | None = Field(default=None, ge=0, le=100_000)
     """[responses] Samples a problem, beside the greedy one; null: 32 for amc23, 0 for all others."""
     max_prompts: int | None = Field(default=None, ge=1)
     """[problems] How many of each set, from its beginning; null: all."""
@@ -156,7 +156,7 @@ class RunConfig(Section):
 
     run_dir: Name
     """Folder of metrics, checkpoints, the V* table and the export."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of sampling, of the order of prompts and of dithered weights."""
     model: ModelConfig
     data: DataConfig
@@ -187,12 +187,12 @@ class RunConfig(Section):
         if self.train.batch_size % mini:
             raise ValueError(
                 f"train.mini_batch_size: {mini} does not divide train.batch_size {self.train.batch_size}; "
-                f"take a divisor, for example {_nearest_divisor(self.train.batch_size, mini)}"
+                f"take a divisor, for example {nearest_divisor(self.train.batch_size, mini)}"
             )
         if mini % self.parallel.data:
             raise ValueError(
                 f"parallel.data: {self.parallel.data} ranks can't share {mini} sequences an optimiser step evenly; "
-                f"take a divisor of it, for example {_nearest_divisor(mini, self.parallel.data)}"
+                f"take a divisor of it, for example {nearest_divisor(mini, self.parallel.data)}"
             )
         if mini % self.group_size:
             raise ValueError(
@@ -229,6 +229,11 @@ class RunConfig(Section):
         return self
 
     def _check_method(self) -> None:
+        if self.copies_reference and (self.oapl.refresh_steps or 0) >= self.train.num_steps:
+            raise ValueError(
+                f"oapl.refresh_steps: {self.oapl.refresh_steps}, but the run has {self.train.num_steps} steps "
+                "(train.num_steps), so pi_old would never be made anew; lower it"
+            )
         if self.objective.name == "oapl" and self.oapl.value == "group" and self.oapl.group_size < 2:
             raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
         if self.objective.name == "spo" and self.spo.least_decay > self.spo.most_decay:
@@ -321,7 +326,3 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
         else:
             sections[prefix + name] = section
     return sections
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

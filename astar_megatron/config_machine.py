@@ -1,14 +1,24 @@
 """The keys of what computes: the policy's ranks, the engines, the weights between them, Ray, checkpoints."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from astar_megatron.config_file import Name, Section
+from astar_megatron.config_file import Seconds, Section
 
 type Recompute = Literal["none", "selective", "full"]
 type Offload = Literal["none", "cache", "optimizer", "all"]
 type Graphs = Literal["none", "decode", "compiled"]
+
+
+def _host_and_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or set(host) & set("/ \t\n") or port not in map(str, range(1, 1 << 16)):
+        raise ValueError(f"cluster.address: expected host:port, for example 10.0.0.1:6379, got {value!r:.200}")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
 class ParallelConfig(Section):
@@ -18,17 +28,17 @@ class ParallelConfig(Section):
     context * data > 1 gradients are reduced and weights gathered while others are computed.
     """
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=4096)
     """[ranks] Ranks that share each matrix."""
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: int = Field(default=1, ge=1, le=4096)
     """[ranks] Stages, each with a part of the layers."""
-    virtual: int = Field(default=1, ge=1)
+    virtual: int = Field(default=1, ge=1, le=4096)
     """[parts] Parts of the model that a stage holds and runs in turn (interleaved 1F1B)."""
-    context: int = Field(default=1, ge=1)
+    context: int = Field(default=1, ge=1, le=4096)
     """[ranks] Ranks that share the tokens of each sequence."""
-    data: int = Field(default=1, ge=1)
+    data: int = Field(default=1, ge=1, le=4096)
     """[ranks] Ranks that share the sequences."""
-    expert: int = Field(default=1, ge=1)
+    expert: int = Field(default=1, ge=1, le=4096)
     """[ranks] How many of the context * data replicas share the experts."""
     recompute: Recompute = "none"
     """What the backward pass computes again, to save memory. `selective`: attention's core; `full`: every layer."""
@@ -54,13 +64,13 @@ class RolloutConfig(Section):
     """[engines] Engines, which share the responses to draw."""
     tensor: int = Field(default=1, ge=1)
     """[workers] Workers of an engine, which share each matrix."""
-    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1, le=4096)
     """[sequences] Sequences that an engine decodes at once."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """[GiB] Host memory for an engine's keys and values; on a CPU only."""
     gpu_memory_utilization: float = Field(default=0.5, gt=0.0, lt=1.0)
     """[share] Part of a GPU's memory that an engine takes; on a GPU only."""
-    max_staleness: int = Field(default=0, ge=0)
+    max_staleness: int = Field(default=0, ge=0, le=1000)
     """[versions] How much older than the policy the weights may be that drew a response. Above 0 engines draw ahead."""
     update: Literal["in_flight", "drain"] = "in_flight"
     """How weights reach an engine that draws ahead: its responses freeze and go on under the new ones, or end first."""
@@ -80,13 +90,13 @@ class ConversionConfig(Section):
 class ClusterConfig(Section):
     """Ray: joined at `address`, or started here when there is none."""
 
-    address: Name | None = None
+    address: Address | None = None
     """host:port of a Ray that runs; null: one is started on this machine."""
     share_gpus: bool | None = None
     """Whether policy ranks and engine workers are on the same GPUs; null: where there are too few for both apart."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=1024)
     """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
-    start_timeout_seconds: float = Field(default=300.0, gt=0.0)
+    start_timeout_seconds: Seconds = 300.0
     """[seconds] How long the engines may take to start, and the policy."""
 
 

@@ -13,7 +13,7 @@ class TrainConfig(Section):
 
     num_steps: int = Field(default=100, ge=1)
     """[steps] Length of the run. A step publishes the weights, draws, scores and learns once."""
-    batch_size: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=256, ge=1, le=1_000_000)
     """[responses] Responses a step: one a prompt, or as many as the method's group has."""
     mini_batch_size: int | None = Field(default=None, ge=1)
     """[sequences] Sequences an optimiser step; null: `train.batch_size`."""

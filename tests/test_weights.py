@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from exports import write_export
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -201,6 +203,14 @@ def test_engines_that_loaded_the_folder_pass_and_one_that_loaded_anything_else_i
     engines.faults = [("lm_head.weight", 5, "old")]  # a stale pack
     with pytest.raises(ModelFolderError, match=r"engine 0 loaded another lm_head\.weight than .* row 5: old"):
         loaded.verify(engines)  # type: ignore[arg-type]
+
+
+def test_weights_that_are_not_finite_are_named_before_an_engine_is_asked(tied_llama: Path, tmp_path: Path) -> None:
+    weights = load_file(tied_llama / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    write_export(tmp_path / "model", weights, tied_llama)
+    with pytest.raises(ModelFolderError, match=r"NaN or Inf in model\.norm\.weight \(1 values\).*copy the weights"):
+        LoadedWeights(tmp_path / "model", 1, "float32")
 
 
 def test_what_engines_round_when_they_load_is_no_difference(tied_llama: Path) -> None:

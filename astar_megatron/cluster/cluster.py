@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ from ray._private import ray_constants, state
 from ray._private.worker import global_worker
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
@@ -97,16 +97,12 @@ class Cluster:
         with contextlib.suppress(RuntimeError):  # without HOME there is no such file
             if (Path.home() / ".ray" / "auth_token").is_file():
                 os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
+        knock(address)
         try:
-            _knock(address)
             with contextlib.chdir(_NEUTRAL_FOLDER):
                 ray.init(address=address, **_QUIET)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ClusterError(
-                f"cluster.address: no Ray cluster answers at {address!r} ({error}); "
-                "start one with `ray start --head`, or leave the key out to start one here. If one runs there, "
-                "it wants its token: copy it to ~/.ray/auth_token (RAY_AUTH_MODE=disabled where it has none)"
-            ) from None
+            raise unanswered(address, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for *_, actor in self._actors.values():
@@ -314,10 +310,3 @@ def _nodes() -> dict[str, Node]:
 def _log_folder() -> str:
     node = global_worker.node
     return node.get_logs_dir_path() if node else "the logs of Ray's session"
-
-
-def _knock(address: str) -> None:
-    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=10).close()

@@ -56,7 +56,7 @@ def problems(folder: Path) -> list[str]:
             str(name): FileDigest(num_bytes=int(entry["bytes"]), xxh3_128=str(entry["xxh3_128"]))
             for name, entry in json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"].items()
         }
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         return [f"{MANIFEST_FILE} can't be read ({type(error).__name__}: {error})"]
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         by_file = threads.map(lambda name: _problem(folder / name, name, wanted[name]), sorted(wanted))

@@ -8,7 +8,7 @@ from itertools import product
 
 from astar_megatron.config import ParallelConfig
 from conversion.families import Model
-from conversion.tiles import ParallelLayout
+from conversion.tiles import MOST_RANKS, ParallelLayout
 
 _AXES = ("tensor", "pipeline", "virtual", "context", "data", "expert")
 
@@ -26,6 +26,8 @@ def layout_of(parallel: ParallelConfig, *, fused_norms: bool) -> ParallelLayout:
 def check(parallel: ParallelConfig, model: Model, *, sequences: int) -> None:
     """Raise LayoutError unless `parallel` divides the model; `sequences` are those of an optimiser step."""
     if problem := _problem(parallel, model, sequences):
+        if parallel.world_size > MOST_RANKS:  # the search for one that fits would take hours
+            raise LayoutError(f"parallel: {problem}")
         part = next(parts(parallel, model, sequences=sequences))  # there is one: a single rank fits every model
         raise LayoutError(f"parallel: {problem}. Its largest part that fits: {part.describe()}")
 

@@ -21,7 +21,10 @@ from astar_megatron.run.saving import FOLDERS, IN_FLIGHT_FILE, LATEST_FILE, PROG
 from astar_megatron.types import Prompt, Rollout
 
 _NAMED = 5  # files that an error lists
+_LONGEST_NAME = 100  # bytes of `latest` that are read
 type _Prompts = PromptStream | PrioritisedPrompts
+_PROGRESS = {"step": int, "prompts": dict, "contract": dict, "settings": dict}  # what it holds, beside the objective's
+_ABSENT: dict[str, Any] = {"settings": {}}  # in the first versions
 _BEFORE_DITHER = {"optim.dither": False}  # of checkpoints that are older than the key
 _AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
 
@@ -41,9 +44,15 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint, or None. Raises DamagedCheckpointError where it is not there."""
         pointer = self._folder / LATEST_FILE
-        if not pointer.exists():
+        try:
+            name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
+        except FileNotFoundError:
             return None
-        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            raise ValueError(
+                f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; remove {self._folder} to "
+                "start over, or choose a new run_dir"
+            ) from error
         folder = self._folder / name
         if not name or not (folder / PROGRESS_FILE).is_file():
             problem = f"which has no {PROGRESS_FILE}" if name and folder.is_dir() else "which is not there"
@@ -77,7 +86,7 @@ class Checkpoints:
         try:
             prompts.restore(progress["prompts"])
             objective.restore(progress)
-            return int(progress["step"])
+            return progress["step"]
         except (AttributeError, KeyError, TypeError) as error:
             raise self._damaged(folder / PROGRESS_FILE, repr(error)) from error
 
@@ -101,7 +110,7 @@ class Checkpoints:
     def changed_settings(self) -> list[str]:
         """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
         folder = self.latest
-        before = _BEFORE_DITHER | self._progress(folder).get("settings", {}) if folder else {}
+        before = _BEFORE_DITHER | self._progress(folder)["settings"] if folder else {}
         return [
             f"{key} {before[key]} -> {new}{_AT_THE_START.get(key, '')}"
             for key, new in self._settings.items()
@@ -111,7 +120,7 @@ class Checkpoints:
     def check_method(self) -> None:
         """Raise ValueError where another method has trained: each keeps what it learns, and its reference, its way."""
         folder = self.latest
-        before = self._progress(folder).get("settings", {}) if folder else self._settings
+        before = self._progress(folder)["settings"] if folder else self._settings
         was, now = ((_method(settings), _copies(settings)) for settings in (before, self._settings))
         if was[0] != now[0]:
             raise ValueError(
@@ -126,12 +135,12 @@ class Checkpoints:
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         try:
-            progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-            missing = {"step", "prompts", "contract"} - progress.keys()
-        except (OSError, ValueError, AttributeError) as error:
-            missing = {f"{type(error).__name__}: {error}"}
-        if missing:
-            raise self._damaged(folder / PROGRESS_FILE, ", ".join(sorted(missing)))
+            progress: dict[str, Any] = _ABSENT | json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            wrong = [name for name, kind in _PROGRESS.items() if type(progress.get(name)) is not kind]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            wrong = [f"{type(error).__name__}: {error}"]
+        if wrong or progress["step"] < 0:
+            raise self._damaged(folder / PROGRESS_FILE, ", ".join(wrong) or "step")
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
             raise ContractError(
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
@@ -166,7 +175,7 @@ def _faults(folder: Path) -> list[str]:
         return problems(folder)
     try:
         is_older = "manifest" not in json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return [f"{PROGRESS_FILE} is missing or damaged ({type(error).__name__}: {error})"]
     return [] if is_older else [f"{MANIFEST_FILE} is missing"]
 

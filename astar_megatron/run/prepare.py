@@ -1,10 +1,13 @@
 """What a run reads before anything starts: everything that a user can have got wrong is refused here."""
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from astar_megatron.cluster import address
 from astar_megatron.cluster.placement import Node, Placement, PlacementError, place
 from astar_megatron.config import ParallelConfig, RewardConfig, RunConfig
 from astar_megatron.data import chat
@@ -53,6 +56,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         num_accelerators = resources.measure().num_accelerators
         check_features(cfg.model, cfg.optim, num_accelerators)
         check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
+    _check_apart(cfg)
     with naming("model.path"):
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
@@ -77,6 +81,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
             scorer.check(list(by_uid.values()))
     resources.check_run(cfg, model_bytes=4 * model.num_parameters())
+    if cfg.cluster.address is not None:
+        address.knock(cfg.cluster.address)
     _say_template(cfg, contract)
     return Inputs(
         prompts=prompts,
@@ -84,6 +90,24 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         contract=contract,
         model=model,
     )
+
+
+def _check_apart(cfg: RunConfig) -> None:
+    """Raise ValueError where a run would write into its model's folder, or replace it."""
+    model, table, run_dir = _real(cfg.model.path), _real(cfg.table_dir), _real(cfg.run_dir)
+    for key, folder in {"run_dir": run_dir, "sweep.table": table}.items():
+        if model in (folder, *folder.parents):
+            raise ValueError(f"{key}: {folder} is, or lies in, the folder of model.path; choose another place")
+    for folder in (_real(cfg.export_dir), run_dir / "checkpoints", table):
+        if folder in (model, *model.parents):
+            raise ValueError(
+                f"model.path: {model} is, or lies in, {folder}, which this run writes and replaces; choose another "
+                "run_dir, or move the model"
+            )
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
 
 
 def _say_template(cfg: RunConfig, contract: Contract) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from astar_megatron.rollout.pool import EnginePool
 from conversion import hf
 from conversion.families import Model, read_model
 from conversion.folders import ModelFolderError
+from conversion.ledger import listed, num_not_finite
 from conversion.plan import WeightMismatch, plan
 from conversion.transfer.route import Route, choose, here
 from conversion.verify import Holdings, Manifest, Part, Verifier, mismatch, sent_parts
@@ -116,7 +118,8 @@ class LoadedWeights:
     """What engines must hold that loaded a Hugging Face folder by themselves: the digests of its files.
 
     Construction reads the files, once, as threads for each core can, and needs no engine: so it can be done while the
-    engines start. `tensor` and `dtype` are the engines'. Raises ModelFolderError as hf.check does.
+    engines start. `tensor` and `dtype` are the engines'. Raises ModelFolderError as hf.check does, and
+    where a weight is not finite: all that is drawn and learnt would be NaN.
     """
 
     def __init__(self, folder: str | Path, tensor: int, dtype: str) -> None:
@@ -127,6 +130,12 @@ class LoadedWeights:
         self._parts = sent_parts(weight_plan, 0)
         self._places = hf.check(self._folder, self._model.parameters())
         with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:
+            bad = dict(zip(self._places, threads.map(self._num_not_finite, self._places.values()), strict=True))
+            if any(bad.values()):
+                raise ModelFolderError(
+                    f"{self._folder}: {listed(Counter(bad))}: such a model computes nothing; copy the "
+                    "weights again, or take another model"
+                )
             digests = list(threads.map(lambda part: self._in_file(part).digests()[0], self._parts))
         self._expected = self._verifier.manifest(0, [digests])
 
@@ -144,6 +153,9 @@ class LoadedWeights:
                 f"{error.row}: {error.detail}. vLLM has read other files, or these in another way: leave nothing but "
                 "the model in the folder, and report this if that changes nothing"
             ) from None
+
+    def _num_not_finite(self, place: hf.Stored) -> int:
+        return num_not_finite(hf.rows(self._folder, place))
 
     def _in_file(self, part: Part) -> Holdings:
         tensor = hf.rows(self._folder, self._places[part.hf])

@@ -98,7 +98,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert all(row["reward"] == length_reward(row["response"], "") for row in rows)
     last = (tracker.run_dir / "eval_step_00000003.jsonl").read_text()  # of the same weights, after the last publish
     assert last == (tracker.run_dir / "eval.jsonl").read_text()
-    with hugging_face(tracker.run_dir / "checkpoints" / "step_00000003", tracker) as folder:
+    with hugging_face(open_end(tracker.run_dir / "checkpoints" / "step_00000003"), tracker) as folder:
         compare(open_end(folder), open_end(cfg.export_dir))
 
     steps = read_metrics(cfg.run_dir)
