@@ -344,7 +344,8 @@ CHECKPOINTS: list[Row] = [
     *((f"progress: {name} of {value!r}", checkpoint(**{name: value}), "train", f"missing or damaged ({name})",
        "to start over") for name, value in
       (("step", "x"), ("step", -1), ("step", 7.5), ("contract", None), ("settings", [1]), ("prompts", []))),
-    *((f"latest: {data[:3]!r}", after(checkpoint(), write(LATEST, data)), "train", "latest names", "step_00000007 is whole")
+    *((f"latest: {data[:3]!r}", after(checkpoint(), write(LATEST, data)), "train", "latest names",
+       "step_00000007 is whole")
       for data in (b"", b"\xe9", b"step_00000009", b"/etc", 5000 * b"a")),
     ("latest: a folder", after(checkpoint(), folder(LATEST)), "train", "latest: can't read", "to start over"),
     ("checkpoints: a file", after(table(), write("run/checkpoints", "")), "train", "latest: can't read", "new run_dir"),
