@@ -64,6 +64,7 @@ def planted_model(source: Path, folder: Path, mark: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it starts all of the stack three times
 def test_a_run_tells_no_secret_runs_no_code_of_its_model_listens_on_loopback_and_follows_the_umask(
     run_tree: Any, tied_llama: Path, tmp_path: Path, temporary: Path
 ) -> None:
