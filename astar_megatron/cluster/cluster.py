@@ -59,6 +59,7 @@ class Cluster:
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._memory_kills = memory_kills()
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(SessionFolder())
@@ -81,6 +82,7 @@ class Cluster:
         # Where Ray serves no clusters (macOS) it keeps to loopback; elsewhere it would turn 127.0.0.1 into the
         # machine's own address, and servers with that one listen on all interfaces.
         ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ.pop("RAY_AUTH_MODE", None)  # of the user's other clusters; without it Ray asks for a token here
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
         with contextlib.chdir(_NEUTRAL_FOLDER):
             ray.init(

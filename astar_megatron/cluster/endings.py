@@ -29,7 +29,7 @@ _SECONDARY = re.compile(
     r"root cause|stack trace|background process|EngineDeadError|CancelledError|BrokenPipeError|ConnectionResetError"
     r"|ContextTerminated|Engine core initialization failed|ActorDiedError|KeyboardInterrupt|SystemExit|^EOFError$"
 )
-_MEANINGS = {
+_MEANINGS: dict[int, str] = {
     signal.SIGKILL: " (so ends the kernel a process for memory)",
     signal.SIGXCPU: " (so ends the kernel a process that has used up its CPU time)",
 }

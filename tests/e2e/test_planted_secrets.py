@@ -64,19 +64,21 @@ def planted_model(source: Path, folder: Path, mark: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it starts all of the stack three times
 def test_a_run_tells_no_secret_runs_no_code_of_its_model_listens_on_loopback_and_follows_the_umask(
     run_tree: Any, tied_llama: Path, tmp_path: Path, temporary: Path
 ) -> None:
     """Stage 1, training that a reward ends, and training that goes on to its export."""
     mark = tmp_path / "ran"
     tree = run_tree(planted_model(tied_llama, tmp_path / "model", mark))
-    tree |= {"reward": {"name": "own_reward:reward", "max_failures": 0}, "checkpoint": {"interval": 1}}
+    reward = {"name": "own_reward:reward", "timeout_seconds": 120.0, "max_failures": 0}
+    tree |= {"reward": reward, "checkpoint": {"interval": 1}}
     (tmp_path / "own_reward.py").write_text(REWARD)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
 
     listened: set[str] = set()
 
-    def astar(name: str, number: int) -> int:
+    def astar(name: str, number: int, status: int) -> None:
         command = [sys.executable, "-m", "astar_megatron.cli", name, "--config", "run.yaml"]
         with (tmp_path / f"output_{number}").open("wb") as output:
             environment = os.environ | SECRETS | {"TMPDIR": str(temporary)}
@@ -85,14 +87,14 @@ def test_a_run_tells_no_secret_runs_no_code_of_its_model_listens_on_loopback_and
                 while run.poll() is None:
                     listened.update(listening(members(run.pid)))
                     time.sleep(0.5)
-        return run.returncode
+        assert run.returncode == status, (tmp_path / f"output_{number}").read_text()
 
     with samples.umask_of(0o077):
-        assert astar("sweep", 0) == 0
+        astar("sweep", 0, status=0)
         (tmp_path / "fail").touch()
-        assert astar("train", 1) == 2
+        astar("train", 1, status=2)
         (tmp_path / "fail").unlink()
-        assert astar("train", 2) == 0
+        astar("train", 2, status=0)
         assert samples.unlike_the_umask(tmp_path / "run") == []
 
     assert listened and listened <= LOOPBACK
