@@ -341,12 +341,12 @@ CHECKPOINTS: list[Row] = [
     ("another contract", checkpoint(contract={"temperature": 0.5}), "train", "the checkpoint 0.5",
      "choose a new run_dir"),
     *((f"progress: {data[:3]!r}", after(checkpoint(), write(PROGRESS, data)), "train",
-       "progress.json: missing or damaged", "another step_* folder")
+       "progress.json: missing or damaged", "to start over")
       for data in (b'{"st', b"{}", b"[]", b"\xe9", DEEP)),
     *((f"progress: {name} of {value!r}", checkpoint(**{name: value}), "train", f"missing or damaged ({name})",
-       "another step_* folder") for name, value in
+       "to start over") for name, value in
       (("step", "x"), ("step", -1), ("step", 7.5), ("contract", None), ("settings", [1]), ("prompts", []))),
-    *((f"latest: {data[:3]!r}", after(checkpoint(), write(LATEST, data)), "train", "latest names", "of a whole step_*")
+    *((f"latest: {data[:3]!r}", after(checkpoint(), write(LATEST, data)), "train", "latest names", "to start over")
       for data in (b"", b"\xe9", b"step_00000009", b"/etc", 5000 * b"a")),
     ("latest: a folder", after(checkpoint(), folder(LATEST)), "train", "latest: can't read", "to start over"),
     ("checkpoints: a file", after(table(), write("run/checkpoints", "")), "train", "latest: can't read", "new run_dir"),
