@@ -94,8 +94,8 @@ def evaluate(
 ) -> None:
     """Evaluate the run's export or another model: pass@1, and avg@n, maj@n, pass@k of samples."""
     names = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
-    sets = [f"eval.benchmarks={json.dumps(names)}"] if names else []
-    sets += [f"eval.folder={json.dumps(folder)}"] if folder else []
+    sets = [f"eval.benchmarks={json.dumps(names, ensure_ascii=False)}"] if names else []
+    sets += [f"eval.folder={json.dumps(folder, ensure_ascii=False)}"] if folder else []
     _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
 
 

@@ -297,6 +297,8 @@ MODELS: list[Row] = [
      "eval --model {house}/other", "other has neither", "copy the weights there too"),
     ("eval: no benchmark", None, "eval --model {house}/model --benchmarks [ --data .", "benchmark '['",
      "there are gsm8k"),
+    ("eval: a benchmark twice", None, "eval --model {house}/model --benchmarks amc23,amc23 --data .",
+     "eval.benchmarks: amc23 more than once", "name each once"),
     ("eval: no files", None, "eval --model {house}/model --benchmarks amc23 --data /", "eval.folder: amc23",
      "amc23.jsonl"),
     ("eval: no folder of files", None, "eval --benchmarks amc23,aime24 --model {house}/model",
@@ -375,7 +377,8 @@ PLANNED: list[Row] = [  # which a dry run refuses too
 ]  # fmt: skip
 CONVERSION: list[Row] = [
     *PLANNED,
-    *((f"{name}, dry", broken, f"{command} --dry-run", *words) for name, broken, command, *words in PLANNED),
+    *((f"{name}, dry", broken, f"{command} --dry-run", wrong, remedy)
+      for name, broken, command, wrong, remedy in PLANNED),
     ("a file", None, "convert inspect {house}/run.yaml", "run.yaml is neither", "config.json and safetensors"),
     ("metadata.json: brackets", after(megatron, write("megatron/metadata.json", DEEP)), BACK, "metadata.json", "is no"),
     ("metadata.json: another kind", after(megatron, changed("megatron/metadata.json", sharded_backend="zarr")), BACK,
@@ -427,7 +430,8 @@ ENVIRONMENT: list[Row] = [
      "are free"),
     ("a read-only disk", mounted("small", "ro"), "sweep --set run_dir={house}/small/run",
      "run_dir: can't make", "choose another folder"),
-    ("a read-only run", mounted("run", "ro"), "train --set objective.name=grpo", "train.lock: can't lock", "writable"),
+    *((f"a read-only run: {command.split()[0]}", mounted("run", "ro"), command, "run_dir: can't write to", "another")
+      for command in ("train --set objective.name=grpo", "eval --model {house}/model")),
     ("no cluster", None, "sweep --set cluster.address=127.0.0.1:1", "no Ray cluster answers at '127.0.0.1:1'",
      "ray start"),
     ("graphs without a GPU", None, "train --set rollout.graphs=decode", "rollout.graphs=decode", "leave the key out"),

@@ -56,7 +56,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         num_accelerators = resources.measure().num_accelerators
         check_features(cfg.model, cfg.optim, num_accelerators)
         check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
-    _check_apart(cfg)
+    _check_apart(cfg, for_training=for_training)
     with naming("model.path"):
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
@@ -92,13 +92,13 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     )
 
 
-def _check_apart(cfg: RunConfig) -> None:
-    """Raise ValueError where a run would write into its model's folder, or replace it."""
+def _check_apart(cfg: RunConfig, *, for_training: bool) -> None:
+    """Raise ValueError where a run would write into its model's folder, or replace it, as training does."""
     model, table, run_dir = _real(cfg.model.path), _real(cfg.table_dir), _real(cfg.run_dir)
     for key, folder in {"run_dir": run_dir, "sweep.table": table}.items():
         if model in (folder, *folder.parents):
             raise ValueError(f"{key}: {folder} is, or lies in, the folder of model.path; choose another place")
-    for folder in (_real(cfg.export_dir), run_dir / "checkpoints", table):
+    for folder in (_real(cfg.export_dir), run_dir / "checkpoints", table) if for_training else ():
         if folder in (model, *model.parents):
             raise ValueError(
                 f"model.path: {model} is, or lies in, {folder}, which this run writes and replaces; choose another "
@@ -124,6 +124,7 @@ def with_room(cfg: RunConfig) -> RunConfig:
     """Return the configuration with room for its benchmarks' longest prompt, for a program that only evaluates."""
     if not cfg.eval.benchmarks or cfg.eval.folder is None:
         return cfg
+    check_names(cfg.eval.benchmarks)
     folder, model_path = cfg.eval.folder, cfg.model.path
     longest = max(longest_prompt(name, folder, cfg.data, model_path) for name in cfg.eval.benchmarks)
     room = max(longest, cfg.data.max_prompt_tokens)

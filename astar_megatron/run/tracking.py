@@ -129,6 +129,8 @@ class Tracker(Screen):
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run_dir: can't make {self.run_dir}: {error.strerror}; choose another folder") from None
+        if not os.access(self.run_dir, os.W_OK | os.X_OK):
+            raise ValueError(f"run_dir: can't write to {self.run_dir}; make it writable, or choose another folder")
 
     @property
     def metrics_path(self) -> Path:
