@@ -76,7 +76,10 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             spent += stats.response_tokens
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
-            drawing = {"generation_flops": generation_flops(inputs.model, ((r.prompt, r.token_ids) for r in rollouts))}
+            drawing = {
+                "generation_flops": generation_flops(inputs.model, ((r.prompt, r.token_ids) for r in rollouts)),
+                "engines_replaced": fleet.engines.num_replaced(),
+            }
             metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | drawing | evaluated
             spending.add(metrics)
             objective.learn(rollouts, health)

@@ -4,6 +4,7 @@ The ranks' class is named, not imported: the driver needs neither megatron nor i
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
@@ -27,6 +29,7 @@ class _RankActor:
     """Forwards calls to a rank object that is built in the actor's own thread, where the CPU shim must be installed."""
 
     def __init__(self, **init: Any) -> None:
+        show_on_signal()
         module, name = _RANK_CLASS
         self._rank = getattr(importlib.import_module(module), name)(**init)
 
@@ -59,6 +62,7 @@ class PolicyGroup:
         # Transformer Engine's layers hold the norms inside their linears.
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
+        self._calling = threading.Lock()  # every rank must hear the calls of several threads in the same order
         env = environment(
             num_gpus=cluster.num_gpus,
             threads=cluster.threads(parallel.world_size),
@@ -153,4 +157,5 @@ class PolicyGroup:
 
     def _begin(self, call: "Callable[[PolicyRank], Any]") -> list[Any]:
         heard = Call.of(call)
-        return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]
+        with self._calling:
+            return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]

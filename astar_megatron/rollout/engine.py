@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.cluster.endings import ended
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import Graphs, RolloutConfig, SamplingConfig
 from astar_megatron.types import Request
 
@@ -53,6 +54,7 @@ class Engine:
     """An AsyncLLM with the weights of `model_path` until the first update. Wrapped by pool.py as an async Ray actor."""
 
     def __init__(self, options: EngineOptions) -> None:
+        show_on_signal()
         self._options = options
         self._version = 0
         self._count = 0
@@ -127,6 +129,11 @@ class Engine:
             last_version=first_version + len(before),
             tokens_by_version=tuple(end - start for start, end in itertools.pairwise(bounds)),
         )
+
+    async def beat(self) -> None:
+        """Answer, where this process and vLLM's core are well; raises what ended the core."""
+        await self._llm.check_health()
+        await self._llm.is_sleeping()  # the cheapest question that the core itself answers
 
     async def open_update(self, init_info: dict[str, Any]) -> None:
         """Prepare for updates; `init_info` is of conversion.vllm."""

@@ -1,5 +1,6 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive
 from astar_megatron.model import layouts
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.rollout.pool import EnginePool, Member
 from astar_megatron.run import accelerators
 from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.prepare import check_places, check_ranks
@@ -24,9 +25,9 @@ from conversion.families import Model
 class Fleet:
     """Policy and engines of a run, and the weights between them. A context manager; one at a time for a run_dir.
 
-    `generating` and `training` are the only places where weights move. Where policy and engine share a GPU the policy
-    starts when the engine has taken its part: see accelerators.py. Entering raises ModelFolderError where an engine has
-    not loaded what model.path holds.
+    `generating` and `training` are the only places where weights move, but for an engine that takes a dead one's place.
+    Where policy and engine share a GPU the policy starts when the engine has taken its part: see accelerators.py.
+    Entering raises ModelFolderError where an engine has not loaded what model.path holds.
     """
 
     policy: PolicyGroup
@@ -35,6 +36,8 @@ class Fleet:
     def __init__(self, cfg: RunConfig, model: Model, tracker: Tracker) -> None:
         self._cfg, self._model, self._tracker = cfg, model, tracker
         self._weights: WeightSync | None = None
+        self._published: int | None = None  # the version that engines and policy have, unless the policy has moved on
+        self._moving = threading.Lock()  # held while weights move
 
     def __enter__(self) -> Self:
         shares = check_ranks(self._cfg)
@@ -54,14 +57,15 @@ class Fleet:
             check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         self.engines = stack.enter_context(closing(start_engines(cfg, cluster, shares=shares)))
-        loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        self._loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        self.engines.bring = self.heal
         if shares:
             tracker.say(shares.describe())
             _wait_for(self.engines, tracker)
         self.policy = stack.enter_context(closing(start_policy(cfg, cluster, shares)))
         if not shares:
             _wait_for(self.engines, tracker)
-        loaded.verify(self.engines)
+        self._loaded.verify(self.engines)
         with tracker.waiting("starting the policy"):
             reason = self.policy.start()
         tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
@@ -77,16 +81,31 @@ class Fleet:
         with ExitStack() as stack:
             with clock.span("drain"):
                 stack.enter_context(drained())
-            with clock.span("publish"):
+            with clock.span("publish"), self._moving:
                 if self._weights is None:
                     self._weights = self._open()
                 self._weights.publish(version)
+                self._published = version
         yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """The policy may step. Engines that share its GPU keep their part of the memory."""
+        with self._moving:
+            self._published = None
         yield
+
+    def heal(self, engine: Member) -> None:
+        """Give an engine that has taken another's place the weights that the others have, with the same proof.
+
+        Called by the pool, in a thread of its own. While the policy steps there is nothing to give: the next publish
+        is for all engines that run.
+        """
+        with self._moving:
+            if self._weights is None:
+                self._loaded.verify(self.engines, [engine])
+            elif self._published is not None:
+                self._weights.publish(self._published, [engine])
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""
@@ -108,6 +127,7 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
     """
     with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
+        engines.bring = lambda engine: loaded.verify(engines, [engine])
         _wait_for(engines, tracker)
         loaded.verify(engines)
         yield engines

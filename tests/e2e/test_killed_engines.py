@@ -1,0 +1,109 @@
+"""Engines that are killed or stopped at any moment: the run goes on to exactly the numbers that it would have had."""
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from astar_megatron import config
+from astar_megatron.cluster.session import process_tree
+from astar_megatron.run.fleet import Fleet
+from astar_megatron.run.prepare import prepare
+from astar_megatron.run.tracking import Tracker, read_metrics
+from astar_megatron.run.training import stage_1
+from astar_megatron.sweep import sweep
+from astar_megatron.train import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+# No two runs agree on these: seconds and memory; and log-probs of the engines, whose batches are others' after a death.
+MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """`signal` to the actor of the first engine, or to vLLM's core in it, in the given step."""
+
+    step: int
+    moment: str  # generation, update
+    process: str  # actor, core
+    signal: int = signal.SIGKILL
+
+
+# With one engine each step waits for its replacement.
+FAULTS = {
+    1: [
+        Fault(step=1, moment="generation", process="core"),
+        Fault(step=2, moment="update", process="actor"),
+        Fault(step=3, moment="generation", process="actor", signal=signal.SIGSTOP),
+        Fault(step=4, moment="update", process="core", signal=signal.SIGSTOP),
+    ],
+    2: [Fault(step=1, moment="generation", process="actor")],
+    3: [Fault(step=1, moment="update", process="actor"), Fault(step=3, moment="generation", process="core")],
+}
+
+
+def pid_of(fleet: Fleet, fault: Fault) -> int:
+    member = fleet.engines.running()[0]
+    actor = fleet.engines._cluster._pid(member.actor._actor_id.hex())
+    assert actor is not None
+    if fault.process == "actor":
+        return actor
+    (core,) = (
+        pid for pid in process_tree(actor) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"VLLM::EngineCore")
+    )
+    return core
+
+
+def has_come(fleet: Fleet, run_dir: str, fault: Fault) -> bool:
+    if len(read_metrics(run_dir)) < fault.step or 0 not in fleet.engines.serving():
+        return False
+    return fleet._moving.locked() if fault.moment == "update" else len(fleet.engines._streams) > 0
+
+
+def inject(fleet: Fleet, run_dir: str, faults: list[Fault], done: list[Fault], ended: threading.Event) -> None:
+    for fault in faults:
+        while not has_come(fleet, run_dir, fault):
+            if ended.wait(0.001):
+                return
+        os.kill(pid_of(fleet, fault), fault.signal)
+        done.append(fault)
+
+
+def run(tree: dict[str, Any], folder: Path, faults: list[Fault]) -> tuple[list[dict[str, Any]], bytes]:
+    """Train with faults, each of which must come about; return the metrics and the final weights."""
+    cfg = config.validate(tree | {"run_dir": str(folder)})
+    inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+    done: list[Fault] = []
+    ended = threading.Event()
+    with Fleet(cfg, inputs.model, tracker) as fleet:
+        sweep(cfg, inputs, fleet.engines, tracker)
+        killer = threading.Thread(target=inject, args=(fleet, cfg.run_dir, faults, done, ended))
+        killer.start()
+        train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+        ended.set()
+        killer.join()
+    assert done == faults
+    return read_metrics(cfg.run_dir), (cfg.export_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("num_engines", FAULTS)
+def test_a_run_whose_engines_die_ends_with_the_numbers_of_a_whole_one(
+    num_engines: int, run_tree: Any, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    faults, tree = FAULTS[num_engines], run_tree(tied_llama)
+    tree["sampling"]["max_response_tokens"] = 60
+    tree["train"] |= {"num_steps": 5, "micro_batch_tokens": 300}
+    tree["rollout"] |= {"num_engines": num_engines, "max_num_seqs": 2, "heartbeat_seconds": 120.0}
+    tree |= {"conversion": {"bucket_bytes": 4096}, "cluster": {"threads": 1, "start_timeout_seconds": 1200.0}}
+    del tree["eval"]
+    lines, weights = run(tree, tmp_path / "killed", faults)
+    whole, same = run(tree, tmp_path / "whole", [])
+    assert [line | MEASURED for line in lines] == [line | MEASURED for line in whole]
+    assert weights == same
+    assert sum(line["engines_replaced"] for line in lines) == len(faults)
+    assert sum(line["engines_replaced"] for line in whole) == 0
