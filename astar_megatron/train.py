@@ -4,6 +4,9 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint.
 """
 
+from collections.abc import Sequence
+
+from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
@@ -33,6 +36,7 @@ from astar_megatron.run.training import (
     prompt_stream,
     stage_1,
 )
+from astar_megatron.types import Rollout
 
 
 def main(cfg: RunConfig) -> None:
@@ -43,7 +47,18 @@ def main(cfg: RunConfig) -> None:
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with Fleet(cfg, inputs.model, tracker) as fleet:
-        train(cfg, inputs, estimates, fleet, tracker)
+        train_whatever_dies(cfg, inputs, estimates, fleet, tracker)
+
+
+def train_whatever_dies(
+    cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker
+) -> None:
+    """As `train`, which begins again at the newest checkpoint when a rank has died."""
+    while True:
+        try:
+            return train(cfg, inputs, estimates, fleet, tracker)
+        except ActorLost as error:
+            fleet.restart_policy(error)
 
 
 def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker) -> None:
@@ -76,10 +91,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             spent += stats.response_tokens
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
-            drawing = {
-                "generation_flops": generation_flops(inputs.model, ((r.prompt, r.token_ids) for r in rollouts)),
-                "engines_replaced": fleet.engines.num_replaced(),
-            }
+            drawing = _drawing(inputs, fleet, rollouts)
             metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | drawing | evaluated
             spending.add(metrics)
             objective.learn(rollouts, health)
@@ -99,6 +111,15 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
     tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, fleet.policy.logprobs)}{rounding}")
+
+
+def _drawing(inputs: Inputs, fleet: Fleet, rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """Return what drawing the step's rollouts cost."""
+    responses = ((rollout.prompt, rollout.token_ids) for rollout in rollouts)
+    return {
+        "generation_flops": generation_flops(inputs.model, responses),
+        "engines_replaced": fleet.engines.num_replaced(),
+    }
 
 
 def _evaluate(

@@ -76,6 +76,10 @@ class FakeEngines:
         self.answered += [(stream, request) for *_, request in now]
         return [(stream, [self._respond(*item) for item in now])]
 
+    def forget(self, streams: Sequence[int]) -> None:
+        for stream in streams:
+            del self._streams[stream]
+
     def _respond(self, version: int, tag: int, request: Request) -> Response:
         token_ids, truncated = self._answer(request)
         return Response(

@@ -6,6 +6,7 @@ The ranks' class is named, not imported: the driver needs neither megatron nor i
 import importlib
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,26 +71,26 @@ class PolicyGroup:
             dtype=dtype,
             memory_share=gpu_share,
         )
-        self._ranks = [
-            cluster.actor(
-                "policy rank",
-                rank,
-                _RankActor,
-                env=env,
-                num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
-                rank=rank,
-                model_path=model_path,
-                dtype=dtype,
-                parallel=parallel,
-                optim=optim,
-                seed=seed,
-                reference=model.reference,
-                fp8=model.fp8,
-                optimizer_steps=optimizer_steps,
-                critic_lr=critic_lr,
-            )
-            for rank in range(parallel.world_size)
-        ]
+        self._make_rank = partial(
+            cluster.actor,
+            "policy rank",
+            cls=_RankActor,
+            env=env,
+            num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
+            model_path=model_path,
+            dtype=dtype,
+            parallel=parallel,
+            optim=optim,
+            seed=seed,
+            reference=model.reference,
+            fp8=model.fp8,
+            optimizer_steps=optimizer_steps,
+            critic_lr=critic_lr,
+        )
+        self._ranks = self._make_ranks()
+
+    def _make_ranks(self) -> list[Any]:
+        return [self._make_rank(index=rank, rank=rank) for rank in range(self.parallel.world_size)]
 
     def start(self) -> str:
         """Build and load all ranks; returns in words what they run on."""
@@ -97,7 +98,17 @@ class PolicyGroup:
         timeout = self._cluster.timeout_seconds
         port = self._ask(0, lambda rank: rank.listen(host), timeout)
         self.rendezvous = (host, port)
-        return self._all(lambda rank: rank.start(host, port), timeout)[0]
+        reason = self._all(lambda rank: rank.start(host, port), timeout)[0]
+        for rank in self._ranks:
+            self._cluster.remember_processes(rank)
+        return reason
+
+    def restart(self) -> None:
+        """End all ranks, whatever they do, and start as many anew, with the weights of the model folder."""
+        for rank in self._ranks:
+            self._cluster.end(rank)
+        self._ranks = self._make_ranks()
+        self.start()
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""

@@ -59,6 +59,7 @@ class Engine:
         self._version = 0
         self._count = 0
         self._llm: Any = None
+        self._tasks: set[asyncio.Task[Response]] = set()  # of requests in flight
         self._in_flight: dict[str, list[int]] = {}  # by request: how many tokens it had at each update that it met
 
     async def start(self) -> list[str]:
@@ -78,8 +79,10 @@ class Engine:
         """Yield the responses to (tag, request) pairs as they finish, a few at a time; each is answered once."""
         finished: asyncio.Queue[asyncio.Task[Response]] = asyncio.Queue()  # asyncio.wait would look at all, each time
         tasks = [asyncio.create_task(self._respond(tag, request, sampling)) for tag, request in requests]
+        self._tasks |= set(tasks)
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
+            task.add_done_callback(self._tasks.discard)
         left = len(tasks)
         try:
             while left:
@@ -89,7 +92,7 @@ class Engine:
                 while not finished.empty():
                     done.append(finished.get_nowait())
                 left -= len(done)
-                yield [task.result() for task in done]
+                yield [task.result() for task in done if not task.cancelled()]
         finally:
             for task in tasks:
                 task.cancel()
@@ -145,10 +148,13 @@ class Engine:
         """Take over the weights that the policy sends meanwhile, in this order and no other.
 
         Requests in flight freeze and go on with the new weights; the prefix cache, which vLLM does not reset by
-        itself, is dropped. After a failed update the engine is half loaded and must be replaced.
+        itself, is dropped. Where the policy was set back they end without an answer: nobody waits for it. After a
+        failed update the engine is half loaded and must draw nothing until one succeeds.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        if version != self._version + 1:
+            await self._drop_requests()
         await self._llm.pause_generation(mode="keep", clear_cache=True)
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
@@ -158,6 +164,12 @@ class Engine:
             before.append(self._num_tokens(name))
         self._version = version
         await self._llm.resume_generation()
+
+    async def _drop_requests(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _num_tokens(self, name: str) -> int:
         """How many tokens a request in flight has; exact while generation is paused."""

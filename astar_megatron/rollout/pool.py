@@ -175,6 +175,11 @@ class EnginePool:
         del self._streams[ready[0]]
         return [(ready[0], None)]
 
+    def forget(self, streams: Collection[Stream]) -> None:
+        """Hear that nobody waits for these any more."""
+        for stream in streams:
+            self._streams.pop(stream, None)
+
     # --- weights
 
     def running(self) -> list[Member]:
@@ -301,6 +306,10 @@ class EnginePool:
             if not self._closing.is_set():
                 self._error = error
 
+    def go_on(self) -> None:
+        """Forget what kept an engine from being given its weights, as the policy is another now."""
+        self._error = None
+
     def num_replaced(self) -> int:
         """Return how many engines have been replaced since the last call."""
         with self._changed:
@@ -309,6 +318,7 @@ class EnginePool:
 
     def close(self) -> None:
         self._closing.set()
+        self._cluster.remember_shared_files()  # an engine may be about to start
         calls = [self._begin(member, lambda engine: engine.close()) for member in self._members if not member.is_lost]
         self._cluster.close("engines: close", calls)
 

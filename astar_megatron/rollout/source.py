@@ -50,6 +50,8 @@ class Engines(Protocol):
 
     def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]: ...
 
+    def forget(self, streams: Sequence[Any]) -> None: ...
+
 
 class Draw:
     """Requests on their way, numbered as they were asked for. `changed` guards what the source's thread changes too."""
@@ -127,6 +129,7 @@ class RolloutSource:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(_CLOSE_SECONDS)
+        self._engines.forget(list(self._streams))
         self._scorer.close()
 
     def ask(self, requests: Iterable[Request], draw: Draw | None = None) -> Draw:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
@@ -17,9 +18,11 @@ from astar_megatron.rollout.pool import EnginePool, Member
 from astar_megatron.run import accelerators
 from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.prepare import check_places, check_ranks
-from astar_megatron.run.tracking import Clock, Tracker
+from astar_megatron.run.tracking import Clock, Tracker, read_metrics
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion.families import Model
+
+_MOST_RESTARTS = 3  # of the policy without a new step in between
 
 
 class Fleet:
@@ -37,6 +40,7 @@ class Fleet:
         self._cfg, self._model, self._tracker = cfg, model, tracker
         self._weights: WeightSync | None = None
         self._published: int | None = None  # the version that engines and policy have, unless the policy has moved on
+        self._restarts, self._furthest = 0, -1  # of the policy since it got any further; lines of metrics then
         self._moving = threading.Lock()  # held while weights move
 
     def __enter__(self) -> Self:
@@ -106,6 +110,25 @@ class Fleet:
                 self._loaded.verify(self.engines, [engine])
             elif self._published is not None:
                 self._weights.publish(self._published, [engine])
+
+    def restart_policy(self, error: ActorLost) -> None:
+        """Start all ranks anew where one died, for training to begin again at its newest checkpoint; engines stay.
+
+        Raises `error` where an engine died, or where that has been done so often without getting any further.
+        """
+        furthest = len(read_metrics(self._tracker.run_dir))
+        self._restarts = self._restarts + 1 if furthest <= self._furthest else 1
+        self._furthest = max(furthest, self._furthest)
+        if error.kind != "policy rank" or self._restarts > _MOST_RESTARTS:
+            raise error
+        self._tracker.say(f"{str(error).splitlines()[-1]}; training goes on from the newest checkpoint")
+        with self._moving:
+            self._published = None
+            if self._weights is not None:
+                self._weights.close()
+            with self._tracker.waiting("starting the policy again"):
+                self.policy.restart()
+            self.engines.go_on()
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""

@@ -97,8 +97,8 @@ class WeightSync:
                 have = self._engines.update(version, behind, self._policy.begin_publish(version))
             if have:
                 expected = self._verifier.manifest(version, self._policy.digests())
-                held = _check_held(self._engines, have, self._verifier, expected, self._policy.digest_rows)
-                self._engines.serve(held)
+                proved = _check_held(self._engines, have, self._verifier, expected, self._policy.digest_rows)
+                self._engines.serve(proved)
             if len(have) < len(behind):
                 self._receivers = []  # whoever waited for one that failed has given up
             running = self._engines.running()
@@ -108,6 +108,10 @@ class WeightSync:
                 f"publish: engines {[member.index for member in behind]} did not take version {version} in "
                 f"{_MOST_ATTEMPTS} attempts; the lines above say of what each failed"
             )
+
+    def close(self) -> None:
+        """Forget who is open for whom: the ranks are others now. The next publish opens them."""
+        self._receivers = []
 
     def _open(self, members: list[Member]) -> bool:
         """Let the ranks send to these engines and to no other; False if one of them has ended."""
@@ -166,14 +170,14 @@ class LoadedWeights:
         members = engines.running() if members is None else members
         engines.open_audit(self._model.config, self._dtype, members)
         try:
-            held = _check_held(
+            proved = _check_held(
                 engines,
                 members,
                 self._verifier,
                 self._expected,
                 lambda _, index: self._in_file(self._parts[index]).rows(0),
             )
-            engines.serve(held)
+            engines.serve(proved)
         except WeightMismatch as error:
             file = self._places[error.tensor].file if error.tensor in self._places else "its file"
             raise ModelFolderError(

@@ -1,4 +1,4 @@
-"""Engines that are killed or stopped at any moment: the run goes on to exactly the numbers that it would have had."""
+"""Engines and ranks that are killed or stopped at any moment: the run goes on to the numbers that it would have had."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.run.training import stage_1
 from astar_megatron.sweep import sweep
-from astar_megatron.train import train
+from astar_megatron.train import train_whatever_dies
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 # No two runs agree on these: seconds and memory; and log-probs of the engines, whose batches are others' after a death.
@@ -25,32 +25,47 @@ MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """`signal` to the actor of the first engine, or to vLLM's core in it, in the given step."""
+    """`signal` to the actor of the first engine, to vLLM's core in it, or to the only rank, in the given step."""
 
     step: int
-    moment: str  # generation, update
-    process: str  # actor, core
+    moment: str  # update, generation, training
+    process: str  # actor, core, rank
     signal: int = signal.SIGKILL
 
 
-# With one engine each step waits for its replacement.
-FAULTS = {
-    1: [
-        Fault(step=1, moment="generation", process="core"),
-        Fault(step=2, moment="update", process="actor"),
-        Fault(step=3, moment="generation", process="actor", signal=signal.SIGSTOP),
-        Fault(step=4, moment="update", process="core", signal=signal.SIGSTOP),
-    ],
-    2: [Fault(step=1, moment="generation", process="actor")],
-    3: [Fault(step=1, moment="update", process="actor"), Fault(step=3, moment="generation", process="core")],
+# Name: how many engines, and what happens. With one engine each step waits for its replacement. Of the ranks: before
+# there is a checkpoint, which comes every second step, and twice after.
+CASES = {
+    "engine": (
+        1,
+        [
+            Fault(step=1, moment="generation", process="core"),
+            Fault(step=2, moment="update", process="actor"),
+            Fault(step=3, moment="generation", process="actor", signal=signal.SIGSTOP),
+            Fault(step=4, moment="update", process="core", signal=signal.SIGSTOP),
+        ],
+    ),
+    "one of two": (2, [Fault(step=1, moment="generation", process="actor")]),
+    "one of three": (
+        3,
+        [Fault(step=1, moment="update", process="actor"), Fault(step=3, moment="generation", process="core")],
+    ),
+    "rank": (
+        1,
+        [
+            Fault(step=1, moment="training", process="rank"),
+            Fault(step=3, moment="generation", process="rank"),
+            Fault(step=4, moment="update", process="rank"),
+        ],
+    ),
 }
 
 
 def pid_of(fleet: Fleet, fault: Fault) -> int:
-    member = fleet.engines.running()[0]
-    actor = fleet.engines._cluster._pid(member.actor._actor_id.hex())
+    handle = fleet.policy._ranks[0] if fault.process == "rank" else fleet.engines.running()[0].actor
+    actor = fleet.engines._cluster._pid(handle._actor_id.hex())
     assert actor is not None
-    if fault.process == "actor":
+    if fault.process != "core":
         return actor
     (core,) = (
         pid for pid in process_tree(actor) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"VLLM::EngineCore")
@@ -58,15 +73,22 @@ def pid_of(fleet: Fleet, fault: Fault) -> int:
     return core
 
 
-def has_come(fleet: Fleet, run_dir: str, fault: Fault) -> bool:
+def has_come(fleet: Fleet, run_dir: str, fault: Fault, versions: list[int | None]) -> bool:
+    """Whether a fault's moment is now; `versions` are those that have been looked at: what engines and policy had."""
     if len(read_metrics(run_dir)) < fault.step or 0 not in fleet.engines.serving():
         return False
-    return fleet._moving.locked() if fault.moment == "update" else len(fleet.engines._streams) > 0
+    versions.append(fleet._published)
+    return {
+        "update": fleet._moving.locked(),
+        "generation": len(fleet.engines._streams) > 0,
+        "training": fault.step in versions and versions[-1] is None,
+    }[fault.moment]
 
 
 def inject(fleet: Fleet, run_dir: str, faults: list[Fault], done: list[Fault], ended: threading.Event) -> None:
     for fault in faults:
-        while not has_come(fleet, run_dir, fault):
+        versions: list[int | None] = []
+        while not has_come(fleet, run_dir, fault, versions):
             if ended.wait(0.001):
                 return
         os.kill(pid_of(fleet, fault), fault.signal)
@@ -83,19 +105,19 @@ def run(tree: dict[str, Any], folder: Path, faults: list[Fault]) -> tuple[list[d
         sweep(cfg, inputs, fleet.engines, tracker)
         killer = threading.Thread(target=inject, args=(fleet, cfg.run_dir, faults, done, ended))
         killer.start()
-        train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+        train_whatever_dies(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
         ended.set()
         killer.join()
     assert done == faults
     return read_metrics(cfg.run_dir), (cfg.export_dir / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("num_engines", FAULTS)
-def test_a_run_whose_engines_die_ends_with_the_numbers_of_a_whole_one(
-    num_engines: int, run_tree: Any, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_in_which_something_dies_ends_with_the_numbers_of_a_whole_one(
+    case: str, run_tree: Any, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    faults, tree = FAULTS[num_engines], run_tree(tied_llama)
+    (num_engines, faults), tree = CASES[case], run_tree(tied_llama)
     tree["sampling"]["max_response_tokens"] = 60
     tree["train"] |= {"num_steps": 5, "micro_batch_tokens": 300}
     tree["rollout"] |= {"num_engines": num_engines, "max_num_seqs": 2, "heartbeat_seconds": 120.0}
@@ -105,5 +127,6 @@ def test_a_run_whose_engines_die_ends_with_the_numbers_of_a_whole_one(
     whole, same = run(tree, tmp_path / "whole", [])
     assert [line | MEASURED for line in lines] == [line | MEASURED for line in whole]
     assert weights == same
-    assert sum(line["engines_replaced"] for line in lines) == len(faults)
+    num_engines_killed = sum(fault.process != "rank" for fault in faults)
+    assert sum(line["engines_replaced"] for line in lines) == num_engines_killed
     assert sum(line["engines_replaced"] for line in whole) == 0
