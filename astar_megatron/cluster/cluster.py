@@ -110,8 +110,8 @@ class Cluster:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for *_, actor in list(self._actors.values()):
-            with contextlib.suppress(RayActorError):
-                ray.kill(actor)
+            with contextlib.suppress(Exception):  # whatever is wrong with Ray by now, all must be tried
+                self.end(actor)
         self._actors.clear()
         self._ends.__exit__(kind, error, tb)
 
@@ -134,8 +134,8 @@ class Cluster:
     def _pid(actor: str) -> int | None:
         """The process of an actor, by Ray's id of it; None on another machine, or before there is one."""
         facts = state.actors(actor)
-        here = facts.get("Address", {}).get("NodeID") == ray.get_runtime_context().get_node_id()
-        return facts.get("Pid") or None if here else None
+        is_here = facts.get("Address", {}).get("NodeID") == ray.get_runtime_context().get_node_id()
+        return facts.get("Pid") or None if is_here and facts.get("State") != "DEAD" else None
 
     @property
     def socket_folder(self) -> str | None:
