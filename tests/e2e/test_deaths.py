@@ -3,15 +3,18 @@
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_jobs import rows
 
 from astar_megatron import config
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.session import process_tree
-from astar_megatron.run.fleet import Fleet
+from astar_megatron.run.fleet import Fleet, engines_of
 from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.run.training import stage_1
@@ -61,10 +64,15 @@ CASES = {
 }
 
 
+def process_of(cluster: Cluster, actor: Any) -> int:
+    pid = cluster._pid(actor._actor_id.hex())
+    assert pid is not None
+    return pid
+
+
 def pid_of(fleet: Fleet, fault: Fault) -> int:
     handle = fleet.policy._ranks[0] if fault.process == "rank" else fleet.engines.running()[0].actor
-    actor = fleet.engines._cluster._pid(handle._actor_id.hex())
-    assert actor is not None
+    actor = process_of(fleet.engines._cluster, handle)
     if fault.process != "core":
         return actor
     (core,) = (
@@ -131,3 +139,34 @@ def test_a_run_in_which_something_dies_ends_with_the_numbers_of_a_whole_one(
     num_engines_killed = sum(fault.process != "rank" for fault in faults)
     assert sum(line["engines_replaced"] for line in lines) == num_engines_killed
     assert sum(line["engines_replaced"] for line in whole) == 0
+
+
+def test_a_sweep_whose_engine_dies_has_the_rows_of_a_whole_one(
+    run_tree: Any, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no policy here: a new engine is proved to hold what the folder does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    tree = run_tree(tied_llama)
+    tree["sweep"]["num_samples"], tree["cluster"] = 10, {"threads": 1, "start_timeout_seconds": 1200.0}
+    tables = []
+    for name, dies in (("killed", True), ("whole", False)):
+        cfg = config.validate(tree | {"run_dir": str(tmp_path / name)})
+        inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+        with engines_of(cfg, tracker) as engines:
+            pid = process_of(engines._cluster, engines.running()[0].actor)
+
+            def kill(pool: Any = engines, pid: int = pid) -> None:
+                while not pool._streams:
+                    time.sleep(0.001)
+                os.kill(pid, signal.SIGKILL)
+
+            if dies:
+                threading.Thread(target=kill).start()
+            sweep(cfg, inputs, engines, tracker)
+            assert engines.num_replaced() == dies
+        tables.append(rows(tmp_path / name))
+    killed, whole = tables
+    assert len(killed) == len(whole) == 120
+    for row, other in zip(killed, whole, strict=True):
+        assert row.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1e-4)  # summed in another batch
+        assert row == other
