@@ -220,7 +220,10 @@ def test_every_publish_finds_and_names_a_single_wrong_element(ends: tuple[Any, A
 def test_an_engine_that_ends_in_a_publish_is_left_out_and_the_others_take_it_again(
     hosts: tuple[str, str] | None, tied_llama: Path, tmp_path: Path
 ) -> None:
-    """By shared memory and by gloo, whose ranks hear of it at their deadline of two minutes. The one that takes its place gets it alone; the next publish is for both."""
+    """By shared memory and by gloo, whose ranks hear of it at their deadline of two minutes.
+
+    The one that takes its place gets it alone; the next publish is for both.
+    """
     model = read_model(tied_llama)
     policy, engines = Policy(model, tied_llama, hosts), Engines(model)
     sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000))  # type: ignore[arg-type]

@@ -110,10 +110,12 @@ class Cluster:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for *_, actor in list(self._actors.values()):
-            with contextlib.suppress(Exception):  # whatever is wrong with Ray by now, all must be tried
-                self.end(actor)
+            with contextlib.suppress(RayActorError):
+                ray.kill(actor)
         self._actors.clear()
         self._ends.__exit__(kind, error, tb)
+        for processes in self._processes.values():
+            kill(processes)  # what hangs, and was started by an actor: Ray ends only what listens
 
     def remember_shared_files(self) -> None:
         """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
@@ -126,9 +128,10 @@ class Cluster:
     def end(self, actor: Any) -> None:
         """End an actor and all that it has started on this machine, although they hang or their parent is dead."""
         name = actor._actor_id.hex()
-        kill(self._processes.pop(name, None) or tree(self._pid(name)))
+        processes = self._processes.pop(name, None) or tree(self._pid(name))
         with contextlib.suppress(RayActorError):
             ray.kill(actor)
+        kill(processes)
 
     @staticmethod
     def _pid(actor: str) -> int | None:
