@@ -14,8 +14,15 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, Name, Section, day, explain, read
 from astar_megatron.config_file import flat as flat
-from astar_megatron.config_machine import ClusterConfig, ConversionConfig, ParallelConfig, RolloutConfig
+from astar_megatron.config_machine import (
+    CheckpointConfig,
+    ClusterConfig,
+    ConversionConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from astar_megatron.config_machine import Graphs as Graphs
+from astar_megatron.config_machine import Offload as Offload
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_methods import (
     ON_POLICY,
@@ -139,6 +146,9 @@ class TrainConfig(Section):
     """[tokens] Most tokens of a forward pass; a longer sequence goes alone."""
     max_skipped_steps: int = Field(default=3, ge=1)
     """[optimiser steps] How many lost to NaN or Inf end the run."""
+    offload: Offload = "cache"
+    """What ranks give back while engines generate on their GPUs: `cache`: what no tensor holds; `optimizer`: its states
+    to host memory too; `all`: all but the policy's weights. Only with shared GPUs."""
 
 
 class BudgetConfig(Section):
@@ -197,15 +207,6 @@ class OptimConfig(Section):
                 f"{self.schedule}"
             )
         return self
-
-
-class CheckpointConfig(Section):
-    """Checkpoints of training."""
-
-    interval: int = Field(default=50, ge=1)
-    """[steps] Between checkpoints; the last step is always saved."""
-    keep: int = Field(default=2, ge=1)
-    """[checkpoints] How many of the newest are kept."""
 
 
 class EvalConfig(Section):

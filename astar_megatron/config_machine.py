@@ -1,4 +1,4 @@
-"""The keys of what computes: the policy's ranks, the engines, the weights between them, Ray."""
+"""The keys of what computes: the policy's ranks, the engines, the weights between them, Ray, checkpoints."""
 
 from typing import Literal
 
@@ -7,6 +7,7 @@ from pydantic import Field
 from astar_megatron.config_file import Name, Section
 
 type Recompute = Literal["none", "selective", "full"]
+type Offload = Literal["none", "cache", "optimizer", "all"]
 type Graphs = Literal["none", "decode", "compiled"]
 
 
@@ -40,6 +41,11 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.replicas
 
+    def describe(self) -> str:
+        """Return the axes that are longer than one, in words."""
+        axes = ("tensor", "pipeline", "virtual", "context", "data", "expert")
+        return " ".join(f"{axis}={size}" for axis in axes if (size := getattr(self, axis)) > 1) or "one rank"
+
 
 class RolloutConfig(Section):
     """The vLLM pool: `num_engines` engines of `tensor` workers each."""
@@ -60,8 +66,19 @@ class RolloutConfig(Section):
     """How weights reach an engine that draws ahead: its responses freeze and go on under the new ones, or end first."""
     heartbeat_seconds: float = Field(default=60.0, gt=0.0)
     """[seconds] Within which a hung engine is noticed, and replaced; more than a publish or a decoding step takes."""
+    keep: int | None = Field(default=None, ge=0)
+    """[steps] Of how many of the newest steps `<run_dir>/rollouts` holds the rollouts; null: of all."""
     graphs: Graphs | None = None
     """`decode`: captured graphs; `compiled`: torch.compile too, minutes at the start; null: `decode` if on a GPU."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of training."""
+
+    interval: int = Field(default=50, ge=1)
+    """[steps] Between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """[checkpoints] How many of the newest are kept."""
 
 
 class ConversionConfig(Section):
@@ -76,6 +93,8 @@ class ClusterConfig(Section):
 
     address: Name | None = None
     """host:port of a Ray that runs; null: one is started on this machine."""
+    share_gpus: bool | None = None
+    """Whether policy ranks and engine workers are on the same GPUs; null: where there are too few for both apart."""
     threads: int | None = Field(default=None, ge=1)
     """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
     start_timeout_seconds: float = Field(default=300.0, gt=0.0)

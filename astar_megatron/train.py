@@ -4,11 +4,8 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint.
 """
 
-from collections.abc import Sequence
-
 from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.config import RunConfig
-from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
@@ -16,17 +13,8 @@ from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import Inputs, prepare
-from astar_megatron.run.spending import Spending, generation_flops
-from astar_megatron.run.steps import (
-    batch_of,
-    check_skipped,
-    health_of,
-    keep_bad_batch,
-    line_of,
-    metrics_of,
-    skipped_of,
-    step_options,
-)
+from astar_megatron.run.record import record_of
+from astar_megatron.run.steps import batch_of, health_of, step_options
 from astar_megatron.run.tracking import Clock, Tracker
 from astar_megatron.run.training import (
     check_before_stage_1,
@@ -36,7 +24,6 @@ from astar_megatron.run.training import (
     prompt_stream,
     stage_1,
 )
-from astar_megatron.types import Rollout
 
 
 def main(cfg: RunConfig) -> None:
@@ -69,14 +56,19 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     first = checkpoints.resume(fleet.policy, prompts, objective)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
-    bad_batches.set_aside(tracker.run_dir, first)
-    earlier = tracker.begin(first)
-    skipped = sum(map(skipped_of, earlier))
-    spent = (int(estimates.tokens.sum()) if estimates else 0) + sum(line.get("response_tokens", 0) for line in earlier)
-    spending = Spending(cfg.budget, cfg.train.num_steps, first, earlier)
+    record = record_of(cfg, inputs.model, tracker, first, int(estimates.tokens.sum()) if estimates else 0)
+    spending = record.spending
     versions = range(first, cfg.train.num_steps)
     with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
-        batches = TrainingRollouts(source, prompts, cfg.rollout, cfg.seed, versions=versions, group_size=cfg.group_size)
+        batches = TrainingRollouts(
+            source,
+            prompts,
+            cfg.rollout,
+            cfg.seed,
+            versions=versions,
+            group_size=cfg.group_size,
+            drawn=checkpoints.in_flight(inputs.prompts),
+        )
         for step in spending.steps():
             clock = Clock()
             if objective.refreshes_reference(step):
@@ -88,21 +80,13 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             batch = batch_of(rollouts, objective, step)
             with fleet.training():
                 stats = fleet.policy.step(batch, objective.loss, options)
-            spent += stats.response_tokens
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
-            seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
-            drawing = _drawing(inputs, fleet, rollouts)
-            metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | drawing | evaluated
-            spending.add(metrics)
             objective.learn(rollouts, health)
-            if stats.skipped:  # first on disk, then in the metrics
-                tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, cfg))
-            tracker.log(metrics)
-            tracker.say(line_of(metrics, cfg.train.num_steps))
-            skipped += skipped_of(metrics)
-            check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
+            seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
+            replaced = {"engines_replaced": fleet.engines.num_replaced()}
+            record.add(rollouts, batch, stats, health, seconds, evaluated | replaced)
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
-                checkpoints.save(fleet.policy, step + 1, batches.state(), objective)
+                checkpoints.save(fleet.policy, step + 1, batches, objective)
         for words in spending.reached:
             tracker.say(words)
         with fleet.generating(spending.done, Clock()):
@@ -111,15 +95,6 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
     tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, fleet.policy.logprobs)}{rounding}")
-
-
-def _drawing(inputs: Inputs, fleet: Fleet, rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Return what drawing the step's rollouts cost."""
-    responses = ((rollout.prompt, rollout.token_ids) for rollout in rollouts)
-    return {
-        "generation_flops": generation_flops(inputs.model, responses),
-        "engines_replaced": fleet.engines.num_replaced(),
-    }
 
 
 def _evaluate(

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import samples
 from samples import CONTRACT
 
 from astar_megatron.algorithm.astar import Astar
@@ -15,8 +16,9 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import AstarConfig, CheckpointConfig
 from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.run.checkpoints import Checkpoints
-from astar_megatron.types import Prompt
+from astar_megatron.types import Prompt, Rollout
 
 FIXED = Astar(AstarConfig(), LiveVStar({}, {}, 0.5, None))
 PROMPTS = [Prompt(uid=str(i), token_ids=(i,), text="", answer="") for i in range(3)]
@@ -40,8 +42,22 @@ def stream() -> PromptStream:
     return PromptStream(PROMPTS, 2, 0)
 
 
-def save(checkpoints: Checkpoints, step: int, objective: Astar = FIXED) -> None:
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), step, stream().state(), objective)
+class FakeBatches:
+    """Where training goes on, and what has been drawn ahead of it."""
+
+    def __init__(self, drawn: Sequence[Rollout]) -> None:
+        self._drawn = drawn
+
+    def state(self) -> dict[str, Any]:
+        return stream().state()
+
+    def in_flight(self) -> Sequence[Rollout]:
+        return self._drawn
+
+
+def save(checkpoints: Checkpoints, step: int, objective: Astar = FIXED, drawn: Sequence[Rollout] = ()) -> None:
+    batches = cast(TrainingRollouts, FakeBatches(drawn))
+    checkpoints.save(cast(PolicyGroup, FakePolicy()), step, batches, objective)
 
 
 def astar(live: LiveVStar) -> Astar:
@@ -65,6 +81,17 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
 def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path: Path) -> None:
     assert kept(tmp_path, 2, [10, 20]) == [10, 20]
     assert kept(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
+
+
+def test_what_was_drawn_ahead_is_in_the_checkpoint_and_its_loss_is_named(tmp_path: Path) -> None:
+    drawn = [samples.rollout(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    save(checkpoints_of(tmp_path), 1)
+    assert checkpoints_of(tmp_path).in_flight(PROMPTS) == []
+    save(checkpoints_of(tmp_path), 2, drawn=drawn)
+    assert checkpoints_of(tmp_path).in_flight(PROMPTS) == drawn
+    (tmp_path / "checkpoints" / "step_00000002" / "in_flight.parquet").unlink()
+    with pytest.raises(ValueError, match=r"step_00000002/in_flight\.parquet: missing or damaged .*latest"):
+        checkpoints_of(tmp_path).in_flight(PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Ray: started on this machine when no address is given, joined when one is; actors are placed here and nowhere else.
+"""Ray: started on this machine when no address is given, joined when one is; actors are started here and nowhere else.
 
 A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
 network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
 
-Leaves out what only several nodes need: placement by node, and the end of what hangs on another one.
+Leaves out what several nodes need to end an actor that hangs on another one.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,9 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.processes import Processes, kill, tree
+from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder
 from astar_megatron.cluster.stacks import where
 from astar_megatron.config import ClusterConfig
@@ -53,7 +56,8 @@ class Cluster:
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
         self._processes: dict[str, Processes] = {}  # of actors, by Ray's id
         self._memory_kills = 0
-        self.num_nodes, self.num_gpus = 0, 0
+        self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
+        self._reservation: Reservation | None = None
 
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -66,13 +70,12 @@ class Cluster:
             self._join(self._cfg.address) if self._cfg.address else self._begin()
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
-            self.num_nodes = sum(node["Alive"] for node in ray.nodes())
+            self.nodes = _nodes()
             if self.num_nodes > 1:
                 raise ClusterError(
                     f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes "
                     "(gloo and NCCL) have run within one machine only so far: join a cluster of one node"
                 )
-            self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
             self._ends = stack.pop_all()
         return self
 
@@ -141,6 +144,24 @@ class Cluster:
         return facts.get("Pid") or None if is_here and facts.get("State") != "DEAD" else None
 
     @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(node.num_gpus for node in self.nodes.values())
+
+    def reserve(self, placement: Placement) -> None:
+        """Hold the nodes and GPUs of a placement until the session is left; once. Raises ClusterError."""
+        self._reservation = Reservation(placement, self.timeout_seconds)
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is held. Its placement has the seats of ranks and engines."""
+        assert self._reservation is not None, "nothing is reserved yet"
+        return self._reservation
+
+    @property
     def socket_folder(self) -> str | None:
         """Where actors put their unix sockets; None where they may run on another machine."""
         return None if self._cfg.address else str(self._folder.path)
@@ -159,12 +180,14 @@ class Cluster:
     def timeout_seconds(self) -> float:
         return self._cfg.start_timeout_seconds
 
-    def threads(self, actors_on_this_side: int) -> int:
-        """CPU threads of one actor: `cluster.threads`, or the machine's cores shared among the actors of a side.
+    def threads(self, seats: Sequence[Seat], workers: int = 1) -> int:
+        """CPU threads of a process: `cluster.threads`, or the cores shared among those of a side that are on a node.
 
-        Policy and engines take turns, so each side may use all cores.
+        Each seat has so many `workers`. Policy and engines take turns, so each side may use all cores; every node is
+        taken to have as many as the driver's.
         """
-        return self._cfg.threads or max(1, int(available_cores()) // actors_on_this_side)
+        most = max(Counter(seat.node for seat in seats).values()) * workers
+        return self._cfg.threads or max(1, int(available_cores()) // most)
 
     def close(self, action: str, references: Sequence[Any]) -> None:
         """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""
@@ -178,21 +201,24 @@ class Cluster:
         cls: type,
         *,
         env: Mapping[str, str],
-        num_gpus: float,
+        seat: Seat | None = None,
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
         """Start an actor of `cls` and return its handle at once; `kind` and `index` name it in errors.
 
-        It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
+        It asks Ray for nothing: `seat` (None: anywhere) is reserved, and its `env` says which GPUs it sees. Ray could
+        not give an engine halves of several, nor a laptop's two logical CPUs to more than two actors.
         """
         options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": num_gpus,
+            "num_gpus": 0,
             "runtime_env": {
                 "env_vars": _SAFE_PATH | ({} if self._cfg.address else self._folder.environment) | dict(env)
             },
         }
+        if seat is not None:
+            options["scheduling_strategy"] = self.reservation.strategy(seat)
         if concurrency:
             options["max_concurrency"] = concurrency
         handle = ray.remote(cls).options(**options).remote(**init)
@@ -305,14 +331,15 @@ def _end_of_process(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
-    """Return how many GPUs an actor of so many `workers` asks Ray for, in a cluster that has `num_gpus`.
-
-    An actor that shares a GPU with one other asks for half of it, whatever memory it gets: Ray counts no bytes.
-    """
-    if not num_gpus:
-        return 0
-    return 0.5 if shared else workers
+def _nodes() -> dict[str, Node]:
+    own = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive.sort(key=lambda node: (node["NodeID"] != own, node["NodeManagerAddress"], node["NodeID"]))
+    nodes = [
+        Node(address=node["NodeManagerAddress"], num_gpus=int(node["Resources"].get("GPU", 0)), id=node["NodeID"])
+        for node in alive
+    ]
+    return {node.id: node for node in nodes}
 
 
 def _log_folder() -> str:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.stacks import show_on_signal
-from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
+from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
@@ -39,9 +39,10 @@ class _RankActor:
 
 
 class PolicyGroup:
-    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits.
+    """Policy, reference and optimizer over `parallel.world_size` ranks, in the seats that the cluster has reserved.
 
-    Below 1 `gpu_share` is the part of its GPU's memory that the only rank may take beside an engine.
+    Construction returns at once; `start` waits. `gpu_share` is the part of its GPU's memory that a rank may take which
+    has an engine beside it.
     """
 
     def __init__(
@@ -64,33 +65,36 @@ class PolicyGroup:
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
         self._calling = threading.Lock()  # every rank must hear the calls of several threads in the same order
-        env = environment(
-            num_gpus=cluster.num_gpus,
-            threads=cluster.threads(parallel.world_size),
-            num_nodes=cluster.num_nodes,
-            dtype=dtype,
-            memory_share=gpu_share,
-        )
-        self._make_rank = partial(
-            cluster.actor,
-            "policy rank",
-            cls=_RankActor,
-            env=env,
-            num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
-            model_path=model_path,
-            dtype=dtype,
-            parallel=parallel,
-            optim=optim,
-            seed=seed,
-            reference=model.reference,
-            fp8=model.fp8,
-            optimizer_steps=optimizer_steps,
-            critic_lr=critic_lr,
-        )
-        self._ranks = self._make_ranks()
-
-    def _make_ranks(self) -> list[Any]:
-        return [self._make_rank(index=rank, rank=rank) for rank in range(self.parallel.world_size)]
+        placement = cluster.reservation.placement
+        threads = cluster.threads(placement.ranks)
+        self._make_rank = [
+            partial(
+                cluster.actor,
+                "policy rank",
+                rank,
+                _RankActor,
+                env=environment(
+                    gpus=seat.gpus,
+                    threads=threads,
+                    num_nodes=cluster.num_nodes,
+                    dtype=dtype,
+                    memory_share=gpu_share if placement.is_shared(seat) else 1.0,
+                ),
+                seat=seat,
+                rank=rank,
+                model_path=model_path,
+                dtype=dtype,
+                parallel=parallel,
+                optim=optim,
+                seed=seed,
+                reference=model.reference,
+                fp8=model.fp8,
+                optimizer_steps=optimizer_steps,
+                critic_lr=critic_lr,
+            )
+            for rank, seat in enumerate(placement.ranks)
+        ]
+        self._ranks = [make() for make in self._make_rank]
 
     def start(self) -> str:
         """Build and load all ranks; returns in words what they run on."""
@@ -107,13 +111,21 @@ class PolicyGroup:
         """End all ranks, whatever they do, and start as many anew, with the weights of the model folder."""
         for rank in self._ranks:
             self._cluster.end(rank)
-        self._ranks = self._make_ranks()
+        self._ranks = [make() for make in self._make_rank]
         self.start()
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""
         answers = self._all(lambda rank: rank.step(batch, loss, options))
         return next(stats for stats in answers if stats is not None)
+
+    def release(self, offload: Offload) -> list[tuple[int, int]]:
+        """Make every rank give memory back until `resume`; returns of each what PolicyRank.release does."""
+        return self._all(lambda rank: rank.release(offload))
+
+    def resume(self) -> None:
+        """Make every rank take its memory again."""
+        self._all(lambda rank: rank.resume())
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.config import OptimConfig, ParallelConfig, Recompute
+from astar_megatron.config import Offload, OptimConfig, ParallelConfig, Recompute
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
@@ -40,6 +40,7 @@ from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
+from astar_megatron.model.parking import Parking, gradient_buffers, optimizer_tensors
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.step import Learner
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
@@ -145,6 +146,7 @@ class PolicyRank:
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         self._critic = self._make_critic() if self._critic_lr is not None else None
+        self._parking = Parking(self.backend.device, self.weights().values())
         self._learner = Learner(
             self.model,
             self.layout,
@@ -198,6 +200,29 @@ class PolicyRank:
             self._modules, packs, vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
         )
         return packed.by_sequence(scores[0]) if scores else None
+
+    def release(self, offload: Offload) -> tuple[int, int]:
+        """Give memory back until `resume`: what `offload` names; weights can still be read, published and scored by.
+
+        Returns bytes of tensors that were given back, and bytes that the process still has of the device, 0 on a CPU.
+        """
+        released = 0
+        learners = [(self._modules, self._optimizer)]
+        if self._critic is not None:
+            learners.append((self._critic.modules, self._critic.optimizer))
+        for modules, optimizer in learners:
+            if offload in ("optimizer", "all"):
+                released += self._parking.park(optimizer_tensors(optimizer))
+            if offload == "all":
+                released += self._parking.drop(gradient_buffers(modules))
+        if offload == "all":
+            chunks = [*self._reference.chunks, *(self._critic.chunks if self._critic is not None else ())]
+            released += self._parking.park(parameter.data for parameter in named_parameters(chunks).values())
+        return released, self.backend.release_cache() if offload != "none" else 0
+
+    def resume(self) -> None:
+        """Take again what `release` gave back."""
+        self._parking.restore()
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's parameters, current and uncopied."""

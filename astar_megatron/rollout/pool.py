@@ -10,13 +10,14 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.start_log import StartLog
@@ -43,10 +44,10 @@ class Member:
 
 
 class EnginePool:
-    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready.
+    """`rollout.num_engines` engines of one model, in the seats that the cluster has reserved.
 
-    `graphs` says what they do beside running the model as it is. With `shares_gpu` the only engine has a policy rank
-    beside it on its GPU. `bring` gives a replaced engine its weights, and lets it serve; it is called in a thread.
+    Construction returns at once; `start` waits until all are ready. `graphs` says what they do beside running the model
+    as it is. `bring` gives a replaced engine its weights, and lets it serve; it is called in a thread.
     """
 
     bring: Callable[[Member], None]
@@ -62,7 +63,7 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Callable[[Sequence[int]], str],
         seed: int,
-        shares_gpu: bool = False,
+        sleep: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         check_graphs(rollout, on_gpu=on_gpu)
@@ -79,15 +80,16 @@ class EnginePool:
             seed=seed,
             rollout=rollout,
             on_gpu=on_gpu,
+            sleep=sleep,
         )
-        self._env, self._num_gpus = (
-            _environment(cluster, rollout),
-            gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
-        )
+        self._seats = cluster.reservation.placement.engines
+        threads = cluster.threads(self._seats, rollout.tensor)
+        self._environments = [_environment(cluster, rollout, seat, threads) for seat in self._seats]
         self.bring = lambda member: self.serve([member])
         self._num_replaced = 0
         self._name, self._starts = uuid.uuid4().hex[:8], itertools.count()  # a session may have several pools
-        self._changed = threading.Lock()  # guards the members
+        self._changed = threading.Condition()  # guards the members, and what is written below it
+        self._num_starting, self._may_start = 0, True
         self._closing = threading.Event()
         self._error: Exception | None = None
         self._streams: dict[Stream, Member] = {}
@@ -100,8 +102,8 @@ class EnginePool:
             "engine",
             index,
             Engine,
-            env=self._env | log.environment(),
-            num_gpus=self._num_gpus,
+            env=self._environments[index] | log.environment(),
+            seat=self._seats[index],
             concurrency=1000,
             options=self._options,
         )
@@ -232,6 +234,19 @@ class EnginePool:
             _LOG.warning("an update to version %d failed: %s", version, "; ".join(failures))
         return have
 
+    def sleep(self) -> dict[int, int]:
+        """Make every engine that runs give its memory back, and return the bytes of each; see Engine.sleep."""
+        returned = self._all(self.running(), lambda engine: engine.sleep())
+        return {member.index: num_bytes for member, num_bytes in returned.items()}
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Make every engine that runs take a part of its memory again."""
+        self._all(self.running(), lambda engine: engine.wake(part))
+
+    def drop_requests(self) -> None:
+        """End what every engine is drawing, without an answer: nobody waits for it any more."""
+        self._all(self.running(), lambda engine: engine.drop_requests())
+
     def open_audit(self, config: dict[str, Any], dtype: str, members: Sequence[Member]) -> None:
         """Prepare engines to be audited on what they loaded by themselves, until `open_update`; see conversion.vllm."""
         self._all(members, lambda engine: engine.open_audit(config, dtype))
@@ -291,20 +306,49 @@ class EnginePool:
                     f"engine {index} has ended {_MOST_ENDS} times, and answered nothing in between: it is not replaced "
                     f"again. The output of its processes lies in {self._cluster.log_folder}\n{cause}"
                 )
-            fresh = self._members[index] = self._member(index, member.num_ends + 1)
-            try:
-                self._cluster.wait(f"engine {index}: start", [fresh.starting], self._cluster.timeout_seconds)
-            except ClusterError as error:
-                self._lose(fresh, _cause(error))
+            if not self._wait_to_start():
                 return
-            self._note_start(fresh)
-            self.bring(fresh)
-            with self._changed:
-                self._num_replaced += 1
-            _LOG.warning("engine %d: replaced in %.0f s", index, time.monotonic() - began)
+            try:
+                self._start_again(index, member.num_ends + 1, began)
+            finally:
+                with self._changed:
+                    self._num_starting -= 1
+                    self._changed.notify_all()
         except Exception as error:
             if not self._closing.is_set():
                 self._error = error
+
+    def _wait_to_start(self) -> bool:
+        """Wait until an engine may start; False: none is to."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._may_start or self._closing.is_set())
+            self._num_starting += not self._closing.is_set()
+            return not self._closing.is_set()
+
+    def _start_again(self, index: int, num_ends: int, began: float) -> None:
+        fresh = self._members[index] = self._member(index, num_ends)
+        try:
+            self._cluster.wait(f"engine {index}: start", [fresh.starting], self._cluster.timeout_seconds)
+        except ClusterError as error:
+            self._lose(fresh, _cause(error))
+            return
+        self._note_start(fresh)
+        self.bring(fresh)
+        with self._changed:
+            self._num_replaced += 1
+        _LOG.warning("engine %d: replaced in %.0f s", index, time.monotonic() - began)
+
+    def hold_back(self) -> None:
+        """Let no engine start from now on, as others need the memory; returns when those have that are about to."""
+        with self._changed:
+            self._may_start = False
+            self._changed.wait_for(lambda: not self._num_starting)
+
+    def let_start(self) -> None:
+        """Let engines start again that take a lost one's place; at first they may."""
+        with self._changed:
+            self._may_start = True
+            self._changed.notify_all()
 
     def go_on(self) -> None:
         """Forget what kept an engine from being given its weights, as the policy is another now."""
@@ -317,7 +361,9 @@ class EnginePool:
         return count
 
     def close(self) -> None:
-        self._closing.set()
+        with self._changed:
+            self._closing.set()
+            self._changed.notify_all()
         self._cluster.remember_shared_files()  # an engine may be about to start
         calls = [self._begin(member, lambda engine: engine.close()) for member in self._members if not member.is_lost]
         self._cluster.close("engines: close", calls)
@@ -349,10 +395,10 @@ def _cause(error: Exception) -> str:
     return str(error).splitlines()[-1]
 
 
-def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
+def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: int) -> dict[str, str]:
     return environment(
-        on_gpu=cluster.num_gpus > 0,
-        threads=cluster.threads(rollout.num_engines * rollout.tensor),
+        gpus=seat.gpus,
+        threads=threads,
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
         num_nodes=cluster.num_nodes,

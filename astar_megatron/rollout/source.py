@@ -59,6 +59,7 @@ class Draw:
     def __init__(self, changed: threading.Condition) -> None:
         self.num_asked = self.num_unanswered = 0  # of those asked for, what the engines have not answered
         self._num_scored = 0
+        self._early: dict[int, Rollout] = {}  # by number: what `finished` has looked at
         self._news: queue.SimpleQueue[Pending | Exception | None] = queue.SimpleQueue()
         self._changed = changed
 
@@ -73,14 +74,19 @@ class Draw:
         Whenever the engines have answered something it yields too, with no pairs if none is scored.
         """
         while self._num_scored < self.num_asked:
-            pairs = self._next()
-            try:
-                while not self._news.empty():  # all that is there, or a slow driver would fall behind
-                    pairs += self._next()
-            except Exception as error:
-                self._news.put(error)  # first what has been scored
+            pairs = self._next() + self._there()  # all of it, or a slow driver would fall behind
             self._num_scored += len(pairs)
             yield pairs
+
+    def _there(self) -> Indexed:
+        """Return what is scored and nobody has taken; an error waits for the next to wait."""
+        pairs: Indexed = []
+        try:
+            while not self._news.empty():
+                pairs += self._next()
+        except Exception as error:
+            self._news.put(error)
+        return pairs
 
     def _next(self) -> Indexed:
         news = self._news.get()
@@ -90,11 +96,18 @@ class Draw:
 
     def rollouts(self, advance: Callable[[int], None] = lambda count: None) -> list[Rollout]:
         """Return the scored rollouts in the order of their requests; `advance` hears how many more there are."""
-        by_number: dict[int, Rollout] = {}
+        by_number = self._early
         for pairs in self.scored():
             by_number.update(pairs)
             advance(len(pairs))
         return [by_number[number] for number in range(self.num_asked)]
+
+    def finished(self) -> list[Rollout]:
+        """Return those that are scored by now, in the order of their requests; `rollouts` still returns all."""
+        pairs = self._there()
+        self._num_scored += len(pairs)
+        self._early.update(pairs)
+        return [rollout for _, rollout in sorted(self._early.items())]
 
     def hear(self, news: Pending | Exception | None) -> None:
         """Take what is scored, or the error that ends it all; None: engines have answered. Called by any thread."""

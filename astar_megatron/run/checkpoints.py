@@ -5,18 +5,23 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
+from astar_megatron.data import rollout_files
 from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.files import write_atomic
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.types import Prompt, Rollout
 
 _PROGRESS_FILE = "progress.json"  # model/checkpoint.py writes it
+_IN_FLIGHT_FILE = "in_flight.parquet"
 type _Prompts = PromptStream | PrioritisedPrompts
 _BEFORE_DITHER = {"optim.dither": False}  # of checkpoints that are older than the key
 _AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
@@ -59,7 +64,7 @@ class Checkpoints:
             objective.restore(progress)
             return int(progress["step"])
         except (AttributeError, KeyError, TypeError) as error:
-            raise self._damaged(folder, repr(error)) from error
+            raise self._damaged(folder / _PROGRESS_FILE, repr(error)) from error
 
     def resume(self, policy: PolicyGroup, prompts: _Prompts, objective: Objective) -> int:
         """As `restore`, and the policy too."""
@@ -67,6 +72,16 @@ class Checkpoints:
         if folder is not None:
             policy.load(folder, step)
         return step
+
+    def in_flight(self, prompts: Iterable[Prompt]) -> list[Rollout]:
+        """Return the rollouts of these prompts that the newest checkpoint holds. Raises ValueError for damaged ones."""
+        folder = self.latest
+        if folder is None or not self._progress(folder).get("in_flight"):
+            return []
+        try:
+            return rollout_files.read(folder / _IN_FLIGHT_FILE, {prompt.uid: prompt for prompt in prompts})
+        except (OSError, ValueError) as error:
+            raise self._damaged(folder / _IN_FLIGHT_FILE, str(error)) from error
 
     def changed_settings(self) -> list[str]:
         """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
@@ -101,7 +116,7 @@ class Checkpoints:
         except (OSError, ValueError, AttributeError) as error:
             missing = {f"{type(error).__name__}: {error}"}
         if missing:
-            raise self._damaged(folder, ", ".join(sorted(missing)))
+            raise self._damaged(folder / _PROGRESS_FILE, ", ".join(sorted(missing)))
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
             raise ContractError(
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
@@ -109,22 +124,26 @@ class Checkpoints:
             )
         return progress
 
-    def _damaged(self, folder: Path, reason: str) -> ValueError:
+    def _damaged(self, file: Path, reason: str) -> ValueError:
         return ValueError(
-            f"{folder / _PROGRESS_FILE}: missing or damaged ({reason}); write the name of another step_* folder into "
+            f"{file}: missing or damaged ({reason}); write the name of another step_* folder into "
             f"{self._folder / 'latest'}, or remove {self._folder} to start over"
         )
 
-    def save(self, policy: PolicyGroup, step: int, prompts: dict[str, Any], objective: Objective) -> None:
+    def save(self, policy: PolicyGroup, step: int, batches: TrainingRollouts, objective: Objective) -> None:
         """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few.
 
-        `prompts` is the state of the prompts at which training goes on.
+        Training goes on with `batches`; what engines have drawn ahead is kept too.
         """
         folder = self._folder / f"step_{step:08d}"
         if folder.exists():  # of a run that was set back by hand
             shutil.rmtree(folder)
-        progress = {"step": step, "prompts": prompts, "contract": self._contract.fields()}
-        policy.save(folder, progress | objective.state() | {"settings": self._settings})
+        progress = {"step": step, "prompts": batches.state(), "contract": self._contract.fields()}
+        in_flight = batches.in_flight()
+        own = {"in_flight": len(in_flight), "settings": self._settings}
+        policy.save(folder, progress | objective.state() | own)
+        if in_flight:  # beside what the ranks wrote, before `latest` names the folder
+            rollout_files.write(folder / _IN_FLIGHT_FILE, in_flight)
         write_atomic(self._folder / "latest", folder.name.encode())
         # Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
         earlier = sorted(path for path in self._folder.glob("step_????????") if path.name < folder.name)

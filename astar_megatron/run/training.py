@@ -59,6 +59,7 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
     estimates = stage_1(cfg, inputs) if is_asked else None
     objective = objective_of(cfg, inputs, estimates)
     done = checkpoints.restore(prompt_stream(cfg, inputs, estimates, objective), objective)
+    checkpoints.in_flight(inputs.prompts)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "

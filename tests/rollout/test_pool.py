@@ -4,13 +4,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.placement import Node, Seat
 from astar_megatron.config import RolloutConfig
 from astar_megatron.rollout.pool import EnginePool, Member
+
+SEATS = [Seat(node=Node(address="127.0.0.1", num_gpus=0, id="n"))] * 2
 
 
 class Actor:
@@ -42,11 +46,12 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.log_folder = folder
+        self.reservation = SimpleNamespace(placement=SimpleNamespace(engines=SEATS))
         self.actors: list[Actor] = []
         self.ended: list[Actor] = []
         self.deaths_at_start: dict[int, int] = {}
 
-    def threads(self, actors_on_this_side: int) -> int:
+    def threads(self, seats: Any, workers: int = 1) -> int:
         return 1
 
     def actor(self, kind: str, index: int, cls: type, **_: object) -> Actor:
@@ -184,3 +189,25 @@ def test_weights_that_a_replaced_engine_does_not_hold_end_the_run(cluster: Clust
     wait_for(lambda: pool._error)
     with pytest.raises(ValueError, match=r"does not hold lm_head\.weight"):
         pool.serving()
+
+
+def test_no_engine_starts_while_others_need_the_memory(cluster: Cluster, pool: EnginePool) -> None:
+    pool.hold_back()
+    cluster.actors[0].is_dead = True
+    wait_for(lambda: cluster.ended)
+    time.sleep(0.2)
+    assert len(cluster.actors) == 2 and pool.serving() == [1]
+    may_go_on, starts = threading.Event(), threading.Event()
+
+    def bring(member: Member) -> None:
+        starts.set()
+        may_go_on.wait(60)
+        pool.serve([member])
+
+    pool.bring = bring
+    pool.let_start()
+    starts.wait(60)
+    threading.Timer(0.2, may_go_on.set).start()
+    pool.hold_back()  # waits for the one that starts
+    assert pool.serving() == [0, 1]
+    pool.let_start()

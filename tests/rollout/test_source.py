@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from astar_megatron.config import RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
-from astar_megatron.types import Prompt, Request
+from astar_megatron.types import Prompt, Request, Rollout
 
 PROMPTS = [Prompt(uid=f"u{i}", token_ids=(1, i), text="", answer=str(i)) for i in range(30)]
 
@@ -241,12 +241,13 @@ def training(
     max_staleness: int = 0,
     update: Literal["in_flight", "drain"] = "in_flight",
     group_size: int = 1,
+    drawn: Sequence[Rollout] = (),
 ) -> TrainingRollouts:
     prompts = PromptStream(PROMPTS, 7, 3)
     if state is not None:
         prompts.restore(state)
     rollout = RolloutConfig(max_staleness=max_staleness, update=update)
-    return TrainingRollouts(source, prompts, rollout, 5, versions=range(first, 6), group_size=group_size)
+    return TrainingRollouts(source, prompts, rollout, 5, versions=range(first, 6), group_size=group_size, drawn=drawn)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 9])
@@ -274,6 +275,40 @@ def test_a_resumed_run_asks_for_the_batches_that_were_not_taken(source_of: Any) 
     training(source_of(resumed), batches.state(), first=4, max_staleness=4).take(4, untimed)
     wait_for(lambda: len(resumed.asked) == 2 * 7)
     assert [request.seed for _, request in resumed.asked] == [request.seed for _, request in whole.asked[4 * 7 :]]
+
+
+def test_what_was_drawn_ahead_is_not_drawn_again_by_a_resumed_run(source_of: Any) -> None:
+    whole, resumed = engines(num_engines=2, at_once=2, seconds=0.01), engines()
+    batches = training(source_of(whole), max_staleness=3)
+    for version in range(2):
+        whole.version = version
+        batches.take(version, untimed)
+    state = batches.state()
+    wait_for(lambda: len(whole.answered) >= 2 * 7 + 9)
+    drawn = batches.in_flight()
+    assert 9 <= len(drawn) <= 3 * 7
+    resumed.version = 2
+    again = training(source_of(resumed), state, first=2, max_staleness=3, drawn=drawn)
+    for version in range(2, 6):
+        whole.version = resumed.version = version
+        kept, expected = again.take(version, untimed), batches.take(version, untimed)
+        assert [rollout.seed for rollout in kept] == [rollout.seed for rollout in expected]
+        assert [rollout for rollout in kept if rollout in drawn] == [
+            rollout for rollout in expected if rollout in drawn
+        ]
+    assert not {request.seed for _, request in resumed.asked} & {rollout.seed for rollout in drawn}
+    assert len(resumed.asked) + len(drawn) == 4 * 7
+
+
+def test_what_was_drawn_ahead_by_weights_that_are_too_old_now_is_drawn_again(source_of: Any) -> None:
+    pool, resumed = engines(), engines()
+    batches = training(source_of(pool), max_staleness=3)
+    batches.take(0, untimed)
+    wait_for(lambda: len(batches.in_flight()) == 3 * 7)
+    resumed.version = 1
+    again = training(source_of(resumed), batches.state(), first=1, max_staleness=1, drawn=batches.in_flight())
+    assert {rollout.first_version for rollout in again.take(1, untimed)} == {0}
+    wait_for(lambda: len(resumed.asked) == 7)  # batch 2: version 0 is two behind
 
 
 @pytest.mark.parametrize(("drawn_by", "version", "max_staleness"), [(3, 2, 9), (0, 1, 0), (1, 4, 2)])
