@@ -11,9 +11,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Name = Annotated[str, Field(min_length=1)]
+_LOGIN = re.compile(r"://[^/\s]*@")  # of a URL: what stands there may be a password or a token
+
+
+def _no_login(value: str) -> str:
+    if _LOGIN.search(value):
+        raise PydanticCustomError(
+            "login",
+            "a URL with a login, which logs and checkpoints would keep; leave out all between :// and @, and give the "
+            "password to the program that opens the URL",
+        )
+    return value
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_no_login)]  # a path or an address
 
 
 class Section(BaseModel):
@@ -135,7 +149,7 @@ _FORMER = {
 def explain(problem: Any, keys: Sequence[str]) -> str:
     """Return in a line what pydantic found wrong with a tree, and what would do; `keys` are all there are."""
     path = ".".join(str(part) for part in problem["loc"])
-    got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
+    got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error", "login") else ""
     if path in _FORMER:
         return f"{path}: no such key any more; {_FORMER[path]}"
     if problem["type"] == "extra_forbidden":

@@ -1,8 +1,8 @@
 """The keys of what computes: the policy's ranks, the engines, the weights between them, Ray, checkpoints."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from astar_megatron.config_file import Name, Section
 
@@ -72,15 +72,6 @@ class RolloutConfig(Section):
     """`decode`: captured graphs; `compiled`: torch.compile too, minutes at the start; null: `decode` if on a GPU."""
 
 
-class CheckpointConfig(Section):
-    """Checkpoints of training."""
-
-    interval: int = Field(default=50, ge=1)
-    """[steps] Between checkpoints; the last step is always saved."""
-    keep: int = Field(default=2, ge=1)
-    """[checkpoints] How many of the newest are kept."""
-
-
 class ConversionConfig(Section):
     """How weights move from the policy to the engines."""
 
@@ -101,3 +92,23 @@ class ClusterConfig(Section):
     """[seconds] How long the engines may take to start, and the policy."""
     call_timeout_seconds: float = Field(default=3600.0, gt=0.0)
     """[seconds] How long anything else may take that ranks or engines are asked for, such as a step of training."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of training."""
+
+    interval: int = Field(default=50, ge=1)
+    """[steps] Between checkpoints; the last step is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """[checkpoints] How many of the newest are kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """[steps] Checkpoints after a multiple of so many steps are kept for ever; null: none."""
+
+    @model_validator(mode="after")
+    def _kept_are_written(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.interval:
+            raise ValueError(
+                f"checkpoint.keep_every: {self.keep_every} is no multiple of checkpoint.interval, {self.interval}, "
+                "after which there are checkpoints to keep; make it one"
+            )
+        return self

@@ -54,18 +54,22 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     first = checkpoints.resume(fleet.policy, prompts, objective)
+    if words := checkpoints.unverified:
+        tracker.say(words)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
     record = record_of(cfg, inputs.model, tracker, first, int(estimates.tokens.sum()) if estimates else 0)
     spending = record.spending
-    versions = range(first, cfg.train.num_steps)
-    with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
+    with (
+        checkpoints.saves(fleet.policy, tracker.say) as saves,
+        RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
+    ):
         batches = TrainingRollouts(
             source,
             prompts,
             cfg.rollout,
             cfg.seed,
-            versions=versions,
+            versions=range(first, cfg.train.num_steps),
             group_size=cfg.group_size,
             drawn=checkpoints.in_flight(inputs.prompts),
         )
@@ -82,15 +86,20 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 stats = fleet.policy.step(batch, objective.loss, options)
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             objective.learn(rollouts, health)
-            seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
+            seconds = clock.stop() | {"engines_idle": source.idle_seconds(), "checkpoint": saves.seconds()}
             replaced = {"engines_replaced": fleet.engines.num_replaced()}
             record.add(rollouts, batch, stats, health, seconds, evaluated | replaced)
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
-                checkpoints.save(fleet.policy, step + 1, batches, objective)
+                saves.begin(step + 1, batches, objective)
+            saves.poll()
         for words in spending.reached:
             tracker.say(words)
         with fleet.generating(spending.done, Clock()):
             _evaluate(cfg, inputs, fleet, tracker, spending.done, Clock(), is_last=True)
+        _export(cfg, fleet, tracker)
+
+
+def _export(cfg: RunConfig, fleet: Fleet, tracker: Tracker) -> None:
     fleet.export(cfg.export_dir)
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32

@@ -28,6 +28,7 @@ KEYS = {
     "data.date": None,
     "reward.name": REQUIRED,
     "reward.timeout_seconds": 10.0,
+    "reward.memory_gib": 4.0,
     "reward.max_failures": 100,
     "sampling.temperature": 1.0,
     "sampling.top_p": 1.0,
@@ -120,6 +121,7 @@ KEYS = {
     "cluster.call_timeout_seconds": 3600.0,
     "checkpoint.interval": 50,
     "checkpoint.keep": 2,
+    "checkpoint.keep_every": None,
     "eval.interval": None,
     "eval.benchmarks": [],
     "eval.folder": None,
@@ -231,6 +233,14 @@ def test_a_wrong_value_is_refused_with_its_path_and_what_was_given(tmp_path: Pat
     assert message.startswith(f"{path}: ")
     assert ", got " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", ["data.path", "model.path", "cluster.address"])
+def test_a_url_with_a_password_is_refused_without_saying_it(tmp_path: Path, key: str) -> None:
+    for url in ("s3://me:hunter2@host/x.jsonl", "ray://hunter2@host:10001"):
+        message = refusal(tmp_path, f"{key}={url}")
+        assert message.startswith(f"{key}: a URL with a login") and "hunter2" not in message
+    assert load(tmp_path, f"{key}=hf://datasets/x@main/y").run_dir
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from astar_megatron.types import Prompt
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "astar_megatron", "conversion", "examples", "tests", "slurm")
 GUIDES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDERS)]
-PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "examples/BFLOAT16.md"]
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "examples/BFLOAT16.md"]
 SYSTEM, CONVERSION, CONFIGS = (ROOT / folder / "README.md" for folder in ("astar_megatron", "conversion", "configs"))
 MODEL = "runs/models/smollm2-135m-instruct"
 

@@ -15,9 +15,10 @@ from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
+from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
-from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats
 from conversion.transfer.route import Place, Route
 
 if TYPE_CHECKING:
@@ -156,8 +157,23 @@ class PolicyGroup:
         """Return the digests of the rows of one part that `rank` publishes."""
         return self._ask(rank, lambda rank: rank.digest_rows(index))
 
-    def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        self._all(lambda rank: rank.save(str(folder.resolve()), progress))
+    def begin_save(self, folder: Path) -> dict[str, Any]:
+        """Begin to write a checkpoint of the policy as it is to an empty folder; training may go on at once.
+
+        Returns what its progress.json has to hold for `load`. Raises StorageError; then nothing is written.
+        """
+        return self._all(lambda rank: rank.begin_save(str(folder.resolve())))[0]
+
+    def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
+        """Return how far each rank is with it; ClusterError where one does not answer in time."""
+        return self._all(lambda rank: rank.save_state(), timeout_seconds)
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        """Complete the folder, which all ranks have written to, and return the digests of their files.
+
+        Raises StorageError.
+        """
+        return {name: digest for part in self._all(lambda rank: rank.finish_save()) for name, digest in part.items()}
 
     def load(self, folder: Path, version: int) -> None:
         self._all(lambda rank: rank.load(str(folder.resolve()), version))

@@ -34,7 +34,7 @@ def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
     if not Path(model_path).is_dir():
         raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
     try:
-        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True)
+        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True, trust_remote_code=False)
     except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
         raise TokenizerError(
             f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "

@@ -258,6 +258,12 @@ def stay_on_loopback() -> None:
     os.environ.update(_LOOPBACK)
 
 
+def read_no_code() -> None:
+    """Make torch.load in this process take plain data only, whatever its caller says, as torch's checkpoints do."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+
 def resolve_dtype(name: Literal["auto", "bfloat16", "float32"], num_gpus: int) -> tuple[torch.dtype, str]:
     """Return the compute type of policy, reference and engines, with the reason in words.
 

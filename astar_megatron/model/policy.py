@@ -23,6 +23,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.config import Offload, OptimConfig, ParallelConfig, Recompute
+from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
@@ -42,8 +43,9 @@ from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
 from astar_megatron.model.parking import Parking, gradient_buffers, optimizer_tensors
 from astar_megatron.model.reference import Reference
+from astar_megatron.model.saving import Saving
 from astar_megatron.model.step import Learner
-from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
@@ -91,6 +93,8 @@ class PolicyRank:
         self._num_exports = 0
         self._sender: Sender | None = None
         self._holdings: Holdings | None = None
+        self._saving: Saving | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def listen(self, host: str) -> int:
         """Open the rendezvous of all ranks on a free port of `host` and return the port. Rank 0 only."""
@@ -262,13 +266,34 @@ class PolicyRank:
             raise AssertionError("digest_rows before open_publish")
         return self._holdings.rows(index)
 
-    def save(self, folder: str, progress: dict[str, Any]) -> None:
-        """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
+    def begin_save(self, folder: str) -> dict[str, Any]:
+        """Begin to write everything that training needs to go on exactly to an empty folder; collective.
+
+        Returns what `load` needs to find in its progress.json. Raises StorageError on all ranks.
+        """
         parts = self._chunks, self._optimizer, self._schedule, self._reference, self._critic
-        checkpoint.save(Path(folder), *parts, progress, self._path)
+        self._saving = checkpoint.begin_save(Path(folder), *parts, self._writer)
+        return checkpoint.described(self._reference)
+
+    def save_state(self) -> SaveState:
+        """Return how far this rank is with the checkpoint that was begun last."""
+        if self._saving is None:
+            raise AssertionError("save_state before begin_save")
+        return self._saving.state()
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        """Make the folder a checkpoint that Megatron and `astar convert` read; collective, all ranks have written.
+
+        Returns the digests of the files that this rank wrote before. Raises StorageError on rank 0.
+        """
+        if self._saving is None:
+            raise AssertionError("finish_save before begin_save")
+        digests = self._saving.finish(Path(self._path))
+        self._saving = None
+        return digests
 
     def load(self, folder: str, version: int) -> None:
-        """Restore what `save` wrote after `version` batches, in any layout; collective."""
+        """Restore what was saved after `version` batches, in any layout; collective."""
         checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule, self._reference, self._critic)
         self._version = version
 

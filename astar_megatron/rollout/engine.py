@@ -266,6 +266,7 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         # Not "auto": a consolidated*.safetensors or a params.json of Mistral's would be taken instead of ours.
         "load_format": "safetensors",
         "config_format": "hf",
+        "trust_remote_code": False,  # no code from the model's folder runs
         "dtype": options.dtype,
         "seed": options.seed,
         "max_model_len": options.max_tokens,
@@ -338,7 +339,7 @@ def environment(
     Its workers see the `gpus` of these names. Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be
     short.
     """
-    common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    common = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if num_nodes == 1:  # loopback: no name of an interface that is not there, no address that changes
         common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     if socket_folder:

@@ -1,19 +1,23 @@
-"""What policy and engines take of the GPUs that they share, and whether it fits.
+"""What policy and engines take of the GPUs that they share by turns, and whether it fits.
 
-An engine takes `rollout.gpu_memory_utilization` of each of its GPUs when it starts, for weights, cache and graphs.
-Ranks start when the engines are ready (vLLM measures what is free, and a process that takes or gives memory meanwhile
-spoils the figure), and their allocator may take the rest, but for what the processes' own contexts need. What a rank
-will take about, with P its parameters (those of the model over tensor * pipeline), R replicas, c bytes a number of the
-compute type, a micro-batch of T tokens (over tensor * context), L layers of hidden size H and MLP width F (of the
-experts a token goes to):
+An engine takes `rollout.gpu_memory_utilization` of each of its GPUs when it starts, for weights, cache and graphs, and
+gives that back while the policy steps. A rank's allocator may then take what the processes' own contexts leave. Before
+engines wake it gives back what `train.offload` names, and what it keeps must fit beside an engine. What a rank takes
+about, with P its parameters (those of the model over tensor * pipeline), R replicas, c bytes a number of the compute
+type, a micro-batch of T tokens (over tensor * context), L layers of hidden size H and MLP width F (of the experts a
+token goes to):
 
-    weights     (c + 4) * P          and fp32 gradients
-              + 8 * P / R            Adam's two moments, not with optim.offload
-              + 4 * P / R if c = 2   fp32 master weights, not with optim.offload
-              + c * P                the reference, not with model.reference=offload
+    weights     c * P                kept while engines generate, and with `train.offload`
+    gradients   4 * P                fp32; kept unless it is all
+    optimiser   8 * P / R            Adam's two moments, and with c = 2 master weights, 4 * P / R; none with
+                                     optim.offload; kept unless it is optimizer or all
+    reference   c * P                none with model.reference=offload; kept unless it is all
     activations T * L * c * (7 H + 3 F)    inputs of norms, products and attention; with parallel.recompute=full
                 T * c * (L * H + 7 H + 3 F)    the layers' inputs, and one layer's
-    head        2 GiB                kernels' workspaces, a group of logits
+    head        2 GiB                kernels' workspaces, a group of logits; as activations kept if it is none
+
+A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
+all.
 
 Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again.
 
@@ -22,7 +26,7 @@ Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
 
 from dataclasses import dataclass
 
-from astar_megatron.config import RunConfig
+from astar_megatron.config import Offload, RunConfig
 from astar_megatron.run.resources import GIB, ResourceError, gib
 from conversion.families import Model
 
@@ -31,13 +35,41 @@ HEAD_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankBytes:
+    """What a rank takes, by the formula above; `critic` are its weights, what it learns with is with the policy's."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    critic: int
+    step: int  # activations and head
+
+    @property
+    def most(self) -> int:
+        """While it steps."""
+        return self.weights + self.gradients + self.optimizer + self.reference + self.critic + self.step
+
+    def kept(self, offload: Offload) -> int:
+        """While engines generate."""
+        given = {
+            "none": 0,
+            "cache": self.step,
+            "optimizer": self.step + self.optimizer,
+            "all": self.most - self.weights,
+        }
+        return self.most - given[offload]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Bytes of a shared GPU: what there is, what the engine takes, what the rank may take and about will."""
+    """Bytes of a shared GPU: what there is, what an engine takes when it is awake, what a rank takes and keeps."""
 
     total: int
     engine: int
-    policy: int
+    policy: int  # that a rank may take while engines sleep
     policy_needs: int
+    policy_keeps: int  # while they generate
     engine_needs: int  # at the least: its weights, and the cache of one longest sequence
 
     @property
@@ -47,9 +79,9 @@ class Shares:
     def describe(self) -> str:
         """Return who gets what, in one line."""
         return (
-            f"of a shared GPU's {gib(self.total)} the engine takes {gib(self.engine)} "
-            f"(rollout.gpu_memory_utilization), a policy rank at most {gib(self.policy)}, of which it needs about "
-            f"{gib(self.policy_needs)}"
+            f"of a shared GPU's {gib(self.total)} the engine takes {gib(self.engine)} while it generates "
+            f"(rollout.gpu_memory_utilization), and a policy rank keeps about {gib(self.policy_keeps)}; while it steps "
+            f"it takes about {gib(self.policy_needs)} of at most {gib(self.policy)}"
         )
 
 
@@ -58,36 +90,39 @@ def shares_of(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
 
     Raises ResourceError where a share is too small, naming the figures and what to change.
     """
-    engine = int(gpu_bytes * cfg.rollout.gpu_memory_utilization)
+    rank = rank_bytes(cfg, model)
     shares = Shares(
         total=gpu_bytes,
-        engine=engine,
-        policy=gpu_bytes - engine - CONTEXT_BYTES,
-        policy_needs=policy_needs(cfg, model),
+        engine=int(gpu_bytes * cfg.rollout.gpu_memory_utilization),
+        policy=gpu_bytes - CONTEXT_BYTES,
+        policy_needs=rank.most,
+        policy_keeps=rank.kept(cfg.train.offload),
         engine_needs=engine_needs(cfg, model),
     )
     _check(shares, cfg)
     return shares
 
 
-def policy_needs(cfg: RunConfig, model: Model) -> int:
-    """Return about how many bytes a rank takes, by the formula above."""
+def rank_bytes(cfg: RunConfig, model: Model) -> RankBytes:
+    """Return about how many bytes a rank takes."""
     size, dims, parallel = _number_bytes(cfg), model.dims, cfg.parallel
     parameters = model.num_parameters() // (parallel.tensor * parallel.pipeline)
-    weights = (size + 4) * parameters
-    if not cfg.optim.offload:
-        weights += (12 if size == 2 else 8) * parameters // parallel.replicas
-    if cfg.critic_lr is not None:  # a second model that learns, in the same way
-        weights *= 2
-    if cfg.model.reference == "resident":
-        weights += size * parameters
+    learners = 1 if cfg.critic_lr is None else 2
+    optimizer = 0 if cfg.optim.offload else (12 if size == 2 else 8) * parameters // parallel.replicas
     width = dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
     layer = 7 * dims.hidden_size + 3 * width  # numbers a token
     kept = dims.num_layers * layer
     if parallel.recompute == "full":
         kept = dims.num_layers * dims.hidden_size + layer
     tokens = max(cfg.train.micro_batch_tokens, cfg.max_tokens)
-    return weights + tokens * size * kept // (parallel.tensor * parallel.context) + HEAD_BYTES
+    return RankBytes(
+        weights=size * parameters,
+        gradients=learners * 4 * parameters,
+        optimizer=learners * optimizer,
+        reference=size * parameters if cfg.model.reference == "resident" else 0,
+        critic=(learners - 1) * size * parameters,
+        step=tokens * size * kept // (parallel.tensor * parallel.context) + HEAD_BYTES,
+    )
 
 
 def engine_needs(cfg: RunConfig, model: Model) -> int:
@@ -106,10 +141,16 @@ def _check(shares: Shares, cfg: RunConfig) -> None:
         )
     if shares.policy_needs > shares.policy:
         raise ResourceError(
-            f"memory of a shared GPU: a policy rank needs about {gib(shares.policy_needs)}, and the engine leaves it "
-            f"{gib(max(0, shares.policy))} of {gib(shares.total)} (rollout.gpu_memory_utilization="
-            f"{cfg.rollout.gpu_memory_utilization}); lower that, train.micro_batch_tokens, set "
-            "parallel.recompute=full, model.reference=offload or optim.offload=true, or take more GPUs"
+            f"memory of a shared GPU: a policy rank needs about {gib(shares.policy_needs)} to step, and may take "
+            f"{gib(max(0, shares.policy))} of {gib(shares.total)} while engines sleep; lower train.micro_batch_tokens, "
+            "set parallel.recompute=full, model.reference=offload or optim.offload=true, or take more GPUs"
+        )
+    if shares.engine + shares.policy_keeps > shares.policy:
+        raise ResourceError(
+            f"memory of a shared GPU: a policy rank keeps about {gib(shares.policy_keeps)} while the engine, with "
+            f"{gib(shares.engine)} (rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization}), generates, "
+            f"and both may take {gib(max(0, shares.policy))} of {gib(shares.total)}; set train.offload=optimizer or "
+            f"all (it is {cfg.train.offload}), or lower rollout.gpu_memory_utilization"
         )
 
 

@@ -157,5 +157,7 @@ def _transformers_model(folder: Path, dtype: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder, return_dict=True, torchscript=False)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="eager").eval()
+    config = AutoConfig.from_pretrained(folder, return_dict=True, torchscript=False, trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    ).eval()

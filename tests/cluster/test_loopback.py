@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from sockets import LOOPBACK, listening, members
 
 PROGRAM = """
 import multiprocessing, signal, sys, time
+import ray
+from ray._private.worker import global_worker
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import ClusterConfig
 def stop(number, frame): raise SystemExit(7)
@@ -24,45 +27,17 @@ class Worker:
 with Cluster(ClusterConfig()) as cluster:
     worker = cluster.actor("worker", 0, Worker, env={})
     print(cluster.wait("worker", [worker.answer.remote()], 120), flush=True)
+    print(ray.get_runtime_context().gcs_address, global_worker.node.webui_url or "no dashboard", flush=True)
     time.sleep(600)
 """
-LISTENS = "0A"  # a state in /proc/net/tcp
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-
-
-def members(session: int) -> set[int]:
-    """The processes of a session of the kernel's, with all that they started, also in sessions of their own."""
-    parents, pids = {}, set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        if int(fields[3]) == session:
-            pids.add(int(folder.name))
-    while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
-        pids |= more
-    return pids
-
-
-def listening(pids: set[int]) -> dict[str, int]:
-    """The local addresses (hexadecimal, without the port) on which these processes listen, and how often."""
-    inodes = set()
-    for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                inodes.add(str(descriptor.readlink()))
-            except OSError:
-                continue
-    counts: dict[str, int] = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == LISTENS and f"socket:[{fields[9]}]" in inodes:
-                address = fields[1].partition(":")[0]
-                counts[address] = counts.get(address, 0) + 1
-    return counts
+JOIN = """
+import sys
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import ClusterConfig
+with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
+    print(cluster.num_nodes)
+"""
+TOKEN = "5ec2e7" * 10 + "abcd"
 
 
 @pytest.mark.slow
@@ -87,6 +62,33 @@ def test_a_local_session_listens_on_loopback_only_and_sigterm_leaves_nothing_of_
         time.sleep(0.1)
     assert not left
     assert not list(Path("/tmp").glob(f"astar-*/session_*_{driver.pid}"))
+
+
+@pytest.mark.slow
+def test_a_local_session_has_no_dashboard_shows_its_token_to_nobody_and_admits_nobody_without_it() -> None:
+    def joining(address: str, **token: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", JOIN, address]
+        return subprocess.run(command, env=environment | token, capture_output=True, text=True, timeout=300)
+
+    environment = os.environ | {"HOME": "/proc/nowhere"}
+    command = [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment | {"RAY_AUTH_TOKEN": TOKEN}
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "[42]\n"
+        address, _, dashboard = driver.stdout.readline().strip().partition(" ")
+        assert dashboard == "no dashboard"
+        for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN[::-1]}):
+            stranger = joining(address, **token)
+            assert stranger.returncode and "it wants its token" in stranger.stderr, stranger
+        assert joining(address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN).stdout == "1\n"
+        (session,) = Path("/tmp").glob(f"astar-*/session_*_{driver.pid}")
+        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(driver.pid)]
+        files = [path.read_bytes() for path in session.parent.rglob("*") if path.is_file()]
+        assert len(commands) >= 4 and len(files) >= 4
+        assert not any(TOKEN.encode() in data for data in (*commands, *files))
+        driver.send_signal(signal.SIGTERM)
 
 
 def alive(pid: int) -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ranks import save_checkpoint
+
 
 @dataclass(frozen=True)
 class Run:
@@ -79,7 +81,7 @@ def trained(
             stats.append(policy.step(batch, loss, options))
             digests.append(_digest(policy))
         if run.save:
-            policy.save(run.save, {"step": len(run.batches)})
+            save_checkpoint(policy, run.save)
         return Trained(stats, digests, *_moved(before, policy.weights()), reason)
     finally:
         policy.close()

@@ -37,7 +37,7 @@ class Fault:
 
 
 # Name: how many engines, and what happens. With one engine each step waits for its replacement. Of the ranks: before
-# there is a checkpoint, which comes every second step, and twice after.
+# there is a checkpoint, which comes every second step, and twice after. By turns policy and engine share memory.
 CASES = {
     "engine": (
         1,
@@ -59,6 +59,15 @@ CASES = {
             Fault(step=1, moment="training", process="rank"),
             Fault(step=3, moment="generation", process="rank"),
             Fault(step=4, moment="update", process="rank"),
+        ],
+    ),
+    "by turns": (
+        1,
+        [
+            Fault(step=1, moment="generation", process="core"),
+            Fault(step=2, moment="generation", process="rank"),
+            Fault(step=3, moment="training", process="core"),
+            Fault(step=4, moment="training", process="rank"),
         ],
     ),
 }
@@ -131,13 +140,16 @@ def test_a_run_in_which_something_dies_ends_with_the_numbers_of_a_whole_one(
     tree["train"] |= {"num_steps": 5, "micro_batch_tokens": 300}
     tree["rollout"] |= {"num_engines": num_engines, "max_num_seqs": 2, "heartbeat_seconds": 120.0}
     tree |= {"conversion": {"bucket_bytes": 4096}, "cluster": {"threads": 1, "start_timeout_seconds": 1200.0}}
+    tree["cluster"] |= {"share_gpus": True} if case == "by turns" else {}
     del tree["eval"]
     lines, weights = run(tree, tmp_path / "killed", faults)
     whole, same = run(tree, tmp_path / "whole", [])
     assert [line | MEASURED for line in lines] == [line | MEASURED for line in whole]
     assert weights == same
     num_engines_killed = sum(fault.process != "rank" for fault in faults)
-    assert sum(line["engines_replaced"] for line in lines) == num_engines_killed
+    num_replaced = sum(line["engines_replaced"] for line in lines)
+    assert num_replaced <= num_engines_killed
+    assert num_replaced == num_engines_killed or num_engines > 1  # the last may be on its way when the others are done
     assert sum(line["engines_replaced"] for line in whole) == 0
 
 
