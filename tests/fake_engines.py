@@ -78,7 +78,7 @@ class FakeEngines:
 
     def forget(self, streams: Sequence[int]) -> None:
         for stream in streams:
-            del self._streams[stream]
+            self._streams.pop(stream, None)
 
     def _respond(self, version: int, tag: int, request: Request) -> Response:
         token_ids, truncated = self._answer(request)

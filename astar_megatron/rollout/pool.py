@@ -38,9 +38,7 @@ class Member:
         self.index, self.actor, self.log = index, actor, log
         self.starting = actor.start.remote()
         self.num_ends = num_ends  # of those before it, without an answer in between
-        self.runs = self.serves = self.is_lost = (
-            False  # it has started; it has the weights to draw with; it is replaced
-        )
+        self.runs = self.serves = self.is_lost = False  # has started; has the weights to draw with; is being replaced
 
 
 class EnginePool:
@@ -138,8 +136,6 @@ class EnginePool:
         self._cluster.remember_processes(member.actor)
         member.runs = True
 
-    # --- drawing
-
     def serving(self) -> list[int]:
         """Return the engines that may be asked for something now. Raises what keeps one from being replaced."""
         if self._error is not None:
@@ -181,8 +177,6 @@ class EnginePool:
         """Hear that nobody waits for these any more."""
         for stream in streams:
             self._streams.pop(stream, None)
-
-    # --- weights
 
     def running(self) -> list[Member]:
         """Return the engines that can be given weights now."""
@@ -257,11 +251,8 @@ class EnginePool:
 
     def digest_rows(self, member: Member, worker: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that a worker holds."""
-        return self._cluster.wait("engines: digest_rows", [self._begin(member, lambda e: e.digest_rows(index))])[0][
-            worker
-        ]
-
-    # --- life and death
+        call = self._begin(member, lambda engine: engine.digest_rows(index))
+        return self._cluster.wait("engines: digest_rows", [call])[0][worker]
 
     def _watch(self) -> None:
         """Thread: ask every engine twice in `rollout.heartbeat_seconds` whether it is well; replace one that is not."""
@@ -370,9 +361,8 @@ class EnginePool:
 
     def _all[T](self, members: Sequence[Member], call: Callable[[Engine], Awaitable[T]]) -> dict[Member, T]:
         """Make the call on engines at once and return the answers; one that is lost has none."""
-        return self._answers(
-            f"engines: {Call.of(call).method}", {member: self._begin(member, call) for member in members}
-        )
+        calls = {member: self._begin(member, call) for member in members}
+        return self._answers(f"engines: {Call.of(call).method}", calls)
 
     def _answers(self, action: str, calls: Mapping[Member, Any]) -> dict[Member, Any]:
         answers = {}
