@@ -4,6 +4,7 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint.
 """
 
+from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.config import RunConfig
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.rollout.source import RolloutSource
@@ -33,7 +34,18 @@ def main(cfg: RunConfig) -> None:
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with Fleet(cfg, inputs.model, tracker) as fleet:
-        train(cfg, inputs, estimates, fleet, tracker)
+        train_whatever_dies(cfg, inputs, estimates, fleet, tracker)
+
+
+def train_whatever_dies(
+    cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker
+) -> None:
+    """As `train`, which begins again at the newest checkpoint when a rank has died."""
+    while True:
+        try:
+            return train(cfg, inputs, estimates, fleet, tracker)
+        except ActorLost as error:
+            fleet.restart_policy(error)
 
 
 def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker) -> None:
@@ -75,7 +87,8 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             objective.learn(rollouts, health)
             seconds = clock.stop() | {"engines_idle": source.idle_seconds(), "checkpoint": saves.seconds()}
-            record.add(rollouts, batch, stats, health, seconds, evaluated)
+            replaced = {"engines_replaced": fleet.engines.num_replaced()}
+            record.add(rollouts, batch, stats, health, seconds, evaluated | replaced)
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
                 saves.begin(step + 1, batches, objective)
             saves.poll()

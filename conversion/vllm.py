@@ -21,6 +21,8 @@ packing, 17.6 with it, 0.33 for packing again (least of 5 alternating rounds). I
 second time.
 """
 
+import faulthandler
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -385,7 +387,8 @@ def _stale_experts(module: nn.Module) -> list[Fault]:
 
 
 def _register() -> None:
-    """Registers the backend and what becomes of plain weights, once per process."""
+    """Registers the backend and what becomes of plain weights, once per process; SIGUSR2 shows the process's stacks."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, TilesEngine)
     if current_platform.is_cpu():

@@ -72,3 +72,13 @@ def test_an_engine_may_take_its_time() -> None:
             return super().responses(streams, seconds)
 
     assert check_decoding(Late(lambda request: ((53,), True)), Policy("float32", 0.0), 1, 131, 64) == 0.0
+
+
+def test_an_engine_that_is_not_there_is_looked_at_another_time(engines: FakeEngines) -> None:
+    engines.end(1)
+    assert check_decoding(engines, Policy("float32", 5e-4), 4, 131, 64) is None
+    assert [engine for engine, _ in engines.asked] == [0, 2]
+    with pytest.raises(StaleEngine, match="engine 2 holds them"):
+        check_decoding(engines, Policy("float32", 5e-3), 4, 131, 64)
+    engines.join(1)
+    assert check_decoding(engines, Policy("float32", 5e-4), 4, 131, 64) == pytest.approx(5e-4)

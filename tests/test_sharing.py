@@ -14,7 +14,7 @@ class Sides:
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.kept, self.returned = [3 * GIB, 4 * GIB], [7 * GIB, 8 * GIB, 9 * GIB]
+        self.kept, self.returned = [3 * GIB, 4 * GIB], {0: 7 * GIB, 1: 8 * GIB, 2: 9 * GIB}
 
     def release(self, offload: Any) -> list[tuple[int, int]]:
         self.done.append(f"release {offload}")
@@ -23,7 +23,10 @@ class Sides:
     def resume(self) -> None:
         self.done.append("resume")
 
-    def sleep(self) -> list[int]:
+    def restart(self) -> None:
+        self.done.append("restart")
+
+    def sleep(self) -> dict[int, int]:
         self.done.append("sleep")
         return self.returned
 
@@ -80,3 +83,24 @@ def test_a_residue_that_grows_ends_the_run_and_names_who_holds_it(
     sides.done.clear()
     with pytest.raises(ClusterError, match=f"memory of shared GPUs: {words}"):
         a_step(own)
+
+
+def test_ranks_that_take_the_place_of_dead_ones_start_while_engines_sleep(sides: Sides) -> None:
+    own = turns(sides)
+    for begin in (lambda: None, own.begin_publishing, own.begin_generating, own.begin_training):
+        begin()
+        sides.done.clear()
+        own.restart_policy()
+        assert sides.done == (["sleep"] * (begin == own.begin_generating) + ["restart"])
+        sides.done.clear()
+        own.begin_publishing()
+        assert sides.done == ["release optimizer", "wake weights"]
+
+
+def test_an_engine_that_is_being_replaced_gives_nothing_back(sides: Sides) -> None:
+    own = turns(sides)
+    own.begin_publishing()
+    own.begin_generating()
+    del sides.returned[1]
+    own.begin_training()
+    assert sides.done[-2:] == ["sleep", "resume"]

@@ -3,7 +3,7 @@
 A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
 network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
 
-Leaves out the replacement of dead actors.
+Leaves out what several nodes need to end an actor that hangs on another one.
 """
 
 import contextlib
@@ -31,8 +31,10 @@ from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Placement, Seat
+from astar_megatron.cluster.processes import Processes, kill, tree
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder
+from astar_megatron.cluster.stacks import where
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
@@ -53,6 +55,7 @@ class Cluster:
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
+        self._processes: dict[str, Processes] = {}  # of actors, by Ray's id
         self._memory_kills = 0
         self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
         self._reservation: Reservation | None = None
@@ -108,15 +111,36 @@ class Cluster:
             raise unanswered(address, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for *_, actor in self._actors.values():
+        for *_, actor in list(self._actors.values()):
             with contextlib.suppress(RayActorError):
                 ray.kill(actor)
         self._actors.clear()
         self._ends.__exit__(kind, error, tb)
+        for processes in self._processes.values():
+            kill(processes)  # what hangs, and was started by an actor: Ray ends only what listens
 
     def remember_shared_files(self) -> None:
         """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
         self._folder.remember(os.getpid())
+
+    def remember_processes(self, actor: Any) -> None:
+        """Note which processes an actor has, to end them all when it is ended, or has been."""
+        self._processes[actor._actor_id.hex()] = tree(self._pid(actor._actor_id.hex()))
+
+    def end(self, actor: Any) -> None:
+        """End an actor and all that it has started on this machine, although they hang or their parent is dead."""
+        name = actor._actor_id.hex()
+        processes = self._processes.pop(name, None) or tree(self._pid(name))
+        with contextlib.suppress(RayActorError):
+            ray.kill(actor)
+        kill(processes)
+
+    @staticmethod
+    def _pid(actor: str) -> int | None:
+        """The process of an actor, by Ray's id of it; None on another machine, or before there is one."""
+        facts = state.actors(actor)
+        is_here = facts.get("Address", {}).get("NodeID") == ray.get_runtime_context().get_node_id()
+        return facts.get("Pid") or None if is_here and facts.get("State") != "DEAD" else None
 
     @property
     def num_nodes(self) -> int:
@@ -203,15 +227,16 @@ class Cluster:
     def wait(self, action: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
         """Return the results of actor calls; raises ClusterError that says which `action` failed, whose, and why.
 
-        The first failure ends the wait: the other ranks may hang in a collective that can't complete any more.
+        The first failure ends the wait: the other ranks may hang in a collective that can't complete any more. Without
+        `timeout_seconds` an answer may take cluster.call_timeout_seconds.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        pending = list(references)
+        key = "call_timeout_seconds" if timeout_seconds is None else "start_timeout_seconds"
+        seconds = timeout_seconds or self._cfg.call_timeout_seconds
+        deadline, pending = time.monotonic() + seconds, list(references)
         while pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, pending = ray.wait(pending, timeout=left)
+            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                raise self._late(action, pending, timeout_seconds or 0.0)
+                raise self._late(action, pending, seconds, f"cluster.{key}")
             try:
                 ray.get(done)
             except (RayTaskError, *_ENDS) as error:
@@ -242,14 +267,20 @@ class Cluster:
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
 
-    def _late(self, action: str, pending: Sequence[Any], seconds: float) -> ClusterError:
-        """What to raise where there was no answer in time, with the last error of each that did not answer."""
-        outputs = [self._outputs(reference) for reference in pending]
-        causes = [f"\n{kind} {index}: {cause}" for (kind, index), files in outputs if (cause := cause_in(files))]
-        return ClusterError(
-            f"{action}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The "
-            f"output of its processes lies in {_log_folder()}{''.join(causes)}"
+    def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> ActorLost:
+        """What to raise where there was no answer in time: by the last error of each that did not, and where it is."""
+        lines = []
+        for reference in pending:
+            (kind, index), outputs = self._outputs(reference)
+            place = where(tree(self._pid(reference.task_id().actor_id().hex())), outputs)
+            words = [f"no answer in {seconds:.0f} s", *filter(None, [place, cause_in(outputs)])]
+            lines.append(f"\n{kind} {index}: {'; '.join(words)}")
+        (kind, index), _ = self._outputs(pending[0])
+        message = (
+            f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
+            f"the stacks of all threads, lies in {_log_folder()}{''.join(lines)}"
         )
+        return ActorLost(message, kind=kind, index=index)
 
     def _outputs(self, reference: Any) -> tuple[tuple[str, int], list[Path]]:
         """The actor that a call was made on, by kind and index, and the files of its output, what it logged first."""

@@ -27,7 +27,8 @@ _LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit sta
 # Errors that only point to another, or that follow from it.
 _SECONDARY = re.compile(
     r"root cause|stack trace|background process|EngineDeadError|CancelledError|BrokenPipeError|ConnectionResetError"
-    r"|ContextTerminated|Engine core initialization failed|ActorDiedError|KeyboardInterrupt|SystemExit|^EOFError$"
+    r"|ContextTerminated|RuntimeError: cancelled$|Engine core initialization failed|ActorDiedError|KeyboardInterrupt"
+    r"|SystemExit|^EOFError$"
 )
 _MEANINGS: dict[int, str] = {
     signal.SIGKILL: " (so ends the kernel a process for memory)",

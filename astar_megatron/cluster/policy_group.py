@@ -4,13 +4,16 @@ The ranks' class is named, not imported: the driver needs neither megatron nor i
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
 from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
@@ -28,6 +31,7 @@ class _RankActor:
     """Forwards calls to a rank object that is built in the actor's own thread, where the CPU shim must be installed."""
 
     def __init__(self, **init: Any) -> None:
+        show_on_signal()
         module, name = _RANK_CLASS
         self._rank = getattr(importlib.import_module(module), name)(**init)
 
@@ -61,10 +65,12 @@ class PolicyGroup:
         # Transformer Engine's layers hold the norms inside their linears.
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
+        self._calling = threading.Lock()  # every rank must hear the calls of several threads in the same order
         placement = cluster.reservation.placement
         threads = cluster.threads(placement.ranks)
-        self._ranks = [
-            cluster.actor(
+        self._make_rank = [
+            partial(
+                cluster.actor,
                 "policy rank",
                 rank,
                 _RankActor,
@@ -89,6 +95,7 @@ class PolicyGroup:
             )
             for rank, seat in enumerate(placement.ranks)
         ]
+        self._ranks = [make() for make in self._make_rank]
 
     def start(self) -> str:
         """Build and load all ranks; returns in words what they run on."""
@@ -96,7 +103,17 @@ class PolicyGroup:
         timeout = self._cluster.timeout_seconds
         port = self._ask(0, lambda rank: rank.listen(host), timeout)
         self.rendezvous = (host, port)
-        return self._all(lambda rank: rank.start(host, port), timeout)[0]
+        reason = self._all(lambda rank: rank.start(host, port), timeout)[0]
+        for rank in self._ranks:
+            self._cluster.remember_processes(rank)
+        return reason
+
+    def restart(self) -> None:
+        """End all ranks, whatever they do, and start as many anew, with the weights of the model folder."""
+        for rank in self._ranks:
+            self._cluster.end(rank)
+        self._ranks = [make() for make in self._make_rank]
+        self.start()
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""
@@ -179,4 +196,5 @@ class PolicyGroup:
 
     def _begin(self, call: "Callable[[PolicyRank], Any]") -> list[Any]:
         heard = Call.of(call)
-        return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]
+        with self._calling:
+            return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]

@@ -241,7 +241,9 @@ class PolicyRank:
         return here(self.backend.device)
 
     def open_publish(self, route: Route) -> None:
-        """Prepare to send this rank's tiles by `route` to engines of `route.num_workers` workers."""
+        """Prepare to send this rank's tiles by `route`, and no other, to engines of `route.num_workers` workers."""
+        if self._sender is not None:
+            self._sender.close()
         weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
         self._sender = route.sender(weight_plan, self.rank, self.weights(), self._dtype)
         self._holdings = Holdings(sent_parts(weight_plan, self.rank), self.weights(), self._dtype)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from astar_megatron.cluster.endings import ended
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import Graphs, RolloutConfig, SamplingConfig
 from astar_megatron.types import Request
 
@@ -57,10 +58,12 @@ class Engine:
     """An AsyncLLM with the weights of `model_path` until the first update. Wrapped by pool.py as an async Ray actor."""
 
     def __init__(self, options: EngineOptions) -> None:
+        show_on_signal()
         self._options = options
         self._version = 0
         self._count = 0
         self._llm: Any = None
+        self._tasks: set[asyncio.Task[Response]] = set()  # of requests in flight
         self._in_flight: dict[str, list[int]] = {}  # by request: how many tokens it had at each update that it met
 
     async def start(self) -> list[str]:
@@ -80,8 +83,10 @@ class Engine:
         """Yield the responses to (tag, request) pairs as they finish, a few at a time; each is answered once."""
         finished: asyncio.Queue[asyncio.Task[Response]] = asyncio.Queue()  # asyncio.wait would look at all, each time
         tasks = [asyncio.create_task(self._respond(tag, request, sampling)) for tag, request in requests]
+        self._tasks |= set(tasks)
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
+            task.add_done_callback(self._tasks.discard)
         left = len(tasks)
         try:
             while left:
@@ -91,7 +96,7 @@ class Engine:
                 while not finished.empty():
                     done.append(finished.get_nowait())
                 left -= len(done)
-                yield [task.result() for task in done]
+                yield [task.result() for task in done if not task.cancelled()]
         finally:
             for task in tasks:
                 task.cancel()
@@ -132,6 +137,11 @@ class Engine:
             tokens_by_version=tuple(end - start for start, end in itertools.pairwise(bounds)),
         )
 
+    async def beat(self) -> None:
+        """Answer, where this process and vLLM's core are well; raises what ended the core."""
+        await self._llm.check_health()
+        await self._llm.is_sleeping()  # the cheapest question that the core itself answers
+
     async def open_update(self, init_info: dict[str, Any]) -> None:
         """Prepare for updates; `init_info` is of conversion.vllm."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -142,7 +152,7 @@ class Engine:
         """Take over the weights that the policy sends meanwhile, in this order and no other.
 
         Requests in flight freeze and go on with the new weights; the prefix cache, which vLLM does not reset by
-        itself, is dropped. After a failed update the engine is half loaded and must be replaced.
+        itself, is dropped. After a failed update the engine is half loaded and must draw nothing until one succeeds.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -155,6 +165,13 @@ class Engine:
             before.append(self._num_tokens(name))
         self._version = version
         await self._llm.resume_generation()
+
+    async def drop_requests(self) -> None:
+        """End what is being drawn, without an answer; returns when nothing is in flight."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _num_tokens(self, name: str) -> int:
         """How many tokens a request in flight has; exact while generation is paused."""

@@ -1,34 +1,39 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive, write_atomic
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.rollout.pool import EnginePool, Member
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.decoding import check_decoding
 from astar_megatron.run.prepare import check_here, placement_of
 from astar_megatron.run.sharing import Turns
-from astar_megatron.run.tracking import Clock, Tracker
+from astar_megatron.run.tracking import Clock, Tracker, read_metrics
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion.families import Model
+
+_MOST_RESTARTS = 3  # of the policy without a new step in between
 
 
 class Fleet:
     """Policy and engines of a run, and the weights between them. A context manager; one at a time for a run_dir.
 
-    `generating` and `training` are the only places where weights move. Where policy and engines share GPUs they take
-    turns (sharing.py), at the start too: engines load, are checked and sleep before the policy starts, and get their
-    weights from it. Entering raises ModelFolderError where an engine has not loaded what model.path holds.
+    `generating` and `training` are the only places where weights move, but for an engine that takes a dead one's place.
+    Where policy and engines share GPUs they take turns (sharing.py), at the start too: engines load, are checked and
+    sleep before the policy starts, and get their weights from it. Entering raises ModelFolderError where an engine has
+    not loaded what model.path holds.
     """
 
     policy: PolicyGroup
@@ -37,6 +42,9 @@ class Fleet:
     def __init__(self, cfg: RunConfig, model: Model, tracker: Tracker) -> None:
         self._cfg, self._model, self._tracker = cfg, model, tracker
         self._weights: WeightSync | None = None
+        self._published: int | None = None  # the version that engines and policy have, unless the policy has moved on
+        self._restarts, self._furthest = 0, -1  # of the policy since it got any further; lines of metrics then
+        self._moving = threading.Lock()  # held while weights move
         self._turns: Turns | None = None  # where both sides share memory
         self._computes_as_sent = False  # whether the engines' decode path was looked at
 
@@ -60,21 +68,23 @@ class Fleet:
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True
         self.engines = stack.enter_context(closing(start_engines(cfg, cluster, sleep=take_turns)))
-        loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        self._loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        self.engines.bring = self.heal
         if take_turns:
-            self._start_by_turns(cluster, loaded, _shares(cfg, cluster, self._model) if placement.shared else None)
+            self._start_by_turns(cluster, _shares(cfg, cluster, self._model) if placement.shared else None)
             return
         self.policy = stack.enter_context(closing(start_policy(cfg, cluster)))  # while the engines start
         _wait_for(self.engines, tracker)
-        loaded.verify(self.engines)
+        self._loaded.verify(self.engines)
         self._wait_for_policy()
 
-    def _start_by_turns(self, cluster: Cluster, loaded: LoadedWeights, shares: Shares | None) -> None:
+    def _start_by_turns(self, cluster: Cluster, shares: Shares | None) -> None:
         """Engines first: vLLM measures what memory is free, and the policy takes what they give back."""
         if shares:
             self._tracker.say(shares.describe())
         _wait_for(self.engines, self._tracker)
-        loaded.verify(self.engines)
+        self._loaded.verify(self.engines)
+        self.engines.hold_back()
         returned = self.engines.sleep()
         self.policy = self._stack.enter_context(closing(start_policy(self._cfg, cluster, shares)))
         self._wait_for_policy()
@@ -99,29 +109,76 @@ class Fleet:
             with clock.span("drain"):
                 stack.enter_context(drained())
             with clock.span("publish"):
-                if self._turns:
-                    self._turns.begin_publishing()
-                if self._weights is None:
-                    self._weights = self._open()
-                self._weights.publish(version)
-                if self._turns:
-                    self._turns.begin_generating()
+                self._publish(version)
                 if version and not self._computes_as_sent:  # other weights than the engines began with
                     self._check_decoding(version)
         yield
 
+    def _publish(self, version: int) -> None:
+        with self._moving:
+            if self._turns:
+                self._turns.begin_publishing()
+            if self._weights is None:
+                self._weights = self._open()
+            self._weights.publish(version)
+            self._published = version
+            if self._turns:
+                self._turns.begin_generating()
+                self.engines.let_start()
+
     def _check_decoding(self, version: int) -> None:
         model, max_tokens = self._model, self._cfg.max_tokens
         gap = check_decoding(self.engines, self.policy, version, model.vocab_size, max_tokens)
-        self._tracker.say(f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats")
-        self._computes_as_sent = True
+        if gap is not None:
+            self._tracker.say(
+                f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats"
+            )
+            self._computes_as_sent = True
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """The policy may step. Engines that share its memory sleep, until they generate again."""
         if self._turns:
-            self._turns.begin_training()
+            self.engines.hold_back()
+        with self._moving:
+            self._published = None
+            if self._turns:
+                self._turns.begin_training()
         yield
+
+    def heal(self, engine: Member) -> None:
+        """Give an engine that has taken another's place the weights that the others have, with the same proof.
+
+        Called by the pool, in a thread of its own. While the policy steps there is nothing to give: the next publish
+        is for all engines that run.
+        """
+        with self._moving:
+            if self._weights is None:
+                self._loaded.verify(self.engines, [engine])
+            elif self._published is not None:
+                self._weights.publish(self._published, [engine])
+
+    def restart_policy(self, error: ActorLost) -> None:
+        """Start all ranks anew where one died, for training to begin again at its newest checkpoint; engines stay.
+
+        Raises `error` where an engine died, or where that has been done so often without getting any further.
+        """
+        furthest = len(read_metrics(self._tracker.run_dir))
+        self._restarts = self._restarts + 1 if furthest <= self._furthest else 1
+        self._furthest = max(furthest, self._furthest)
+        if error.kind != "policy rank" or self._restarts > _MOST_RESTARTS:
+            raise error
+        self._tracker.say(f"{str(error).splitlines()[-1]}; training goes on from the newest checkpoint")
+        if self._turns:
+            self.engines.hold_back()
+        with self._moving, self._tracker.waiting("starting the policy again"):
+            self._published = None
+            self.engines.drop_requests()
+            if self._weights is not None:
+                self._weights.close()
+            restart = self._turns.restart_policy if self._turns else self.policy.restart
+            restart()
+            self.engines.go_on()
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""
@@ -147,6 +204,7 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
     ):
         tracker.say(cluster.reservation.placement.describe())
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
+        engines.bring = lambda engine: loaded.verify(engines, [engine])
         _wait_for(engines, tracker)
         loaded.verify(engines)
         yield engines

@@ -8,7 +8,7 @@ Each side says what it gave back. Where that shrinks from turn to turn, or what 
 memory that the other side will miss, soon and in the middle of a step: it is named at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from astar_megatron.cluster.errors import ClusterError
@@ -25,17 +25,19 @@ class Policy(Protocol):
 
     def resume(self) -> None: ...
 
+    def restart(self) -> None: ...
+
 
 class Engines(Protocol):
     """What the turns need of engines; see EnginePool."""
 
-    def sleep(self) -> list[int]: ...
+    def sleep(self) -> dict[int, int]: ...
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None: ...
 
 
 class Turns:
-    """Whose turn it is: at first the policy's, while engines sleep that have given `returned` bytes back each.
+    """Whose turn it is: at first the policy's, while engines sleep that have given `returned` bytes back, by index.
 
     `say` hears what each side gives back at first.
     """
@@ -46,14 +48,14 @@ class Turns:
         engines: Engines,
         offload: Offload,
         say: Callable[[str], None],
-        returned: Sequence[int],
+        returned: Mapping[int, int],
     ) -> None:
         self._policy, self._engines, self._say = policy, engines, say
         self._offload: Offload = offload
         self._engines_sleep, self._policy_rests = True, False
         self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
-        self._first_returned = list(returned)
-        say(f"shared memory: engines give back {' '.join(map(gib, returned))}")
+        self._first_returned = dict(returned)
+        say(f"shared memory: engines give back {' '.join(map(gib, returned.values()))}")
 
     def begin_publishing(self) -> None:
         """The policy gives back, engines have room for weights. Raises ClusterError for a residue that grows."""
@@ -78,6 +80,14 @@ class Turns:
             self._policy.resume()
             self._policy_rests = False
 
+    def restart_policy(self) -> None:
+        """Engines give back, and ranks start that take the place of all there were; it is their turn."""
+        if not self._engines_sleep:
+            self._check_engines(self._engines.sleep())
+            self._engines_sleep = True
+        self._policy.restart()
+        self._policy_rests = False
+
     def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:
         kept = [bytes_kept for _, bytes_kept in given]
         if not self._first_kept:
@@ -96,8 +106,9 @@ class Turns:
                     "rollout.gpu_memory_utilization, and run the same command again"
                 )
 
-    def _check_engines(self, returned: Sequence[int]) -> None:
-        for engine, (now, first) in enumerate(zip(returned, self._first_returned, strict=True)):
+    def _check_engines(self, returned: Mapping[int, int]) -> None:
+        for engine, now in returned.items():
+            first = self._first_returned[engine]
             if now < first - GROWTH_BYTES:
                 raise ClusterError(
                     f"memory of shared GPUs: engine {engine} gave back {gib(first)} when it first slept, and "

@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -18,15 +19,24 @@ import pytest
 
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.processes import tree
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ClusterConfig
 
 
 class Worker:
     """Does as it is told."""
 
+    def __init__(self) -> None:
+        show_on_signal()
+
     def obey(self, order: str) -> str:
         if order == "hang":
             time.sleep(600)
+        if order == "pid":
+            return str(os.getpid())
+        if order == "start":
+            return str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
         if order == "end":
             os._exit(3)
         if order == "end later":
@@ -117,9 +127,47 @@ def test_who_died_is_blamed_and_not_who_heard_of_it(cluster: Cluster, workers: l
     assert (caught.value.kind, caught.value.index) == ("worker", 1)
 
 
-def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
-    with pytest.raises(ClusterError, match=r"work: no answer in 1 s; raise cluster\.start_timeout_seconds"):
-        cluster.wait("work", [workers[0].obey.remote("hang")], 1)
+def test_a_hanging_actor_runs_into_its_deadline_and_is_named_with_where_it_hangs(
+    cluster: Cluster, workers: list[Any]
+) -> None:
+    calls = [workers[0].obey.remote(""), workers[1].obey.remote("hang")]
+    with pytest.raises(ActorLost, match=r"work: no answer in 2 s; raise cluster\.start_timeout_seconds") as caught:
+        cluster.wait("work", calls, 2)
+    assert (caught.value.kind, caught.value.index) == ("worker", 1)
+    last = str(caught.value).splitlines()[-1]
+    assert re.fullmatch(r"worker 1: no answer in 2 s; process \d+ is at test_cluster\.py:\d+ obey < .*", last)
+
+
+def test_a_deadline_is_that_of_the_configuration_unless_another_is_given(cluster: Cluster, workers: list[Any]) -> None:
+    assert cluster._cfg.call_timeout_seconds == 3600.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_cfg", ClusterConfig(call_timeout_seconds=1.0))
+        with pytest.raises(ActorLost, match=r"work: no answer in 1 s; raise cluster\.call_timeout_seconds"):
+            cluster.wait("work", [workers[0].obey.remote("hang")])
+
+
+def test_an_actor_that_is_stopped_is_named_so_and_ends_with_all_that_it_has_started(
+    cluster: Cluster, workers: list[Any]
+) -> None:
+    (child,) = cluster.wait("work", [workers[0].obey.remote("start")], 60)
+    (pid,) = cluster.wait("work", [workers[0].obey.remote("pid")], 60)
+    cluster.remember_processes(workers[0])
+    for process in (pid, child):
+        os.kill(int(process), signal.SIGSTOP)
+    with pytest.raises(ActorLost, match=r"worker 0: no answer in 1 s; .*process \d+ is stopped \(SIGSTOP\)"):
+        cluster.wait("work", [workers[0].obey.remote("")], 1)
+    os.kill(int(pid), signal.SIGKILL)  # its child stays, and is stopped
+    cluster.end(workers[0])
+    wait_until_gone(int(child))
+    with pytest.raises(ActorLost, match="worker 0: the process ended"):
+        cluster.wait("work", [workers[0].obey.remote("")], 60)
+
+
+def wait_until_gone(pid: int) -> None:
+    until = time.monotonic() + 60
+    while tree(pid) and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 JOIN = """

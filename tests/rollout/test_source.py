@@ -12,6 +12,7 @@ import pytest
 from fake_engines import FakeEngines
 
 from astar_megatron.algorithm.rewards import RewardError
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.rollout.source import RolloutSource
@@ -150,6 +151,75 @@ def test_what_can_t_be_scored_ends_the_run_where_the_driver_waits(source_of: Any
     wordless = Request(prompt=Prompt(uid="u", token_ids=(1,), text="", answer="Paris"), sample=0, seed=0)
     with pytest.raises(RewardError, match="expected a number, got 'Paris'"):
         source_of(engines()).ask([wordless]).rollouts()
+
+
+def test_what_an_engine_had_when_it_ended_is_asked_again_with_its_seeds(source_of: Any) -> None:
+    """Of the others at once, and of itself when it is back; nothing is lost, nothing is answered twice."""
+    pool = engines(num_engines=3, max_num_seqs=4, at_once=1, seconds=0.002)
+    draw = source_of(pool).ask(request(index) for index in range(200))
+    for engine in (0, 2, 0):
+        count = len(pool.answered)
+        wait_for(lambda count=count: len(pool.answered) > count + 20)
+        pool.end(engine)
+        asked = len(pool.asked)
+        time.sleep(0.1)
+        assert all(other != engine for other, _ in pool.asked[asked + 1 :])  # the first may have been on its way
+        pool.join(engine)
+    rollouts = draw.rollouts()
+    assert [rollout.seed for rollout in rollouts] == list(range(200))
+    assert [rollout.text for rollout in rollouts] == [str(index) for index in range(200)]
+    assert len(pool.asked) > 200 == len(pool.answered)
+
+
+def test_requests_wait_while_no_engine_is_there(source_of: Any) -> None:
+    pool = engines(num_engines=2, max_num_seqs=4)
+    source = source_of(pool)
+    for engine in range(2):
+        pool.end(engine)
+    draw, stream = source.ask(map(request, range(9))), source.stream(map(request, range(30)))
+    threading.Timer(0.5, pool.join, [1]).start()
+    assert len([rollout for rollouts in stream for rollout in rollouts]) == 30  # it does not end for want of an engine
+    assert [rollout.seed for rollout in draw.rollouts()] == list(range(9))
+    assert {engine for engine, _ in pool.asked} == {1}
+
+
+def test_a_request_with_which_engines_end_again_and_again_ends_the_run_by_its_prompt(source_of: Any) -> None:
+    pool = engines(max_num_seqs=4, at_once=1)
+
+    def answer(asked: Request) -> Any:
+        if asked.prompt.uid == "u2":
+            pool.end(0)
+            threading.Timer(0.05, pool.join, [0]).start()
+            raise ConnectionError
+        return (55,), False
+
+    respond, pool._answer = pool.responses, answer
+
+    def responses(streams: Any, seconds: float) -> Any:
+        try:
+            return respond(streams, seconds)
+        except ConnectionError:
+            return []
+
+    pool.responses = responses  # type: ignore[method-assign]
+    draw = source_of(pool).ask(map(request, range(4)))
+    with pytest.raises(ClusterError, match=r"engine 0 ended, as 2 before it did with the same request.* prompts: .*u2"):
+        draw.rollouts()
+
+
+def test_a_drained_source_has_no_engine_left_that_ended(source_of: Any) -> None:
+    pool = engines(num_engines=2, max_num_seqs=3, at_once=1, seconds=0.01)
+    source = source_of(pool)
+    draw = source.ask(map(request, range(60)))
+    wait_for(lambda: len(pool.answered) > 5)
+    pool.end(0)
+    with source.drained():
+        asked = len(pool.asked)
+        pool.join(0)
+        time.sleep(0.3)
+        assert len(pool.asked) == asked
+        pool.version = 1
+    assert {(r.first_version, r.last_version) for r in draw.rollouts()} == {(0, 0), (1, 1)}
 
 
 def test_a_source_is_left_while_engines_are_busy(source_of: Any) -> None:
