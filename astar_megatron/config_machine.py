@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from astar_megatron.config_file import Seconds, Section
+from astar_megatron.config_file import Name, Seconds, Section
 
 type Recompute = Literal["none", "selective", "full"]
 type Graphs = Literal["none", "decode", "compiled"]
@@ -17,7 +17,7 @@ def _host_and_port(value: str) -> str:
     return value
 
 
-Address = Annotated[str, AfterValidator(_host_and_port)]
+Address = Annotated[Name, AfterValidator(_host_and_port)]
 
 
 class ParallelConfig(Section):

@@ -84,9 +84,8 @@ SETTINGS: list[tuple[str, str, str]] = [
     ('data.path="\\ud800"', "data.path: ", "should be a valid string"),
     *(
         (f'{key}=""', f"{key}: ", "at least 1 character")
-        for key in ("run_dir", "model.path", "data.path", "sweep.table")
+        for key in ("run_dir", "model.path", "data.path", "sweep.table", "cluster.address")
     ),
-    ('cluster.address=""', "cluster.address: ", "expected host:port"),
     ("cluster.address=localhost", "cluster.address: ", "expected host:port, for example 10.0.0.1:6379"),
     ("cluster.address=ray://10.0.0.1:6379", "cluster.address: ", "expected host:port"),
     ("cluster.address=10.0.0.1:99999", "cluster.address: ", "expected host:port"),
@@ -341,12 +340,12 @@ CHECKPOINTS: list[Row] = [
     ("another contract", checkpoint(contract={"temperature": 0.5}), "train", "the checkpoint 0.5",
      "choose a new run_dir"),
     *((f"progress: {data[:3]!r}", after(checkpoint(), write(PROGRESS, data)), "train",
-       "progress.json: missing or damaged", "to start over")
+       "missing or damaged (", "to start over")
       for data in (b'{"st', b"{}", b"[]", b"\xe9", DEEP)),
     *((f"progress: {name} of {value!r}", checkpoint(**{name: value}), "train", f"missing or damaged ({name})",
        "to start over") for name, value in
       (("step", "x"), ("step", -1), ("step", 7.5), ("contract", None), ("settings", [1]), ("prompts", []))),
-    *((f"latest: {data[:3]!r}", after(checkpoint(), write(LATEST, data)), "train", "latest names", "to start over")
+    *((f"latest: {data[:3]!r}", after(checkpoint(), write(LATEST, data)), "train", "latest names", "whole")
       for data in (b"", b"\xe9", b"step_00000009", b"/etc", 5000 * b"a")),
     ("latest: a folder", after(checkpoint(), folder(LATEST)), "train", "latest: can't read", "to start over"),
     ("checkpoints: a file", after(table(), write("run/checkpoints", "")), "train", "latest: can't read", "new run_dir"),
