@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from astar_megatron.config_file import Seconds, Section
+from astar_megatron.config_file import Name, Seconds, Section
 
 type Recompute = Literal["none", "selective", "full"]
 type Offload = Literal["none", "cache", "optimizer", "all"]
@@ -18,7 +18,7 @@ def _host_and_port(value: str) -> str:
     return value
 
 
-Address = Annotated[str, AfterValidator(_host_and_port)]
+Address = Annotated[Name, AfterValidator(_host_and_port)]
 
 
 class ParallelConfig(Section):
@@ -74,7 +74,7 @@ class RolloutConfig(Section):
     """[versions] How much older than the policy the weights may be that drew a response. Above 0 engines draw ahead."""
     update: Literal["in_flight", "drain"] = "in_flight"
     """How weights reach an engine that draws ahead: its responses freeze and go on under the new ones, or end first."""
-    heartbeat_seconds: float = Field(default=60.0, gt=0.0)
+    heartbeat_seconds: Seconds = 60.0
     """[seconds] Within which a hung engine is noticed, and replaced; more than a publish or a decoding step takes."""
     keep: int | None = Field(default=None, ge=0)
     """[steps] Of how many of the newest steps `<run_dir>/rollouts` holds the rollouts; null: of all."""
@@ -100,7 +100,7 @@ class ClusterConfig(Section):
     """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
     start_timeout_seconds: Seconds = 300.0
     """[seconds] How long the engines may take to start, and the policy."""
-    call_timeout_seconds: float = Field(default=3600.0, gt=0.0)
+    call_timeout_seconds: Seconds = 3600.0
     """[seconds] How long anything else may take that ranks or engines are asked for, such as a step of training."""
 
 

@@ -84,9 +84,8 @@ SETTINGS: list[tuple[str, str, str]] = [
     ('data.path="\\ud800"', "data.path: ", "should be a valid string"),
     *(
         (f'{key}=""', f"{key}: ", "at least 1 character")
-        for key in ("run_dir", "model.path", "data.path", "sweep.table")
+        for key in ("run_dir", "model.path", "data.path", "sweep.table", "cluster.address")
     ),
-    ('cluster.address=""', "cluster.address: ", "expected host:port"),
     ("cluster.address=localhost", "cluster.address: ", "expected host:port, for example 10.0.0.1:6379"),
     ("cluster.address=ray://10.0.0.1:6379", "cluster.address: ", "expected host:port"),
     ("cluster.address=10.0.0.1:99999", "cluster.address: ", "expected host:port"),

@@ -187,6 +187,14 @@ def test_a_day_is_text_whether_yaml_reads_a_date_or_text(tmp_path: Path) -> None
     assert "seed: " in refusal(tmp_path, text=SMALLEST + "seed: 2026-11-31\n")
 
 
+def test_a_url_with_a_password_is_refused_without_saying_it(tmp_path: Path) -> None:
+    for key in ("data.path", "model.path", "cluster.address"):
+        for url in ("s3://me:hunter2@host/x.jsonl", "ray://hunter2@host:10001"):
+            message = refusal(tmp_path, f"{key}={url}")
+            assert message.startswith(f"{key}: a URL with a login") and "hunter2" not in message
+    assert load(tmp_path, "data.path=hf://datasets/x@main/y").run_dir
+
+
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     lines = refusal(tmp_path, "optim.lr=fast", "train.batchsize=8").splitlines()
     assert sorted(line.partition(":")[0] for line in lines) == ["optim.lr", "train.batchsize"]
