@@ -324,7 +324,7 @@ def test_rollouts_of_later_weights_or_of_too_early_ones_are_refused(
 
 @pytest.mark.parametrize("update", ["in_flight", "drain"])
 def test_weights_are_published_where_no_request_is_in_flight_if_that_is_asked_for(source_of: Any, update: Any) -> None:
-    pool = engines(max_num_seqs=3, at_once=1, seconds=0.05)
+    pool = engines(max_num_seqs=3, at_once=1, seconds=0.1)
     batches = training(source_of(pool), max_staleness=3, update=update)
     batches.take(0, untimed)
     with batches.while_publishing():
