@@ -1,5 +1,6 @@
 """What rank processes do while a checkpoint of theirs is written."""
 
+import hashlib
 import resource
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ def written_late(
         may_write, digests = Event(), []
         for batch in batches:
             policy.step(batch, job.loss, work._options(job, len(batch)))
-            digests.append(_digest(policy))
+            policy.refresh_reference()  # in place: unlike the policy's, its tensors are no views, which Megatron copies
+            digests.append(state_of(policy))
             if len(digests) == 1:
                 policy._writer.submit(may_write.wait)
                 made = begun(policy, folder)
@@ -85,4 +87,13 @@ def loaded(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) -> 
     """Return the digest of the state that a checkpoint after one batch holds."""
     with work.started(pipe, rank, port, job) as policy:
         policy.load(folder, 1)
-        return _digest(policy)
+        return state_of(policy)
+
+
+def state_of(policy: Any) -> str:
+    """Return digests of weights, optimiser and schedule, and of the reference."""
+    reference = hashlib.sha256()
+    for chunk in policy._reference.chunks:
+        for parameter in chunk.parameters():
+            reference.update(parameter.detach().float().numpy().tobytes())
+    return f"{_digest(policy)} {reference.hexdigest()}"
