@@ -17,6 +17,7 @@ from astar_megatron.config_file import flat as flat
 from astar_megatron.config_machine import ClusterConfig, ConversionConfig, ParallelConfig, RolloutConfig
 from astar_megatron.config_machine import Graphs as Graphs
 from astar_megatron.config_machine import Recompute as Recompute
+from astar_megatron.config_machine import SuperviseConfig as SuperviseConfig
 from astar_megatron.config_methods import (
     ON_POLICY,
     AstarConfig,
@@ -139,6 +140,8 @@ class TrainConfig(Section):
     """[tokens] Most tokens of a forward pass; a longer sequence goes alone."""
     max_skipped_steps: int = Field(default=3, ge=1)
     """[optimiser steps] How many lost to NaN or Inf end the run."""
+    grace_seconds: float | None = Field(default=None, gt=0.0)
+    """[seconds] How long a run may live after SIGTERM or SIGUSR1; null: until it has saved the step."""
 
 
 class BudgetConfig(Section):
@@ -252,6 +255,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    supervise: SuperviseConfig = SuperviseConfig()
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -269,8 +273,7 @@ class RunConfig(Section):
         if mini % self.group_size:
             raise ValueError(
                 f"{self.objective.name}: groups of {self.group_size} responses to a prompt don't divide the {mini} "
-                "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
-                f"{self.group_size}"
+                "sequences of an optimiser step; make train.batch_size and train.mini_batch_size multiples of it"
             )
         if self.rollout.max_staleness and (reason := ON_POLICY.get(self.objective.name)):
             raise ValueError(
@@ -290,13 +293,11 @@ class RunConfig(Section):
         if needed >= self.optimizer_steps:
             raise ValueError(
                 f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
-                f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
-                "lower them"
+                f"{self.optimizer_steps} optimiser steps (train.num_steps * batch_size / mini_batch_size); lower them"
             )
         if self.eval.benchmarks and self.eval.folder is None:
             raise ValueError(
-                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to the folder of "
-                "their files"
+                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to their folder"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The keys of what computes: the policy's ranks, the engines, the weights between them, Ray."""
+"""The keys of what computes, and who watches it: the policy's ranks, the engines, the weights between them, Ray."""
 
 from typing import Literal
 
@@ -78,3 +78,10 @@ class ClusterConfig(Section):
     """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
     start_timeout_seconds: float = Field(default=300.0, gt=0.0)
     """[seconds] How long the engines may take to start, and the policy."""
+
+
+class SuperviseConfig(Section):
+    """`astar train --supervise`: what died of something that a restart can mend is started again."""
+
+    max_restarts_per_hour: int = Field(default=5, ge=1)
+    """[restarts] One more within an hour is not made, nor one after a restart that brought no step."""

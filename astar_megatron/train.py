@@ -1,9 +1,10 @@
 """PROGRAM: train the policy by the method of the run; of A*PO it is stage 2, one on-policy rollout a prompt.
 
 The driver is one plain process; Megatron ranks and vLLM engines are Ray actors. The same command run again continues
-from the newest checkpoint.
+from the newest checkpoint. SIGTERM and SIGUSR1 end a run where a step is saved (cluster/signals.py).
 """
 
+from astar_megatron.cluster.signals import StepEnds
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
@@ -60,9 +61,12 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     spent = (int(estimates.tokens.sum()) if estimates else 0) + sum(line.get("response_tokens", 0) for line in earlier)
     spending = Spending(cfg.budget, cfg.train.num_steps, first, earlier)
     versions = range(first, cfg.train.num_steps)
-    with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
+    with (
+        StepEnds(cfg.train.grace_seconds) as ends,
+        RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
+    ):
         batches = TrainingRollouts(source, prompts, cfg.rollout, cfg.seed, versions=versions, group_size=cfg.group_size)
-        for step in spending.steps():
+        for step in ends.steps(spending.steps()):
             clock = Clock()
             if objective.refreshes_reference(step):
                 fleet.policy.refresh_reference()
@@ -86,12 +90,18 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             tracker.say(line_of(metrics, cfg.train.num_steps))
             skipped += skipped_of(metrics)
             check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
-            if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
+            if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
                 checkpoints.save(fleet.policy, step + 1, batches.state(), objective)
+                ends.saved(step + 1)
         for words in spending.reached:
             tracker.say(words)
-        with fleet.generating(spending.done, Clock()):
-            _evaluate(cfg, inputs, fleet, tracker, spending.done, Clock(), is_last=True)
+    _finish(cfg, inputs, fleet, tracker, spending.done)
+
+
+def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int) -> None:
+    """Publish the last weights, evaluate them if asked to, and export them."""
+    with fleet.generating(version, Clock()):
+        _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_last=True)
     fleet.export(cfg.export_dir)
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32

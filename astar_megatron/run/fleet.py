@@ -1,7 +1,7 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -53,12 +53,12 @@ class Fleet:
         if cluster.num_gpus:
             check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        self.engines = stack.enter_context(closing(start_engines(cfg, cluster, shares=shares)))
+        self.engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, shares=shares)))
         loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
         if shares:
             tracker.say(shares.describe())
             _wait_for(self.engines, tracker)
-        self.policy = stack.enter_context(closing(start_policy(cfg, cluster, shares)))
+        self.policy = stack.enter_context(_closed_in_the_end(start_policy(cfg, cluster, shares)))
         if not shares:
             _wait_for(self.engines, tracker)
         loaded.verify(self.engines)
@@ -106,7 +106,7 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
 
     Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
-    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
+    with Cluster(cfg.cluster) as cluster, _closed_in_the_end(start_engines(cfg, cluster, model_path)) as engines:
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
         _wait_for(engines, tracker)
         loaded.verify(engines)
@@ -153,6 +153,13 @@ def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None)
         seed=cfg.seed,
         gpu_share=shares.policy_share if shares else 1.0,
     )
+
+
+@contextmanager
+def _closed_in_the_end[T: (EnginePool, PolicyGroup)](group: T) -> Iterator[T]:
+    """`group`, which is closed after the body; not after an error or a signal: it may be busy, and Cluster ends it."""
+    yield group
+    group.close()
 
 
 def _absolute(path: str) -> str:
