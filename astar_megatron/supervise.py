@@ -107,8 +107,7 @@ class Child:
 
     def run(self) -> End:
         """Start it and wait for its end, and for that of all that it had started; its output is shown."""
-        # In a group of its own: Ctrl-C and the like come from here, once.
-        process = commands.start(self._words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
+        process = commands.start(self._words, subprocess.PIPE, own_group=True)  # each signal reaches it once, from here
         assert process.stdout is not None
         self._process, output = process, bytearray()
         if self.stopped:  # in the moment before

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import make_folder, write_atomic
@@ -62,15 +62,18 @@ def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
     return End(status=runner(name, file, log), log=log)
 
 
-def start(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start `astar WORDS` as a user would; it gets SIGTERM when this process has died. `options` are of Popen."""
-    return subprocess.Popen([sys.executable, "-c", _PROGRAM, str(os.getpid()), *words], **options)
+def start(words: Sequence[str], output: int | IO[bytes], *, own_group: bool = False) -> subprocess.Popen[bytes]:
+    """Start `astar WORDS`, all of whose output goes to `output`; it gets SIGTERM when this process has died.
+
+    In a process group of its own it hears of Ctrl-C, and what else is sent to this one's, only by this process.
+    """
+    command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), *words]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0 if own_group else None)
 
 
 def astar(name: str, config_file: Path, log: Path) -> int:
     """Run it as a user would; a Runner. The process ends with this one."""
-    words = [name, "--config", str(config_file)]
-    with log.open("ab") as file, start(words, stdout=file, stderr=subprocess.STDOUT) as process:
+    with log.open("ab") as file, start([name, "--config", str(config_file)], file) as process:
         try:
             return process.wait()
         except BaseException:
