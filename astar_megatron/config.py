@@ -293,7 +293,7 @@ class RunConfig(Section):
         if needed >= self.optimizer_steps:
             raise ValueError(
                 f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
-                f"{self.optimizer_steps} optimiser steps (train.num_steps * batch_size / mini_batch_size); lower them"
+                f"{self.optimizer_steps} optimiser steps of the run (steps * batch_size / mini_batch_size); lower them"
             )
         if self.eval.benchmarks and self.eval.folder is None:
             raise ValueError(

@@ -81,7 +81,7 @@ class ClusterConfig(Section):
 
 
 class SuperviseConfig(Section):
-    """`astar train --supervise`: what died of something that a restart can mend is started again."""
+    """Training with `--supervise`: what chance has ended is started again."""
 
     max_restarts_per_hour: int = Field(default=5, ge=1)
     """[restarts] One more within an hour is not made, nor one after a restart that brought no step."""
