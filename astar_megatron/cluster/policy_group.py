@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.cluster import stacks
 from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
@@ -28,7 +28,7 @@ class _RankActor:
     """Forwards calls to a rank object that is built in the actor's own thread, where the CPU shim must be installed."""
 
     def __init__(self, **init: Any) -> None:
-        stacks.answer()
+        show_on_signal()
         module, name = _RANK_CLASS
         self._rank = getattr(importlib.import_module(module), name)(**init)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from astar_megatron.cluster import caretaker, stacks
+from astar_megatron.cluster import caretaker, session_stacks
 from astar_megatron.cluster.errors import PlaceError
 from astar_megatron.data.files import exclusive, write_atomic
 
@@ -87,9 +87,9 @@ def care(folder: Path) -> None:
 
 
 def write_stacks(folder: Path) -> None:
-    """Write the stacks of a session's processes among its logs; see stacks.py."""
+    """Write the stacks of a session's processes among its logs."""
     for logs in folder.glob("session_[0-9]*/logs"):
-        stacks.write(logs, caretaker.writers(folder))
+        session_stacks.write(logs, caretaker.writers(folder))
 
 
 def log_folder(driver: int) -> Path | None:

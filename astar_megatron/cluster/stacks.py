@@ -1,69 +1,69 @@
-"""The stacks of a run's processes, written among its logs before they are ended: where each was when the run failed.
+"""Where a process that does not answer is: the stacks of its threads, written by Python's faulthandler.
 
-By py-spy, if it is installed and may look: it sees every Python process. Else by the actors themselves, whose own
-stacks faulthandler writes to their output on SIGUSR2, whatever they are doing.
+That runs in a signal's handler, so it works for a thread that is deep in C++, too. Of this machine's processes only.
 """
 
-import contextlib
 import faulthandler
 import os
-import shutil
+import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-STACKS_FILE = "stacks.txt"
-_SPY_SECONDS = 10.0
-_OWN_SECONDS = 0.5  # for an actor to write its stacks
+_SIGNAL = signal.SIGUSR2
+_SECONDS = 2.0  # for the stacks to be written
+_FRAMES = 3  # of a thread, in one line
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 
 
-def answer() -> None:
-    """Make this process, an actor's, write the stacks of its threads to its output on SIGUSR2."""
-    faulthandler.register(signal.SIGUSR2, file=2)
+def show_on_signal() -> None:
+    """Let this process write its stacks to stderr when `where` asks for them."""
+    faulthandler.register(_SIGNAL, all_threads=True)
 
 
-def write(logs: Path, pids: Iterable[int]) -> None:
-    """Write the stacks of workers among `pids` to `logs`, where their output is, and say there by which way."""
-    parts, asked = [], False
+def where(pids: Iterable[int], outputs: Sequence[Path]) -> str:
+    """Return in a line where processes are that let themselves be asked; their stacks go to their output.
+
+    `outputs` are the files that they write to.
+    """
+    words = []
     for pid in sorted(pids):
-        output = _output_of(pid)
-        if not output.startswith("worker-"):
-            continue  # Ray's own
-        if (spied := _spy(pid)) is not None:
-            parts.append(f"process {pid} ({output}), by py-spy:\n{spied}")
-        elif _answers(pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR2)
-                asked = True
-                parts.append(f"process {pid}, by faulthandler: at the end of {output.removesuffix('.out')}.err\n")
-    if asked:
-        time.sleep(_OWN_SECONDS)
-    if parts:
-        (logs / STACKS_FILE).write_text("\n".join(parts), encoding="utf-8")
+        status = _status(pid)
+        if status.get("State", "").startswith("T"):
+            words.append(f"process {pid} is stopped (SIGSTOP)")
+        elif int(status.get("SigCgt", "0"), 16) >> (_SIGNAL - 1) & 1:  # else the signal would end it
+            words.append(f"process {pid} is at {_asked(pid, outputs) or 'a place that it does not tell'}")
+    return "; ".join(words)
 
 
-def _output_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/fd/1").readlink().name
-    return ""
+def _status(pid: int) -> dict[str, str]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # it has ended
+        return {}
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-def _spy(pid: int) -> str | None:
-    program = shutil.which("py-spy") or shutil.which("py-spy", path=Path(sys.executable).parent)
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if program:
-            command = [program, "dump", "--pid", str(pid)]
-            return subprocess.run(command, capture_output=True, text=True, timeout=_SPY_SECONDS, check=True).stdout
-    return None
+def _asked(pid: int, outputs: Sequence[Path]) -> str:
+    before = _text(outputs)
+    os.kill(pid, _SIGNAL)
+    until, text = time.monotonic() + _SECONDS, ""
+    while time.monotonic() < until:
+        time.sleep(0.1)
+        longer = _text(outputs)
+        if text == longer != before:
+            break
+        text = longer
+    return innermost(text[len(before) :])
 
 
-def _answers(pid: int) -> bool:
-    """Whether a process catches SIGUSR2; one that does not would end by it."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
-    return False
+def _text(outputs: Sequence[Path]) -> str:
+    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in outputs if path.name.endswith(".err"))
+
+
+def innermost(stacks: str) -> str:
+    """Return the innermost frames of the main thread in what faulthandler writes, which is the last that it names."""
+    thread = re.split(r"^(?:Current thread|Thread) .*$", stacks, flags=re.MULTILINE)[-1]
+    frames = [match.groups() for line in thread.splitlines() if (match := _FRAME.match(line))][:_FRAMES]
+    return " < ".join(f"{Path(file).name}:{line} {function}" for file, line, function in frames)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.cluster import stacks
 from astar_megatron.cluster.endings import ended
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import Graphs, RolloutConfig, SamplingConfig
 from astar_megatron.types import Request
 
@@ -54,7 +54,7 @@ class Engine:
     """An AsyncLLM with the weights of `model_path` until the first update. Wrapped by pool.py as an async Ray actor."""
 
     def __init__(self, options: EngineOptions) -> None:
-        stacks.answer()
+        show_on_signal()
         self._options = options
         self._version = 0
         self._count = 0

@@ -2,7 +2,7 @@
 
     why.txt         the command, how it ended, why it was not started again, and how the stacks were taken
     output.txt      the end of what the driver printed
-    logs/           the end of each output of Ray, ranks and engines, and stacks.txt (cluster/stacks.py)
+    logs/           the end of each output of Ray, ranks and engines, and stacks.txt (cluster/session_stacks.py)
     config.json, versions.json, metrics.jsonl (the last lines)
     bad_batch/      the newest batch whose loss or gradient was not finite, if there is one
 
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from astar_megatron.cluster import session, stacks
+from astar_megatron.cluster import session, session_stacks
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import make_folder, storage_error
 from astar_megatron.run import machine
@@ -74,9 +74,13 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
 def _ways(logs: Path | None) -> str:
     if logs is None:
         return "none: no process of the run's cluster was left, nor its logs"
-    text = _tail(logs / stacks.STACKS_FILE)
+    text = _tail(logs / session_stacks.STACKS_FILE)
     ways = [way for way in ("py-spy", "faulthandler") if f"by {way}" in text]
-    return f"logs/{stacks.STACKS_FILE}, by {' and '.join(ways)}" if ways else "none: no worker was left to be asked"
+    return (
+        f"logs/{session_stacks.STACKS_FILE}, by {' and '.join(ways)}"
+        if ways
+        else "none: no worker was left to be asked"
+    )
 
 
 def _tail(path: Path) -> str:

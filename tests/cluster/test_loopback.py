@@ -98,8 +98,8 @@ def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_a
         """class Worker:
     def hang(self):
         import os, subprocess
-        from astar_megatron.cluster import stacks
-        stacks.answer()
+        from astar_megatron.cluster.stacks import show_on_signal
+        show_on_signal()
         subprocess.Popen(["sleep", "600"], start_new_session=True)
         time.sleep(600)
 """,
