@@ -17,7 +17,7 @@ _SPY_SECONDS = 10.0
 
 
 def write(logs: Path, pids: Iterable[int]) -> None:
-    """Write the stacks of workers among `pids` to STACKS_FILE in `logs`, where their output is, and say by which way."""
+    """Write where workers among `pids` are to STACKS_FILE in `logs`, with their output, and by which way that is known."""
     parts = []
     for pid in sorted(pids):
         output = _output_of(pid)
