@@ -17,7 +17,7 @@ _SPY_SECONDS = 10.0
 
 
 def write(logs: Path, pids: Iterable[int]) -> None:
-    """Write where workers among `pids` are to STACKS_FILE in `logs`, with their output, and by which way that is known."""
+    """Write where workers among `pids` are, and how that is known, to STACKS_FILE in `logs`, beside their output."""
     parts = []
     for pid in sorted(pids):
         output = _output_of(pid)

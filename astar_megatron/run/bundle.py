@@ -17,7 +17,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from astar_megatron.cluster import session, session_stacks
+from astar_megatron.cluster import session
+from astar_megatron.cluster.session_stacks import STACKS_FILE
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import make_folder, storage_error
 from astar_megatron.run import machine
@@ -74,13 +75,9 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
 def _ways(logs: Path | None) -> str:
     if logs is None:
         return "none: no process of the run's cluster was left, nor its logs"
-    text = _tail(logs / session_stacks.STACKS_FILE)
+    text = _tail(logs / STACKS_FILE)
     ways = [way for way in ("py-spy", "faulthandler") if f"by {way}" in text]
-    return (
-        f"logs/{session_stacks.STACKS_FILE}, by {' and '.join(ways)}"
-        if ways
-        else "none: no worker was left to be asked"
-    )
+    return f"logs/{STACKS_FILE}, by {' and '.join(ways)}" if ways else "none: no worker was left to be asked"
 
 
 def _tail(path: Path) -> str:
