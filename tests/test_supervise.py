@@ -109,6 +109,7 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             assert process.poll() is None
             with suppress(OSError):  # nobody reads yet
                 descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(1.0)  # Python heeds no signal that comes between its opening the pipe and its waiting for it
         yield process
         process.kill()
         os.close(descriptor)

@@ -17,20 +17,18 @@ _PROGRAM = (
     "import json, pathlib, sys; sys.path[:] = json.loads(sys.argv[1]); from astar_megatron.cluster import session; "
     "session.care(pathlib.Path(sys.argv[2]))"
 )
+_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # of which those of a run are the driver's
 _END_SECONDS = 20.0  # a killed process may still have gigabytes to give back
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process that cares for a session's folder once its input has ended."""
     command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)  # Ctrl-C is for the driver
-
-
-def wait_for_driver() -> None:
-    """Wait in the caretaker for the driver's end, whatever signals are sent to every process of a run."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    sys.stdin.buffer.read()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)  # with them blocked from its beginning
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def writers(folder: Path) -> set[int]:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -75,7 +76,7 @@ class SessionFolder:
 
 def care(folder: Path) -> None:
     """In the caretaker: wait for the driver's end, and leave of its session what an error leaves, the logs."""
-    caretaker.wait_for_driver()
+    sys.stdin.buffer.read()  # the driver holds it open
     if folder.exists():
         write_stacks(folder)
         shared = shared_files_of(caretaker.writers(folder))
