@@ -1,6 +1,8 @@
 """astar: the command line. Each command names a program that is imported only when it runs, so help needs no torch."""
 
 import importlib
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +41,7 @@ QuestionField = Annotated[str, typer.Option(help="Field of the question.")]
 AnswerField = Annotated[str, typer.Option(help="Field of the answer.")]
 RewardName = Annotated[str | None, typer.Option("--reward", help="Refuse answers that this reward can't read.")]
 Drop = Annotated[bool, typer.Option("--drop", help="Leave out rows that can't be used, instead of refusing them.")]
-Rows = Annotated[int, typer.Option(min=1, help="How many to make.")]
+Rows = Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to make.")]
 Seed = Annotated[int, typer.Option(min=0)]
 
 
@@ -59,14 +61,15 @@ def sweep(
 def train(
     config_file: Config,
     supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it was killed.")] = False,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> None:
     """Stage 2: on-policy A*PO from the V* table. Run again to continue."""
     cfg = config.load(config_file, overrides or ())
-    if supervise:
+    if supervise and not dry_run:
         sets = [word for override in overrides or () for word in ("--set", override)]
         raise typer.Exit(_program("supervise").main(cfg, ["train", "--config", str(config_file), *sets]))
-    _program("train").main(cfg)
+    _program("fit" if dry_run else "train").main(cfg)
 
 
 @app.command()
@@ -96,8 +99,9 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Evaluate the run's export or another model: pass@1, and avg@n, maj@n, pass@k of samples."""
-    sets = [f"eval.benchmarks=[{benchmarks}]"] if benchmarks else []
-    sets += [f"eval.folder={folder}"] if folder else []
+    names = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
+    sets = [f"eval.benchmarks={json.dumps(names, ensure_ascii=False)}"] if names else []
+    sets += [f"eval.folder={json.dumps(folder, ensure_ascii=False)}"] if folder else []
     _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
 
 
@@ -243,13 +247,28 @@ def _program(name: str) -> Any:
     return importlib.import_module(f"astar_megatron.{name}")
 
 
+def _check_sets(arguments: list[str]) -> None:
+    """Raise ConfigError where several keys follow one --set, of which the command would take the first."""
+    for option, setting, more in zip(arguments, arguments[1:], arguments[2:], strict=False):
+        if option == "--set" and re.match(r"\w+(\.\w+)*=", more) and not Path(more).exists():
+            raise config.ConfigError(f"--set {setting} {more}: each key has its own: --set {setting} --set {more}")
+
+
+def _words(error: Exception) -> str:
+    """The message, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends as one message and exit status 2, without a traceback."""
     signals.heed()
     try:
+        _check_sets(sys.argv)
         app()
     except (ValueError, OSError) as error:
-        print(f"astar: {error}", file=sys.stderr)
+        print(f"astar: {_words(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         extras = _program("run.machine").extras_with(error.name or "")

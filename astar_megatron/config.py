@@ -12,10 +12,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from astar_megatron.config_file import ConfigError, Name, Section, day, explain, read
+from astar_megatron.config_file import ConfigError, Name, Seconds, Section, day, explain, nearest_divisor, read
 from astar_megatron.config_file import flat as flat
-from astar_megatron.config_machine import ClusterConfig, ConversionConfig, ParallelConfig, RolloutConfig
+from astar_megatron.config_machine import (
+    CheckpointConfig,
+    ClusterConfig,
+    ConversionConfig,
+    ParallelConfig,
+    RolloutConfig,
+)
 from astar_megatron.config_machine import Graphs as Graphs
+from astar_megatron.config_machine import Offload as Offload
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_machine import SuperviseConfig as SuperviseConfig
 from astar_megatron.config_methods import (
@@ -30,6 +37,7 @@ from astar_megatron.config_methods import (
 )
 from astar_megatron.config_methods import Clipped as Clipped
 from astar_megatron.config_methods import MethodName as MethodName
+from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 
 Day = Annotated[str, BeforeValidator(day)]
 type Dtype = Literal["auto", "bfloat16", "float32"]
@@ -84,8 +92,10 @@ class RewardConfig(Section):
 
     name: str
     """A named reward, or `package.module:function` of your own."""
-    timeout_seconds: float = Field(default=10.0, gt=0.0)
+    timeout_seconds: Seconds = 10.0
     """[seconds] For one response; a process that takes longer is killed and replaced."""
+    memory_gib: float = Field(default=4.0, gt=0.0)
+    """[GiB] Memory that each process of a reward may write to; PyTorch takes one."""
     max_failures: int = Field(default=100, ge=0)
     """[responses] Lines that `<run_dir>/reward_failures.jsonl` may have; one more stops the run."""
 
@@ -106,7 +116,7 @@ class SweepConfig(Section):
 
     table: Name | None = None
     """Folder of the V* table; null: `<run_dir>/v_star`."""
-    num_samples: int = Field(default=8, ge=1)
+    num_samples: int = Field(default=8, ge=1, le=100_000)
     """[responses] Samples a prompt."""
     extra_tokens: int = Field(default=0, ge=0)
     """[tokens] Budget of response tokens for more samples where V*'s interval is widest."""
@@ -127,90 +137,6 @@ class FilterConfig(Section):
     """[reward] The widest interval that `filter.wide` leaves alone."""
 
 
-class TrainConfig(Section):
-    """Stage 2: how long, and how much at a time."""
-
-    num_steps: int = Field(default=100, ge=1)
-    """[steps] Length of the run. A step publishes the weights, draws, scores and learns once."""
-    batch_size: int = Field(default=256, ge=1)
-    """[responses] Responses a step: one a prompt, or as many as the method's group has."""
-    mini_batch_size: int | None = Field(default=None, ge=1)
-    """[sequences] Sequences an optimiser step; null: `train.batch_size`."""
-    micro_batch_tokens: int = Field(default=16384, ge=1)
-    """[tokens] Most tokens of a forward pass; a longer sequence goes alone."""
-    max_skipped_steps: int = Field(default=3, ge=1)
-    """[optimiser steps] How many lost to NaN or Inf end the run."""
-    grace_seconds: float | None = Field(default=None, gt=0.0)
-    """[seconds] How long a run may live after SIGTERM or SIGUSR1; null: until it has saved the step."""
-
-
-class BudgetConfig(Section):
-    """What training may cost, beside `train.num_steps`: it ends after the step that reaches one of these.
-
-    Stage 1 and evaluations are not counted. Checkpoint, evaluation and export come at the step where it ends.
-    """
-
-    tokens: int | None = Field(default=None, ge=1)
-    """[tokens] Of responses; null: no limit."""
-    flops: float | None = Field(default=None, gt=0.0)
-    """[FLOPs] Of the model, in training and generation (`astar_megatron/run/spending.py`); null: no limit."""
-    seconds: float | None = Field(default=None, gt=0.0)
-    """[seconds] Of the steps; null: no limit."""
-
-
-class OptimConfig(Section):
-    """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch."""
-
-    lr: float = Field(default=1e-6, gt=0.0)
-    """Learning rate, after the warm-up."""
-    min_lr: float = Field(default=0.0, ge=0.0)
-    """What the learning rate falls to: that of a step after the last."""
-    schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    """After the warm-up. `cosine` falls until the end, `wsd` in a straight line over the last `decay_steps`."""
-    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Decay of the mean of gradients."""
-    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
-    """Decay of the mean of squared gradients."""
-    adam_eps: float = Field(default=1e-8, gt=0.0)
-    """Added to the root of the mean square."""
-    weight_decay: float = Field(default=0.01, ge=0.0)
-    """Decoupled weight decay: a step takes the learning rate times this off a weight."""
-    clip_grad: float = Field(default=1.0, ge=0.0)
-    """Largest global norm of the gradient; 0: no clipping."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """[optimiser steps] Linear rise of the learning rate from 0."""
-    decay_steps: int | None = Field(default=None, ge=1)
-    """[optimiser steps] Length of the fall of `wsd`, which alone has it."""
-    dither: bool = True
-    """bfloat16: start each float32 master weight at a random value that rounds to it (examples/BFLOAT16.md)."""
-    loss_scale: Literal["paper", "pg"] = "paper"
-    """`pg`: the loss divided by 2 beta2, whose gradient is a policy gradient's."""
-    offload: bool = False
-    """On a GPU with Transformer Engine: optimiser states and step in host memory."""
-
-    @model_validator(mode="after")
-    def _schedule(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr: {self.min_lr} is above optim.lr {self.lr}; lower it")
-        if self.schedule == "constant" and self.min_lr:
-            raise ValueError("optim.min_lr: schedule constant never falls to it; leave it out or set optim.schedule")
-        if (self.schedule == "wsd") != (self.decay_steps is not None):
-            raise ValueError(
-                f"optim.decay_steps: schedule wsd needs it and no other has it, got {self.decay_steps} with "
-                f"{self.schedule}"
-            )
-        return self
-
-
-class CheckpointConfig(Section):
-    """Checkpoints of training."""
-
-    interval: int = Field(default=50, ge=1)
-    """[steps] Between checkpoints; the last step is always saved."""
-    keep: int = Field(default=2, ge=1)
-    """[checkpoints] How many of the newest are kept."""
-
-
 class EvalConfig(Section):
     """Evaluation, with the engines of training: the run's own prompts under its reward, or named benchmarks."""
 
@@ -220,7 +146,7 @@ class EvalConfig(Section):
     """Names of benchmarks; empty: `data.eval_path`, or `data.path` without one."""
     folder: Name | None = None
     """Where the benchmarks' files are."""
-    num_samples: int | None = Field(default=None, ge=0)
+    num_samples: int | None = Field(default=None, ge=0, le=100_000)
     """[responses] Samples a problem, beside the greedy one; null: 32 for amc23, 0 for all others."""
     max_prompts: int | None = Field(default=None, ge=1)
     """[problems] How many of each set, from its beginning; null: all."""
@@ -231,7 +157,7 @@ class RunConfig(Section):
 
     run_dir: Name
     """Folder of metrics, checkpoints, the V* table and the export."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of sampling, of the order of prompts and of dithered weights."""
     model: ModelConfig
     data: DataConfig
@@ -263,12 +189,12 @@ class RunConfig(Section):
         if self.train.batch_size % mini:
             raise ValueError(
                 f"train.mini_batch_size: {mini} does not divide train.batch_size {self.train.batch_size}; "
-                f"take a divisor, for example {_nearest_divisor(self.train.batch_size, mini)}"
+                f"take a divisor, for example {nearest_divisor(self.train.batch_size, mini)}"
             )
         if mini % self.parallel.data:
             raise ValueError(
                 f"parallel.data: {self.parallel.data} ranks can't share {mini} sequences an optimiser step evenly; "
-                f"take a divisor of it, for example {_nearest_divisor(mini, self.parallel.data)}"
+                f"take a divisor of it, for example {nearest_divisor(mini, self.parallel.data)}"
             )
         if mini % self.group_size:
             raise ValueError(
@@ -302,6 +228,11 @@ class RunConfig(Section):
         return self
 
     def _check_method(self) -> None:
+        if self.copies_reference and (self.oapl.refresh_steps or 0) >= self.train.num_steps:
+            raise ValueError(
+                f"oapl.refresh_steps: {self.oapl.refresh_steps}, but the run has {self.train.num_steps} steps "
+                "(train.num_steps), so pi_old would never be made anew; lower it"
+            )
         if self.objective.name == "oapl" and self.oapl.value == "group" and self.oapl.group_size < 2:
             raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
         if self.objective.name == "spo" and self.spo.least_decay > self.spo.most_decay:
@@ -394,7 +325,3 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
         else:
             sections[prefix + name] = section
     return sections
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

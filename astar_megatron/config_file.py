@@ -11,9 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
-Name = Annotated[str, Field(min_length=1)]
+_MOST_WHOLE = 10**15  # far from what 64 bits hold
+_LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
+_LOGIN = re.compile(r"://[^/\s]*@")  # of a URL: what stands there may be a password or a token
+
+
+def _no_login(value: str) -> str:
+    if _LOGIN.search(value):
+        raise PydanticCustomError(
+            "login",
+            "a URL with a login, which logs and checkpoints would keep; leave out all between :// and @, and give the "
+            "password to the program that opens the URL",
+        )
+    return value
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(_no_login)]  # a path or an address
+Seconds = Annotated[float, Field(gt=0.0, le=1e6)]  # of waiting: the system's own waits end at 2**31 milliseconds
 
 
 class Section(BaseModel):
@@ -22,6 +39,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _within_reach(cls, value: Any) -> Any:
+        """Refuse what is of the right type and yet nothing that can be computed with, or written."""
+        if type(value) is int and value > _MOST_WHOLE:
+            raise PydanticCustomError("range", "input should be at most 10^15")
+        if type(value) is float and value and not _LEAST <= abs(value) <= _MOST:
+            raise PydanticCustomError("range", "input should be 0, or from 1e-30 to 1e30")
+        if isinstance(value, str) and "\0" in value:  # no file's name has it
+            raise PydanticCustomError("text", "input should be text without NUL")
+        return value
 
 
 def flat(section: Section, prefix: str = "") -> dict[str, Any]:
@@ -56,15 +85,22 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, as YAML 1.2 does (PyYAML follows 1.1 and would give a string).
+    """SafeLoader that reads numbers as YAML 1.2 does: PyYAML follows 1.1, where 1e-5 is text, 010 is 8 and 1:30 is 90.
 
     It refuses a key that stands twice: PyYAML would take the last in silence.
     """
 
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -79,8 +115,11 @@ def _date_or_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _date_or_text)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?((\d[\d_]*\.\d*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|\.inf)$|^\.nan$", re.IGNORECASE),
+    list("-+.0123456789"),
 )
 
 
@@ -89,22 +128,30 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file; the ones that ship are in configs/") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't read the configuration: {error.strerror}; name a YAML file") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML in UTF-8: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not readable as YAML: brackets in brackets without end; repair the file") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(tree).__name__}")
+        raise ConfigError(
+            f"{path}: expected a mapping of keys to values, got {'nothing' if tree is None else type(tree).__name__}; "
+            "the configurations that ship are in configs/"
+        )
     return tree
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    names = key.strip().split(".")
+    if not equals or not all(names):
         raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=1e-6")
     try:
         tree: Any = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not readable as YAML: {error}") from None
-    for name in reversed(key.strip().split(".")):
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"--set {text:.200}: the value is not readable as YAML: {error}") from None
+    for name in reversed(names):
         tree = {name: tree}
     return tree
 
@@ -126,6 +173,11 @@ def day(value: Any) -> str:
         raise ValueError(f"data.date: expected a day as 2026-11-28, got {value!r}") from None
 
 
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Return the divisor of `number` that is nearest to `wanted`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+
+
 _FORMER = {
     "conversion.verify_interval": "every publish is checked whole now; leave it out",
     "rollout.eager": "it is rollout.graphs now: true is none, false is compiled, and decode lies between them",
@@ -135,16 +187,20 @@ _FORMER = {
 def explain(problem: Any, keys: Sequence[str]) -> str:
     """Return in a line what pydantic found wrong with a tree, and what would do; `keys` are all there are."""
     path = ".".join(str(part) for part in problem["loc"])
-    got = f", got {problem['input']!r}" if problem["type"] not in ("missing", "value_error") else ""
+    got = f", got {problem['input']!r:.200}" if problem["type"] not in ("missing", "value_error", "login") else ""
     if path in _FORMER:
         return f"{path}: no such key any more; {_FORMER[path]}"
     if problem["type"] == "extra_forbidden":
         section = path.rpartition(".")[0]
         siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
         known = f"; {section} has {', '.join(siblings)}" if section and siblings else ""
-        return f"{path}: no such key; the nearest is {_nearest_key(path, keys)}{known}"
+        below = next(iter(problem["input"]), "") if isinstance(problem["input"], dict) else ""
+        return f"{path}: no such key; the nearest is {_nearest_key(f'{path}.{below}' if below else path, keys)}{known}"
     if problem["type"] == "missing":
         return f"{path}: this key is required"
+    if problem["type"] == "model_type":
+        first = next(key for key in keys if key.startswith(f"{path}."))
+        return f"{path}: expected keys with values below it, for example {first}{got}; leave it out if it has none"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
@@ -158,5 +214,6 @@ def _nearest_key(path: str, keys: Sequence[str]) -> str:
     if initials in leaves:
         return initials
     alike = difflib.get_close_matches(leaf, leaves.values(), n=1)
-    candidates = [key for key, name in leaves.items() if not alike or name == alike[0]]
+    candidates = [key for key in keys if key.startswith(f"{leaf}.")]  # it is the name of a section
+    candidates = candidates or [key for key, name in leaves.items() if not alike or name == alike[0]]
     return difflib.get_close_matches(path, candidates, n=1, cutoff=0.0)[0]

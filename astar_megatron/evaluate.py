@@ -17,7 +17,7 @@ from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
 from astar_megatron.run.tracking import Tracker
 from conversion import hf, rewrite
-from conversion.ends import open_end
+from conversion.ends import End, open_end
 
 
 def main(cfg: RunConfig, model_path: str | None = None) -> None:
@@ -27,23 +27,23 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
         raise ValueError(f"{path}: no model to evaluate; run `astar train` first, or name a folder with --model")
     if tokenizer_digest(path) != tokenizer_digest(Path(cfg.model.path)):
         raise ValueError(f"{path}: its tokenizer is not that of model.path, {cfg.model.path}; set model.path to it")
+    hf.check_engines_read(path)  # first: what it refuses is not left out
+    end = open_end(path)
     cfg = with_room(cfg)
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir)
-    with hugging_face(path, tracker) as folder, engines_of(cfg, tracker, str(folder)) as engines:
+    with hugging_face(end, tracker) as folder, engines_of(cfg, tracker, str(folder)) as engines:
         show(str(path), evaluate(cfg, inputs, engines, tracker, "eval"), tracker)
 
 
 @contextmanager
-def hugging_face(path: Path, tracker: Tracker) -> Iterator[Path]:
-    """The Hugging Face folder `path`, checked; of a checkpoint of Megatron a copy in that format, for as long."""
-    hf.check_engines_read(path)  # first: what it refuses is not left out
-    end = open_end(path)
+def hugging_face(end: End, tracker: Tracker) -> Iterator[Path]:
+    """The Hugging Face folder of `end`; of a checkpoint of Megatron a copy in that format, for as long."""
     if end.kind != "Megatron":
-        yield path
+        yield end.path
         return
     with tempfile.TemporaryDirectory(dir=tracker.run_dir, prefix="eval_") as temporary:
         folder = Path(temporary) / "hf"
-        with tracker.progress(f"{path} as a Hugging Face folder", len(end.model.parameters())) as advance:
+        with tracker.progress(f"{end.path} as a Hugging Face folder", len(end.model.parameters())) as advance:
             rewrite.write_hf(end, folder, advance)
         yield folder

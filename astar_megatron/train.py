@@ -4,9 +4,9 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint. SIGTERM and SIGUSR1 end a run where a step is saved (cluster/signals.py).
 """
 
+from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.signals import StepEnds
 from astar_megatron.config import RunConfig
-from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
@@ -14,17 +14,8 @@ from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import Inputs, prepare
-from astar_megatron.run.spending import Spending, generation_flops
-from astar_megatron.run.steps import (
-    batch_of,
-    check_skipped,
-    health_of,
-    keep_bad_batch,
-    line_of,
-    metrics_of,
-    skipped_of,
-    step_options,
-)
+from astar_megatron.run.record import record_of
+from astar_megatron.run.steps import batch_of, health_of, step_options
 from astar_megatron.run.tracking import Clock, Tracker
 from astar_megatron.run.training import (
     check_before_stage_1,
@@ -44,7 +35,18 @@ def main(cfg: RunConfig) -> None:
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
     with Fleet(cfg, inputs.model, tracker) as fleet:
-        train(cfg, inputs, estimates, fleet, tracker)
+        train_whatever_dies(cfg, inputs, estimates, fleet, tracker)
+
+
+def train_whatever_dies(
+    cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker
+) -> None:
+    """As `train`, which begins again at the newest checkpoint when a rank has died."""
+    while True:
+        try:
+            return train(cfg, inputs, estimates, fleet, tracker)
+        except ActorLost as error:
+            fleet.restart_policy(error)
 
 
 def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker) -> None:
@@ -53,19 +55,26 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     first = checkpoints.resume(fleet.policy, prompts, objective)
+    if words := checkpoints.unverified:
+        tracker.say(words)
     if changed := checkpoints.changed_settings():
         tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
-    bad_batches.set_aside(tracker.run_dir, first)
-    earlier = tracker.begin(first)
-    skipped = sum(map(skipped_of, earlier))
-    spent = (int(estimates.tokens.sum()) if estimates else 0) + sum(line.get("response_tokens", 0) for line in earlier)
-    spending = Spending(cfg.budget, cfg.train.num_steps, first, earlier)
-    versions = range(first, cfg.train.num_steps)
+    record = record_of(cfg, inputs.model, tracker, first, int(estimates.tokens.sum()) if estimates else 0)
+    spending = record.spending
     with (
         StepEnds(cfg.train.grace_seconds) as ends,
+        checkpoints.saves(fleet.policy, tracker.say) as saves,
         RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
     ):
-        batches = TrainingRollouts(source, prompts, cfg.rollout, cfg.seed, versions=versions, group_size=cfg.group_size)
+        batches = TrainingRollouts(
+            source,
+            prompts,
+            cfg.rollout,
+            cfg.seed,
+            versions=range(first, cfg.train.num_steps),
+            group_size=cfg.group_size,
+            drawn=checkpoints.in_flight(inputs.prompts),
+        )
         for step in ends.steps(spending.steps()):
             clock = Clock()
             if objective.refreshes_reference(step):
@@ -77,25 +86,18 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             batch = batch_of(rollouts, objective, step)
             with fleet.training():
                 stats = fleet.policy.step(batch, objective.loss, options)
-            spent += stats.response_tokens
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
-            seconds = clock.stop() | {"engines_idle": source.idle_seconds()}
-            drawing = {"generation_flops": generation_flops(inputs.model, ((r.prompt, r.token_ids) for r in rollouts))}
-            metrics = metrics_of(step, rollouts, health, stats, spent, seconds) | drawing | evaluated
-            spending.add(metrics)
             objective.learn(rollouts, health)
-            if stats.skipped:  # first on disk, then in the metrics
-                tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, cfg))
-            tracker.log(metrics)
-            tracker.say(line_of(metrics, cfg.train.num_steps))
-            skipped += skipped_of(metrics)
-            check_skipped(skipped, cfg.train.max_skipped_steps, tracker.run_dir)
+            seconds = clock.stop() | {"engines_idle": source.idle_seconds(), "checkpoint": saves.seconds()}
+            replaced = {"engines_replaced": fleet.engines.num_replaced()}
+            record.add(rollouts, batch, stats, health, seconds, evaluated | replaced)
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
-                checkpoints.save(fleet.policy, step + 1, batches.state(), objective)
-                ends.saved(step + 1)
+                saves.begin(step + 1, batches, objective)
+                ends.saved(step + 1, saves.wait)
+            saves.poll()
         for words in spending.reached:
             tracker.say(words)
-    _finish(cfg, inputs, fleet, tracker, spending.done)
+        _finish(cfg, inputs, fleet, tracker, spending.done)
 
 
 def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int) -> None:

@@ -138,3 +138,11 @@ class StepStats:
         """The largest |ln pi - ln pi_ref| of a response (nats): exactly 0 before the first optimiser step."""
         pairs = zip(self.logprobs, self.reference_logprobs, strict=True)
         return max(abs(logprob - reference) for logprob, reference in pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveState:
+    """How far a rank is with its part of a checkpoint; `problem` says in words why it could not write it."""
+
+    done: bool
+    problem: str = ""

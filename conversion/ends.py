@@ -234,7 +234,7 @@ def _layout(file: Path) -> dict[str, int] | None:
     try:
         layout = json.loads(file.read_text(encoding="utf-8"))["layout"]
         return {str(axis): size for axis, size in layout.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -43,9 +43,18 @@ class ModelFolderError(ValueError):
 
 
 def check_destination(folder: str | Path) -> None:
-    """Raise ModelFolderError where something lies at `folder` that is not an export: replacing would delete it."""
+    """Raise ModelFolderError where something lies at `folder` that is not an export: replacing would delete it.
+
+    OSError where nothing can lie there.
+    """
     folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a link to itself, a name that is too long, a file in the way
+        raise _unwritable(folder, error) from error
+    if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):
         raise ModelFolderError(
@@ -168,8 +177,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ModelFolderError(f"{folder / RECORD} is no JSON: {error}") from error
+    except OSError as error:
+        raise ModelFolderError(f"{folder / RECORD} can't be read: {error.strerror}; remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{folder / RECORD} is no JSON: {error}: remove it if the weights are sound") from error
     if not isinstance(record, dict):
         raise ModelFolderError(f"{folder / RECORD}: expected a JSON object, got {type(record).__name__}")
     return record

@@ -177,7 +177,7 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise ModelFolderError(f"{folder}: {pickled[0]} is a pickle checkpoint, which is refused: use safetensors")
-        raise ModelFolderError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+        raise ModelFolderError(f"{folder} has neither {WEIGHTS} nor {INDEX}: copy the weights there too")
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
@@ -185,13 +185,13 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
         files: dict[str, set[str] | None] = {file: set() for file in weight_map.values()}
         for name, file in weight_map.items():
             files[file] = (files[file] or set()) | {name}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFolderError(f"{folder / INDEX} is no safetensors index: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFolderError(f"{folder / INDEX} is no safetensors index: {error!r}; copy the file again") from error
     for file in files:
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("", ".", ".."):
             raise ModelFolderError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
         if not (folder / file).exists():
-            raise ModelFolderError(f"{folder / INDEX} names {file}, which is missing")
+            raise ModelFolderError(f"{folder / INDEX} names {file}, which is missing: copy it there too")
     if (folder / WEIGHTS).exists() and WEIGHTS not in files:
         raise ModelFolderError(
             f"{folder} holds {WEIGHTS} beside {INDEX}, which names other files: transformers would read the first, "
@@ -226,18 +226,27 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
             if (
                 name not in shapes and name != HEAD and not name.endswith(".rotary_emb.inv_freq")
             ):  # HF ignores these two
-                raise ModelFolderError(f"{folder / file} holds {name}, which the model of config.json does not have")
+                raise ModelFolderError(
+                    f"{folder / file} holds {name}, which the model of config.json does not have: "
+                    "take both from the same model"
+                )
             shape, dtype = tuple(tensors[name]["shape"]), tensors[name]["dtype"]
             if shape != shapes.get(name, shape):
-                raise ModelFolderError(f"{folder / file}: {name} has shape {shape}, expected {shapes[name]}")
+                raise ModelFolderError(
+                    f"{folder / file}: {name} has shape {shape}, expected {shapes[name]} by config.json: take both "
+                    "from the same model"
+                )
             if dtype in _DTYPES:
                 offset = start + tensors[name]["data_offsets"][0]
                 parameters[name] = Stored(file=file, offset=offset, shape=shape, dtype=_DTYPES[dtype])
             elif name in shapes or name == HEAD:
-                raise ModelFolderError(f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}")
+                raise ModelFolderError(
+                    f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}: "
+                    "convert it, for example with transformers"
+                )
     for name in shapes:
         if name not in parameters:
-            raise ModelFolderError(f"{folder} does not hold {name}")
+            raise ModelFolderError(f"{folder} does not hold {name}: take weights and config.json from the same model")
     if HEAD in parameters and HEAD not in shapes:
         _check_tied(folder, parameters[EMBEDDING], parameters[HEAD])
     return parameters
@@ -267,7 +276,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise ModelFolderError(f"{path} is damaged, truncated or not readable: {error}") from error
+        raise ModelFolderError(f"{path} is damaged, truncated or not readable: {error}; copy it again") from error
     header.pop("__metadata__", None)
     return header, 8 + length
 

@@ -139,7 +139,7 @@ def num_not_finite(values: Tensor) -> int:
 
 def listed(bad: Counter[str]) -> str:
     """Return in words which parameters hold values that are not finite."""
-    return f"NaN or Inf in {_named([f'{name} ({count} values)' for name, count in sorted(bad.items())])}"
+    return f"NaN or Inf in {_named([f'{name} ({count} values)' for name, count in sorted(bad.items()) if count])}"
 
 
 def weights_verdict(end: End, digests: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 Span = tuple[int, int]  # half-open [start, stop)
+MOST_RANKS = 1 << 16  # each is planned for
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ class ParallelLayout:
             size = getattr(self, axis)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{axis}={size!r}: expected a whole number of at least 1")
+        if self.world_size > MOST_RANKS:
+            raise ValueError(
+                f"tensor={self.tensor}, pipeline={self.pipeline}, context={self.context} and data={self.data} make "
+                f"{self.world_size} ranks: expected at most {MOST_RANKS}"
+            )
         if self.replicas % self.expert:
             raise ValueError(
                 f"context * data={self.replicas} does not divide by expert={self.expert}: experts are spread over the "

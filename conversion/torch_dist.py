@@ -341,7 +341,7 @@ class _IndexUnpickler(pickle.Unpickler):
 def _read_index(folder: Path) -> Metadata:
     try:
         backend = json.loads((folder / MARK).read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DistributedCheckpointError(f"{folder} is no distributed checkpoint: {MARK}: {error!r}") from error
     if backend != "torch_dist":
         raise DistributedCheckpointError(f"{folder / MARK}: sharded_backend {backend!r}, expected 'torch_dist'")

@@ -21,6 +21,8 @@ packing, 17.6 with it, 0.33 for packing again (least of 5 alternating rounds). I
 second time.
 """
 
+import faulthandler
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +82,7 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
 
     _receiver: Receiver | None = None
     _holdings: Holdings | None = None
+    _addresses: dict[str, int] | None = None
     version: int | None = None
 
     def init_transfer_engine(self, init_info: TilesInitInfo) -> None:
@@ -100,6 +103,8 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
 
     def _plan(self, model: Model, source: list[Tile], dtype: str) -> None:
         """Plan how this worker is filled from `source`; its holdings are those of this plan from now on."""
+        if self._addresses is None:  # nobody plans before the engine has started and captured its graphs
+            self._addresses = addresses(self.model)
         tensor, rank = self.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank()
         self._end = (model, plan(source, model.vllm_tiles(tensor)), tensor, rank, getattr(torch, dtype))
         self._holdings = self._held()
@@ -128,14 +133,15 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         self._plan(model, model.hf_tiles(), dtype)
 
     def audit(self, version: int) -> dict[str, Any]:
-        """The digests of what this worker holds, in its plan's order, and the faults of its packs."""
-        if self._holdings is None:
+        """The digests of what this worker holds, in its plan's order, and the faults of its packs and addresses."""
+        if self._holdings is None or self._addresses is None:
             raise RuntimeError("neither init_weight_transfer_engine nor open_audit was called")
         try:
             self._holdings = self._held()  # from the module, which may have other tensors by now
         except ValueError as error:
             return {"digests": self._holdings.digests(), "faults": [("a parameter", -1, str(error))]}
-        return {"digests": self._holdings.digests(), "faults": stale_packs(self.model, version)}
+        faults = moved_parameters(self.model, self._addresses) + stale_packs(self.model, version)
+        return {"digests": self._holdings.digests(), "faults": faults}
 
     def digest_rows(self, index: int) -> list[int]:
         """The digests of the rows of part `index` of what this worker holds; none if it has fewer parts."""
@@ -181,6 +187,31 @@ class WorkerExtension:
     def digest_rows(self, index: int) -> list[int]:
         """The digests of the rows of one part, once its digest was found wrong."""
         return self.weight_transfer_engine.digest_rows(index)  # type: ignore[attr-defined]
+
+    def free_bytes(self) -> int:
+        """What nobody uses of the memory of this worker's device."""
+        return torch.accelerator.get_memory_info()[0]
+
+    def drop_cache(self) -> int:
+        """Give the memory of keys and values back, and return its bytes; for a CPU, where vLLM has no sleep of its own.
+
+        The storage is emptied in place, so that all layers' views of it are right after `remake_cache`.
+        """
+        (self._cache_bytes,) = {storage.nbytes() for storage in self._cache_storages()}
+        for storage in self._cache_storages():
+            storage.resize_(0)
+        return self._cache_bytes
+
+    def remake_cache(self) -> None:
+        """Take that memory again; there are no keys and values in it."""
+        for storage in self._cache_storages():
+            storage.resize_(self._cache_bytes)
+            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
+
+    def _cache_storages(self) -> list[torch.UntypedStorage]:
+        """One: vLLM's layers are views of it."""
+        caches: list[Tensor] = self.model_runner.kv_caches  # type: ignore[attr-defined]
+        return list({cache.untyped_storage()._cdata: cache.untyped_storage() for cache in caches}.values())
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -230,6 +261,28 @@ def check_experts(module: nn.Module) -> None:
 
 
 _PLAIN_EXPERTS = {"CPU", "TRITON", "BATCHED_TRITON"}  # kernels that take experts as they are loaded, or as packed here
+
+
+def addresses(module: nn.Module) -> dict[str, int]:
+    """Where each parameter's bytes are."""
+    return {name: parameter.data_ptr() for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
+def moved_parameters(module: nn.Module, before: dict[str, int]) -> list[Fault]:
+    """The parameters that are no longer where they were when graphs were captured.
+
+    A graph reads the address that it was captured with: it would go on with old bytes while all digests, which are of
+    the parameters, are right.
+    """
+    return [
+        (
+            name,
+            0,
+            f"its bytes lie at {now:#x}, but at {before.get(name, 0):#x} when graphs were captured, which read those",
+        )
+        for name, now in addresses(module).items()
+        if before.get(name) != now
+    ]
 
 
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -334,7 +387,8 @@ def _stale_experts(module: nn.Module) -> list[Fault]:
 
 
 def _register() -> None:
-    """Registers the backend and what becomes of plain weights, once per process."""
+    """Registers the backend and what becomes of plain weights, once per process; SIGUSR2 shows the process's stacks."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, TilesEngine)
     if current_platform.is_cpu():

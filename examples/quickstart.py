@@ -76,7 +76,7 @@ def answer(cfg: RunConfig, question: str) -> str:
     logging.disable_progress_bar()
     folder = str(cfg.export_dir)
     tok: Any = tokenizer(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     inputs = tok.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -27,11 +27,13 @@ def ensure_model(folder: Path) -> None:
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
+            trust_remote_code=False,
         )
     unfinished = folder.with_name(folder.name + ".incomplete")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     for weights in unfinished.glob("*.safetensors"):  # safetensors' own files are for their owner alone
         shutil.copymode(unfinished / "config.json", weights)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)

@@ -17,7 +17,10 @@ def text_of(token_ids: Sequence[int]) -> str:
 
 
 class FakeEngines:
-    """See source.Engines. `asked` and `answered` are (engine or stream, request) in the order in which it happened."""
+    """See source.Engines. `asked` and `answered` are (engine or stream, request) in the order in which it happened.
+
+    `end` and `join` are the death of an engine and its return.
+    """
 
     def __init__(
         self,
@@ -38,20 +41,33 @@ class FakeEngines:
         self._in_order = in_order
         self._shuffle, self._num_streams = random.Random(at_once), 0
         self._streams: dict[int, list[tuple[int, int, Request]]] = {}  # version, tag, request
+        self._engine_of: dict[int, int] = {}
+        self._serving, self._ended = set(range(num_engines)), set[int]()  # engines, streams
 
     def __len__(self) -> int:
         return self._num_engines
 
+    def serving(self) -> list[int]:
+        return sorted(self._serving)
+
+    def end(self, engine: int) -> None:
+        self._serving.discard(engine)
+        self._ended |= {stream for stream, its in self._engine_of.items() if its == engine}
+
+    def join(self, engine: int) -> None:
+        self._serving.add(engine)
+
     def generate(self, engine: int, requests: Sequence[tuple[int, Request]], sampling: SamplingConfig) -> int:
         self.asked += [(engine, request) for _, request in requests]
         self._num_streams += 1
+        self._engine_of[self._num_streams] = engine
         self._streams[self._num_streams] = [(self.version, tag, request) for tag, request in requests]
         return self._num_streams
 
     def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
         stream = min(streams) if self._in_order else self._shuffle.choice(streams)
         left = self._streams[stream]
-        if not left:
+        if not left or stream in self._ended:
             return [(stream, None)]
         time.sleep(self._seconds)
         if not self._in_order:
@@ -59,6 +75,10 @@ class FakeEngines:
         now, self._streams[stream] = left[: self._at_once], left[self._at_once :]
         self.answered += [(stream, request) for *_, request in now]
         return [(stream, [self._respond(*item) for item in now])]
+
+    def forget(self, streams: Sequence[int]) -> None:
+        for stream in streams:
+            self._streams.pop(stream, None)
 
     def _respond(self, version: int, tag: int, request: Request) -> Response:
         token_ids, truncated = self._answer(request)

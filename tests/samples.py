@@ -64,12 +64,22 @@ def rollout(prompt: Prompt, **fields: Any) -> Rollout:
     return Rollout(prompt=prompt, **usual | fields)
 
 
-def closed_files(folder: Path) -> list[Path]:
-    """Return the files under `folder` that others may do less with than the umask lets them."""
+def unlike_the_umask(folder: Path) -> list[Path]:
+    """Return the files under `folder` that have other rights than the umask gives a new file."""
     (folder / "like this").touch()
-    allowed = (folder / "like this").stat().st_mode
+    mode = (folder / "like this").stat().st_mode
     (folder / "like this").unlink()
-    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode & allowed != allowed]
+    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_mode != mode]
+
+
+@contextmanager
+def umask_of(mask: int) -> Iterator[None]:
+    """Give this process, and those that it starts, another umask."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def output_of(program: str, *arguments: str, **environment: str) -> str:

@@ -31,7 +31,8 @@ ROOMS = {
     "config_file": set(),
     "config_machine": {"config_file"},
     "config_methods": {"config_file"},
-    "config": {"config_file", "config_machine", "config_methods"},
+    "config_training": {"config_file", "config_machine"},
+    "config": {"config_file", "config_machine", "config_methods", "config_training"},
     "types": set(),
     "algorithm": {"config", "types"},
     "data": {"algorithm", "config", "types"},
@@ -44,7 +45,7 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
     *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise"),
 }
-CONFIGURATION = {"config_file", "config_machine", "config_methods", "config"}
+CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_training", "config"}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data"}  # rooms that know nothing of weights
 
 # Package -> the places that may import it.
@@ -66,6 +67,7 @@ DEVICE_NEUTRAL_NAMES = ("get_cuda_rng_tracker", "model_parallel_cuda_manual_seed
 # Libraries are told things through the environment, before they are imported; nobody reads a mode from it.
 ENVIRONMENT_READERS = ("astar_megatron/run/bundle.py",)  # it looks for secrets, to take them out of what it writes
 ENVIRONMENT_SETTERS = ("astar_megatron/rollout/", "astar_megatron/cluster/", "astar_megatron/model/backend.py")
+PASSES_ENVIRONMENT_ON = "astar_megatron/rollout/scoring.py"  # a part of it, to rewards; it reads no mode from it
 MAX_FILE_LINES = 400
 MAX_PROGRAM_LINES = 150
 METHOD_WORDS = re.compile(r"\b(v_star|advantage|beta1|beta2|clip)\b")
@@ -431,7 +433,7 @@ def environment_uses(files: list[Source]) -> Iterator[str]:
                 case ast.Attribute(attr="environ" | "environb" | "getenv", value=ast.Name(id="os")):
                     if is_in(source.path, ENVIRONMENT_READERS):
                         continue
-                    if id(node) not in setting:
+                    if id(node) not in setting and source.path != PASSES_ENVIRONMENT_ON:
                         yield f"{source.path}:{node.lineno}: reads the environment; make it a key of the configuration"
                     elif not is_in(source.path, ENVIRONMENT_SETTERS):
                         yield f"{source.path}:{node.lineno}: sets the environment"
@@ -556,13 +558,24 @@ def dangerous_calls(files: list[Source]) -> Iterator[str]:
                         yield f"{source.path}:{node.lineno}: torch.load without weights_only=True"
                 case ast.keyword(arg="allow_pickle", value=ast.Constant(value=True)):
                     yield f"{source.path}:{node.value.lineno}: allow_pickle=True"
+                case ast.Call(func=ast.Attribute(attr="from_pretrained" | "from_config"), keywords=keywords):
+                    if not any(k.arg == "trust_remote_code" for k in keywords):
+                        yield f"{source.path}:{node.lineno}: without trust_remote_code=False a terminal is asked"
+                case ast.keyword(arg="trust_remote_code", value=value) if ast.unparse(value) != "False":
+                    yield f"{source.path}:{value.lineno}: trust_remote_code={ast.unparse(value)}"
+                case ast.Dict(keys=keys, values=values):
+                    for key, value in zip(keys, values, strict=True):
+                        if key and ast.unparse(key) == "'trust_remote_code'" and ast.unparse(value) != "False":
+                            yield f"{source.path}:{value.lineno}: trust_remote_code: {ast.unparse(value)}"
 
 
 def test_nothing_read_from_disk_can_run_code() -> None:
     for text in ("import pickle", "from dill import load", "torch.load(f)", "torch.load(f, weights_only=False)"):
         assert list(dangerous_calls(planted("conversion/x.py", text)))
     assert list(dangerous_calls(planted(RESTRICTED_UNPICKLER, "import pickle\npickle.load(f)")))
-    for text in ("eval('1')", "exec(code)", "np.load(f, allow_pickle=True)"):
+    for text in ("eval('1')", "exec(code)", "np.load(f, allow_pickle=True)", "Auto.from_pretrained(f)"):
+        assert list(dangerous_calls(planted("conversion/x.py", text)))
+    for text in ("f(trust_remote_code=True)", "f(trust_remote_code=cfg.trust)", "x = {'trust_remote_code': True}"):
         assert list(dangerous_calls(planted("conversion/x.py", text)))
     assert not list(dangerous_calls(planted("conversion/x.py", "model.eval()\ntorch.load(f, weights_only=True)")))
     check(dangerous_calls, "astar_megatron", "conversion", "examples", "slurm")

@@ -1,59 +1,128 @@
-"""Which checkpoints of a run are kept (the policy's part is a fake that makes the folder)."""
+"""Which checkpoints of a run are kept, when they count, how a damaged one is named; the policy is a fake."""
 
 import dataclasses
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import samples
 from samples import CONTRACT
 
 from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.refresh import LiveVStar
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import AstarConfig, CheckpointConfig
 from astar_megatron.data.contract import Contract, ContractError
+from astar_megatron.data.files import StorageError
+from astar_megatron.data.manifest import FileDigest, digest_of
 from astar_megatron.data.prompts import PromptStream
-from astar_megatron.run.checkpoints import Checkpoints
-from astar_megatron.types import Prompt
+from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.run.checkpoints import Checkpoints, DamagedCheckpointError
+from astar_megatron.run.saving import Saves
+from astar_megatron.types import Prompt, Rollout, SaveState
 
 FIXED = Astar(AstarConfig(), LiveVStar({}, {}, 0.5, None))
 PROMPTS = [Prompt(uid=str(i), token_ids=(i,), text="", answer="") for i in range(3)]
 
 
 class FakePolicy:
-    """Writes what the driver reads of a checkpoint."""
+    """Two ranks that each write the number of steps they have taken to a file, at the `polls`th question for it.
 
-    def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        folder.mkdir(parents=True)
-        (folder / "progress.json").write_text(json.dumps(progress))
+    `problems` are those of the saves, in order: at its beginning, of rank 1's write, at its end; "" is none.
+    """
+
+    def __init__(self, polls: int = 1, problems: Sequence[tuple[str, str, str]] = ()) -> None:
+        self.steps, self.loaded = 0, ""
+        self._polls, self._problems, self._calls = polls, iter(problems), 0
+        self._folder, self._copy = Path(), 0
+
+    def begin_save(self, folder: Path) -> dict[str, Any]:
+        assert not list(folder.iterdir())
+        at_begin, self._of_rank_1, self._at_end = next(self._problems, ("", "", ""))
+        if at_begin:
+            raise StorageError(at_begin)
+        self._folder, self._copy, self._calls = folder, self.steps, 0
+        return {"layout": {}}
+
+    def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
+        self._calls += 1
+        (self._folder / "__0_0.distcp").write_text(f"{self._copy} steps of rank 0")
+        if self._calls < self._polls:
+            return [SaveState(done=True), SaveState(done=False)]
+        (self._folder / "__1_0.distcp").write_text(f"{self._copy} steps of rank 1")
+        return [SaveState(done=True), SaveState(done=True, problem=self._of_rank_1)]
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        (self._folder / "metadata.json").write_text("{}")
+        if self._at_end:
+            raise StorageError(self._at_end)
+        return {name: digest_of(self._folder / name) for name in ("__0_0.distcp", "__1_0.distcp")}
+
+    def load(self, folder: Path, version: int) -> None:
+        self.loaded = f"{folder.name} at {version}"
 
 
 def checkpoints_of(
-    run_dir: Path, contract: Contract = CONTRACT, settings: dict[str, Any] | None = None, keep: int = 2
+    run_dir: Path,
+    contract: Contract = CONTRACT,
+    settings: dict[str, Any] | None = None,
+    keep: int = 2,
+    keep_every: int | None = None,
 ) -> Checkpoints:
-    return Checkpoints(run_dir, CheckpointConfig(keep=keep), contract, settings or {})
+    cfg = CheckpointConfig(interval=1, keep=keep, keep_every=keep_every)
+    return Checkpoints(run_dir, cfg, contract, settings or {})
 
 
 def stream() -> PromptStream:
     return PromptStream(PROMPTS, 2, 0)
 
 
-def save(checkpoints: Checkpoints, step: int, objective: Astar = FIXED) -> None:
-    checkpoints.save(cast(PolicyGroup, FakePolicy()), step, stream().state(), objective)
+class FakeBatches:
+    """Where training goes on, and what has been drawn ahead of it."""
+
+    def __init__(self, drawn: Sequence[Rollout]) -> None:
+        self._drawn = drawn
+
+    def state(self) -> dict[str, Any]:
+        return stream().state()
+
+    def in_flight(self) -> Sequence[Rollout]:
+        return self._drawn
+
+
+def saves_of(checkpoints: Checkpoints, policy: FakePolicy | None = None, say: Callable[[str], None] = print) -> Saves:
+    return checkpoints.saves(cast(PolicyGroup, policy or FakePolicy()), say)
+
+
+def begin(saves: Saves, step: int, objective: Astar = FIXED, drawn: Sequence[Rollout] = ()) -> None:
+    saves.begin(step, cast(TrainingRollouts, FakeBatches(drawn)), objective)
+
+
+def save(checkpoints: Checkpoints, step: int, objective: Astar = FIXED, drawn: Sequence[Rollout] = ()) -> None:
+    with saves_of(checkpoints) as saves:
+        begin(saves, step, objective, drawn)
 
 
 def astar(live: LiveVStar) -> Astar:
     return Astar(AstarConfig(), live)
 
 
-def kept(run_dir: Path, keep: int, steps: Iterable[int]) -> list[int]:
+def steps_in(run_dir: Path) -> list[int]:
+    """The steps whose checkpoints are there; nothing else is, beside `latest`."""
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()} - {"latest"}
+    return sorted(int(name.removeprefix("step_")) for name in names)
+
+
+def kept(run_dir: Path, keep: int, steps: Iterable[int], keep_every: int | None = None) -> list[int]:
     """The steps whose checkpoints are there once those of `steps` were saved."""
-    checkpoints = checkpoints_of(run_dir, keep=keep)
+    checkpoints = checkpoints_of(run_dir, keep=keep, keep_every=keep_every)
     for step in steps:
         save(checkpoints, step)
-    return sorted(int(path.name.removeprefix("step_")) for path in (run_dir / "checkpoints").glob("step_*"))
+    return steps_in(run_dir)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 6, 9])
@@ -62,9 +131,30 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000008"
 
 
+@pytest.mark.parametrize(("keep", "keep_every", "left"), [(1, 3, [3, 6, 8]), (2, 3, [3, 6, 7, 8]), (3, 1, range(1, 9))])
+def test_every_nth_step_is_kept_for_ever(keep: int, keep_every: int, left: Iterable[int], tmp_path: Path) -> None:
+    assert kept(tmp_path, keep, range(1, 9), keep_every) == list(left)
+
+
+def test_steps_to_keep_that_are_never_saved_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint\.keep_every: 75 is no multiple of checkpoint\.interval, 50"):
+        CheckpointConfig(interval=50, keep_every=75)
+
+
 def test_later_ones_of_a_run_that_was_set_back_neither_count_nor_vanish(tmp_path: Path) -> None:
     assert kept(tmp_path, 2, [10, 20]) == [10, 20]
     assert kept(tmp_path, 2, [5, 6, 7]) == [6, 7, 10, 20]
+
+
+def test_what_was_drawn_ahead_is_in_the_checkpoint_and_its_loss_is_named(tmp_path: Path) -> None:
+    drawn = [samples.rollout(prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    save(checkpoints_of(tmp_path), 1)
+    assert checkpoints_of(tmp_path).in_flight(PROMPTS) == []
+    save(checkpoints_of(tmp_path), 2, drawn=drawn)
+    assert checkpoints_of(tmp_path).in_flight(PROMPTS) == drawn
+    (tmp_path / "checkpoints" / "step_00000002" / "in_flight.parquet").unlink()
+    with pytest.raises(ValueError, match=r"step_00000002/in_flight\.parquet: missing or damaged .*latest"):
+        checkpoints_of(tmp_path).in_flight(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -127,3 +217,192 @@ def test_a_reference_that_is_a_copy_is_not_continued_as_one_that_is_not(tmp_path
     checkpoints_of(tmp_path, settings=oapl | {"oapl.refresh_steps": 7}).check_method()
     with pytest.raises(ValueError, match=r"oapl\.refresh_steps: .*step_00000003 was trained with 5"):
         checkpoints_of(tmp_path, settings=oapl | {"oapl.refresh_steps": None}).check_method()
+
+
+# --- a checkpoint is written while training goes on
+
+
+def test_latest_moves_and_old_ones_go_only_when_all_ranks_have_written(tmp_path: Path) -> None:
+    checkpoints, policy = checkpoints_of(tmp_path, keep=1), FakePolicy(polls=3)
+    save(checkpoints, 1)
+    with saves_of(checkpoints, policy) as saves:
+        policy.steps = 2
+        begin(saves, 2)
+        for policy.steps in (3, 4):
+            saves.poll()
+            assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
+        saves.poll()
+        assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000002"
+    assert steps_in(tmp_path) == [2]
+    assert (tmp_path / "checkpoints" / "step_00000002" / "__1_0.distcp").read_text() == "2 steps of rank 1"
+
+
+def test_the_next_save_and_the_end_wait_for_what_is_under_way(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path)
+    with saves_of(checkpoints, FakePolicy(polls=3)) as saves:
+        begin(saves, 1)
+        begin(saves, 2)
+        assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
+        assert saves.seconds() > 0.0 == saves.seconds()
+    assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000002"
+
+
+def test_an_error_waits_for_what_is_under_way_and_stays_the_error_to_see(tmp_path: Path) -> None:
+    checkpoints, lines = checkpoints_of(tmp_path), []
+    with pytest.raises(ZeroDivisionError), saves_of(checkpoints, FakePolicy(polls=3)) as saves:
+        begin(saves, 1)
+        raise ZeroDivisionError
+    assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
+
+    class Silent(FakePolicy):
+        def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
+            raise ClusterError(f"no answer in {timeout_seconds} s")
+
+    with pytest.raises(ZeroDivisionError), saves_of(checkpoints, Silent(), lines.append) as saves:
+        begin(saves, 2)
+        raise ZeroDivisionError
+    assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
+    assert lines == ["step_00000002 was not saved: the policy does not answer"]
+
+
+def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
+    rest = tmp_path / "checkpoints" / "step_00000009.incomplete"
+    rest.mkdir(parents=True)
+    save(checkpoints_of(tmp_path), 1)
+    assert steps_in(tmp_path) == [1]
+
+
+FULL = "x: can't be written: No space left on device; free some space"
+
+
+@pytest.mark.parametrize("problem", [(FULL, "", ""), ("", FULL, ""), ("", "", FULL)])
+def test_a_save_that_fails_changes_nothing_that_was_saved_and_is_tried_again(
+    problem: tuple[str, str, str], tmp_path: Path
+) -> None:
+    checkpoints, lines = checkpoints_of(tmp_path, keep=1), list[str]()
+    save(checkpoints, 1)
+    with saves_of(checkpoints, FakePolicy(problems=[problem]), lines.append) as saves:
+        begin(saves, 2)
+        saves.wait()
+        assert steps_in(tmp_path) == [1]
+        checkpoints.verify()
+        begin(saves, 3)
+    (line,) = lines
+    assert line.startswith("the checkpoint after 2 steps was not saved: x: can't be written: No space left on device. ")
+    assert "Nothing that was saved is changed" in line and "tries again 1 steps later" in line
+    assert steps_in(tmp_path) == [3]
+
+
+def test_a_last_save_that_fails_is_an_error_at_the_end(tmp_path: Path) -> None:
+    checkpoints = checkpoints_of(tmp_path)
+    save(checkpoints, 1)
+    failing = FakePolicy(problems=[("", "", ""), ("", FULL, "")])
+    words = r"^the checkpoint after 3 steps was not saved: x: .* free some space$"
+    with pytest.raises(StorageError, match=words), saves_of(checkpoints, failing) as saves:
+        begin(saves, 2)
+        begin(saves, 3)
+    assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000002"
+
+
+# --- and found whole, or not, before anything else
+
+
+def damaged(run_dir: Path) -> Path:
+    """Three checkpoints, and the folder of the newest, step 30."""
+    for step in (10, 20, 30):
+        save(checkpoints_of(run_dir, keep=3), step, drawn=[samples.rollout(prompt) for prompt in PROMPTS])
+    return run_dir / "checkpoints" / "step_00000030"
+
+
+def flip(folder: Path, name: str) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+
+
+def half_copied(folder: Path) -> None:
+    """Its first files by name: the manifest is not among them."""
+    for path in sorted(folder.iterdir())[2:]:
+        if path.name != "progress.json":
+            path.unlink()
+
+
+DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda folder: flip(folder, "__0_0.distcp"), "__0_0.distcp holds other bytes than were written"),
+    (lambda folder: flip(folder, "metadata.json"), "metadata.json holds other bytes than were written"),
+    (lambda folder: flip(folder, "progress.json"), "progress.json holds other bytes than were written"),
+    (lambda folder: flip(folder, "in_flight.parquet"), "in_flight.parquet holds other bytes than were written"),
+    (lambda folder: (folder / "__1_0.distcp").write_text("30 s"), "__1_0.distcp has 4 bytes instead of 17"),
+    (lambda folder: (folder / "__1_0.distcp").write_text(""), "__1_0.distcp has 0 bytes instead of 17"),
+    (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
+    (lambda folder: (folder / "in_flight.parquet").unlink(), "in_flight.parquet is missing"),
+    (lambda folder: (folder / "__2_0.distcp").write_text("of 4 ranks"), "__2_0.distcp is not in manifest.json"),
+    (half_copied, "manifest.json is missing"),
+    (lambda folder: (folder / "manifest.json").write_text('{"fi'), "manifest.json can't be read"),
+    (lambda folder: (folder / "manifest.json").write_text('{"files": [1]}'), "manifest.json can't be read"),
+    (
+        lambda folder: shutil.copy(folder.with_name("step_00000020") / "manifest.json", folder),
+        "progress.json holds other bytes than were written",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=[words for _, words in DAMAGES])
+def test_damage_is_named_with_the_checkpoint_that_is_whole(
+    damage: Callable[[Path], Any], words: str, tmp_path: Path
+) -> None:
+    folder = damaged(tmp_path)
+    checkpoints_of(tmp_path).verify()
+    damage(folder)
+    pointer = folder.parent / "latest"
+    with pytest.raises(DamagedCheckpointError) as caught:
+        checkpoints_of(tmp_path).verify()
+    assert str(caught.value).startswith(f"{folder} is damaged: ") and words in str(caught.value)
+    assert str(caught.value).endswith(
+        f"; step_00000020 is whole: write its name into {pointer} and run the same command again"
+    )
+    pointer.write_text("step_00000020\n")  # the remedy
+    checkpoints_of(tmp_path).verify()
+    policy = FakePolicy()
+    assert checkpoints_of(tmp_path).resume(cast(PolicyGroup, policy), stream(), FIXED) == 20
+    assert policy.loaded == "step_00000020 at 20"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [(b"step_00000040", "'step_00000040'"), (b"", "''"), (b"\xff", "'\ufffd'"), (b".", "'.'")],
+)
+def test_latest_that_names_no_checkpoint_is_refused_with_one_to_name(text: bytes, name: str, tmp_path: Path) -> None:
+    pointer = damaged(tmp_path).parent / "latest"
+    pointer.write_bytes(text)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        checkpoints_of(tmp_path).verify()
+    assert str(caught.value).startswith(f"{pointer} names {name}, which ")
+    assert "; step_00000030 is whole: write its name" in str(caught.value)
+
+
+def test_the_remedy_is_the_newest_before_it_that_is_whole_and_starting_over_without_one(tmp_path: Path) -> None:
+    folder = damaged(tmp_path)
+    for step in (30, 20):
+        (folder.with_name(f"step_000000{step}") / "progress.json").unlink()
+    words = r"names 'step_00000030', which has no progress\.json; step_00000010 is whole"
+    with pytest.raises(DamagedCheckpointError, match=words):
+        checkpoints_of(tmp_path).verify()
+    flip(folder.with_name("step_00000010"), "__0_0.distcp")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"no other checkpoint there is whole: remove .*/checkpoints to st"
+    ):
+        checkpoints_of(tmp_path).verify()
+
+
+def test_a_checkpoint_from_before_manifests_loads_and_is_said_not_to_be_verified(tmp_path: Path) -> None:
+    save(checkpoints_of(tmp_path), 3)
+    assert checkpoints_of(tmp_path).unverified == ""
+    folder = tmp_path / "checkpoints" / "step_00000003"
+    (folder / "manifest.json").unlink()
+    progress = json.loads((folder / "progress.json").read_text())
+    del progress["manifest"]
+    (folder / "progress.json").write_text(json.dumps(progress))
+    checkpoints_of(tmp_path).verify()
+    assert checkpoints_of(tmp_path).unverified.startswith(f"{folder} was written before checkpoints had a manifest")
+    assert checkpoints_of(tmp_path).restore(stream(), FIXED) == 3

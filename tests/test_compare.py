@@ -318,39 +318,6 @@ def test_a_run_that_ends_well_without_its_evaluation_is_a_failed_one(compare: An
 
 
 @pytest.mark.parametrize(
-    ("methods", "budget", "seeds", "changes", "words"),
-    [
-        ("astar,dpo", "tokens=9", "0", {}, "--methods: no method dpo; there are astar"),
-        ("", "tokens=9", "0", {}, "--methods: expected one method"),
-        (",", "tokens=9", "0", {}, "--methods: expected one method"),
-        ("grpo,grpo", "tokens=9", "0", {}, "--methods: grpo more than once"),
-        ("grpo", "tokens=9", "", {}, "--seeds: expected"),
-        ("grpo", "tokens=9", "0,-1", {}, "--seeds: expected"),
-        ("grpo", "tokens=9", "0,x", {}, "--seeds: expected"),
-        ("grpo", "tokens=9", "1,0,01", {}, "--seeds: 1 more than once"),
-        ("grpo", "token=9", "0", {}, "--budget: expected tokens=N"),
-        ("grpo", "tokens", "0", {}, "--budget: expected"),
-        ("grpo", "tokens=many", "0", {}, "--budget: expected"),
-        ("grpo", "tokens=0", "0", {}, "--budget: expected"),
-        ("grpo", "flops=-1", "0", {}, "--budget: expected"),
-        ("grpo", "seconds=nan", "0", {}, "--budget: expected"),
-        ("grpo", "flops=inf", "0", {}, "--budget: expected"),
-        ("grpo", "tokens=1.5", "0", {}, "--budget: expected"),
-        ("astar,grpo", "tokens=9", "0", {"train": {"batch_size": 12}}, "grpo: groups of 8 responses"),
-        ("astar", "tokens=9", "0", {"budget": {"tokens": 5}}, "budget: a comparison takes it from --budget"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused_in_words_before_anything_starts(
-    methods: str, budget: str, seeds: str, changes: Any, words: str, compare: Any, tmp_path: Path
-) -> None:
-    runner = Astar()
-    with pytest.raises(ValueError) as error:
-        compare(runner, methods, budget, seeds, **changes)
-    assert words in str(error.value)
-    assert runner.calls == [] and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
     ("budget", "changes", "words"),
     [
         ("tokens=101", {}, "--budget: tokens=100 there, tokens=101 now"),
@@ -370,16 +337,6 @@ def test_a_folder_of_another_comparison_is_refused_by_field(
         compare(runner, "grpo", budget, "0", **changes)
     assert words in str(error.value)
     assert runner.calls == [] and (tmp_path / "out" / "compare.json").read_text() == before
-
-
-def test_a_folder_of_something_else_is_refused(compare: Any, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"holds files but no compare\.json"):
-        compare(Astar())
-    (tmp_path / "out" / "compare.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"compare\.json: not a comparison's"):
-        compare(Astar())
 
 
 @pytest.mark.parametrize("is_there", [True, False])

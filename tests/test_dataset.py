@@ -14,12 +14,12 @@ import samples
 import yaml
 from samples import read_jsonl, write_jsonl
 
-from astar_megatron import config, dataset
+from astar_megatron import config
 from astar_megatron.config import DataConfig, RunConfig
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
-from astar_megatron.data.rows import PromptError, hub_rows
+from astar_megatron.data.rows import hub_rows
 from astar_megatron.data.v_star import VStarTable
 
 type Command = Callable[..., tuple[int, str, str]]
@@ -94,12 +94,6 @@ def test_what_is_there_with_other_prompts_is_kept(data: Command, tmp_path: Path)
         status, _, error = data(*arguments)
         assert status == 2 and f"--out: {out} is there with other prompts; remove it" in error
     assert out.read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["gsm8k.jsonl", "./gsm8k", "/no/such/file", "a/b/c"])
-def test_a_file_that_is_not_there_is_not_looked_for_in_the_hub(name: str, data: Command, tmp_path: Path) -> None:
-    status, _, error = data("gsm8k", name, "--out", tmp_path / "x.jsonl")
-    assert status == 2 and f"{name}: no such file or folder" in error
 
 
 @pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])
@@ -276,23 +270,3 @@ def test_every_published_pair_is_imported_whatever_the_first_row_has(stage1: Com
     assert columns_of(cfg.table_dir)["sample"].to_pylist() == [1, 0, 1, 2, 9]
     status, report, _ = stage1()
     assert status == 0 and "0 imported, 5 were there" in report
-
-
-def test_an_import_that_does_not_fit_the_run_is_refused(stage1: Command, cfg: RunConfig) -> None:
-    assert "no stage-1 data set: expected columns" in stage1({"prompt": [], "eval_0": 1.0})[2]
-    assert "data.suffix" in stage1(_stage1(), settings=["data.suffix=x"])[2]
-    prompts = Path(cfg.data.path)
-    prompts.parent.mkdir()
-    prompts.write_text('{"question": "mine", "answer": "1"}\n')
-    status, _, error = stage1(_stage1())
-    assert status == 2 and "is there with other prompts" in error
-    assert prompts.read_text() == '{"question": "mine", "answer": "1"}\n'
-
-
-def test_a_field_that_is_not_there_is_named_by_the_option_that_sets_it(tmp_path: Path) -> None:
-    source = tmp_path / "mine.jsonl"
-    source.write_text('{"problem": "1 + 1", "solution": "2"}\n')
-    with pytest.raises(PromptError, match="no field 'question', only 'problem', 'solution'; set --question-field"):
-        dataset.prepare("jsonl", str(source), str(tmp_path / "out.jsonl"))
-    with pytest.raises(PromptError, match=r"no field 'answer'.*set --answer-field"):
-        dataset.prepare("jsonl", str(source), str(tmp_path / "out.jsonl"), question="problem")

@@ -90,9 +90,10 @@ def test_every_engine_holds_the_weights_and_its_own_cache() -> None:
     assert three.engines_bytes == 3 * (2 * NUM_PARAMETERS + 2 * GIB)
 
 
-def test_with_accelerators_the_host_holds_processes_and_shared_memory_only() -> None:
+def test_with_accelerators_the_host_holds_processes_shared_memory_and_a_checkpoint_that_is_written() -> None:
     need = needs(machine(num_accelerators=4))
-    assert need.memory_bytes == need.shared_bytes + need.processes_bytes
+    assert need.saving_bytes == 14 * NUM_PARAMETERS == needs(machine(), parallel={"data": 2}).saving_bytes
+    assert need.memory_bytes == need.shared_bytes + need.processes_bytes + need.saving_bytes
 
 
 def test_a_run_is_refused_one_byte_below_its_need_and_not_at_it() -> None:
@@ -125,6 +126,15 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) 
         resources.check_disk(more, NUM_PARAMETERS, free=bytes_a_parameter * NUM_PARAMETERS)
         with pytest.raises(ResourceError, match="4 checkpoints"):
             resources.check_disk(more, NUM_PARAMETERS, free=bytes_a_parameter * NUM_PARAMETERS - 1)
+    for_ever = run_config(
+        run_dir=str(tmp_path),
+        checkpoint={"keep": 3, "keep_every": 50},
+        train={"num_steps": 149},
+        model={"dtype": "float32"},
+    )
+    resources.check_disk(for_ever, NUM_PARAMETERS, free=need + 2 * 12 * NUM_PARAMETERS)
+    with pytest.raises(ResourceError, match=r"6 checkpoints of 1\.5 GiB.* raise checkpoint\.keep_every"):
+        resources.check_disk(for_ever, NUM_PARAMETERS, free=need + 2 * 12 * NUM_PARAMETERS - 1)
     resources.check_disk(cfg, 1000)
     with pytest.raises(ResourceError, match="not/yet"):
         resources.check_disk(cfg, 1 << 50)

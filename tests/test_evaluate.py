@@ -18,6 +18,7 @@ from astar_megatron.run.evaluation import evaluate, markdown, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Prompt, Request, Rollout
+from conversion.ends import open_end
 
 
 def _prompt(number: int, answer: str = "5") -> Prompt:
@@ -184,6 +185,6 @@ def test_training_refuses_benchmarks_that_do_not_fit_its_engines(run: Callable[.
 
 
 def test_a_hugging_face_folder_is_evaluated_as_it_is(tied_llama: Path, tmp_path: Path) -> None:
-    with hugging_face(tied_llama, Tracker(tmp_path, Console(quiet=True))) as folder:
+    with hugging_face(open_end(tied_llama), Tracker(tmp_path, Console(quiet=True))) as folder:
         assert folder == tied_llama
     assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ from astar_megatron.types import Prompt
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "astar_megatron", "conversion", "examples", "tests", "slurm")
 GUIDES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDERS)]
-PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "examples/BFLOAT16.md"]
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "examples/BFLOAT16.md"]
 SYSTEM, CONVERSION, CONFIGS = (ROOT / folder / "README.md" for folder in ("astar_megatron", "conversion", "configs"))
 MODEL = "runs/models/smollm2-135m-instruct"
 
@@ -206,7 +206,8 @@ def test_the_system_page_explains_every_key_of_a_line_of_metrics() -> None:
         names = re.findall(r"`(\w+)`", cell)
         stem = names[0].rpartition("_")[0]
         explained |= {stem + name if name.startswith("_") else name for name in names}
-    assert explained == test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS | {"eval", "generation_flops"}
+    of_the_loop = {"eval", "generation_flops", "engines_replaced"}
+    assert explained == test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS | of_the_loop
 
 
 def test_the_system_page_names_every_reward() -> None:

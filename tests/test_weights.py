@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from exports import write_export
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import ConversionConfig
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion import hf
@@ -19,6 +22,7 @@ from conversion.families import Model, read_model
 from conversion.folders import ModelFolderError
 from conversion.plan import WeightMismatch, WeightPlan, plan
 from conversion.tiles import ParallelLayout
+from conversion.transfer import TransferError
 from conversion.transfer.route import Place, Route, here
 from conversion.verify import Holdings, held_parts, sent_parts
 
@@ -56,6 +60,7 @@ class Policy:
 
     def __init__(self, model: Model, folder: Path, hosts: tuple[str, str] | None = None) -> None:
         self.model, self.threads, self.hosts = model, ThreadPoolExecutor(2), hosts
+        self.senders: list[Any] = []
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.rendezvous = ("127.0.0.1", self.store.port)
         self.tensors = [empty(model.megatron_shapes(self.layout, rank)) for rank in range(2)]
@@ -67,6 +72,8 @@ class Policy:
 
     def open_publish(self, route: Route) -> None:
         way = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
+        for sender in self.senders:
+            sender.close()
         self.senders = [route.sender(way, rank, t, torch.float32) for rank, t in enumerate(self.tensors)]
         self.holdings = [Holdings(sent_parts(way, r), t, torch.float32) for r, t in enumerate(self.tensors)]
 
@@ -80,56 +87,104 @@ class Policy:
         return self.holdings[rank].rows(index)
 
 
+class Member:
+    """An engine of one worker."""
+
+    def __init__(self, index: int, model: Model) -> None:
+        self.index, self.tensors, self.serves = index, empty(model.vllm_shapes(1, 0)), True
+        self.receiver: Any = None
+
+
 class Engines:
-    """Two engines of one worker, behind the face of an EnginePool; `spoil` is called after each update."""
+    """Two engines, behind the face of an EnginePool; `spoil` is called after each update, `fail` in the middle of it.
+
+    An engine for which `fail` raises ConnectionError ends, with its process: its receiver is closed.
+    """
 
     tensor = 1
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.tensors = [empty(model.vllm_shapes(1, 0)) for _ in range(len(self))]
-        self.audits: list[int] = []
+        self.members = [Member(index, model) for index in range(2)]
+        self.audits: list[tuple[int, list[int]]] = []
+        self.routes: list[list[int]] = []
         self.spoil: Callable[[list[dict[str, Tensor]]], object] = lambda tensors: None
+        self.fail: Callable[[Member], object] = lambda member: None
         self.faults: list[tuple[str, int, str]] = []
 
-    def __len__(self) -> int:
-        return 2
+    def running(self) -> list[Member]:
+        return list(self.members)
 
-    def places(self) -> list[list[Place]]:
-        return [[here(torch.device("cpu"))]] * 2
+    def serve(self, members: list[Member]) -> None:
+        for member in members:
+            member.serves = True
 
-    def open_update(self, info: dict[str, Any]) -> None:
+    def end(self, member: Member) -> None:
+        member.serves = False
+        self.members.remove(member)
+
+    def places(self, members: list[Member]) -> list[list[Place]]:
+        return [[here(torch.device("cpu"))] for _ in members]
+
+    def open_update(self, info: dict[str, Any], members: list[Member]) -> bool:
         way = plan(self.model.megatron_tiles(ParallelLayout(**info["layout"])), self.model.vllm_tiles(1))
         route = Route(**info["route"])
-        self.receivers = [route.receiver(way, 0, t, torch.float32, engine) for engine, t in enumerate(self.tensors)]
-        self.holdings = [Holdings(held_parts(way, 0), t, torch.float32) for t in self.tensors]
+        assert route.num_engines == len(members)
+        self.routes.append([member.index for member in members])
+        for number, member in enumerate(members):
+            member.receiver = route.receiver(way, 0, member.tensors, torch.float32, number)
+        self.holdings = {m: Holdings(held_parts(way, 0), m.tensors, torch.float32) for m in self.members}
+        return True
 
     def load(self, folder: Path) -> None:
         """Load a folder by themselves, as vLLM does."""
-        for tensors in self.tensors:
-            hf.load(folder, self._own_plan(), 0, tensors)
+        for member in self.members:
+            hf.load(folder, self._own_plan(), 0, member.tensors)
 
-    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
+    def open_audit(self, config: dict[str, Any], dtype: str, members: list[Member]) -> None:
         assert config == self.model.config
-        self.holdings = [Holdings(held_parts(self._own_plan(), 0), t, getattr(torch, dtype)) for t in self.tensors]
+        way, kind = held_parts(self._own_plan(), 0), getattr(torch, dtype)
+        self.holdings = {member: Holdings(way, member.tensors, kind) for member in members}
 
     def _own_plan(self) -> WeightPlan:
         return plan(self.model.hf_tiles(), self.model.vllm_tiles(1))
 
-    def update(self, version: int, sending: list[Future[None]]) -> None:
+    def update(self, version: int, members: list[Member], sending: list[Future[None]]) -> list[Member]:
+        def take(member: Member) -> None:
+            try:
+                self.fail(member)
+            except ConnectionError:
+                with pytest.raises(TransferError):
+                    member.receiver.receive(version + 1)  # leaves the sender in the middle
+                raise
+            member.receiver.receive(version)
+
+        have = []
         with ThreadPoolExecutor(2) as threads:
-            taking = [threads.submit(receiver.receive, version) for receiver in self.receivers]
-            for running in (*taking, *sending):
+            taking = {member: threads.submit(take, member) for member in members}
+            for member, running in taking.items():
+                try:
+                    running.result()
+                    have.append(member)
+                except ConnectionError:
+                    self.end(member)
+                except TransferError:
+                    member.serves = False
+        for running in sending:
+            try:
                 running.result()
-        self.spoil(self.tensors)
+            except TransferError:
+                assert len(have) < len(members)
+        self.spoil([member.tensors for member in members])
+        return have
 
-    def audit(self, version: int) -> list[list[dict[str, Any]]]:
-        self.audits.append(version)
-        return [[{"digests": end.digests(), "faults": self.faults}] for end in self.holdings]
+    def audit(self, version: int, members: list[Member]) -> dict[Member, list[dict[str, Any]]]:
+        self.audits.append((version, [member.index for member in members]))
+        return {m: [{"digests": self.holdings[m].digests(), "faults": self.faults}] for m in members}
 
-    def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
+    def digest_rows(self, member: Member, worker: int, index: int) -> list[int]:
         assert worker == 0
-        return self.holdings[engine].rows(index)
+        return self.holdings[member].rows(index)
 
 
 def empty(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -159,7 +214,68 @@ def test_every_publish_finds_and_names_a_single_wrong_element(ends: tuple[Any, A
         with pytest.raises(WeightMismatch, match=words) as caught:
             sync.publish(version + 1)
         assert (caught.value.tensor, caught.value.row) == (name, 11)
-    assert engines.audits == list(range(12))
+    assert engines.audits == [(version, [0, 1]) for version in range(12)]
+    assert engines.routes == [[0, 1]]  # opened once
+
+
+@pytest.mark.parametrize("hosts", [None, pytest.param(("first", "second"), marks=pytest.mark.slow)])
+def test_an_engine_that_ends_in_a_publish_is_left_out_and_the_others_take_it_again(
+    hosts: tuple[str, str] | None, tied_llama: Path, tmp_path: Path
+) -> None:
+    """By shared memory and by gloo, whose ranks hear of it at their deadline of two minutes.
+
+    The one that takes its place gets it alone; the next publish is for both.
+    """
+    model = read_model(tied_llama)
+    policy, engines = Policy(model, tied_llama, hosts), Engines(model)
+    sync = WeightSync(policy, engines, model, tmp_path, ConversionConfig(bucket_bytes=20_000))  # type: ignore[arg-type]
+    sync.publish(0)
+    policy.tensors[0]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
+    first, second = engines.members
+
+    def fail(member: Member) -> None:
+        if member is first:
+            raise ConnectionError
+
+    engines.fail = fail
+    sync.publish(1)
+    assert engines.audits[1:] == [(1, [1])] and engines.members == [second] and second.serves
+    fresh = Member(0, engines.model)
+    engines.members.insert(0, fresh)
+    fresh.serves, before = False, {name: tensor.clone() for name, tensor in second.tensors.items()}
+    sync.publish(1, [fresh])  # type: ignore[list-item]
+    assert engines.audits[2:] == [(1, [0])] and fresh.serves
+    assert all(torch.equal(tensor, fresh.tensors[name]) for name, tensor in before.items())
+    policy.tensors[0]["decoder.layers.3.mlp.linear_fc1.weight"].normal_()
+    sync.publish(2)
+    assert engines.audits[3:] == [(2, [0, 1])]
+    assert engines.routes == [[0, 1], [1], [0], [0, 1]]
+    assert all(torch.equal(tensor, fresh.tensors[name]) for name, tensor in second.tensors.items())
+
+
+def test_a_replaced_engine_that_does_not_hold_the_weights_draws_nothing(ends: tuple[Any, Any, WeightSync]) -> None:
+    _, engines, sync = ends
+    sync.publish(0)
+    fresh = engines.members[1] = Member(1, engines.model)
+    fresh.serves = False
+    engines.spoil = lambda tensors: tensors[0]["model.layers.4.mlp.down_proj.weight"][9, 3].add_(1e-6)
+    with pytest.raises(WeightMismatch, match=r"worker 0 of engine 1 does not hold model\.layers\.4\.mlp\.down_proj"):
+        sync.publish(0, [fresh])  # type: ignore[list-item]
+    assert not fresh.serves
+
+
+def test_engines_that_take_no_publish_end_the_run(ends: tuple[Any, Any, WeightSync]) -> None:
+    _, engines, sync = ends
+
+    def fail(member: Member) -> None:
+        with pytest.raises(TransferError):
+            member.receiver.receive(99)
+        raise TransferError("late")
+
+    engines.fail = fail
+    with pytest.raises(ClusterError, match=r"publish: engines \[0, 1\] did not take version 0 in 3 attempts"):
+        sync.publish(0)
+    assert engines.audits == [] and not any(member.serves for member in engines.members)
 
 
 def test_a_stale_pack_stops_the_run_by_name(ends: tuple[Any, Any, WeightSync]) -> None:
@@ -189,8 +305,8 @@ def test_engines_that_loaded_the_folder_pass_and_one_that_loaded_anything_else_i
     engines.load(untied_qwen2)
     loaded = LoadedWeights(untied_qwen2, 1, "float32")
     loaded.verify(engines)  # type: ignore[arg-type]
-    assert engines.audits == [0]
-    engines.tensors[1]["model.layers.2.self_attn.qkv_proj.bias"][197] += 1e-6  # hidden size 192: of the keys
+    assert engines.audits == [(0, [0, 1])]
+    engines.members[1].tensors["model.layers.2.self_attn.qkv_proj.bias"][197] += 1e-6  # hidden size 192: of the keys
     with pytest.raises(ModelFolderError) as caught:
         loaded.verify(engines)  # type: ignore[arg-type]
     assert str(caught.value).startswith(
@@ -203,12 +319,21 @@ def test_engines_that_loaded_the_folder_pass_and_one_that_loaded_anything_else_i
         loaded.verify(engines)  # type: ignore[arg-type]
 
 
+def test_weights_that_are_not_finite_are_named_before_an_engine_is_asked(tied_llama: Path, tmp_path: Path) -> None:
+    weights = load_file(tied_llama / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    write_export(tmp_path / "model", weights, tied_llama)
+    with pytest.raises(ModelFolderError, match=r"NaN or Inf in model\.norm\.weight \(1 values\).*copy the weights"):
+        LoadedWeights(tmp_path / "model", 1, "float32")
+
+
 def test_what_engines_round_when_they_load_is_no_difference(tied_llama: Path) -> None:
     engines = Engines(read_model(tied_llama))
-    engines.tensors = [{name: t.bfloat16() for name, t in tensors.items()} for tensors in engines.tensors]
+    for member in engines.members:
+        member.tensors = {name: t.bfloat16() for name, t in member.tensors.items()}
     engines.load(tied_llama)
     LoadedWeights(tied_llama, 1, "bfloat16").verify(engines)  # type: ignore[arg-type]
-    engines.tensors[0]["model.layers.5.mlp.down_proj.weight"][3, 7] *= 1.01
+    engines.members[0].tensors["model.layers.5.mlp.down_proj.weight"][3, 7] *= 1.01
     with pytest.raises(
         ModelFolderError, match=r"engine 0 loaded another model\.layers\.5\.mlp\.down_proj\.weight .* row 3"
     ):

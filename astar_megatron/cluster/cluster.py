@@ -1,9 +1,9 @@
-"""Ray: started on this machine when no address is given, joined when one is; actors are placed here and nowhere else.
+"""Ray: started on this machine when no address is given, joined when one is; actors are started here and nowhere else.
 
 A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
 network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
 
-Leaves out what only several nodes need: placement by node, replacement of dead actors.
+Leaves out what several nodes need to end an actor that hangs on another one.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ import os
 import re
 import secrets
 import signal
-import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +22,20 @@ from typing import Any, Self
 
 import ray
 from ray._private import ray_constants, services, state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.worker import global_worker
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.placement import Node, Placement, Seat
+from astar_megatron.cluster.processes import Processes, kill, tree
+from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder, write_stacks
 from astar_megatron.cluster.signals import RESUME
+from astar_megatron.cluster.stacks import where
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
@@ -60,12 +66,15 @@ class Cluster:
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
+        self._processes: dict[str, Processes] = {}  # of actors, by Ray's id
         self._memory_kills = 0
-        self.num_nodes, self.num_gpus = 0, 0
+        self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
+        self._reservation: Reservation | None = None
 
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._memory_kills = memory_kills()
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(SessionFolder())
@@ -74,13 +83,12 @@ class Cluster:
             self._join(self._cfg.address) if self._cfg.address else self._begin()
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
-            self.num_nodes = sum(node["Alive"] for node in ray.nodes())
+            self.nodes = _nodes()
             if self.num_nodes > 1:
                 raise ClusterError(
                     f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes "
                     "(gloo and NCCL) have run within one machine only so far: join a cluster of one node"
                 )
-            self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
             self._ends = stack.pop_all()
         return self
 
@@ -90,6 +98,7 @@ class Cluster:
         # machine's own address, and servers with that one listen on all interfaces.
         ray_constants.ENABLE_RAY_CLUSTER = False
         services.ConsolePopen = _OwnGroup
+        os.environ.pop("RAY_AUTH_MODE", None)  # of the user's other clusters; without it Ray asks for a token here
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
         try:
             with contextlib.chdir(_NEUTRAL_FOLDER):
@@ -107,32 +116,67 @@ class Cluster:
 
     def _join(self, address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = True
-        with contextlib.suppress(RuntimeError):  # without HOME there is no such file
-            if (Path.home() / ".ray" / "auth_token").is_file():
-                os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
+        # `ray start` asks for the token of this user by itself, joining by an address does not offer it. To set
+        # RAY_AUTH_MODE would not do: Ray has read it when it was imported.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        knock(address)
         try:
-            _knock(address)
             with contextlib.chdir(_NEUTRAL_FOLDER):
                 ray.init(address=address, **_QUIET)
         except (OSError, RuntimeError, ValueError) as error:
-            raise ClusterError(
-                f"cluster.address: no Ray cluster answers at {address!r} ({error}); "
-                "start one with `ray start --head`, or leave the key out to start one here. If one runs there, "
-                "it wants its token: copy it to ~/.ray/auth_token (RAY_AUTH_MODE=disabled where it has none)"
-            ) from None
+            raise unanswered(address, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None and issubclass(kind, Exception):
             write_stacks(self._folder.path)
-        for *_, actor in self._actors.values():
+        for *_, actor in list(self._actors.values()):
             with contextlib.suppress(RayActorError):
                 ray.kill(actor)
         self._actors.clear()
         self._ends.__exit__(kind, error, tb)
+        for processes in self._processes.values():
+            kill(processes)  # what hangs, and was started by an actor: Ray ends only what listens
 
     def remember_shared_files(self) -> None:
         """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
         self._folder.remember(os.getpid())
+
+    def remember_processes(self, actor: Any) -> None:
+        """Note which processes an actor has, to end them all when it is ended, or has been."""
+        self._processes[actor._actor_id.hex()] = tree(self._pid(actor._actor_id.hex()))
+
+    def end(self, actor: Any) -> None:
+        """End an actor and all that it has started on this machine, although they hang or their parent is dead."""
+        name = actor._actor_id.hex()
+        processes = self._processes.pop(name, None) or tree(self._pid(name))
+        with contextlib.suppress(RayActorError):
+            ray.kill(actor)
+        kill(processes)
+
+    @staticmethod
+    def _pid(actor: str) -> int | None:
+        """The process of an actor, by Ray's id of it; None on another machine, or before there is one."""
+        facts = state.actors(actor)
+        is_here = facts.get("Address", {}).get("NodeID") == ray.get_runtime_context().get_node_id()
+        return facts.get("Pid") or None if is_here and facts.get("State") != "DEAD" else None
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(node.num_gpus for node in self.nodes.values())
+
+    def reserve(self, placement: Placement) -> None:
+        """Hold the nodes and GPUs of a placement until the session is left; once. Raises ClusterError."""
+        self._reservation = Reservation(placement, self.timeout_seconds)
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is held. Its placement has the seats of ranks and engines."""
+        assert self._reservation is not None, "nothing is reserved yet"
+        return self._reservation
 
     @property
     def socket_folder(self) -> str | None:
@@ -153,12 +197,14 @@ class Cluster:
     def timeout_seconds(self) -> float:
         return self._cfg.start_timeout_seconds
 
-    def threads(self, actors_on_this_side: int) -> int:
-        """CPU threads of one actor: `cluster.threads`, or the machine's cores shared among the actors of a side.
+    def threads(self, seats: Sequence[Seat], workers: int = 1) -> int:
+        """CPU threads of a process: `cluster.threads`, or the cores shared among those of a side that are on a node.
 
-        Policy and engines take turns, so each side may use all cores.
+        Each seat has so many `workers`. Policy and engines take turns, so each side may use all cores; every node is
+        taken to have as many as the driver's.
         """
-        return self._cfg.threads or max(1, int(available_cores()) // actors_on_this_side)
+        most = max(Counter(seat.node for seat in seats).values()) * workers
+        return self._cfg.threads or max(1, int(available_cores()) // most)
 
     def close(self, action: str, references: Sequence[Any]) -> None:
         """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""
@@ -172,21 +218,24 @@ class Cluster:
         cls: type,
         *,
         env: Mapping[str, str],
-        num_gpus: float,
+        seat: Seat | None = None,
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
         """Start an actor of `cls` and return its handle at once; `kind` and `index` name it in errors.
 
-        It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
+        It asks Ray for nothing: `seat` (None: anywhere) is reserved, and its `env` says which GPUs it sees. Ray could
+        not give an engine halves of several, nor a laptop's two logical CPUs to more than two actors.
         """
         options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": num_gpus,
+            "num_gpus": 0,
             "runtime_env": {
                 "env_vars": _SAFE_PATH | ({} if self._cfg.address else self._folder.environment) | dict(env)
             },
         }
+        if seat is not None:
+            options["scheduling_strategy"] = self.reservation.strategy(seat)
         if concurrency:
             options["max_concurrency"] = concurrency
         handle = ray.remote(cls).options(**options).remote(**init)
@@ -196,15 +245,16 @@ class Cluster:
     def wait(self, action: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
         """Return the results of actor calls; raises ClusterError that says which `action` failed, whose, and why.
 
-        The first failure ends the wait: the other ranks may hang in a collective that can't complete any more.
+        The first failure ends the wait: the other ranks may hang in a collective that can't complete any more. Without
+        `timeout_seconds` an answer may take cluster.call_timeout_seconds.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        pending = list(references)
+        key = "call_timeout_seconds" if timeout_seconds is None else "start_timeout_seconds"
+        seconds = timeout_seconds or self._cfg.call_timeout_seconds
+        deadline, pending = time.monotonic() + seconds, list(references)
         while pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, pending = ray.wait(pending, timeout=left)
+            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
             if not done:
-                raise self._late(action, pending, timeout_seconds or 0.0)
+                raise self._late(action, pending, seconds, f"cluster.{key}")
             try:
                 ray.get(done)
             except (RayTaskError, *_ENDS) as error:
@@ -235,14 +285,20 @@ class Cluster:
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
 
-    def _late(self, action: str, pending: Sequence[Any], seconds: float) -> ClusterError:
-        """What to raise where there was no answer in time, with the last error of each that did not answer."""
-        outputs = [self._outputs(reference) for reference in pending]
-        causes = [f"\n{kind} {index}: {cause}" for (kind, index), files in outputs if (cause := cause_in(files))]
-        return ClusterError(
-            f"{action}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The "
-            f"output of its processes lies in {_log_folder()}{''.join(causes)}"
+    def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> ActorLost:
+        """What to raise where there was no answer in time: by the last error of each that did not, and where it is."""
+        lines = []
+        for reference in pending:
+            (kind, index), outputs = self._outputs(reference)
+            place = where(tree(self._pid(reference.task_id().actor_id().hex())), outputs)
+            words = [f"no answer in {seconds:.0f} s", *filter(None, [place, cause_in(outputs)])]
+            lines.append(f"\n{kind} {index}: {'; '.join(words)}")
+        (kind, index), _ = self._outputs(pending[0])
+        message = (
+            f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
+            f"the stacks of all threads, lies in {_log_folder()}{''.join(lines)}"
         )
+        return ActorLost(message, kind=kind, index=index)
 
     def _outputs(self, reference: Any) -> tuple[tuple[str, int], list[Path]]:
         """The actor that a call was made on, by kind and index, and the files of its output, what it logged first."""
@@ -292,23 +348,17 @@ def _end_of_process(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
-    """Return how many GPUs an actor of so many `workers` asks Ray for, in a cluster that has `num_gpus`.
-
-    An actor that shares a GPU with one other asks for half of it, whatever memory it gets: Ray counts no bytes.
-    """
-    if not num_gpus:
-        return 0
-    return 0.5 if shared else workers
+def _nodes() -> dict[str, Node]:
+    own = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive.sort(key=lambda node: (node["NodeID"] != own, node["NodeManagerAddress"], node["NodeID"]))
+    nodes = [
+        Node(address=node["NodeManagerAddress"], num_gpus=int(node["Resources"].get("GPU", 0)), id=node["NodeID"])
+        for node in alive
+    ]
+    return {node.id: node for node in nodes}
 
 
 def _log_folder() -> str:
     node = global_worker.node
     return node.get_logs_dir_path() if node else "the logs of Ray's session"
-
-
-def _knock(address: str) -> None:
-    """Raise OSError if nothing listens at host:port; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), timeout=10).close()

@@ -27,8 +27,13 @@ _LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit sta
 # Errors that only point to another, or that follow from it.
 _SECONDARY = re.compile(
     r"root cause|stack trace|background process|EngineDeadError|CancelledError|BrokenPipeError|ConnectionResetError"
-    r"|ContextTerminated|Engine core initialization failed|ActorDiedError|KeyboardInterrupt|SystemExit|^EOFError$"
+    r"|ContextTerminated|RuntimeError: cancelled$|Engine core initialization failed|ActorDiedError|KeyboardInterrupt"
+    r"|SystemExit|^EOFError$"
 )
+_MEANINGS: dict[int, str] = {
+    signal.SIGKILL: " (so ends the kernel a process for memory)",
+    signal.SIGXCPU: " (so ends the kernel a process that has used up its CPU time)",
+}
 _CORE_STATUSES = re.compile(r"Failed core proc\(s\): \{([^}]*)\}")
 
 
@@ -40,7 +45,7 @@ def ended(status: int) -> str:
         name = signal.Signals(-status).name
     except ValueError:
         name = f"signal {-status}"
-    return f"was killed by {name}" + (" (so ends the kernel a process for memory)" if -status == signal.SIGKILL else "")
+    return f"was killed by {name}{_MEANINGS.get(-status, '')}"
 
 
 def last_error(text: str) -> str | None:

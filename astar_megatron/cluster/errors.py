@@ -6,7 +6,7 @@ class ClusterError(RuntimeError):
 
 
 class ActorLost(ClusterError):  # noqa: N818  it is what happened, not whose fault it is
-    """An actor whose process ended: `kind` is "policy rank" or "engine", `index` which of them."""
+    """An actor that ended, or does not answer: `kind` is "policy rank" or "engine", `index` which of them."""
 
     def __init__(self, message: str, *, kind: str, index: int) -> None:
         super().__init__(message)

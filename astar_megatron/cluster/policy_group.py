@@ -4,18 +4,21 @@ The ranks' class is named, not imported: the driver needs neither megatron nor i
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.stacks import show_on_signal
-from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
+from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
+from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
-from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats
 from conversion.transfer.route import Place, Route
 
 if TYPE_CHECKING:
@@ -37,9 +40,10 @@ class _RankActor:
 
 
 class PolicyGroup:
-    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits.
+    """Policy, reference and optimizer over `parallel.world_size` ranks, in the seats that the cluster has reserved.
 
-    Below 1 `gpu_share` is the part of its GPU's memory that the only rank may take beside an engine.
+    Construction returns at once; `start` waits. `gpu_share` is the part of its GPU's memory that a rank may take which
+    has an engine beside it.
     """
 
     def __init__(
@@ -61,20 +65,23 @@ class PolicyGroup:
         # Transformer Engine's layers hold the norms inside their linears.
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
-        env = environment(
-            num_gpus=cluster.num_gpus,
-            threads=cluster.threads(parallel.world_size),
-            num_nodes=cluster.num_nodes,
-            dtype=dtype,
-            memory_share=gpu_share,
-        )
-        self._ranks = [
-            cluster.actor(
+        self._calling = threading.Lock()  # every rank must hear the calls of several threads in the same order
+        placement = cluster.reservation.placement
+        threads = cluster.threads(placement.ranks)
+        self._make_rank = [
+            partial(
+                cluster.actor,
                 "policy rank",
                 rank,
                 _RankActor,
-                env=env,
-                num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
+                env=environment(
+                    gpus=seat.gpus,
+                    threads=threads,
+                    num_nodes=cluster.num_nodes,
+                    dtype=dtype,
+                    memory_share=gpu_share if placement.is_shared(seat) else 1.0,
+                ),
+                seat=seat,
                 rank=rank,
                 model_path=model_path,
                 dtype=dtype,
@@ -86,8 +93,9 @@ class PolicyGroup:
                 optimizer_steps=optimizer_steps,
                 critic_lr=critic_lr,
             )
-            for rank in range(parallel.world_size)
+            for rank, seat in enumerate(placement.ranks)
         ]
+        self._ranks = [make() for make in self._make_rank]
 
     def start(self) -> str:
         """Build and load all ranks; returns in words what they run on."""
@@ -95,12 +103,30 @@ class PolicyGroup:
         timeout = self._cluster.timeout_seconds
         port = self._ask(0, lambda rank: rank.listen(host), timeout)
         self.rendezvous = (host, port)
-        return self._all(lambda rank: rank.start(host, port), timeout)[0]
+        reason = self._all(lambda rank: rank.start(host, port), timeout)[0]
+        for rank in self._ranks:
+            self._cluster.remember_processes(rank)
+        return reason
+
+    def restart(self) -> None:
+        """End all ranks, whatever they do, and start as many anew, with the weights of the model folder."""
+        for rank in self._ranks:
+            self._cluster.end(rank)
+        self._ranks = [make() for make in self._make_rank]
+        self.start()
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""
         answers = self._all(lambda rank: rank.step(batch, loss, options))
         return next(stats for stats in answers if stats is not None)
+
+    def release(self, offload: Offload) -> list[tuple[int, int]]:
+        """Make every rank give memory back until `resume`; returns of each what PolicyRank.release does."""
+        return self._all(lambda rank: rank.release(offload))
+
+    def resume(self) -> None:
+        """Make every rank take its memory again."""
+        self._all(lambda rank: rank.resume())
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is."""
@@ -131,8 +157,23 @@ class PolicyGroup:
         """Return the digests of the rows of one part that `rank` publishes."""
         return self._ask(rank, lambda rank: rank.digest_rows(index))
 
-    def save(self, folder: Path, progress: dict[str, Any]) -> None:
-        self._all(lambda rank: rank.save(str(folder.resolve()), progress))
+    def begin_save(self, folder: Path) -> dict[str, Any]:
+        """Begin to write a checkpoint of the policy as it is to an empty folder; training may go on at once.
+
+        Returns what its progress.json has to hold for `load`. Raises StorageError; then nothing is written.
+        """
+        return self._all(lambda rank: rank.begin_save(str(folder.resolve())))[0]
+
+    def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
+        """Return how far each rank is with it; ClusterError where one does not answer in time."""
+        return self._all(lambda rank: rank.save_state(), timeout_seconds)
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        """Complete the folder, which all ranks have written to, and return the digests of their files.
+
+        Raises StorageError.
+        """
+        return {name: digest for part in self._all(lambda rank: rank.finish_save()) for name, digest in part.items()}
 
     def load(self, folder: Path, version: int) -> None:
         self._all(lambda rank: rank.load(str(folder.resolve()), version))
@@ -155,4 +196,5 @@ class PolicyGroup:
 
     def _begin(self, call: "Callable[[PolicyRank], Any]") -> list[Any]:
         heard = Call.of(call)
-        return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]
+        with self._calling:
+            return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]

@@ -81,9 +81,11 @@ BENCHMARKS = {
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise PromptError for a name that is none."""
+    """Raise PromptError for a name that is none, or that comes twice."""
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise PromptError(f"eval.benchmarks: no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PromptError(f"eval.benchmarks: {twice[0]} more than once; name each once")
 
 
 def read_benchmark(name: str, folder: str | Path) -> list[Pair]:

@@ -34,7 +34,7 @@ def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
     if not Path(model_path).is_dir():
         raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
     try:
-        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True)
+        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True, trust_remote_code=False)
     except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
         raise TokenizerError(
             f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "
@@ -57,7 +57,7 @@ def vocab_size(model_path: str) -> int:
     file = Path(model_path) / "config.json"
     try:
         size = json.loads(file.read_bytes())["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TokenizerError(f"{file}: can't read vocab_size: {error!r}; repair the file") from error
     if type(size) is not int or size < 1:
         raise TokenizerError(f"{file}: vocab_size={size!r}, expected a whole number of at least 1; repair the file")
@@ -83,7 +83,7 @@ def stop_token_ids(model_path: str) -> tuple[int, ...]:
     if file.is_file():
         try:
             more = json.loads(file.read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise TokenizerError(f"{file}: not readable as a JSON object: {error}; repair or delete it") from error
         ids += [_token_id(value) for value in (more if isinstance(more, list) else [more]) if value is not None]
     size = vocab_size(model_path)
@@ -191,8 +191,6 @@ def detokenizer(model_path: str) -> Callable[[Sequence[int]], str]:
 def _rendered(
     model_path: str, chats: Sequence[Chat], date: str | None, source: object, *, answer_follows: bool
 ) -> list[str]:
-    from jinja2 import TemplateError
-
     day = None if date is None else datetime.datetime.fromisoformat(date)
 
     def strftime_now(form: str) -> str:
@@ -216,8 +214,10 @@ def _rendered(
         )
     except TokenizerError:
         raise
-    except (TemplateError, ValueError, TypeError) as error:
-        raise TokenizerError(f"the chat template can't format {source}: {error}; repair the template") from error
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        raise TokenizerError(
+            f"the chat template of {model_path} can't format {source}: {error}; repair the template"
+        ) from error
 
 
 def _named(tok: "PreTrainedTokenizerBase", token_id: int) -> str:

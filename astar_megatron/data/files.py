@@ -61,7 +61,11 @@ def storage_error(problem: str, error: OSError) -> StorageError:
 @contextmanager
 def exclusive(path: Path, program: str) -> Iterator[None]:
     """Hold a lock file while the block runs; a lock ends with its process. StorageError where `program` holds it."""
-    with path.open("a") as file:
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise storage_error(f"{path}: can't lock it", error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,6 +17,7 @@ _LOG = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".parquet")
 _ROWS_AT_ONCE = 1024  # of Parquet
 _SHOWN = 5  # problems that a message names
+_MOST_DIGITS = 400  # of a number; a float has fewer
 
 
 class PromptError(ValueError):
@@ -170,7 +171,10 @@ def _number_text(value: float) -> str:
     """A number as a person would write it: 27.0 as 27, 1e-07 as 0.0000001; JSON's with all their digits."""
     if isinstance(value, int):
         return str(value)
-    exact = Decimal(value.text if isinstance(value, _JsonNumber) else repr(value))
+    text = value.text if isinstance(value, _JsonNumber) else repr(value)
+    exact = Decimal(text)
+    if abs(exact.adjusted()) > _MOST_DIGITS:  # 1e-300000000 would be written out
+        raise ValueError(f"the number {text:.50} has more than {_MOST_DIGITS} digits; repair it or write it as text")
     return str(int(exact)) if exact == exact.to_integral_value() else format(exact, "f").rstrip("0")
 
 
@@ -190,9 +194,19 @@ def without_duplicates(pairs: Sequence[Pair], keys: Sequence[object], problems: 
             problems.add(
                 pair.where,
                 f"its prompt has two answers, {first_pair.answer!r:.200} ({first_pair.where}) and "
-                f"{another.answer!r:.200} ({another.where}); keep the right one ({first_pair.question!r:.200})",
+                f"{another.answer!r:.200} ({another.where}); {_cause(first_pair.question, another.question)}",
             )
     return first
+
+
+def _cause(question: str, other: str) -> str:
+    """What to do about one prompt with two answers: one question, or two that became the same tokens."""
+    if question == other:
+        return f"keep the right one ({question!r:.200})"
+    return (
+        f"{question!r:.200} and {other!r:.200} are the same to the model: repair its chat template or its tokenizer, "
+        "or leave one out"
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -16,5 +16,7 @@ def rows_of(kind: str, place: str, subset: str | None, split: str, problems: Pro
 
 def refuse_other(key: str, path: Path, data: bytes) -> None:
     """Raise PromptError where the file of configuration key or option `key` holds other prompts than `data`."""
+    if path.is_dir():
+        raise PromptError(f"{key}: {str(path)!r} is a folder; name a file in it")
     if path.exists() and path.read_bytes() != data:
         raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")

@@ -15,6 +15,7 @@ from astar_megatron.data import chat
 from astar_megatron.data.rows import Pair, Problems, PromptError, Row, is_text
 from astar_megatron.types import Prompt, Rollout
 
+_MOST_SAMPLES = 100_000  # a prompt, as sweep.num_samples has it
 _COLUMN = re.compile(r"(response|eval)_([0-9]+)")
 
 
@@ -34,6 +35,10 @@ def stage1_rows(rows: list[Row], problems: Problems) -> list[Stage1Row]:
     numbers = sorted({int(match[2]) for name in columns if (match := _COLUMN.fullmatch(name))})
     if odd := [name for name in columns if (match := _COLUMN.fullmatch(name)) and str(int(match[2])) != match[2]]:
         raise PromptError(f"the column {odd[0]} has zeros before its number, expected response_0, response_1, ...")
+    if numbers and numbers[-1] >= _MOST_SAMPLES:
+        raise PromptError(
+            f"the column response_{numbers[-1]} is beyond response_{_MOST_SAMPLES - 1}; number them from 0"
+        )
     if not any({f"response_{i}", f"eval_{i}"} <= columns.keys() for i in numbers):
         raise PromptError(
             "no stage-1 data set: expected columns response_0, eval_0, response_1, ...; "

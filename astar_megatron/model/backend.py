@@ -4,10 +4,11 @@ Everything that depends on the device and is not the engine's is decided here on
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -109,6 +110,15 @@ class Backend:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated()
 
+    def release_cache(self) -> int:
+        """Give memory that no tensor holds back to the device; return the bytes that this process still has of it."""
+        if self.name == "cpu":
+            return 0
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise ValueError where the layers multiply float32 in fewer bits than it has: tried here, not assumed."""
         if dtype != torch.float32 or not self.uses_transformer_engine:
@@ -154,7 +164,7 @@ def choose() -> Backend:
             has_triton=False,
             reason=f"torch {torch.__version__} sees no CUDA device; {_LOCAL}; the head in plain torch",
         )
-    torch.cuda.set_device(0)  # Ray shows a rank only its own GPU
+    torch.cuda.set_device(0)  # a rank sees only its own GPU
     engine, triton = uses_transformer_engine(num_gpus=1), find_spec("triton") is not None
     if not engine:
         cpu_shim.repair_optimizer_state()
@@ -222,15 +232,15 @@ def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> Non
 
 
 def environment(
-    *, num_gpus: int, threads: int, num_nodes: int, dtype: str, memory_share: float = 1.0
+    *, gpus: Sequence[str], threads: int, num_nodes: int, dtype: str, memory_share: float = 1.0
 ) -> dict[str, str]:
     """Return the environment variables that a rank needs before it imports torch.
 
-    `memory_share` is the part of its GPU that its tensors may take.
+    It sees the `gpus` of these names, and `memory_share` is the part of their memory that its tensors may take.
     """
     common = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    if num_gpus:
-        common |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if gpus:
+        common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         if memory_share < 1.0:  # a rank that wants more fails itself, and no engine
             common |= {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{memory_share:.4f}"}
         return common | (FLOAT32_ENVIRONMENT if dtype == "float32" else {})
@@ -246,6 +256,12 @@ def environment(
 def stay_on_loopback() -> None:
     """Make gloo in this process, a rank alone, use loopback; before its group is made."""
     os.environ.update(_LOOPBACK)
+
+
+def read_no_code() -> None:
+    """Make torch.load in this process take plain data only, whatever its caller says, as torch's checkpoints do."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 def resolve_dtype(name: Literal["auto", "bfloat16", "float32"], num_gpus: int) -> tuple[torch.dtype, str]:

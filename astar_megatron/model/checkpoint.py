@@ -1,70 +1,57 @@
 """Distributed checkpoints of policy, optimizer, schedule and random state, through megatron's dist_checkpointing.
 
-A checkpoint is a folder step_<n>; it is written beside as a temporary folder, synced and renamed, so a folder with
-that name is whole. What is not a tensor (step, prompt cursor, contract) is a JSON file in it. Tensors are stored by
-their global shapes: another layout can load them.
+saving.py writes what is put together here. What is not a tensor (step, prompt cursor, contract) the driver keeps in a
+JSON file beside it. Tensors are stored by their global shapes: another layout can load them.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
-from astar_megatron.data.files import sync
+from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.reference import Reference
-from conversion import folders
+from astar_megatron.model.saving import Saving
+from conversion.torch_dist import CheckpointReader
 
 PROGRESS_FILE = "progress.json"
 _SHARDING = "fully_reshardable"
 _COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no copies
 
 
-def save(
+def begin_save(
     folder: Path,
     chunks: Sequence[Any],
     optimizer: Any,
     schedule: Any,
     reference: Reference,
     critic: Critic | None,
-    progress: dict[str, Any],
-    model_folder: str,
-) -> None:
-    """Write a checkpoint to `folder`, which must not exist yet; collective over all ranks.
+    thread: Executor,
+) -> Saving:
+    """Copy the state as it is and let `thread` write it to `folder`, which is empty; collective over all ranks.
 
-    `chunks` are this rank's of the model. The reference is in it where it is a copy of the policy. `progress` is
-    JSON-able: what the driver needs to go on. config.json and tokenizer of `model_folder` lie beside, so that
-    `astar convert` can read the checkpoint alone.
+    `chunks` are this rank's of the model. The reference is in it where it is a copy of the policy. Raises StorageError.
     """
-    temporary = folder.with_name(folder.name + ".incomplete")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        text = json.dumps({**progress, "layout": _layout(), _COPIED: reference.is_copy}, indent=1) + "\n"
-        (temporary / PROGRESS_FILE).write_text(text, encoding="utf-8")
-        shutil.copyfile(Path(model_folder) / "config.json", temporary / "config.json")
-        folders.copy_companions(Path(model_folder), temporary)
-    dist.barrier()
     for inner in _inner_optimizers(optimizer, critic):
         _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
         _leave_gaps_between_buckets(inner)
     state = _state(chunks, optimizer, schedule, loading=False) | _critic_state(critic, loading=False)
     with reference.on_device():
-        dist_checkpointing.save(state | (_reference_state(reference) if reference.is_copy else {}), str(temporary))
-    if dist.get_rank() == 0:
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        temporary.rename(folder)
-        sync(folder.parent)
-    dist.barrier()
+        return Saving(folder, state | (_reference_state(reference) if reference.is_copy else {}), thread)
+
+
+def described(reference: Reference) -> dict[str, Any]:
+    """Return what `load` reads in progress.json of how a checkpoint was made."""
+    return {"layout": _layout(), _COPIED: reference.is_copy}
 
 
 def load(
@@ -81,11 +68,16 @@ def load(
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
+    read_no_code()
     try:
+        CheckpointReader(
+            folder
+        )  # its index is a pickle, which torch would run: this reads it as plain data, or refuses
         with reference.on_device():
             state |= _reference_state(reference) if saved.get(_COPIED) else {}
             loaded: Any = dist_checkpointing.load(state, str(folder))
-    except Exception as error:  # torch and megatron raise a dozen kinds for files that are cut or missing
+    # torch and megatron raise a dozen kinds for files that are cut or missing, one of them no Exception
+    except (Exception, CheckpointException) as error:
         raise ValueError(
             f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
             f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"

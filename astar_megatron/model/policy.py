@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.config import OptimConfig, ParallelConfig, Recompute
+from astar_megatron.config import Offload, OptimConfig, ParallelConfig, Recompute
+from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
@@ -40,9 +41,11 @@ from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
+from astar_megatron.model.parking import Parking, gradient_buffers, optimizer_tensors
 from astar_megatron.model.reference import Reference
+from astar_megatron.model.saving import Saving
 from astar_megatron.model.step import Learner
-from astar_megatron.types import RolloutBatch, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats
 from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
@@ -90,6 +93,8 @@ class PolicyRank:
         self._num_exports = 0
         self._sender: Sender | None = None
         self._holdings: Holdings | None = None
+        self._saving: Saving | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def listen(self, host: str) -> int:
         """Open the rendezvous of all ranks on a free port of `host` and return the port. Rank 0 only."""
@@ -145,6 +150,7 @@ class PolicyRank:
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         self._critic = self._make_critic() if self._critic_lr is not None else None
+        self._parking = Parking(self.backend.device, self.weights().values())
         self._learner = Learner(
             self.model,
             self.layout,
@@ -199,6 +205,29 @@ class PolicyRank:
         )
         return packed.by_sequence(scores[0]) if scores else None
 
+    def release(self, offload: Offload) -> tuple[int, int]:
+        """Give memory back until `resume`: what `offload` names; weights can still be read, published and scored by.
+
+        Returns bytes of tensors that were given back, and bytes that the process still has of the device, 0 on a CPU.
+        """
+        released = 0
+        learners = [(self._modules, self._optimizer)]
+        if self._critic is not None:
+            learners.append((self._critic.modules, self._critic.optimizer))
+        for modules, optimizer in learners:
+            if offload in ("optimizer", "all"):
+                released += self._parking.park(optimizer_tensors(optimizer))
+            if offload == "all":
+                released += self._parking.drop(gradient_buffers(modules))
+        if offload == "all":
+            chunks = [*self._reference.chunks, *(self._critic.chunks if self._critic is not None else ())]
+            released += self._parking.park(parameter.data for parameter in named_parameters(chunks).values())
+        return released, self.backend.release_cache() if offload != "none" else 0
+
+    def resume(self) -> None:
+        """Take again what `release` gave back."""
+        self._parking.restore()
+
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's parameters, current and uncopied."""
         return {name: parameter.data for name, parameter in named_parameters(self._chunks).items()}
@@ -212,7 +241,9 @@ class PolicyRank:
         return here(self.backend.device)
 
     def open_publish(self, route: Route) -> None:
-        """Prepare to send this rank's tiles by `route` to engines of `route.num_workers` workers."""
+        """Prepare to send this rank's tiles by `route`, and no other, to engines of `route.num_workers` workers."""
+        if self._sender is not None:
+            self._sender.close()
         weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
         self._sender = route.sender(weight_plan, self.rank, self.weights(), self._dtype)
         self._holdings = Holdings(sent_parts(weight_plan, self.rank), self.weights(), self._dtype)
@@ -235,13 +266,34 @@ class PolicyRank:
             raise AssertionError("digest_rows before open_publish")
         return self._holdings.rows(index)
 
-    def save(self, folder: str, progress: dict[str, Any]) -> None:
-        """Write everything that training needs to go on exactly; collective. See checkpoint.save."""
+    def begin_save(self, folder: str) -> dict[str, Any]:
+        """Begin to write everything that training needs to go on exactly to an empty folder; collective.
+
+        Returns what `load` needs to find in its progress.json. Raises StorageError on all ranks.
+        """
         parts = self._chunks, self._optimizer, self._schedule, self._reference, self._critic
-        checkpoint.save(Path(folder), *parts, progress, self._path)
+        self._saving = checkpoint.begin_save(Path(folder), *parts, self._writer)
+        return checkpoint.described(self._reference)
+
+    def save_state(self) -> SaveState:
+        """Return how far this rank is with the checkpoint that was begun last."""
+        if self._saving is None:
+            raise AssertionError("save_state before begin_save")
+        return self._saving.state()
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        """Make the folder a checkpoint that Megatron and `astar convert` read; collective, all ranks have written.
+
+        Returns the digests of the files that this rank wrote before. Raises StorageError on rank 0.
+        """
+        if self._saving is None:
+            raise AssertionError("finish_save before begin_save")
+        digests = self._saving.finish(Path(self._path))
+        self._saving = None
+        return digests
 
     def load(self, folder: str, version: int) -> None:
-        """Restore what `save` wrote after `version` batches, in any layout; collective."""
+        """Restore what was saved after `version` batches, in any layout; collective."""
         checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule, self._reference, self._critic)
         self._version = version
 

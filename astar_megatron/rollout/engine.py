@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from astar_megatron.cluster.endings import ended
 from astar_megatron.cluster.stacks import show_on_signal
@@ -39,7 +39,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """What every engine of a pool has in common. `threads` is of CPU engines; `max_tokens` of prompt and response."""
+    """What every engine of a pool has in common.
+
+    `max_tokens` are of prompt and response; `sleep` says that `Engine.sleep` will be called.
+    """
 
     model_path: str
     dtype: str
@@ -48,6 +51,7 @@ class EngineOptions:
     seed: int
     rollout: RolloutConfig
     on_gpu: bool
+    sleep: bool = False
 
 
 class Engine:
@@ -59,6 +63,7 @@ class Engine:
         self._version = 0
         self._count = 0
         self._llm: Any = None
+        self._tasks: set[asyncio.Task[Response]] = set()  # of requests in flight
         self._in_flight: dict[str, list[int]] = {}  # by request: how many tokens it had at each update that it met
 
     async def start(self) -> list[str]:
@@ -78,8 +83,10 @@ class Engine:
         """Yield the responses to (tag, request) pairs as they finish, a few at a time; each is answered once."""
         finished: asyncio.Queue[asyncio.Task[Response]] = asyncio.Queue()  # asyncio.wait would look at all, each time
         tasks = [asyncio.create_task(self._respond(tag, request, sampling)) for tag, request in requests]
+        self._tasks |= set(tasks)
         for task in tasks:
             task.add_done_callback(finished.put_nowait)
+            task.add_done_callback(self._tasks.discard)
         left = len(tasks)
         try:
             while left:
@@ -89,7 +96,7 @@ class Engine:
                 while not finished.empty():
                     done.append(finished.get_nowait())
                 left -= len(done)
-                yield [task.result() for task in done]
+                yield [task.result() for task in done if not task.cancelled()]
         finally:
             for task in tasks:
                 task.cancel()
@@ -130,6 +137,11 @@ class Engine:
             tokens_by_version=tuple(end - start for start, end in itertools.pairwise(bounds)),
         )
 
+    async def beat(self) -> None:
+        """Answer, where this process and vLLM's core are well; raises what ended the core."""
+        await self._llm.check_health()
+        await self._llm.is_sleeping()  # the cheapest question that the core itself answers
+
     async def open_update(self, init_info: dict[str, Any]) -> None:
         """Prepare for updates; `init_info` is of conversion.vllm."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -140,7 +152,7 @@ class Engine:
         """Take over the weights that the policy sends meanwhile, in this order and no other.
 
         Requests in flight freeze and go on with the new weights; the prefix cache, which vLLM does not reset by
-        itself, is dropped. After a failed update the engine is half loaded and must be replaced.
+        itself, is dropped. After a failed update the engine is half loaded and must draw nothing until one succeeds.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -154,11 +166,40 @@ class Engine:
         self._version = version
         await self._llm.resume_generation()
 
+    async def drop_requests(self) -> None:
+        """End what is being drawn, without an answer; returns when nothing is in flight."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def _num_tokens(self, name: str) -> int:
         """How many tokens a request in flight has; exact while generation is paused."""
         processor = self._llm.output_processor
         states = [processor.request_states[internal] for internal in processor.external_req_ids.get(name, ())]
         return states[0].detokenizer.num_output_tokens() if states else 0  # else it has not reached vLLM yet
+
+    async def sleep(self) -> int:
+        """Give the memory of weights, keys and values back, and return its bytes; no request may be in flight.
+
+        The weights are lost: after `wake("weights")` they must be published before `wake("kv_cache")` lets requests in.
+        On a CPU, where vLLM has no sleep of its own, keys and values alone go.
+        """
+        assert not self._in_flight, self._in_flight.keys()
+        if not self._options.on_gpu:
+            await self._llm.pause_generation(mode="wait", clear_cache=True)
+            return sum(await self._llm.collective_rpc("drop_cache"))
+        before = await self._llm.collective_rpc("free_bytes")
+        await self._llm.sleep(level=2, mode="wait")
+        return sum(await self._llm.collective_rpc("free_bytes")) - sum(before)
+
+    async def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory again, without what was in it."""
+        if self._options.on_gpu:
+            await self._llm.wake_up(tags=[part])
+        elif part == "kv_cache":
+            await self._llm.collective_rpc("remake_cache")
+            await self._llm.resume_generation()
 
     async def places(self) -> list[tuple[str, str]]:
         """Return where each worker's parameters are: memory and device, as in conversion's `Place`."""
@@ -225,11 +266,14 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         # Not "auto": a consolidated*.safetensors or a params.json of Mistral's would be taken instead of ours.
         "load_format": "safetensors",
         "config_format": "hf",
+        "trust_remote_code": False,  # no code from the model's folder runs
         "dtype": options.dtype,
         "seed": options.seed,
         "max_model_len": options.max_tokens,
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": rollout.tensor,
+        # Left out, vLLM sees that it is in a placement group of Ray's and makes its workers Ray actors.
+        **({"distributed_executor_backend": "mp"} if rollout.tensor > 1 else {}),
         **_graph_arguments(graphs_of(rollout, on_gpu=options.on_gpu)[0]),
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
@@ -241,6 +285,7 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
     }
     if options.on_gpu:
         return arguments | {
+            "enable_sleep_mode": options.sleep,
             "gpu_memory_utilization": rollout.gpu_memory_utilization,
             # The other kernels for experts lay their weights out anew at load, where a publish could not write to them.
             "moe_backend": "triton",
@@ -287,19 +332,20 @@ def leave_out_unreadable() -> list[str]:
 
 
 def environment(
-    *, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int, num_nodes: int, socket_folder: str | None
+    *, gpus: Sequence[str], threads: int, tensor: int, kv_cache_gib: int, num_nodes: int, socket_folder: str | None
 ) -> dict[str, str]:
     """Return the environment variables that vLLM reads before it is imported.
 
-    Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be short.
+    Its workers see the `gpus` of these names. Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be
+    short.
     """
-    common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    common = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if num_nodes == 1:  # loopback: no name of an interface that is not there, no address that changes
         common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
-    if on_gpu:
-        return common
+    if gpus:
+        return common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     if tensor == 1:
         # One process for engine core and worker: two would wait for each other by spinning, on the worker's cores.
         common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

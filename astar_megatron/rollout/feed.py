@@ -1,12 +1,13 @@
 """Which engine gets which requests, and when: queues that never run dry while there is work, and never hold all of it.
 
 An engine decodes `max_num_seqs` sequences at once; twice as many are kept with it, so that it always has some waiting
-when one ends, whoever is slow. What is not handed out yet may still go to any engine, so the tail is shared.
+when one ends, whoever is slow. What is not handed out yet may still go to any engine, so the tail is shared. What an
+engine had when it ended is handed out again, before all else.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 
 from astar_megatron.types import Request
@@ -15,41 +16,59 @@ type Item = tuple[int, Request]  # the tag of a request, and the request
 
 
 class Feed:
-    """Hands out what is asked for, when an engine's queue runs low."""
+    """Hands out what is asked for, when an engine's queue runs low. `serving`: the engines that there are now."""
 
     def __init__(self, num_engines: int, max_num_seqs: int) -> None:
         self._queue, self._refill = 2 * max_num_seqs, max(1, max_num_seqs // 4)
+        self._all = range(num_engines)
         self._load = [0] * num_engines  # requests that an engine has not answered
         self._waiting: deque[Item] = deque()
         self._handed_out: dict[int, Request] = {}
+        self._ends: Counter[int] = Counter()  # by tag: how many engines have ended with it
         self._idle_since: list[float | None] = [time.monotonic()] * num_engines  # None: it has requests
         self._idle_seconds = 0.0
 
     def ask(self, items: Iterable[Item]) -> None:
         self._waiting.extend(items)
 
+    @property
+    def num_waiting(self) -> int:
+        """How many requests no engine has."""
+        return len(self._waiting)
+
     def room(self) -> int:
         """Return how many requests beyond those that wait may be asked for now, for an engine to take them at once."""
-        if min(self._load) > self._queue - self._refill:
+        if self._has_enough(self._all):
             return 0
-        return max(0, self._room() - len(self._waiting))
+        return max(0, self._room(self._all) - len(self._waiting))
 
-    def due(self) -> list[tuple[int, list[Item]]]:
+    def due(self, serving: Collection[int]) -> list[tuple[int, list[Item]]]:
         """Return (engine, requests) to hand out now."""
         due: list[tuple[int, list[Item]]] = []
-        while self._waiting and min(self._load) <= self._queue - self._refill:
-            fresh = [self._waiting.popleft() for _ in range(min(self._room(), len(self._waiting)))]
+        while self._waiting and not self._has_enough(serving):
+            fresh = [self._waiting.popleft() for _ in range(min(self._room(serving), len(self._waiting)))]
             self._handed_out.update(fresh)
-            shares = _shares(fresh, self._load)
-            self._load = [count + len(share) for count, share in zip(self._load, shares, strict=True)]
-            due += [(engine, share) for engine, share in enumerate(shares) if share]
+            shares = _shares(fresh, {engine: self._load[engine] for engine in serving})
+            for engine, share in shares.items():
+                self._load[engine] += len(share)
+            due += [(engine, share) for engine, share in shares.items() if share]
         self._note_idle()
         return due
+
+    def give_back(self, engine: int, tags: Iterable[int]) -> int:
+        """Hear that `engine` ended and will not answer these; return how often the unluckiest of them met that."""
+        items = [(tag, self._handed_out.pop(tag)) for tag in sorted(tags)]
+        self._load[engine] -= len(items)
+        self._ends.update(tag for tag, _ in items)
+        self._waiting.extendleft(reversed(items))
+        self._note_idle()
+        return max((self._ends[tag] for tag, _ in items), default=0)
 
     def answered(self, engine: int, tag: int) -> Request:
         """Hear that `engine` answered a request, and return it."""
         self._load[engine] -= 1
         self._note_idle()
+        self._ends.pop(tag, None)
         return self._handed_out.pop(tag)
 
     def idle_seconds(self) -> float:
@@ -63,17 +82,20 @@ class Feed:
         self._idle_seconds += sum(now - since for since in self._idle_since if since is not None)
         self._idle_since = [None if count else now for count in self._load]
 
-    def _room(self) -> int:
-        return sum(max(0, self._queue - count) for count in self._load)
+    def _has_enough(self, serving: Collection[int]) -> bool:
+        return min((self._load[engine] for engine in serving), default=self._queue) > self._queue - self._refill
+
+    def _room(self, serving: Collection[int]) -> int:
+        return sum(max(0, self._queue - self._load[engine]) for engine in serving)
 
 
-def _shares(items: Sequence[Item], load: Sequence[int]) -> list[list[Item]]:
+def _shares(items: Sequence[Item], load: Mapping[int, int]) -> dict[int, list[Item]]:
     """Each engine's part of `items`: samples of a prompt that follow each other together, where the fewest wait.
 
     One engine computes the prefix that they have in common once.
     """
-    shares: list[list[Item]] = [[] for _ in load]
+    shares: dict[int, list[Item]] = {engine: [] for engine in load}
     for _, group in groupby(items, key=lambda item: item[1].prompt.uid):
-        engine = min(range(len(load)), key=lambda i: load[i] + len(shares[i]))
+        engine = min(load, key=lambda engine: load[engine] + len(shares[engine]))
         shares[engine] += group
     return shares

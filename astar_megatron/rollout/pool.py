@@ -1,14 +1,23 @@
-"""The pool: engines as Ray actors. Requests reach them, and rollouts come of them, in source.py."""
+"""The pool: engines as Ray actors. Requests reach them, and rollouts come of them, in source.py.
 
+An engine that ends, hangs or fails is replaced by a new actor of the same index, while the others go on. It serves
+again when the owner of the weights has brought it to those of the others, with proof: `bring`.
+"""
+
+import itertools
 import logging
+import threading
+import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import ray
 
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.start_log import StartLog
@@ -16,16 +25,30 @@ from astar_megatron.types import Request
 from conversion.transfer.route import Place
 
 _LOG = logging.getLogger(__name__)
+_MOST_ENDS = 3  # of the engines of one index without an answer in between: another one would not help
+_LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
 
 type Stream = Any  # Ray's generator of what an engine answers to one call
 
 
-class EnginePool:
-    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready.
+class Member:
+    """The engine of one index, for as long as its actor lives."""
 
-    `graphs` says what they do beside running the model as it is. With `shares_gpu` the only engine has a policy rank
-    beside it on its GPU.
+    def __init__(self, index: int, actor: Any, log: StartLog, num_ends: int) -> None:
+        self.index, self.actor, self.log = index, actor, log
+        self.starting = actor.start.remote()
+        self.num_ends = num_ends  # of those before it, without an answer in between
+        self.runs = self.serves = self.is_lost = False  # has started; has the weights to draw with; is being replaced
+
+
+class EnginePool:
+    """`rollout.num_engines` engines of one model, in the seats that the cluster has reserved.
+
+    Construction returns at once; `start` waits until all are ready. `graphs` says what they do beside running the model
+    as it is. `bring` gives a replaced engine its weights, and lets it serve; it is called in a thread.
     """
+
+    bring: Callable[[Member], None]
 
     def __init__(
         self,
@@ -38,7 +61,7 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Callable[[Sequence[int]], str],
         seed: int,
-        shares_gpu: bool = False,
+        sleep: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         check_graphs(rollout, on_gpu=on_gpu)
@@ -46,8 +69,8 @@ class EnginePool:
         self._has_graphs = on_gpu and graphs != "none"
         self.tensor = rollout.tensor
         self.max_num_seqs, self.detokenize = rollout.max_num_seqs, detokenize
-        self._cluster = cluster
-        options = EngineOptions(
+        self._cluster, self._heartbeat = cluster, rollout.heartbeat_seconds
+        self._options = EngineOptions(
             model_path=model_path,
             dtype=dtype,
             max_tokens=max_tokens,
@@ -55,110 +78,317 @@ class EnginePool:
             seed=seed,
             rollout=rollout,
             on_gpu=on_gpu,
+            sleep=sleep,
         )
-        pool = uuid.uuid4().hex[:8]  # a session may have several pools
-        names = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
-        self._logs = [StartLog.make(cluster.log_folder, name) for name in names]
-        env = _environment(cluster, rollout)
-        self._engines = [
-            cluster.actor(
-                "engine",
-                index,
-                Engine,
-                env=env | log.environment(),
-                num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
-                concurrency=1000,
-                options=options,
-            )
-            for index, log in enumerate(self._logs)
-        ]
-        self._starting = [self._begin(index, lambda engine: engine.start()) for index in range(len(self))]
+        self._seats = cluster.reservation.placement.engines
+        threads = cluster.threads(self._seats, rollout.tensor)
+        self._environments = [_environment(cluster, rollout, seat, threads) for seat in self._seats]
+        self.bring = lambda member: self.serve([member])
+        self._num_replaced = 0
+        self._name, self._starts = uuid.uuid4().hex[:8], itertools.count()  # a session may have several pools
+        self._changed = threading.Condition()  # guards the members, and what is written below it
+        self._num_starting, self._may_start = 0, True
+        self._closing = threading.Event()
+        self._error: Exception | None = None
+        self._streams: dict[Stream, Member] = {}
+        self._members = [self._member(index) for index in range(rollout.num_engines)]
+
+    def _member(self, index: int, num_ends: int = 0) -> Member:
+        """Begin to start the engine of an index."""
+        log = StartLog.make(self._cluster.log_folder, f"engine-{self._name}-{next(self._starts)}")
+        actor = self._cluster.actor(
+            "engine",
+            index,
+            Engine,
+            env=self._environments[index] | log.environment(),
+            seat=self._seats[index],
+            concurrency=1000,
+            options=self._options,
+        )
+        return Member(index, actor, log, num_ends)
 
     def __len__(self) -> int:
-        return len(self._engines)
+        return len(self._members)
 
     def phase(self) -> str:
         """Return what the first engine that can't generate yet is doing."""
-        _, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        members = {member.starting: member for member in self._members}
+        _, starting = ray.wait(list(members), num_returns=len(members), timeout=0)
         if not starting:
             return ""
-        index = self._starting.index(starting[0])
-        return f"engine {index}: {self._logs[index].phase(has_graphs=self._has_graphs)}"
+        member = members[starting[0]]
+        return f"engine {member.index}: {member.log.phase(has_graphs=self._has_graphs)}"
 
     def start(self) -> None:
-        """Wait until every engine can generate."""
-        answers = self._cluster.wait("engines: start", self._starting, self._cluster.timeout_seconds)
-        self._cluster.remember_shared_files()
+        """Wait until every engine can generate; from then on those that end are replaced."""
+        answers = self._cluster.wait(
+            "engines: start", [member.starting for member in self._members], self._cluster.timeout_seconds
+        )
         for left_out in dict.fromkeys(text for answer in answers for text in answer):
             _LOG.warning("not passed on to the engines: %s", left_out)
+        for member in self._members:
+            self._note_start(member)
+        self.serve(self._members)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _note_start(self, member: Member) -> None:
+        self._cluster.remember_shared_files()
+        self._cluster.remember_processes(member.actor)
+        member.runs = True
+
+    def serving(self) -> list[int]:
+        """Return the engines that may be asked for something now. Raises what keeps one from being replaced."""
+        if self._error is not None:
+            raise self._error
+        return [member.index for member in self._members if member.serves]
 
     def generate(self, engine: int, requests: Sequence[tuple[int, Request]], sampling: SamplingConfig) -> Stream:
         """Hand (tag, request) pairs to an engine and return at once; `responses` hears of them, each once."""
-        return self._begin(engine, lambda actor: actor.generate(requests, sampling), num_returns="streaming")
+        member = self._members[engine]
+        stream = self._begin(member, lambda actor: actor.generate(requests, sampling), num_returns="streaming")
+        self._streams[stream] = member
+        return stream
 
     def responses(self, streams: Collection[Stream], seconds: float) -> list[tuple[Stream, list[Response] | None]]:
-        """Wait at most so long, and return what the first stream to have something has; None: it has ended."""
+        """Wait at most so long, and return what the first stream to have something has.
+
+        None: it has ended, with its last answer, or because its engine has: then that is being replaced.
+        """
         ready: list[Stream] = ray.wait(list(streams), num_returns=1, timeout=seconds)[0]
         if not ready:
+            self.serving()
             return []
+        member = self._streams[ready[0]]
         try:
-            reference = next(ready[0])
+            answer = self._cluster.wait("engines: generate", [next(ready[0])])[0]
         except StopIteration:
             if len(streams) == 1:
                 self._cluster.remember_shared_files()  # the first requests make some
-            return [(ready[0], None)]
-        return [(ready[0], self._cluster.wait("engines: generate", [reference])[0])]
+        except ClusterError as error:
+            if not self._is_lost(member, error):
+                raise
+        else:
+            member.num_ends = 0
+            return [(ready[0], answer)]
+        del self._streams[ready[0]]
+        return [(ready[0], None)]
 
-    def places(self) -> list[list[Place]]:
+    def forget(self, streams: Collection[Stream]) -> None:
+        """Hear that nobody waits for these any more."""
+        for stream in streams:
+            self._streams.pop(stream, None)
+
+    def running(self) -> list[Member]:
+        """Return the engines that can be given weights now."""
+        return [member for member in self._members if member.runs and not member.is_lost]
+
+    def serve(self, members: Sequence[Member]) -> None:
+        """Let engines draw that have the weights to draw with."""
+        with self._changed:
+            for member in members:
+                member.serves = not member.is_lost
+
+    def places(self, members: Sequence[Member]) -> list[list[Place]]:
         """Return where the weights of each engine's workers are."""
-        pairs = self._all(lambda engine: engine.places())
-        return [[Place(memory=memory, device=device) for memory, device in workers] for workers in pairs]
+        pairs = self._all(members, lambda engine: engine.places())
+        return [[Place(memory=memory, device=device) for memory, device in workers] for workers in pairs.values()]
 
-    def open_update(self, init_info: dict[str, Any]) -> None:
-        """Prepare every engine for updates; each hears which one it is."""
-        calls = [
-            self._begin(index, lambda engine, index=index: engine.open_update(init_info | {"engine": index}))
-            for index in range(len(self))
-        ]
-        self._cluster.wait("engines: open_update", calls)
+    def open_update(self, init_info: dict[str, Any], members: Sequence[Member]) -> bool:
+        """Prepare these engines for updates, each as the one that it is of them; return whether they all are."""
+        calls = {
+            member: self._begin(
+                member, lambda engine, number=number: engine.open_update(init_info | {"engine": number})
+            )
+            for number, member in enumerate(members)
+        }
+        return len(self._answers("engines: open_update", calls)) == len(calls)
 
-    def update(self, version: int, sending: Sequence[Any]) -> None:
-        """Make every engine take over the weights that the calls `sending` send; ends when both sides are done."""
-        calls = [self._begin(index, lambda engine: engine.update(version)) for index in range(len(self))]
-        self._cluster.wait("publish", [*calls, *sending])
+    def update(self, version: int, members: Sequence[Member], sending: Sequence[Any]) -> list[Member]:
+        """Make engines take over the weights that the calls `sending` send; return those that have, at the end of all.
 
-    def open_audit(self, config: dict[str, Any], dtype: str) -> None:
-        """Prepare every engine to be audited on what it loaded by itself, until `open_update`; see conversion.vllm."""
-        self._all(lambda engine: engine.open_audit(config, dtype))
+        One that has failed draws nothing more until an update succeeds. Raises what ended a rank.
+        """
+        calls = {member: self._begin(member, lambda engine: engine.update(version)) for member in members}
+        have, failures = [], []
+        for member, call in calls.items():
+            try:
+                self._cluster.wait("publish", [call])
+                have.append(member)
+            except ClusterError as error:
+                member.serves = False
+                if not self._is_lost(member, error):
+                    failures.append(_cause(error))
+        try:
+            self._cluster.wait("publish", sending)
+        except ClusterError as error:
+            if isinstance(error, ActorLost) or len(have) == len(calls):
+                raise
+            failures.append(_cause(error))
+        if failures:
+            _LOG.warning("an update to version %d failed: %s", version, "; ".join(failures))
+        return have
 
-    def audit(self, version: int) -> list[list[dict[str, Any]]]:
-        """Return, of each engine, each worker's digests of the weights it holds; see conversion.vllm."""
-        return self._all(lambda engine: engine.audit(version))
+    def sleep(self) -> dict[int, int]:
+        """Make every engine that runs give its memory back, and return the bytes of each; see Engine.sleep."""
+        returned = self._all(self.running(), lambda engine: engine.sleep())
+        return {member.index: num_bytes for member, num_bytes in returned.items()}
 
-    def digest_rows(self, engine: int, worker: int, index: int) -> list[int]:
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Make every engine that runs take a part of its memory again."""
+        self._all(self.running(), lambda engine: engine.wake(part))
+
+    def drop_requests(self) -> None:
+        """End what every engine is drawing, without an answer: nobody waits for it any more."""
+        self._all(self.running(), lambda engine: engine.drop_requests())
+
+    def open_audit(self, config: dict[str, Any], dtype: str, members: Sequence[Member]) -> None:
+        """Prepare engines to be audited on what they loaded by themselves, until `open_update`; see conversion.vllm."""
+        self._all(members, lambda engine: engine.open_audit(config, dtype))
+
+    def audit(self, version: int, members: Sequence[Member]) -> dict[Member, list[dict[str, Any]]]:
+        """Return, of each engine that has not ended, each worker's digests of the weights it holds; conversion.vllm."""
+        return self._all(members, lambda engine: engine.audit(version))
+
+    def digest_rows(self, member: Member, worker: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that a worker holds."""
-        call = self._begin(engine, lambda engine: engine.digest_rows(index))
+        call = self._begin(member, lambda engine: engine.digest_rows(index))
         return self._cluster.wait("engines: digest_rows", [call])[0][worker]
 
+    def _watch(self) -> None:
+        """Thread: ask every engine twice in `rollout.heartbeat_seconds` whether it is well; replace one that is not."""
+        patience = self._heartbeat / 2
+        while not self._closing.is_set():
+            until = time.monotonic() + patience
+            beats = {member.actor.beat.remote(): member for member in self.running()}
+            for reference, member in beats.items():
+                left = max(_LATE_SECONDS, until - time.monotonic())
+                try:
+                    self._cluster.wait("engines: beat", [reference], left)
+                except Exception as error:
+                    self._lose(member, _cause(error))
+            self._closing.wait(max(0.0, until - time.monotonic()))
+
+    def _is_lost(self, member: Member, error: ClusterError) -> bool:
+        """Whether a call failed because its engine is of no more use; then it is being replaced."""
+        if not isinstance(error, ActorLost):
+            try:
+                self._cluster.wait("engines: beat", [member.actor.beat.remote()], self._heartbeat)
+                return member.is_lost
+            except ClusterError:
+                pass
+        self._lose(member, _cause(error))
+        return True
+
+    def _lose(self, member: Member, cause: str) -> None:
+        with self._changed:
+            if member.is_lost or self._closing.is_set():
+                return
+            member.is_lost, member.serves = True, False
+        threading.Thread(target=self._replace, args=(member, cause), daemon=True).start()
+
+    def _replace(self, member: Member, cause: str) -> None:
+        """Thread: put another engine in the place of one that is lost; `serving` raises what keeps it from that."""
+        began, index = time.monotonic(), member.index
+        _LOG.warning("%s; it is being replaced", cause)
+        try:
+            self._cluster.end(member.actor)
+            if member.num_ends + 1 >= _MOST_ENDS:
+                raise ClusterError(
+                    f"engine {index} has ended {_MOST_ENDS} times, and answered nothing in between: it is not replaced "
+                    f"again. The output of its processes lies in {self._cluster.log_folder}\n{cause}"
+                )
+            if not self._wait_to_start():
+                return
+            try:
+                self._start_again(index, member.num_ends + 1, began)
+            finally:
+                with self._changed:
+                    self._num_starting -= 1
+                    self._changed.notify_all()
+        except Exception as error:
+            if not self._closing.is_set():
+                self._error = error
+
+    def _wait_to_start(self) -> bool:
+        """Wait until an engine may start; False: none is to."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._may_start or self._closing.is_set())
+            self._num_starting += not self._closing.is_set()
+            return not self._closing.is_set()
+
+    def _start_again(self, index: int, num_ends: int, began: float) -> None:
+        fresh = self._members[index] = self._member(index, num_ends)
+        try:
+            self._cluster.wait(f"engine {index}: start", [fresh.starting], self._cluster.timeout_seconds)
+        except ClusterError as error:
+            self._lose(fresh, _cause(error))
+            return
+        self._note_start(fresh)
+        self.bring(fresh)
+        with self._changed:
+            self._num_replaced += 1
+        _LOG.warning("engine %d: replaced in %.0f s", index, time.monotonic() - began)
+
+    def hold_back(self) -> None:
+        """Let no engine start from now on, as others need the memory; returns when those have that are about to."""
+        with self._changed:
+            self._may_start = False
+            self._changed.wait_for(lambda: not self._num_starting)
+
+    def let_start(self) -> None:
+        """Let engines start again that take a lost one's place; at first they may."""
+        with self._changed:
+            self._may_start = True
+            self._changed.notify_all()
+
+    def go_on(self) -> None:
+        """Forget what kept an engine from being given its weights, as the policy is another now."""
+        self._error = None
+
+    def num_replaced(self) -> int:
+        """Return how many engines have been replaced since the last call."""
+        with self._changed:
+            count, self._num_replaced = self._num_replaced, 0
+        return count
+
     def close(self) -> None:
-        calls = [self._begin(index, lambda engine: engine.close()) for index in range(len(self))]
+        with self._changed:
+            self._closing.set()
+            self._changed.notify_all()
+        self._cluster.remember_shared_files()  # an engine may be about to start
+        calls = [self._begin(member, lambda engine: engine.close()) for member in self._members if not member.is_lost]
         self._cluster.close("engines: close", calls)
 
-    def _all[T](self, call: Callable[[Engine], Awaitable[T]]) -> list[T]:
-        """Make the call on all engines at once and return their answers."""
-        calls = [self._begin(index, call) for index in range(len(self))]
-        return self._cluster.wait(f"engines: {Call.of(call).method}", calls)
+    def _all[T](self, members: Sequence[Member], call: Callable[[Engine], Awaitable[T]]) -> dict[Member, T]:
+        """Make the call on engines at once and return the answers; one that is lost has none."""
+        calls = {member: self._begin(member, call) for member in members}
+        return self._answers(f"engines: {Call.of(call).method}", calls)
 
-    def _begin(self, index: int, call: Callable[[Engine], Any], num_returns: int | str = 1) -> Any:
+    def _answers(self, action: str, calls: Mapping[Member, Any]) -> dict[Member, Any]:
+        answers = {}
+        for member, reference in calls.items():
+            try:
+                answers[member] = self._cluster.wait(action, [reference])[0]
+            except ClusterError as error:
+                if not self._is_lost(member, error):
+                    raise
+        return answers
+
+    def _begin(self, member: Member, call: Callable[[Engine], Any], num_returns: int | str = 1) -> Any:
         heard = Call.of(call)
-        method = getattr(self._engines[index], heard.method).options(num_returns=num_returns)
+        method = getattr(member.actor, heard.method).options(num_returns=num_returns)
         return method.remote(*heard.arguments)
 
 
-def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
+def _cause(error: Exception) -> str:
+    """The last line of what is said of a failed call: whose, and why."""
+    return str(error).splitlines()[-1]
+
+
+def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: int) -> dict[str, str]:
     return environment(
-        on_gpu=cluster.num_gpus > 0,
-        threads=cluster.threads(rollout.num_engines * rollout.tensor),
+        gpus=seat.gpus,
+        threads=threads,
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
         num_nodes=cluster.num_nodes,

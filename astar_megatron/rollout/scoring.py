@@ -4,6 +4,9 @@ A response whose reward raises, takes longer than `reward.timeout_seconds`, ends
 to 1 is a failure: its reward is None, it is written with its prompt and response to `reward_failures.jsonl`, and once
 that holds more than `reward.max_failures` of them the run stops: every program and resume of a run counts there, until
 someone moves the file away. Before a run, `check` allows none.
+
+A reward is the user's code on a model's text: its processes inherit no secret and have limits (reward_process.py). They
+contain accidents and are no sandbox: SECURITY.md.
 """
 
 import dataclasses
@@ -13,12 +16,11 @@ import logging
 import os
 import queue
 import select
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
@@ -34,8 +36,16 @@ _START_SECONDS = 120.0  # to import a reward
 _ENDED = "ended its process"
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from astar_megatron.rollout import reward_process; reward_process.main(sys.argv[2], int(sys.argv[3]))"
+    "from astar_megatron.rollout import reward_process; "
+    "reward_process.main(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))"
 )
+# What a reward gets of the driver's environment, which has keys and tokens too.
+_PASSED_ON = {
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "LC_NUMERIC"),
+    *("PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "PYTHONUTF8", "PYTHONWARNINGS", "PYTHONDONTWRITEBYTECODE"),
+    *("LD_LIBRARY_PATH", "VIRTUAL_ENV", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"),
+}
+_DEVICES = "_VISIBLE_DEVICES"  # the ends of names that keep a reward off the GPUs of others
 
 type Indexed = list[tuple[int, Rollout]]
 type Answer = tuple[float | None, str]  # the reward, or why there is none
@@ -213,14 +223,15 @@ class _Process:
         """End what runs; the thread that serves it hears that and cleans up."""
         self._closed = True
         if (process := self._process) is not None:
-            _kill(process)
+            process.terminate()  # it ends what the reward has started, and then itself
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise EOFError("the scorer is closed")
         self._unread, self._judged = b"", 0
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(_path()), self._cfg.name, str(os.getpid())],
+            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(_path()), self._cfg.name, *map(str, self._limits())],
+            env=environment(os.environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the driver, which then ends them with all that they started
@@ -233,6 +244,9 @@ class _Process:
             self.end()
             raise RewardError(f"reward.name: {self._cfg.name} can't be loaded in its process: {reason}")
         return self._process
+
+    def _limits(self) -> tuple[int, float, int]:
+        return os.getpid(), self._cfg.timeout_seconds, int(self._cfg.memory_gib * 2**30)
 
     def _read(self, seconds: float) -> Answer:
         """The next answer of the process. Raises TimeoutError or EOFError in words."""
@@ -267,7 +281,7 @@ class _Process:
     def end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            _kill(process)
+            process.terminate()  # it ends what the reward has started, and then itself
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
@@ -277,18 +291,19 @@ class _Process:
                         continue
 
 
+def environment(driver: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of the driver's environment that a reward gets.
+
+    It computes on one thread where nothing else is said: there are as many processes as there is work for.
+    """
+    kept = {name: value for name, value in driver.items() if name in _PASSED_ON or name.endswith(_DEVICES)}
+    return {"OMP_NUM_THREADS": "1"} | kept
+
+
 def _path() -> list[str]:
     """The Python path with the current folder last, wherever it stands here: see rewards.get."""
     here = str(Path.cwd())
     return [*(place for place in sys.path if place not in ("", here)), here]
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started; they share its session."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # all of them have ended
-        return
 
 
 def _empty_response(prompt: Prompt) -> Rollout:

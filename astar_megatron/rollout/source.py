@@ -2,6 +2,7 @@
 
 A thread of its own keeps the engines busy: it hands out what was asked for whenever a queue runs low (feed.py), and
 gives what comes back to the reward's processes (scoring.py), so generation and scoring go on while the driver trains.
+What an engine had when it ended is asked again with its seeds, of any engine.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RewardConfig, SamplingConfig
 from astar_megatron.rollout.engine import Response
 from astar_megatron.rollout.feed import Feed, Item
@@ -22,6 +24,16 @@ from astar_megatron.types import Request, Rollout
 
 _POLL_SECONDS = 0.1  # after which the answers to newly handed out requests are looked for too
 _CLOSE_SECONDS = 30.0
+_MOST_ENDS = 3  # of engines that had one request: more would hardly be by chance
+_MOST_NAMED = 5  # prompts in an error
+
+
+class _Handed:
+    """What one call gave to an engine."""
+
+    def __init__(self, engine: int, items: Sequence[Item]) -> None:
+        self.engine = engine
+        self.unanswered = {tag: request.prompt.uid for tag, request in items}
 
 
 class Engines(Protocol):
@@ -32,9 +44,13 @@ class Engines(Protocol):
 
     def __len__(self) -> int: ...
 
+    def serving(self) -> Sequence[int]: ...
+
     def generate(self, engine: int, requests: Sequence[Item], sampling: SamplingConfig) -> Any: ...
 
     def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]: ...
+
+    def forget(self, streams: Sequence[Any]) -> None: ...
 
 
 class Draw:
@@ -43,6 +59,7 @@ class Draw:
     def __init__(self, changed: threading.Condition) -> None:
         self.num_asked = self.num_unanswered = 0  # of those asked for, what the engines have not answered
         self._num_scored = 0
+        self._early: dict[int, Rollout] = {}  # by number: what `finished` has looked at
         self._news: queue.SimpleQueue[Pending | Exception | None] = queue.SimpleQueue()
         self._changed = changed
 
@@ -57,14 +74,19 @@ class Draw:
         Whenever the engines have answered something it yields too, with no pairs if none is scored.
         """
         while self._num_scored < self.num_asked:
-            pairs = self._next()
-            try:
-                while not self._news.empty():  # all that is there, or a slow driver would fall behind
-                    pairs += self._next()
-            except Exception as error:
-                self._news.put(error)  # first what has been scored
+            pairs = self._next() + self._there()  # all of it, or a slow driver would fall behind
             self._num_scored += len(pairs)
             yield pairs
+
+    def _there(self) -> Indexed:
+        """Return what is scored and nobody has taken; an error waits for the next to wait."""
+        pairs: Indexed = []
+        try:
+            while not self._news.empty():
+                pairs += self._next()
+        except Exception as error:
+            self._news.put(error)
+        return pairs
 
     def _next(self) -> Indexed:
         news = self._news.get()
@@ -74,11 +96,18 @@ class Draw:
 
     def rollouts(self, advance: Callable[[int], None] = lambda count: None) -> list[Rollout]:
         """Return the scored rollouts in the order of their requests; `advance` hears how many more there are."""
-        by_number: dict[int, Rollout] = {}
+        by_number = self._early
         for pairs in self.scored():
             by_number.update(pairs)
             advance(len(pairs))
         return [by_number[number] for number in range(self.num_asked)]
+
+    def finished(self) -> list[Rollout]:
+        """Return those that are scored by now, in the order of their requests; `rollouts` still returns all."""
+        pairs = self._there()
+        self._num_scored += len(pairs)
+        self._early.update(pairs)
+        return [rollout for _, rollout in sorted(self._early.items())]
 
     def hear(self, news: Pending | Exception | None) -> None:
         """Take what is scored, or the error that ends it all; None: engines have answered. Called by any thread."""
@@ -98,7 +127,7 @@ class RolloutSource:
         self._feed = Feed(len(engines), engines.max_num_seqs)
         self._tags = itertools.count()
         self._draws: dict[int, tuple[Draw, int]] = {}  # by tag: the draw, and the request's number in it
-        self._streams: dict[Any, int] = {}  # of answers, with their engine
+        self._streams: dict[Any, _Handed] = {}  # of answers
         self._changed = threading.Condition()  # guards the feed, the draws and the streams
         self._error: Exception | None = None
         self._closing = self._holds_back = False
@@ -113,6 +142,7 @@ class RolloutSource:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(_CLOSE_SECONDS)
+        self._engines.forget(list(self._streams))
         self._scorer.close()
 
     def ask(self, requests: Iterable[Request], draw: Draw | None = None) -> Draw:
@@ -174,8 +204,8 @@ class RolloutSource:
         """Give each engine what it has room for; the lock is held."""
         if self._holds_back:
             return
-        for engine, items in self._feed.due():
-            self._streams[self._engines.generate(engine, items, self._sampling)] = engine
+        for engine, items in self._feed.due(self._engines.serving()):
+            self._streams[self._engines.generate(engine, items, self._sampling)] = _Handed(engine, items)
 
     def _serve(self) -> None:
         """Thread: hand out, take back, give to the reward's processes."""
@@ -184,10 +214,8 @@ class RolloutSource:
                 for stream, responses in self._engines.responses(list(streams), _POLL_SECONDS):
                     if responses is not None:
                         self._take(streams[stream], responses)
-                        continue
-                    with self._changed:
-                        del self._streams[stream]
-                        self._changed.notify_all()
+                    else:
+                        self._end(stream)
         except Exception as error:  # of an engine, as a rule: it is the driver's to raise
             with self._changed:
                 self._error = error
@@ -196,16 +224,35 @@ class RolloutSource:
                     draw.hear(error)
                 self._changed.notify_all()
 
-    def _streams_of_work(self) -> dict[Any, int]:
+    def _streams_of_work(self) -> dict[Any, _Handed]:
         """Wait until engines have something to answer, and return from where; nothing: the source is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._streams)
+            self._hand_out()  # an engine may be back
+            while not (self._closing or self._streams):
+                self._changed.wait(_POLL_SECONDS if self._feed.num_waiting else None)
+                self._hand_out()
             return {} if self._closing else dict(self._streams)
 
-    def _take(self, engine: int, responses: Sequence[Response]) -> None:
+    def _end(self, stream: Any) -> None:
+        """Take back what an engine did not answer before it ended. Raises where that has happened too often."""
+        with self._changed:
+            handed = self._streams.pop(stream)
+            num_ends = self._feed.give_back(handed.engine, handed.unanswered)
+            self._changed.notify_all()
+        if num_ends >= _MOST_ENDS:
+            uids = sorted(set(handed.unanswered.values()))
+            raise ClusterError(
+                f"engine {handed.engine} ended, as {num_ends - 1} before it did with the same request; it is of one of "
+                f"these {len(uids)} prompts: {', '.join(uids[:_MOST_NAMED])}{', ...' * (len(uids) > _MOST_NAMED)}; "
+                "look for what ends an engine in the lines above, or leave the prompt out"
+            )
+
+    def _take(self, handed: _Handed, responses: Sequence[Response]) -> None:
         by_draw: defaultdict[Draw, Indexed] = defaultdict(list)
         with self._changed:
-            requests = [self._feed.answered(engine, response.tag) for response in responses]
+            for response in responses:
+                del handed.unanswered[response.tag]
+            requests = [self._feed.answered(handed.engine, response.tag) for response in responses]
             self._hand_out()
             places = [self._draws[response.tag] for response in responses]
         for request, response, (draw, number) in zip(requests, responses, places, strict=True):

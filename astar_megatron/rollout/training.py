@@ -1,7 +1,7 @@
 """What training is fed with: a batch of rollouts a version of the policy."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +22,15 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batch:
-    draw: Draw
+    draw: Draw  # of what was not drawn before
+    drawn: Mapping[int, Rollout]  # by number in the batch: what was
     prompts_before: dict[str, Any]  # state of the prompts before this batch was taken of them
+
+    def rollouts(self) -> list[Rollout]:
+        """Wait for all of it."""
+        fresh = iter(self.draw.rollouts())
+        count = len(self.drawn) + self.draw.num_asked
+        return [self.drawn[number] if number in self.drawn else next(fresh) for number in range(count)]
 
 
 class TrainingRollouts:
@@ -31,6 +38,7 @@ class TrainingRollouts:
 
     Each may be drawn by weights up to `rollout.max_staleness` versions old, and is asked for so far ahead that the
     engines never wait for training. 0 is on-policy: a batch is asked for when its version has been published.
+    `drawn` are rollouts that a run which this one continues had asked for and not taken: they are not asked for again.
     """
 
     def __init__(
@@ -42,10 +50,12 @@ class TrainingRollouts:
         *,
         versions: range,
         group_size: int = 1,
+        drawn: Sequence[Rollout] = (),
     ) -> None:
         self._source, self._prompts, self._run_seed, self._group_size = source, prompts, run_seed, group_size
         self._versions, self._max_staleness = versions, rollout.max_staleness
         self._drains = rollout.update == "drain"
+        self._drawn = {rollout.seed: rollout for rollout in drawn}  # a request's seed is its own
         self._asked: deque[_Batch] = deque()  # and not taken
 
     def take(self, version: int, span: Callable[[str], AbstractContextManager[None]]) -> list[Rollout]:
@@ -55,14 +65,11 @@ class TrainingRollouts:
         """
         with span("generate"):
             for ahead in range(version + len(self._asked), min(version + self._max_staleness + 1, self._versions.stop)):
-                before = self._prompts.state()
-                asked = training_requests(self._run_seed, ahead, self._prompts.take(), self._group_size)
-                draw = self._source.ask(asked)
-                self._asked.append(_Batch(draw=draw, prompts_before=before))
-            draw = self._asked.popleft().draw
-            draw.wait_for_engines()
+                self._asked.append(self._ask(ahead))
+            batch = self._asked.popleft()
+            batch.draw.wait_for_engines()
         with span("score"):
-            rollouts = draw.rollouts()
+            rollouts = batch.rollouts()
         first = min(rollout.first_version for rollout in rollouts)
         last = max(rollout.last_version for rollout in rollouts)
         if first < version - self._max_staleness or last > version:
@@ -72,10 +79,26 @@ class TrainingRollouts:
             )
         return rollouts
 
+    def _ask(self, version: int) -> _Batch:
+        before = self._prompts.state()
+        requests = training_requests(self._run_seed, version, self._prompts.take(), self._group_size)
+        drawn = {
+            number: rollout
+            for number, request in enumerate(requests)
+            if (rollout := self._drawn.pop(request.seed, None)) is not None
+            and rollout.first_version >= version - self._max_staleness
+        }
+        draw = self._source.ask(request for number, request in enumerate(requests) if number not in drawn)
+        return _Batch(draw=draw, drawn=drawn, prompts_before=before)
+
     def while_publishing(self) -> AbstractContextManager[None]:
         """Return what weights are published in: with `rollout.update: drain` no response is on its way then."""
         return self._source.drained() if self._drains else nullcontext()
 
     def state(self) -> dict[str, Any]:
-        """Return where the prompts go on, ready for JSON: what was asked for and not taken is asked for again."""
+        """Return where the prompts go on, ready for JSON: before those that were asked for and not taken."""
         return self._asked[0].prompts_before if self._asked else self._prompts.state()
+
+    def in_flight(self) -> list[Rollout]:
+        """Return what has been drawn and scored of batches that were not taken; see `drawn`."""
+        return [rollout for batch in self._asked for rollout in (*batch.drawn.values(), *batch.draw.finished())]

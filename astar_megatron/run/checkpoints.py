@@ -1,25 +1,36 @@
 """Where a run's checkpoints lie, which is the newest, and how a run goes on from it.
 
-<run_dir>/checkpoints/step_<n> after n steps, whole by its name (model/checkpoint.py); `latest` names the newest.
+<run_dir>/checkpoints/step_<n> after n steps, whole if it fits its manifest; `latest` names the newest. saving.py writes
+them.
 """
 
 import json
-import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
+from astar_megatron.data import rollout_files
 from astar_megatron.data.contract import Contract, ContractError
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.manifest import MANIFEST_FILE, problems
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.run.saving import FOLDERS, IN_FLIGHT_FILE, LATEST_FILE, PROGRESS_FILE, Saves
+from astar_megatron.types import Prompt, Rollout
 
-_PROGRESS_FILE = "progress.json"  # model/checkpoint.py writes it
+_NAMED = 5  # files that an error lists
+_LONGEST_NAME = 100  # bytes of `latest` that are read
 type _Prompts = PromptStream | PrioritisedPrompts
+_PROGRESS = {"step": int, "prompts": dict, "contract": dict, "settings": dict}  # what it holds, beside the objective's
+_ABSENT: dict[str, Any] = {"settings": {}}  # in the first versions
 _BEFORE_DITHER = {"optim.dither": False}  # of checkpoints that are older than the key
 _AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not as it was written; the message names the file and a checkpoint that is whole."""
 
 
 class Checkpoints:
@@ -27,22 +38,40 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, contract: Contract, settings: dict[str, Any]) -> None:
         self._folder = run_dir / "checkpoints"
-        self._keep, self._contract, self._settings = cfg.keep, contract, settings
+        self._cfg, self._contract, self._settings = cfg, contract, settings
 
     @property
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        pointer = self._folder / "latest"
-        if not pointer.exists():
+        """The newest checkpoint, or None. Raises DamagedCheckpointError where it is not there."""
+        pointer = self._folder / LATEST_FILE
+        try:
+            name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
+        except FileNotFoundError:
             return None
-        name = pointer.read_text(encoding="utf-8").strip()
-        folder = self._folder / name
-        if not name or not (folder / _PROGRESS_FILE).is_file():
+        except OSError as error:
             raise ValueError(
-                f"{pointer} names {name!r}, which is missing or damaged; write the name of a whole step_* folder "
-                f"into it, or remove {self._folder} to start over"
-            )
+                f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; remove {self._folder} to "
+                "start over, or choose a new run_dir"
+            ) from error
+        folder = self._folder / name
+        if not name or not (folder / PROGRESS_FILE).is_file():
+            problem = f"which has no {PROGRESS_FILE}" if name and folder.is_dir() else "which is not there"
+            raise self._error(f"{pointer} names {name!r}, {problem}", name)
         return folder
+
+    def verify(self) -> None:
+        """Read all files of the newest checkpoint; DamagedCheckpointError where one is not as it was written."""
+        folder = self.latest
+        if folder is not None and (faults := _faults(folder)):
+            more = f", and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+            raise self._error(f"{folder} is damaged: {', '.join(faults[:_NAMED])}{more}", folder.name)
+
+    @property
+    def unverified(self) -> str:
+        """In words that `verify` could not tell whether the newest checkpoint is whole, or nothing."""
+        if self.latest is None or (self.latest / MANIFEST_FILE).exists():
+            return ""
+        return f"{self.latest} was written before checkpoints had a manifest: whether its files are whole is not known"
 
     def restore(self, prompts: _Prompts, objective: Objective) -> int:
         """Set prompt order and objective to the newest checkpoint's; return the steps behind it, 0 without one.
@@ -57,9 +86,9 @@ class Checkpoints:
         try:
             prompts.restore(progress["prompts"])
             objective.restore(progress)
-            return int(progress["step"])
+            return progress["step"]
         except (AttributeError, KeyError, TypeError) as error:
-            raise self._damaged(folder, repr(error)) from error
+            raise self._damaged(folder / PROGRESS_FILE, repr(error)) from error
 
     def resume(self, policy: PolicyGroup, prompts: _Prompts, objective: Objective) -> int:
         """As `restore`, and the policy too."""
@@ -68,10 +97,20 @@ class Checkpoints:
             policy.load(folder, step)
         return step
 
+    def in_flight(self, prompts: Iterable[Prompt]) -> list[Rollout]:
+        """Return the rollouts of these prompts that the newest checkpoint holds. Raises ValueError for damaged ones."""
+        folder = self.latest
+        if folder is None or not self._progress(folder).get("in_flight"):
+            return []
+        try:
+            return rollout_files.read(folder / IN_FLIGHT_FILE, {prompt.uid: prompt for prompt in prompts})
+        except (OSError, ValueError) as error:
+            raise self._damaged(folder / IN_FLIGHT_FILE, str(error)) from error
+
     def changed_settings(self) -> list[str]:
         """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
         folder = self.latest
-        before = _BEFORE_DITHER | self._progress(folder).get("settings", {}) if folder else {}
+        before = _BEFORE_DITHER | self._progress(folder)["settings"] if folder else {}
         return [
             f"{key} {before[key]} -> {new}{_AT_THE_START.get(key, '')}"
             for key, new in self._settings.items()
@@ -81,7 +120,7 @@ class Checkpoints:
     def check_method(self) -> None:
         """Raise ValueError where another method has trained: each keeps what it learns, and its reference, its way."""
         folder = self.latest
-        before = self._progress(folder).get("settings", {}) if folder else self._settings
+        before = self._progress(folder)["settings"] if folder else self._settings
         was, now = ((_method(settings), _copies(settings)) for settings in (before, self._settings))
         if was[0] != now[0]:
             raise ValueError(
@@ -96,12 +135,12 @@ class Checkpoints:
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         try:
-            progress: dict[str, Any] = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
-            missing = {"step", "prompts", "contract"} - progress.keys()
-        except (OSError, ValueError, AttributeError) as error:
-            missing = {f"{type(error).__name__}: {error}"}
-        if missing:
-            raise self._damaged(folder, ", ".join(sorted(missing)))
+            progress: dict[str, Any] = _ABSENT | json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            wrong = [name for name, kind in _PROGRESS.items() if type(progress.get(name)) is not kind]
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            wrong = [f"{type(error).__name__}: {error}"]
+        if wrong or progress["step"] < 0:
+            raise self._damaged(folder / PROGRESS_FILE, ", ".join(wrong) or "step")
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
             raise ContractError(
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
@@ -109,27 +148,36 @@ class Checkpoints:
             )
         return progress
 
-    def _damaged(self, folder: Path, reason: str) -> ValueError:
-        return ValueError(
-            f"{folder / _PROGRESS_FILE}: missing or damaged ({reason}); write the name of another step_* folder into "
-            f"{self._folder / 'latest'}, or remove {self._folder} to start over"
-        )
+    def _damaged(self, file: Path, reason: str) -> DamagedCheckpointError:
+        return self._error(f"{file}: missing or damaged ({reason})", file.parent.name)
 
-    def save(self, policy: PolicyGroup, step: int, prompts: dict[str, Any], objective: Objective) -> None:
-        """Write a checkpoint after `step` steps, point `latest` at it, remove all but the newest few.
+    def saves(self, policy: PolicyGroup, say: Callable[[str], None]) -> Saves:
+        """Return what writes the checkpoints of the policy that is trained."""
+        record = {"contract": self._contract.fields(), "settings": self._settings}
+        return Saves(self._folder, self._cfg, record, policy, say)
 
-        `prompts` is the state of the prompts at which training goes on.
-        """
-        folder = self._folder / f"step_{step:08d}"
-        if folder.exists():  # of a run that was set back by hand
-            shutil.rmtree(folder)
-        progress = {"step": step, "prompts": prompts, "contract": self._contract.fields()}
-        policy.save(folder, progress | objective.state() | {"settings": self._settings})
-        write_atomic(self._folder / "latest", folder.name.encode())
-        # Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
-        earlier = sorted(path for path in self._folder.glob("step_????????") if path.name < folder.name)
-        for old in earlier[: max(0, len(earlier) + 1 - self._keep)]:
-            shutil.rmtree(old, ignore_errors=True)
+    def _error(self, culprit: str, bad: str) -> DamagedCheckpointError:
+        """Return the error for checkpoint `bad`, with the remedy: the newest before it that is whole."""
+        pointer = self._folder / LATEST_FILE
+        others = sorted((path for path in self._folder.glob(FOLDERS) if path.name != bad), reverse=True)
+        others = [path for path in others if path.name < bad] or others
+        whole = next((path.name for path in others if not _faults(path)), None)
+        if whole is None:
+            remedy = f"no other checkpoint there is whole: remove {self._folder} to start over"
+        else:
+            remedy = f"{whole} is whole: write its name into {pointer} and run the same command again"
+        return DamagedCheckpointError(f"{culprit}; {remedy}")
+
+
+def _faults(folder: Path) -> list[str]:
+    """Return in words what is wrong with the files of a checkpoint, which are all read; [] for a whole one."""
+    if (folder / MANIFEST_FILE).exists():
+        return problems(folder)
+    try:
+        is_older = "manifest" not in json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return [f"{PROGRESS_FILE} is missing or damaged ({type(error).__name__}: {error})"]
+    return [] if is_older else [f"{MANIFEST_FILE} is missing"]
 
 
 def _method(settings: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from astar_megatron.run.tracking import read_metrics
 
 METHODS: tuple[str, ...] = get_args(MethodName.__value__)
 UNITS: dict[Measure, str] = {"tokens": "response tokens", "flops": "model FLOPs", "seconds": "seconds"}
+_MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  # as the keys of `budget`
 _NOT_COMPARED = ("run_dir", "objective.name")  # the first says where, runs have their own of the other
 
 
@@ -119,9 +120,10 @@ def budget_of(text: str) -> Budget:
         amount = float(number)
     except ValueError:
         amount = math.nan
-    if measure not in UNITS or not (0 < amount < math.inf) or (measure == "tokens" and amount % 1):
+    if measure not in UNITS or not (0 < amount <= _MOST[measure]) or (measure == "tokens" and amount % 1):
         raise ValueError(
-            f"--budget: expected tokens=N, flops=N or seconds=N with N above 0 (tokens: a whole number), got {text!r}"
+            f"--budget: expected tokens=N, flops=N or seconds=N with N above 0 (tokens: a whole number up to "
+            f"1e15, else up to 1e30), got {text!r:.80}"
         )
     return Budget(measure=measure, amount=amount)  # type: ignore[arg-type]
 
@@ -133,8 +135,10 @@ def runs_of(methods: str, seeds: str) -> list[Run]:
         raise ValueError(f"--methods: expected one method or more of {', '.join(METHODS)}, got none")
     if unknown := [name for name in names if name not in METHODS]:
         raise ValueError(f"--methods: no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
-    if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
-        raise ValueError(f"--seeds: expected one whole number or more, separated by commas, got {seeds!r}")
+    if not numbers or not all(number.isascii() and number.isdigit() and len(number) < 11 for number in numbers):
+        raise ValueError(
+            f"--seeds: expected one whole number or more below 2**32, separated by commas, got {seeds!r:.80}"
+        )
     numbers = [str(int(number)) for number in numbers]  # 01 is 1
     for option, given in (("--methods", names), ("--seeds", numbers)):
         if twice := sorted({text for text in given if given.count(text) > 1}):

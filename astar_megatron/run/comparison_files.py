@@ -10,7 +10,7 @@ from typing import Any
 
 from astar_megatron.data.files import write_atomic
 from astar_megatron.run import machine
-from astar_megatron.run.comparison import UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
+from astar_megatron.run.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
 from astar_megatron.run.curves import plot
 
 JSON_FILE = "compare.json"
@@ -58,6 +58,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
     Raises ValueError where the folder holds something else.
     """
     path = folder / JSON_FILE
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, and no folder of a comparison; choose another --out")
     if not path.exists():
         if folder.exists() and {entry.name for entry in folder.iterdir()} - _BEFORE:
             raise ValueError(f"{folder}: holds files but no {JSON_FILE}, so no comparison; choose another --out")
@@ -65,8 +67,10 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         finished = [Run(run["method"], run["seed"]) for run in tree["runs"] if run["state"] == "finished"]
+        if odd := [run for run in finished if run.method not in METHODS or type(run.seed) is not int]:
+            raise ValueError(f"no run is called {odd[0].name}")
         return dict(tree["settings"]), [run for run in finished if (folder / run.name).exists()]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a comparison's ({error!r}); choose another --out, or remove the file") from None
 
 

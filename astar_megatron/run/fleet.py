@@ -1,31 +1,38 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
+import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
-from astar_megatron.data.files import exclusive
-from astar_megatron.model import layouts
+from astar_megatron.data.files import exclusive, write_atomic
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.pool import EnginePool
-from astar_megatron.run import accelerators
+from astar_megatron.rollout.pool import EnginePool, Member
+from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
-from astar_megatron.run.prepare import check_places, check_ranks
-from astar_megatron.run.tracking import Clock, Tracker
+from astar_megatron.run.decoding import check_decoding
+from astar_megatron.run.prepare import check_here, placement_of
+from astar_megatron.run.sharing import Turns
+from astar_megatron.run.tracking import Clock, Tracker, read_metrics
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion.families import Model
+
+_MOST_RESTARTS = 3  # of the policy without a new step in between
 
 
 class Fleet:
     """Policy and engines of a run, and the weights between them. A context manager; one at a time for a run_dir.
 
-    `generating` and `training` are the only places where weights move. Where policy and engine share a GPU the policy
-    starts when the engine has taken its part: see accelerators.py. Entering raises ModelFolderError where an engine has
+    `generating` and `training` are the only places where weights move, but for an engine that takes a dead one's place.
+    Where policy and engines share GPUs they take turns (sharing.py), at the start too: engines load, are checked and
+    sleep before the policy starts, and get their weights from it. Entering raises ModelFolderError where an engine has
     not loaded what model.path holds.
     """
 
@@ -35,36 +42,60 @@ class Fleet:
     def __init__(self, cfg: RunConfig, model: Model, tracker: Tracker) -> None:
         self._cfg, self._model, self._tracker = cfg, model, tracker
         self._weights: WeightSync | None = None
+        self._published: int | None = None  # the version that engines and policy have, unless the policy has moved on
+        self._restarts, self._furthest = 0, -1  # of the policy since it got any further; lines of metrics then
+        self._moving = threading.Lock()  # held while weights move
+        self._turns: Turns | None = None  # where both sides share memory
+        self._computes_as_sent = False  # whether the engines' decode path was looked at
 
     def __enter__(self) -> Self:
-        shares = check_ranks(self._cfg)
-        with ExitStack() as stack:
-            self._start(stack, shares)
-            self._stack = stack.pop_all()
+        with ExitStack() as self._stack:
+            self._start()
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def _start(self, stack: ExitStack, shares: Shares | None) -> None:
-        cfg, tracker = self._cfg, self._tracker
+    def _start(self) -> None:
+        cfg, tracker, stack = self._cfg, self._tracker, self._stack
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
-        cluster = stack.enter_context(Cluster(cfg.cluster))
-        if cluster.num_gpus:
-            check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
+        cluster = stack.enter_context(cluster_of(cfg))
+        placement = cluster.reservation.placement
+        text = json.dumps(placement.fields(), indent=1) + "\n"
+        write_atomic(tracker.run_dir / "placement.json", text.encode())
+        tracker.say(placement.describe())
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        self.engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, shares=shares)))
-        loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True
+        self.engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, sleep=take_turns)))
+        self._loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        self.engines.bring = self.heal
+        if take_turns:
+            self._start_by_turns(cluster, _shares(cfg, cluster, self._model) if placement.shared else None)
+            return
+        self.policy = stack.enter_context(_closed_in_the_end(start_policy(cfg, cluster)))  # while the engines start
+        _wait_for(self.engines, tracker)
+        self._loaded.verify(self.engines)
+        self._wait_for_policy()
+
+    def _start_by_turns(self, cluster: Cluster, shares: Shares | None) -> None:
+        """Engines first: vLLM measures what memory is free, and the policy takes what they give back."""
         if shares:
-            tracker.say(shares.describe())
-            _wait_for(self.engines, tracker)
-        self.policy = stack.enter_context(_closed_in_the_end(start_policy(cfg, cluster, shares)))
-        if not shares:
-            _wait_for(self.engines, tracker)
-        loaded.verify(self.engines)
-        with tracker.waiting("starting the policy"):
+            self._tracker.say(shares.describe())
+        _wait_for(self.engines, self._tracker)
+        self._loaded.verify(self.engines)
+        self.engines.hold_back()
+        returned = self.engines.sleep()
+        self.policy = self._stack.enter_context(_closed_in_the_end(start_policy(self._cfg, cluster, shares)))
+        self._wait_for_policy()
+        self._turns = Turns(self.policy, self.engines, self._cfg.train.offload, self._tracker.say, returned)
+        with self.generating(0, Clock()):  # the weights that the engines had, which sleep has lost
+            pass
+
+    def _wait_for_policy(self) -> None:
+        with self._tracker.waiting("starting the policy"):
             reason = self.policy.start()
-        tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
+        self._tracker.say(f"policy on {self._cfg.parallel.describe()}: {reason}")
 
     @contextmanager
     def generating(
@@ -78,15 +109,76 @@ class Fleet:
             with clock.span("drain"):
                 stack.enter_context(drained())
             with clock.span("publish"):
-                if self._weights is None:
-                    self._weights = self._open()
-                self._weights.publish(version)
+                self._publish(version)
+                if version and not self._computes_as_sent:  # other weights than the engines began with
+                    self._check_decoding(version)
         yield
+
+    def _publish(self, version: int) -> None:
+        with self._moving:
+            if self._turns:
+                self._turns.begin_publishing()
+            if self._weights is None:
+                self._weights = self._open()
+            self._weights.publish(version)
+            self._published = version
+            if self._turns:
+                self._turns.begin_generating()
+                self.engines.let_start()
+
+    def _check_decoding(self, version: int) -> None:
+        model, max_tokens = self._model, self._cfg.max_tokens
+        gap = check_decoding(self.engines, self.policy, version, model.vocab_size, max_tokens)
+        if gap is not None:
+            self._tracker.say(
+                f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats"
+            )
+            self._computes_as_sent = True
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The policy may step. Engines that share its GPU keep their part of the memory."""
+        """The policy may step. Engines that share its memory sleep, until they generate again."""
+        if self._turns:
+            self.engines.hold_back()
+        with self._moving:
+            self._published = None
+            if self._turns:
+                self._turns.begin_training()
         yield
+
+    def heal(self, engine: Member) -> None:
+        """Give an engine that has taken another's place the weights that the others have, with the same proof.
+
+        Called by the pool, in a thread of its own. While the policy steps there is nothing to give: the next publish
+        is for all engines that run.
+        """
+        with self._moving:
+            if self._weights is None:
+                self._loaded.verify(self.engines, [engine])
+            elif self._published is not None:
+                self._weights.publish(self._published, [engine])
+
+    def restart_policy(self, error: ActorLost) -> None:
+        """Start all ranks anew where one died, for training to begin again at its newest checkpoint; engines stay.
+
+        Raises `error` where an engine died, or where that has been done so often without getting any further.
+        """
+        furthest = len(read_metrics(self._tracker.run_dir))
+        self._restarts = self._restarts + 1 if furthest <= self._furthest else 1
+        self._furthest = max(furthest, self._furthest)
+        if error.kind != "policy rank" or self._restarts > _MOST_RESTARTS:
+            raise error
+        self._tracker.say(f"{str(error).splitlines()[-1]}; training goes on from the newest checkpoint")
+        if self._turns:
+            self.engines.hold_back()
+        with self._moving, self._tracker.waiting("starting the policy again"):
+            self._published = None
+            self.engines.drop_requests()
+            if self._weights is not None:
+                self._weights.close()
+            restart = self._turns.restart_policy if self._turns else self.policy.restart
+            restart()
+            self.engines.go_on()
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""
@@ -106,11 +198,30 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
 
     Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
-    with Cluster(cfg.cluster) as cluster, _closed_in_the_end(start_engines(cfg, cluster, model_path)) as engines:
+    with (
+        cluster_of(cfg, with_policy=False) as cluster,
+        _closed_in_the_end(start_engines(cfg, cluster, model_path)) as engines,
+    ):
+        tracker.say(cluster.reservation.placement.describe())
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
+        engines.bring = lambda engine: loaded.verify(engines, [engine])
         _wait_for(engines, tracker)
         loaded.verify(engines)
         yield engines
+
+
+@contextmanager
+def cluster_of(cfg: RunConfig, *, with_policy: bool = True) -> Iterator[Cluster]:
+    """Ray, with the nodes and GPUs of a run reserved. Raises PlacementError, ResourceError where they are too few."""
+    check_here(cfg, with_policy=with_policy)
+    with Cluster(cfg.cluster) as cluster:
+        cluster.reserve(placement_of(cfg, cluster.nodes.values(), with_policy=with_policy))
+        yield cluster
+
+
+def _shares(cfg: RunConfig, cluster: Cluster, model: Model) -> Shares:
+    sizes = cluster.reservation.on_gpus(resources.accelerator_bytes)
+    return accelerators.shares_of(cfg, model, min(sizes.values()))
 
 
 def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
@@ -120,11 +231,11 @@ def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
 
 
 def start_engines(
-    cfg: RunConfig, cluster: Cluster, model_path: str | None = None, shares: Shares | None = None
+    cfg: RunConfig, cluster: Cluster, model_path: str | None = None, *, sleep: bool = False
 ) -> EnginePool:
     """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it.
 
-    With `shares` the engine has its GPU together with the policy.
+    The cluster is `cluster_of` the run; `sleep` says that engines will be asked to.
     """
     return EnginePool(
         cluster,
@@ -135,12 +246,12 @@ def start_engines(
         stop_token_ids=chat.stop_token_ids(cfg.model.path),
         detokenize=chat.detokenizer(cfg.model.path),
         seed=cfg.seed,
-        shares_gpu=shares is not None,
+        sleep=sleep,
     )
 
 
 def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None) -> PolicyGroup:
-    """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as in `start_engines`."""
+    """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as engines on their GPUs leave them."""
     return PolicyGroup(
         cluster,
         model=cfg.model,

@@ -1,11 +1,15 @@
 """What a run reads before anything starts: everything that a user can have got wrong is refused here."""
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from astar_megatron.config import RewardConfig, RunConfig
+from astar_megatron.cluster import address
+from astar_megatron.cluster.placement import Node, Placement, PlacementError, place
+from astar_megatron.config import ParallelConfig, RewardConfig, RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
 from astar_megatron.data.contract import Contract, contract_of
@@ -52,6 +56,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         num_accelerators = resources.measure().num_accelerators
         check_features(cfg.model, cfg.optim, num_accelerators)
         check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
+    _check_apart(cfg, for_training=for_training)
     with naming("model.path"):
         model = read_model(cfg.model.path)
     with naming("rollout.tensor"):
@@ -76,6 +81,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
             scorer.check(list(by_uid.values()))
     resources.check_run(cfg, model_bytes=4 * model.num_parameters())
+    if cfg.cluster.address is not None:
+        address.knock(cfg.cluster.address)
     _say_template(cfg, contract)
     return Inputs(
         prompts=prompts,
@@ -83,6 +90,24 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         contract=contract,
         model=model,
     )
+
+
+def _check_apart(cfg: RunConfig, *, for_training: bool) -> None:
+    """Raise ValueError where a run would write into its model's folder, or replace it, as training does."""
+    model, table, run_dir = _real(cfg.model.path), _real(cfg.table_dir), _real(cfg.run_dir)
+    for key, folder in {"run_dir": run_dir, "sweep.table": table}.items():
+        if model in (folder, *folder.parents):
+            raise ValueError(f"{key}: {folder} is, or lies in, the folder of model.path; choose another place")
+    for folder in (_real(cfg.export_dir), run_dir / "checkpoints", table) if for_training else ():
+        if folder in (model, *model.parents):
+            raise ValueError(
+                f"model.path: {model} is, or lies in, {folder}, which this run writes and replaces; choose another "
+                "run_dir, or move the model"
+            )
+
+
+def _real(path: str | Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises for a link to itself
 
 
 def _say_template(cfg: RunConfig, contract: Contract) -> None:
@@ -99,6 +124,7 @@ def with_room(cfg: RunConfig) -> RunConfig:
     """Return the configuration with room for its benchmarks' longest prompt, for a program that only evaluates."""
     if not cfg.eval.benchmarks or cfg.eval.folder is None:
         return cfg
+    check_names(cfg.eval.benchmarks)
     folder, model_path = cfg.eval.folder, cfg.model.path
     longest = max(longest_prompt(name, folder, cfg.data, model_path) for name in cfg.eval.benchmarks)
     room = max(longest, cfg.data.max_prompt_tokens)
@@ -122,23 +148,34 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
     return sets
 
 
-def check_ranks(cfg: RunConfig) -> Shares | None:
-    """Raise LayoutError where training has more Megatron ranks than the engines leave accelerators on this machine.
+def placement_of(cfg: RunConfig, nodes: Iterable[Node], *, with_policy: bool = True) -> Placement:
+    """Return where the run's ranks, if it has a policy, and its engines go. Raises PlacementError."""
 
-    Without accelerators ranks share the cores. A run that joins a Ray cluster asks that one, in `started`. Returns the
-    shares of policy and engine where there is one accelerator for both, and raises ResourceError if they don't fit it.
+    def parts() -> Iterable[ParallelConfig]:
+        return layouts.parts(cfg.parallel, read_model(cfg.model.path), sequences=cfg.mini_batch_size)
+
+    placement = place(nodes, cfg.parallel if with_policy else None, cfg.rollout, cfg.cluster.share_gpus, parts)
+    if with_policy and cfg.rollout.max_staleness and (placement.shared or cfg.cluster.share_gpus):
+        raise PlacementError(
+            f"rollout.max_staleness: {cfg.rollout.max_staleness}, but engines that share GPUs with the policy sleep "
+            "while it trains and can't draw ahead; set it to 0, or cluster.share_gpus=false and enough GPUs for both"
+        )
+    return placement
+
+
+def check_here(cfg: RunConfig, *, with_policy: bool = True) -> tuple[Placement, Shares | None] | None:
+    """Return where the run goes on this machine, and the shares of GPUs that have both sides; before Ray is started.
+
+    None for a run that joins a Ray cluster: its nodes are asked when it has. Raises PlacementError, ResourceError.
     """
-    machine = resources.measure()
-    if cfg.cluster.address is not None or not machine.num_accelerators:
+    if cfg.cluster.address is not None:
         return None
-    check_places(cfg, *accelerators.free_accelerators(cfg, machine.num_accelerators))
-    return accelerators.shares_of(cfg, read_model(cfg.model.path), machine)
-
-
-def check_places(cfg: RunConfig, places: int, source: str) -> None:
-    """Raise LayoutError where the ranks don't fit `places` accelerators; `source` says in words where they are from."""
-    model = read_model(cfg.model.path)
-    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, resources=source)
+    machine = resources.measure()
+    nodes = [Node(address="127.0.0.1", num_gpus=machine.num_accelerators)]
+    placement = placement_of(cfg, nodes, with_policy=with_policy)
+    if not placement.shared:
+        return placement, None
+    return placement, accelerators.shares_of(cfg, read_model(cfg.model.path), machine.accelerator_bytes)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ replicas of the policy (context * data ranks, by expert ranks where these share 
              + 4 * P if c = 2      fp32 master weights, sharded; at c = 4 the weights are their own master
              + d * c * P           the reference
     engines    E * (c * P + kv_cache_gib)
+    saving     (c + 8) * P         a copy of what a checkpoint holds, while it is written; the master weights if c = 2
     shared     2 buckets a rank for the published weights, 2 for an export on its way to disk, at most c * P each,
                and 256 MiB for Ray's object store
     processes  the Python, torch, Megatron, vLLM and Ray of each process, as measured
 
-It is the least a run needs: activations come on top, and with accelerators all but `shared` and `processes` lie there.
+It is the least a run needs: activations come on top, and with accelerators policy and engines lie there.
 Leaves out: the memory of accelerators and the time of a step, which are for `astar plan`.
 """
 
@@ -53,12 +54,13 @@ class Needs:
 
     policy_bytes: int
     engines_bytes: int
+    saving_bytes: int
     shared_bytes: int
     processes_bytes: int
 
     @property
     def memory_bytes(self) -> int:
-        return self.policy_bytes + self.engines_bytes + self.shared_bytes + self.processes_bytes
+        return self.policy_bytes + self.engines_bytes + self.saving_bytes + self.shared_bytes + self.processes_bytes
 
 
 def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
@@ -78,6 +80,7 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     return Needs(
         policy_bytes=0 if accelerated else policy,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
+        saving_bytes=_checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16),
         shared_bytes=sum(buckets) + OBJECT_STORE_BYTES,
         processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
     )
@@ -102,7 +105,8 @@ def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) 
     if need.memory_bytes > machine.memory_bytes:
         raise ResourceError(
             f"memory: this run needs at least {gib(need.memory_bytes)} (policy, optimiser and reference "
-            f"{gib(need.policy_bytes)}, engines {gib(need.engines_bytes)}, shared {gib(need.shared_bytes)}, "
+            f"{gib(need.policy_bytes)}, engines {gib(need.engines_bytes)}, a checkpoint that is written "
+            f"{gib(need.saving_bytes)}, shared {gib(need.shared_bytes)}, "
             f"processes {gib(need.processes_bytes)}; activations come on top), {gib(machine.memory_bytes)} are "
             "available; close other programs, lower rollout.kv_cache_gib, rollout.num_engines or parallel.data, or "
             "take a smaller model"
@@ -112,25 +116,35 @@ def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) 
 def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> None:
     """Raise ResourceError if `free` bytes (none: measured) don't hold what training will write to `run_dir`.
 
-    That is checkpoint.keep checkpoints and one on its way, each of weights and Adam's two fp32 moments, with fp32
-    master weights beside bfloat16 ones (12 or 14 bytes a parameter), and the export; of a critic as much again, of a
-    reference that is a copy its weights. What lies there already counts.
+    That is checkpoint.keep checkpoints, those that checkpoint.keep_every keeps, one on its way, and the export. What
+    lies there already counts.
     """
-    run_dir = Path(cfg.run_dir).absolute()
-    checkpoint, export = (12, 4) if cfg.model.dtype == "float32" else (14, 2)
-    checkpoint *= 1 if cfg.critic_lr is None else 2
-    checkpoint += export if cfg.copies_reference else 0
-    need = ((cfg.checkpoint.keep + 1) * checkpoint + export) * num_parameters
+    run_dir, is_bfloat16 = Path(cfg.run_dir).absolute(), cfg.model.dtype != "float32"
+    checkpoint = _checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16)
+    count = cfg.checkpoint.keep + 1
+    if cfg.checkpoint.keep_every is not None:
+        count += cfg.train.num_steps // cfg.checkpoint.keep_every
+    need = count * checkpoint + (2 if is_bfloat16 else 4) * num_parameters
     if free is None:
         written = (path for name in ("checkpoints", "hf") for path in (run_dir / name).rglob("*"))
         there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
         free = free_bytes(there) + sum(path.stat().st_size for path in written if path.is_file())
     if need > free:
         raise ResourceError(
-            f"run_dir={cfg.run_dir}: training will write {gib(need)} ({cfg.checkpoint.keep + 1} checkpoints of "
-            f"{gib(checkpoint * num_parameters)}, the export), {gib(free)} are free; free some space, "
-            "lower checkpoint.keep, or choose a run_dir on a larger disk"
+            f"run_dir={cfg.run_dir}: training will write {gib(need)} ({count} checkpoints of {gib(checkpoint)}, the "
+            f"export), {gib(free)} are free; free some space, lower checkpoint.keep, raise checkpoint.keep_every, or "
+            "choose a run_dir on a larger disk"
         )
+
+
+def _checkpoint_bytes(cfg: RunConfig, num_parameters: int, *, is_bfloat16: bool) -> int:
+    """Return the size of a checkpoint: weights, Adam's two fp32 moments, fp32 master weights beside bfloat16 ones.
+
+    Of a critic it holds as much again, of a reference that is a copy its weights.
+    """
+    weights = 2 if is_bfloat16 else 4
+    parameter = (14 if is_bfloat16 else 12) * (1 if cfg.critic_lr is None else 2)
+    return (parameter + (weights if cfg.copies_reference else 0)) * num_parameters
 
 
 def measure() -> Machine:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from astar_megatron import config
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
@@ -114,10 +113,10 @@ def line_of(metrics: dict[str, object], num_steps: int) -> str:
 
 
 def keep_bad_batch(
-    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, cfg: RunConfig
+    run_dir: Path, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, settings: Mapping[str, Any]
 ) -> str:
     """Write a batch that spoiled a step to disk and return in words what happened."""
-    folder = bad_batches.write(run_dir, rollouts, batch, stats, config.flat(cfg))
+    folder = bad_batches.write(run_dir, rollouts, batch, stats, settings)
     return (
         f"step {batch.version}: a loss or a gradient was not finite in mini-batches {list(stats.skipped)}; their "
         f"optimiser steps were left out, weights and optimiser are as before; the batch is in {folder}"

@@ -129,6 +129,8 @@ class Tracker(Screen):
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run_dir: can't make {self.run_dir}: {error.strerror}; choose another folder") from None
+        if not os.access(self.run_dir, os.W_OK | os.X_OK):
+            raise ValueError(f"run_dir: can't write to {self.run_dir}; make it writable, or choose another folder")
 
     @property
     def metrics_path(self) -> Path:
@@ -161,13 +163,15 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics; a last line that a crash cut is left out."""
-    path = Path(run_dir) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    all_metrics = []
+    path, all_metrics = Path(run_dir) / METRICS_FILE, []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't read the run's metrics: {error}; repair or remove it") from error
     for number, line in enumerate(lines, start=1):
         try:
             metrics = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             metrics = None
@@ -185,7 +189,7 @@ def read_stage_1_seconds(run_dir: Path, table: Path, samples: int) -> float | No
     The last line may be cut: its samples are not counted.
     """
     path, lines = run_dir / STAGE_1_FILE, []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
             lines.append(json.loads(text))
     lines = [line for line in lines if line["table"] == str(table)]

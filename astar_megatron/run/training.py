@@ -59,6 +59,7 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
     estimates = stage_1(cfg, inputs) if is_asked else None
     objective = objective_of(cfg, inputs, estimates)
     done = checkpoints.restore(prompt_stream(cfg, inputs, estimates, objective), objective)
+    checkpoints.in_flight(inputs.prompts)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
@@ -68,8 +69,13 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
 
 
 def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
-    """Raise ValueError for what of a training can be wrong before there is a table: it would cost a sweep."""
-    checkpoints_of(cfg, inputs).check_method()
+    """Raise ValueError for what of a training can be wrong before there is a table: it would cost a sweep.
+
+    The newest checkpoint is read whole.
+    """
+    checkpoints = checkpoints_of(cfg, inputs)
+    checkpoints.verify()
+    checkpoints.check_method()
     if cfg.filter == FilterConfig():
         prompt_stream(cfg, inputs, None, objective_of(cfg, inputs, None))
     check_output(cfg, inputs)

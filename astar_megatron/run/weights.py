@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -21,20 +22,23 @@ from typing import Self
 import torch
 
 from astar_megatron.cluster.cores import available_cores
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.cluster.session import remove_shared_folders
 from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
-from astar_megatron.rollout.pool import EnginePool
+from astar_megatron.rollout.pool import EnginePool, Member
 from conversion import hf
 from conversion.families import Model, read_model
 from conversion.folders import ModelFolderError
+from conversion.ledger import listed, num_not_finite
 from conversion.plan import WeightMismatch, plan
 from conversion.transfer.route import Route, choose, here
 from conversion.verify import Holdings, Manifest, Part, Verifier, mismatch, sent_parts
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "astar-"
+_MOST_ATTEMPTS = 3  # to publish one version
 _LOCK = "lock"  # held while the run lives: pids mean nothing to a container that shares this memory
 
 
@@ -56,7 +60,7 @@ class TransferFolder:
 
 
 class WeightSync:
-    """Carries the policy's weights to every engine of a pool, and proves that they arrived.
+    """Carries the policy's weights to the engines of a pool, and proves that they arrived.
 
     `reason` says in words by which way, and why. Shared memory is made in `folder`.
     After each publish the digests of what every worker holds are compared with those of what the policy holds.
@@ -65,49 +69,80 @@ class WeightSync:
     def __init__(
         self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path, cfg: ConversionConfig
     ) -> None:
-        self._policy, self._engines = policy, engines
-        weight_plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
-        self._verifier = Verifier(weight_plan, getattr(torch, policy.dtype))
-        sources, workers = policy.places(), engines.places()
-        links = {(copy.source.rank, copy.target.rank) for copy in weight_plan.copies}
+        self._policy, self._engines, self._model, self._folder, self._cfg = policy, engines, model, folder, cfg
+        self._plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
+        self._verifier = Verifier(self._plan, getattr(torch, policy.dtype))
+        self._receivers: list[Member] = []  # those that the senders are open for
+        self._open(engines.running())
+
+    def publish(self, version: int, members: Sequence[Member] | None = None) -> None:
+        """Give engines (none named: all that run) the policy's current weights; their rollouts now carry `version`.
+
+        An engine that ends meanwhile is left out: the pool replaces it. When the others then could not go on either,
+        it is tried again without it. Raises WeightMismatch if a worker does not hold the weights in the end.
+        """
+        behind = list(self._engines.running() if members is None else members)
+        for _ in range(_MOST_ATTEMPTS):
+            if not behind:
+                return
+            have: list[Member] = []
+            if self._receivers == behind or self._open(behind):
+                have = self._engines.update(version, behind, self._policy.begin_publish(version))
+            if have:
+                expected = self._verifier.manifest(version, self._policy.digests())
+                proved = _check_held(self._engines, have, self._verifier, expected, self._policy.digest_rows)
+                self._engines.serve(proved)
+            if len(have) < len(behind):
+                self._receivers = []  # whoever waited for one that failed has given up
+            running = self._engines.running()
+            behind = [member for member in behind if member in running and member not in have]
+        if behind:
+            raise ClusterError(
+                f"publish: engines {[member.index for member in behind]} did not take version {version} in "
+                f"{_MOST_ATTEMPTS} attempts; the lines above say of what each failed"
+            )
+
+    def close(self) -> None:
+        """Forget who is open for whom: the ranks are others now. The next publish opens them."""
+        self._receivers = []
+
+    def _open(self, members: list[Member]) -> bool:
+        """Let the ranks send to these engines and to no other; False if one of them has ended."""
+        sources, workers = self._policy.places(), self._engines.places(members)
+        links = {(copy.source.rank, copy.target.rank) for copy in self._plan.copies}
         way, self.reason = choose(sources, workers, links, here(torch.device("cpu")).memory)
-        host, port = policy.rendezvous
+        host, port = self._policy.rendezvous
         route = Route(
             way=way,
             num_sources=len(sources),
-            num_engines=len(engines),
-            num_workers=engines.tensor,
-            folder=str(folder),
+            num_engines=len(members),
+            num_workers=self._engines.tensor,
+            folder=str(self._folder),
             host=host,
             port=port,
             name=f"publish-{uuid.uuid4().hex}",
-            bucket_bytes=cfg.bucket_bytes,
+            bucket_bytes=self._cfg.bucket_bytes,
         )
-        policy.open_publish(route)
-        engines.open_update(
+        self._policy.open_publish(route)
+        is_open = self._engines.open_update(
             {
-                "config": model.config,
-                "layout": dataclasses.asdict(policy.layout),
-                "dtype": policy.dtype,
+                "config": self._model.config,
+                "layout": dataclasses.asdict(self._policy.layout),
+                "dtype": self._policy.dtype,
                 "route": dataclasses.asdict(route),
-            }
+            },
+            members,
         )
-
-    def publish(self, version: int) -> None:
-        """Give every engine the policy's current weights; rollouts drawn from now on carry `version`.
-
-        Raises WeightMismatch if a worker then does not hold them.
-        """
-        self._engines.update(version, self._policy.begin_publish(version))
-        expected = self._verifier.manifest(version, self._policy.digests())
-        _check_held(self._engines, self._verifier, expected, self._policy.digest_rows)
+        self._receivers = members if is_open else []
+        return is_open
 
 
 class LoadedWeights:
     """What engines must hold that loaded a Hugging Face folder by themselves: the digests of its files.
 
     Construction reads the files, once, as threads for each core can, and needs no engine: so it can be done while the
-    engines start. `tensor` and `dtype` are the engines'. Raises ModelFolderError as hf.check does.
+    engines start. `tensor` and `dtype` are the engines'. Raises ModelFolderError as hf.check does, and
+    where a weight is not finite: all that is drawn and learnt would be NaN.
     """
 
     def __init__(self, folder: str | Path, tensor: int, dtype: str) -> None:
@@ -118,16 +153,31 @@ class LoadedWeights:
         self._parts = sent_parts(weight_plan, 0)
         self._places = hf.check(self._folder, self._model.parameters())
         with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:
+            bad = dict(zip(self._places, threads.map(self._num_not_finite, self._places.values()), strict=True))
+            if any(bad.values()):
+                raise ModelFolderError(
+                    f"{self._folder}: {listed(Counter(bad))}: such a model computes nothing; copy the "
+                    "weights again, or take another model"
+                )
             digests = list(threads.map(lambda part: self._in_file(part).digests()[0], self._parts))
         self._expected = self._verifier.manifest(0, [digests])
 
-    def verify(self, engines: EnginePool) -> None:
-        """Raise ModelFolderError, naming the first parameter that an engine does not hold as the folder has it."""
-        engines.open_audit(self._model.config, self._dtype)
+    def verify(self, engines: EnginePool, members: Sequence[Member] | None = None) -> None:
+        """Let engines (none named: all that run) draw with what they hold, which is what the folder has.
+
+        Raises ModelFolderError, naming the first parameter that one does not hold so.
+        """
+        members = engines.running() if members is None else members
+        engines.open_audit(self._model.config, self._dtype, members)
         try:
-            _check_held(
-                engines, self._verifier, self._expected, lambda _, index: self._in_file(self._parts[index]).rows(0)
+            proved = _check_held(
+                engines,
+                members,
+                self._verifier,
+                self._expected,
+                lambda _, index: self._in_file(self._parts[index]).rows(0),
             )
+            engines.serve(proved)
         except WeightMismatch as error:
             file = self._places[error.tensor].file if error.tensor in self._places else "its file"
             raise ModelFolderError(
@@ -136,23 +186,35 @@ class LoadedWeights:
                 "the model in the folder, and report this if that changes nothing"
             ) from None
 
+    def _num_not_finite(self, place: hf.Stored) -> int:
+        return num_not_finite(hf.rows(self._folder, place))
+
     def _in_file(self, part: Part) -> Holdings:
         tensor = hf.rows(self._folder, self._places[part.hf])
         return Holdings([part], {part.piece.name: tensor}, getattr(torch, self._dtype))
 
 
 def _check_held(
-    engines: EnginePool, verifier: Verifier, expected: Manifest, sent_rows: Callable[[int, int], list[int]]
-) -> None:
-    """Raise WeightMismatch where a worker does not hold what is expected; `sent_rows` as in PolicyGroup.digest_rows."""
+    engines: EnginePool,
+    members: Sequence[Member],
+    verifier: Verifier,
+    expected: Manifest,
+    sent_rows: Callable[[int, int], list[int]],
+) -> list[Member]:
+    """Return the engines that hold what is expected: all of `members` that have not ended meanwhile.
+
+    Raises WeightMismatch where a worker does not; `sent_rows` as in PolicyGroup.digest_rows.
+    """
     version = expected.version
-    for engine, workers in enumerate(engines.audit(version)):
+    answers = engines.audit(version, members)
+    for member, workers in answers.items():
         for worker, answer in enumerate(workers):
-            where = f"worker {worker} of engine {engine}"
+            where = f"worker {worker} of engine {member.index}"
             index = verifier.first_mismatch(expected, worker, answer["digests"])
             if index is not None:
                 sent = sent_rows(*verifier.origin(worker, index))
-                held_rows = engines.digest_rows(engine, worker, index)
+                held_rows = engines.digest_rows(member, worker, index)
                 raise mismatch(version, verifier.target_parts[worker][index], where, sent, held_rows)
             for tensor, row, detail in answer["faults"]:
                 raise WeightMismatch(version=version, tensor=tensor, where=where, row=row, detail=detail)
+    return list(answers)

@@ -44,10 +44,12 @@ def read_model(path: str | Path) -> Model:
         raise ValueError(
             f"{path} is no model folder in Hugging Face's format: it has no config.json; name one that has"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{file}: can't be read: {error.strerror}; name a model folder of this machine") from error
     except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8, numbers of thousands of digits
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise ValueError(f"{file} is no JSON: {error}; copy the file again") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
+        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}; copy the file again")
     try:
         return model_from_config(config)
     except UnsupportedModelError as error:

@@ -64,7 +64,9 @@ class Route(World):
         if self.way in ("gloo", "nccl"):
             return GroupReceiver(plan, rank, tensors, self, dtype, engine=engine, **self._bounds)
         options: dict[str, Any] = self._bounds | {"slots": self._slots(tensors)}
-        return SharedMemoryReceiver(plan, rank, tensors, self.folder, dtype, engine=engine, **options)
+        receiver = SharedMemoryReceiver(plan, rank, tensors, self.folder, dtype, engine=engine, **options)
+        receiver.come()
+        return receiver
 
     @property
     def _bounds(self) -> dict[str, Any]:

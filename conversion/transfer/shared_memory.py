@@ -155,7 +155,7 @@ class SharedMemorySender:
 
 
 class SharedMemoryReceiver:
-    """The end at one target rank of one engine. Opens the files at its first receive."""
+    """The end at one target rank of one engine. Opens the files at its first receive, or when it is told to `come`."""
 
     def __init__(
         self,
@@ -175,6 +175,12 @@ class SharedMemoryReceiver:
             _Link(plan, source, rank, engine, tensors, Path(folder), dtype, bucket_bytes, slots)
             for source in sorted({copy.source.rank for copy in plan.to_rank(rank)})
         ]
+
+    def come(self) -> None:
+        """Open the files that are there, so that senders see when this process ends, even before it has received."""
+        for link in self._links:
+            if link.is_there():
+                link.open()
 
     def receive(self, version: int = 0) -> None:
         """Takes one send of every source rank into the tensors, cast to their dtype. TransferError."""
@@ -226,6 +232,10 @@ class _Link:
         self._file: MappedFile | None = None
         self._serial = self._last = self._num_taken = 0
         self.done = True
+
+    def is_there(self) -> bool:
+        """Whether the source has made its file."""
+        return self._path.exists()
 
     def open(self) -> None:
         """Maps the source's file, unless the one kept is still it, and gets ready for its next send."""

@@ -14,7 +14,7 @@ from astar_megatron.algorithm.methods import Stage1, objective_of
 from astar_megatron.algorithm.oapl import Oapl
 from astar_megatron.algorithm.rebel import Rebel
 from astar_megatron.algorithm.spo import Spo, Tracker
-from astar_megatron.config import ConfigError, GrpoConfig, OaplConfig, RebelConfig, RunConfig, SpoConfig
+from astar_megatron.config import GrpoConfig, OaplConfig, RebelConfig, RunConfig, SpoConfig
 from astar_megatron.types import Prompt, Rollout
 
 PROMPTS = [Prompt(uid=name, token_ids=(1, 2), text="", answer="") for name in "abc"]
@@ -159,28 +159,6 @@ def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:
     assert above["unstable_share"] == 1.0
     below = Stage1(v_star={"a": 0.3}, v_star_at_beta2={"a": 0.3}, samples={"a": 4})
     assert objective_of(run("astar"), below).metrics(drawn, torch.zeros(1), torch.zeros(1), 1)["unstable_share"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("name", "sections", "words"),
-    [
-        ("grpo", {"train": {"batch_size": 60}}, "grpo: groups of 8 responses .* don't divide the 60 sequences"),
-        ("rebel", {"train": {"batch_size": 15}}, "rebel: groups of 2 .* multiples of 2"),
-        ("oapl", {"train": {"batch_size": 64, "mini_batch_size": 4}}, "oapl: groups of 8 .* the 4 sequences"),
-        ("oapl", {"oapl": {"group_size": 1}}, "oapl.group_size: a group of 1 is its own value"),
-        ("rebel", {"rollout": {"max_staleness": 1}}, "rollout.max_staleness: 1, but rebel"),
-        ("spo", {"rollout": {"max_staleness": 2}}, "rollout.max_staleness: 2, but spo chooses its prompts by what"),
-        ("oapl", {"sampling": {"top_p": 0.9}}, "sampling.top_p: 0.9, but oapl as configured"),
-        ("astar", {"sampling": {"top_p": 0.9}, "astar": {"importance_cap": 2.0}}, "sampling.top_p: 0.9, but astar"),
-        ("ppo", {"sampling": {"top_p": 0.9}, "rollout": {"max_staleness": 1}}, "sampling.top_p: 0.9, but ppo"),
-        ("grpo", {"optim": {"loss_scale": "pg"}}, "optim.loss_scale: pg divides by 2 beta2, which grpo has not"),
-        ("spo", {"spo": {"least_decay": 0.97}}, "spo.least_decay: 0.97 is above spo.most_decay 0.96"),
-        ("dpo", {}, "objective.name: .*'astar', 'oapl', 'grpo', 'rebel'"),
-    ],
-)
-def test_methods_that_can_t_run_as_configured_are_refused(name: str, sections: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        run(name, **sections)
 
 
 @pytest.mark.parametrize(

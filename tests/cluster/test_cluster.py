@@ -5,6 +5,7 @@ import ctypes
 import importlib
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -16,17 +17,26 @@ from typing import Any
 
 import pytest
 
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.processes import tree
+from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ClusterConfig
 
 
 class Worker:
     """Does as it is told."""
 
+    def __init__(self) -> None:
+        show_on_signal()
+
     def obey(self, order: str) -> str:
         if order == "hang":
             time.sleep(600)
+        if order == "pid":
+            return str(os.getpid())
+        if order == "start":
+            return str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
         if order == "end":
             os._exit(3)
         if order == "end later":
@@ -65,7 +75,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
     env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
-    both = [cluster.actor("worker", index, Worker, env=env, num_gpus=0) for index in range(2)]
+    both = [cluster.actor("worker", index, Worker, env=env) for index in range(2)]
     cluster.wait("start", [worker.obey.remote("") for worker in both], 60)
     return both
 
@@ -117,29 +127,66 @@ def test_who_died_is_blamed_and_not_who_heard_of_it(cluster: Cluster, workers: l
     assert (caught.value.kind, caught.value.index) == ("worker", 1)
 
 
-def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[Any]) -> None:
-    with pytest.raises(ClusterError, match=r"work: no answer in 1 s; raise cluster\.start_timeout_seconds"):
-        cluster.wait("work", [workers[0].obey.remote("hang")], 1)
+def test_a_hanging_actor_runs_into_its_deadline_and_is_named_with_where_it_hangs(
+    cluster: Cluster, workers: list[Any]
+) -> None:
+    calls = [workers[0].obey.remote(""), workers[1].obey.remote("hang")]
+    with pytest.raises(ActorLost, match=r"work: no answer in 2 s; raise cluster\.start_timeout_seconds") as caught:
+        cluster.wait("work", calls, 2)
+    assert (caught.value.kind, caught.value.index) == ("worker", 1)
+    last = str(caught.value).splitlines()[-1]
+    assert re.fullmatch(r"worker 1: no answer in 2 s; process \d+ is at test_cluster\.py:\d+ obey < .*", last)
 
 
-def test_an_actor_asks_for_its_own_gpus_or_for_half_of_the_only_one() -> None:
-    assert gpus_asked(8, 2, shared=False) == 2
-    assert gpus_asked(1, 1, shared=True) == 0.5
-    assert gpus_asked(0, 2, shared=False) == 0
+def test_a_deadline_is_that_of_the_configuration_unless_another_is_given(cluster: Cluster, workers: list[Any]) -> None:
+    assert cluster._cfg.call_timeout_seconds == 3600.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_cfg", ClusterConfig(call_timeout_seconds=1.0))
+        with pytest.raises(ActorLost, match=r"work: no answer in 1 s; raise cluster\.call_timeout_seconds"):
+            cluster.wait("work", [workers[0].obey.remote("hang")])
+
+
+def test_an_actor_that_is_stopped_is_named_so_and_ends_with_all_that_it_has_started(
+    cluster: Cluster, workers: list[Any]
+) -> None:
+    (child,) = cluster.wait("work", [workers[0].obey.remote("start")], 60)
+    (pid,) = cluster.wait("work", [workers[0].obey.remote("pid")], 60)
+    cluster.remember_processes(workers[0])
+    for process in (pid, child):
+        os.kill(int(process), signal.SIGSTOP)
+    with pytest.raises(ActorLost, match=r"worker 0: no answer in 1 s; .*process \d+ is stopped \(SIGSTOP\)"):
+        cluster.wait("work", [workers[0].obey.remote("")], 1)
+    os.kill(int(pid), signal.SIGKILL)  # its child stays, and is stopped
+    cluster.end(workers[0])
+    wait_until_gone(int(child))
+    with pytest.raises(ActorLost, match="worker 0: the process ended"):
+        cluster.wait("work", [workers[0].obey.remote("")], 60)
+
+
+def wait_until_gone(pid: int) -> None:
+    until = time.monotonic() + 60
+    while tree(pid) and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 JOIN = """
-import sys
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
-from astar_megatron.config import ClusterConfig
+import os, sys
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.placement import place
+from astar_megatron.config import ClusterConfig, ParallelConfig, RolloutConfig
+from astar_megatron.model.backend import environment
 class Where:
-    def answer(self): return 41 + 1
-with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
-    actor = cluster.actor("where", 0, Where, env={}, num_gpus=0)
-    print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
-    half = gpus_asked(cluster.num_gpus, 1, shared=True)
-    both = [cluster.actor(name, 0, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
-    print(cluster.num_gpus, cluster.wait("both", [actor.answer.remote() for actor in both], 60))
+    def gpus(self): return os.environ["CUDA_VISIBLE_DEVICES"]
+def started(cluster):
+    seats = (*cluster.reservation.placement.ranks, *cluster.reservation.placement.engines)
+    for index, seat in enumerate(seats):
+        env = environment(gpus=seat.gpus, threads=1, num_nodes=1, dtype="float32")
+        yield cluster.actor("where", index, Where, env=env, seat=seat)
+with Cluster(ClusterConfig(address=sys.argv[1], start_timeout_seconds=120)) as cluster:
+    share_gpus = sys.argv[2] == "shared"
+    cluster.reserve(place(cluster.nodes.values(), ParallelConfig(data=3), RolloutConfig(tensor=2), share_gpus))
+    print(cluster.num_gpus, cluster.wait("where", [actor.gpus.remote() for actor in started(cluster)], 120))
 """
 
 
@@ -149,7 +196,7 @@ from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.config import ClusterConfig
 with Cluster(ClusterConfig()) as cluster:
-    worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
+    worker = cluster.actor("worker", 0, Worker, env={})
     try:
         cluster.wait("work", [worker.obey.remote("hang")], 120)
     except ActorLost as error:
@@ -170,7 +217,7 @@ def test_a_process_that_ray_ends_for_memory_is_named_with_the_reason() -> None:
 def test_a_cluster_that_runs_already_is_joined() -> None:
     """With the token authentication that `ray start` turns on by itself; this run's end leaves it running.
 
-    Its one GPU, of which Ray only knows the number, has room for a rank and an engine that share it.
+    Each actor sees the GPUs of its seat, of which Ray only knows the number, shared ones too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -178,15 +225,16 @@ def test_a_cluster_that_runs_already_is_joined() -> None:
     from samples import output_of  # here: Ray's workers import this file, and have no tests on their path
 
     ray_command = str(Path(sys.executable).with_name("ray"))
-    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=1"]
+    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=5"]
     with subprocess.Popen(
         [ray_command, "start", "--head", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as head:
         try:
             assert head.stdout
             assert any("Ray runtime started" in line for line in head.stdout)
-            for _ in range(2):
-                assert output_of(JOIN, f"127.0.0.1:{port}").splitlines() == ["1 [42]", "1 [42, 42]"]
+            apart, shared = (output_of(JOIN, f"127.0.0.1:{port}", share) for share in ("apart", "shared"))
+            assert apart.splitlines() == ["5 ['0', '1', '2', '3,4']"]
+            assert shared.splitlines() == ["5 ['0', '1', '2', '0,1']"]
         finally:
             head.terminate()
             head.communicate(timeout=60)

@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import samples
+from sockets import LOOPBACK, listening, members
 
 PROGRAM = """
 import multiprocessing, signal, sys, time
+import ray
+from ray._private.worker import global_worker
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import ClusterConfig
 def stop(number, frame): raise SystemExit(7)
@@ -23,47 +27,21 @@ class Worker:
             queue.put(42)
             return queue.get()
 with Cluster(ClusterConfig()) as cluster:
-    worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
+    worker = cluster.actor("worker", 0, Worker, env={})
     print(cluster.wait("worker", [worker.answer.remote()], 120), flush=True)
+    print(ray.get_runtime_context().gcs_address, global_worker.node.webui_url or "no dashboard", flush=True)
     time.sleep(600)
 """
-LISTENS = "0A"  # a state in /proc/net/tcp
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
-
-
-def members(session: int) -> set[int]:
-    """The processes of a session of the kernel's, with all that they started, also in sessions of their own."""
-    parents, pids = {}, set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        if int(fields[3]) == session:
-            pids.add(int(folder.name))
-    while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
-        pids |= more
-    return pids
-
-
-def listening(pids: set[int]) -> dict[str, int]:
-    """The local addresses (hexadecimal, without the port) on which these processes listen, and how often."""
-    inodes = set()
-    for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                inodes.add(str(descriptor.readlink()))
-            except OSError:
-                continue
-    counts: dict[str, int] = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == LISTENS and f"socket:[{fields[9]}]" in inodes:
-                address = fields[1].partition(":")[0]
-                counts[address] = counts.get(address, 0) + 1
-    return counts
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    print(b"session_name" in GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, 20))
+except AuthenticationError:
+    print("refused")
+"""
+TOKEN = "5ec2e7" * 10 + "abcd"
 
 
 @pytest.mark.slow
@@ -91,6 +69,32 @@ def test_a_local_session_listens_on_loopback_only_and_sigterm_leaves_nothing_of_
 
 
 @pytest.mark.slow
+def test_a_local_session_has_no_dashboard_shows_its_token_to_nobody_and_admits_nobody_without_it() -> None:
+    """Also where the user's environment says that Ray shall ask for none."""
+    environment = os.environ | {"HOME": "/proc/nowhere", "RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", PROGRAM]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as driver:
+        try:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == "[42]\n"
+            address, _, dashboard = driver.stdout.readline().strip().partition(" ")
+            assert dashboard == "no dashboard"
+            with_token = {"RAY_AUTH_MODE": "token"}
+            assert samples.output_of(STRANGER, address, RAY_AUTH_MODE="disabled") == "refused\n"
+            assert samples.output_of(STRANGER, address, RAY_AUTH_TOKEN=TOKEN[::-1], **with_token) == "refused\n"
+            assert samples.output_of(STRANGER, address, RAY_AUTH_TOKEN=TOKEN, **with_token) == "True\n"
+            (session,) = Path("/tmp").glob(f"astar-*/session_*_{driver.pid}")
+            commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(driver.pid)]
+            files = [path.read_bytes() for path in session.parent.rglob("*") if path.is_file()]
+            assert len(commands) >= 4 and len(files) >= 4
+            assert not any(TOKEN.encode() in data for data in (*commands, *files))
+        finally:
+            driver.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_and_nothing_else() -> None:
     """Here the worker and a process of its own do not hear that Ray has gone."""
     program = PROGRAM.replace("time.sleep(600)", "worker.hang.remote(); time.sleep(600)").replace(
@@ -114,6 +118,7 @@ def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_a
         ) as driver:
             assert driver.stdout is not None
             assert driver.stdout.readline() == "[42]\n"
+            driver.stdout.readline()
             while not (sleepers := {pid for pid in members(driver.pid) if command_of(pid) == "sleep 600 "}):
                 time.sleep(0.05)
             pids = members(driver.pid)

@@ -77,6 +77,10 @@ def answered(request: dict[str, Any], tensor: int) -> dict[str, Any]:
         live.collective_rpc("mend")
     answer["rows"] = live.collective_rpc("digest_rows", args=(0,))
     answer |= {"after": generated(live, request["prompts"]), "versions": live.collective_rpc("weights_version")}
+    live.reset_prefix_cache()
+    answer["dropped"] = live.collective_rpc("drop_cache")
+    live.collective_rpc("remake_cache")
+    answer["again"] = generated(live, request["prompts"])
     if "num_experts" in request["init_info"]["config"]:
         answer["laid_out_anew"] = live.collective_rpc("refusal_of_a_kernel_that_lays_experts_out_anew")
     answer["live differences"] = live.collective_rpc("differences", args=(request["export"], tensor))

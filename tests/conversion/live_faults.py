@@ -12,16 +12,18 @@ class LiveFault:
     `worker` is the only one that is spoiled; None: all are.
     """
 
-    kind: Literal["pack", "expert pack", "bit", "swap", "key head"]
+    kind: Literal["pack", "expert pack", "moved", "bit", "swap", "key head"]
     module: str
     named: str
     row: int = 0
     worker: int | None = None
 
     @property
-    def is_pack(self) -> bool:
-        """The weights are right, and what vLLM made of them is old."""
-        return self.kind in ("pack", "expert pack")
+    def words(self) -> str | None:
+        """What is said where the weights are right, but not what vLLM computes with; None: the weights are wrong."""
+        return {"pack": "packed copy", "expert pack": "packed copy", "moved": "when graphs were captured"}.get(
+            self.kind
+        )
 
 
 def live_faults(config: Mapping[str, object], tensor: int) -> dict[str, LiveFault]:
@@ -30,6 +32,7 @@ def live_faults(config: Mapping[str, object], tensor: int) -> dict[str, LiveFaul
     faults = {
         "stale head": LiveFault(kind="pack", module="lm_head", named="lm_head.weight"),
         "flipped bit": LiveFault(kind="bit", module=f"{attention}.o_proj", named=f"{attention}.o_proj.weight", row=5),
+        "moved": LiveFault(kind="moved", module=f"{attention}.o_proj", named=f"{attention}.o_proj.weight"),
         "wrong key-value replica": LiveFault(
             kind="key head", module=f"{attention}.qkv_proj", named=f"{attention}.k_proj.weight", worker=tensor - 1
         ),

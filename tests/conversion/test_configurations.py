@@ -88,6 +88,7 @@ def test_whatever_a_field_holds_it_is_understood_or_named(data: st.DataObject, v
         ({"num_attention_heads": 10**9, "num_key_value_heads": 10**9, "head_dim": 2}, "times num_attention_heads="),
         ({"vocab_size": 2**41}, "vocab_size=2199023255552, expected a whole number"),
         ({"mlp_bias": 0}, "mlp_bias=0 is not modelled, only False"),
+        ({"auto_map": {"AutoConfig": "own.Config"}}, r"auto_map=.*own\.Config.* is not modelled"),
     ],
 )
 def test_what_has_no_meaning_or_two_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import samples
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,14 @@ def test_there_and_back_is_bitwise_equal(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((tmp_path / "back" / "conversion.json").read_text())["source_kind"] == "Megatron"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_for_whom_the_umask_lets_them_be(mask: int, tied_llama: Path, tmp_path: Path) -> None:
+    with samples.umask_of(mask):
+        rewrite.write_megatron(HuggingFaceEnd(tied_llama), tmp_path / "megatron", ParallelLayout())
+        rewrite.write_hf(open_end(tmp_path / "megatron"), tmp_path / "hf")
+        assert samples.unlike_the_umask(tmp_path) == []
 
 
 def test_every_value_is_written_once_and_padding_is_zero(tied_llama: Path, tmp_path: Path) -> None:

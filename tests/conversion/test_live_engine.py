@@ -98,6 +98,7 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout, Way]], tensor
         assert answer["versions"] == [7] * tensor
         wanted = token_logprobs(request["export"], request["prompts"])
         assert_live_equals_fresh(answer, wanted)
+        assert all(size > 0 for size in answer["dropped"]) and answer["again"] == answer["after"]
     for answer, (way, sent), (small, _, _) in zip(answers, proofs, cases, strict=True):
         assert_faults_are_named(answer, Verifier(way, torch.float32), sent, live_faults(small, tensor))
         assert [Place(memory=memory, device=device) for memory, device in answer["places"]] == [
@@ -119,10 +120,10 @@ def assert_faults_are_named(
             audit = answer["audits"][name][rank]
             if fault.worker not in (None, rank):
                 assert audit == clean
-            elif fault.is_pack:
-                assert audit["digests"] == clean["digests"]  # the plain weights are right
+            elif fault.words:
+                assert audit["digests"] == clean["digests"]
                 ((tensor, row, detail),) = audit["faults"]
-                assert (tensor, row) == (fault.named, fault.row) and "packed copy" in detail
+                assert (tensor, row) == (fault.named, fault.row) and fault.words in detail
             else:
                 assert audit["faults"] == []
                 index = verifier.first_mismatch(expected, rank, audit["digests"])

@@ -197,6 +197,22 @@ def test_a_receiver_notices_a_restarted_sender(opened: Opened) -> None:
         sender.close()
 
 
+def test_a_receiver_that_has_come_and_ended_before_it_received_is_named_long_before_the_deadline(
+    opened: Opened,
+) -> None:
+    receiver = opened(SharedMemoryReceiver, PLAN, {"b": torch.zeros(64, 16)}, bucket_bytes=BUCKET_BYTES)
+    receiver.come()  # there is no file yet
+    sender, receiver = both(opened, SharedMemorySender, large())
+    receiver.come()
+    at_once([sender.send, receiver.receive])
+    sender.close()
+    sender, receiver = both(opened, SharedMemorySender, large())
+    receiver.come()
+    receiver.close()
+    with pytest.raises(TransferError, match=r"worker 0 of engine 0 has ended: .* after 0 of the 16 buckets"):
+        sender.send()
+
+
 def test_a_receiver_that_ended_between_two_sends_is_named_long_before_the_deadline(opened: Opened) -> None:
     sender, receiver = both(opened, SharedMemorySender, large())
     at_once([sender.send, receiver.receive])

@@ -35,7 +35,7 @@ class FaultyWorker(WorkerExtension):
         fault = LiveFault(**fields)
         module = self.model_runner.get_model().get_submodule(fault.module)
         weight = module.w13_weight if hasattr(module, "w13_weight") else module.weight
-        self._kept = (weight, weight.detach().clone())
+        self._kept = (weight, weight.data, weight.detach().clone())
         if fault.worker not in (None, get_tensor_model_parallel_rank()):
             return
         if fault.kind == "pack":
@@ -44,6 +44,8 @@ class FaultyWorker(WorkerExtension):
             new, old = (packs["w1"] for packs in (module.astar_experts.packed, self._packs[fault.module]))
             first = fault.row // weight.shape[1]  # the experts before it are packed as they should be
             module.astar_experts.packed = module.astar_experts.packed | {"w1": torch.cat([new[:first], old[first:]])}
+        elif fault.kind == "moved":
+            weight.data = weight.data.clone()
         else:
             with torch.no_grad():
                 _spoil(fault.kind, module, weight)
@@ -86,7 +88,7 @@ class FaultyWorker(WorkerExtension):
         ]
 
     def mend(self) -> None:
-        weight, right = self._kept
+        weight, weight.data, right = self._kept
         with torch.no_grad():
             weight.copy_(right)
         repack(self.model_runner.get_model())

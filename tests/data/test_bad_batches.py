@@ -52,7 +52,7 @@ def test_what_was_written_is_read_back_and_replaced_by_a_second_try(tmp_path: Pa
         folder = bad_batches.write(tmp_path, *_case(logprobs), OPTIONS)
     assert folder == tmp_path / "bad_batches" / "step_00000004"
     assert [path.name for path in folder.parent.iterdir()] == ["step_00000004"]
-    assert samples.closed_files(folder) == []
+    assert samples.unlike_the_umask(folder) == []
     tensors = load_file(folder / "batch.safetensors")
     assert tensors["token_ids"].split(tensors["lengths"].tolist())[1].tolist() == [1, 2, 7, 2]
     assert tensors["prompt_tokens"].tolist() == [1, 2]

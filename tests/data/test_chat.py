@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from samples import write_jsonl
+from transformers import AutoTokenizer
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import DataConfig
@@ -48,6 +49,34 @@ def _edit_config(model: str, **changes: Any) -> None:
 
 def _ids(model: str, text: str) -> list[int]:
     return list(tokenizer(model)(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+# --- code of the folder's own
+
+
+TRAP = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+Path({mark!r}).touch()
+class Own(PreTrainedTokenizerFast): ...
+"""
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Own"])
+def test_a_tokenizer_s_own_code_never_runs(model_folder: MakeModel, kind: str, tmp_path: Path) -> None:
+    folder, mark = Path(model_folder()), tmp_path / "ran"
+    (folder / "own.py").write_text(TRAP.format(mark=str(mark)))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": kind, "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if kind == "Own":
+        with pytest.raises(TokenizerError, match=r"no tokenizer that transformers can load: .*trust_remote_code"):
+            tokenizer(str(folder))
+    else:
+        assert tokenizer(str(folder)).eos_token == "</s>"
+    assert not mark.exists()
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # it would run
+    assert mark.exists()
 
 
 # --- the day

@@ -17,7 +17,7 @@ def learns(pipe: Any, rank: int, port: int | None, *, job: Any, batches: Any, si
         reports = []
         for number, batch in enumerate(batches):
             if save and number == len(batches) - 1:
-                policy.save(save, {"step": number})
+                work.save_checkpoint(policy, save)
             reports.append(policy.step(batch, job.loss, work._options(job, size)))
         return reports
 
@@ -31,7 +31,7 @@ def copies(pipe: Any, rank: int, port: int | None, *, job: Any, batches: Any, sa
         reports = []
         for number, batch in enumerate(batches):
             if save and number == len(batches) - 1:
-                policy.save(save, {"step": number})
+                work.save_checkpoint(policy, save)
             reports.append(policy.step(batch, job.loss, work._options(job, len(batch))))
             if number < len(batches) - 2:
                 policy.refresh_reference()

@@ -1,5 +1,7 @@
 """What the rank processes of tests/distributed do: real PolicyRanks over gloo, one a process."""
 
+import json
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,7 +143,7 @@ def trained(
             write_gradients(policy, f"{folder}/gradients{number}")
         policy.export(f"{folder}/weights", shared)
         if save:
-            policy.save(save, {"step": len(batches)})
+            save_checkpoint(policy, save)
         return reports
 
 
@@ -177,6 +179,34 @@ def _gather_gradients(policy: Any) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
 
+def save_checkpoint(policy: Any, folder: str) -> None:
+    """Write a checkpoint as a run does, with what a rank reads of the driver's part; collective."""
+    if policy.rank == 0:
+        Path(folder).mkdir()
+    all_here()
+    made = policy.begin_save(folder)
+    while not (state := policy.save_state()).done:
+        time.sleep(0.02)
+    assert not state.problem, state.problem
+    complete(policy, folder, made)
+
+
+def complete(policy: Any, folder: str, made: dict[str, Any]) -> None:
+    """Make what all ranks have written a checkpoint; collective."""
+    all_here()
+    policy.finish_save()
+    if policy.rank == 0:
+        (Path(folder) / "progress.json").write_text(json.dumps(made))
+    all_here()
+
+
+def all_here() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
 def logprobs(pipe: Any, rank: int, port: int | None, *, job: Job, token_ids: Any, prompt_tokens: Any) -> Any:
     """Return the response tokens' log-probs under the policy."""
     with started(pipe, rank, port, job) as policy:
@@ -190,7 +220,7 @@ def steps(pipe: Any, rank: int, port: int | None, *, job: Job, batches: Any, loa
             policy.load(load, batches[0].version)
         reports = [policy.step(batch, job.loss, _options(job, len(batch) // 2)) for batch in batches]
         if save:
-            policy.save(save, {"step": len(batches)})
+            save_checkpoint(policy, save)
         return reports
 
 
@@ -228,7 +258,7 @@ def exported(
     with started(pipe, rank, port, job) as policy:
         for batch in batches:
             policy.step(batch, job.loss, _options(job, len(batch)))
-        policy.save(save, {"step": len(batches)})
+        save_checkpoint(policy, save)
         policy.export(folder, shared)
 
 

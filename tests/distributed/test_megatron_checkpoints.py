@@ -1,5 +1,10 @@
 """Distributed checkpoints that conversion/ writes are loaded by Megatron itself, and the reverse (real ranks)."""
 
+import dataclasses
+import os
+import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +12,10 @@ from typing import Any
 import checkpoint_ranks
 import pytest
 import ranks as work
+import torch
 from ranks import Job
 from test_layouts import batch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
@@ -81,3 +88,51 @@ def test_an_export_that_lost_a_row_is_named_on_every_rank(ranks: Any, tied_llama
         assert answers == [f"{name}, row {row}"] * 2
     sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **arguments)
     assert sound == [f"{len(HuggingFaceEnd(tied_llama).model.parameters())} digests", "0 digests"]
+
+
+class Trap:
+    """When it is unpickled it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._mark),)
+
+
+def plant_in_the_index(folder: Path, mark: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(Trap(mark)))
+
+
+def plant_in_an_object(folder: Path, mark: Path) -> None:
+    torch.save([Trap(mark)], folder / "__9_0.distcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for key, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata[key.fqn], BytesStorageMetadata):
+            size = (folder / "__9_0.distcp").stat().st_size
+            changes = {"relative_path": "__9_0.distcp", "offset": 0, "length": size}
+            metadata.storage_data[key] = dataclasses.replace(place, **changes)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_no_code_in_a_checkpoint_runs_when_training_continues_from_it(
+    ranks: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    """The traps work: Megatron's own load runs them."""
+    job, sound = Job(str(tied_llama)), tmp_path / "step_00000001"
+    ranks.run(work.steps, 1, job=job, batches=[batch(3)], load=None, save=str(sound))
+    for plant, words in (
+        (plant_in_the_index, r"it names \w+\.mkdir, which no index of a checkpoint needs"),
+        (plant_in_an_object, r"Weights only load failed"),
+    ):
+        folder, mark = tmp_path / plant.__name__, tmp_path / f"{plant.__name__}.ran"
+        shutil.copytree(sound, folder)
+        plant(folder, mark)
+        with pytest.raises(AssertionError) as caught:
+            ranks.run(work.steps, 1, job=job, batches=[batch(4)], load=str(folder), save=None)
+        text = str(caught.value)  # the error that a user sees, with those behind it
+        assert f"ValueError: {folder}: can't be read, " in text and re.search(words, text), text
+        assert not mark.exists()
+        with pytest.raises(AssertionError):
+            ranks.run(work.loaded_by_megatron, 1, job=job, folder=str(folder))
+        assert mark.exists()

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ranks import save_checkpoint
+
 
 @dataclass(frozen=True)
 class Run:
@@ -79,7 +81,7 @@ def trained(
             stats.append(policy.step(batch, loss, options))
             digests.append(_digest(policy))
         if run.save:
-            policy.save(run.save, {"step": len(run.batches)})
+            save_checkpoint(policy, run.save)
         return Trained(stats, digests, *_moved(before, policy.weights()), reason)
     finally:
         policy.close()
@@ -102,13 +104,13 @@ def _digest(policy: Any) -> str:
 
     digest = hashlib.sha256()
     for name, weight in sorted(policy.weights().items()):
-        digest.update(name.encode() + weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + weight.contiguous().view(-1).view(torch.uint8).clone().numpy().tobytes())
     for inner in policy._optimizer.chained_optimizers:
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
-                digest.update(parameter.detach().numpy().tobytes())
+                digest.update(parameter.detach().clone().numpy().tobytes())
                 for name, value in sorted(inner.optimizer.state[parameter].items()):
-                    digest.update(name.encode() + value.numpy().tobytes())
+                    digest.update(name.encode() + value.clone().numpy().tobytes())
     digest.update(str(policy._schedule.state_dict()["num_steps"]).encode())
     return digest.hexdigest()
 

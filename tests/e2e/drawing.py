@@ -11,11 +11,12 @@ from astar_megatron.types import Prompt, Request
 def drawn(
     engines: EnginePool, prompt: Prompt, sampling: SamplingConfig, *, seeds: Sequence[int] = (1,), greedy: bool = False
 ) -> list[Response]:
-    """Return a response to the prompt for each seed."""
+    """Return a response to the prompt for each seed. Raises ConnectionError where the engine ends before."""
     requests = [Request(prompt=prompt, sample=sample, seed=seed, greedy=greedy) for sample, seed in enumerate(seeds)]
     stream, by_tag = engines.generate(0, list(enumerate(requests)), sampling), {}
     while len(by_tag) < len(requests):
         for _, responses in engines.responses([stream], seconds=600):
-            assert responses is not None
+            if responses is None:
+                raise ConnectionError("the engine has ended")
             by_tag.update({response.tag: response for response in responses})
     return [by_tag[tag] for tag in range(len(requests))]

@@ -17,12 +17,13 @@ from length_reward import reward as length_reward
 from transformers import AutoModelForCausalLM
 
 from astar_megatron import config
+from astar_megatron.data import rollout_files
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.evaluate import hugging_face
 from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.run.evaluation import evaluate
 from astar_megatron.run.fleet import Fleet, engines_of
-from astar_megatron.run.prepare import prepare
+from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.run.training import stage_1
 from astar_megatron.sweep import sweep
@@ -32,12 +33,16 @@ from conversion.ends import open_end
 from conversion.rewrite import compare
 
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
-SECONDS = {"drain", "publish", "generate", "score", "reference", "policy", "engines_idle", "ranks_idle", "total"}
+SECONDS = {
+    *("drain", "publish", "generate", "score", "reference", "policy"),
+    *("engines_idle", "ranks_idle", "checkpoint", "total"),
+}
 METHODS: dict[str, dict[str, Any]] = {
     "astar": {},
     "oapl": {"oapl": {"group_size": 3, "refresh_steps": 2}},  # the reference is part of the checkpoint
     "spo": {},  # so are the values, by which prompts are chosen
     "rebel": {},
+    "ppo": {},  # so is the critic
 }
 
 
@@ -46,7 +51,8 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     kind: str, run_tree: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    cfg = config.validate(run_tree(request.getfixturevalue(kind)))
+    tree = run_tree(request.getfixturevalue(kind)) | {"cluster": {"share_gpus": kind == "untied_qwen2"}}
+    cfg = config.validate(tree)
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
     short, long = (Prompt(uid="p", token_ids=tuple(range(3, end)), text="", answer="") for end in (33, 83))
     with Fleet(cfg, inputs.model, tracker) as fleet:
@@ -92,8 +98,12 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert all(row["reward"] == length_reward(row["response"], "") for row in rows)
     last = (tracker.run_dir / "eval_step_00000003.jsonl").read_text()  # of the same weights, after the last publish
     assert last == (tracker.run_dir / "eval.jsonl").read_text()
-    with hugging_face(tracker.run_dir / "checkpoints" / "step_00000003", tracker) as folder:
+    with hugging_face(open_end(tracker.run_dir / "checkpoints" / "step_00000003"), tracker) as folder:
         compare(open_end(folder), open_end(cfg.export_dir))
+
+    placement = json.loads((tracker.run_dir / "placement.json").read_text())
+    here = {"node": "127.0.0.1", "gpus": []}
+    assert placement == {"nodes": [{"address": "127.0.0.1", "num_gpus": 0}], "ranks": [here], "engines": [here]}
 
     steps = read_metrics(cfg.run_dir)
     assert [step["step"] for step in steps] == [step["version"] for step in steps] == [0, 1, 2]
@@ -106,8 +116,29 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert all(math.isfinite(value) for value in step.values() if isinstance(value, int | float))
         assert step["skipped_steps"] == 0 and all(size > 0 for size in step["peak_memory_bytes"])
     assert steps[0]["eval"]["prompts"]["greedy"] >= 0
-    assert samples.closed_files(tracker.run_dir) == []
+    assert samples.unlike_the_umask(tracker.run_dir) == []
     assert not list(Path("/dev/shm").glob(f"astar-{os.getpid()}-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["cache", "all"])
+def test_policy_and_engines_that_share_memory_compute_what_they_do_apart(
+    offload: str, run_tree: Any, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    tree = run_tree(tied_llama)
+
+    def metrics(run: str, **changes: Any) -> list[dict[str, Any]]:
+        cfg = config.validate(tree | {"run_dir": str(tmp_path / run)} | changes)
+        inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+        with Fleet(cfg, inputs.model, tracker) as fleet:
+            sweep(cfg, inputs, fleet.engines, tracker)
+            train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+        return read_metrics(cfg.run_dir)
+
+    apart = metrics("apart")
+    shared = metrics("shared", cluster={"share_gpus": True}, train=tree["train"] | {"offload": offload})
+    assert [line | MEASURED for line in shared] == [line | MEASURED for line in apart]
 
 
 @pytest.mark.slow
@@ -187,4 +218,39 @@ def test_engines_draw_ahead_and_say_which_weights_drew_each_token(
             if older < len(logprobs):  # what this version drew, it scores the same, to the token
                 same += 1
                 assert rollout.token_logprobs[older:] == pytest.approx(logprobs[older:], abs=2e-3)
+        assert rollout_files.read(rollout_path(tracker, version), uids(inputs)) == rollouts
     assert same and (across > 0) == (update == "in_flight")
+
+
+@pytest.mark.slow
+def test_responses_depend_on_their_seed_and_the_versions_they_met_not_on_who_asked_when(
+    run_tree: Any, tied_llama: Path, tmp_path: Path
+) -> None:
+    """Two runs whose engines take requests in another order, in other company: what met the same versions is equal."""
+    tree = run_tree(tied_llama) | {"objective": {"name": "oapl"}, "oapl": {"group_size": 5}}
+    tree["sampling"], tree["reward"] = {"max_response_tokens": 60}, {"name": "last_number"}
+    tree["train"]["num_steps"] = 3
+
+    def rows(run: str, **rollout: int) -> dict[tuple[int, tuple[int, ...]], Any]:
+        cfg = config.validate(tree | {"run_dir": str(tmp_path / run), "rollout": {"max_staleness": 2} | rollout})
+        inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+        with Fleet(cfg, inputs.model, tracker) as fleet:
+            train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
+        steps = [rollout_files.read(rollout_path(tracker, step), uids(inputs)) for step in range(3)]
+        # Version 1 is the same in both: batch 0, which made it, was drawn whole before it. Version 2 is not.
+        return {(each.seed, each.tokens_by_version): each for step in steps for each in step if each.last_version <= 1}
+
+    few, many = rows("few", max_num_seqs=3), rows("many", num_engines=2, max_num_seqs=5)
+    both = few.keys() & many.keys()
+    assert {len(versions) for _, versions in both} == {1, 2}  # some met one version, some two
+    for key in both:
+        assert few[key].token_ids == many[key].token_ids
+        assert few[key].token_logprobs == pytest.approx(many[key].token_logprobs, abs=1e-4)
+
+
+def rollout_path(tracker: Tracker, step: int) -> Path:
+    return tracker.run_dir / "rollouts" / f"step_{step:08d}.parquet"
+
+
+def uids(inputs: Inputs) -> dict[str, Prompt]:
+    return {prompt.uid: prompt for prompt in inputs.prompts}

@@ -23,7 +23,7 @@ def test_the_weights_become_a_folder_that_answers(
     folder = tmp_path / "model"
     importlib.import_module("smollm2").ensure_model(folder)
     assert "%" not in capfd.readouterr().err  # no progress bars where nobody looks
-    assert samples.closed_files(folder) == []
+    assert samples.unlike_the_umask(folder) == []
     table = read_model(folder)
     hf.check(folder, table.parameters())
     assert table.num_parameters() == 134_515_008

@@ -20,7 +20,7 @@ pytest.importorskip("yaml")
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
-from ranks import write_gradients
+from ranks import save_checkpoint, write_gradients
 from safetensors.torch import load_file
 from test_layouts import batch, expected_step, sequences
 from transformers import AutoModelForCausalLM
@@ -153,7 +153,7 @@ def test_checkpoint_and_export_on_the_gpu(dtype: str, tied_llama: Path, tmp_path
     with policy(tied_llama, dtype) as rank:
         rank.export(str(tmp_path / "start"), str(tmp_path))
         step(rank, batches[0])
-        rank.save(str(tmp_path / "step_00000001"), {"step": 1})
+        save_checkpoint(rank, str(tmp_path / "step_00000001"))
         saved = {name: weight.clone() for name, weight in rank.weights().items()}
         wanted = [step(rank, data).loss for data in batches[1:]]
     start, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tied_llama))

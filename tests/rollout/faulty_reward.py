@@ -1,6 +1,7 @@
 """A reward whose response says how it shall fail."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -57,4 +58,33 @@ def start(response: str, answer: str) -> float:
     """Wait for a program whose process number is written to the file `answer`."""
     with subprocess.Popen(["sleep", "600"]) as program:
         Path(answer).write_text(str(program.pid))
+    return 0.5
+
+
+def bomb(response: str, answer: str) -> float:
+    """Fork until there are 64 processes, half of them in sessions of their own, then do as the response says."""
+    own = os.getpid()
+    for generation in range(6):
+        if os.fork() == 0 and generation % 2:
+            os.setsid()
+    with Path(answer).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    if response == "die" and os.getpid() == own:
+        time.sleep(1.0)  # until the others have written
+        os._exit(3)
+    while True:
+        time.sleep(600)
+
+
+def tell(response: str, answer: str) -> float:
+    """Write what this process has of its driver to the file `answer`."""
+    open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    inherited = Path("/proc/self/environ").read_bytes().decode().split("\0")
+    Path(answer).write_text(json.dumps({"environ": dict(os.environ), "inherited": inherited, "files": open_files}))
+    return 0.5
+
+
+def fill(response: str, answer: str) -> float:
+    """Return 0.5 after writing to as many MiB as the response says."""
+    bytearray(int(response) << 20)
     return 0.5

@@ -38,10 +38,10 @@ def test_everything_is_answered_once_and_no_engine_starves(
             asked += len(fresh)
             if not at_once:
                 assert asked <= len(answered) + num_engines * (2 * max_num_seqs + samples)
-            for engine, share in feed.due():
+            for engine, share in feed.due(range(num_engines)):
                 assert all(whole[tag] == (tag, request) for tag, request in share)
                 queues[engine] += [tag for tag, _ in share]
-        for engine, share in feed.due():
+        for engine, share in feed.due(range(num_engines)):
             queues[engine] += [tag for tag, _ in share]
         if not any(queues):
             break
@@ -58,6 +58,38 @@ def test_everything_is_answered_once_and_no_engine_starves(
 def test_a_small_batch_is_spread_over_the_engines_with_a_prompts_samples_together() -> None:
     feed = Feed(2, 256)
     feed.ask(items(7, 3))
-    shares = dict(feed.due())
+    shares = dict(feed.due(range(2)))
     assert sorted(map(len, shares.values())) == [9, 12]
     assert not {request.prompt.uid for _, request in shares[0]} & {request.prompt.uid for _, request in shares[1]}
+
+
+def test_what_an_engine_had_when_it_ended_goes_first_and_to_those_that_are_left() -> None:
+    feed, whole = Feed(2, 4), items(40, 1)
+    feed.ask(whole)
+    shares = dict(feed.due([0, 1]))
+    assert feed.answered(1, (first := shares[1][0])[0]) == first[1]
+    lost = shares[1][1:]
+    assert feed.give_back(1, [tag for tag, _ in lost]) == 1
+    assert feed.due([0]) == [] and feed.due([]) == []  # the other has enough, and nobody else is there
+    assert feed.room() == 0
+    for tag, _ in shares[0]:
+        feed.answered(0, tag)
+    ((engine, again),) = feed.due([0])
+    assert engine == 0 and again[: len(lost)] == lost and len(again) == 8
+    ((engine, more),) = feed.due([0, 1])  # it is back, with an empty queue
+    assert engine == 1 and len(more) == 8
+    assert feed.num_waiting == 40 - 8 - 8 - 8 - 1
+
+
+def test_a_request_is_known_by_how_many_engines_have_ended_with_it() -> None:
+    feed = Feed(1, 2)
+    feed.ask(items(1, 3))
+    for num_ends in (1, 2, 3):
+        ((_, share),) = feed.due([0])
+        assert feed.give_back(0, [tag for tag, _ in share]) == num_ends
+        if num_ends == 2:
+            feed.ask([(7, share[0][1])])
+    ((_, share),) = feed.due([0])
+    for tag, _ in share:
+        feed.answered(0, tag)
+    assert feed.give_back(0, []) == 0

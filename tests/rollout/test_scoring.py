@@ -132,6 +132,63 @@ def test_what_a_stopped_reward_has_started_ends_with_it(tmp_path: Path) -> None:
         _wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text())
 
 
+@pytest.mark.parametrize("then", ["hang", "die"])
+def test_a_reward_that_forks_and_forks_leaves_no_process_whether_it_is_stopped_or_ends_itself(
+    then: str, tmp_path: Path
+) -> None:
+    started = tmp_path / "pids"
+    with Scorer(RewardConfig(name="faulty_reward:bomb", timeout_seconds=5.0), num_processes=1) as scorer:
+        assert _rewards(scorer, _rollout(then, answer=str(started))) == [None]
+        pids = started.read_text().split()
+        assert len(set(pids)) == 64
+        assert not [pid for pid in pids if Path("/proc", pid).exists()]  # they end before the answer is there
+
+
+def test_a_reward_inherits_no_secret_and_no_open_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = dict.fromkeys(
+        ("RAY_AUTH_TOKEN", "WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "DB_USER", "MY_HOME"),
+        "hunter2",
+    )
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SOME_VISIBLE_DEVICES", "3")
+    with (
+        (tmp_path / "private").open("w") as private,
+        Scorer(RewardConfig(name="faulty_reward:tell"), num_processes=1) as scorer,
+    ):
+        os.set_inheritable(private.fileno(), True)
+        assert _rewards(scorer, _rollout("", answer=str(tmp_path / "told"))) == [0.5]
+    text = (tmp_path / "told").read_text()
+    told = json.loads(text)
+    assert "hunter2" not in text and not secrets.keys() & told["environ"].keys()
+    assert told["environ"]["PATH"] == os.environ["PATH"] and told["environ"]["SOME_VISIBLE_DEVICES"] == "3"
+    assert told["inherited"] and str(tmp_path / "private") not in told["files"]
+
+
+def test_a_reward_that_fills_its_memory_fails_alone_and_is_told_the_key() -> None:
+    cfg = RewardConfig(name="faulty_reward:fill", memory_gib=0.5)
+    with Scorer(cfg, num_processes=1) as scorer:
+        (answers,) = [part.result() for part in scorer._begin([_rollout("800"), _rollout("100")])]
+    assert answers == [(None, "raised MemoryError: ; reward.memory_gib limits its process"), (0.5, "")]
+
+
+CPU = f"""
+import json, os, signal, subprocess, sys
+from astar_megatron.config import RewardConfig
+from astar_megatron.rollout import scoring
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+sys.path.append({str(HERE)!r})
+process = scoring._Process(RewardConfig(name="faulty_reward:reward", timeout_seconds=1.0))._start()
+process.stdin.write(json.dumps([["hang", "7"]]).encode() + os.linesep.encode())
+process.stdin.flush()
+print(signal.Signals(-process.wait(120)).name)
+"""
+
+
+def test_a_reward_that_nobody_stops_ends_when_its_cpu_time_is_used_up() -> None:
+    assert samples.output_of(CPU) == "SIGXCPU\n"
+
+
 def test_check_allows_no_failure_and_counts_them_before_anything_is_generated() -> None:
     readable, unreadable = _rollout("").prompt, _rollout("", answer="unreadable", uid="u2").prompt
     with _faulty_scorer() as scorer:
@@ -161,9 +218,9 @@ def test_closing_ends_a_reward_that_hangs(tmp_path: Path) -> None:
 def test_a_process_that_was_killed_while_it_waited_is_replaced_and_no_response_pays_for_it() -> None:
     with Scorer(RewardConfig(name="faulty_reward:reward", max_failures=0), num_processes=1) as scorer:
         assert _rewards(scorer, _rollout("fine")) == [0.5]
-        (waiting,) = _running(os.getpid())
-        os.kill(int(waiting), signal.SIGKILL)
-        os.waitid(os.P_PID, int(waiting), os.WEXITED | os.WNOWAIT)  # /proc forgets it before `poll` hears of its end
+        keeper, serving = sorted(map(int, _running(os.getpid())))
+        os.kill(serving, signal.SIGKILL)
+        os.waitid(os.P_PID, keeper, os.WEXITED | os.WNOWAIT)  # /proc forgets it before `poll` hears of its end
         assert _rewards(scorer, *[_rollout("fine")] * 2) == [0.5, 0.5]
 
 

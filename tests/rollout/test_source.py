@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,12 @@ import pytest
 from fake_engines import FakeEngines
 
 from astar_megatron.algorithm.rewards import RewardError
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
-from astar_megatron.types import Prompt, Request
+from astar_megatron.types import Prompt, Request, Rollout
 
 PROMPTS = [Prompt(uid=f"u{i}", token_ids=(1, i), text="", answer=str(i)) for i in range(30)]
 
@@ -152,6 +153,75 @@ def test_what_can_t_be_scored_ends_the_run_where_the_driver_waits(source_of: Any
         source_of(engines()).ask([wordless]).rollouts()
 
 
+def test_what_an_engine_had_when_it_ended_is_asked_again_with_its_seeds(source_of: Any) -> None:
+    """Of the others at once, and of itself when it is back; nothing is lost, nothing is answered twice."""
+    pool = engines(num_engines=3, max_num_seqs=4, at_once=1, seconds=0.002)
+    draw = source_of(pool).ask(request(index) for index in range(200))
+    for engine in (0, 2, 0):
+        count = len(pool.answered)
+        wait_for(lambda count=count: len(pool.answered) > count + 20)
+        pool.end(engine)
+        asked = len(pool.asked)
+        time.sleep(0.1)
+        assert all(other != engine for other, _ in pool.asked[asked + 1 :])  # the first may have been on its way
+        pool.join(engine)
+    rollouts = draw.rollouts()
+    assert [rollout.seed for rollout in rollouts] == list(range(200))
+    assert [rollout.text for rollout in rollouts] == [str(index) for index in range(200)]
+    assert len(pool.asked) > 200 == len(pool.answered)
+
+
+def test_requests_wait_while_no_engine_is_there(source_of: Any) -> None:
+    pool = engines(num_engines=2, max_num_seqs=4)
+    source = source_of(pool)
+    for engine in range(2):
+        pool.end(engine)
+    draw, stream = source.ask(map(request, range(9))), source.stream(map(request, range(30)))
+    threading.Timer(0.5, pool.join, [1]).start()
+    assert len([rollout for rollouts in stream for rollout in rollouts]) == 30  # it does not end for want of an engine
+    assert [rollout.seed for rollout in draw.rollouts()] == list(range(9))
+    assert {engine for engine, _ in pool.asked} == {1}
+
+
+def test_a_request_with_which_engines_end_again_and_again_ends_the_run_by_its_prompt(source_of: Any) -> None:
+    pool = engines(max_num_seqs=4, at_once=1)
+
+    def answer(asked: Request) -> Any:
+        if asked.prompt.uid == "u2":
+            pool.end(0)
+            threading.Timer(0.05, pool.join, [0]).start()
+            raise ConnectionError
+        return (55,), False
+
+    respond, pool._answer = pool.responses, answer
+
+    def responses(streams: Any, seconds: float) -> Any:
+        try:
+            return respond(streams, seconds)
+        except ConnectionError:
+            return []
+
+    pool.responses = responses  # type: ignore[method-assign]
+    draw = source_of(pool).ask(map(request, range(4)))
+    with pytest.raises(ClusterError, match=r"engine 0 ended, as 2 before it did with the same request.* prompts: .*u2"):
+        draw.rollouts()
+
+
+def test_a_drained_source_has_no_engine_left_that_ended(source_of: Any) -> None:
+    pool = engines(num_engines=2, max_num_seqs=3, at_once=1, seconds=0.01)
+    source = source_of(pool)
+    draw = source.ask(map(request, range(60)))
+    wait_for(lambda: len(pool.answered) > 5)
+    pool.end(0)
+    with source.drained():
+        asked = len(pool.asked)
+        pool.join(0)
+        time.sleep(0.3)
+        assert len(pool.asked) == asked
+        pool.version = 1
+    assert {(r.first_version, r.last_version) for r in draw.rollouts()} == {(0, 0), (1, 1)}
+
+
 def test_a_source_is_left_while_engines_are_busy(source_of: Any) -> None:
     before = threading.active_count()
     with source_of(engines(seconds=0.05)) as source:
@@ -171,12 +241,13 @@ def training(
     max_staleness: int = 0,
     update: Literal["in_flight", "drain"] = "in_flight",
     group_size: int = 1,
+    drawn: Sequence[Rollout] = (),
 ) -> TrainingRollouts:
     prompts = PromptStream(PROMPTS, 7, 3)
     if state is not None:
         prompts.restore(state)
     rollout = RolloutConfig(max_staleness=max_staleness, update=update)
-    return TrainingRollouts(source, prompts, rollout, 5, versions=range(first, 6), group_size=group_size)
+    return TrainingRollouts(source, prompts, rollout, 5, versions=range(first, 6), group_size=group_size, drawn=drawn)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2, 9])
@@ -206,6 +277,40 @@ def test_a_resumed_run_asks_for_the_batches_that_were_not_taken(source_of: Any) 
     assert [request.seed for _, request in resumed.asked] == [request.seed for _, request in whole.asked[4 * 7 :]]
 
 
+def test_what_was_drawn_ahead_is_not_drawn_again_by_a_resumed_run(source_of: Any) -> None:
+    whole, resumed = engines(num_engines=2, at_once=2, seconds=0.01), engines()
+    batches = training(source_of(whole), max_staleness=3)
+    for version in range(2):
+        whole.version = version
+        batches.take(version, untimed)
+    state = batches.state()
+    wait_for(lambda: len(whole.answered) >= 2 * 7 + 9)
+    drawn = batches.in_flight()
+    assert 9 <= len(drawn) <= 3 * 7
+    resumed.version = 2
+    again = training(source_of(resumed), state, first=2, max_staleness=3, drawn=drawn)
+    for version in range(2, 6):
+        whole.version = resumed.version = version
+        kept, expected = again.take(version, untimed), batches.take(version, untimed)
+        assert [rollout.seed for rollout in kept] == [rollout.seed for rollout in expected]
+        assert [rollout for rollout in kept if rollout in drawn] == [
+            rollout for rollout in expected if rollout in drawn
+        ]
+    assert not {request.seed for _, request in resumed.asked} & {rollout.seed for rollout in drawn}
+    assert len(resumed.asked) + len(drawn) == 4 * 7
+
+
+def test_what_was_drawn_ahead_by_weights_that_are_too_old_now_is_drawn_again(source_of: Any) -> None:
+    pool, resumed = engines(), engines()
+    batches = training(source_of(pool), max_staleness=3)
+    batches.take(0, untimed)
+    wait_for(lambda: len(batches.in_flight()) == 3 * 7)
+    resumed.version = 1
+    again = training(source_of(resumed), batches.state(), first=1, max_staleness=1, drawn=batches.in_flight())
+    assert {rollout.first_version for rollout in again.take(1, untimed)} == {0}
+    wait_for(lambda: len(resumed.asked) == 7)  # batch 2: version 0 is two behind
+
+
 @pytest.mark.parametrize(("drawn_by", "version", "max_staleness"), [(3, 2, 9), (0, 1, 0), (1, 4, 2)])
 def test_rollouts_of_later_weights_or_of_too_early_ones_are_refused(
     source_of: Any, drawn_by: int, version: int, max_staleness: int
@@ -219,7 +324,7 @@ def test_rollouts_of_later_weights_or_of_too_early_ones_are_refused(
 
 @pytest.mark.parametrize("update", ["in_flight", "drain"])
 def test_weights_are_published_where_no_request_is_in_flight_if_that_is_asked_for(source_of: Any, update: Any) -> None:
-    pool = engines(max_num_seqs=3, at_once=1, seconds=0.01)
+    pool = engines(max_num_seqs=3, at_once=1, seconds=0.05)
     batches = training(source_of(pool), max_staleness=3, update=update)
     batches.take(0, untimed)
     with batches.while_publishing():

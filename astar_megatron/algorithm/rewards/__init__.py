@@ -110,6 +110,8 @@ def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str
         value = reward(response, answer)
         if getattr(value, "shape", None) == ():  # of numpy or torch: an array of no dimensions, numpy.bool
             value = value.item()
+    except MemoryError as error:
+        return None, f"raised {type(error).__name__}: {error}; reward.memory_gib limits its process"
     except (Exception, SystemExit) as error:  # a stranger's function
         return None, f"raised {type(error).__name__}: {error}"
     if not isinstance(value, numeric.Real) or not -1 <= cast(float, value) <= 1:

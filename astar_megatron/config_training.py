@@ -1,0 +1,85 @@
+"""The keys of stage 2: how long it trains, what it may cost, and the optimiser."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from astar_megatron.config_file import Seconds, Section
+from astar_megatron.config_machine import Offload
+
+
+class TrainConfig(Section):
+    """Stage 2: how long, and how much at a time."""
+
+    num_steps: int = Field(default=100, ge=1)
+    """[steps] Length of the run. A step publishes the weights, draws, scores and learns once."""
+    batch_size: int = Field(default=256, ge=1, le=1_000_000)
+    """[responses] Responses a step: one a prompt, or as many as the method's group has."""
+    mini_batch_size: int | None = Field(default=None, ge=1)
+    """[sequences] Sequences an optimiser step; null: `train.batch_size`."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """[tokens] Most tokens of a forward pass; a longer sequence goes alone."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """[optimiser steps] How many lost to NaN or Inf end the run."""
+    grace_seconds: Seconds | None = None
+    """[seconds] How long a run may live after SIGTERM or SIGUSR1; null: until it has saved the step."""
+    offload: Offload = "cache"
+    """What ranks give back while engines generate on their GPUs: `cache`: what no tensor holds; `optimizer`: its states
+    to host memory too; `all`: all but the policy's weights. Only with shared GPUs."""
+
+
+class BudgetConfig(Section):
+    """What training may cost, beside `train.num_steps`: it ends after the step that reaches one of these.
+
+    Stage 1 and evaluations are not counted. Checkpoint, evaluation and export come at the step where it ends.
+    """
+
+    tokens: int | None = Field(default=None, ge=1)
+    """[tokens] Of responses; null: no limit."""
+    flops: float | None = Field(default=None, gt=0.0)
+    """[FLOPs] Of the model, in training and generation (`astar_megatron/run/spending.py`); null: no limit."""
+    seconds: float | None = Field(default=None, gt=0.0)
+    """[seconds] Of the steps; null: no limit."""
+
+
+class OptimConfig(Section):
+    """AdamW; biases and norms do not decay. Steps here are optimiser steps, one a mini-batch."""
+
+    lr: float = Field(default=1e-6, gt=0.0)
+    """Learning rate, after the warm-up."""
+    min_lr: float = Field(default=0.0, ge=0.0)
+    """What the learning rate falls to: that of a step after the last."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """After the warm-up. `cosine` falls until the end, `wsd` in a straight line over the last `decay_steps`."""
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of the mean of gradients."""
+    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of the mean of squared gradients."""
+    adam_eps: float = Field(default=1e-8, gt=0.0)
+    """Added to the root of the mean square."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay: a step takes the learning rate times this off a weight."""
+    clip_grad: float = Field(default=1.0, ge=0.0)
+    """Largest global norm of the gradient; 0: no clipping."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """[optimiser steps] Linear rise of the learning rate from 0."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """[optimiser steps] Length of the fall of `wsd`, which alone has it."""
+    dither: bool = True
+    """bfloat16: start each float32 master weight at a random value that rounds to it (examples/BFLOAT16.md)."""
+    loss_scale: Literal["paper", "pg"] = "paper"
+    """`pg`: the loss divided by 2 beta2, whose gradient is a policy gradient's."""
+    offload: bool = False
+    """On a GPU with Transformer Engine: optimiser states and step in host memory."""
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr: {self.min_lr} is above optim.lr {self.lr}; lower it")
+        if self.schedule == "constant" and self.min_lr:
+            raise ValueError("optim.min_lr: schedule constant never falls to it; leave it out or set optim.schedule")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                f"optim.decay_steps: schedule wsd needs it, no other has it; got {self.decay_steps}, {self.schedule}"
+            )
+        return self

@@ -1,0 +1,75 @@
+"""What a run leaves of its steps, and when it ends: metrics, rollouts, bad batches, and what all that has cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from astar_megatron import config
+from astar_megatron.config import RunConfig
+from astar_megatron.data import bad_batches
+from astar_megatron.data.rollout_files import RolloutFiles
+from astar_megatron.run.spending import Spending, generation_flops
+from astar_megatron.run.steps import check_skipped, keep_bad_batch, line_of, metrics_of, skipped_of
+from astar_megatron.run.tracking import Tracker
+from astar_megatron.types import Rollout, RolloutBatch, StepStats
+from conversion.families import Model
+
+
+def record_of(cfg: RunConfig, model: Model, tracker: Tracker, first: int, stage_1_tokens: int) -> "Record":
+    """Return the record of a run that goes on from step `first`; what was left of later steps is set aside.
+
+    `stage_1_tokens` are the response tokens that its V* cost.
+    """
+    bad_batches.set_aside(tracker.run_dir, first)
+    rollouts = RolloutFiles(tracker.run_dir, cfg.rollout.keep)
+    rollouts.begin(first)
+    earlier = tracker.begin(first)
+    return Record(
+        model=model,
+        tracker=tracker,
+        rollouts=rollouts,
+        spending=Spending(cfg.budget, cfg.train.num_steps, first, earlier),
+        settings=config.flat(cfg),
+        spent_tokens=stage_1_tokens + sum(line.get("response_tokens", 0) for line in earlier),
+        skipped=sum(map(skipped_of, earlier)),
+    )
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What is written of the steps, and what they have cost. `settings` are the run's, one value a key path."""
+
+    model: Model
+    tracker: Tracker
+    rollouts: RolloutFiles
+    spending: Spending
+    settings: Mapping[str, Any]
+    spent_tokens: int  # of responses, stage 1's too
+    skipped: int  # optimiser steps that were left out
+
+    def add(
+        self,
+        rollouts: Sequence[Rollout],
+        batch: RolloutBatch,
+        stats: StepStats,
+        health: Mapping[str, float],
+        seconds: dict[str, float],
+        evaluated: Mapping[str, object],
+    ) -> None:
+        """Write and say what a step did; first what is large, so that a line of metrics says that it is there.
+
+        Raises StorageError, and NotFiniteError where too many optimiser steps were left out.
+        """
+        step, tracker = batch.version, self.tracker
+        self.spent_tokens += stats.response_tokens
+        drawn = ((rollout.prompt, rollout.token_ids) for rollout in rollouts)
+        metrics = metrics_of(step, rollouts, health, stats, self.spent_tokens, seconds)
+        metrics |= {"generation_flops": generation_flops(self.model, drawn), **evaluated}
+        self.spending.add(metrics)
+        if stats.skipped:
+            tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, self.settings))
+        self.rollouts.write(step, rollouts)
+        tracker.log(metrics)
+        tracker.say(line_of(metrics, self.settings["train.num_steps"]))
+        self.skipped += skipped_of(metrics)
+        check_skipped(self.skipped, self.settings["train.max_skipped_steps"], tracker.run_dir)

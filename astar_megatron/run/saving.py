@@ -1,0 +1,175 @@
+"""Writes a run's checkpoints while its training goes on, and says what was not saved.
+
+The ranks copy their state and write it in threads of theirs to step_<n>.incomplete. When all have, the driver adds
+progress, rollouts and manifest, renames the folder to step_<n>, points `latest` at it and removes old ones. Until then
+nothing of what was saved before is touched.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from astar_megatron.algorithm.objective import Objective
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.config import CheckpointConfig
+from astar_megatron.data import rollout_files
+from astar_megatron.data.files import StorageError, make_folder, storage_error, sync, write_atomic
+from astar_megatron.data.manifest import MANIFEST_FILE, write_manifest
+from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.types import Rollout
+
+PROGRESS_FILE = "progress.json"  # model/checkpoint.py reads it too
+IN_FLIGHT_FILE = "in_flight.parquet"
+LATEST_FILE = "latest"
+FOLDERS = "step_????????"  # of whole checkpoints
+_INCOMPLETE = ".incomplete"
+_POLL_SECONDS = 0.1
+_ANSWER_SECONDS = 30.0  # after an error: a rank that hangs in a collective does not answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A checkpoint that the ranks are writing to `temporary`, and what the driver will lay beside."""
+
+    name: str
+    temporary: Path
+    progress: bytes
+    in_flight: Sequence[Rollout]
+
+
+class Saves:
+    """The checkpoints that a run writes to `folder`, one at a time. A context manager: leaving it waits for the last.
+
+    `record` goes into each progress.json. Where one can't be written `say` is told and training goes on; leaving raises
+    StorageError if that was the last.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: CheckpointConfig,
+        record: dict[str, Any],
+        policy: PolicyGroup,
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._cfg, self._record, self._policy, self._say = folder, cfg, record, policy, say
+        self._begun: _Begun | None = None
+        self._failure: StorageError | None = None  # of the last one
+        self._seconds = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+            if self._failure:
+                raise self._failure
+            return
+        try:
+            self.wait(_ANSWER_SECONDS)
+        except ClusterError:  # the error that brought us here is the one to see
+            name = self._begun.name if self._begun else "the last checkpoint"
+            self._say(f"{name} was not saved: the policy does not answer")
+
+    def begin(self, step: int, batches: TrainingRollouts, objective: Objective) -> None:
+        """Begin to write a checkpoint after `step` steps, of everything as it is now; waits for the one before.
+
+        Training goes on with `batches`; what engines have drawn ahead is kept too.
+        """
+        self.wait()
+        start, name = time.perf_counter(), f"step_{step:08d}"
+        temporary, in_flight = self._folder / (name + _INCOMPLETE), batches.in_flight()
+        progress = {"step": step, "prompts": batches.state(), "in_flight": len(in_flight), "manifest": MANIFEST_FILE}
+        try:
+            for rest in self._folder.glob("*" + _INCOMPLETE):  # of a run that was killed
+                shutil.rmtree(rest)
+            make_folder(temporary)
+            progress |= self._policy.begin_save(temporary)
+        except OSError as error:
+            self._fail(step, error)
+        else:
+            text = json.dumps(progress | objective.state() | self._record, indent=1) + "\n"
+            self._begun = _Begun(name=name, temporary=temporary, progress=text.encode(), in_flight=in_flight)
+        self._seconds += time.perf_counter() - start
+
+    def poll(self, timeout_seconds: float | None = None) -> None:
+        """Complete the checkpoint under way if all ranks have written theirs. ClusterError where a rank is dead."""
+        if self._begun is None:
+            return
+        start, states = time.perf_counter(), self._policy.save_states(timeout_seconds)
+        if all(state.done for state in states):
+            begun, self._begun = self._begun, None
+            try:
+                for state in states:
+                    if state.problem:
+                        raise StorageError(state.problem)
+                self._complete(begun)
+                self._failure = None
+            except OSError as error:
+                self._fail(_step(begun.name), error)
+        self._seconds += time.perf_counter() - start
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Wait until nothing is under way. ClusterError where a rank is dead, or silent for `timeout_seconds`."""
+        start, counted = time.perf_counter(), self._seconds
+        while self._begun is not None:
+            self.poll(timeout_seconds)
+            if self._begun is not None:
+                time.sleep(_POLL_SECONDS)
+        self._seconds = counted + time.perf_counter() - start
+
+    def seconds(self) -> float:
+        """Return the seconds that training has waited for checkpoints since it was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _complete(self, begun: _Begun) -> None:
+        """Make of what the ranks have written a checkpoint that `latest` names; then remove what is too old."""
+        digests, temporary, folder = self._policy.finish_save(), begun.temporary, self._folder / begun.name
+        write_atomic(temporary / PROGRESS_FILE, begun.progress)
+        if begun.in_flight:
+            rollout_files.write(temporary / IN_FLIGHT_FILE, begun.in_flight)
+        for path in [path for path in temporary.rglob("*") if path.name not in digests]:
+            sync(path)
+        write_manifest(temporary, digests)
+        if folder.exists():  # of a run that was set back by hand
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync(self._folder)
+        write_atomic(self._folder / LATEST_FILE, begun.name.encode())
+        with suppress(OSError):
+            self._remove_before(begun.name)
+
+    def _remove_before(self, name: str) -> None:
+        """Remove the checkpoints before `name` that are not kept.
+
+        Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
+        """
+        earlier = sorted(path for path in self._folder.glob(FOLDERS) if path.name < name)
+        for old in earlier[: max(0, len(earlier) + 1 - self._cfg.keep)]:
+            if self._cfg.keep_every is None or _step(old.name) % self._cfg.keep_every:
+                shutil.rmtree(old.rename(old.with_name(old.name + _INCOMPLETE)))  # half a folder is no checkpoint
+
+    def _fail(self, step: int, error: OSError) -> None:
+        """Say that the checkpoint after `step` steps is not there, and make room again."""
+        for rest in self._folder.glob("*" + _INCOMPLETE):
+            shutil.rmtree(rest, ignore_errors=True)
+        if not isinstance(error, StorageError):
+            error = storage_error(f"{self._folder}: can't be written", error)
+        self._failure = StorageError(f"the checkpoint after {step} steps was not saved: {error}")
+        self._say(
+            f"{str(self._failure).partition('; ')[0]}. Nothing that was saved is changed. If steps are left training "
+            f"goes on, and tries again {self._cfg.interval} steps later: make room, or the folder writable, by then"
+        )
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step_"))

@@ -1,0 +1,117 @@
+"""Turns on memory that policy and engines share: while one side computes, the other has given its memory back.
+
+    policy steps      engines asleep: no weights, keys or values
+    weights move      policy has given back what `train.offload` names; engines have room for weights
+    engines generate  and for keys and values
+
+Each side says what it gave back. Where that shrinks from turn to turn, or what a rank still has grows, somebody keeps
+memory that the other side will miss, soon and in the middle of a step: it is named at once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.config import Offload
+from astar_megatron.run.resources import GIB, gib
+
+GROWTH_BYTES = GIB  # that a residue may grow by, over a whole run
+
+
+class Policy(Protocol):
+    """What the turns need of a policy; see PolicyGroup."""
+
+    def release(self, offload: Offload) -> list[tuple[int, int]]: ...
+
+    def resume(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+
+class Engines(Protocol):
+    """What the turns need of engines; see EnginePool."""
+
+    def sleep(self) -> dict[int, int]: ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None: ...
+
+
+class Turns:
+    """Whose turn it is: at first the policy's, while engines sleep that have given `returned` bytes back, by index.
+
+    `say` hears what each side gives back at first.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engines: Engines,
+        offload: Offload,
+        say: Callable[[str], None],
+        returned: Mapping[int, int],
+    ) -> None:
+        self._policy, self._engines, self._say = policy, engines, say
+        self._offload: Offload = offload
+        self._engines_sleep, self._policy_rests = True, False
+        self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
+        self._first_returned = dict(returned)
+        say(f"shared memory: engines give back {' '.join(map(gib, returned.values()))}")
+
+    def begin_publishing(self) -> None:
+        """The policy gives back, engines have room for weights. Raises ClusterError for a residue that grows."""
+        if not self._policy_rests:
+            self._check_policy(self._policy.release(self._offload))
+            self._policy_rests = True
+        if self._engines_sleep:
+            self._engines.wake("weights")
+
+    def begin_generating(self) -> None:
+        """Engines, which have their weights, get room for keys and values."""
+        if self._engines_sleep:
+            self._engines.wake("kv_cache")
+            self._engines_sleep = False
+
+    def begin_training(self) -> None:
+        """Engines give back and lose their weights, the policy has all of its memory."""
+        if not self._engines_sleep:
+            self._check_engines(self._engines.sleep())
+            self._engines_sleep = True
+        if self._policy_rests:
+            self._policy.resume()
+            self._policy_rests = False
+
+    def restart_policy(self) -> None:
+        """Engines give back, and ranks start that take the place of all there were; it is their turn."""
+        if not self._engines_sleep:
+            self._check_engines(self._engines.sleep())
+            self._engines_sleep = True
+        self._policy.restart()
+        self._policy_rests = False
+
+    def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:
+        kept = [bytes_kept for _, bytes_kept in given]
+        if not self._first_kept:
+            self._first_kept = kept
+            released = " ".join(gib(bytes_released) for bytes_released, _ in given)
+            self._say(
+                f"shared memory: ranks give back {released} of tensors (train.offload={self._offload}), keep "
+                f"{' '.join(map(gib, kept))} of their GPUs"
+            )
+        for rank, (now, first) in enumerate(zip(kept, self._first_kept, strict=True)):
+            if now > first + GROWTH_BYTES:
+                raise ClusterError(
+                    f"memory of shared GPUs: policy rank {rank} kept {gib(first)} when it first gave back, and keeps "
+                    f"{gib(now)} now, {gib(GROWTH_BYTES)} is the most that may come on top: engines would not find "
+                    f"their room. Set train.offload=all (it is {self._offload}), or lower "
+                    "rollout.gpu_memory_utilization, and run the same command again"
+                )
+
+    def _check_engines(self, returned: Mapping[int, int]) -> None:
+        for engine, now in returned.items():
+            first = self._first_returned[engine]
+            if now < first - GROWTH_BYTES:
+                raise ClusterError(
+                    f"memory of shared GPUs: engine {engine} gave back {gib(first)} when it first slept, and "
+                    f"{gib(now)} now, {gib(GROWTH_BYTES)} less is the most that may be: the policy would not find its "
+                    "room. Run the same command again, which starts new engines, and report this"
+                )

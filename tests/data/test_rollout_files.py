@@ -1,0 +1,76 @@
+"""Rollouts of steps on disk: read back as they were, the newest kept, a damaged file refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import samples
+
+from astar_megatron.data import rollout_files
+from astar_megatron.data.rollout_files import RolloutFiles
+from astar_megatron.types import Prompt, Rollout
+
+PROMPT, OTHER = (Prompt(uid=uid, token_ids=(1, 2), text="1 + 1?", answer="2") for uid in ("a", "b"))
+ACROSS = samples.rollout(
+    PROMPT,
+    seed=(1 << 63) - 1,
+    token_ids=(5, 151_642, 2),
+    text="2 é",
+    truncated=True,
+    token_logprobs=(-0.1, -1 / 3, -1e-12),
+    first_version=3,
+    last_version=5,
+    tokens_by_version=(1, 0, 2),
+)
+ROLLOUTS = [ACROSS, samples.rollout(OTHER, reward=None), samples.rollout(PROMPT, token_ids=(), token_logprobs=())]
+
+
+def test_rollouts_are_read_back_bit_for_bit(tmp_path: Path) -> None:
+    rollout_files.write(tmp_path / "x.parquet", ROLLOUTS)
+    assert rollout_files.read(tmp_path / "x.parquet", {"a": PROMPT, "b": OTHER}) == ROLLOUTS
+    assert rollout_files.read(tmp_path / "x.parquet", {"b": OTHER}) == ROLLOUTS[1:2]
+
+
+def test_no_rollouts_are_a_file_too(tmp_path: Path) -> None:
+    rollout_files.write(tmp_path / "x.parquet", [])
+    assert rollout_files.read(tmp_path / "x.parquet", {}) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: data[:90] + b"?" + data[91:], lambda data: b""]
+)
+def test_a_damaged_file_is_named(damage: object, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    rollout_files.write(path, ROLLOUTS)
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"x\.parquet: damaged"):
+        rollout_files.read(path, {"a": PROMPT, "b": OTHER})
+
+
+@pytest.mark.parametrize(("keep", "left"), [(None, [0, 1, 2, 3]), (0, []), (1, [3]), (3, [1, 2, 3])])
+def test_the_newest_steps_are_kept(keep: int | None, left: list[int], tmp_path: Path) -> None:
+    files = RolloutFiles(tmp_path, keep)
+    files.begin(0)
+    for step in range(4):
+        files.write(step, [numbered(step)])
+    assert numbers(tmp_path) == left
+
+
+def test_a_resumed_run_writes_its_steps_again(tmp_path: Path) -> None:
+    files = RolloutFiles(tmp_path, None)
+    files.begin(0)
+    for step in range(5):
+        files.write(step, [numbered(step)])
+    files.begin(2)
+    assert numbers(tmp_path) == [0, 1]
+    files.write(2, [numbered(7)])
+    (again,) = rollout_files.read(tmp_path / "rollouts" / "step_00000002.parquet", {"a": PROMPT})
+    assert again.seed == 7
+
+
+def numbered(seed: int) -> Rollout:
+    return dataclasses.replace(ACROSS, seed=seed)
+
+
+def numbers(run_dir: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step_")) for path in (run_dir / "rollouts").iterdir())

@@ -1,0 +1,88 @@
+"""What rank processes do while a checkpoint of theirs is written."""
+
+import resource
+import time
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import ranks as work
+from training import _digest
+
+
+def written_late(
+    pipe: Any, rank: int, port: int | None, *, job: Any, batches: Any, folder: str, fill: str
+) -> tuple[list[str], str]:
+    """Save after the first batch, train on all others, and only then let the write begin.
+
+    Returns the digests of the state after each batch, and why the write failed. With `fill` this file takes what is
+    free on the disk before it begins.
+    """
+    with work.started(pipe, rank, port, job) as policy:
+        may_write, digests = Event(), []
+        for batch in batches:
+            policy.step(batch, job.loss, work._options(job, len(batch)))
+            digests.append(_digest(policy))
+            if len(digests) == 1:
+                policy._writer.submit(may_write.wait)
+                made = begun(policy, folder)
+                assert not policy.save_state().done and not list(Path(folder).iterdir())
+        if fill and rank == 0:
+            fill_disk(Path(fill))
+        work.all_here()
+        may_write.set()
+        return digests, ended(policy, folder, made)
+
+
+def begun(policy: Any, folder: str) -> dict[str, Any]:
+    if policy.rank == 0:
+        Path(folder).mkdir(parents=True)
+    work.all_here()
+    return policy.begin_save(folder)
+
+
+def ended(policy: Any, folder: str, made: dict[str, Any]) -> str:
+    """Complete the checkpoint; return why this rank could not write, and complete nothing where it could not."""
+    while not (state := policy.save_state()).done:
+        time.sleep(0.02)
+    if not state.problem:
+        work.complete(policy, folder, made)
+    return state.problem
+
+
+def fill_disk(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def without_room(
+    pipe: Any, rank: int, port: int | None, *, job: Any, batch: Any, folder: str, limit_bytes: int | None
+) -> tuple[str, str, str]:
+    """Try to save where there is no room: on a small disk, or with files limited to `limit_bytes`.
+
+    Returns the problem, and digests of the state before and after.
+    """
+    with work.started(pipe, rank, port, job) as policy:
+        policy.step(batch, job.loss, work._options(job, len(batch)))
+        before = _digest(policy)
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+        try:
+            begun(policy, folder)
+            while not (state := policy.save_state()).done:
+                time.sleep(0.02)
+            problem = state.problem
+        except OSError as error:
+            problem = f"{type(error).__name__}: {error}"
+        return problem, before, _digest(policy)
+
+
+def loaded(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) -> str:
+    """Return the digest of the state that a checkpoint after one batch holds."""
+    with work.started(pipe, rank, port, job) as policy:
+        policy.load(folder, 1)
+        return _digest(policy)

@@ -1,0 +1,76 @@
+"""A checkpoint is of the step that it names, however late it is written; without room nothing else changes."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import saving_ranks as work
+from ranks import Job
+from test_layouts import batch
+
+LAYOUTS = [{}, {"data": 2}, {"tensor": 2}]
+DISK_BYTES = 24 << 20  # the model's checkpoint takes 17 MB
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root and the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_the_step_it_names(
+    axes: dict[str, Any], dtype: str, ranks: Any, untied_qwen2: Path, tmp_path: Path
+) -> None:
+    job = Job(str(untied_qwen2), dtype=dtype, **axes)
+    batches, folder = [batch(seed, version=seed) for seed in range(3)], str(tmp_path / "saved")
+    answers = ranks.run(work.written_late, job.world_size, job=job, batches=batches, folder=folder, fill="")
+    for digests, problem in answers:
+        assert not problem and len(set(digests)) == 3
+    assert ranks.run(work.loaded, job.world_size, job=job, folder=folder) == [digests[0] for digests, _ in answers]
+
+
+def test_a_disk_that_fills_up_during_a_write_is_named_and_costs_no_state(
+    ranks: Any, untied_qwen2: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    job, batches = Job(str(untied_qwen2), tensor=2), [batch(seed, version=seed) for seed in range(3)]
+    arguments = {"job": job, "batches": batches}
+    full = ranks.run(
+        work.written_late, 2, folder=str(small_disk / "saved"), fill=str(small_disk / "filling"), **arguments
+    )
+    wide = ranks.run(work.written_late, 2, folder=str(tmp_path / "saved"), fill="", **arguments)
+    for (digests, problem), (wanted, _) in zip(full, wide, strict=True):
+        assert digests == wanted
+        assert problem.startswith(f"{small_disk}/saved: can't be written: No space left on device; free some space")
+
+
+def test_a_disk_without_room_is_seen_on_all_ranks_before_it_is_filled(
+    ranks: Any, untied_qwen2: Path, small_disk: Path
+) -> None:
+    (small_disk / "other").write_bytes(bytes(DISK_BYTES - (64 << 10)))
+    folder = small_disk / "saved"
+    answers = ranks.run(
+        work.without_room, 2, job=Job(str(untied_qwen2), data=2), batch=batch(1), folder=str(folder), limit_bytes=None
+    )
+    for problem, before, after in answers:
+        assert problem.startswith(f"StorageError: {folder}: ") and "bytes are to be written" in problem
+        assert before == after
+    assert list(folder.iterdir()) == []
+
+
+def test_a_write_that_is_cut_is_named(ranks: Any, untied_qwen2: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    ((problem, before, after),) = ranks.run(
+        work.without_room, 1, job=Job(str(untied_qwen2)), batch=batch(1), folder=str(folder), limit_bytes=50_000
+    )
+    assert problem.startswith(f"{folder}: can't be written: File too large; free some space") and before == after

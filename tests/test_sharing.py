@@ -1,0 +1,106 @@
+"""Who has the memory that policy and engines share, and that a side which keeps more and more of it is named."""
+
+from typing import Any
+
+import pytest
+
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.run.resources import GIB
+from astar_megatron.run.sharing import Turns
+
+
+class Sides:
+    """Two ranks and three engines, in one: what they do is in `done`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.kept, self.returned = [3 * GIB, 4 * GIB], {0: 7 * GIB, 1: 8 * GIB, 2: 9 * GIB}
+
+    def release(self, offload: Any) -> list[tuple[int, int]]:
+        self.done.append(f"release {offload}")
+        return [(5 * GIB, kept) for kept in self.kept]
+
+    def resume(self) -> None:
+        self.done.append("resume")
+
+    def restart(self) -> None:
+        self.done.append("restart")
+
+    def sleep(self) -> dict[int, int]:
+        self.done.append("sleep")
+        return self.returned
+
+    def wake(self, part: str) -> None:
+        self.done.append(f"wake {part}")
+
+
+@pytest.fixture
+def sides() -> Sides:
+    return Sides()
+
+
+def turns(sides: Sides, lines: list[str] | None = None) -> Turns:
+    return Turns(sides, sides, "optimizer", (lines if lines is not None else []).append, sides.sleep())
+
+
+def a_step(own: Turns) -> None:
+    own.begin_publishing()
+    own.begin_generating()
+    own.begin_training()
+
+
+def test_no_two_sides_have_the_memory_at_once(sides: Sides) -> None:
+    lines: list[str] = []
+    own = turns(sides, lines)
+    for _ in range(2):
+        sides.done.clear()
+        a_step(own)
+        assert sides.done == ["release optimizer", "wake weights", "wake kv_cache", "sleep", "resume"]
+    assert len(lines) == 2 and "7.0 GiB" in lines[0] and "5.0 GiB" in lines[1]
+
+
+def test_a_turn_that_is_there_already_is_not_taken_again(sides: Sides) -> None:
+    own = turns(sides)
+    a_step(own)
+    for begin in (own.begin_training, own.begin_publishing, own.begin_generating):
+        begin()
+        sides.done.clear()
+        begin()
+        assert sides.done == (["wake weights"] if begin == own.begin_publishing else [])
+
+
+@pytest.mark.parametrize(
+    ("side", "index", "words"), [("kept", 1, "policy rank 1 kept"), ("returned", 2, "engine 2 gave")]
+)
+def test_a_residue_that_grows_ends_the_run_and_names_who_holds_it(
+    side: str, index: int, words: str, sides: Sides
+) -> None:
+    own, sign = turns(sides), 1 if side == "kept" else -1
+    a_step(own)
+    getattr(sides, side)[index] += sign * GIB
+    a_step(own)  # what may be
+    getattr(sides, side)[index] += sign
+    sides.done.clear()
+    with pytest.raises(ClusterError, match=f"memory of shared GPUs: {words}"):
+        a_step(own)
+
+
+def test_ranks_that_take_the_place_of_dead_ones_start_while_engines_sleep(sides: Sides) -> None:
+    own = turns(sides)
+    for begin in (lambda: None, own.begin_publishing, own.begin_generating, own.begin_training):
+        begin()
+        sides.done.clear()
+        own.restart_policy()
+        assert sides.done == (["sleep"] * (begin == own.begin_generating) + ["restart"])
+        sides.done.clear()
+        own.begin_publishing()
+        assert sides.done == ["release optimizer", "wake weights"]
+
+
+def test_an_engine_that_is_being_replaced_gives_nothing_back(sides: Sides) -> None:
+    own = turns(sides)
+    own.begin_publishing()
+    own.begin_generating()
+    del sides.returned[1]
+    own.begin_training()
+    assert sides.done[-2:] == ["sleep", "resume"]
