@@ -58,6 +58,7 @@ _PLAIN_TYPES = {
     ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
     *(("torch", name) for name in ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int32", "int64")),
+    *(("torch", name) for name in ("bool", "int16", "float8_e4m3fn", "float8_e5m2")),
 }
 
 Shape = tuple[int, ...]

@@ -226,20 +226,32 @@ def test_a_process_that_was_killed_while_it_waited_is_replaced_and_no_response_p
 
 DRIVER = """
 import sys
-from test_scoring import _faulty_scorer, _rollout
-_faulty_scorer(seconds=600.0).score([_rollout("", answer="touch " + sys.argv[1])])
+from test_scoring import RewardConfig, Scorer, _rollout
+cfg = RewardConfig(name=sys.argv[1], timeout_seconds=600.0)
+Scorer(cfg, num_processes=1).score([_rollout("", answer=sys.argv[2])])
 """
+
+
+def _driver(*arguments: str) -> subprocess.Popen[bytes]:
+    path = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+    return subprocess.Popen([sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{DRIVER}", *arguments])
 
 
 def test_a_killed_driver_takes_a_reward_that_hangs_with_it(tmp_path: Path) -> None:
     started = tmp_path / "started"
-    path = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{DRIVER}", str(started)]
-    with subprocess.Popen(command) as driver:
+    with _driver("faulty_reward:reward", f"touch {started}") as driver:
         _wait_for(started.exists)
         assert _running(driver.pid)
         driver.kill()
     _wait_for(lambda: not _running(driver.pid))
+
+
+def test_a_killed_driver_takes_all_that_a_reward_has_started_with_it(tmp_path: Path) -> None:
+    started = tmp_path / "pids"
+    with _driver("faulty_reward:bomb", str(started)) as driver:
+        _wait_for(lambda: started.exists() and len(started.read_text().splitlines()) == 64)
+        driver.kill()
+    _wait_for(lambda: not [pid for pid in started.read_text().split() if Path("/proc", pid).exists()])
 
 
 def _running(driver: int) -> list[str]:
