@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from astar_megatron.config_file import Section
+from astar_megatron.config_file import Seconds, Section
 from astar_megatron.config_machine import Offload
 
 
@@ -21,6 +21,8 @@ class TrainConfig(Section):
     """[tokens] Most tokens of a forward pass; a longer sequence goes alone."""
     max_skipped_steps: int = Field(default=3, ge=1)
     """[optimiser steps] How many lost to NaN or Inf end the run."""
+    grace_seconds: Seconds | None = None
+    """[seconds] How long a run may live after SIGTERM or SIGUSR1; null: until it has saved the step."""
     offload: Offload = "cache"
     """What ranks give back while engines generate on their GPUs: `cache`: what no tensor holds; `optimizer`: its states
     to host memory too; `all`: all but the policy's weights. Only with shared GPUs."""

@@ -79,6 +79,7 @@ KEYS = {
     "train.mini_batch_size": None,
     "train.micro_batch_tokens": 16384,
     "train.max_skipped_steps": 3,
+    "train.grace_seconds": None,
     "train.offload": "cache",
     "budget.tokens": None,
     "budget.flops": None,
@@ -127,6 +128,7 @@ KEYS = {
     "eval.folder": None,
     "eval.num_samples": None,
     "eval.max_prompts": None,
+    "supervise.max_restarts_per_hour": 5,
 }
 
 SMALLEST = """
