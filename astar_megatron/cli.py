@@ -3,19 +3,16 @@
 import importlib
 import json
 import re
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from astar_megatron import config
-from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster import signals
+from astar_megatron.cluster.errors import ActorLost, ClusterError
 from conversion.plan import WeightMismatch
-
-_SAME_SIGNAL_SECONDS = 1.0
 
 app = typer.Typer(
     help="A*PO on Megatron-Core with vLLM rollouts.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -61,9 +58,18 @@ def sweep(
 
 
 @app.command()
-def train(config_file: Config, dry_run: DryRun = False, overrides: Overrides = None) -> None:
+def train(
+    config_file: Config,
+    dry_run: DryRun = False,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it was killed.")] = False,
+    overrides: Overrides = None,
+) -> None:
     """Stage 2: on-policy A*PO from the V* table. Run again to continue."""
-    _program("fit" if dry_run else "train").main(config.load(config_file, overrides or ()))
+    cfg = config.load(config_file, overrides or ())
+    if supervise and not dry_run:
+        sets = [word for override in overrides or () for word in ("--set", override)]
+        raise typer.Exit(_program("supervise").main(cfg, ["train", "--config", str(config_file), *sets]))
+    _program("fit" if dry_run else "train").main(cfg)
 
 
 @app.command()
@@ -241,22 +247,6 @@ def _program(name: str) -> Any:
     return importlib.import_module(f"astar_megatron.{name}")
 
 
-def _stop(number: int, _frame: object) -> None:
-    """End on SIGTERM as on an error, so that what is half written is removed; a second one ends at once.
-
-    The same one again is no second: `timeout`, among others, sends it to the process and to its group.
-    """
-    first = time.monotonic()
-
-    def stop_at_once(number: int, _frame: object) -> None:
-        if time.monotonic() - first > _SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    signal.signal(number, stop_at_once)
-    raise SystemExit(128 + number)
-
-
 def _check_sets(arguments: list[str]) -> None:
     """Raise ConfigError where several keys follow one --set, of which the command would take the first."""
     for option, setting, more in zip(arguments, arguments[1:], arguments[2:], strict=False):
@@ -273,7 +263,7 @@ def _words(error: Exception) -> str:
 
 def main() -> None:
     """Run the command line; what a user can mend ends as one message and exit status 2, without a traceback."""
-    signal.signal(signal.SIGTERM, _stop)
+    signals.heed()
     try:
         _check_sets(sys.argv)
         app()
@@ -289,7 +279,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except (ClusterError, WeightMismatch) as error:
         print(f"astar: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(signals.LOST if isinstance(error, ActorLost) else 1) from None
     except RuntimeError as error:
         if not str(error).startswith("Symlink loop"):  # what Path.resolve raises before Python 3.13
             raise

@@ -24,6 +24,7 @@ from astar_megatron.config_machine import (
 from astar_megatron.config_machine import Graphs as Graphs
 from astar_megatron.config_machine import Offload as Offload
 from astar_megatron.config_machine import Recompute as Recompute
+from astar_megatron.config_machine import SuperviseConfig as SuperviseConfig
 from astar_megatron.config_methods import (
     ON_POLICY,
     AstarConfig,
@@ -180,6 +181,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    supervise: SuperviseConfig = SuperviseConfig()
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -197,8 +199,7 @@ class RunConfig(Section):
         if mini % self.group_size:
             raise ValueError(
                 f"{self.objective.name}: groups of {self.group_size} responses to a prompt don't divide the {mini} "
-                "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
-                f"{self.group_size}"
+                "sequences of an optimiser step; make train.batch_size and train.mini_batch_size multiples of it"
             )
         if self.rollout.max_staleness and (reason := ON_POLICY.get(self.objective.name)):
             raise ValueError(
@@ -218,13 +219,11 @@ class RunConfig(Section):
         if needed >= self.optimizer_steps:
             raise ValueError(
                 f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
-                f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
-                "lower them"
+                f"{self.optimizer_steps} optimiser steps of the run (steps * batch_size / mini_batch_size); lower them"
             )
         if self.eval.benchmarks and self.eval.folder is None:
             raise ValueError(
-                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to the folder of "
-                "their files"
+                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to their folder"
             )
         return self
 

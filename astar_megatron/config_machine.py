@@ -1,4 +1,4 @@
-"""The keys of what computes: the policy's ranks, the engines, the weights between them, Ray, checkpoints."""
+"""The keys of what computes, and who watches it: the policy's ranks, the engines, Ray, checkpoints."""
 
 from typing import Annotated, Literal, Self
 
@@ -122,3 +122,10 @@ class CheckpointConfig(Section):
                 "after which there are checkpoints to keep; make it one"
             )
         return self
+
+
+class SuperviseConfig(Section):
+    """Training with `--supervise`: what chance has ended is started again."""
+
+    max_restarts_per_hour: int = Field(default=5, ge=1)
+    """[restarts] One more within an hour is not made, nor one after a restart that brought no step."""

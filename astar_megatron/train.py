@@ -1,10 +1,11 @@
 """PROGRAM: train the policy by the method of the run; of A*PO it is stage 2, one on-policy rollout a prompt.
 
 The driver is one plain process; Megatron ranks and vLLM engines are Ray actors. The same command run again continues
-from the newest checkpoint.
+from the newest checkpoint. SIGTERM and SIGUSR1 end a run where a step is saved (cluster/signals.py).
 """
 
 from astar_megatron.cluster.errors import ActorLost
+from astar_megatron.cluster.signals import StepEnds
 from astar_megatron.config import RunConfig
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.rollout.source import RolloutSource
@@ -61,6 +62,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     record = record_of(cfg, inputs.model, tracker, first, int(estimates.tokens.sum()) if estimates else 0)
     spending = record.spending
     with (
+        StepEnds(cfg.train.grace_seconds) as ends,
         checkpoints.saves(fleet.policy, tracker.say) as saves,
         RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
     ):
@@ -73,7 +75,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             group_size=cfg.group_size,
             drawn=checkpoints.in_flight(inputs.prompts),
         )
-        for step in spending.steps():
+        for step in ends.steps(spending.steps()):
             clock = Clock()
             if objective.refreshes_reference(step):
                 fleet.policy.refresh_reference()
@@ -87,19 +89,22 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             objective.learn(rollouts, health)
             seconds = clock.stop() | {"engines_idle": source.idle_seconds(), "checkpoint": saves.seconds()}
-            replaced = {"engines_replaced": fleet.engines.num_replaced()}
-            record.add(rollouts, batch, stats, health, seconds, evaluated | replaced)
-            if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends:
+            record.add(rollouts, batch, stats, health, seconds, evaluated | fleet.replaced())
+            if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
                 saves.begin(step + 1, batches, objective)
+                if ends.asked:
+                    saves.finish()
+                    ends.saved(step + 1)
             saves.poll()
         for words in spending.reached:
             tracker.say(words)
-        with fleet.generating(spending.done, Clock()):
-            _evaluate(cfg, inputs, fleet, tracker, spending.done, Clock(), is_last=True)
-        _export(cfg, fleet, tracker)
+        _finish(cfg, inputs, fleet, tracker, spending.done)
 
 
-def _export(cfg: RunConfig, fleet: Fleet, tracker: Tracker) -> None:
+def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int) -> None:
+    """Publish the last weights, evaluate them if asked to, and export them."""
+    with fleet.generating(version, Clock()):
+        _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_last=True)
     fleet.export(cfg.export_dir)
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32

@@ -317,24 +317,3 @@ def test_inspect_says_whether_weights_and_configuration_are_as_recorded(
         assert status == 0
         assert "conversion.json" in out and ("is no JSON" in out or "expected a JSON object" in out)
         assert "all weights are finite" in out
-
-
-TWICE = """
-import os, signal, sys, time
-from astar_megatron import cli
-signal.signal(signal.SIGTERM, cli._stop)
-try:
-    os.kill(os.getpid(), signal.SIGTERM)
-finally:
-    time.sleep(float(sys.argv[1]))
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("cleaned up", flush=True)
-"""
-
-
-@pytest.mark.parametrize(("seconds", "status", "output"), [(0.0, 143, "cleaned up\n"), (1.2, -15, "")])
-def test_the_same_sigterm_again_lets_a_program_clean_up_and_a_later_one_ends_it(
-    seconds: float, status: int, output: str
-) -> None:
-    done = subprocess.run([sys.executable, "-c", TWICE, str(seconds)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (status, output)

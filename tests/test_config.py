@@ -80,6 +80,7 @@ KEYS = {
     "train.micro_batch_tokens": 16384,
     "train.max_skipped_steps": 3,
     "train.offload": "cache",
+    "train.grace_seconds": None,
     "budget.tokens": None,
     "budget.flops": None,
     "budget.seconds": None,
@@ -127,6 +128,7 @@ KEYS = {
     "eval.folder": None,
     "eval.num_samples": None,
     "eval.max_prompts": None,
+    "supervise.max_restarts_per_hour": 5,
 }
 
 SMALLEST = """

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray._private import ray_constants, state
+from ray._private import ray_constants, services, state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.worker import global_worker
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -33,7 +33,8 @@ from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.processes import Processes, kill, tree
 from astar_megatron.cluster.reservation import Reservation
-from astar_megatron.cluster.session import SessionFolder
+from astar_megatron.cluster.session import SessionFolder, write_stacks
+from astar_megatron.cluster.signals import RESUME
 from astar_megatron.cluster.stacks import where
 from astar_megatron.config import ClusterConfig
 
@@ -47,6 +48,16 @@ _CLOSE_SECONDS = 20.0
 _OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
 _ENDS = (RayActorError, OutOfMemoryError)  # of processes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+
+
+class _OwnGroup(services.ConsolePopen):
+    """How Ray starts its processes: in a process group each, so that signals to the driver's group are the driver's.
+
+    `timeout`, shells and terminals send to groups; without its daemons a run could not end in order.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, process_group=0, **options)
 
 
 class Cluster:
@@ -87,16 +98,21 @@ class Cluster:
         # machine's own address, and servers with that one listen on all interfaces.
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ.pop("RAY_AUTH_MODE", None)  # of the user's other clusters; without it Ray asks for a token here
+        services.ConsolePopen = _OwnGroup
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
-        with contextlib.chdir(_NEUTRAL_FOLDER):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(self._folder.path),
-                **_QUIET,
-            )
+        try:
+            with contextlib.chdir(_NEUTRAL_FOLDER):
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address=_LOOPBACK,
+                    _temp_dir=str(self._folder.path),
+                    **_QUIET,
+                )
+        except SystemExit:  # of the handler of SIGTERM that Ray puts there first of all
+            raise SystemExit(RESUME) from None
+        self._folder.path.chmod(0o700)  # Ray has opened it to everyone
 
     def _join(self, address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = True
@@ -111,6 +127,8 @@ class Cluster:
             raise unanswered(address, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            write_stacks(self._folder.path)
         for *_, actor in list(self._actors.values()):
             with contextlib.suppress(RayActorError):
                 ray.kill(actor)

@@ -2,6 +2,9 @@
 
 Linux limits the name of a unix socket to 107 bytes, and Ray's own part of it takes 64. The folder also lists what the
 run's processes have in /dev/shm (vLLM's semaphores and buffers): a killed process leaves it there.
+
+However the driver ends, its processes end, and nothing of them stays but logs: by `__exit__`, else by `care` in a
+process of its own (caretaker.py), else, if that was killed too, by the next run on this machine.
 """
 
 import contextlib
@@ -9,18 +12,21 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from astar_megatron.cluster import caretaker, session_stacks
 from astar_megatron.cluster.errors import PlaceError
 from astar_megatron.data.files import exclusive, write_atomic
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "astar-"
-_LOCK = "lock"  # held while the run lives
+_LOCK = "lock"  # held while the run lives; it holds the driver's process number
 _SHARED_FILES = "shared_files"  # a name a line
 _SHARED_MEMORY = Path("/dev/shm")
 _LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
@@ -37,22 +43,27 @@ class SessionFolder:
         if reason:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
-        # Of the run's processes: vLLM and Megatron's checkpoints open sockets too, the latter in TMPDIR.
-        self.environment = {"TMPDIR": str(self.path)} if reason else {}
+        # Of the run's processes: Megatron's checkpoints make folders and sockets there, and a killed one leaves them.
+        self.environment = {"TMPDIR": str(self.path)}
         self._lock = exclusive(self.path / _LOCK, "this run")
         self._shared: set[str] = set()
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
+        (self.path / _LOCK).write_text(str(os.getpid()), encoding="utf-8")
+        self._caretaker = caretaker.start(self.path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        caretaker.end_writers(self.path)
         _remove_shared_files(self.path)
         if kind is not None and issubclass(kind, Exception):
             _remove_all_but_logs(self.path)
         else:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.__exit__(None, None, None)
+        self._caretaker.kill()
+        self._caretaker.communicate()
 
     def remember(self, pid: int) -> None:
         """Note what process `pid` and its descendants now have in /dev/shm, to be removed after the run if still there.
@@ -63,10 +74,41 @@ class SessionFolder:
         write_atomic(self.path / _SHARED_FILES, "".join(f"{name}\n" for name in sorted(self._shared)).encode())
 
 
+def care(folder: Path) -> None:
+    """In the caretaker: wait for the driver's end, and leave of its session what an error leaves, the logs."""
+    sys.stdin.buffer.read()  # the driver holds it open
+    if folder.exists():
+        write_stacks(folder)
+        shared = shared_files_of(caretaker.writers(folder))
+        caretaker.end_writers(folder)
+        _remove_shared(shared)
+        _remove_shared_files(folder)
+        _remove_all_but_logs(folder)
+    remove_shared_folders()
+
+
+def write_stacks(folder: Path) -> None:
+    """Write the stacks of a session's processes among its logs."""
+    for logs in folder.glob("session_[0-9]*/logs"):
+        session_stacks.write(logs, caretaker.writers(folder))
+
+
+def log_folder(driver: int) -> Path | None:
+    """Return where the logs of the newest session of a driver lie, by its process number; None where none is left."""
+    folders = [folder for folder in _session_folders() if _driver_of(folder) == driver]
+    logs = [path for folder in folders for path in folder.glob("session_[0-9]*/logs")]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def shared_files(pid: int) -> list[str]:
     """Return the names of files of /dev/shm, not of folders in it, that the descendants of a process have mapped."""
+    return shared_files_of(process_tree(pid) - {pid})
+
+
+def shared_files_of(pids: set[int]) -> list[str]:
+    """Return the names of files of /dev/shm, not of folders in it, that processes have mapped."""
     inodes = set()  # a semaphore's file is mapped under a temporary name, and then linked to its own
-    for member in process_tree(pid) - {pid}:
+    for member in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{member}/maps").read_text(errors="replace").splitlines():
                 if f" {_SHARED_MEMORY}/" in line:
@@ -123,8 +165,9 @@ def problem(folder: Path) -> str | None:
 
 
 def remove_left_behind() -> None:
-    """Remove what runs that were killed left: files of /dev/shm at once, folders with their logs after a day."""
-    for folder in {path for place in places(Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}????????")}:
+    """Remove what runs that were killed left: what is in /dev/shm at once, folders with their logs after a day."""
+    remove_shared_folders()
+    for folder in _session_folders():
         with contextlib.suppress(OSError):  # held, of another user, no folder of a run, or just removed
             lock = folder / _LOCK
             if folder.is_symlink() or lock.is_symlink() or lock.stat().st_uid != os.getuid():
@@ -138,13 +181,39 @@ def remove_left_behind() -> None:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_shared_folders() -> None:
+    """Remove the folders in /dev/shm of runs that were killed before they could (run/weights.py makes them).
+
+    A living run holds the lock in its folder.
+    """
+    for folder in _SHARED_MEMORY.glob(f"{PREFIX}*-*"):
+        with contextlib.suppress(OSError):  # held, of another user, or just removed
+            if (folder / _LOCK).stat().st_uid == os.getuid():
+                with exclusive(folder / _LOCK, "another run"):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _session_folders() -> set[Path]:
+    return {path for place in places(Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}????????")}
+
+
+def _driver_of(folder: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / _LOCK).read_text(encoding="utf-8"))
+    return None
+
+
 def _remove_shared_files(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
-        for name in (folder / _SHARED_FILES).read_text(encoding="utf-8").splitlines():
-            path = _SHARED_MEMORY / Path(name).name
-            with contextlib.suppress(OSError):
-                if path.lstat().st_uid == os.getuid():
-                    path.unlink()
+        _remove_shared((folder / _SHARED_FILES).read_text(encoding="utf-8").splitlines())
+
+
+def _remove_shared(names: Iterable[str]) -> None:
+    for name in names:
+        path = _SHARED_MEMORY / Path(name).name
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.getuid():
+                path.unlink()
 
 
 def _remove_all_but_logs(folder: Path) -> None:

@@ -1,17 +1,30 @@
 """`astar` commands in processes of their own, each with its configuration and its log in the folder of its run."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import make_folder, write_atomic
 
 LOG_FILE = "log.txt"
 _TAIL_BYTES = 8192
+_PROGRAM = """
+import ctypes, os, signal, sys
+from astar_megatron import cli
+prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
+if prctl is not None:
+    prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it comes when the parent has died, however
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(0)
+sys.argv = ["astar", *sys.argv[2:]]
+cli.main()
+"""
 
 # Runs `astar NAME --config FILE`, appends all that it says to a log, and returns its exit status.
 type Runner = Callable[[str, Path, Path], int]
@@ -49,10 +62,18 @@ def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
     return End(status=runner(name, file, log), log=log)
 
 
+def start(words: Sequence[str], output: int | IO[bytes], *, own_group: bool = False) -> subprocess.Popen[bytes]:
+    """Start `astar WORDS`, all of whose output goes to `output`; it gets SIGTERM when this process has died.
+
+    In a process group of its own it hears of Ctrl-C, and what else is sent to this one's, only by this process.
+    """
+    command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), *words]
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0 if own_group else None)
+
+
 def astar(name: str, config_file: Path, log: Path) -> int:
     """Run it as a user would; a Runner. The process ends with this one."""
-    command = [sys.executable, "-m", "astar_megatron.cli", name, "--config", str(config_file)]
-    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+    with log.open("ab") as file, start([name, "--config", str(config_file)], file) as process:
         try:
             return process.wait()
         except BaseException:

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,13 +67,13 @@ class Fleet:
         tracker.say(placement.describe())
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True
-        self.engines = stack.enter_context(closing(start_engines(cfg, cluster, sleep=take_turns)))
+        self.engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, sleep=take_turns)))
         self._loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
         self.engines.bring = self.heal
         if take_turns:
             self._start_by_turns(cluster, _shares(cfg, cluster, self._model) if placement.shared else None)
             return
-        self.policy = stack.enter_context(closing(start_policy(cfg, cluster)))  # while the engines start
+        self.policy = stack.enter_context(_closed_in_the_end(start_policy(cfg, cluster)))  # while the engines start
         _wait_for(self.engines, tracker)
         self._loaded.verify(self.engines)
         self._wait_for_policy()
@@ -86,7 +86,7 @@ class Fleet:
         self._loaded.verify(self.engines)
         self.engines.hold_back()
         returned = self.engines.sleep()
-        self.policy = self._stack.enter_context(closing(start_policy(self._cfg, cluster, shares)))
+        self.policy = self._stack.enter_context(_closed_in_the_end(start_policy(self._cfg, cluster, shares)))
         self._wait_for_policy()
         self._turns = Turns(self.policy, self.engines, self._cfg.train.offload, self._tracker.say, returned)
         with self.generating(0, Clock()):  # the weights that the engines had, which sleep has lost
@@ -180,6 +180,10 @@ class Fleet:
             restart()
             self.engines.go_on()
 
+    def replaced(self) -> dict[str, int]:
+        """Return how many engines have been replaced since the last call, as the step's metrics have it."""
+        return {"engines_replaced": self.engines.num_replaced()}
+
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""
         with TransferFolder() as transfer:
@@ -200,7 +204,7 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
     """
     with (
         cluster_of(cfg, with_policy=False) as cluster,
-        closing(start_engines(cfg, cluster, model_path)) as engines,
+        _closed_in_the_end(start_engines(cfg, cluster, model_path)) as engines,
     ):
         tracker.say(cluster.reservation.placement.describe())
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
@@ -264,6 +268,18 @@ def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None)
         seed=cfg.seed,
         gpu_share=shares.policy_share if shares else 1.0,
     )
+
+
+@contextmanager
+def _closed_in_the_end[T: (EnginePool, PolicyGroup)](group: T) -> Iterator[T]:
+    """`group`, which is closed after the body; not after an error or a signal: it may be busy, and Cluster ends it."""
+    try:
+        yield group
+    except BaseException:
+        if isinstance(group, EnginePool):
+            group.let_go()
+        raise
+    group.close()
 
 
 def _absolute(path: str) -> str:

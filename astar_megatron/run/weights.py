@@ -8,7 +8,6 @@ Before the first publish engines hold what vLLM loaded, by its own choice of fil
 the weights of the folder is proved with the same digests, before anything is drawn.
 """
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -25,6 +24,7 @@ import torch
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.cluster.session import remove_shared_folders
 from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.pool import EnginePool, Member
@@ -46,7 +46,7 @@ class TransferFolder:
     """A folder in shared memory that lives as long as the run. A context manager."""
 
     def __init__(self) -> None:
-        remove_left_behind()
+        remove_shared_folders()
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SHARED_MEMORY))
         self._lock = exclusive(self.path / _LOCK, "this run")
 
@@ -57,15 +57,6 @@ class TransferFolder:
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.__exit__(None, None, None)
-
-
-def remove_left_behind() -> None:
-    """Remove the folders of runs that were killed before they could; a living run holds the lock in its folder."""
-    for folder in _SHARED_MEMORY.glob(f"{_PREFIX}*-*"):
-        with contextlib.suppress(OSError):  # held, of another user, or just removed
-            if (folder / _LOCK).stat().st_uid == os.getuid():
-                with exclusive(folder / _LOCK, "another run"):
-                    shutil.rmtree(folder, ignore_errors=True)
 
 
 class WeightSync:

@@ -1,9 +1,10 @@
-"""A session that is started here listens on loopback only, and ends with its driver (real Ray)."""
+"""A session that is started here listens on loopback only, and ends with its driver, however that ends (real Ray)."""
 
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -91,6 +92,60 @@ def test_a_local_session_has_no_dashboard_shows_its_token_to_nobody_and_admits_n
             assert not any(TOKEN.encode() in data for data in (*commands, *files))
         finally:
             driver.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_and_nothing_else() -> None:
+    """Here the worker and a process of its own do not hear that Ray has gone."""
+    program = PROGRAM.replace("time.sleep(600)", "worker.hang.remote(); time.sleep(600)").replace(
+        "class Worker:",
+        """class Worker:
+    def hang(self):
+        import os, subprocess
+        from astar_megatron.cluster.stacks import show_on_signal
+        show_on_signal()
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        time.sleep(600)
+""",
+    )
+    with tempfile.TemporaryDirectory(prefix="e") as temporary:
+        with subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"TMPDIR": temporary},
+        ) as driver:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == "[42]\n"
+            while not (sleepers := {pid for pid in members(driver.pid) if command_of(pid) == "sleep 600 "}):
+                time.sleep(0.05)
+            pids = members(driver.pid)
+            os.killpg(driver.pid, signal.SIGUSR1)  # to the driver alone, of which it is the end here
+            assert driver.stdout.read() == ""  # the caretaker holds it until it is done
+            assert driver.wait() == -signal.SIGUSR1
+        until = time.monotonic() + 20
+        while (left := {pid for pid in pids if alive(pid)}) and time.monotonic() < until:  # the caretaker itself
+            time.sleep(0.1)
+        assert sleepers <= pids and not left
+        (folder,) = Path(temporary).iterdir()
+        assert {path.name for path in folder.iterdir()} == {"lock", "session_latest", session_of(folder).name}
+        assert {path.name for path in session_of(folder).iterdir()} == {"logs"}
+        assert "by faulthandler" in (session_of(folder) / "logs" / "stacks.txt").read_text()
+        (output,) = [path for path in session_of(folder).glob("logs/worker-*.err") if "in hang" in path.read_text()]
+        assert output.name in (session_of(folder) / "logs" / "stacks.txt").read_text()
+
+
+def session_of(folder: Path) -> Path:
+    (path,) = folder.glob("session_[0-9]*")
+    return path
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def alive(pid: int) -> bool:

@@ -62,7 +62,10 @@ with SessionFolder() as folder:
                               start_new_session=True)
     name = holder.stdout.readline().decode().strip()
     folder.remember(os.getpid())
-    print(holder.pid, folder.path, name, flush=True)
+    (folder.path / "session_1" / "logs").mkdir(parents=True)
+    output = (folder.path / "session_1" / "logs" / "worker-1.out").open("w")
+    worker = subprocess.Popen(["sleep", "600"], stdout=output, start_new_session=True)
+    print(holder.pid, folder.path, name, folder._caretaker.pid, worker.pid, flush=True)
     input()
 """
 
@@ -70,12 +73,13 @@ with SessionFolder() as folder:
 def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run_keeps_its_own() -> None:
     with subprocess.Popen([sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        holder, path, name = process.stdout.readline().decode().split()
+        holder, path, name, caretaker, worker = process.stdout.readline().decode().split()
         folder, semaphore = Path(path), SHARED_MEMORY / f"sem.{name}"
         age(folder, days=0.5)
         session.remove_left_behind()
         assert semaphore.exists()
-        process.kill()
+        for pid in (caretaker, process.pid, worker):
+            os.kill(int(pid), signal.SIGKILL)
         process.wait()
         os.killpg(int(holder), signal.SIGKILL)  # with the process that would have removed it, as Ray does
         assert semaphore.exists()
@@ -84,6 +88,28 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run
         age(folder, days=2)
         session.remove_left_behind()
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_driver_had_started_ends_and_of_its_folder_the_logs_stay(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        holder, path, name, caretaker, worker = process.stdout.readline().decode().split()
+        folder = Path(path)
+        if number != signal.SIGKILL:
+            os.kill(int(caretaker), number)  # which whoever sends it to every process of a run sends to this one too
+        os.killpg(process.pid, number)
+        os.killpg(int(holder), signal.SIGKILL)  # it has nothing open in the folder
+        assert process.stdout.read() == b""  # held until all is done
+    assert not Path(f"/proc/{worker}/exe").exists()
+    assert not (SHARED_MEMORY / f"sem.{name}").exists()
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    assert left == {"lock", "session_1", "session_1/logs", "session_1/logs/worker-1.out"}
+    assert session.log_folder(process.pid) == folder / "session_1" / "logs"
+    age(folder, days=2)
+    session.remove_left_behind()
 
 
 def test_shared_memory_of_others_and_in_folders_is_not_the_run_s() -> None:

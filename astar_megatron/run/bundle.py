@@ -1,0 +1,89 @@
+"""What is kept of a run that ended badly, for whoever looks into it: one folder, <run_dir>/bundle_<time>/.
+
+    why.txt         the command, how it ended, why it was not started again, and how the stacks were taken
+    output.txt      the end of what the driver printed
+    logs/           the end of each output of Ray, ranks and engines, and stacks.txt (cluster/session_stacks.py)
+    config.json, versions.json, metrics.jsonl (the last lines)
+    bad_batch/      the newest batch whose loss or gradient was not finite, if there is one
+
+What variables of the environment hold that are secrets by their names is taken out of all but bad_batch/.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from astar_megatron.cluster import session
+from astar_megatron.cluster.session_stacks import STACKS_FILE
+from astar_megatron.config import RunConfig
+from astar_megatron.data.files import make_folder, storage_error
+from astar_megatron.run import machine
+from astar_megatron.run.tracking import METRICS_FILE
+
+_BAD_BATCHES = "bad_batches"  # data/bad_batches.py writes them, and imports torch
+_TAIL_BYTES = 256 << 10  # of a file
+_METRICS_LINES = 20
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SHORTEST_SECRET = 8  # characters: a shorter value stands in words that are none
+
+
+def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
+    """Write the bundle of a run whose driver, the process of that number, has ended; return its folder.
+
+    Raises StorageError.
+    """
+    run_dir = Path(cfg.run_dir)
+    folder = run_dir / time.strftime("bundle_%Y-%m-%d_%H-%M-%S")
+    incomplete = folder.with_name(f"{folder.name}.incomplete")
+    logs = session.log_folder(driver)
+    texts = {
+        "why.txt": f"{why}\nStacks: {_ways(logs)}.\n",
+        "output.txt": output,
+        "config.json": json.dumps(cfg.model_dump(), indent=1) + "\n",
+        "versions.json": json.dumps(machine.versions(), indent=1) + "\n",
+        METRICS_FILE: "".join(_tail(run_dir / METRICS_FILE).splitlines(keepends=True)[-_METRICS_LINES:]),
+    }
+    texts |= {f"logs/{path.name}": _tail(path) for path in (logs.iterdir() if logs else ()) if path.is_file()}
+    batches = sorted((run_dir / _BAD_BATCHES).glob("step_*"), key=lambda path: path.stat().st_mtime)
+    try:
+        make_folder(incomplete / "logs")
+        for name, text in texts.items():
+            if text:
+                (incomplete / name).write_text(without_secrets(text, os.environ), encoding="utf-8")
+        if batches:
+            shutil.copytree(batches[-1], incomplete / "bad_batch")
+        incomplete.rename(folder)
+    except OSError as error:
+        raise storage_error(f"{folder}: can't write the bundle", error) from error
+    return folder
+
+
+def without_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """Return a text with the name of its variable in place of each secret of the environment."""
+    secrets = {
+        value: name for name, value in environment.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET
+    }
+    for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
+        text = text.replace(value, f"<{secrets[value]}>")
+    return text
+
+
+def _ways(logs: Path | None) -> str:
+    if logs is None:
+        return "none: no process of the run's cluster was left, nor its logs"
+    text = _tail(logs / STACKS_FILE)
+    ways = [way for way in ("py-spy", "faulthandler") if f"by {way}" in text]
+    return f"logs/{STACKS_FILE}, by {' and '.join(ways)}" if ways else "none: no worker was left to be asked"
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except OSError:  # it is not there
+        return ""

@@ -1,0 +1,137 @@
+"""PROGRAM: `astar train --supervise`, training in a process of its own that is started again when chance has ended it.
+
+Chance: it was killed, a process of the run was, or a signal asked it to go on later. Not: what it has refused, an error
+of its own, Ctrl-C. A signal that comes here is passed on, and then nothing is started again. The restarts end after
+`supervise.max_restarts_per_hour`, and after one that brought no step: a bundle of what there is to look at is left.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from astar_megatron.cluster.endings import ended
+from astar_megatron.cluster.signals import LOST, RESUME
+from astar_megatron.config import RunConfig
+from astar_megatron.run import bundle, commands
+from astar_megatron.run.tracking import Screen, read_metrics
+
+_HOUR = 3600.0
+_OUTPUT_BYTES = 1 << 20  # of the child's output, kept for a bundle
+_CARE_SECONDS = 30.0  # for what a killed child has started to be ended; see cluster/caretaker.py
+_BY_USER = (2, 128 + signal.SIGINT)  # what has been refused, and Ctrl-C: they need no bundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a child ended: its status as `subprocess` has it, its process number, the end of its output."""
+
+    status: int
+    pid: int = 0
+    output: str = ""
+
+
+def main(cfg: RunConfig, words: Sequence[str]) -> int:
+    """Run `astar WORDS`, a training under `cfg`, until it ends for good; return the exit status of the last one."""
+    child = Child(words)
+    child.pass_signals_on()
+    screen = Screen()
+    end, reason = supervise(cfg, child.run, lambda: child.stopped, screen)
+    if reason:
+        why = f"astar {' '.join(words)}\nThe last process {ended(end.status)}: {reason}."
+        try:
+            folder = bundle.leave(cfg, why, end.output, end.pid)
+            screen.say(f"supervise: {ended(end.status)}; {reason}; what there is to look at lies in {folder}")
+        except OSError as error:
+            screen.say(f"supervise: {ended(end.status)}; {reason}; {error}")
+    if child.stopped and end.status in (-signal.SIGTERM, -signal.SIGUSR1):  # before it could heed them
+        return RESUME
+    return end.status if end.status >= 0 else 128 - end.status
+
+
+def supervise(
+    cfg: RunConfig,
+    run: Callable[[], End],
+    is_stopped: Callable[[], bool],
+    screen: Screen,
+    now: Callable[[], float] = time.monotonic,
+) -> tuple[End, str]:
+    """Call `run` until it ends for good; return that end, and why it was not run again if a bundle is due ("": none).
+
+    `is_stopped` says whether somebody has asked for the end.
+    """
+    restarts: list[float] = []
+    most = _steps(cfg.run_dir)
+    while True:
+        end = run()
+        steps = _steps(cfg.run_dir)
+        if end.status == 0 or end.status in _BY_USER or is_stopped():
+            return end, ""
+        if not (end.status < 0 or end.status in (LOST, RESUME)):
+            return end, "a restart does not mend that"
+        moment = now()
+        recent = [earlier for earlier in restarts if earlier > moment - _HOUR]
+        if len(recent) >= cfg.supervise.max_restarts_per_hour:
+            return end, f"{len(recent)} restarts within an hour (supervise.max_restarts_per_hour)"
+        if restarts and steps <= most:
+            return end, f"the last restart brought no step beyond {most}"
+        most = max(most, steps)
+        restarts.append(moment)
+        screen.say(f"supervise: {ended(end.status)} after {steps} steps; started again, restart {len(restarts)}")
+
+
+class Child:
+    """`astar` with `words` in a process of its own, which is asked to end when this one has died."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words, self._process = words, None
+        self.stopped = False
+
+    def pass_signals_on(self) -> None:
+        """Pass on what asks a program to end, from now on. Ctrl-C too, unless it is ignored, as in the background."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        self.stopped = True
+        if self._process is None:
+            raise SystemExit(RESUME)
+        self._process.send_signal(number)
+
+    def run(self) -> End:
+        """Start it and wait for its end, and for that of all that it had started; its output is shown."""
+        process = commands.start(self._words, subprocess.PIPE, own_group=True)  # each signal reaches it once, from here
+        assert process.stdout is not None
+        self._process, output = process, bytearray()
+        if self.stopped:  # in the moment before
+            process.terminate()
+        reader = threading.Thread(target=_show, args=(process.stdout.fileno(), output), daemon=True)
+        reader.start()
+        status = process.wait()
+        reader.join(_CARE_SECONDS)
+        self._process = None
+        return End(status=status, pid=process.pid, output=output.decode(errors="replace"))
+
+
+def _show(descriptor: int, output: bytearray) -> None:
+    """Copy what comes to this program's output, and keep its end in `output`."""
+    while data := os.read(descriptor, 65536):
+        output += data
+        del output[:-_OUTPUT_BYTES]
+        with suppress(OSError):  # nobody reads it any more; the child must not wait for that
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+
+def _steps(run_dir: str) -> int:
+    """How many steps the metrics of a run know."""
+    with suppress(ValueError):
+        return max((line["step"] + 1 for line in read_metrics(Path(run_dir))), default=0)
+    return 0
