@@ -83,10 +83,6 @@ class Driver:
         """The process that this one watches over."""
         return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()[0])
 
-    def named(self, title: str) -> int:
-        """The process of this one's descendants that calls itself so."""
-        return next(pid for pid in session.process_tree(self.process.pid) if name_of(pid).startswith(title))
-
     def remove(self) -> None:
         if self.process.poll() is None:
             self.end(signal.SIGKILL)
