@@ -60,8 +60,8 @@ def sweep(
 @app.command()
 def train(
     config_file: Config,
-    supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it was killed.")] = False,
     dry_run: DryRun = False,
+    supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it was killed.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Stage 2: on-policy A*PO from the V* table. Run again to continue."""

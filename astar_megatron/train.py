@@ -89,11 +89,12 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             objective.learn(rollouts, health)
             seconds = clock.stop() | {"engines_idle": source.idle_seconds(), "checkpoint": saves.seconds()}
-            replaced = {"engines_replaced": fleet.engines.num_replaced()}
-            record.add(rollouts, batch, stats, health, seconds, evaluated | replaced)
+            record.add(rollouts, batch, stats, health, seconds, evaluated | fleet.replaced())
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
                 saves.begin(step + 1, batches, objective)
-                ends.saved(step + 1, saves.wait)
+                if ends.asked:
+                    saves.finish()
+                    ends.saved(step + 1)
             saves.poll()
         for words in spending.reached:
             tracker.say(words)

@@ -65,9 +65,11 @@ DEVICE_FILES = (
 # Megatron's own names, which mean the same on every device.
 DEVICE_NEUTRAL_NAMES = ("get_cuda_rng_tracker", "model_parallel_cuda_manual_seed")
 # Libraries are told things through the environment, before they are imported; nobody reads a mode from it.
-ENVIRONMENT_READERS = ("astar_megatron/run/bundle.py",)  # it looks for secrets, to take them out of what it writes
+ENVIRONMENT_READERS = (
+    "astar_megatron/run/bundle.py",  # it looks for secrets, to take them out of what it writes
+    "astar_megatron/rollout/scoring.py",  # it passes a part of it on to rewards
+)
 ENVIRONMENT_SETTERS = ("astar_megatron/rollout/", "astar_megatron/cluster/", "astar_megatron/model/backend.py")
-PASSES_ENVIRONMENT_ON = "astar_megatron/rollout/scoring.py"  # a part of it, to rewards; it reads no mode from it
 MAX_FILE_LINES = 400
 MAX_PROGRAM_LINES = 150
 METHOD_WORDS = re.compile(r"\b(v_star|advantage|beta1|beta2|clip)\b")
@@ -433,7 +435,7 @@ def environment_uses(files: list[Source]) -> Iterator[str]:
                 case ast.Attribute(attr="environ" | "environb" | "getenv", value=ast.Name(id="os")):
                     if is_in(source.path, ENVIRONMENT_READERS):
                         continue
-                    if id(node) not in setting and source.path != PASSES_ENVIRONMENT_ON:
+                    if id(node) not in setting:
                         yield f"{source.path}:{node.lineno}: reads the environment; make it a key of the configuration"
                     elif not is_in(source.path, ENVIRONMENT_SETTERS):
                         yield f"{source.path}:{node.lineno}: sets the environment"

@@ -27,6 +27,10 @@ def heed() -> None:
     _call_on_first(_end_at_once)
 
 
+class TimeIsUp(SystemExit):
+    """The end of a run whose time after a signal is over: nothing is waited for any more."""
+
+
 class StepEnds:
     """Within it signals are heeded where a step has been saved. A context manager, for the main thread.
 
@@ -81,11 +85,15 @@ class StepEnds:
             return
         left = max(self._seconds, default=0.0) - (time.monotonic() - self._begun)
         most = self._grace_seconds - _END_SECONDS
-        if most <= max(left, 0.0):
-            _end_at_once(f"{name}, and {left:.0f} s of a step do not fit train.grace_seconds={self._grace_seconds:g}")
+        too_short = f"{left:.0f} s of a step do not fit train.grace_seconds={self._grace_seconds:g}"
+        if most <= 0.0:
+            _end_at_once(f"{name}, and {too_short}", TimeIsUp)
+        over = f"{name}, and the step was not saved in {most:.0f} s"
+        signal.signal(signal.SIGALRM, lambda *_: _end_at_once(over, TimeIsUp))
+        signal.setitimer(signal.ITIMER_REAL, most)  # also for a checkpoint that is being written
+        if most <= left:
+            _end_at_once(f"{name}, and {too_short}")
         _say(f"{name}: ends when this step is saved, in {most:.0f} s at most; a second signal ends it at once")
-        signal.signal(signal.SIGALRM, lambda *_: _end_at_once(f"{name}, and the step did not end in {most:.0f} s"))
-        signal.setitimer(signal.ITIMER_REAL, most)
 
 
 def _call_on_first(act: Callable[[str], None]) -> None:
@@ -105,9 +113,9 @@ def _call_on_first(act: Callable[[str], None]) -> None:
         signal.signal(number, hear)
 
 
-def _end_at_once(reason: str) -> NoReturn:
+def _end_at_once(reason: str, end: type[SystemExit] = SystemExit) -> NoReturn:
     _say(f"ended by {reason}; the same command goes on")
-    raise SystemExit(RESUME)
+    raise end(RESUME)
 
 
 def _say(text: str) -> None:

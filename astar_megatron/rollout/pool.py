@@ -351,10 +351,14 @@ class EnginePool:
             count, self._num_replaced = self._num_replaced, 0
         return count
 
-    def close(self) -> None:
+    def let_go(self) -> None:
+        """Replace no engine any more: they are about to be ended."""
         with self._changed:
             self._closing.set()
             self._changed.notify_all()
+
+    def close(self) -> None:
+        self.let_go()
         self._cluster.remember_shared_files()  # an engine may be about to start
         calls = [self._begin(member, lambda engine: engine.close()) for member in self._members if not member.is_lost]
         self._cluster.close("engines: close", calls)

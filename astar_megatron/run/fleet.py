@@ -180,6 +180,10 @@ class Fleet:
             restart()
             self.engines.go_on()
 
+    def replaced(self) -> dict[str, int]:
+        """Return how many engines have been replaced since the last call, as the step's metrics have it."""
+        return {"engines_replaced": self.engines.num_replaced()}
+
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""
         with TransferFolder() as transfer:
@@ -269,7 +273,12 @@ def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None)
 @contextmanager
 def _closed_in_the_end[T: (EnginePool, PolicyGroup)](group: T) -> Iterator[T]:
     """`group`, which is closed after the body; not after an error or a signal: it may be busy, and Cluster ends it."""
-    yield group
+    try:
+        yield group
+    except BaseException:
+        if isinstance(group, EnginePool):
+            group.let_go()
+        raise
     group.close()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.cluster.signals import TimeIsUp
 from astar_megatron.config import CheckpointConfig
 from astar_megatron.data import rollout_files
 from astar_megatron.data.files import StorageError, make_folder, storage_error, sync, write_atomic
@@ -45,7 +46,8 @@ class _Begun:
 
 
 class Saves:
-    """The checkpoints that a run writes to `folder`, one at a time. A context manager: leaving it waits for the last.
+    """The checkpoints that a run writes to `folder`, one at a time. A context manager: leaving it waits for the last,
+    but on TimeIsUp.
 
     `record` goes into each progress.json. Where one can't be written `say` is told and training goes on; leaving raises
     StorageError if that was the last.
@@ -69,10 +71,9 @@ class Saves:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is None:
-            self.wait()
-            if self._failure:
-                raise self._failure
-            return
+            return self.finish()
+        if isinstance(error, TimeIsUp):
+            return None
         try:
             self.wait(_ANSWER_SECONDS)
         except ClusterError:  # the error that brought us here is the one to see
@@ -125,6 +126,12 @@ class Saves:
             if self._begun is not None:
                 time.sleep(_POLL_SECONDS)
         self._seconds = counted + time.perf_counter() - start
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way. Raises StorageError where the last one could not be written."""
+        self.wait()
+        if self._failure:
+            raise self._failure
 
     def seconds(self) -> float:
         """Return the seconds that training has waited for checkpoints since it was asked last."""

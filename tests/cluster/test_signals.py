@@ -90,7 +90,7 @@ def test_where_a_step_does_not_fit_the_time_given_it_is_left() -> None:
 def test_a_step_that_takes_longer_than_those_before_is_left_when_the_time_is_over() -> None:
     status, lines, error = ended("13", "hangs", after="step 2", signals=[signal.SIGTERM])
     assert (status, lines) == (RESUME, CLEANED)
-    assert "ends when this step is saved, in 3 s at most" in error and "did not end in 3 s" in error
+    assert "ends when this step is saved, in 3 s at most" in error and "was not saved in 3 s" in error
 
 
 def test_a_signal_that_has_also_ended_the_run_s_processes_is_still_one_to_go_on_from() -> None:
