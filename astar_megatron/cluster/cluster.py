@@ -3,7 +3,10 @@
 A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
 network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
 
-Leaves out what only several nodes need: placement by node, replacement of dead actors.
+A cluster of several nodes is only joined where they ask for a token. What a node alone can say of itself (nodes.py) is
+asked there.
+
+Leaves out the replacement of dead actors.
 """
 
 import contextlib
@@ -15,30 +18,32 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray._private import ray_constants, state
-from ray._private.worker import global_worker
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from astar_megatron.cluster import nodes
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
+from astar_megatron.cluster.endings import core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.session import SessionFolder
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 # Ray puts the folder in which it is started or joined before everything else on its workers' Python path: a numbers.py
 # of the user's would be imported there in place of Python's. No module lies here.
 _NEUTRAL_FOLDER = "/"
 _SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # nor do processes that an actor starts look for modules where they run
 _CLOSE_SECONDS = 20.0
 _OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
+_NODE_SECONDS = 60.0  # for a node to answer: it may have to start a process for it
 _ENDS = (RayActorError, OutOfMemoryError)  # of processes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
@@ -50,7 +55,8 @@ class Cluster:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
         self._memory_kills = 0
-        self.num_nodes, self.num_gpus = 0, 0
+        self.nodes: dict[str, str] = {}  # address by Ray's id, this process's own first
+        self.num_gpus = 0
 
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -63,12 +69,11 @@ class Cluster:
             self._join(self._cfg.address) if self._cfg.address else self._begin()
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
-            self.num_nodes = sum(node["Alive"] for node in ray.nodes())
+            self._here = ray.get_runtime_context().get_node_id()
+            alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+            self.nodes = dict(sorted(alive.items(), key=lambda node: (node[0] != self._here, node[1])))
             if self.num_nodes > 1:
-                raise ClusterError(
-                    f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes "
-                    "(gloo and NCCL) have run within one machine only so far: join a cluster of one node"
-                )
+                self._check_tokens()
             self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
             self._ends = stack.pop_all()
         return self
@@ -84,7 +89,7 @@ class Cluster:
                 address="local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
+                _node_ip_address=LOOPBACK,
                 _temp_dir=str(self._folder.path),
                 **_QUIET,
             )
@@ -122,14 +127,42 @@ class Cluster:
         return None if self._cfg.address else str(self._folder.path)
 
     @property
-    def address(self) -> str:
-        """Where actors of this run reach each other: loopback, unless there are several nodes."""
-        return _LOOPBACK if self.num_nodes == 1 else ray.util.get_node_ip_address()
+    def num_nodes(self) -> int:
+        return len(self.nodes)
 
-    @property
-    def log_folder(self) -> Path:
-        """Where the output of this session's processes lies, on this machine."""
-        return Path(_log_folder())
+    def on_node[T](self, node: str, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a function answers on a node, by Ray's id of it. Raises ClusterError where it does not.
+
+        It is called in this process where that is its node, else in one that Ray starts there.
+        """
+        if node == self._here:
+            return function(*arguments)
+        if node not in self.nodes:
+            raise ClusterError("an actor that has not begun is on no node yet")
+        options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+        task = ray.remote(function).options(num_cpus=0, max_retries=0, **options).remote(*arguments)
+        try:
+            return ray.get(task, timeout=_NODE_SECONDS)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, ClusterError | ValueError):
+                raise error.cause from None
+            raise ClusterError(
+                f"node {self.nodes[node]} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
+                "that it is up, and that astar-megatron is installed there as it is here"
+            ) from None
+
+    def beside[T](self, actor: Any, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a function answers on the node of an actor that has begun; as `on_node`."""
+        return self.on_node(_node_of(actor._actor_id.hex()), function, *arguments)
+
+    def _check_tokens(self) -> None:
+        for node, address in self.nodes.items():
+            if not self.on_node(node, nodes.asks_token):
+                raise ClusterError(
+                    f"cluster.address: Ray on node {address} asks no token of those who reach it; start Ray on each of "
+                    f"the {self.num_nodes} nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (or one file, "
+                    "RAY_AUTH_TOKEN_PATH), and `astar` with the same"
+                )
 
     @property
     def timeout_seconds(self) -> float:
@@ -171,6 +204,10 @@ class Cluster:
         }
         if concurrency:
             options["max_concurrency"] = concurrency
+        if self.num_nodes > 1:
+            order = list(self.nodes)
+            node = order[-1] if kind == "engine" else order[min(index, len(order) - 1)]
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         handle = ray.remote(cls).options(**options).remote(**init)
         self._actors[handle._actor_id.hex()] = (kind, index, handle)
         return handle
@@ -202,38 +239,59 @@ class Cluster:
             if other is not None and _is_end(other):
                 failed, error = reference, other
                 break
-        (kind, index), outputs = self._outputs(failed)
+        kind, index, actor = self._caller(failed)
         name, text = f"{kind} {index}", re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without Ray's colours
         is_lost = _is_end(error)
         if is_lost:
             event = "the process ended"
-            cause = _low_memory(text) or cause_in(outputs) or _end_of_process(text)
+            cause = _low_memory(text) or self._last_error(actor) or _end_of_process(text)
         else:
             event, cause = text, text.strip().splitlines()[-1]
             if is_secondary(cause):
-                cause = _cause_in(outputs) or core_end(cause) or cause
+                cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
-        message = f"{action}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
+        message = f"{action}: {name}: {event}\nThe output of its processes lies in {self._logs(actor)}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
 
     def _late(self, action: str, pending: Sequence[Any], seconds: float) -> ClusterError:
         """What to raise where there was no answer in time, with the last error of each that did not answer."""
-        outputs = [self._outputs(reference) for reference in pending]
-        causes = [f"\n{kind} {index}: {cause}" for (kind, index), files in outputs if (cause := cause_in(files))]
+        actors = [self._caller(reference) for reference in pending]
+        causes = [f"\n{kind} {index}: {cause}" for kind, index, actor in actors if (cause := self._last_error(actor))]
+        folders = dict.fromkeys(self._logs(actor) for *_, actor in actors)
         return ClusterError(
             f"{action}: no answer in {seconds:.0f} s; raise cluster.start_timeout_seconds on a slow machine. The "
-            f"output of its processes lies in {_log_folder()}{''.join(causes)}"
+            f"output of its processes lies in {' and '.join(folders)}{''.join(causes)}"
         )
 
-    def _outputs(self, reference: Any) -> tuple[tuple[str, int], list[Path]]:
-        """The actor that a call was made on, by kind and index, and the files of its output, what it logged first."""
+    def _caller(self, reference: Any) -> tuple[str, int, str]:
+        """The actor that a call was made on: its kind, its index, Ray's id of it."""
         actor = reference.task_id().actor_id().hex()
         kind, index, _ = self._actors.get(actor, ("actor", 0, None))
-        pid = state.actors(actor).get("Pid")
-        return (kind, index), [
-            path for end in ("out", "err") for path in Path(_log_folder()).glob(f"worker-*-{pid}.{end}")
-        ]
+        return kind, index, actor
+
+    def _last_error(self, actor: str, seconds: float = 0.0) -> str | None:
+        """The last error in an actor's output; waits a little for what a child's end still has to say, if asked to."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(ClusterError):  # its node may have gone with it
+            while True:
+                cause = self.on_node(_node_of(actor), nodes.last_error, state.actors(actor).get("Pid"))
+                if cause is not None or time.monotonic() > until:
+                    return cause
+                time.sleep(0.1)
+        return None
+
+    def _logs(self, actor: str) -> str:
+        """The folder of an actor's output, with its node where there are several."""
+        node, folder = _node_of(actor), "the logs of Ray's session"
+        with contextlib.suppress(ClusterError):
+            folder = str(self.on_node(node, nodes.log_folder))
+        return folder + (f" on node {self.nodes.get(node, node)}" if self.num_nodes > 1 else "")
+
+
+def _node_of(actor: str) -> str:
+    """Ray's id of the node on which an actor runs or ran."""
+    return state.actors(actor).get("Address", {}).get("NodeID", "")
 
 
 def _is_end(error: Exception) -> bool:
@@ -257,14 +315,6 @@ def _error_of(reference: Any) -> Exception | None:
     return None
 
 
-def _cause_in(outputs: Sequence[Path]) -> str | None:
-    """The last error in `outputs`; waits a little for what a child's end, told by its parent, still has to say."""
-    until = time.monotonic() + _OTHERS_SECONDS
-    while (cause := cause_in(outputs)) is None and time.monotonic() < until:
-        time.sleep(0.1)
-    return cause
-
-
 def _end_of_process(text: str) -> str:
     """How Ray says that a process ended, without what it says of every end."""
     if match := re.search(r"exits with an exit code (\d+)\.( The process receives a SIGTERM)?", text):
@@ -282,11 +332,6 @@ def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
     if not num_gpus:
         return 0
     return 0.5 if shared else workers
-
-
-def _log_folder() -> str:
-    node = global_worker.node
-    return node.get_logs_dir_path() if node else "the logs of Ray's session"
 
 
 def _knock(address: str) -> None:

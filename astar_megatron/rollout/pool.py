@@ -1,14 +1,18 @@
 """The pool: engines as Ray actors. Requests reach them, and rollouts come of them, in source.py."""
 
+import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 import ray
 
+from astar_megatron.cluster import nodes
 from astar_megatron.cluster.calls import Call
 from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.start_log import StartLog
@@ -18,6 +22,19 @@ from conversion.transfer.route import Place
 _LOG = logging.getLogger(__name__)
 
 type Stream = Any  # Ray's generator of what an engine answers to one call
+
+
+class EngineActor(Engine):
+    """An engine that writes its start log, by this name, among those of its node."""
+
+    def __init__(self, *, log: str, options: EngineOptions) -> None:
+        os.environ.update(StartLog.make(nodes.log_folder(), log).environment())
+        super().__init__(options)
+
+
+def _phase(log: str, has_graphs: bool) -> str:
+    """What the engine of this node that writes `log` does."""
+    return StartLog.of(nodes.log_folder(), log).phase(has_graphs=has_graphs)
 
 
 class EnginePool:
@@ -57,17 +74,17 @@ class EnginePool:
             on_gpu=on_gpu,
         )
         pool = uuid.uuid4().hex[:8]  # a session may have several pools
-        names = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
-        self._logs = [StartLog.make(cluster.log_folder, name) for name in names]
+        self._logs = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
         env = _environment(cluster, rollout)
         self._engines = [
             cluster.actor(
                 "engine",
                 index,
-                Engine,
-                env=env | log.environment(),
+                EngineActor,
+                env=env,
                 num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
                 concurrency=1000,
+                log=log,
                 options=options,
             )
             for index, log in enumerate(self._logs)
@@ -82,8 +99,10 @@ class EnginePool:
         _, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
         if not starting:
             return ""
-        index = self._starting.index(starting[0])
-        return f"engine {index}: {self._logs[index].phase(has_graphs=self._has_graphs)}"
+        index, phase = self._starting.index(starting[0]), "starting its process"
+        with contextlib.suppress(ClusterError):  # it has not begun, or its node has just ended
+            phase = self._cluster.beside(self._engines[index], _phase, self._logs[index], self._has_graphs)
+        return f"engine {index}: {phase}"
 
     def start(self) -> None:
         """Wait until every engine can generate."""
@@ -161,6 +180,5 @@ def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
         threads=cluster.threads(rollout.num_engines * rollout.tensor),
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
-        num_nodes=cluster.num_nodes,
         socket_folder=cluster.socket_folder,
     )

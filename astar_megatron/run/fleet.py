@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.cluster import folders
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
@@ -50,6 +51,8 @@ class Fleet:
         cfg, tracker = self._cfg, self._tracker
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(Cluster(cfg.cluster))
+        folders.check_read(cluster, "model.path", _absolute(cfg.model.path))
+        folders.check_written(cluster, "run_dir", _absolute(cfg.run_dir))
         if cluster.num_gpus:
             check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
@@ -106,7 +109,10 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
 
     Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
-    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, model_path)) as engines:
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(cfg.cluster))
+        folders.check_read(cluster, "model" if model_path else "model.path", _absolute(model_path or cfg.model.path))
+        engines = stack.enter_context(closing(start_engines(cfg, cluster, model_path)))
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
         _wait_for(engines, tracker)
         loaded.verify(engines)

@@ -10,7 +10,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ ADDRESSES = ("10.231.14.1", "10.231.14.2")
 INTERFACE = "cable"
 _PORT = 6379
 _HOLD = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child"]
-_PREPARE = "mount -t tmpfs -o size=2g,mode=1777 tmpfs /dev/shm && ip link set lo up && echo ready && exec sleep infinity"
+_PREPARE = "mount -t tmpfs -o size=2g tmpfs /dev/shm && ip link set lo up && echo ready && exec sleep infinity"
 _RAY = Path(sys.executable).with_name("ray")
 _OPTIONS = ["--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
 
@@ -49,7 +48,14 @@ class Nodes:
             **options,  # type: ignore[call-overload]
         )
 
-    def run(self, *command: str | Path, node: int = 0, cwd: Path | None = None, seconds: float = 1500) -> tuple[int, str]:
+    def kill(self, begun: subprocess.Popen[str], number: int) -> None:
+        """Send a signal to a command that `begin` began, which is the child of what entered the namespaces."""
+        for child in Path(f"/proc/{begun.pid}/task/{begun.pid}/children").read_text().split():
+            os.kill(int(child), number)
+
+    def run(
+        self, *command: str | Path, node: int = 0, cwd: Path | None = None, seconds: float = 1500
+    ) -> tuple[int, str]:
         """Return a command's exit status and output, when it has ended."""
         with self.begin(node, command, cwd=cwd) as process:
             try:
@@ -71,7 +77,9 @@ def two_nodes(*paths: Path) -> Iterator[Nodes]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     with contextlib.ExitStack() as stack:
-        nodes = Nodes(holders=(stack.enter_context(_namespaces()), stack.enter_context(_namespaces())), environment=environment)
+        nodes = Nodes(
+            holders=(stack.enter_context(_namespaces()), stack.enter_context(_namespaces())), environment=environment
+        )
         _join_by_cable(nodes)
         head = ["--head", f"--port={_PORT}", "--include-dashboard=false", "--temp-dir=/dev/shm/ray"]
         for node, role in enumerate([head, [f"--address={nodes.address}"]]):

@@ -1,0 +1,60 @@
+"""What a cluster of two nodes knows of each: real Ray in namespaces that share folders and nothing else."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from two_nodes import ADDRESSES, Nodes, two_nodes
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from test_cluster import Worker
+from astar_megatron.cluster import folders, nodes
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.config import ClusterConfig
+
+def say(words):
+    print("said", str(words).replace("\\n", "|"), flush=True)  # Ray writes lines of its own
+
+def attempt(call, *arguments):
+    try:
+        say(call(*arguments))
+    except ClusterError as error:
+        say(error)
+
+with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
+    say([cluster.on_node(node, nodes.address) for node in cluster.nodes])
+    say([cluster.on_node(node, nodes.interface_of, address) for node, address in cluster.nodes.items()])
+    far = cluster.actor("engine", 0, Worker, env={}, num_gpus=0)
+    for order in sys.argv[3:]:
+        attempt(lambda: cluster.wait("work", [far.obey.remote(order)], 30))
+    shared, own = Path(sys.argv[2]), Path("/dev/shm")  # which each node has for itself
+    (shared / "config.json").write_text("{}")
+    (own / "config.json").write_text("{}")
+    for folder in shared, own:
+        attempt(folders.check_read, cluster, "model.path", str(folder))
+        attempt(folders.check_written, cluster, "run_dir", str(folder))
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with two_nodes(Path(__file__).parent) as nodes:
+        yield nodes
+
+
+def test_nodes_are_asked_for_what_they_alone_know(nodes: Nodes, tmp_path: Path) -> None:
+    status, out = nodes.run(sys.executable, "-c", PROGRAM, nodes.address, tmp_path, "point", "tell", seconds=300)
+    assert status == 0, out
+    lines = [line.removeprefix("said ") for line in out.splitlines() if line.startswith("said ")]
+    addresses, interfaces, error, end, *folders = lines
+    assert (addresses, interfaces) == (str(list(ADDRESSES)), "['cable', 'cable']")
+    assert f" on node {ADDRESSES[1]}|engine 0: OSError: no space left for the cache" in error
+    assert f" on node {ADDRESSES[1]}|engine 0: RuntimeError: Unable to find address for: nope0" in end
+    assert folders[:2] == ["None", "None"]
+    assert folders[2].startswith(f"model.path=/dev/shm: node {ADDRESSES[1]} sees no file in place of ")
+    assert folders[3].startswith(f"run_dir=/dev/shm: node {ADDRESSES[1]} does not see this folder; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
