@@ -34,7 +34,7 @@ def run(tied_llama: Path, tmp_path: Path) -> Any:
     rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(4) for b in range(3)]
     prompts = samples.write_jsonl(tmp_path / "prompts.jsonl", rows)
 
-    def write(name: str, **sections: Any) -> tuple[list[str], Path]:
+    def write(name: str, address: str | None = None, **sections: Any) -> tuple[list[str], Path]:
         tree = samples.run_tree(
             run_dir=str(tmp_path / name),
             model={"path": str(tied_llama), "dtype": "float32"},
@@ -45,6 +45,7 @@ def run(tied_llama: Path, tmp_path: Path) -> Any:
             train={"num_steps": 3, "batch_size": 8, "mini_batch_size": 4, "micro_batch_tokens": 90},
             optim={"lr": 1e-3},
             rollout={"max_num_seqs": 16},
+            cluster={"address": address, "threads": 1, "start_timeout_seconds": SECONDS},
             **{"checkpoint": {"interval": 1}} | sections,
         )
         file = tmp_path / f"{name}.yaml"
@@ -74,8 +75,8 @@ def test_ranks_on_one_node_and_engines_on_the_other_compute_as_on_one_node_after
     nodes: Nodes, run: Any
 ) -> None:
     """The driver is killed after two steps of three, and the same command goes on from the shared folder."""
-    on_one_node(*(whole := run("whole", cluster={"threads": 1})))
-    command, folder = run("apart", cluster={"threads": 1, "address": nodes.address})
+    on_one_node(*(whole := run("whole")))
+    command, folder = run("apart", nodes.address)
     with nodes.begin(0, command, cwd=folder.parent) as first:
         until = time.monotonic() + SECONDS
         while len(read_metrics(folder)) < 2 and first.poll() is None and time.monotonic() < until:
@@ -91,8 +92,8 @@ def test_ranks_on_one_node_and_engines_on_the_other_compute_as_on_one_node_after
 
 def test_a_pipeline_over_both_nodes_computes_as_on_one_node(nodes: Nodes, run: Any) -> None:
     changes: dict[str, Any] = {"parallel": {"pipeline": 2}, "checkpoint": {"interval": 2}}
-    on_one_node(*(whole := run("whole", cluster={"threads": 1}, **changes)))
-    command, folder = run("across", cluster={"threads": 1, "address": nodes.address}, **changes)
+    on_one_node(*(whole := run("whole", **changes)))
+    command, folder = run("across", nodes.address, **changes)
     status, out = nodes.run(*command, cwd=folder.parent, seconds=SECONDS)
     assert status == 0, out
     check_equal(folder, whole[1], 3)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from two_nodes import ADDRESSES, Nodes, two_nodes
 
+from astar_megatron.cluster.nodes import interface_of
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -40,6 +42,14 @@ with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
 """
 
 
+JOIN = """
+import sys
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.config import ClusterConfig
+with Cluster(ClusterConfig(address=sys.argv[1])): pass
+"""
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     with two_nodes(Path(__file__).parent) as nodes:
@@ -58,3 +68,16 @@ def test_nodes_are_asked_for_what_they_alone_know(nodes: Nodes, tmp_path: Path) 
     assert folders[2].startswith(f"model.path=/dev/shm: node {ADDRESSES[1]} sees no file in place of ")
     assert folders[3].startswith(f"run_dir=/dev/shm: node {ADDRESSES[1]} does not see this folder; ")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_nodes_that_ask_for_no_token_are_not_joined() -> None:
+    with two_nodes(auth_mode="disabled") as nodes:
+        status, out = nodes.run(sys.executable, "-c", JOIN, nodes.address, seconds=300)
+    assert status == 1
+    assert f"ClusterError: cluster.address: Ray on node {ADDRESSES[0]} asks no token of those who reach it; " in out
+
+
+def test_an_address_that_no_interface_has_is_named() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    with pytest.raises(ValueError, match=r"^node 192\.0\.2\.1 .* has no interface with this address, only "):
+        interface_of("192.0.2.1")

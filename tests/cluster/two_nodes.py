@@ -67,13 +67,13 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def two_nodes(*paths: Path) -> Iterator[Nodes]:
+def two_nodes(*paths: Path, auth_mode: str = "token") -> Iterator[Nodes]:
     """A Ray cluster whose head is node 0; `paths` come first on the Python path of all its processes."""
     _skip_where_impossible()
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, [*paths, Path(__file__).parents[2]])),
         "HF_HUB_OFFLINE": "1",
-        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_MODE": auth_mode,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     with contextlib.ExitStack() as stack:
