@@ -59,9 +59,9 @@ def sweep(
 
 
 @app.command()
-def train(config_file: Config, overrides: Overrides = None) -> None:
+def train(config_file: Config, dry_run: DryRun = False, overrides: Overrides = None) -> None:
     """Stage 2: on-policy A*PO from the V* table. Run again to continue."""
-    _program("train").main(config.load(config_file, overrides or ()))
+    _program("fit" if dry_run else "train").main(config.load(config_file, overrides or ()))
 
 
 @app.command()

@@ -40,6 +40,11 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.replicas
 
+    def describe(self) -> str:
+        """Return the axes that are longer than one, in words."""
+        axes = ("tensor", "pipeline", "virtual", "context", "data", "expert")
+        return " ".join(f"{axis}={size}" for axis in axes if (size := getattr(self, axis)) > 1) or "one rank"
+
 
 class RolloutConfig(Section):
     """The vLLM pool: `num_engines` engines of `tensor` workers each."""
@@ -74,6 +79,8 @@ class ClusterConfig(Section):
 
     address: Name | None = None
     """host:port of a Ray that runs; null: one is started on this machine."""
+    share_gpus: bool | None = None
+    """Whether policy ranks and engine workers are on the same GPUs; null: where there are too few for both apart."""
     threads: int | None = Field(default=None, ge=1)
     """[threads] CPU threads of an actor; null: a side's actors share the cores evenly."""
     start_timeout_seconds: float = Field(default=300.0, gt=0.0)

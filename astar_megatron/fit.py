@@ -1,17 +1,24 @@
-"""PROGRAM: `astar doctor --config` says whether a run can start, or go on, on this machine; nothing is started."""
+"""PROGRAM: whether a run can start, or go on, and where its processes would be; nothing is started.
 
+`astar doctor --config` asks it, and `astar train --dry-run`.
+"""
+
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RunConfig
 from astar_megatron.data.header import MissingTableError
-from astar_megatron.model import layouts
 from astar_megatron.run import resources
-from astar_megatron.run.prepare import check_ranks, prepare
+from astar_megatron.run.prepare import check_here, placement_of, prepare
+from astar_megatron.run.tracking import Screen
 from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
 
 
 def main(cfg: RunConfig) -> None:
-    """Say what a run needs of this machine. Raises ValueError, as training would, where it can't start or go on."""
+    """Say what a run needs and where it goes. Raises ValueError, as training would, where it can't start or go on.
+
+    A cluster that the run joins is joined to ask for its nodes, and left.
+    """
     inputs = prepare(cfg)
-    shares = check_ranks(cfg)
+    here = check_here(cfg)
     check_before_stage_1(cfg, inputs)
     try:
         done = "stage 1 is done" if stage_1(cfg, inputs) else f"{cfg.objective.name} needs no stage 1"
@@ -19,12 +26,21 @@ def main(cfg: RunConfig) -> None:
         done = "stage 1 is still to be done"
     else:
         check_training(cfg, inputs)
-    need = resources.needs(cfg, 4 * inputs.model.num_parameters(), resources.measure())
-    print(
-        f"this run can start here: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; "
-        f"{done}; policy on {layouts.described(cfg.parallel)}; it needs at least "
-        f"{need.memory_bytes / resources.GIB:.1f} GiB of memory and {need.shared_bytes / resources.GIB:.1f} "
-        "GiB of /dev/shm, activations on top"
-    )
+    screen = Screen()
+    if here:
+        placement, shares = here
+    else:
+        with Cluster(cfg.cluster) as cluster:
+            placement, shares = placement_of(cfg, cluster.nodes.values()), None
+    words = f"this run can start: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; {done}; "
+    words += f"policy on {cfg.parallel.describe()}"
+    if here:
+        need = resources.needs(cfg, 4 * inputs.model.num_parameters(), resources.measure())
+        words += (
+            f"; it needs at least {resources.gib(need.memory_bytes)} of memory and {resources.gib(need.shared_bytes)} "
+            "of /dev/shm, activations on top"
+        )
+    screen.say(words)
+    screen.table(placement.describe(), placement.rows())
     if shares:
-        print(shares.describe())
+        screen.say(shares.describe())

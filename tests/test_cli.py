@@ -279,8 +279,9 @@ def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(
     refused: Refused, machine: Callable[..., None]
 ) -> None:
     machine(num_accelerators=2)
-    error = refused("doctor", "parallel.tensor=2")
-    assert "tensor=2 makes 2 ranks" in error and "room for 1" in error and "one rank" in error
+    for name in ("doctor", "train", "train --dry-run"):
+        error = refused(name, "parallel.tensor=2", "cluster.share_gpus=false")
+        assert "tensor=2 makes 2 ranks" in error and "there are 2, 1 node of 2" in error and "one rank" in error
 
 
 def test_a_run_fits_the_only_accelerator_or_is_refused_with_the_figures(
@@ -289,8 +290,25 @@ def test_a_run_fits_the_only_accelerator_or_is_refused_with_the_figures(
     machine(num_accelerators=1, accelerator_bytes=80 * resources.GIB)
     assert command("doctor", "rollout.gpu_memory_utilization=0.25") == (0, "")
     machine(num_accelerators=1, accelerator_bytes=4 * resources.GIB)
-    assert "memory of the one GPU: the policy needs about 2." in refused("doctor")
-    assert "of 1 accelerators the engines take 2" in refused("doctor", "rollout.num_engines=2")
+    assert "memory of a shared GPU: a policy rank needs about 2." in refused("doctor")
+    assert "2 engines of 1 worker take 2" in refused("doctor", "rollout.num_engines=2")
+
+
+def test_a_dry_run_of_training_says_who_would_get_which_gpu_and_writes_nothing(
+    tree: Tree, tmp_path: Path, astar: Any, machine: Callable[..., None]
+) -> None:
+    machine(num_accelerators=4, accelerator_bytes=80 * resources.GIB)
+    tree |= {"rollout": {"tensor": 2}, "run_dir": str(tmp_path / "none")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    status, out, _ = astar("train", "--config", tmp_path / "run.yaml", "--dry-run")
+    assert status == 0 and not (tmp_path / "none").exists() and not ray.is_initialized()
+    table = out[out.index("1 policy rank and 1 engine on 3 of 4 GPUs, 1 node; none shared") :].splitlines()
+    assert [line.strip() for line in table[1:]] == [
+        "127.0.0.1 GPU 0: rank 0",
+        "127.0.0.1 GPU 1: engine 0",
+        "127.0.0.1 GPU 2: engine 0",
+        "127.0.0.1: 1 GPU idle",
+    ]
 
 
 def test_doctor_says_of_a_run_what_training_would(command: Command, refused: Refused, tree: Tree) -> None:

@@ -111,6 +111,7 @@ KEYS = {
     "rollout.graphs": None,
     "conversion.bucket_bytes": 64 << 20,
     "cluster.address": None,
+    "cluster.share_gpus": None,
     "cluster.threads": None,
     "cluster.start_timeout_seconds": 300.0,
     "checkpoint.interval": 50,

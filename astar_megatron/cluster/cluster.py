@@ -1,4 +1,4 @@
-"""Ray: started on this machine when no address is given, joined when one is; actors are placed here and nowhere else.
+"""Ray: started on this machine when no address is given, joined when one is; actors are started here and nowhere else.
 
 A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
 network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
@@ -18,6 +18,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ from astar_megatron.cluster import nodes
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import core_end, is_secondary, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.placement import Node, Placement, Seat
+from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder
 from astar_megatron.config import ClusterConfig
 
@@ -55,8 +58,8 @@ class Cluster:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
         self._memory_kills = 0
-        self.nodes: dict[str, str] = {}  # address by Ray's id, this process's own first
-        self.num_gpus = 0
+        self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
+        self._reservation: Reservation | None = None
 
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -69,12 +72,10 @@ class Cluster:
             self._join(self._cfg.address) if self._cfg.address else self._begin()
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
-            self._here = ray.get_runtime_context().get_node_id()
-            alive = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-            self.nodes = dict(sorted(alive.items(), key=lambda node: (node[0] != self._here, node[1])))
+            self.nodes = _nodes()
+            self._here = next(iter(self.nodes))
             if self.num_nodes > 1:
                 self._check_tokens()
-            self.num_gpus = int(ray.cluster_resources().get("GPU", 0))
             self._ends = stack.pop_all()
         return self
 
@@ -122,6 +123,20 @@ class Cluster:
         self._folder.remember(os.getpid())
 
     @property
+    def num_gpus(self) -> int:
+        return sum(node.num_gpus for node in self.nodes.values())
+
+    def reserve(self, placement: Placement) -> None:
+        """Hold the nodes and GPUs of a placement until the session is left; once. Raises ClusterError."""
+        self._reservation = Reservation(placement, self.timeout_seconds)
+
+    @property
+    def reservation(self) -> Reservation:
+        """What is held. Its placement has the seats of ranks and engines."""
+        assert self._reservation is not None, "nothing is reserved yet"
+        return self._reservation
+
+    @property
     def socket_folder(self) -> str | None:
         """Where actors put their unix sockets; None where they may run on another machine."""
         return None if self._cfg.address else str(self._folder.path)
@@ -147,7 +162,7 @@ class Cluster:
             if isinstance(error, RayTaskError) and isinstance(error.cause, ClusterError | ValueError):
                 raise error.cause from None
             raise ClusterError(
-                f"node {self.nodes[node]} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
+                f"node {self.nodes[node].address} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
                 "that it is up, and that astar-megatron is installed there as it is here"
             ) from None
 
@@ -156,11 +171,11 @@ class Cluster:
         return self.on_node(_node_of(actor._actor_id.hex()), function, *arguments)
 
     def _check_tokens(self) -> None:
-        for node, address in self.nodes.items():
-            if not self.on_node(node, nodes.asks_token):
+        for node in self.nodes.values():
+            if not self.on_node(node.id, nodes.asks_token):
                 raise ClusterError(
-                    f"cluster.address: Ray on node {address} asks no token of those who reach it; start Ray on each of "
-                    f"the {self.num_nodes} nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (or one file, "
+                    f"cluster.address: Ray on node {node.address} asks no token of those who reach it; start Ray on "
+                    f"each of the {self.num_nodes} nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (or one file, "
                     "RAY_AUTH_TOKEN_PATH), and `astar` with the same"
                 )
 
@@ -168,12 +183,14 @@ class Cluster:
     def timeout_seconds(self) -> float:
         return self._cfg.start_timeout_seconds
 
-    def threads(self, actors_on_this_side: int) -> int:
-        """CPU threads of one actor: `cluster.threads`, or the machine's cores shared among the actors of a side.
+    def threads(self, seats: Sequence[Seat], workers: int = 1) -> int:
+        """CPU threads of a process: `cluster.threads`, or the cores shared among those of a side that are on a node.
 
-        Policy and engines take turns, so each side may use all cores.
+        Each seat has so many `workers`. Policy and engines take turns, so each side may use all cores; every node is
+        taken to have as many as the driver's.
         """
-        return self._cfg.threads or max(1, int(available_cores()) // actors_on_this_side)
+        most = max(Counter(seat.node for seat in seats).values()) * workers
+        return self._cfg.threads or max(1, int(available_cores()) // most)
 
     def close(self, action: str, references: Sequence[Any]) -> None:
         """Wait a little for actors to end in order; whatever stands in the way, leaving the session kills them."""
@@ -187,27 +204,26 @@ class Cluster:
         cls: type,
         *,
         env: Mapping[str, str],
-        num_gpus: float,
+        seat: Seat | None = None,
         concurrency: int | None = None,
         **init: Any,
     ) -> Any:
         """Start an actor of `cls` and return its handle at once; `kind` and `index` name it in errors.
 
-        It asks for no logical CPUs: a laptop with two could otherwise not schedule a policy and an engine.
+        It asks Ray for nothing: `seat` (None: anywhere) is reserved, and its `env` says which GPUs it sees. Ray could
+        not give an engine halves of several, nor a laptop's two logical CPUs to more than two actors.
         """
         options: dict[str, Any] = {
             "num_cpus": 0,
-            "num_gpus": num_gpus,
+            "num_gpus": 0,
             "runtime_env": {
                 "env_vars": _SAFE_PATH | ({} if self._cfg.address else self._folder.environment) | dict(env)
             },
         }
+        if seat is not None:
+            options["scheduling_strategy"] = self.reservation.strategy(seat)
         if concurrency:
             options["max_concurrency"] = concurrency
-        if self.num_nodes > 1:
-            order = list(self.nodes)
-            node = order[-1] if kind == "engine" else order[min(index, len(order) - 1)]
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         handle = ray.remote(cls).options(**options).remote(**init)
         self._actors[handle._actor_id.hex()] = (kind, index, handle)
         return handle
@@ -286,7 +302,7 @@ class Cluster:
         node, folder = _node_of(actor), "the logs of Ray's session"
         with contextlib.suppress(ClusterError):
             folder = str(self.on_node(node, nodes.log_folder))
-        return folder + (f" on node {self.nodes.get(node, node)}" if self.num_nodes > 1 else "")
+        return folder + (f" on node {self.nodes[node].address}" if self.num_nodes > 1 and node in self.nodes else "")
 
 
 def _node_of(actor: str) -> str:
@@ -324,14 +340,15 @@ def _end_of_process(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def gpus_asked(num_gpus: int, workers: int, *, shared: bool) -> float:
-    """Return how many GPUs an actor of so many `workers` asks Ray for, in a cluster that has `num_gpus`.
-
-    An actor that shares a GPU with one other asks for half of it, whatever memory it gets: Ray counts no bytes.
-    """
-    if not num_gpus:
-        return 0
-    return 0.5 if shared else workers
+def _nodes() -> dict[str, Node]:
+    own = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive.sort(key=lambda node: (node["NodeID"] != own, node["NodeManagerAddress"], node["NodeID"]))
+    nodes = [
+        Node(address=node["NodeManagerAddress"], num_gpus=int(node["Resources"].get("GPU", 0)), id=node["NodeID"])
+        for node in alive
+    ]
+    return {node.id: node for node in nodes}
 
 
 def _knock(address: str) -> None:

@@ -15,13 +15,13 @@ def check_read(cluster: Cluster, key: str, folder: str) -> None:
     """
     names = [path.name for path in Path(folder).iterdir() if path.is_file()]
     here = nodes.sizes(folder, names)
-    for node, address in cluster.nodes.items():
-        there = cluster.on_node(node, nodes.sizes, folder, names)
+    for node in cluster.nodes.values():
+        there = cluster.on_node(node.id, nodes.sizes, folder, names)
         if different := [name for name in names if there[name] != here[name]]:
             name = different[0]
             raise ClusterError(
-                f"{key}={folder}: node {address} sees {_size(there[name])} in place of {name} of {here[name]} bytes; "
-                "put the folder where all nodes see it, at the same path, or copy it to each"
+                f"{key}={folder}: node {node.address} sees {_size(there[name])} in place of {name} "
+                f"({here[name]} bytes); put the folder where all nodes see it, at the same path, or copy it to each"
             )
 
 
@@ -32,15 +32,15 @@ def check_written(cluster: Cluster, key: str, folder: str) -> None:
     mark = Path(folder) / f".astar-{secrets.token_hex(8)}"
     mark.touch()
     try:
-        for node, address in cluster.nodes.items():
-            if cluster.on_node(node, nodes.sizes, folder, [mark.name])[mark.name] is None:
+        for node in cluster.nodes.values():
+            if cluster.on_node(node.id, nodes.sizes, folder, [mark.name])[mark.name] is None:
                 fault = "does not see this folder"
-            elif not cluster.on_node(node, nodes.can_write, folder):
+            elif not cluster.on_node(node.id, nodes.can_write, folder):
                 fault = "may not write to it"
             else:
                 continue
             raise ClusterError(
-                f"{key}={folder}: node {address} {fault}; choose a folder that all nodes share, at the same path"
+                f"{key}={folder}: node {node.address} {fault}; choose a folder that all nodes share, at the same path"
             )
     finally:
         mark.unlink(missing_ok=True)

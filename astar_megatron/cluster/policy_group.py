@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster import nodes
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import LOOPBACK, Cluster, gpus_asked
+from astar_megatron.cluster.cluster import LOOPBACK, Cluster
 from astar_megatron.config import ModelConfig, OptimConfig, ParallelConfig
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
@@ -40,9 +40,10 @@ class _RankActor:
 
 
 class PolicyGroup:
-    """Policy, reference and optimizer over `parallel.world_size` ranks. Construction returns at once; `start` waits.
+    """Policy, reference and optimizer over `parallel.world_size` ranks, in the seats that the cluster has reserved.
 
-    Below 1 `gpu_share` is the part of its GPU's memory that the only rank may take beside an engine.
+    Construction returns at once; `start` waits. `gpu_share` is the part of its GPU's memory that a rank may take which
+    has an engine beside it.
     """
 
     def __init__(
@@ -64,20 +65,21 @@ class PolicyGroup:
         # Transformer Engine's layers hold the norms inside their linears.
         self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
-        env = environment(
-            num_gpus=cluster.num_gpus,
-            threads=cluster.threads(parallel.world_size),
-            num_nodes=cluster.num_nodes,
-            dtype=dtype,
-            memory_share=gpu_share,
-        )
+        placement = cluster.reservation.placement
+        threads = cluster.threads(placement.ranks)
         self._ranks = [
             cluster.actor(
                 "policy rank",
                 rank,
                 _RankActor,
-                env=env,
-                num_gpus=gpus_asked(cluster.num_gpus, 1, shared=gpu_share < 1.0),
+                env=environment(
+                    gpus=seat.gpus,
+                    threads=threads,
+                    num_nodes=cluster.num_nodes,
+                    dtype=dtype,
+                    memory_share=gpu_share if placement.is_shared(seat) else 1.0,
+                ),
+                seat=seat,
                 rank=rank,
                 model_path=model_path,
                 dtype=dtype,
@@ -89,7 +91,7 @@ class PolicyGroup:
                 optimizer_steps=optimizer_steps,
                 critic_lr=critic_lr,
             )
-            for rank in range(parallel.world_size)
+            for rank, seat in enumerate(placement.ranks)
         ]
 
     def start(self) -> str:

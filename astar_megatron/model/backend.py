@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -154,7 +154,7 @@ def choose() -> Backend:
             has_triton=False,
             reason=f"torch {torch.__version__} sees no CUDA device; {_LOCAL}; the head in plain torch",
         )
-    torch.cuda.set_device(0)  # Ray shows a rank only its own GPU
+    torch.cuda.set_device(0)  # a rank sees only its own GPU
     engine, triton = uses_transformer_engine(num_gpus=1), find_spec("triton") is not None
     if not engine:
         cpu_shim.repair_optimizer_state()
@@ -222,15 +222,15 @@ def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> Non
 
 
 def environment(
-    *, num_gpus: int, threads: int, num_nodes: int, dtype: str, memory_share: float = 1.0
+    *, gpus: Sequence[str], threads: int, num_nodes: int, dtype: str, memory_share: float = 1.0
 ) -> dict[str, str]:
     """Return the environment variables that a rank needs before it imports torch.
 
-    `memory_share` is the part of its GPU that its tensors may take.
+    It sees the `gpus` of these names, and `memory_share` is the part of their memory that its tensors may take.
     """
     common = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
-    if num_gpus:
-        common |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if gpus:
+        common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         if memory_share < 1.0:  # a rank that wants more fails itself, and no engine
             common |= {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{memory_share:.4f}"}
         return common | (FLOAT32_ENVIRONMENT if dtype == "float32" else {})

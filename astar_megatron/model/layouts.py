@@ -1,8 +1,9 @@
-"""Which layouts of Megatron ranks a model, a mini-batch and a machine allow; others are refused by name.
+"""Which layouts of Megatron ranks a model and a mini-batch allow; others are refused by name.
 
 Imports no Megatron. That the data axis divides the mini-batch is checked before (config.py).
 """
 
+from collections.abc import Iterator
 from itertools import product
 
 from astar_megatron.config import ParallelConfig
@@ -22,23 +23,19 @@ def layout_of(parallel: ParallelConfig, *, fused_norms: bool) -> ParallelLayout:
     return ParallelLayout(fused_norms=fused_norms, **sizes)
 
 
-def check(
-    parallel: ParallelConfig, model: Model, *, sequences: int, available: int | None = None, resources: str = ""
-) -> None:
-    """Raise LayoutError unless `parallel` divides the model and has no more ranks than are `available` (None: many).
+def check(parallel: ParallelConfig, model: Model, *, sequences: int) -> None:
+    """Raise LayoutError unless `parallel` divides the model; `sequences` are those of an optimiser step."""
+    if problem := _problem(parallel, model, sequences):
+        part = next(parts(parallel, model, sequences=sequences))  # there is one: a single rank fits every model
+        raise LayoutError(f"parallel: {problem}. Its largest part that fits: {part.describe()}")
 
-    `sequences` are those of an optimiser step; `resources` says in words what is available.
-    """
-    problem, size = _problem(parallel, model, sequences), parallel.world_size
-    if problem is None and available is not None and size > available:
-        problem = f"{described(parallel)} makes {size} ranks, and this machine has room for {available}: {resources}"
-        size = available
-    if problem is None:
-        return
-    if size < 1:
-        raise LayoutError(f"parallel: {problem}")
-    part = _largest_part(parallel, model, sequences=sequences, world_size=size)
-    raise LayoutError(f"parallel: {problem}. Its largest part of up to {size} ranks that fits: {described(part)}")
+
+def parts(parallel: ParallelConfig, model: Model, *, sequences: int) -> Iterator[ParallelConfig]:
+    """Yield the layouts that divide the model and whose axes divide those of `parallel`, most ranks first."""
+    divisors = [[d for d in range(1, size + 1) if size % d == 0] for size in (getattr(parallel, a) for a in _AXES)]
+    every = [parallel.model_copy(update=dict(zip(_AXES, sizes, strict=True))) for sizes in product(*divisors)]
+    every.sort(key=lambda part: -part.world_size)
+    return (part for part in every if _problem(part, model, sequences) is None)
 
 
 def _problem(parallel: ParallelConfig, model: Model, sequences: int) -> str | None:
@@ -57,17 +54,3 @@ def _problem(parallel: ParallelConfig, model: Model, sequences: int) -> str | No
     except ValueError as error:
         return str(error).partition("; ")[0]  # what follows is advice for this size alone; others may refuse it
     return None
-
-
-def _largest_part(parallel: ParallelConfig, model: Model, *, sequences: int, world_size: int) -> ParallelConfig:
-    """Return the layout with most ranks, up to `world_size`, that fits and whose axes divide those of `parallel`."""
-    divisors = [[d for d in range(1, size + 1) if size % d == 0] for size in (getattr(parallel, a) for a in _AXES)]
-    parts = [parallel.model_copy(update=dict(zip(_AXES, sizes, strict=True))) for sizes in product(*divisors)]
-    fitting = [part for part in parts if part.world_size <= world_size and _problem(part, model, sequences) is None]
-    return max(fitting, key=lambda part: part.world_size)  # there is one: a single rank fits every model
-
-
-def described(parallel: ParallelConfig) -> str:
-    """Return the axes that are longer than one, in words."""
-    axes = [f"{axis}={getattr(parallel, axis)}" for axis in _AXES if getattr(parallel, axis) > 1]
-    return " ".join(axes) or "one rank"

@@ -228,6 +228,8 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "max_model_len": options.max_tokens,
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": rollout.tensor,
+        # Left out, vLLM sees that it is in a placement group of Ray's and makes its workers Ray actors.
+        **({"distributed_executor_backend": "mp"} if rollout.tensor > 1 else {}),
         **_graph_arguments(graphs_of(rollout, on_gpu=options.on_gpu)[0]),
         "enable_prefix_caching": True,
         "skip_tokenizer_init": True,
@@ -285,19 +287,20 @@ def leave_out_unreadable() -> list[str]:
 
 
 def environment(
-    *, on_gpu: bool, threads: int, tensor: int, kv_cache_gib: int, socket_folder: str | None
+    *, gpus: Sequence[str], threads: int, tensor: int, kv_cache_gib: int, socket_folder: str | None
 ) -> dict[str, str]:
     """Return the environment variables that vLLM reads before it is imported.
 
-    Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be short.
+    Its workers see the `gpus` of these names. Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be
+    short.
     """
     common = {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
     # An engine's processes are all on one node, and meet on loopback: there no address changes, and nobody else comes.
     common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
-    if on_gpu:
-        return common
+    if gpus:
+        return common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     if tensor == 1:
         # One process for engine core and worker: two would wait for each other by spinning, on the worker's cores.
         common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

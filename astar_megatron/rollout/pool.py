@@ -11,8 +11,9 @@ import ray
 
 from astar_megatron.cluster import nodes
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.start_log import StartLog
@@ -38,10 +39,10 @@ def _phase(log: str, has_graphs: bool) -> str:
 
 
 class EnginePool:
-    """`rollout.num_engines` engines of one model. Construction returns at once; `start` waits until all are ready.
+    """`rollout.num_engines` engines of one model, in the seats that the cluster has reserved.
 
-    `graphs` says what they do beside running the model as it is. With `shares_gpu` the only engine has a policy rank
-    beside it on its GPU.
+    Construction returns at once; `start` waits until all are ready. `graphs` says what they do beside running the model
+    as it is.
     """
 
     def __init__(
@@ -55,7 +56,6 @@ class EnginePool:
         stop_token_ids: tuple[int, ...],
         detokenize: Callable[[Sequence[int]], str],
         seed: int,
-        shares_gpu: bool = False,
     ) -> None:
         on_gpu = cluster.num_gpus > 0
         check_graphs(rollout, on_gpu=on_gpu)
@@ -75,19 +75,20 @@ class EnginePool:
         )
         pool = uuid.uuid4().hex[:8]  # a session may have several pools
         self._logs = [f"engine-{pool}-{index}" for index in range(rollout.num_engines)]
-        env = _environment(cluster, rollout)
+        seats = cluster.reservation.placement.engines
+        threads = cluster.threads(seats, rollout.tensor)
         self._engines = [
             cluster.actor(
                 "engine",
                 index,
                 EngineActor,
-                env=env,
-                num_gpus=gpus_asked(cluster.num_gpus, rollout.tensor, shared=shares_gpu),
+                env=_environment(cluster, rollout, seat, threads),
+                seat=seat,
                 concurrency=1000,
                 log=log,
                 options=options,
             )
-            for index, log in enumerate(self._logs)
+            for index, (log, seat) in enumerate(zip(self._logs, seats, strict=True))
         ]
         self._starting = [self._begin(index, lambda engine: engine.start()) for index in range(len(self))]
 
@@ -174,10 +175,10 @@ class EnginePool:
         return method.remote(*heard.arguments)
 
 
-def _environment(cluster: Cluster, rollout: RolloutConfig) -> dict[str, str]:
+def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: int) -> dict[str, str]:
     return environment(
-        on_gpu=cluster.num_gpus > 0,
-        threads=cluster.threads(rollout.num_engines * rollout.tensor),
+        gpus=seat.gpus,
+        threads=threads,
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
         socket_folder=cluster.socket_folder,

@@ -1,5 +1,6 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -11,12 +12,11 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive
-from astar_megatron.model import layouts
 from astar_megatron.model.backend import resolve_dtype
 from astar_megatron.rollout.pool import EnginePool
-from astar_megatron.run import accelerators
+from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
-from astar_megatron.run.prepare import check_places, check_ranks
+from astar_megatron.run.prepare import check_here, placement_of
 from astar_megatron.run.tracking import Clock, Tracker
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion.families import Model
@@ -25,9 +25,9 @@ from conversion.families import Model
 class Fleet:
     """Policy and engines of a run, and the weights between them. A context manager; one at a time for a run_dir.
 
-    `generating` and `training` are the only places where weights move. Where policy and engine share a GPU the policy
-    starts when the engine has taken its part: see accelerators.py. Entering raises ModelFolderError where an engine has
-    not loaded what model.path holds.
+    `generating` and `training` are the only places where weights move. Where policy and engines share GPUs the policy
+    starts when the engines have taken their part: see accelerators.py. Entering raises ModelFolderError where an engine
+    has not loaded what model.path holds.
     """
 
     policy: PolicyGroup
@@ -38,25 +38,26 @@ class Fleet:
         self._weights: WeightSync | None = None
 
     def __enter__(self) -> Self:
-        shares = check_ranks(self._cfg)
         with ExitStack() as stack:
-            self._start(stack, shares)
+            self._start(stack)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def _start(self, stack: ExitStack, shares: Shares | None) -> None:
+    def _start(self, stack: ExitStack) -> None:
         cfg, tracker = self._cfg, self._tracker
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
-        cluster = stack.enter_context(Cluster(cfg.cluster))
+        cluster = stack.enter_context(cluster_of(cfg))
         folders.check_read(cluster, "model.path", _absolute(cfg.model.path))
         folders.check_written(cluster, "run_dir", _absolute(cfg.run_dir))
-        if cluster.num_gpus:
-            check_places(cfg, *accelerators.free_accelerators(cfg, cluster.num_gpus))
+        placement = cluster.reservation.placement
+        (tracker.run_dir / "placement.json").write_text(json.dumps(placement.fields(), indent=1), encoding="utf-8")
+        tracker.say(placement.describe())
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
-        self.engines = stack.enter_context(closing(start_engines(cfg, cluster, shares=shares)))
+        shares = _shares(cfg, cluster, self._model) if placement.shared else None
+        self.engines = stack.enter_context(closing(start_engines(cfg, cluster)))
         loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
         if shares:
             tracker.say(shares.describe())
@@ -67,7 +68,7 @@ class Fleet:
         loaded.verify(self.engines)
         with tracker.waiting("starting the policy"):
             reason = self.policy.start()
-        tracker.say(f"policy on {layouts.described(cfg.parallel)}: {reason}")
+        tracker.say(f"policy on {cfg.parallel.describe()}: {reason}")
 
     @contextmanager
     def generating(
@@ -110,13 +111,28 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
     Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
     with ExitStack() as stack:
-        cluster = stack.enter_context(Cluster(cfg.cluster))
+        cluster = stack.enter_context(cluster_of(cfg, with_policy=False))
         folders.check_read(cluster, "model" if model_path else "model.path", _absolute(model_path or cfg.model.path))
         engines = stack.enter_context(closing(start_engines(cfg, cluster, model_path)))
+        tracker.say(cluster.reservation.placement.describe())
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
         _wait_for(engines, tracker)
         loaded.verify(engines)
         yield engines
+
+
+@contextmanager
+def cluster_of(cfg: RunConfig, *, with_policy: bool = True) -> Iterator[Cluster]:
+    """Ray, with the nodes and GPUs of a run reserved. Raises PlacementError, ResourceError where they are too few."""
+    check_here(cfg, with_policy=with_policy)
+    with Cluster(cfg.cluster) as cluster:
+        cluster.reserve(placement_of(cfg, cluster.nodes.values(), with_policy=with_policy))
+        yield cluster
+
+
+def _shares(cfg: RunConfig, cluster: Cluster, model: Model) -> Shares:
+    sizes = cluster.reservation.on_gpus(resources.accelerator_bytes)
+    return accelerators.shares_of(cfg, model, min(sizes.values()))
 
 
 def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
@@ -125,12 +141,10 @@ def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
     return str(dtype).removeprefix("torch."), reason
 
 
-def start_engines(
-    cfg: RunConfig, cluster: Cluster, model_path: str | None = None, shares: Shares | None = None
-) -> EnginePool:
+def start_engines(cfg: RunConfig, cluster: Cluster, model_path: str | None = None) -> EnginePool:
     """Begin to start the pool with the weights of `model_path` (none: the run's model); `.start()` waits for it.
 
-    With `shares` the engine has its GPU together with the policy.
+    The cluster is `cluster_of` the run.
     """
     return EnginePool(
         cluster,
@@ -141,12 +155,11 @@ def start_engines(
         stop_token_ids=chat.stop_token_ids(cfg.model.path),
         detokenize=chat.detokenizer(cfg.model.path),
         seed=cfg.seed,
-        shares_gpu=shares is not None,
     )
 
 
 def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None) -> PolicyGroup:
-    """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as in `start_engines`."""
+    """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as engines on their GPUs leave them."""
     return PolicyGroup(
         cluster,
         model=cfg.model,

@@ -1,11 +1,12 @@
 """What a run reads before anything starts: everything that a user can have got wrong is refused here."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from astar_megatron.config import RewardConfig, RunConfig
+from astar_megatron.cluster.placement import Node, Placement, place
+from astar_megatron.config import ParallelConfig, RewardConfig, RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
 from astar_megatron.data.contract import Contract, contract_of
@@ -122,23 +123,28 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
     return sets
 
 
-def check_ranks(cfg: RunConfig) -> Shares | None:
-    """Raise LayoutError where training has more Megatron ranks than the engines leave accelerators on this machine.
+def placement_of(cfg: RunConfig, nodes: Iterable[Node], *, with_policy: bool = True) -> Placement:
+    """Return where the run's ranks, if it has a policy, and its engines go. Raises PlacementError."""
 
-    Without accelerators ranks share the cores. A run that joins a Ray cluster asks that one, in `started`. Returns the
-    shares of policy and engine where there is one accelerator for both, and raises ResourceError if they don't fit it.
+    def parts() -> Iterable[ParallelConfig]:
+        return layouts.parts(cfg.parallel, read_model(cfg.model.path), sequences=cfg.mini_batch_size)
+
+    return place(nodes, cfg.parallel if with_policy else None, cfg.rollout, cfg.cluster.share_gpus, parts)
+
+
+def check_here(cfg: RunConfig, *, with_policy: bool = True) -> tuple[Placement, Shares | None] | None:
+    """Return where the run goes on this machine, and the shares of GPUs that have both sides; before Ray is started.
+
+    None for a run that joins a Ray cluster: its nodes are asked when it has. Raises PlacementError, ResourceError.
     """
-    machine = resources.measure()
-    if cfg.cluster.address is not None or not machine.num_accelerators:
+    if cfg.cluster.address is not None:
         return None
-    check_places(cfg, *accelerators.free_accelerators(cfg, machine.num_accelerators))
-    return accelerators.shares_of(cfg, read_model(cfg.model.path), machine)
-
-
-def check_places(cfg: RunConfig, places: int, source: str) -> None:
-    """Raise LayoutError where the ranks don't fit `places` accelerators; `source` says in words where they are from."""
-    model = read_model(cfg.model.path)
-    layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size, available=places, resources=source)
+    machine = resources.measure()
+    nodes = [Node(address="127.0.0.1", num_gpus=machine.num_accelerators)]
+    placement = placement_of(cfg, nodes, with_policy=with_policy)
+    if not placement.shared:
+        return placement, None
+    return placement, accelerators.shares_of(cfg, read_model(cfg.model.path), machine.accelerator_bytes)
 
 
 @contextmanager

@@ -105,7 +105,8 @@ def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
     from astar_megatron.rollout.engine import environment
 
     threads = os.cpu_count() or 1
-    env = environment(on_gpu=work.on_gpu, threads=threads, tensor=1, kv_cache_gib=1, socket_folder=None)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[:1] if work.on_gpu else []
+    env = environment(gpus=gpus, threads=threads, tensor=1, kv_cache_gib=1, socket_folder=None)
     env |= {"VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
     command = [sys.executable, __file__, "--bare", json.dumps({name: getattr(work, name) for name in Work.__slots__})]
     done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=False)
@@ -118,6 +119,7 @@ def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
 
 def pool_row(work: Work) -> dict[str, Any]:
     from astar_megatron.cluster.cluster import Cluster
+    from astar_megatron.cluster.placement import place
     from astar_megatron.config import ClusterConfig, RewardConfig, RolloutConfig, SamplingConfig
     from astar_megatron.rollout.pool import EnginePool
     from astar_megatron.rollout.source import RolloutSource
@@ -128,6 +130,7 @@ def pool_row(work: Work) -> dict[str, Any]:
     requests = [Request(prompt=prompt, sample=0, seed=index) for index, prompt in enumerate(prompts)]
     sampling, reward = SamplingConfig(max_response_tokens=work.tokens), RewardConfig(name="last_number")
     with Cluster(ClusterConfig(start_timeout_seconds=900)) as cluster:
+        cluster.reserve(place(cluster.nodes.values(), None, rollout, share_gpus=False))
         start = time.perf_counter()
         pool = EnginePool(
             cluster,

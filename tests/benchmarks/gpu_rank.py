@@ -117,8 +117,8 @@ def main() -> None:
         sys.exit(problem)
     from astar_megatron.model.backend import environment
 
-    num_gpus = 0 if arguments.shapes == ["tiny"] else 1
-    os.environ |= environment(num_gpus=num_gpus, threads=os.cpu_count() or 1, num_nodes=1, dtype="bfloat16")
+    gpus = [] if arguments.shapes == ["tiny"] else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[:1]
+    os.environ |= environment(gpus=gpus, threads=os.cpu_count() or 1, num_nodes=1, dtype="bfloat16")
     reports = []
     for shape in arguments.shapes:
         reports.append(measured(shape, arguments.steps))

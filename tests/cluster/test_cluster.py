@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
+from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.config import ClusterConfig
 
@@ -65,7 +65,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def workers(cluster: Cluster) -> list[Any]:
     env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
-    both = [cluster.actor("worker", index, Worker, env=env, num_gpus=0) for index in range(2)]
+    both = [cluster.actor("worker", index, Worker, env=env) for index in range(2)]
     cluster.wait("start", [worker.obey.remote("") for worker in both], 60)
     return both
 
@@ -122,24 +122,23 @@ def test_a_hanging_actor_runs_into_its_deadline(cluster: Cluster, workers: list[
         cluster.wait("work", [workers[0].obey.remote("hang")], 1)
 
 
-def test_an_actor_asks_for_its_own_gpus_or_for_half_of_the_only_one() -> None:
-    assert gpus_asked(8, 2, shared=False) == 2
-    assert gpus_asked(1, 1, shared=True) == 0.5
-    assert gpus_asked(0, 2, shared=False) == 0
-
-
 JOIN = """
-import sys
-from astar_megatron.cluster.cluster import Cluster, gpus_asked
-from astar_megatron.config import ClusterConfig
+import os, sys
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.placement import place
+from astar_megatron.config import ClusterConfig, ParallelConfig, RolloutConfig
+from astar_megatron.model.backend import environment
 class Where:
-    def answer(self): return 41 + 1
-with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
-    actor = cluster.actor("where", 0, Where, env={}, num_gpus=0)
-    print(cluster.num_nodes, cluster.wait("where", [actor.answer.remote()], 60))
-    half = gpus_asked(cluster.num_gpus, 1, shared=True)
-    both = [cluster.actor(name, 0, Where, env={}, num_gpus=half) for name in ("rank", "engine")]
-    print(cluster.num_gpus, cluster.wait("both", [actor.answer.remote() for actor in both], 60))
+    def gpus(self): return os.environ["CUDA_VISIBLE_DEVICES"]
+def started(cluster):
+    seats = (*cluster.reservation.placement.ranks, *cluster.reservation.placement.engines)
+    for index, seat in enumerate(seats):
+        env = environment(gpus=seat.gpus, threads=1, num_nodes=1, dtype="float32")
+        yield cluster.actor("where", index, Where, env=env, seat=seat)
+with Cluster(ClusterConfig(address=sys.argv[1], start_timeout_seconds=120)) as cluster:
+    share_gpus = sys.argv[2] == "shared"
+    cluster.reserve(place(cluster.nodes.values(), ParallelConfig(data=3), RolloutConfig(tensor=2), share_gpus))
+    print(cluster.num_gpus, cluster.wait("where", [actor.gpus.remote() for actor in started(cluster)], 120))
 """
 
 
@@ -149,7 +148,7 @@ from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.config import ClusterConfig
 with Cluster(ClusterConfig()) as cluster:
-    worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
+    worker = cluster.actor("worker", 0, Worker, env={})
     try:
         cluster.wait("work", [worker.obey.remote("hang")], 120)
     except ActorLost as error:
@@ -170,7 +169,7 @@ def test_a_process_that_ray_ends_for_memory_is_named_with_the_reason() -> None:
 def test_a_cluster_that_runs_already_is_joined() -> None:
     """With the token authentication that `ray start` turns on by itself; this run's end leaves it running.
 
-    Its one GPU, of which Ray only knows the number, has room for a rank and an engine that share it.
+    Each actor sees the GPUs of its seat, of which Ray only knows the number, shared ones too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -178,15 +177,16 @@ def test_a_cluster_that_runs_already_is_joined() -> None:
     from samples import output_of  # here: Ray's workers import this file, and have no tests on their path
 
     ray_command = str(Path(sys.executable).with_name("ray"))
-    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=1"]
+    options = [f"--port={port}", "--include-dashboard=false", "--block", "--num-cpus=1", "--num-gpus=5"]
     with subprocess.Popen(
         [ray_command, "start", "--head", *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as head:
         try:
             assert head.stdout
             assert any("Ray runtime started" in line for line in head.stdout)
-            for _ in range(2):
-                assert output_of(JOIN, f"127.0.0.1:{port}").splitlines() == ["1 [42]", "1 [42, 42]"]
+            apart, shared = (output_of(JOIN, f"127.0.0.1:{port}", share) for share in ("apart", "shared"))
+            assert apart.splitlines() == ["5 ['0', '1', '2', '3,4']"]
+            assert shared.splitlines() == ["5 ['0', '1', '2', '0,1']"]
         finally:
             head.terminate()
             head.communicate(timeout=60)

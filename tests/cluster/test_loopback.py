@@ -22,7 +22,7 @@ class Worker:
             queue.put(42)
             return queue.get()
 with Cluster(ClusterConfig()) as cluster:
-    worker = cluster.actor("worker", 0, Worker, env={}, num_gpus=0)
+    worker = cluster.actor("worker", 0, Worker, env={})
     print(cluster.wait("worker", [worker.answer.remote()], 120), flush=True)
     time.sleep(600)
 """

@@ -16,7 +16,8 @@ from test_cluster import Worker
 from astar_megatron.cluster import folders, nodes
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ClusterError
-from astar_megatron.config import ClusterConfig
+from astar_megatron.cluster.placement import place
+from astar_megatron.config import ClusterConfig, ParallelConfig, RolloutConfig
 
 def say(words):
     print("said", str(words).replace("\\n", "|"), flush=True)  # Ray writes lines of its own
@@ -29,8 +30,9 @@ def attempt(call, *arguments):
 
 with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
     say([cluster.on_node(node, nodes.address) for node in cluster.nodes])
-    say([cluster.on_node(node, nodes.interface_of, address) for node, address in cluster.nodes.items()])
-    far = cluster.actor("engine", 0, Worker, env={}, num_gpus=0)
+    say([cluster.on_node(node, nodes.interface_of, at.address) for node, at in cluster.nodes.items()])
+    cluster.reserve(place(cluster.nodes.values(), ParallelConfig(), RolloutConfig(), None))
+    far = cluster.actor("engine", 0, Worker, env={}, seat=cluster.reservation.placement.engines[0])
     for order in sys.argv[3:]:
         attempt(lambda: cluster.wait("work", [far.obey.remote(order)], 30))
     shared, own = Path(sys.argv[2]), Path("/dev/shm")  # which each node has for itself

@@ -12,10 +12,9 @@ from drawing import drawn
 
 from astar_megatron import config
 from astar_megatron.cluster import session
-from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.rollout.pool import EnginePool
-from astar_megatron.run.fleet import start_engines
+from astar_megatron.run.fleet import cluster_of, start_engines
 from astar_megatron.types import Prompt
 
 PROMPT = Prompt(uid="p", token_ids=tuple(range(3, 33)), text="", answer="")
@@ -59,7 +58,7 @@ def test_a_killed_process_of_an_engine_is_named_and_leaves_no_shared_memory(
     tree = run_tree(tied_llama)
     tree["rollout"]["tensor"] = tensor
     cfg = config.validate(tree)
-    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster)) as engines:
+    with cluster_of(cfg, with_policy=False) as cluster, closing(start_engines(cfg, cluster)) as engines:
         engines.start()
         names = set(session.shared_files(os.getpid())) - before
         assert any(name.startswith("sem.mp-") for name in names)
@@ -78,7 +77,7 @@ def test_a_failed_start_ends_with_the_error_of_the_engine_s_own_process(
         path.unlink()
     with (
         pytest.raises(ClusterError, match="Engine core initialization failed") as caught,
-        Cluster(cfg.cluster) as cluster,
+        cluster_of(cfg, with_policy=False) as cluster,
     ):
         start_engines(cfg, cluster, str(folder)).start()
     assert str(caught.value).splitlines()[-1].startswith("engine 0: RuntimeError: Cannot find any model weights")

@@ -10,8 +10,7 @@ from drawing import drawn
 from safetensors.torch import load_file, save_file
 
 from astar_megatron import config
-from astar_megatron.cluster.cluster import Cluster
-from astar_megatron.run.fleet import start_engines
+from astar_megatron.run.fleet import cluster_of, start_engines
 from astar_megatron.run.weights import LoadedWeights
 from astar_megatron.sweep import main
 from astar_megatron.types import Prompt
@@ -35,7 +34,7 @@ def test_an_engine_that_loaded_another_file_too_is_named(
     weights[NAME][37] *= 1.01
     save_file({NAME: weights[NAME]}, both / "newer.safetensors")  # vLLM reads it last
     save_file(weights, merged / "model.safetensors")
-    with Cluster(cfg.cluster) as cluster, closing(start_engines(cfg, cluster, str(both))) as engines:
+    with cluster_of(cfg, with_policy=False) as cluster, closing(start_engines(cfg, cluster, str(both))) as engines:
         checked, really_loaded = (LoadedWeights(folder, tensor, dtype) for folder in (both, merged))
         engines.start()
         really_loaded.verify(engines)

@@ -120,12 +120,12 @@ def test_float32_that_is_multiplied_in_ten_bits_is_refused() -> None:
 
 def test_ranks_in_float32_are_started_without_tf32() -> None:
     common = {"threads": 1, "num_nodes": 1}
-    assert environment(num_gpus=1, dtype="float32", **common)["NVIDIA_TF32_OVERRIDE"] == "0"
-    assert "NVIDIA_TF32_OVERRIDE" not in environment(num_gpus=1, dtype="bfloat16", **common)
-    assert "NVIDIA_TF32_OVERRIDE" not in environment(num_gpus=0, dtype="float32", **common)
+    assert environment(gpus=["0"], dtype="float32", **common)["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in environment(gpus=["0"], dtype="bfloat16", **common)
+    assert "NVIDIA_TF32_OVERRIDE" not in environment(gpus=[], dtype="float32", **common)
 
 
 def test_a_rank_that_shares_its_gpu_may_take_its_share_and_no_more() -> None:
-    common = {"threads": 1, "num_nodes": 1, "num_gpus": 1, "dtype": "bfloat16"}
+    common = {"threads": 1, "num_nodes": 1, "gpus": ["3"], "dtype": "bfloat16"}
     assert environment(**common, memory_share=0.475)["PYTORCH_ALLOC_CONF"] == "per_process_memory_fraction:0.4750"
     assert "PYTORCH_ALLOC_CONF" not in environment(**common)

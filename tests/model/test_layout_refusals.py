@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from astar_megatron.config import ParallelConfig
-from astar_megatron.model.layouts import LayoutError, check, described, layout_of
+from astar_megatron.model.layouts import LayoutError, check, layout_of, parts
 from conversion.families import Model, model_from_config
 
 SIZES = {
@@ -35,9 +35,9 @@ def model(*, experts: bool = False) -> Model:
     return model_from_config(SIZES | kind | EXPERTS)
 
 
-def refused(parallel: ParallelConfig, *, experts: bool = False, **arguments: Any) -> str:
+def refused(parallel: ParallelConfig, *, experts: bool = False) -> str:
     with pytest.raises(LayoutError) as caught:
-        check(parallel, model(experts=experts), sequences=8, **arguments)
+        check(parallel, model(experts=experts), sequences=8)
     return str(caught.value)
 
 
@@ -74,16 +74,12 @@ def test_what_does_not_divide_is_named_and_what_would_is_proposed(
     check(proposed(message), model(experts=experts), sequences=8)
 
 
-def test_more_ranks_than_places_are_refused_with_a_smaller_layout() -> None:
-    parallel = ParallelConfig(tensor=2, pipeline=2, context=2)
-    message = refused(parallel, available=4, resources="there are 4 cores")
-    assert "makes 8 ranks" in message and "there are 4 cores" in message
-    assert proposed(message).world_size == 4
-    check(parallel, model(), sequences=8, available=8)
-
-
-def test_no_place_at_all_is_said_without_a_proposal() -> None:
-    assert "room for 0" in refused(ParallelConfig(), available=0, resources="the engines take all")
+def test_parts_of_a_layout_are_listed_by_their_ranks_the_model_s_own_limits_kept() -> None:
+    listed = list(parts(ParallelConfig(tensor=4, pipeline=2, data=2), model(), sequences=8))
+    assert [part.world_size for part in listed] == [8, 4, 4, 4, 2, 2, 2, 1]
+    assert all(part.tensor <= 2 for part in listed)  # 4 does not divide the model's 6 heads
+    for part in listed:
+        check(part, model(), sequences=8)
 
 
 @given(
@@ -104,4 +100,4 @@ def test_a_layout_has_the_configured_axes() -> None:
     layout = layout_of(ParallelConfig(**sizes), fused_norms=True)
     assert {axis: getattr(layout, axis) for axis in sizes} == sizes
     assert layout.fused_norms and layout.world_size == 120
-    assert described(ParallelConfig(**sizes)) == "tensor=2 pipeline=3 virtual=2 context=4 data=5 expert=10"
+    assert ParallelConfig(**sizes).describe() == "tensor=2 pipeline=3 virtual=2 context=4 data=5 expert=10"

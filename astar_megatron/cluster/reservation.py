@@ -1,0 +1,67 @@
+"""The one placement group of a run: a bundle a node, with the GPUs that the run has there. Seats are made real here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.placement import Placement, Seat, counted
+
+_A_LITTLE = 0.001  # of the resource that each node has one of: a bundle may not be empty
+
+
+class Reservation:
+    """The nodes and GPUs of a placement, held until Ray's session is left. Raises ClusterError where others hold them.
+
+    `placement` has the GPUs by the names that Ray has for them.
+    """
+
+    def __init__(self, placement: Placement, timeout_seconds: float) -> None:
+        seats = (*placement.ranks, *placement.engines)
+        self._nodes = [node for node in placement.nodes if any(seat.node == node for seat in seats)]
+        gpus = {node.id: len(placement.gpus_of(node)) for node in self._nodes}
+        self._with_gpus = {node: number for node, number in gpus.items() if number}
+        self._group = placement_group(
+            [
+                {f"node:{node.address}": _A_LITTLE} | ({"GPU": n} if (n := gpus[node.id]) else {})
+                for node in self._nodes
+            ],
+            bundle_label_selector=[{"ray.io/node-id": node.id} for node in self._nodes],
+        )
+        if not self._group.wait(timeout_seconds):
+            asked = ", ".join(f"{counted(gpus[node.id], 'GPU')} of node {node.address}" for node in self._nodes)
+            raise ClusterError(
+                f"Ray did not give {asked} in {timeout_seconds:.0f} s (cluster.start_timeout_seconds): other work of "
+                "this cluster holds them (`ray status`); wait for its end, or ask for less"
+            )
+        self.placement = placement.numbered(self.on_gpus(_gpu_names))
+
+    def strategy(self, seat: Seat) -> PlacementGroupSchedulingStrategy:
+        """Return how Ray is told to start an actor on a seat's node."""
+        return self._on(seat.node.id)
+
+    def _on(self, node: str) -> PlacementGroupSchedulingStrategy:
+        index = [bundle.id for bundle in self._nodes].index(node)
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+
+    def on_gpus[T](self, function: Callable[[], T]) -> dict[str, T]:
+        """Return what a function answers on each node where the run has GPUs, by Ray's id, in a process that has them.
+
+        The process ends with it: it would keep memory of the GPUs.
+        """
+        answers: dict[str, Any] = {}
+        for node, number in self._with_gpus.items():
+            options = {"num_cpus": 0, "num_gpus": number, "max_calls": 1, "max_retries": 0}
+            answers[node] = ray.remote(**options, scheduling_strategy=self._on(node))(function).remote()
+        try:
+            return dict(zip(answers, ray.get(list(answers.values())), strict=True))
+        except RayTaskError as error:
+            raise ClusterError(f"GPUs of the cluster: {str(error).strip().splitlines()[-1]}") from None
+
+
+def _gpu_names() -> list[str]:
+    return ray.get_runtime_context().get_accelerator_ids()["GPU"]
