@@ -279,7 +279,7 @@ def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(
     refused: Refused, machine: Callable[..., None]
 ) -> None:
     machine(num_accelerators=2)
-    for name in ("doctor", "train", "train --dry-run"):
+    for name in ("doctor", "train --dry-run"):
         error = refused(name, "parallel.tensor=2", "cluster.share_gpus=false")
         assert "tensor=2 makes 2 ranks" in error and "there are 2, 1 node of 2" in error and "one rank" in error
 

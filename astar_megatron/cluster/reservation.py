@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
-from ray.util.placement_group import placement_group
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from astar_megatron.cluster.errors import ClusterError
@@ -32,7 +32,9 @@ class Reservation:
             ],
             bundle_label_selector=[{"ray.io/node-id": node.id} for node in self._nodes],
         )
+        self._timeout_seconds = timeout_seconds
         if not self._group.wait(timeout_seconds):
+            remove_placement_group(self._group)
             asked = ", ".join(f"{counted(gpus[node.id], 'GPU')} of node {node.address}" for node in self._nodes)
             raise ClusterError(
                 f"Ray did not give {asked} in {timeout_seconds:.0f} s (cluster.start_timeout_seconds): other work of "
@@ -53,13 +55,14 @@ class Reservation:
 
         The process ends with it: it would keep memory of the GPUs.
         """
-        answers: dict[str, Any] = {}
-        for node, number in self._with_gpus.items():
-            options = {"num_cpus": 0, "num_gpus": number, "max_calls": 1, "max_retries": 0}
-            answers[node] = ray.remote(**options, scheduling_strategy=self._on(node))(function).remote()
+        once: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(function)
+        answers = {
+            node: once.options(num_gpus=number, scheduling_strategy=self._on(node)).remote()
+            for node, number in self._with_gpus.items()
+        }
         try:
-            return dict(zip(answers, ray.get(list(answers.values())), strict=True))
-        except RayTaskError as error:
+            return dict(zip(answers, ray.get(list(answers.values()), timeout=self._timeout_seconds), strict=True))
+        except RayError as error:
             raise ClusterError(f"GPUs of the cluster: {str(error).strip().splitlines()[-1]}") from None
 
 

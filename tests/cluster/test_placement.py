@@ -113,7 +113,7 @@ SIZES = st.integers(1, 4)
     share_gpus=st.sampled_from([True, False, None]),
 )
 def test_each_gpu_has_at_most_a_rank_and_a_worker_and_groups_stay_on_a_node(
-    sizes: list[int], axes: dict[str, int], engines: tuple[int, int], share_gpus: bool | None
+    sizes: list[int], axes: dict[str, Any], engines: tuple[int, int], share_gpus: bool | None
 ) -> None:
     try:
         placement = placed(tuple(sizes), axes, engines, share_gpus)
