@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 REWARD_FOLDER = Path(__file__).parents[1] / "e2e"
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
 SECONDS = 1500.0
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def run(tied_llama: Path, tmp_path: Path) -> Any:
             reward={"name": "length_reward:reward"},
             objective={"name": "rebel"},
             sampling={"max_response_tokens": 9},
-            train={"num_steps": 3, "batch_size": 8, "mini_batch_size": 4, "micro_batch_tokens": 90},
+            train={"num_steps": STEPS, "batch_size": 8, "mini_batch_size": 4, "micro_batch_tokens": 90},
             optim={"lr": 1e-3},
             rollout={"max_num_seqs": 16},
             cluster={"address": address, "threads": 1, "start_timeout_seconds": SECONDS},
@@ -62,10 +63,10 @@ def on_one_node(command: list[str], folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def check_equal(folder: Path, other: Path, steps: int) -> None:
+def check_equal(folder: Path, other: Path) -> None:
     """The same losses, rewards and weights, to the last bit."""
     lines, others = read_metrics(folder), read_metrics(other)
-    assert len(lines) == len(others) == steps
+    assert len(lines) == len(others) == STEPS
     assert [line | MEASURED for line in lines] == [line | MEASURED for line in others]
     weights, other_weights = ((run / "hf" / "model.safetensors").read_bytes() for run in (folder, other))
     assert weights == other_weights
@@ -74,7 +75,7 @@ def check_equal(folder: Path, other: Path, steps: int) -> None:
 def test_ranks_on_one_node_and_engines_on_the_other_compute_as_on_one_node_after_a_kill_too(
     nodes: Nodes, run: Any
 ) -> None:
-    """The driver is killed after two steps of three, and the same command goes on from the shared folder."""
+    """The driver is killed after two steps or three of four; the same command goes on from the shared folder."""
     on_one_node(*(whole := run("whole")))
     command, folder = run("apart", nodes.address)
     with nodes.begin(0, command, cwd=folder.parent) as first:
@@ -83,11 +84,11 @@ def test_ranks_on_one_node_and_engines_on_the_other_compute_as_on_one_node_after
             time.sleep(0.2)
         nodes.kill(first, signal.SIGKILL)
         printed, _ = first.communicate(timeout=60)
-    assert len(read_metrics(folder)) == 2, printed
+    assert 2 <= len(read_metrics(folder)) < STEPS, printed
     status, out = nodes.run(*command, cwd=folder.parent, seconds=SECONDS)
     assert status == 0, out
     assert "weights go to the engines by gloo: policy, engines and their driver are on CPUs and see 2 different" in out
-    check_equal(folder, whole[1], 3)
+    check_equal(folder, whole[1])
 
 
 def test_a_pipeline_over_both_nodes_computes_as_on_one_node(nodes: Nodes, run: Any) -> None:
@@ -96,4 +97,4 @@ def test_a_pipeline_over_both_nodes_computes_as_on_one_node(nodes: Nodes, run: A
     command, folder = run("across", nodes.address, **changes)
     status, out = nodes.run(*command, cwd=folder.parent, seconds=SECONDS)
     assert status == 0, out
-    check_equal(folder, whole[1], 3)
+    check_equal(folder, whole[1])
