@@ -83,8 +83,7 @@ def test_ranks_on_one_node_and_engines_on_the_other_compute_as_on_one_node_after
         while len(read_metrics(folder)) < 2 and first.poll() is None and time.monotonic() < until:
             time.sleep(0.2)
         nodes.kill(first, signal.SIGKILL)
-        printed, _ = first.communicate(timeout=60)
-    assert 2 <= len(read_metrics(folder)) < STEPS, printed
+    assert 2 <= len(read_metrics(folder)) < STEPS
     status, out = nodes.run(*command, cwd=folder.parent, seconds=SECONDS)
     assert status == 0, out
     assert "weights go to the engines by gloo: policy, engines and their driver are on CPUs and see 2 different" in out
