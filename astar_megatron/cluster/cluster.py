@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import ray
 from ray._private import ray_constants, state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -97,9 +98,9 @@ class Cluster:
 
     def _join(self, address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = True
-        with contextlib.suppress(RuntimeError):  # without HOME there is no such file
-            if (Path.home() / ".ray" / "auth_token").is_file():
-                os.environ.setdefault("RAY_AUTH_MODE", "token")  # `ray start` turns it on by itself, joining does not
+        # `ray start` asks for the token of this user by itself, joining by an address does not offer it. To set
+        # RAY_AUTH_MODE would not do: Ray has read it when it was imported.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
             _knock(address)
             with contextlib.chdir(_NEUTRAL_FOLDER):

@@ -55,11 +55,10 @@ class Reservation:
 
         The process ends with it: it would keep memory of the GPUs.
         """
-        once: Any = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(function)
-        answers = {
-            node: once.options(num_gpus=number, scheduling_strategy=self._on(node)).remote()
-            for node, number in self._with_gpus.items()
-        }
+        answers: dict[str, Any] = {}
+        for node, number in self._with_gpus.items():
+            options: dict[str, Any] = {"num_cpus": 0, "num_gpus": number, "max_calls": 1, "max_retries": 0}
+            answers[node] = ray.remote(**options, scheduling_strategy=self._on(node))(function).remote()
         try:
             return dict(zip(answers, ray.get(list(answers.values()), timeout=self._timeout_seconds), strict=True))
         except RayError as error:

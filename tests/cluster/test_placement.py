@@ -113,13 +113,13 @@ SIZES = st.integers(1, 4)
     share_gpus=st.sampled_from([True, False, None]),
 )
 def test_each_gpu_has_at_most_a_rank_and_a_worker_and_groups_stay_on_a_node(
-    sizes: list[int], axes: dict[str, Any], engines: tuple[int, int], share_gpus: bool | None
+    sizes: list[int], axes: dict[str, int], engines: tuple[int, int], share_gpus: bool | None
 ) -> None:
     try:
         placement = placed(tuple(sizes), axes, engines, share_gpus)
     except PlacementError:
         return
-    assert len(placement.ranks) == ParallelConfig(**axes).world_size
+    assert len(placement.ranks) == ParallelConfig(**axes).world_size  # type: ignore[arg-type]
     assert len(placement.engines) == engines[0]
     for group in range(0, len(placement.ranks), axes["tensor"]):
         assert len({seat.node for seat in placement.ranks[group : group + axes["tensor"]]}) == 1

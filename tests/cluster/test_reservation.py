@@ -1,4 +1,4 @@
-"""A placement made real in Ray: actors are on their nodes with their GPUs, and nobody else gets these (real Ray)."""
+"""A placement made real in Ray: actors land on their nodes with their GPUs; refused where others hold these."""
 
 import os
 import subprocess

@@ -95,6 +95,10 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     with hugging_face(tracker.run_dir / "checkpoints" / "step_00000003", tracker) as folder:
         compare(open_end(folder), open_end(cfg.export_dir))
 
+    placement = json.loads((tracker.run_dir / "placement.json").read_text())
+    here = {"node": "127.0.0.1", "gpus": []}
+    assert placement == {"nodes": [{"address": "127.0.0.1", "num_gpus": 0}], "ranks": [here], "engines": [here]}
+
     steps = read_metrics(cfg.run_dir)
     assert [step["step"] for step in steps] == [step["version"] for step in steps] == [0, 1, 2]
     for step in steps:
