@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.cluster import folders
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.policy_group import PolicyGroup
@@ -61,6 +62,8 @@ class Fleet:
         cfg, tracker, stack = self._cfg, self._tracker, self._stack
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(cluster_of(cfg))
+        folders.check_read(cluster, "model.path", _absolute(cfg.model.path))
+        folders.check_written(cluster, "run_dir", _absolute(cfg.run_dir))
         placement = cluster.reservation.placement
         text = json.dumps(placement.fields(), indent=1) + "\n"
         write_atomic(tracker.run_dir / "placement.json", text.encode())
@@ -198,10 +201,10 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
 
     Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
-    with (
-        cluster_of(cfg, with_policy=False) as cluster,
-        closing(start_engines(cfg, cluster, model_path)) as engines,
-    ):
+    with ExitStack() as stack:
+        cluster = stack.enter_context(cluster_of(cfg, with_policy=False))
+        folders.check_read(cluster, "model" if model_path else "model.path", _absolute(model_path or cfg.model.path))
+        engines = stack.enter_context(closing(start_engines(cfg, cluster, model_path)))
         tracker.say(cluster.reservation.placement.describe())
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
         engines.bring = lambda engine: loaded.verify(engines, [engine])
