@@ -3,7 +3,10 @@
 A session that is started here lives on the loopback address, so that no change of the machine's own (a VPN, another
 network) reaches it and nobody else does; its token is in no file, its sockets and logs are in session.py's folder.
 
-Leaves out what several nodes need to end an actor that hangs on another one.
+A cluster of several nodes is only joined where they ask for a token. What a node alone can say of itself (nodes.py) is
+asked there.
+
+Leaves out the processes that an actor on another node has started: only on the driver's are they ended by number.
 """
 
 import contextlib
@@ -15,37 +18,37 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray._private import ray_constants, services, state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._private.worker import global_worker
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from astar_megatron.cluster import nodes
 from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.cluster.endings import cause_in, core_end, is_secondary, memory_kills
+from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.processes import Processes, kill, tree
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder, write_stacks
 from astar_megatron.cluster.signals import RESUME
-from astar_megatron.cluster.stacks import where
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 # Ray puts the folder in which it is started or joined before everything else on its workers' Python path: a numbers.py
 # of the user's would be imported there in place of Python's. No module lies here.
 _NEUTRAL_FOLDER = "/"
 _SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # nor do processes that an actor starts look for modules where they run
 _CLOSE_SECONDS = 20.0
 _OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
+_NODE_SECONDS = 60.0  # for a node to answer: it may have to start a process for it
 _ENDS = (RayActorError, OutOfMemoryError)  # of processes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
@@ -84,11 +87,9 @@ class Cluster:
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
             self.nodes = _nodes()
+            self._here = next(iter(self.nodes))
             if self.num_nodes > 1:
-                raise ClusterError(
-                    f"cluster.address: the Ray cluster has {self.num_nodes} nodes; the ways of weights between nodes "
-                    "(gloo and NCCL) have run within one machine only so far: join a cluster of one node"
-                )
+                self._check_tokens()
             self._ends = stack.pop_all()
         return self
 
@@ -106,7 +107,7 @@ class Cluster:
                     address="local",
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address=_LOOPBACK,
+                    _node_ip_address=LOOPBACK,
                     _temp_dir=str(self._folder.path),
                     **_QUIET,
                 )
@@ -146,23 +147,19 @@ class Cluster:
         self._processes[actor._actor_id.hex()] = tree(self._pid(actor._actor_id.hex()))
 
     def end(self, actor: Any) -> None:
-        """End an actor and all that it has started on this machine, although they hang or their parent is dead."""
+        """End an actor and all that it has started, although they hang or their parent is dead.
+
+        On another node only the actor itself ends; what it has started there and hangs is left.
+        """
         name = actor._actor_id.hex()
         processes = self._processes.pop(name, None) or tree(self._pid(name))
         with contextlib.suppress(RayActorError):
             ray.kill(actor)
         kill(processes)
 
-    @staticmethod
-    def _pid(actor: str) -> int | None:
-        """The process of an actor, by Ray's id of it; None on another machine, or before there is one."""
-        facts = state.actors(actor)
-        is_here = facts.get("Address", {}).get("NodeID") == ray.get_runtime_context().get_node_id()
-        return facts.get("Pid") or None if is_here and facts.get("State") != "DEAD" else None
-
-    @property
-    def num_nodes(self) -> int:
-        return len(self.nodes)
+    def _pid(self, actor: str) -> int | None:
+        """The process of an actor, by Ray's id of it; None on another node, or before there is one."""
+        return _alive_pid(actor) if _node_of(actor) == self._here else None
 
     @property
     def num_gpus(self) -> int:
@@ -184,14 +181,42 @@ class Cluster:
         return None if self._cfg.address else str(self._folder.path)
 
     @property
-    def address(self) -> str:
-        """Where actors of this run reach each other: loopback, unless there are several nodes."""
-        return _LOOPBACK if self.num_nodes == 1 else ray.util.get_node_ip_address()
+    def num_nodes(self) -> int:
+        return len(self.nodes)
 
-    @property
-    def log_folder(self) -> Path:
-        """Where the output of this session's processes lies, on this machine."""
-        return Path(_log_folder())
+    def on_node[T](self, node: str, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a function answers on a node, by Ray's id of it. Raises ClusterError where it does not.
+
+        It is called in this process where that is its node, else in one that Ray starts there.
+        """
+        if node == self._here:
+            return function(*arguments)
+        if node not in self.nodes:
+            raise ClusterError("an actor that has not begun is on no node yet")
+        options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+        task = ray.remote(function).options(num_cpus=0, max_retries=0, **options).remote(*arguments)
+        try:
+            return ray.get(task, timeout=_NODE_SECONDS)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, ClusterError | ValueError):
+                raise error.cause from None
+            raise ClusterError(
+                f"node {self.nodes[node].address} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
+                "that it is up, and that astar-megatron is installed there as it is here"
+            ) from None
+
+    def beside[T](self, actor: Any, function: Callable[..., T], *arguments: Any) -> T:
+        """Return what a function answers on the node of an actor that has begun; as `on_node`."""
+        return self.on_node(_node_of(actor._actor_id.hex()), function, *arguments)
+
+    def _check_tokens(self) -> None:
+        for node in self.nodes.values():
+            if not self.on_node(node.id, nodes.asks_token):
+                raise ClusterError(
+                    f"cluster.address: Ray on node {node.address} asks no token of those who reach it; start Ray on "
+                    f"each of the {self.num_nodes} nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (or one file, "
+                    "RAY_AUTH_TOKEN_PATH), and `astar` with the same"
+                )
 
     @property
     def timeout_seconds(self) -> float:
@@ -270,57 +295,86 @@ class Cluster:
             if other is not None and _is_end(other):
                 failed, error = reference, other
                 break
-        (kind, index), outputs = self._outputs(failed)
+        kind, index, actor = self._caller(failed)
         name, text = f"{kind} {index}", re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without Ray's colours
         is_lost = _is_end(error)
         if is_lost:
             event = "the process ended"
-            cause = _low_memory(text) or cause_in(outputs) or _end_of_process(text)
+            cause = low_memory(text) or self._last_error(actor) or end_of_process(text)
         else:
             event, cause = text, text.strip().splitlines()[-1]
             if is_secondary(cause):
-                cause = _cause_in(outputs) or core_end(cause) or cause
+                cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
-        message = f"{action}: {name}: {event}\nThe output of its processes lies in {_log_folder()}\n{name}: {cause}"
+        message = f"{action}: {name}: {event}\nThe output of its processes lies in {self._logs(actor)}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
 
     def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> ActorLost:
         """What to raise where there was no answer in time: by the last error of each that did not, and where it is."""
+        actors = [self._caller(reference) for reference in pending]
+        folders = dict.fromkeys(self._logs(actor) for *_, actor in actors)
         lines = []
-        for reference in pending:
-            (kind, index), outputs = self._outputs(reference)
-            place = where(tree(self._pid(reference.task_id().actor_id().hex())), outputs)
-            words = [f"no answer in {seconds:.0f} s", *filter(None, [place, cause_in(outputs)])]
+        for kind, index, actor in actors:
+            words = [f"no answer in {seconds:.0f} s", *filter(None, [self._place(actor), self._last_error(actor)])]
             lines.append(f"\n{kind} {index}: {'; '.join(words)}")
-        (kind, index), _ = self._outputs(pending[0])
         message = (
             f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
-            f"the stacks of all threads, lies in {_log_folder()}{''.join(lines)}"
+            f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
         )
+        kind, index, _ = actors[0]
         return ActorLost(message, kind=kind, index=index)
 
-    def _outputs(self, reference: Any) -> tuple[tuple[str, int], list[Path]]:
-        """The actor that a call was made on, by kind and index, and the files of its output, what it logged first."""
+    def _caller(self, reference: Any) -> tuple[str, int, str]:
+        """The actor that a call was made on: its kind, its index, Ray's id of it."""
         actor = reference.task_id().actor_id().hex()
         kind, index, _ = self._actors.get(actor, ("actor", 0, None))
-        pid = state.actors(actor).get("Pid")
-        return (kind, index), [
-            path for end in ("out", "err") for path in Path(_log_folder()).glob(f"worker-*-{pid}.{end}")
-        ]
+        return kind, index, actor
+
+    def _last_error(self, actor: str, seconds: float = 0.0) -> str | None:
+        """The last error in an actor's output; waits a little for what a child's end still has to say, if asked to."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(ClusterError):  # its node may have gone with it
+            while True:
+                cause = self.on_node(_node_of(actor), nodes.last_error, state.actors(actor).get("Pid"))
+                if cause is not None or time.monotonic() > until:
+                    return cause
+                time.sleep(0.1)
+        return None
+
+    def _place(self, actor: str) -> str:
+        """Where an actor is that does not answer; empty where nobody can say."""
+        pid = _alive_pid(actor)
+        with contextlib.suppress(ClusterError):
+            return self.on_node(_node_of(actor), nodes.place, pid) if pid else ""
+        return ""
+
+    def logs_of(self, actor: Any) -> str:
+        """Return where the output of an actor's processes lies, in words."""
+        return self._logs(actor._actor_id.hex())
+
+    def _logs(self, actor: str) -> str:
+        """The folder of an actor's output, with its node where there are several."""
+        node, folder = _node_of(actor), "the logs of Ray's session"
+        with contextlib.suppress(ClusterError):
+            folder = str(self.on_node(node, nodes.log_folder))
+        return folder + (f" on node {self.nodes[node].address}" if self.num_nodes > 1 and node in self.nodes else "")
+
+
+def _node_of(actor: str) -> str:
+    """Ray's id of the node on which an actor runs or ran."""
+    return state.actors(actor).get("Address", {}).get("NodeID", "")
+
+
+def _alive_pid(actor: str) -> int | None:
+    """The process of an actor on its node; None before there is one, or after."""
+    facts = state.actors(actor)
+    return facts.get("Pid") or None if facts.get("State") != "DEAD" else None
 
 
 def _is_end(error: Exception) -> bool:
     """Whether a process ended, which had begun: an error of its constructor ends it too, but says why."""
     return isinstance(error, _ENDS) and "creation task" not in str(error)
-
-
-def _low_memory(text: str) -> str | None:
-    """What to say where Ray ended a process to keep the machine's memory from filling up."""
-    match = re.search(r"Memory on the node.*?was\s+(\S+)\s+used\s+/\s+(\S+)\s+limit", text, re.DOTALL)
-    if match is None:
-        return None
-    return f"Ray ended it, as {match[1]} of the machine's {match[2]} of memory were used; close other programs"
 
 
 def _error_of(reference: Any) -> Exception | None:
@@ -329,23 +383,6 @@ def _error_of(reference: Any) -> Exception | None:
     except (RayTaskError, *_ENDS) as error:
         return error
     return None
-
-
-def _cause_in(outputs: Sequence[Path]) -> str | None:
-    """The last error in `outputs`; waits a little for what a child's end, told by its parent, still has to say."""
-    until = time.monotonic() + _OTHERS_SECONDS
-    while (cause := cause_in(outputs)) is None and time.monotonic() < until:
-        time.sleep(0.1)
-    return cause
-
-
-def _end_of_process(text: str) -> str:
-    """How Ray says that a process ended, without what it says of every end."""
-    if match := re.search(r"exits with an exit code (\d+)\.( The process receives a SIGTERM)?", text):
-        return "was killed by SIGTERM" if match[2] else f"ended with exit status {match[1]}"
-    if "connection error code 2" in text:
-        return "was killed (SIGKILL), or ended itself at once: it left no word"
-    return text.strip().splitlines()[-1]
 
 
 def _nodes() -> dict[str, Node]:
@@ -357,8 +394,3 @@ def _nodes() -> dict[str, Node]:
         for node in alive
     ]
     return {node.id: node for node in nodes}
-
-
-def _log_folder() -> str:
-    node = global_worker.node
-    return node.get_logs_dir_path() if node else "the logs of Ray's session"

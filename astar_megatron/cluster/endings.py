@@ -99,3 +99,20 @@ def memory_kills(root: Path = Path("/")) -> int:
             continue
         counts += [int(number) for number in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE)]
     return max(counts)
+
+
+def low_memory(text: str) -> str | None:
+    """Return what to say where Ray ended a process to keep the machine's memory from filling up."""
+    match = re.search(r"Memory on the node.*?was\s+(\S+)\s+used\s+/\s+(\S+)\s+limit", text, re.DOTALL)
+    if match is None:
+        return None
+    return f"Ray ended it, as {match[1]} of the machine's {match[2]} of memory were used; close other programs"
+
+
+def end_of_process(text: str) -> str:
+    """Return how Ray says that a process ended, without what it says of every end."""
+    if match := re.search(r"exits with an exit code (\d+)\.( The process receives a SIGTERM)?", text):
+        return "was killed by SIGTERM" if match[2] else f"ended with exit status {match[1]}"
+    if "connection error code 2" in text:
+        return "was killed (SIGKILL), or ended itself at once: it left no word"
+    return text.strip().splitlines()[-1]

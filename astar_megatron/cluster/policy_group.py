@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
+from astar_megatron.cluster import nodes
 from astar_megatron.cluster.calls import Call
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.cluster import LOOPBACK, Cluster
 from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
 from astar_megatron.data.manifest import FileDigest
@@ -32,8 +33,12 @@ class _RankActor:
 
     def __init__(self, **init: Any) -> None:
         show_on_signal()
+        nodes.use_own_interface()
         module, name = _RANK_CLASS
         self._rank = getattr(importlib.import_module(module), name)(**init)
+
+    def address(self) -> str:
+        return nodes.address()
 
     def call(self, method: str, *arguments: Any) -> Any:
         return getattr(self._rank, method)(*arguments)
@@ -99,8 +104,9 @@ class PolicyGroup:
 
     def start(self) -> str:
         """Build and load all ranks; returns in words what they run on."""
-        host = self._cluster.address
-        timeout = self._cluster.timeout_seconds
+        timeout, host = self._cluster.timeout_seconds, LOOPBACK
+        if self._cluster.num_nodes > 1:  # the rendezvous is rank 0's, wherever that runs
+            (host,) = self._cluster.wait("policy: address", [self._ranks[0].address.remote()], timeout)
         port = self._ask(0, lambda rank: rank.listen(host), timeout)
         self.rendezvous = (host, port)
         reason = self._all(lambda rank: rank.start(host, port), timeout)[0]

@@ -332,7 +332,7 @@ def leave_out_unreadable() -> list[str]:
 
 
 def environment(
-    *, gpus: Sequence[str], threads: int, tensor: int, kv_cache_gib: int, num_nodes: int, socket_folder: str | None
+    *, gpus: Sequence[str], threads: int, tensor: int, kv_cache_gib: int, socket_folder: str | None
 ) -> dict[str, str]:
     """Return the environment variables that vLLM reads before it is imported.
 
@@ -340,8 +340,8 @@ def environment(
     short.
     """
     common = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if num_nodes == 1:  # loopback: no name of an interface that is not there, no address that changes
-        common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    # An engine's processes are all on one node, and meet on loopback: there no address changes, and nobody else comes.
+    common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
     if gpus:

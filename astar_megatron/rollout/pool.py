@@ -4,6 +4,7 @@ An engine that ends, hangs or fails is replaced by a new actor of the same index
 again when the owner of the weights has brought it to those of the others, with proof: `bring`.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -20,7 +21,7 @@ from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
-from astar_megatron.rollout.start_log import StartLog
+from astar_megatron.rollout.engine_actor import EngineActor, Member, phase
 from astar_megatron.types import Request
 from conversion.transfer.route import Place
 
@@ -29,16 +30,6 @@ _MOST_ENDS = 3  # of the engines of one index without an answer in between: anot
 _LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
 
 type Stream = Any  # Ray's generator of what an engine answers to one call
-
-
-class Member:
-    """The engine of one index, for as long as its actor lives."""
-
-    def __init__(self, index: int, actor: Any, log: StartLog, num_ends: int) -> None:
-        self.index, self.actor, self.log = index, actor, log
-        self.starting = actor.start.remote()
-        self.num_ends = num_ends  # of those before it, without an answer in between
-        self.runs = self.serves = self.is_lost = False  # has started; has the weights to draw with; is being replaced
 
 
 class EnginePool:
@@ -95,14 +86,15 @@ class EnginePool:
 
     def _member(self, index: int, num_ends: int = 0) -> Member:
         """Begin to start the engine of an index."""
-        log = StartLog.make(self._cluster.log_folder, f"engine-{self._name}-{next(self._starts)}")
+        log = f"engine-{self._name}-{next(self._starts)}"
         actor = self._cluster.actor(
             "engine",
             index,
-            Engine,
-            env=self._environments[index] | log.environment(),
+            EngineActor,
+            env=self._environments[index],
             seat=self._seats[index],
             concurrency=1000,
+            log=log,
             options=self._options,
         )
         return Member(index, actor, log, num_ends)
@@ -116,8 +108,10 @@ class EnginePool:
         _, starting = ray.wait(list(members), num_returns=len(members), timeout=0)
         if not starting:
             return ""
-        member = members[starting[0]]
-        return f"engine {member.index}: {member.log.phase(has_graphs=self._has_graphs)}"
+        member, words = members[starting[0]], "starting its process"
+        with contextlib.suppress(ClusterError):  # it has not begun, or its node has just ended
+            words = self._cluster.beside(member.actor, phase, member.log, self._has_graphs)
+        return f"engine {member.index}: {words}"
 
     def start(self) -> None:
         """Wait until every engine can generate; from then on those that end are replaced."""
@@ -295,7 +289,7 @@ class EnginePool:
             if member.num_ends + 1 >= _MOST_ENDS:
                 raise ClusterError(
                     f"engine {index} has ended {_MOST_ENDS} times, and answered nothing in between: it is not replaced "
-                    f"again. The output of its processes lies in {self._cluster.log_folder}\n{cause}"
+                    f"again. The output of its processes lies in {self._cluster.logs_of(member.actor)}\n{cause}"
                 )
             if not self._wait_to_start():
                 return
@@ -395,6 +389,5 @@ def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: 
         threads=threads,
         tensor=rollout.tensor,
         kv_cache_gib=rollout.kv_cache_gib,
-        num_nodes=cluster.num_nodes,
         socket_folder=cluster.socket_folder,
     )

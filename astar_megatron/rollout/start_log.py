@@ -1,7 +1,7 @@
 """What an engine does while it starts, read from vLLM's own log: a file beside those of Ray's processes.
 
-vLLM is told how to log by a JSON file, and tells every process that it starts. The driver, on the same machine, looks
-for the messages that begin a phase: loading, measuring memory, compiling, capturing graphs.
+vLLM is told how to log by a JSON file, and tells every process that it starts. On the engine's node one looks for the
+messages that begin a phase: loading, measuring memory, compiling, capturing graphs.
 """
 
 import json
@@ -31,9 +31,14 @@ class StartLog:
     config: Path
 
     @classmethod
+    def of(cls, folder: Path, name: str) -> Self:
+        """Return the log of an engine that has this name in `folder`."""
+        return cls(log=folder / f"{name}.log", config=folder / f"{name}.json")
+
+    @classmethod
     def make(cls, folder: Path, name: str) -> Self:
         """Write `name`.json into `folder`, by which vLLM logs to `name`.log there, and errors to stderr too."""
-        made = cls(log=folder / f"{name}.log", config=folder / f"{name}.json")
+        made = cls.of(folder, name)
         file = {"class": "logging.FileHandler", "filename": str(made.log), "level": "INFO", "formatter": "line"}
         errors = {"class": "logging.StreamHandler", "level": "ERROR", "formatter": "line"}
         text = {

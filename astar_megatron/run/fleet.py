@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.cluster import folders
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.policy_group import PolicyGroup
@@ -14,7 +15,8 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive, write_atomic
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.pool import EnginePool, Member
+from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.decoding import check_decoding
@@ -61,6 +63,8 @@ class Fleet:
         cfg, tracker, stack = self._cfg, self._tracker, self._stack
         stack.enter_context(exclusive(tracker.run_dir / "train.lock", "another training of this run_dir"))
         cluster = stack.enter_context(cluster_of(cfg))
+        folders.check_read(cluster, "model.path", _absolute(cfg.model.path))
+        folders.check_written(cluster, "run_dir", _absolute(cfg.run_dir))
         placement = cluster.reservation.placement
         text = json.dumps(placement.fields(), indent=1) + "\n"
         write_atomic(tracker.run_dir / "placement.json", text.encode())
@@ -202,10 +206,10 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
 
     Raises ModelFolderError where an engine has not loaded what the folder holds.
     """
-    with (
-        cluster_of(cfg, with_policy=False) as cluster,
-        _closed_in_the_end(start_engines(cfg, cluster, model_path)) as engines,
-    ):
+    with ExitStack() as stack:
+        cluster = stack.enter_context(cluster_of(cfg, with_policy=False))
+        folders.check_read(cluster, "model" if model_path else "model.path", _absolute(model_path or cfg.model.path))
+        engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, model_path)))
         tracker.say(cluster.reservation.placement.describe())
         loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
         engines.bring = lambda engine: loaded.verify(engines, [engine])

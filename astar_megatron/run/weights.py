@@ -27,7 +27,8 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.cluster.session import remove_shared_folders
 from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
-from astar_megatron.rollout.pool import EnginePool, Member
+from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.pool import EnginePool
 from conversion import hf
 from conversion.families import Model, read_model
 from conversion.folders import ModelFolderError

@@ -11,7 +11,8 @@ receiver takes the buckets in the order (number, source rank), a sender gives th
 first in that order can always go on, so they can't wait for each other in a circle.
 
 An end that fails leaves the group, which the others see at once, as they see a process that has been killed; so gloo.
-NCCL sees it at its deadline. Tested with gloo between processes of one machine; never run with NCCL.
+NCCL sees it at its deadline. Tested with gloo between processes of one machine, also in two network
+namespaces that share no memory; never run with NCCL.
 """
 
 import socket

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,8 @@ import pytest
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Seat
 from astar_megatron.config import RolloutConfig
-from astar_megatron.rollout.pool import EnginePool, Member
+from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.pool import EnginePool
 
 SEATS = [Seat(node=Node(address="127.0.0.1", num_gpus=0, id="n"))] * 2
 
@@ -44,8 +44,7 @@ class Cluster:
 
     num_gpus, num_nodes, socket_folder, timeout_seconds = 0, 1, None, 60.0
 
-    def __init__(self, folder: Path) -> None:
-        self.log_folder = folder
+    def __init__(self) -> None:
         self.reservation = SimpleNamespace(placement=SimpleNamespace(engines=SEATS))
         self.actors: list[Actor] = []
         self.ended: list[Actor] = []
@@ -73,6 +72,9 @@ class Cluster:
         actor.is_dead = True
         self.ended.append(actor)
 
+    def logs_of(self, actor: Actor) -> str:
+        return "/logs"
+
     def close(self, action: str, calls: list[Method]) -> None: ...
 
     def remember_shared_files(self) -> None: ...
@@ -81,8 +83,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    return Cluster(tmp_path)
+def cluster() -> Cluster:
+    return Cluster()
 
 
 @pytest.fixture

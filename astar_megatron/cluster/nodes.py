@@ -1,0 +1,82 @@
+"""What only a process on a node of the Ray cluster can say of it: `Cluster` calls these functions there.
+
+A node is one machine, or what behaves like one: it has an address on the job's network, folders, logs and process
+numbers of its own.
+"""
+
+import os
+import socket
+from collections.abc import Collection
+from pathlib import Path
+
+import psutil
+import ray
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.worker import global_worker
+
+from astar_megatron.cluster.endings import cause_in
+from astar_megatron.cluster.processes import tree
+from astar_megatron.cluster.stacks import where
+
+
+def address() -> str:
+    """Return this node's address on the job's network, as `ray start --node-ip-address` names it or Ray chooses it."""
+    return ray.util.get_node_ip_address()
+
+
+def asks_token() -> bool:
+    """Return whether this node's Ray processes answer only those who know the token."""
+    return is_token_auth_enabled()
+
+
+def use_own_interface() -> None:
+    """Make gloo in this process meet others on the interface that has the node's address; before a group is made.
+
+    By itself it takes the address that the host's name stands for, often another network's or loopback's. A user's
+    GLOO_SOCKET_IFNAME stays.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(address()))
+
+
+def interface_of(own: str) -> str:
+    """Return the name of the interface that has the address `own`. Raises ValueError if none has."""
+    addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
+    for name, of_interface in addresses.items():
+        if own in of_interface:
+            return name
+    raise ValueError(
+        f"node {own} ({socket.gethostname()}) has no interface with this address, only {addresses}; start Ray with "
+        "--node-ip-address set to the address of one, or set GLOO_SOCKET_IFNAME before `ray start`"
+    )
+
+
+def log_folder() -> Path:
+    """Return the folder with the output of this node's processes."""
+    node = global_worker.node
+    assert node is not None
+    return Path(node.get_logs_dir_path())
+
+
+def last_error(pid: int) -> str | None:
+    """Return the last error in the output of one of this node's processes; what it logged goes first."""
+    return cause_in(_outputs(pid))
+
+
+def place(pid: int) -> str:
+    """Return in a line where one of this node's processes is and those that it started; see stacks.py."""
+    return where(tree(pid), _outputs(pid))
+
+
+def _outputs(pid: int) -> list[Path]:
+    return [path for end in ("out", "err") for path in log_folder().glob(f"worker-*-{pid}.{end}")]
+
+
+def sizes(folder: str, names: Collection[str]) -> dict[str, int | None]:
+    """Return the bytes of files of `folder` as this node sees it; None for one that is not there."""
+    paths = {name: Path(folder) / name for name in names}
+    return {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+
+
+def can_write(folder: str) -> bool:
+    """Return whether this node's processes may write to `folder`."""
+    return os.access(folder, os.W_OK)
