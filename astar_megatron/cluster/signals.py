@@ -66,11 +66,10 @@ class StepEnds:
         if self.asked:
             _end_at_once("a signal")
 
-    def saved(self, step: int, wait: Callable[[], None]) -> None:
-        """End the process where a signal has come, when `wait` has seen the checkpoint after `step` steps on disk."""
+    def saved(self, step: int) -> None:
+        """End the process where a signal has come. To be called when a checkpoint after `step` steps is on disk."""
         if self.asked:
-            wait()
-            _say(f"ended after {step} steps, which are saved if nothing else was said; the same command goes on")
+            _say(f"saved after {step} steps; the same command goes on from there")
             raise SystemExit(RESUME)
 
     def _leave(self) -> None:
