@@ -217,6 +217,10 @@ def _remove_shared(names: Iterable[str]) -> None:
 
 
 def _remove_all_but_logs(folder: Path) -> None:
+    """Leave the logs and the lock, by whose age they go; nothing where there are no logs."""
+    if not any(folder.glob("session_*/logs")):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     kept = {path for logs in folder.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / _LOCK}
     for path in (*folder.glob("session_*/*"), *folder.iterdir()):
         if path in kept:

@@ -43,6 +43,12 @@ def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
     assert not folder.path.exists()
 
 
+def test_after_an_error_without_logs_nothing_stays() -> None:
+    with pytest.raises(ClusterError), SessionFolder() as folder:
+        raise ClusterError("too few GPUs")
+    assert not folder.path.exists()
+
+
 def age(folder: Path, days: float) -> None:
     when = time.time() - days * 86400
     os.utime(folder / "lock", (when, when))
