@@ -266,7 +266,8 @@ def main() -> None:
     signals.heed()
     try:
         _check_sets(sys.argv)
-        app()
+        with signals.kept():
+            app()
     except (ValueError, OSError) as error:
         print(f"astar: {_words(error)}", file=sys.stderr)
         raise SystemExit(2) from None

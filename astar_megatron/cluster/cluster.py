@@ -28,7 +28,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from astar_megatron.cluster import nodes
+from astar_megatron.cluster import nodes, signals
 from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills
@@ -37,7 +37,6 @@ from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.processes import Processes, kill, tree
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder, write_stacks
-from astar_megatron.cluster.signals import RESUME
 from astar_megatron.config import ClusterConfig
 
 OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
@@ -112,7 +111,7 @@ class Cluster:
                     **_QUIET,
                 )
         except SystemExit:  # of the handler of SIGTERM that Ray puts there first of all
-            raise SystemExit(RESUME) from None
+            raise SystemExit(signals.RESUME) from None
         self._folder.path.chmod(0o700)  # Ray has opened it to everyone
 
     def _join(self, address: str) -> None:
@@ -267,6 +266,7 @@ class Cluster:
         self._actors[handle._actor_id.hex()] = (kind, index, handle)
         return handle
 
+    @signals.kept()
     def wait(self, action: str, references: Sequence[Any], timeout_seconds: float | None = None) -> list[Any]:
         """Return the results of actor calls; raises ClusterError that says which `action` failed, whose, and why.
 

@@ -5,6 +5,7 @@ unless the time given is too short for it. A second signal ends the process and 
 then ended by caretaker.py. Ctrl-C is Python's own.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -20,10 +21,12 @@ LOST = 69  # EX_UNAVAILABLE: a process of the run ended by itself; the same comm
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME_SECONDS = 1.0  # `timeout`, among others, sends a signal to the process and to its group: that is no second one
 _END_SECONDS = 10.0  # of the time given, for the run's processes to end in
+_ends: list[SystemExit] = []  # that signals have asked for
 
 
 def heed() -> None:
     """End this process at once, with RESUME, when a signal comes. For the command line, once, in the main thread."""
+    _ends.clear()
     _call_on_first(_end_at_once)
 
 
@@ -112,9 +115,19 @@ def _call_on_first(act: Callable[[str], None]) -> None:
         signal.signal(number, hear)
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Within it the end that a signal has asked for stays what it is: Ray makes another of one raised in its calls."""
+    try:
+        yield
+    except SystemExit as error:
+        raise (_ends or [error])[-1] from None
+
+
 def _end_at_once(reason: str, end: type[SystemExit] = SystemExit) -> NoReturn:
     _say(f"ended by {reason}; the same command goes on")
-    raise end(RESUME)
+    _ends.append(end(RESUME))
+    raise _ends[-1]
 
 
 def _say(text: str) -> None:

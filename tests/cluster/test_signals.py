@@ -97,3 +97,19 @@ def test_a_signal_that_has_also_ended_the_run_s_processes_is_still_one_to_go_on_
     status, lines, error = ended("0", "fails", after="step 2", signals=[signal.SIGTERM])
     assert (status, lines) == (RESUME, CLEANED)
     assert "policy rank 0: the process ended" in error
+
+
+def test_an_end_that_ray_has_made_another_of_is_what_the_signal_asked_for() -> None:
+    """Ray raises SystemExit(1) from its C++ where a handler raises SystemExit(75)."""
+    program = """
+import os, signal
+from astar_megatron.cluster import signals
+signals.heed()
+with signals.kept():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        raise SystemExit(1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == RESUME and "ended by SIGTERM" in done.stderr
