@@ -199,7 +199,8 @@ class RunConfig(Section):
         if mini % self.group_size:
             raise ValueError(
                 f"{self.objective.name}: groups of {self.group_size} responses to a prompt don't divide the {mini} "
-                "sequences of an optimiser step; make train.batch_size and train.mini_batch_size multiples of it"
+                "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
+                f"{self.group_size}"
             )
         if self.rollout.max_staleness and (reason := ON_POLICY.get(self.objective.name)):
             raise ValueError(
@@ -219,11 +220,13 @@ class RunConfig(Section):
         if needed >= self.optimizer_steps:
             raise ValueError(
                 f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
-                f"{self.optimizer_steps} optimiser steps of the run (steps * batch_size / mini_batch_size); lower them"
+                f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
+                "lower them"
             )
         if self.eval.benchmarks and self.eval.folder is None:
             raise ValueError(
-                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to their folder"
+                f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to the folder of "
+                "their files"
             )
         return self
 

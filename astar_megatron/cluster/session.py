@@ -55,7 +55,9 @@ class SessionFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        shared = shared_files_of(caretaker.writers(self.path))  # also of an engine that was about to start
         caretaker.end_writers(self.path)
+        _remove_shared(shared)
         _remove_shared_files(self.path)
         if kind is not None and issubclass(kind, Exception):
             _remove_all_but_logs(self.path)
