@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sockets import members
+
 from astar_megatron.cluster import session
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -97,22 +99,6 @@ def driver(*words: str) -> Iterator[Driver]:
         yield process
     finally:
         process.remove()
-
-
-def members(leader: int) -> set[int]:
-    """The processes of a session of the kernel's, with all that they started, also in sessions of their own."""
-    parents, pids = {}, set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        if int(fields[3]) == leader:
-            pids.add(int(folder.name))
-    while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
-        pids |= more
-    return pids
 
 
 def is_alive(pid: int) -> bool:
