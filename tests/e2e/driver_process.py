@@ -29,7 +29,8 @@ class Driver:
         self._shared = shared_memory()
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "astar_megatron.cli", *words],
+                # nohup and a shell's `&` ignore Ctrl-C, and so would what they start
+                ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", *words],
                 cwd=Path(__file__).parent,  # where the reward is
                 env=os.environ | {"TMPDIR": str(self.temporary), "COLUMNS": "200"},
                 stdin=subprocess.DEVNULL,
