@@ -1,36 +1,62 @@
 """The processes of this machine that belong together: which they are, and their end, although one of them hangs."""
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
-
-from astar_megatron.cluster.session import process_tree
 
 type Processes = dict[int, str]  # by number, when each began: the kernel gives a number again
 
+_PARENT, _BEGAN = 1, 19  # of the words of `_facts`; when, in ticks since the kernel's own start
+_PR_SET_PDEATHSIG = 1
+
+
+def process_tree(pid: int) -> set[int]:
+    """Return a process and all its descendants."""
+    parents, members = {}, {pid}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if facts := _facts(int(folder.name)):
+            parents[int(folder.name)] = int(facts[_PARENT])
+    while more := {child for child, parent in parents.items() if parent in members} - members:
+        members |= more
+    return members
+
 
 def tree(pid: int | None) -> Processes:
-    """Return a process and all its descendants; none where there is no such process."""
+    """Return a process and all its descendants, with when each began; none where there is no such process."""
     if pid is None:
         return {}
-    began = {member: _began(member) for member in process_tree(pid)}
-    return {member: time for member, time in began.items() if time}
+    return {member: facts[_BEGAN] for member in process_tree(pid) if (facts := _facts(member))}
 
 
 def kill(processes: Processes) -> None:
     """End those that still run, with all that they have started since, by SIGKILL, which a stopped one obeys too."""
     for pid, began in processes.items():
-        if _began(pid) == began:
+        if (facts := _facts(pid)) and facts[_BEGAN] == began:
             for member in process_tree(pid):
                 with contextlib.suppress(OSError):  # it has just ended
                     os.kill(member, signal.SIGKILL)
 
 
-def _began(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks since its own start."""
+def die_with(parent: int, number: signal.Signals) -> None:
+    """Ask the kernel for a signal to this process when `parent` ends, however; end at once where it has."""
+    ask_kernel(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def ask_kernel(option: int, value: int) -> None:
+    """Call prctl(2), which only Linux has."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(option, value)
+
+
+def _facts(pid: int) -> list[str]:
+    """The words of /proc/<pid>/stat behind the name, which may hold anything; none where the process has ended."""
     try:
-        # pid (name) state ...: a name may hold anything, so what follows its last bracket is read
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return []

@@ -22,13 +22,14 @@ from typing import Self
 
 from astar_megatron.cluster import caretaker, session_stacks
 from astar_megatron.cluster.errors import PlaceError
+from astar_megatron.cluster.processes import process_tree
 from astar_megatron.data.files import exclusive, write_atomic
 
 _LOG = logging.getLogger(__name__)
 PREFIX = "astar-"
-_LOCK = "lock"  # held while the run lives; it holds the driver's process number
+LOCK = "lock"  # held while the run lives: numbers of processes mean nothing to a container; it holds the driver's
 _SHARED_FILES = "shared_files"  # a name a line
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
 _START_SECONDS = 10.0  # within which a run that has made its lock also holds it
@@ -45,12 +46,12 @@ class SessionFolder:
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
         # Of the run's processes: Megatron's checkpoints make folders and sockets there, and a killed one leaves them.
         self.environment = {"TMPDIR": str(self.path)}
-        self._lock = exclusive(self.path / _LOCK, "this run")
+        self._lock = exclusive(self.path / LOCK, "this run")
         self._shared: set[str] = set()
 
     def __enter__(self) -> Self:
         self._lock.__enter__()
-        (self.path / _LOCK).write_text(str(os.getpid()), encoding="utf-8")
+        (self.path / LOCK).write_text(str(os.getpid()), encoding="utf-8")
         self._caretaker = caretaker.start(self.path)
         return self
 
@@ -113,21 +114,9 @@ def shared_files_of(pids: set[int]) -> list[str]:
     for member in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{member}/maps").read_text(errors="replace").splitlines():
-                if f" {_SHARED_MEMORY}/" in line:
+                if f" {SHARED_MEMORY}/" in line:
                     inodes.add(int(line.split(maxsplit=5)[4]))  # address, rights, offset, device, inode, name
-    return sorted(entry.name for entry in os.scandir(_SHARED_MEMORY) if entry.inode() in inodes)
-
-
-def process_tree(pid: int) -> set[int]:
-    """Return a process and all its descendants."""
-    parents, tree = {}, {pid}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended
-            # pid (name) state parent: a name may hold anything, so what follows its last bracket is read
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    while more := {child for child, parent in parents.items() if parent in tree} - tree:
-        tree |= more
-    return tree
+    return sorted(entry.name for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes)
 
 
 def place() -> tuple[Path, str | None]:
@@ -171,7 +160,7 @@ def remove_left_behind() -> None:
     remove_shared_folders()
     for folder in _session_folders():
         with contextlib.suppress(OSError):  # held, of another user, no folder of a run, or just removed
-            lock = folder / _LOCK
+            lock = folder / LOCK
             if folder.is_symlink() or lock.is_symlink() or lock.stat().st_uid != os.getuid():
                 continue
             age = time.time() - lock.stat().st_mtime
@@ -188,10 +177,10 @@ def remove_shared_folders() -> None:
 
     A living run holds the lock in its folder.
     """
-    for folder in _SHARED_MEMORY.glob(f"{PREFIX}*-*"):
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}*-*"):
         with contextlib.suppress(OSError):  # held, of another user, or just removed
-            if (folder / _LOCK).stat().st_uid == os.getuid():
-                with exclusive(folder / _LOCK, "another run"):
+            if (folder / LOCK).stat().st_uid == os.getuid():
+                with exclusive(folder / LOCK, "another run"):
                     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -201,7 +190,7 @@ def _session_folders() -> set[Path]:
 
 def _driver_of(folder: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
-        return int((folder / _LOCK).read_text(encoding="utf-8"))
+        return int((folder / LOCK).read_text(encoding="utf-8"))
     return None
 
 
@@ -212,7 +201,7 @@ def _remove_shared_files(folder: Path) -> None:
 
 def _remove_shared(names: Iterable[str]) -> None:
     for name in names:
-        path = _SHARED_MEMORY / Path(name).name
+        path = SHARED_MEMORY / Path(name).name
         with contextlib.suppress(OSError):
             if path.lstat().st_uid == os.getuid():
                 path.unlink()
@@ -223,7 +212,7 @@ def _remove_all_but_logs(folder: Path) -> None:
     if not any(folder.glob("session_*/logs")):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    kept = {path for logs in folder.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / _LOCK}
+    kept = {path for logs in folder.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / LOCK}
     for path in (*folder.glob("session_*/*"), *folder.iterdir()):
         if path in kept:
             continue

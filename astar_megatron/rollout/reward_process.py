@@ -8,7 +8,6 @@ It is two processes: the one that serves, within limits of memory and CPU time, 
 wait for the other's end, or for the driver's or SIGTERM, and then kills all that the reward has started.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -20,26 +19,26 @@ from contextlib import suppress
 from typing import IO, NoReturn
 
 from astar_megatron.algorithm import rewards
-from astar_megatron.cluster.session import process_tree
+from astar_megatron.cluster.processes import ask_kernel, die_with, process_tree
 
 _LONGEST = 1000  # characters of a reason: 32 of them fit into a pipe
 _HEARD = {signal.SIGCHLD, signal.SIGTERM}  # by a keeper
 _END_SECONDS = 5.0  # for the kernel to end what was killed; what is stuck in it is left to it
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(name: str, parent: int, timeout_seconds: float, memory_bytes: int) -> None:
     """Serve until the input ends. What the reward prints goes to stderr."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _die_with(parent, signal.SIGTERM)
-    _ask_kernel(_PR_SET_CHILD_SUBREAPER, 1)  # whoever loses its parent below becomes this process's child
+    die_with(parent, signal.SIGTERM)  # a reward that hangs can't see that its input has ended
+    ask_kernel(_PR_SET_CHILD_SUBREAPER, 1)  # whoever loses its parent below becomes this process's child
     keeper = os.getpid()
     serving = os.fork()
     if serving:
         _keep(serving)
     os.setpgid(0, 0)
-    _die_with(keeper, signal.SIGKILL)
+    die_with(keeper, signal.SIGKILL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
     # Not RLIMIT_AS: torch alone maps 3 GiB of which it uses a sixth.
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
@@ -117,16 +116,3 @@ def _reap() -> dict[int, int]:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             statuses[ended[0]] = ended[1]
     return statuses
-
-
-def _die_with(parent: int, number: signal.Signals) -> None:
-    """Ask the kernel for a signal when the parent ends: a reward that hangs can't see that its input has ended."""
-    _ask_kernel(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
-def _ask_kernel(option: int, value: int) -> None:
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
-    if prctl is not None:
-        prctl(option, value)

@@ -15,13 +15,10 @@ from astar_megatron.data.files import make_folder, write_atomic
 LOG_FILE = "log.txt"
 _TAIL_BYTES = 8192
 _PROGRAM = """
-import ctypes, os, signal, sys
+import signal, sys
 from astar_megatron import cli
-prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
-if prctl is not None:
-    prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it comes when the parent has died, however
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(0)
+from astar_megatron.cluster.processes import die_with
+die_with(int(sys.argv[1]), signal.SIGTERM)
 sys.argv = ["astar", *sys.argv[2:]]
 cli.main()
 """

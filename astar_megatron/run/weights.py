@@ -24,7 +24,7 @@ import torch
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.cluster.session import remove_shared_folders
+from astar_megatron.cluster.session import LOCK, PREFIX, SHARED_MEMORY, remove_shared_folders
 from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
 from astar_megatron.rollout.engine_actor import Member
@@ -37,10 +37,7 @@ from conversion.plan import WeightMismatch, plan
 from conversion.transfer.route import Route, choose, here
 from conversion.verify import Holdings, Manifest, Part, Verifier, mismatch, sent_parts
 
-_SHARED_MEMORY = Path("/dev/shm")
-_PREFIX = "astar-"
 _MOST_ATTEMPTS = 3  # to publish one version
-_LOCK = "lock"  # held while the run lives: pids mean nothing to a container that shares this memory
 
 
 class TransferFolder:
@@ -48,8 +45,8 @@ class TransferFolder:
 
     def __init__(self) -> None:
         remove_shared_folders()
-        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SHARED_MEMORY))
-        self._lock = exclusive(self.path / _LOCK, "this run")
+        self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED_MEMORY))
+        self._lock = exclusive(self.path / LOCK, "this run")
 
     def __enter__(self) -> Self:
         self._lock.__enter__()

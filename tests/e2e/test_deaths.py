@@ -13,7 +13,7 @@ from sweep_jobs import rows
 
 from astar_megatron import config
 from astar_megatron.cluster.cluster import Cluster
-from astar_megatron.cluster.session import process_tree
+from astar_megatron.cluster.processes import process_tree
 from astar_megatron.run.fleet import Fleet, engines_of
 from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker, read_metrics

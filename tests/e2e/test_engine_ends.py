@@ -13,6 +13,7 @@ from drawing import drawn
 from astar_megatron import config
 from astar_megatron.cluster import session
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.processes import process_tree
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run.fleet import cluster_of, start_engines
 from astar_megatron.types import Prompt
@@ -27,7 +28,7 @@ def vllm_process(name: str) -> int:
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if title.startswith(name) and int(folder.name) in session.process_tree(os.getpid()):
+        if title.startswith(name) and int(folder.name) in process_tree(os.getpid()):
             return int(folder.name)
     raise AssertionError(f"no process {name}")
 
