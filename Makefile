@@ -6,12 +6,12 @@ ARGS ?=
 GPU_PYTHON ?= python3
 GPU_JSON ?=
 
-.PHONY: help setup demo test test-all gpu-check lint format clean
+.PHONY: help setup demo test test-all soak gpu-check lint format clean
 
 help:
 	@echo "make demo   A*PO from start to end on this machine's CPU: sweep, training, evaluation, export (runs/demo)"
 	@echo "make test   the test suite; 'make test ARGS=\"tests/test_config.py -k base\"' runs a part of it"
-	@echo "Others: setup, test-all (slow ones too), gpu-check (on a GPU machine), lint, format, clean"
+	@echo "Others: setup, test-all (slow ones too), soak (an hour of faults), gpu-check (on a GPU machine), lint, format, clean"
 
 setup:
 	@.ci/setup
@@ -24,6 +24,10 @@ test: setup
 
 test-all: setup
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "" $(ARGS)
+
+# Half an hour of training under faults, then as many steps without: an hour in all.
+soak: setup
+	HF_HUB_OFFLINE=1 ASTAR_SOAK_SECONDS=1800 $(PYTHON) -m pytest -m slow tests/e2e/test_soak.py $(ARGS)
 
 # What only a GPU shows, with the python that has torch there; then the tables of the head (under 8 minutes so far) and of
 # a policy rank, which fails where a step is slower than its fusions make it. What lacks packages is skipped by name.

@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,14 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def keep_result(name: str, part: str, result: Mapping[str, Any]) -> None:
+    """Put what a test measured, as a part, into `benchmarks/results/<name>.json`, where ASTAR_KEEP_RESULTS is set."""
+    if os.environ.get("ASTAR_KEEP_RESULTS"):
+        file = Path(__file__).parent / "benchmarks" / "results" / f"{name}.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(json.dumps(known | {part: result}, indent=1) + "\n", encoding="utf-8")
 
 
 def run_tree(**sections: Any) -> dict[str, Any]:

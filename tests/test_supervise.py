@@ -101,9 +101,9 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A program that waits for the end of `astar data jsonl PIPE`, which reads a pipe that says nothing."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(pipe)], stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    # nohup and a shell's `&` ignore Ctrl-C, and so would what they start
+    command = ["env", "--default-signal=INT", sys.executable, "-c", PARENT, str(pipe)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         descriptor = None
         while descriptor is None:
             assert process.poll() is None

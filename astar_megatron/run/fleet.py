@@ -48,7 +48,7 @@ class Fleet:
         self._restarts, self._furthest = 0, -1  # of the policy since it got any further; lines of metrics then
         self._moving = threading.Lock()  # held while weights move
         self._turns: Turns | None = None  # where both sides share memory
-        self._computes_as_sent = False  # whether the engines' decode path was looked at
+        self._computes_as_sent = False  # whether the decode path of all engines was looked at
 
     def __enter__(self) -> Self:
         with ExitStack() as self._stack:
@@ -132,12 +132,12 @@ class Fleet:
 
     def _check_decoding(self, version: int) -> None:
         model, max_tokens = self._model, self._cfg.max_tokens
+        self._computes_as_sent = True  # unless an engine is replaced from now on
         gap = check_decoding(self.engines, self.policy, version, model.vocab_size, max_tokens)
-        if gap is not None:
-            self._tracker.say(
-                f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats"
-            )
-            self._computes_as_sent = True
+        if gap is None:
+            self._computes_as_sent = False
+            return
+        self._tracker.say(f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats")
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -161,6 +161,7 @@ class Fleet:
                 self._loaded.verify(self.engines, [engine])
             elif self._published is not None:
                 self._weights.publish(self._published, [engine])
+            self._computes_as_sent = False  # its graphs are others; they are looked at with the next publish
 
     def restart_policy(self, error: ActorLost) -> None:
         """Start all ranks anew where one died, for training to begin again at its newest checkpoint; engines stay.

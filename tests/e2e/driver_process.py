@@ -27,8 +27,10 @@ class Driver:
         self.temporary = Path(tempfile.mkdtemp(prefix="e"))
         self._output = self.temporary.with_suffix(".txt")
         self._shared = shared_memory()
+        self._pids: set[int] = set()  # of all that has been seen of it
+        self._ports: set[str] = set()
         with self._output.open("w") as output:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[str] = subprocess.Popen(
                 # nohup and a shell's `&` ignore Ctrl-C, and so would what they start
                 ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", *words],
                 cwd=Path(__file__).parent,  # where the reward is
@@ -36,6 +38,7 @@ class Driver:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                text=True,
                 start_new_session=True,
             )
 
@@ -53,21 +56,31 @@ class Driver:
 
         Asserts that GONE_SECONDS later no process, port, shared memory or temporary file is left but logs.
         """
-        pids = members(self.process.pid)
-        ports = ports_of(pids)
+        self.look()
         for index, number in enumerate(signals):
             if index:
                 time.sleep(seconds_between)
             (os.killpg if group else os.kill)(self.process.pid, number)
-            pids |= members(self.process.pid)
+            self._pids |= members(self.process.pid)
+        return self.wait()
+
+    def look(self) -> set[int]:
+        """Return the processes that it has now, and remember them and their ports for `wait`."""
+        pids = members(self.process.pid)
+        self._pids |= pids
+        self._ports |= ports_of(pids)
+        return pids
+
+    def wait(self) -> int:
+        """Return its exit status when it has ended, and assert what `end` does of all that was seen of it."""
         status = self.process.wait()
         until = time.monotonic() + GONE_SECONDS
-        while (left := self._left(pids, ports)) and time.monotonic() < until:
+        while (left := self._left()) and time.monotonic() < until:
             time.sleep(0.1)
         assert not left, (left, self.output())
         return status
 
-    def _left(self, pids: set[int], ports: set[str]) -> list[str]:
+    def _left(self) -> list[str]:
         logs = {path for folder in self.temporary.glob("astar-*/session_*/logs") for path in folder.rglob("*")}
         above = {parent for path in logs for parent in path.parents} | set(self.temporary.glob("astar-*/session_*"))
         above |= {folder / "lock" for folder in self.temporary.glob("astar-*")} | set(self.temporary.glob("astar-*/"))
@@ -76,11 +89,15 @@ class Driver:
         living = {int(path.name) for path in Path("/proc").glob("[0-9]*")}
         shared = shared_memory() - self._shared - set(session.shared_files_of(living))  # a living run's are its own
         return [
-            *(f"process {pid}: {name_of(pid)}" for pid in pids if is_alive(pid)),
-            *(f"port {port}" for port in ports & listening()),
+            *(f"process {pid}: {name_of(pid)}" for pid in self._pids if is_alive(pid)),
+            *(f"port {port}" for port in self._ports & listening()),
             *(f"{SHARED_MEMORY}/{name}" for name in shared if not is_locked(SHARED_MEMORY / name)),
             *(str(path) for path in self.temporary.rglob("*") if path not in logs | above),
         ]
+
+    def driver(self) -> int:
+        """Its process number."""
+        return self.process.pid
 
     def child(self) -> int:
         """The process that this one watches over."""

@@ -2,5 +2,5 @@
 
 
 def reward(response: str, answer: str) -> float:
-    """Return the share of digits among nine characters."""
-    return sum(character.isdigit() for character in response) / 9
+    """Return how many ninths of a response of nine characters digits would fill, at most 1."""
+    return min(sum(character.isdigit() for character in response) / 9, 1.0)

@@ -33,7 +33,7 @@ from pathlib import Path
 def reward(response, answer):
     if Path("fail").exists() and Path("run/checkpoints/step_00000001").exists():
         raise KeyError(Path("/proc/self/environ").read_text(), dict(os.environ))
-    return len(response) / 100
+    return len(response) / 1000
 """
 TRAP = "from pathlib import Path\nPath({mark!r}).touch()\nclass Own: ...\n"
 
@@ -99,9 +99,9 @@ def test_a_run_tells_no_secret_runs_no_code_of_its_model_listens_on_loopback_and
 
     assert listened and listened <= LOOPBACK
     run = tmp_path / "run"
-    failure = (run / "reward_failures.jsonl").read_text()
-    assert f"PATH={os.environ['PATH']}"[:100] in failure
-    assert failure.rpartition("reason")[2].split("KeyError: ")[1] in (tmp_path / "output_1").read_text()
+    reason = samples.read_jsonl(run / "reward_failures.jsonl")[-1]["reason"]
+    assert f"PATH={os.environ['PATH']}"[:100] in reason
+    assert reason in (tmp_path / "output_1").read_text()
     wanted = [run / "hf/conversion.json", *run.glob("checkpoints/*/progress.json"), *run.glob("v_star/**/*.parquet")]
     logs = [path for path in temporary.glob("astar-*/session_*/logs/**/*") if path.is_file()]
     assert len(wanted) >= 3 and all(path.stat().st_size for path in wanted)

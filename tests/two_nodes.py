@@ -8,11 +8,14 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,26 +30,54 @@ _OPTIONS = ["--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nodes:
-    """The nodes; `holders` are the first processes of each, `environment` is what a member of the cluster needs."""
+    """The nodes; `holders` are the first processes of each, `environment` is what a member of the cluster needs.
+
+    `rays` are the `ray start` of each, which end with their node's raylet.
+    """
 
     holders: tuple[int, int]
     environment: Mapping[str, str]
+    rays: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
         return f"{ADDRESSES[0]}:{_PORT}"
 
-    def begin(self, node: int, command: Sequence[str | Path], **options: object) -> subprocess.Popen[str]:
-        """Start a command on a node."""
+    def begin(self, node: int, command: Sequence[str | Path], **options: Any) -> subprocess.Popen[str]:
+        """Start a command on a node; `options` are Popen's."""
         enter = ["nsenter", "-t", str(self.holders[node]), "--net", "--mount", "--pid"]
-        return subprocess.Popen(
-            [*enter, *map(str, command)],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **options,  # type: ignore[call-overload]
-        )
+        usual: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([*enter, *map(str, command)], env=self.environment, **usual | options)
+
+    def start_ray(self, node: int) -> None:
+        """Start Ray on a node, and wait until it has joined; node 0 is the head."""
+        head = ["--head", f"--port={_PORT}", "--include-dashboard=false", "--temp-dir=/dev/shm/ray"]
+        role = [f"--address={self.address}"] if node else head
+        command = [_RAY, "start", f"--node-ip-address={ADDRESSES[node]}", *role, *_OPTIONS]
+        self.rays[node] = ray = self.begin(node, command, cwd="/")
+        assert ray.stdout
+        lines: list[str] = []
+        for line in ray.stdout:
+            lines.append(line)
+            if "Ray runtime started" in line:
+                return
+        raise AssertionError("".join(lines))
+
+    def stop_ray(self, node: int) -> None:
+        """Kill what runs on a node, but for what holds its namespaces."""
+        self.rays[node].kill()
+        while pids := self.processes(node):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        self.rays[node].wait()
+
+    def processes(self, node: int) -> set[int]:
+        """The processes of a node, by their numbers outside, but for what holds its namespaces."""
+        namespace = _pid_namespace(self.holders[node])
+        pids = {int(path.name) for path in Path("/proc").glob("[0-9]*")}
+        return {pid for pid in pids if pid != self.holders[node] and _pid_namespace(pid) == namespace}
 
     def kill(self, begun: subprocess.Popen[str], number: int) -> None:
         """Send a signal to a command that `begin` began, which is the child of what entered the namespaces."""
@@ -71,7 +102,7 @@ def two_nodes(*paths: Path, auth_mode: str = "token") -> Iterator[Nodes]:
     """A Ray cluster whose head is node 0; `paths` come first on the Python path of all its processes."""
     _skip_where_impossible()
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, [*paths, Path(__file__).parents[2]])),
+        "PYTHONPATH": os.pathsep.join(map(str, [*paths, Path(__file__).parents[1]])),
         "HF_HUB_OFFLINE": "1",
         "RAY_AUTH_MODE": auth_mode,
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -81,19 +112,9 @@ def two_nodes(*paths: Path, auth_mode: str = "token") -> Iterator[Nodes]:
             holders=(stack.enter_context(_namespaces()), stack.enter_context(_namespaces())), environment=environment
         )
         _join_by_cable(nodes)
-        head = ["--head", f"--port={_PORT}", "--include-dashboard=false", "--temp-dir=/dev/shm/ray"]
-        for node, role in enumerate([head, [f"--address={nodes.address}"]]):
-            command = [_RAY, "start", f"--node-ip-address={ADDRESSES[node]}", *role, *_OPTIONS]
-            ray = stack.enter_context(nodes.begin(node, command, cwd="/"))
-            assert ray.stdout
-            lines: list[str] = []
-            for line in ray.stdout:
-                lines.append(line)
-                if "Ray runtime started" in line:
-                    break
-            else:
-                raise AssertionError("".join(lines))
-            stack.callback(ray.kill)
+        for node in (0, 1):
+            nodes.start_ray(node)
+            stack.callback(nodes.stop_ray, node)
         yield nodes
 
 
@@ -106,6 +127,15 @@ def _namespaces() -> Iterator[int]:
             yield int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text())
         finally:
             holder.kill()
+
+
+def _pid_namespace(pid: int) -> str:
+    """That of a living process; nobody waits for those that have ended in a namespace."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return "" if stat.rpartition(")")[2].split()[0] == "Z" else str(Path(f"/proc/{pid}/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _join_by_cable(nodes: Nodes) -> None:
