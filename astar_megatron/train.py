@@ -54,7 +54,8 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     objective = objective_of(cfg, inputs, estimates)
     prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
-    first = checkpoints.resume(fleet.policy, prompts, objective)
+    with fleet.training():  # where both sides share memory the policy has all of its own
+        first = checkpoints.resume(fleet.policy, prompts, objective)
     if words := checkpoints.unverified:
         tracker.say(words)
     if changed := checkpoints.changed_settings():

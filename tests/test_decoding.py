@@ -1,5 +1,6 @@
 """An engine that computes with other weights than it holds is named; one that rounds as its type does is not."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from fake_engines import FakeEngines
 
 from astar_megatron.rollout.engine import Response
-from astar_megatron.run.decoding import StaleEngine, check_decoding
+from astar_megatron.run.decoding import DecodePath, StaleEngine
 
 
 class Policy:
@@ -25,27 +26,84 @@ class Policy:
         return rows
 
 
+class Following(FakeEngines):
+    """Log-probs change a little with each version, but not those of engines in `stale`."""
+
+    stale: frozenset[int] = frozenset()
+
+    def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
+        return [(stream, self._moved(stream, answers)) for stream, answers in super().responses(streams, seconds)]
+
+    def _moved(self, stream: int, answers: list[Response] | None) -> list[Response] | None:
+        moved = 0.0 if self._engine_of[stream] in self.stale else 1e-6 * self.version
+        return answers and [
+            dataclasses.replace(answer, token_logprobs=tuple(value - moved for value in answer.token_logprobs))
+            for answer in answers
+        ]
+
+
+def look(path: DecodePath, engines: FakeEngines, policy: Policy, version: int, weights: int | None = None) -> str:
+    """After a publish of `version`; weights are as different as versions."""
+    engines.version = version
+    return path.look(engines, policy, version, version if weights is None else weights)
+
+
 @pytest.fixture
-def engines() -> FakeEngines:
-    return FakeEngines(lambda request: (tuple(range(53, 53 + 7)), True), num_engines=3)
+def engines() -> Following:
+    return Following(lambda request: (tuple(range(53, 53 + 7)), True), num_engines=3)
+
+
+@pytest.fixture
+def path() -> DecodePath:
+    return DecodePath(131, 64)
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [("float32", 5e-4), ("bfloat16", 0.4)])
-def test_what_a_type_rounds_is_no_fault(dtype: str, gap: float, engines: FakeEngines) -> None:
+def test_what_a_type_rounds_is_no_fault(dtype: str, gap: float, engines: Following, path: DecodePath) -> None:
     policy = Policy(dtype, gap)
-    assert check_decoding(engines, policy, 4, 131, 64) == pytest.approx(gap)
+    assert look(path, engines, policy, 0) == ""
+    assert f"version 4: greedy tokens within {gap:.1e} nats" in look(path, engines, policy, 4)
     assert policy.scored == [(16 + 7, 16)] * 3
-    assert [engine for engine, _ in engines.asked] == [0, 1, 2]
+    assert [engine for engine, _ in engines.asked] == [0, 1, 2] * 2
     assert all(request.greedy and max(request.prompt.token_ids) < 131 for _, request in engines.asked)
+    assert look(path, engines, policy, 5) == "" and len(engines.asked) == 6  # nobody is asked again
 
 
 @pytest.mark.parametrize(("dtype", "gap"), [("float32", 5e-3), ("bfloat16", -1.5), ("bfloat16", math.nan)])
-def test_a_stale_decode_path_is_named(dtype: str, gap: float, engines: FakeEngines) -> None:
+def test_a_decode_path_of_other_weights_is_named(dtype: str, gap: float, engines: Following, path: DecodePath) -> None:
     words = (
         "weights of version 4: engine 2 holds them bit by bit, but does not compute with them: log-probs of 7 greedy"
     )
     with pytest.raises(StaleEngine, match=words):
-        check_decoding(engines, Policy(dtype, gap), 4, 131, 64)
+        look(path, engines, Policy(dtype, gap), 4)
+
+
+def test_a_decode_path_that_repeats_itself_while_weights_change_is_named(engines: Following, path: DecodePath) -> None:
+    engines.stale = frozenset({1})
+    policy = Policy("bfloat16", 0.0)
+    for version in (0, 1, 2):
+        assert look(path, engines, policy, version) == ""
+    with pytest.raises(StaleEngine, match=r"version 3: engine 1 holds .* in 3 changes .* 7 greedy tokens have stayed"):
+        look(path, engines, policy, 3)
+
+
+def test_engines_are_proved_by_a_change_of_the_weights_alone(engines: Following, path: DecodePath) -> None:
+    policy = Policy("bfloat16", 0.0)
+    for version in range(9):  # a run whose steps are skipped: engines repeat themselves, and should
+        assert path.look(engines, policy, version, "the same") == ""
+    assert "version 9" in look(path, engines, policy, 9)
+
+
+def test_an_engine_that_takes_another_s_place_is_looked_at_anew(engines: Following, path: DecodePath) -> None:
+    policy = Policy("bfloat16", 0.0)
+    look(path, engines, policy, 0)
+    assert look(path, engines, policy, 1)
+    engines.stale = frozenset({1})
+    path.forget(1)
+    for version in (2, 3, 4):
+        assert look(path, engines, policy, version) == ""
+    with pytest.raises(StaleEngine, match="engine 1 "):
+        look(path, engines, policy, 5)
 
 
 @pytest.mark.parametrize("max_tokens", [2, 17, 20])
@@ -56,11 +114,12 @@ def test_engines_that_take_few_tokens_are_asked_for_few(max_tokens: int) -> None
             assert len(request.prompt.token_ids) + sampling.max_response_tokens <= max_tokens
             return super().generate(engine, requests, sampling)
 
-    assert check_decoding(Strict(lambda request: ((53,), True)), Policy("float32", 0.0), 1, 131, max_tokens) == 0.0
+    look(DecodePath(131, max_tokens), strict := Strict(lambda request: ((53,), True)), Policy("float32", 0.0), 1)
+    assert len(strict.asked) == 1
 
 
-def test_an_engine_may_take_its_time() -> None:
-    class Late(FakeEngines):
+def test_an_engine_may_take_its_time(path: DecodePath) -> None:
+    class Late(Following):
         """Says nothing at first."""
 
         waited = False
@@ -71,14 +130,16 @@ def test_an_engine_may_take_its_time() -> None:
                 return []
             return super().responses(streams, seconds)
 
-    assert check_decoding(Late(lambda request: ((53,), True)), Policy("float32", 0.0), 1, 131, 64) == 0.0
+    late = Late(lambda request: ((53,), True))
+    assert look(path, late, Policy("float32", 0.0), 0) == ""
+    assert look(path, late, Policy("float32", 0.0), 1)
 
 
-def test_an_engine_that_is_not_there_is_looked_at_another_time(engines: FakeEngines) -> None:
+def test_an_engine_that_is_not_there_is_looked_at_another_time(engines: Following, path: DecodePath) -> None:
+    look(path, engines, Policy("float32", 5e-4), 0)
     engines.end(1)
-    assert check_decoding(engines, Policy("float32", 5e-4), 4, 131, 64) is None
-    assert [engine for engine, _ in engines.asked] == [0, 2]
+    assert look(path, engines, Policy("float32", 5e-4), 4) == ""
     with pytest.raises(StaleEngine, match="engine 2 holds them"):
-        check_decoding(engines, Policy("float32", 5e-3), 4, 131, 64)
+        look(path, engines, Policy("float32", 5e-3), 5)
     engines.join(1)
-    assert check_decoding(engines, Policy("float32", 5e-4), 4, 131, 64) == pytest.approx(5e-4)
+    assert look(path, engines, Policy("float32", 5e-4), 6)

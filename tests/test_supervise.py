@@ -149,7 +149,10 @@ def test_a_bundle_holds_what_there_is_without_secrets(tmp_path: Path, monkeypatc
     samples.write_jsonl(folder / "metrics.jsonl", [{"step": step} for step in range(50)])
     logs = tmp_path / "tmp" / "astar-12345678" / "session_1" / "logs"
     logs.mkdir(parents=True)
+    logs.parents[1].chmod(0o700)
     (logs.parents[1] / "lock").write_text("4711")
+    (tmp_path / "private").write_text("not of the run")
+    (logs / "linked.out").symlink_to(tmp_path / "private")
     (logs / "worker-1.err").write_text("x" * 300_000 + "RuntimeError: planted-secret-1")
     (logs / "stacks.txt").write_text("process 1, by faulthandler: at the end of worker-1.err")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -179,7 +182,36 @@ print(bundle.leave(cfg, "astar train", "step 49\\nplanted-secret-1 short", 4711)
     assert json.loads(texts["versions.json"])["python"]
 
 
-def test_of_two_secrets_the_longer_one_is_taken_out_whole() -> None:
-    environment = {"A_TOKEN": "abcdefgh", "B_TOKEN": "abcdefghij", "PATH": "/usr/local/bin"}
-    text = bundle.without_secrets("abcdefghij abcdefgh /usr/local/bin", environment)
-    assert text == "<B_TOKEN> <A_TOKEN> /usr/local/bin"
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("abcdefghij abcdefgh", "<B_TOKEN> <A_TOKEN>"),  # the longer one whole
+        ("/usr/local/bin", "/usr/local/bin"),
+        (r'{"token": "quo\"te\\d"}', '{"token": "<QUOTED_KEY>"}'),
+        ("secret1 ghp_12345 basic dXNlcg==", "<DB_PASS> <GITHUB_PAT> <X_AUTH>"),
+        ("http://me:proxy-password@host:1 proxy-password", "http://<password>@host:1 <HTTPS_PROXY>"),
+        ("postgres://me:never-in-the-environment@db/x", "postgres://<password>@db/x"),
+    ],
+)
+def test_secrets_are_taken_out_in_whatever_form_they_stand(text: str, expected: str) -> None:
+    environment = {
+        "A_TOKEN": "abcdefgh",
+        "B_TOKEN": "abcdefghij",
+        "PATH": "/usr/local/bin",
+        "QUOTED_KEY": 'quo"te\\d',
+        "DB_PASS": "secret1",
+        "GITHUB_PAT": "ghp_12345",
+        "X_AUTH": "basic dXNlcg==",
+        "HTTPS_PROXY": "http://me:proxy-password@host:1",
+    }
+    assert bundle.without_secrets(text, environment) == expected
+
+
+def test_a_secret_at_the_edge_of_what_is_kept_is_not_kept_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-secret-1")
+    output = "planted-secret-1" + "x" * ((256 << 10) - 8)
+    folder = bundle.leave(samples.run_config(run_dir=str(tmp_path)), "why", output, 4711)
+    kept = (folder / "output.txt").read_text()
+    assert len(kept) == 256 << 10 and not {"secret", "cret-1"} & set(kept.split("x"))

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray._common import utils as ray_utils
 from ray._private import ray_constants, services, state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
@@ -98,6 +99,7 @@ class Cluster:
         # machine's own address, and servers with that one listen on all interfaces.
         ray_constants.ENABLE_RAY_CLUSTER = False
         services.ConsolePopen = _OwnGroup
+        ray_utils.try_make_directory_shared = lambda path: None  # it opens the session's folder to everyone
         os.environ.pop("RAY_AUTH_MODE", None)  # of the user's other clusters; without it Ray asks for a token here
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
         try:
@@ -112,7 +114,6 @@ class Cluster:
                 )
         except SystemExit:  # of the handler of SIGTERM that Ray puts there first of all
             raise SystemExit(signals.RESUME) from None
-        self._folder.path.chmod(0o700)  # Ray has opened it to everyone
 
     def _join(self, address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = True

@@ -159,10 +159,8 @@ def remove_left_behind() -> None:
     """Remove what runs that were killed left: what is in /dev/shm at once, folders with their logs after a day."""
     remove_shared_folders()
     for folder in _session_folders():
-        with contextlib.suppress(OSError):  # held, of another user, no folder of a run, or just removed
+        with contextlib.suppress(OSError):  # held, no folder of a run, or just removed
             lock = folder / LOCK
-            if folder.is_symlink() or lock.is_symlink() or lock.stat().st_uid != os.getuid():
-                continue
             age = time.time() - lock.stat().st_mtime
             if age < _START_SECONDS:
                 continue
@@ -177,15 +175,26 @@ def remove_shared_folders() -> None:
 
     A living run holds the lock in its folder.
     """
-    for folder in SHARED_MEMORY.glob(f"{PREFIX}*-*"):
-        with contextlib.suppress(OSError):  # held, of another user, or just removed
-            if (folder / LOCK).stat().st_uid == os.getuid():
-                with exclusive(folder / LOCK, "another run"):
-                    shutil.rmtree(folder, ignore_errors=True)
+    for folder in _own(SHARED_MEMORY.glob(f"{PREFIX}*-*")):
+        with contextlib.suppress(OSError), exclusive(folder / LOCK, "another run"):  # held, or just removed
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _session_folders() -> set[Path]:
-    return {path for place in places(Path(tempfile.gettempdir())) for path in place.glob(f"{PREFIX}????????")}
+    folders = places(Path(tempfile.gettempdir()))
+    return _own(path for folder in folders for path in folder.glob(f"{PREFIX}????????"))
+
+
+def _own(folders: Iterable[Path]) -> set[Path]:
+    """Those that this user has made and nobody else can write to: what lies in them is believed."""
+    own = set()
+    for folder in folders:
+        with contextlib.suppress(OSError):  # just removed
+            status = folder.lstat()
+            others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not others_write:
+                own.add(folder)
+    return own
 
 
 def _driver_of(folder: Path) -> int | None:

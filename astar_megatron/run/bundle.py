@@ -6,7 +6,8 @@
     config.json, versions.json, metrics.jsonl (the last lines)
     bad_batch/      the newest batch whose loss or gradient was not finite, if there is one
 
-What variables of the environment hold that are secrets by their names is taken out of all but bad_batch/.
+What variables of the environment hold that are secrets by their names, and passwords in addresses, are taken out of all
+but bad_batch/.
 """
 
 import json
@@ -25,10 +26,12 @@ from astar_megatron.run import machine
 from astar_megatron.run.tracking import METRICS_FILE
 
 _BAD_BATCHES = "bad_batches"  # data/bad_batches.py writes them, and imports torch
-_TAIL_BYTES = 256 << 10  # of a file
+_TAIL_BYTES = 256 << 10  # of a text
 _METRICS_LINES = 20
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SHORTEST_SECRET = 8  # characters: a shorter value stands in words that are none
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|(^|_)PAT($|_)", re.IGNORECASE)
+_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")  # of an address, such as a proxy's
+_SHORTEST_SECRET = 6  # characters: a shorter value stands in words that are none
+_LONGEST_SECRET = 8 << 10  # bytes: what is read beyond the tail, so that none is cut in two
 
 
 def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
@@ -47,13 +50,13 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
         "versions.json": json.dumps(machine.versions(), indent=1) + "\n",
         METRICS_FILE: "".join(_tail(run_dir / METRICS_FILE).splitlines(keepends=True)[-_METRICS_LINES:]),
     }
-    texts |= {f"logs/{path.name}": _tail(path) for path in (logs.iterdir() if logs else ()) if path.is_file()}
+    texts |= {f"logs/{path.name}": _tail(path) for path in (logs.iterdir() if logs else ()) if _is_file(path)}
     batches = sorted((run_dir / _BAD_BATCHES).glob("step_*"), key=lambda path: path.stat().st_mtime)
     try:
         make_folder(incomplete / "logs")
         for name, text in texts.items():
             if text:
-                (incomplete / name).write_text(without_secrets(text, os.environ), encoding="utf-8")
+                (incomplete / name).write_text(without_secrets(text, os.environ)[-_TAIL_BYTES:], encoding="utf-8")
         if batches:
             shutil.copytree(batches[-1], incomplete / "bad_batch")
         incomplete.rename(folder)
@@ -64,12 +67,16 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     """Return a text with the name of its variable in place of each secret of the environment."""
-    secrets = {
-        value: name for name, value in environment.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET
-    }
+    secrets = {}
+    for name, value in environment.items():
+        if _SECRET.search(name):
+            secrets[value] = name
+        secrets |= dict.fromkeys(_PASSWORD.findall(value), name)
+    secrets = {value: name for value, name in secrets.items() if len(value) >= _SHORTEST_SECRET}
+    secrets |= {json.dumps(value)[1:-1]: name for value, name in secrets.items()}  # as it stands in JSON
     for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
         text = text.replace(value, f"<{secrets[value]}>")
-    return text
+    return _PASSWORD.sub("://<password>@", text)
 
 
 def _ways(logs: Path | None) -> str:
@@ -80,10 +87,14 @@ def _ways(logs: Path | None) -> str:
     return f"logs/{STACKS_FILE}, by {' and '.join(ways)}" if ways else "none: no worker was left to be asked"
 
 
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def _tail(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES - _LONGEST_SECRET))
             return file.read().decode(errors="replace")
     except OSError:  # it is not there
         return ""

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from astar_megatron.rollout.engine_actor import Member
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
-from astar_megatron.run.decoding import check_decoding
+from astar_megatron.run.decoding import DecodePath
 from astar_megatron.run.prepare import check_here, placement_of
 from astar_megatron.run.sharing import Turns
 from astar_megatron.run.tracking import Clock, Tracker, read_metrics
@@ -48,7 +48,7 @@ class Fleet:
         self._restarts, self._furthest = 0, -1  # of the policy since it got any further; lines of metrics then
         self._moving = threading.Lock()  # held while weights move
         self._turns: Turns | None = None  # where both sides share memory
-        self._computes_as_sent = False  # whether the decode path of all engines was looked at
+        self._decode_path = DecodePath(model.vocab_size, cfg.max_tokens)
 
     def __enter__(self) -> Self:
         with ExitStack() as self._stack:
@@ -113,12 +113,13 @@ class Fleet:
             with clock.span("drain"):
                 stack.enter_context(drained())
             with clock.span("publish"):
-                self._publish(version)
-                if version and not self._computes_as_sent:  # other weights than the engines began with
-                    self._check_decoding(version)
+                weights = self._publish(version)
+                if words := self._decode_path.look(self.engines, self.policy, version, weights):
+                    self._tracker.say(words)
         yield
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, version: int) -> Hashable:
+        """Returns what differs where the weights do."""
         with self._moving:
             if self._turns:
                 self._turns.begin_publishing()
@@ -129,15 +130,7 @@ class Fleet:
             if self._turns:
                 self._turns.begin_generating()
                 self.engines.let_start()
-
-    def _check_decoding(self, version: int) -> None:
-        model, max_tokens = self._model, self._cfg.max_tokens
-        self._computes_as_sent = True  # unless an engine is replaced from now on
-        gap = check_decoding(self.engines, self.policy, version, model.vocab_size, max_tokens)
-        if gap is None:
-            self._computes_as_sent = False
-            return
-        self._tracker.say(f"engines compute with the weights of version {version}: greedy tokens within {gap:.1e} nats")
+            return self._weights.sent
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -161,7 +154,7 @@ class Fleet:
                 self._loaded.verify(self.engines, [engine])
             elif self._published is not None:
                 self._weights.publish(self._published, [engine])
-            self._computes_as_sent = False  # its graphs are others; they are looked at with the next publish
+            self._decode_path.forget(engine.index)
 
     def restart_policy(self, error: ActorLost) -> None:
         """Start all ranks anew where one died, for training to begin again at its newest checkpoint; engines stay.

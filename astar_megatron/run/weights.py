@@ -71,6 +71,7 @@ class WeightSync:
         self._plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
         self._verifier = Verifier(self._plan, getattr(torch, policy.dtype))
         self._receivers: list[Member] = []  # those that the senders are open for
+        self.sent: tuple[tuple[int, ...], ...] = ()  # the digests of what was published last
         self._open(engines.running())
 
     def publish(self, version: int, members: Sequence[Member] | None = None) -> None:
@@ -87,7 +88,9 @@ class WeightSync:
             if self._receivers == behind or self._open(behind):
                 have = self._engines.update(version, behind, self._policy.begin_publish(version))
             if have:
-                expected = self._verifier.manifest(version, self._policy.digests())
+                digests = self._policy.digests()
+                self.sent = tuple(map(tuple, digests))
+                expected = self._verifier.manifest(version, digests)
                 proved = _check_held(self._engines, have, self._verifier, expected, self._policy.digest_rows)
                 self._engines.serve(proved)
             if len(have) < len(behind):

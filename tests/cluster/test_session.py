@@ -5,6 +5,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -132,6 +133,31 @@ def test_shared_memory_of_others_and_in_folders_is_not_the_run_s() -> None:
             child.kill()
     finally:
         shared.unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_what_lies_in_another_user_s_folder_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a folder names a file to remove, and points at one to read; the lock in it may well be ours."""
+    mine = SHARED_MEMORY / f"test-{os.getpid()}"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / "astar-12345678"
+    (folder / "session_1" / "logs").mkdir(parents=True)
+    folder.chmod(0o700)
+    (folder / "lock").write_text(str(os.getpid()))
+    (folder / "shared_files").write_text(mine.name)
+    age(folder, days=2)
+    assert session.log_folder(os.getpid()) == folder / "session_1" / "logs"
+    mine.write_bytes(b"in use")
+    try:
+        os.chown(folder, 65534, -1)
+        assert session.log_folder(os.getpid()) is None
+        session.remove_left_behind()
+        assert mine.exists() and folder.exists()
+        os.chown(folder, os.getuid(), -1)
+        session.remove_left_behind()
+        assert not mine.exists() and not folder.exists()
+    finally:
+        mine.unlink(missing_ok=True)
 
 
 PLACE = "from astar_megatron.cluster import session; print(*session.place(), sep='\\n')"
