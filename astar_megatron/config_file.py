@@ -19,17 +19,19 @@ _LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
 _LOGIN = re.compile(r"://[^/\s]*@")  # of a URL: what stands there may be a password or a token
 
 
-def _no_login(value: str) -> str:
+def _as_it_stands(value: str) -> str:
     if _LOGIN.search(value):
         raise PydanticCustomError(
             "login",
             "a URL with a login, which logs and checkpoints would keep; leave out all between :// and @, and give the "
             "password to the program that opens the URL",
         )
+    if value.startswith("~"):
+        raise PydanticCustomError("home", "a path without ~, which only a shell replaces: write it out")
     return value
 
 
-Name = Annotated[str, Field(min_length=1), AfterValidator(_no_login)]  # a path or an address
+Name = Annotated[str, Field(min_length=1), AfterValidator(_as_it_stands)]  # a path or an address
 Seconds = Annotated[float, Field(gt=0.0, le=1e6)]  # of waiting: the system's own waits end at 2**31 milliseconds
 
 

@@ -74,7 +74,7 @@ class RolloutConfig(Section):
     """[versions] How much older than the policy the weights may be that drew a response. Above 0 engines draw ahead."""
     update: Literal["in_flight", "drain"] = "in_flight"
     """How weights reach an engine that draws ahead: its responses freeze and go on under the new ones, or end first."""
-    heartbeat_seconds: Seconds = 60.0
+    heartbeat_seconds: float = Field(default=60.0, ge=0.1, le=1e6)
     """[seconds] Within which a hung engine is noticed, and replaced; more than a publish or a decoding step takes."""
     keep: int | None = Field(default=None, ge=0)
     """[steps] Of how many of the newest steps `<run_dir>/rollouts` holds the rollouts; null: of all."""

@@ -26,8 +26,6 @@ class TrainConfig(Section):
     offload: Offload = "cache"
     """What ranks give back while engines generate on their GPUs: `cache`: what no tensor holds; `optimizer`: its states
     to host memory too; `all`: all but the policy's weights. Only with shared GPUs."""
-    grace_seconds: Seconds | None = None
-    """[seconds] How long a run may live after SIGTERM or SIGUSR1; null: until it has saved the step."""
 
 
 class BudgetConfig(Section):

@@ -20,12 +20,13 @@ from astar_megatron.cluster.endings import ended
 from astar_megatron.cluster.signals import LOST, RESUME
 from astar_megatron.config import RunConfig
 from astar_megatron.run import bundle, commands
-from astar_megatron.run.tracking import Screen, read_metrics
+from astar_megatron.run.tracking import PLACEMENT_FILE, Screen, read_metrics
 
 _HOUR = 3600.0
 _OUTPUT_BYTES = 1 << 20  # of the child's output, kept for a bundle
 _CARE_SECONDS = 30.0  # for what a killed child has started to be ended; see cluster/caretaker.py
-_BY_USER = (2, 128 + signal.SIGINT)  # what has been refused, and Ctrl-C: they need no bundle
+_REFUSED = 2  # before a run has begun that needs no bundle
+_BY_USER = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +70,10 @@ def supervise(
     restarts: list[float] = []
     most = _steps(cfg.run_dir)
     while True:
+        before = _placed(cfg.run_dir)
         end = run()
-        steps = _steps(cfg.run_dir)
-        if end.status == 0 or end.status in _BY_USER or is_stopped():
+        steps, has_begun = _steps(cfg.run_dir), _placed(cfg.run_dir) != before
+        if end.status in (0, _BY_USER) or is_stopped() or (end.status == _REFUSED and not has_begun):
             return end, ""
         if not (end.status < 0 or end.status in (LOST, RESUME)):
             return end, "a restart does not mend that"
@@ -128,6 +130,13 @@ def _show(descriptor: int, output: bytearray) -> None:
         with suppress(OSError):  # nobody reads it any more; the child must not wait for that
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
+
+
+def _placed(run_dir: str) -> int | None:
+    """When a run last had its processes placed, in nanoseconds."""
+    with suppress(OSError):
+        return (Path(run_dir) / PLACEMENT_FILE).stat().st_mtime_ns
+    return None
 
 
 def _steps(run_dir: str) -> int:

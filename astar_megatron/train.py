@@ -47,6 +47,7 @@ def train_whatever_dies(
             return train(cfg, inputs, estimates, fleet, tracker)
         except ActorLost as error:
             fleet.restart_policy(error)
+            checkpoints_of(cfg, inputs).verify()
 
 
 def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker) -> None:
@@ -55,11 +56,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     with fleet.training():  # where both sides share memory the policy has all of its own
-        first = checkpoints.resume(fleet.policy, prompts, objective)
-    if words := checkpoints.unverified:
-        tracker.say(words)
-    if changed := checkpoints.changed_settings():
-        tracker.say(f"continuing after step {first} with other settings than before: {'; '.join(changed)}")
+        first = checkpoints.resume(fleet.policy, prompts, objective, tracker.say)
     record = record_of(cfg, inputs.model, tracker, first, int(estimates.tokens.sum()) if estimates else 0)
     spending = record.spending
     with (

@@ -54,6 +54,8 @@ def check_destination(folder: str | Path) -> None:
         return
     except OSError as error:  # a link to itself, a name that is too long, a file in the way
         raise _unwritable(folder, error) from error
+    if folder.resolve() == Path.cwd():
+        raise ModelFolderError(f"{folder} is the current folder, which would be replaced: choose a folder in it")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):

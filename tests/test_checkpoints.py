@@ -364,7 +364,7 @@ def test_damage_is_named_with_the_checkpoint_that_is_whole(
     pointer.write_text("step_00000020\n")  # the remedy
     checkpoints_of(tmp_path).verify()
     policy = FakePolicy()
-    assert checkpoints_of(tmp_path).resume(cast(PolicyGroup, policy), stream(), FIXED) == 20
+    assert checkpoints_of(tmp_path).resume(cast(PolicyGroup, policy), stream(), FIXED, print) == 20
     assert policy.loaded == "step_00000020 at 20"
 
 

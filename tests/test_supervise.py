@@ -57,6 +57,19 @@ def test_what_the_user_has_to_mend_or_has_ended_is_not(status: int, tmp_path: Pa
     assert supervised(tmp_path, (KILLED, 3), (status, 3)) == (status, "")
 
 
+def test_what_ends_a_run_that_had_begun_leaves_a_bundle(tmp_path: Path) -> None:
+    """Too many steps that were not finite, a full disk: refused, but not before anything started."""
+    cfg = samples.run_config(run_dir=str(tmp_path))
+
+    def run() -> End:
+        (tmp_path / "placement.json").write_text("{}")
+        return End(status=2)
+
+    end, reason = supervise(cfg, run, lambda: False, Screen())
+    assert (end.status, reason) == (2, "a restart does not mend that")
+    assert supervise(cfg, lambda: End(status=2), lambda: False, Screen()) == (End(status=2), "")
+
+
 def test_an_error_of_the_program_is_not_but_leaves_a_bundle(tmp_path: Path) -> None:
     assert supervised(tmp_path, (1, 3)) == (1, "a restart does not mend that")
 
@@ -189,7 +202,7 @@ print(bundle.leave(cfg, "astar train", "step 49\\nplanted-secret-1 short", 4711)
         ("/usr/local/bin", "/usr/local/bin"),
         (r'{"token": "quo\"te\\d"}', '{"token": "<QUOTED_KEY>"}'),
         ("secret1 ghp_12345 basic dXNlcg==", "<DB_PASS> <GITHUB_PAT> <X_AUTH>"),
-        ("http://me:proxy-password@host:1 proxy-password", "http://<password>@host:1 <HTTPS_PROXY>"),
+        ("socks5://me:proxy-password@host:1 proxy-password", "socks5://<password>@host:1 <HTTPS_PROXY>"),
         ("postgres://me:never-in-the-environment@db/x", "postgres://<password>@db/x"),
     ],
 )
@@ -202,7 +215,7 @@ def test_secrets_are_taken_out_in_whatever_form_they_stand(text: str, expected: 
         "DB_PASS": "secret1",
         "GITHUB_PAT": "ghp_12345",
         "X_AUTH": "basic dXNlcg==",
-        "HTTPS_PROXY": "http://me:proxy-password@host:1",
+        "HTTPS_PROXY": "socks5://me:proxy-password@host:1",
     }
     assert bundle.without_secrets(text, environment) == expected
 

@@ -1,12 +1,18 @@
-"""Waiting says how long it already takes and what for."""
+"""What is said and written of a run: how long waiting takes and what for, and what there is no place for."""
 
 import io
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from astar_megatron.run.tracking import Screen
+from astar_megatron.data.files import StorageError
+from astar_megatron.run.tracking import Screen, Tracker
 
 
 def test_a_long_wait_says_meanwhile_what_goes_on() -> None:
@@ -37,3 +43,40 @@ def test_a_short_wait_leaves_one_line_and_a_failed_one_none(terminal: bool) -> N
         raise ValueError("broken")
     assert "again: " not in text.getvalue()
     assert threading.active_count() == 1 or not any("watch" in thread.name for thread in threading.enumerate())
+
+
+TALKS = """
+import sys
+from astar_megatron.run.tracking import Screen
+screen = Screen()
+sys.stdin.readline()
+for _ in range(3):
+    screen.say("x" * 100_000)
+with screen.progress("rows", 4) as advance:
+    advance(4)
+print("nobody hears this", flush=True)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("output", ["a pipe that nobody reads", "/dev/full"])
+def test_a_program_goes_on_where_what_it_says_has_no_place(output: str) -> None:
+    command = [sys.executable, "-c", TALKS]
+    stdout: Any = subprocess.PIPE
+    if output.startswith("/"):
+        stdout = os.open(output, os.O_WRONLY)
+        command[2] = command[2].replace('print("nobody hears this", flush=True)', "")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.PIPE) as process:
+        if process.stdout is not None:
+            process.stdout.close()
+        _, error = process.communicate(b"\n", timeout=60)
+    assert (process.returncode, error) == (3, b"")
+
+
+def test_a_line_of_metrics_that_has_no_place_is_said_with_path_and_remedy(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.metrics_path.mkdir()
+    with pytest.raises(
+        StorageError, match=r"metrics\.jsonl: can't write a line: Is a directory; choose another folder"
+    ):
+        tracker.log({"step": 0})

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -111,6 +112,10 @@ class Engines:
         self.spoil: Callable[[list[dict[str, Tensor]]], object] = lambda tensors: None
         self.fail: Callable[[Member], object] = lambda member: None
         self.faults: list[tuple[str, int, str]] = []
+        self.replaced: list[tuple[int, str]] = []
+
+    def replace(self, member: Member, cause: str) -> None:
+        self.replaced.append((member.index, cause))
 
     def running(self) -> list[Member]:
         return list(self.members)
@@ -264,7 +269,9 @@ def test_a_replaced_engine_that_does_not_hold_the_weights_draws_nothing(ends: tu
     assert not fresh.serves
 
 
-def test_engines_that_take_no_publish_end_the_run(ends: tuple[Any, Any, WeightSync]) -> None:
+def test_engines_that_take_no_publish_are_replaced_and_ones_that_were_end_the_run(
+    ends: tuple[Any, Any, WeightSync],
+) -> None:
     _, engines, sync = ends
 
     def fail(member: Member) -> None:
@@ -273,8 +280,10 @@ def test_engines_that_take_no_publish_end_the_run(ends: tuple[Any, Any, WeightSy
         raise TransferError("late")
 
     engines.fail = fail
-    with pytest.raises(ClusterError, match=r"publish: engines \[0, 1\] did not take version 0 in 3 attempts"):
-        sync.publish(0)
+    sync.publish(0)
+    assert engines.replaced == [(0, "engine 0 did not take version 0 in 3 attempts"), (1, ANY)]
+    with pytest.raises(ClusterError, match="publish: engine 1 did not take version 0 in 3 attempts"):
+        sync.publish(0, [engines.members[1]])
     assert engines.audits == [] and not any(member.serves for member in engines.members)
 
 

@@ -10,7 +10,7 @@ def knock(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no name that a host can have
         raise unanswered(address, error) from None
 
 

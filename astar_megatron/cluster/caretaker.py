@@ -13,12 +13,15 @@ import sys
 import time
 from pathlib import Path
 
+from astar_megatron.cluster.processes import trackers
+
 _PROGRAM = (
     "import json, pathlib, sys; sys.path[:] = json.loads(sys.argv[1]); from astar_megatron.cluster import session; "
     "session.care(pathlib.Path(sys.argv[2]))"
 )
 _SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # of which those of a run are the driver's
 _END_SECONDS = 20.0  # a killed process may still have gigabytes to give back
+_TRACKER_SECONDS = 10.0
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -47,10 +50,14 @@ def writers(folder: Path) -> set[int]:
 
 
 def end_writers(folder: Path) -> None:
-    """Kill what `writers` names, and wait until they have given back what they had."""
+    """Kill what `writers` names, and wait until they have given back what they had.
+
+    Trackers, which remove what the others leave in /dev/shm, get the time for it.
+    """
     until = time.monotonic() + _END_SECONDS
-    while (pids := writers(folder)) and time.monotonic() < until:
-        for pid in pids:
+    trackers_until = until - _END_SECONDS + _TRACKER_SECONDS
+    while (pids := writers(folder)) and (now := time.monotonic()) < until:
+        for pid in pids - trackers(pids) if now < trackers_until else pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 type Processes = dict[int, str]  # by number, when each began: the kernel gives a number again
@@ -32,12 +33,24 @@ def tree(pid: int | None) -> Processes:
 
 
 def kill(processes: Processes) -> None:
-    """End those that still run, with all that they have started since, by SIGKILL, which a stopped one obeys too."""
+    """End those that still run, with all that they have started since, by SIGKILL, which a stopped one obeys too.
+
+    But trackers, which end by themselves then.
+    """
     for pid, began in processes.items():
         if (facts := _facts(pid)) and facts[_BEGAN] == began:
-            for member in process_tree(pid):
+            for member in process_tree(pid) - trackers(process_tree(pid)):
                 with contextlib.suppress(OSError):  # it has just ended
                     os.kill(member, signal.SIGKILL)
+
+
+def trackers(pids: Iterable[int]) -> set[int]:
+    """Those that remove what others leave in /dev/shm, as multiprocessing has them: they end when those have ended."""
+    names = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just ended
+            names[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+    return {pid for pid, name in names.items() if b"multiprocessing.resource_tracker" in name}
 
 
 def die_with(parent: int, number: signal.Signals) -> None:

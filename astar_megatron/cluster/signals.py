@@ -131,4 +131,5 @@ def _end_at_once(reason: str, end: type[SystemExit] = SystemExit) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"astar: {text}\n".encode())  # print may be what the signal has interrupted
+    with contextlib.suppress(OSError):  # whoever read it may have had the signal too
+        os.write(2, f"astar: {text}\n".encode())  # print may be what the signal has interrupted

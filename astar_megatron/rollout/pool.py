@@ -259,7 +259,7 @@ class EnginePool:
                 try:
                     self._cluster.wait("engines: beat", [reference], left)
                 except Exception as error:
-                    self._lose(member, _cause(error))
+                    self.replace(member, _cause(error))
             self._closing.wait(max(0.0, until - time.monotonic()))
 
     def _is_lost(self, member: Member, error: ClusterError) -> bool:
@@ -270,10 +270,11 @@ class EnginePool:
                 return member.is_lost
             except ClusterError:
                 pass
-        self._lose(member, _cause(error))
+        self.replace(member, _cause(error))
         return True
 
-    def _lose(self, member: Member, cause: str) -> None:
+    def replace(self, member: Member, cause: str) -> None:
+        """Begin to put another engine in the place of one that is of no more use, and say why."""
         with self._changed:
             if member.is_lost or self._closing.is_set():
                 return
@@ -315,7 +316,7 @@ class EnginePool:
         try:
             self._cluster.wait(f"engine {index}: start", [fresh.starting], self._cluster.timeout_seconds)
         except ClusterError as error:
-            self._lose(fresh, _cause(error))
+            self.replace(fresh, _cause(error))
             return
         self._note_start(fresh)
         self.bring(fresh)

@@ -267,7 +267,10 @@ class _Process:
                     raise EOFError("closed its process's output") from None
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
-        number, value, reason = json.loads(line)
+        try:
+            number, value, reason = json.loads(line)
+        except (ValueError, TypeError) as error:
+            raise EOFError(f"wrote {line[:100]!r} where answers go, and its process was ended") from error
         if number != self._judged:
             raise EOFError(f"gave answer {number} where {self._judged} was due, and its process was ended")
         return value, reason

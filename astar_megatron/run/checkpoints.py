@@ -20,6 +20,7 @@ from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run.saving import FOLDERS, IN_FLIGHT_FILE, LATEST_FILE, PROGRESS_FILE, Saves
 from astar_megatron.types import Prompt, Rollout
 
+CHECKPOINTS_FOLDER = "checkpoints"  # of a run
 _NAMED = 5  # files that an error lists
 _LONGEST_NAME = 100  # bytes of `latest` that are read
 type _Prompts = PromptStream | PrioritisedPrompts
@@ -37,7 +38,7 @@ class Checkpoints:
     """The checkpoints of one run; `settings` are its configuration, one value a key path."""
 
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, contract: Contract, settings: dict[str, Any]) -> None:
-        self._folder = run_dir / "checkpoints"
+        self._folder = run_dir / CHECKPOINTS_FOLDER
         self._cfg, self._contract, self._settings = cfg, contract, settings
 
     @property
@@ -90,11 +91,15 @@ class Checkpoints:
         except (AttributeError, KeyError, TypeError) as error:
             raise self._damaged(folder / PROGRESS_FILE, repr(error)) from error
 
-    def resume(self, policy: PolicyGroup, prompts: _Prompts, objective: Objective) -> int:
-        """As `restore`, and the policy too."""
+    def resume(self, policy: PolicyGroup, prompts: _Prompts, objective: Objective, say: Callable[[str], None]) -> int:
+        """As `restore`, and the policy too; `say` hears what a user may not expect of it."""
         step, folder = self.restore(prompts, objective), self.latest
         if folder is not None:
             policy.load(folder, step)
+        if words := self.unverified:
+            say(words)
+        if changed := self.changed_settings():
+            say(f"continuing after step {step} with other settings than before: {'; '.join(changed)}")
         return step
 
     def in_flight(self, prompts: Iterable[Prompt]) -> list[Rollout]:

@@ -22,7 +22,7 @@ from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.decoding import DecodePath
 from astar_megatron.run.prepare import check_here, placement_of
 from astar_megatron.run.sharing import Turns
-from astar_megatron.run.tracking import Clock, Tracker, read_metrics
+from astar_megatron.run.tracking import PLACEMENT_FILE, Clock, Tracker, read_metrics
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion.families import Model
 
@@ -67,7 +67,7 @@ class Fleet:
         folders.check_written(cluster, "run_dir", _absolute(cfg.run_dir))
         placement = cluster.reservation.placement
         text = json.dumps(placement.fields(), indent=1) + "\n"
-        write_atomic(tracker.run_dir / "placement.json", text.encode())
+        write_atomic(tracker.run_dir / PLACEMENT_FILE, text.encode())
         tracker.say(placement.describe())
         tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
         take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True

@@ -20,6 +20,7 @@ from astar_megatron.rollout.engine import check_graphs
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.types import Prompt
 from conversion import hf
 from conversion.families import Model, read_model
@@ -98,7 +99,7 @@ def _check_apart(cfg: RunConfig, *, for_training: bool) -> None:
     for key, folder in {"run_dir": run_dir, "sweep.table": table}.items():
         if model in (folder, *folder.parents):
             raise ValueError(f"{key}: {folder} is, or lies in, the folder of model.path; choose another place")
-    for folder in (_real(cfg.export_dir), run_dir / "checkpoints", table) if for_training else ():
+    for folder in (_real(cfg.export_dir), run_dir / CHECKPOINTS_FOLDER, table) if for_training else ():
         if folder in (model, *model.parents):
             raise ValueError(
                 f"model.path: {model} is, or lies in, {folder}, which this run writes and replaces; choose another "

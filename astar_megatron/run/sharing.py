@@ -52,7 +52,7 @@ class Turns:
     ) -> None:
         self._policy, self._engines, self._say = policy, engines, say
         self._offload: Offload = offload
-        self._engines_sleep, self._policy_rests = True, False
+        self._engines_sleep, self._weights_wake, self._policy_rests = True, False, False
         self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
         self._first_returned = dict(returned)
         say(f"shared memory: engines give back {' '.join(map(gib, returned.values()))}")
@@ -64,12 +64,13 @@ class Turns:
             self._policy_rests = True
         if self._engines_sleep:
             self._engines.wake("weights")
+            self._weights_wake = True
 
     def begin_generating(self) -> None:
         """Engines, which have their weights, get room for keys and values."""
         if self._engines_sleep:
             self._engines.wake("kv_cache")
-            self._engines_sleep = False
+            self._engines_sleep = self._weights_wake = False
 
     def begin_training(self) -> None:
         """Engines give back and lose their weights, the policy has all of its memory."""
@@ -82,6 +83,8 @@ class Turns:
 
     def restart_policy(self) -> None:
         """Engines give back, and ranks start that take the place of all there were; it is their turn."""
+        if self._weights_wake:
+            self.begin_generating()  # engines sleep as a whole, and the policy rests
         if not self._engines_sleep:
             self._check_engines(self._engines.sleep())
             self._engines_sleep = True
@@ -108,7 +111,7 @@ class Turns:
 
     def _check_engines(self, returned: Mapping[int, int]) -> None:
         for engine, now in returned.items():
-            first = self._first_returned[engine]
+            first = self._first_returned.setdefault(engine, now)  # it may have been replaced before it ever slept
             if now < first - GROWTH_BYTES:
                 raise ClusterError(
                     f"memory of shared GPUs: engine {engine} gave back {gib(first)} when it first slept, and "

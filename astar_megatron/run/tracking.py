@@ -6,6 +6,7 @@ On a terminal progress is drawn by rich; elsewhere it is plain lines.
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from astar_megatron.data.files import storage_error, write_atomic
+
 METRICS_FILE = "metrics.jsonl"
 STAGE_1_FILE = "stage_1.jsonl"
+PLACEMENT_FILE = "placement.json"  # of the run as it was last begun
 _SECONDS_A_LINE = 15.0  # of waiting, where there is no terminal
 
 
@@ -43,15 +47,24 @@ class Clock:
         return {**self.seconds, "total": time.perf_counter() - self._start}
 
 
+class _Console(Console):
+    """One whose reader may go (`astar train | tee log`, ended by one Ctrl-C): the program goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+
+
 class Screen:
     """Talks to the person who started a program: on a terminal by rich, elsewhere in plain lines."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or _Console(highlight=False)
 
     def say(self, text: str) -> None:
         """Show one line."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        with suppress(OSError):  # the disk of a log is full
+            self.console.print(text, soft_wrap=True, markup=False)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -139,13 +152,14 @@ class Tracker(Screen):
     def begin(self, step: int) -> list[dict[str, Any]]:
         """Drop the lines of steps from `step` on, which a resumed run writes again, and return the others."""
         kept = [line for line in read_metrics(self.run_dir) if line["step"] < step]
-        temporary = self.metrics_path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.metrics_path)
+        write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         return kept
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line; it is on disk on return. Values that JSON can't hold (NaN, Inf) become null."""
+        """Append one line; it is on disk on return. Values that JSON can't hold (NaN, Inf) become null.
+
+        Raises StorageError.
+        """
         _append(self.metrics_path, metrics)
 
     def log_stage_1(self, table: Path, samples: int, response_tokens: int, seconds: float) -> None:
@@ -155,10 +169,13 @@ class Tracker(Screen):
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(line)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(line)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise storage_error(f"{path}: can't write a line", error) from error
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

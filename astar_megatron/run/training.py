@@ -6,15 +6,15 @@ from astar_megatron import config
 from astar_megatron.algorithm import methods
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.config import FilterConfig, RunConfig
-from astar_megatron.data import filters
+from astar_megatron.data import bad_batches, filters, rollout_files
 from astar_megatron.data.allocation import run_estimates, stage_1_of
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run import resources
-from astar_megatron.run.checkpoints import Checkpoints
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from astar_megatron.run.prepare import Inputs
-from astar_megatron.run.tracking import read_metrics
+from astar_megatron.run.tracking import METRICS_FILE, PLACEMENT_FILE, read_metrics
 from conversion import folders
 
 
@@ -81,8 +81,19 @@ def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
     check_output(cfg, inputs)
 
 
+def _check_kinds(run_dir: Path) -> None:
+    """Raise ValueError where a file lies in the place of a folder of the run's, or a folder in that of a file."""
+    for name in (rollout_files.FOLDER, bad_batches.FOLDER, CHECKPOINTS_FOLDER):
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise ValueError(f"run_dir: {run_dir / name} is no folder; move it away, or choose another run_dir")
+    for name in (METRICS_FILE, PLACEMENT_FILE):
+        if (run_dir / name).is_dir():
+            raise ValueError(f"run_dir: {run_dir / name} is a folder; move it away, or choose another run_dir")
+
+
 def check_output(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where what a run writes has no place."""
     read_metrics(cfg.run_dir)  # damaged ones are refused here
+    _check_kinds(Path(cfg.run_dir))
     folders.check_destination(cfg.export_dir)
     resources.check_disk(cfg, inputs.model.num_parameters())

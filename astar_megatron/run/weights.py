@@ -77,8 +77,9 @@ class WeightSync:
     def publish(self, version: int, members: Sequence[Member] | None = None) -> None:
         """Give engines (none named: all that run) the policy's current weights; their rollouts now carry `version`.
 
-        An engine that ends meanwhile is left out: the pool replaces it. When the others then could not go on either,
-        it is tried again without it. Raises WeightMismatch if a worker does not hold the weights in the end.
+        An engine that ends meanwhile is left out: the pool replaces it, and one that does not take them. When the
+        others then could not go on either, it is tried again without it. Raises WeightMismatch if a worker does not
+        hold the weights in the end, ClusterError where one named does not take them.
         """
         behind = list(self._engines.running() if members is None else members)
         for _ in range(_MOST_ATTEMPTS):
@@ -97,11 +98,11 @@ class WeightSync:
                 self._receivers = []  # whoever waited for one that failed has given up
             running = self._engines.running()
             behind = [member for member in behind if member in running and member not in have]
-        if behind:
-            raise ClusterError(
-                f"publish: engines {[member.index for member in behind]} did not take version {version} in "
-                f"{_MOST_ATTEMPTS} attempts; the lines above say of what each failed"
-            )
+        for member in behind:
+            cause = f"engine {member.index} did not take version {version} in {_MOST_ATTEMPTS} attempts"
+            if members is not None:  # one that has taken another's place
+                raise ClusterError(f"publish: {cause}; the lines above say of what it failed")
+            self._engines.replace(member, cause)
 
     def close(self) -> None:
         """Forget who is open for whom: the ranks are others now. The next publish opens them."""

@@ -6,14 +6,16 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from samples import output_of
 
-from astar_megatron.cluster import session
+from astar_megatron.cluster import caretaker, session
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.processes import kill, trackers, tree
 from astar_megatron.cluster.session import SessionFolder
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -63,6 +65,7 @@ time.sleep(60)
 """
 KILLED = f"""
 import os, subprocess, sys
+from astar_megatron.cluster.processes import kill, trackers, tree
 from astar_megatron.cluster.session import SessionFolder
 with SessionFolder() as folder:
     holder = subprocess.Popen([sys.executable, "-c", {HOLDER!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -95,6 +98,27 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run
         age(folder, days=2)
         session.remove_left_behind()
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("way", ["by what they write", "by who started them"])
+def test_a_tracker_gets_the_time_to_remove_what_a_killed_process_left(way: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", HOLDER]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as holder:
+            assert holder.stdout is not None
+            semaphore = SHARED_MEMORY / f"sem.{holder.stdout.readline().decode().strip()}"
+            processes = tree(holder.pid)
+            (tracker,) = trackers(processes)
+            os.kill(tracker, signal.SIGSTOP)  # as on a machine that is busy
+            threading.Timer(1.0, os.kill, (tracker, signal.SIGCONT)).start()
+            if way == "by what they write":
+                caretaker.end_writers(tmp_path)
+            else:
+                kill(processes)
+                while Path(f"/proc/{tracker}/exe").exists():
+                    time.sleep(0.05)
+            assert holder.wait() == -signal.SIGKILL
+    assert not semaphore.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

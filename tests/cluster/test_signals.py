@@ -1,5 +1,6 @@
 """How a program ends on SIGTERM and SIGUSR1: at once, or where a step is saved; a second signal ends it in any case."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,6 +49,21 @@ def ended(*arguments: str, after: str, signals: list[signal.Signals], pause: flo
             process.send_signal(number)
         out, error = process.communicate(timeout=60)
     return process.returncode, out.splitlines(), error
+
+
+def test_a_step_is_saved_although_nobody_reads_what_is_said() -> None:
+    """`astar train 2>&1 | tee log`: a signal to the group ends `tee` too."""
+    read, write = os.pipe()
+    command = [sys.executable, "-c", STEPS, "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=write, text=True) as process:
+        os.close(write)
+        os.close(read)
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "step 1":
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out.splitlines()) == (RESUME, ["saves 1", *CLEANED])
 
 
 CLEANED = ["cleans up", "has cleaned up"]

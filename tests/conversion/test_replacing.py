@@ -117,3 +117,13 @@ def test_no_file_is_deleted_that_an_export_does_not_have(tmp_path: Path) -> None
     with pytest.raises(ModelFolderError, match=r"results\.csv"), replacing(tmp_path / "out"):
         (tmp_path / "out" / "results.csv").write_text("put there meanwhile")
     assert (tmp_path / "out" / "results.csv").exists()
+
+
+def test_the_current_folder_is_no_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To replace it would leave the program in a folder that is gone."""
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "", str(tmp_path)):
+        with pytest.raises(
+            ModelFolderError, match="is the current folder, which would be replaced: choose a folder in"
+        ):
+            check_destination(name)

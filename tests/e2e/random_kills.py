@@ -250,7 +250,9 @@ def summary_of(layout: str, model: Path, folder: Path, num_kills: int, seed: int
         nodes = stack.enter_context(two_nodes(Path(__file__).parent)) if has_two_nodes else None
         changes: dict[str, dict[str, Any]] = {"cluster": {"address": nodes.address}} if nodes else {}
         if take_turns:
-            changes |= {"rollout": {"num_engines": 1}, "cluster": changes.get("cluster", {}) | {"share_gpus": True}}
+            cluster = changes.get("cluster", {}) | {"share_gpus": True}
+            changes |= {"rollout": {"num_engines": 1}, "train": {"offload": "all"}, "cluster": cluster}
+            changes["model"] = {"dtype": "bfloat16"}  # its master weights are given back too
         begun = time.monotonic()
         run_to_its_end(file := write_run(folder, model, "whole", **changes), nodes, [], chance, 0.0)
         seconds = time.monotonic() - begun

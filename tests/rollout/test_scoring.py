@@ -113,7 +113,7 @@ def test_failures_of_all_scorers_of_a_run_count_together(tmp_path: Path) -> None
             scorer.score([_rollout("raise")])
 
 
-@pytest.mark.parametrize("way", ["fork", "closes its input", "closes its output", "writes more"])
+@pytest.mark.parametrize("way", ["fork", "closes its input", "closes its output", "writes more", "writes junk"])
 def test_what_a_reward_does_to_its_process_changes_no_other_reward(way: str, tmp_path: Path) -> None:
     values = ["0.25", "0.75", "-0.5"]
     with Scorer(RewardConfig(name="faulty_reward:echo", timeout_seconds=20.0), num_processes=1) as scorer:
