@@ -64,7 +64,7 @@ def train(
     supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it was killed.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Stage 2: on-policy A*PO from the V* table. Run again to continue."""
+    """Train by the method of objective.name: A*PO from the V* table of `astar sweep`. Run again to continue."""
     cfg = config.load(config_file, overrides or ())
     if supervise and not dry_run:
         sets = [word for override in overrides or () for word in ("--set", override)]

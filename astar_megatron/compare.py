@@ -1,26 +1,25 @@
 """PROGRAM: methods side by side at equal cost, a run of `astar train` for each method and seed, one after the other.
 
 One V* table serves all of them: it is filled first, by the seed of the configuration, where a method reads it and it
-lacks something. Run again it goes on: finished runs stay, others continue from their checkpoints. A finished run's
-checkpoints are removed, its export stays. What is compared: run/comparison.py.
+lacks something. Run again it goes on: finished runs stay, others continue from their checkpoints. Once a run is written
+down as finished its checkpoints are removed; its export stays. What is compared: run/comparison.py.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from astar_megatron.config import RunConfig
-from astar_megatron.data.allocation import run_estimates, samples_wanted
 from astar_megatron.data.files import exclusive, make_folder
-from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run import comparison, comparison_files
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.commands import LOG_FILE, End, Runner, astar, last_line, run_command
-from astar_megatron.run.comparison import Budget, Run, Stage1Cost
+from astar_megatron.run.comparison import Result, Run
 from astar_megatron.run.comparison_files import STAGE_1, Comparison
+from astar_megatron.run.comparison_stage_1 import stage_1_of
 from astar_megatron.run.prepare import Inputs, prepare
-from astar_megatron.run.spending import generation_flops
-from astar_megatron.run.tracking import Screen, read_stage_1_seconds
-from astar_megatron.run.training import asks_stage_1
+from astar_megatron.run.tracking import Screen
+from astar_megatron.run.training import check_before_stage_1
 
 _SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 
@@ -34,15 +33,26 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     comparison.check_settings(folder, before, settings)
     runs = list(dict.fromkeys([*asked, *finished]))
     configs = {run: comparison.run_config(cfg, run, folder) for run in runs}
-    inputs, screen = prepare(configs[asked[0]]), Screen()
+    inputs, screen = _checked([own for run, own in configs.items() if run not in finished] or [cfg], folder), Screen()
     make_folder(folder)
     with exclusive(folder / "compare.lock", "another comparison of this folder"):
-        stage_1 = _stage_1(cfg.seed, configs, limit, inputs, folder, screen, runner)
-        configs = {run: comparison.with_budget(own, limit, stage_1.get(run.method)) for run, own in configs.items()}
-        known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors={})
+        if comparison_files.read(folder)[1] != finished:
+            raise ValueError(f"{folder}: another comparison has just gone on there; run the same command again")
+        stage_1, failures = stage_1_of(
+            cfg.seed, configs, limit, inputs, folder, lambda own: _run("sweep", own, "stage 1", screen, runner)
+        )
+        if lost := [run for run in finished if run.method in failures]:
+            raise ValueError(f"{failures[lost[0].method]} {lost[0].name} has finished, and what it cost is not known")
+        errors = {run: failures[run.method] for run in runs if run.method in failures}
+        runnable = {run: own for run, own in configs.items() if run not in errors}
+        configs = {run: comparison.with_budget(own, limit, stage_1.get(run.method)) for run, own in runnable.items()}
+        known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors=errors)
         for run in finished:  # first, asked for or not, so that what is written never loses a finished run
-            _take(known, run, folder)
-        comparison_files.write(folder, known)
+            known.results[run] = _result(known, run, folder)
+        _write(known, folder)
+        for method, reason in failures.items():
+            screen.say(f"{method}: {reason}")
+        asked = [run for run in asked if run in configs]
         for number, run in enumerate(asked, 1):
             _train(known, run, configs[run], f"{run.name}, run {number} of {len(asked)}", folder, screen, runner)
     screen.say(comparison_files.as_markdown(known))
@@ -61,11 +71,11 @@ def _train(
     try:
         if end.status:
             raise ValueError(end.error)
-        _take(known, run, folder)
+        known.results[run] = _result(known, run, folder)
     except ValueError as error:
         known.errors[run] = str(error)
         screen.say(f"{label} failed: {error}")
-    comparison_files.write(folder, known)
+    _write(known, folder)
 
 
 def _run(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> End:
@@ -74,56 +84,29 @@ def _run(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) 
         return run_command(name, cfg, runner)
 
 
-def _take(known: Comparison, run: Run, folder: Path) -> None:
-    known.results[run] = comparison.result_of(run, folder / run.name, known.stage_1.get(run.method))
-    shutil.rmtree(folder / run.name / "checkpoints", ignore_errors=True)
+def _result(known: Comparison, run: Run, folder: Path) -> Result:
+    copies = run.method == "oapl" and known.settings["oapl.refresh_steps"] is not None
+    return comparison.result_of(run, folder / run.name, known.stage_1.get(run.method), has_reference=not copies)
 
 
-def _stage_1(
-    seed: int,
-    configs: Mapping[Run, RunConfig],
-    limit: Budget,
-    inputs: Inputs,
-    folder: Path,
-    screen: Screen,
-    runner: Runner,
-) -> dict[str, Stage1Cost]:
-    """Fill the V* table as each method reads it, and return what that cost, by method; nothing of one that does not."""
-    costs = {}
-    for method, cfg in {run.method: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
-        there, lacking = _samples(cfg, inputs)
-        if lacking:
-            comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, there))
-            own = cfg.model_copy(update={"run_dir": str(folder / STAGE_1), "seed": seed})
-            end = _run("sweep", own, "stage 1", screen, runner)
-            if end.status:
-                raise ValueError(f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn")
-            there, lacking = _samples(cfg, inputs)
-        if lacking:
-            raise ValueError(
-                f"stage 1: {lacking} samples could not be scored, see {folder / STAGE_1}/reward_failures.jsonl; "
-                "run the same command again: it draws them anew"
-            )
-        costs[method] = _cost(cfg, inputs, folder)
-    return costs
+def _write(known: Comparison, folder: Path) -> None:
+    """Write what is known; then remove what only a run that goes on needs."""
+    comparison_files.write(folder, known)
+    for run in known.results:
+        shutil.rmtree(folder / run.name / CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
-def _samples(cfg: RunConfig, inputs: Inputs) -> tuple[int, int]:
-    """Return how many of the samples that the method reads the table has, and how many it lacks."""
-    table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
-    wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)
-    lacking = int(table.lacking(inputs.prompts, wanted).sum())
-    return int(wanted.sum()) - lacking, lacking
+def _checked(configs: Sequence[RunConfig], folder: Path) -> Inputs:
+    """Return what the runs have in common. Raises ValueError for what of any method is refused without running it.
 
-
-def _cost(cfg: RunConfig, inputs: Inputs, folder: Path) -> Stage1Cost:
-    """Return the cost of the samples that the method takes of the table."""
-    estimates = run_estimates(cfg, inputs.contract, inputs.prompts)
-    wanted, prompts = estimates.samples_by_uid(), {prompt.uid: prompt for prompt in inputs.prompts}
-    responses = VStarTable.open(cfg.table_dir, inputs.contract).responses()
-    drawn = {(uid, sample): tokens for uid, sample, tokens in responses if sample < wanted.get(uid, 0)}
-    return Stage1Cost(
-        tokens=int(estimates.tokens.sum()),
-        flops=generation_flops(inputs.model, ((prompts[uid], tokens) for (uid, _), tokens in drawn.items())),
-        seconds=read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, int(estimates.samples.sum())),
-    )
+    Checkpoints are not looked at: a damaged one is its own run's failure.
+    """
+    by_method = {cfg.objective.name: cfg.model_copy(update={"run_dir": str(folder / STAGE_1)}) for cfg in configs}
+    inputs = []
+    for method, cfg in by_method.items():
+        try:
+            inputs.append(prepare(cfg))
+            check_before_stage_1(cfg, inputs[-1])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{method}: {error}") from error
+    return inputs[0]

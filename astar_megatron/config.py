@@ -39,6 +39,7 @@ from astar_megatron.config_methods import Clipped as Clipped
 from astar_megatron.config_methods import MethodName as MethodName
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 
+_IMPORTANCE_CAP = 2.0  # of A*PO, where engines draw ahead
 Day = Annotated[str, BeforeValidator(day)]
 type Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -247,11 +248,16 @@ class RunConfig(Section):
     def compares_with_engines(self) -> bool:
         """Whether the method reads the engines' log-probs as those of the policy that drew."""
         return {
-            "astar": self.astar.importance_cap is not None,
+            "astar": self.importance_cap is not None,
             "oapl": self.oapl.refresh_steps is None,
             "grpo": self.rollout.max_staleness > 0,
             "ppo": self.rollout.max_staleness > 0,
         }.get(self.objective.name, False)
+
+    @property
+    def importance_cap(self) -> float | None:
+        """That of A*PO; None: no response is weighed."""
+        return self.astar.importance_cap or (_IMPORTANCE_CAP if self.rollout.max_staleness else None)
 
     @property
     def mini_batch_size(self) -> int:

@@ -33,7 +33,8 @@ class AstarConfig(Section):
     beta2: float = Field(default=1e-3, gt=0.0)
     """[reward a nat] Of stage 2: the loss is (beta2 ln(pi / pi_ref) - (r - V*))^2."""
     importance_cap: float | None = Field(default=None, ge=1.0)
-    """Weigh each loss by min(cap, policy's / engine's probability of the response); null: by 1."""
+    """Weigh each loss by min(cap, policy's / engine's probability of the response); null: 2 where engines draw ahead
+    (`rollout.max_staleness`), whose responses older weights drew, else all by 1."""
     refresh_decay: float | None = Field(default=None, gt=0.0, le=1.0)
     """[share] What earlier rewards still weigh when training adds its own to V*; null: V* stays that of stage 1."""
 
@@ -112,6 +113,6 @@ class SpoConfig(Clipped):
     most_decay: float = Field(default=0.96, gt=0.0, lt=1.0)
     """[share] What they weigh at most."""
     half_life: float = Field(default=0.06, gt=0.0)
-    """[nats a token] Divergence of the policy since the last one at which they weigh half."""
+    """[nats a token] Change of the KL to the reference since the last one at which they weigh half."""
     exploration: float = Field(default=0.05, gt=0.0)
     """Added to the weight of each prompt, sqrt(v (1 - v)), so that every prompt comes again."""

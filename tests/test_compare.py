@@ -107,7 +107,9 @@ def cfg(tmp_path: Path, tied_llama: Path) -> RunConfig:
             "reward": {"name": "last_number"},
             "sampling": {"max_response_tokens": 8},
             "sweep": {"num_samples": 4},
-            "train": {"num_steps": 50, "batch_size": 8},
+            "train": {"num_steps": 50, "batch_size": 2},
+            "grpo": {"group_size": 2},
+            "oapl": {"group_size": 2},
         }
     )
 
@@ -352,6 +354,29 @@ def test_a_budget_that_stage_1_alone_reaches_is_refused_before_any_training(
     assert compare(Astar(), "grpo,spo", f"tokens={STAGE_1_TOKENS + 1}") == 0
 
 
+@pytest.mark.parametrize(("samples_there", "least"), [(0, 8), (4, STAGE_1_TOKENS + 2)])
+def test_a_budget_that_stage_1_will_reach_is_refused_before_the_sweep(
+    samples_there: int, least: int, compare: Any, cfg: RunConfig
+) -> None:
+    """A sample that is lacking has a token at least."""
+    if samples_there:
+        fill_table(cfg)
+    own, runner = {"sweep": {"num_samples": samples_there + 1}} if samples_there else {}, Astar()
+    with pytest.raises(
+        ValueError, match=f"stage 1 alone, which astar reads, will cost {least} response tokens or more"
+    ):
+        compare(runner, "grpo,astar", f"tokens={least}", **own)
+    assert runner.calls == []
+
+
+def test_what_any_method_is_refused_for_is_said_before_anything_starts(compare: Any) -> None:
+    runner = Astar()
+    changes = {"train": {"num_steps": 50, "batch_size": 16}}
+    with pytest.raises(ValueError, match=r"spo: train\.batch_size: "):
+        compare(runner, "grpo,spo", **changes)
+    assert runner.calls == [] and compare(runner, "grpo", seeds="0", **changes) == 0
+
+
 def test_seconds_of_a_table_that_others_filled_are_not_known(compare: Any, cfg: RunConfig, tmp_path: Path) -> None:
     fill_table(cfg)
     runner = Astar()
@@ -365,15 +390,56 @@ def test_seconds_of_a_table_that_others_filled_are_not_known(compare: Any, cfg: 
     assert "seconds that are not known, and not counted" in (tmp_path / "out" / "compare.md").read_text()
 
 
-def test_a_stage_1_that_fails_or_stays_incomplete_ends_the_comparison(compare: Any) -> None:
-    def fails(name: str, config_file: Path, log: Path) -> int:
-        log.write_text("astar: no memory\n")
-        return 2
+@pytest.mark.parametrize(
+    ("status", "words"), [(2, "stage 1 failed: astar: no memory (exit status 2"), (0, "8 samples could not be scored")]
+)
+def test_a_stage_1_that_fails_or_stays_incomplete_loses_the_runs_that_read_it_alone(
+    status: int, words: str, compare: Any, tmp_path: Path
+) -> None:
+    class Unable(Astar):
+        def sweep(self, cfg: RunConfig) -> int:
+            (Path(cfg.run_dir) / "log.txt").write_text("astar: no memory\n")
+            return status
 
-    with pytest.raises(ValueError, match=r"stage 1 failed: astar: no memory \(exit status 2"):
-        compare(fails)
-    with pytest.raises(ValueError, match="8 samples could not be scored"):
-        compare(lambda *_: 0)
+    runner = Unable()
+    assert compare(runner, "astar,grpo,spo", seeds="0") == 1
+    assert runner.calls == [("sweep", "stage-1"), ("train", "grpo-0")]
+    runs = {run["name"]: run for run in tree_of(tmp_path)["runs"]}
+    assert runs["grpo-0"]["state"] == "finished"
+    assert all(runs[name]["state"] == "failed" and words in runs[name]["error"] for name in ("astar-0", "spo-0"))
+    again = Astar()
+    assert compare(again, "astar,grpo,spo", seeds="0") == 0
+    assert again.calls == [("sweep", "stage-1"), ("train", "astar-0"), ("train", "spo-0")]
+
+
+def test_a_finished_run_that_is_ended_while_its_checkpoints_are_removed_is_finished(
+    compare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", interrupted)
+        compare(Astar(), "grpo", seeds="0")
+    runner = Astar()
+    assert compare(runner, "grpo", seeds="0") == 0
+    assert runner.calls == []
+
+
+def test_settings_that_change_no_result_may_change(compare: Any) -> None:
+    compare(Astar(fails="grpo-0"), "grpo", seeds="0")
+    changes = {
+        "train": {"num_steps": 50, "batch_size": 2, "micro_batch_tokens": 99, "grace_seconds": 60.0},
+        "cluster": {"threads": 1},
+        "checkpoint": {"interval": 3},
+    }
+    assert compare(Astar(), "grpo", seeds="0", **changes) == 0
+
+
+def test_a_kl_that_is_to_a_copy_of_the_policy_is_left_out(compare: Any, tmp_path: Path) -> None:
+    compare(Astar(), "oapl,grpo", seeds="0", oapl={"refresh_steps": 2, "group_size": 2})
+    kl = {summary["method"]: summary["kl_token"] for summary in tree_of(tmp_path)["summaries"]}
+    assert kl["oapl"] is None and kl["grpo"] is not None
 
 
 # --- results
@@ -399,7 +465,7 @@ def test_a_single_seed_has_no_standard_error(compare: Any, tmp_path: Path) -> No
 
 
 def test_a_run_that_num_steps_ends_first_is_named(compare: Any, tmp_path: Path) -> None:
-    compare(Astar(), "grpo,spo", "tokens=110", "0", train={"num_steps": 4, "batch_size": 8})
+    compare(Astar(), "grpo,spo", "tokens=110", "0", train={"num_steps": 4, "batch_size": 2})
     assert tree_of(tmp_path)["ended_by_num_steps"] == ["spo-0"]
     assert (
         "Ended by train.num_steps before the budget was reached: spo-0."

@@ -170,4 +170,5 @@ def astar_of(
 ) -> Astar:
     """Return the method from V* of stage 1, the number of samples behind it, and V at beta2, all by uid."""
     live = LiveVStar(v_star, samples, cfg.astar.beta1, cfg.astar.refresh_decay)
-    return Astar(cfg.astar, live, cfg.optim.loss_scale, at_beta2)
+    own = cfg.astar.model_copy(update={"importance_cap": cfg.importance_cap})
+    return Astar(own, live, cfg.optim.loss_scale, at_beta2)

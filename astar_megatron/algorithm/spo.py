@@ -8,8 +8,10 @@
 
 A is that of all tokens of the response in the clipped policy gradient of clipped.py. D(x) is how far the policy has
 moved since the one that last drew for x. The paper leaves open how to measure it; here it is the change of the KL to
-the reference (nats a token, of a batch), which needs no forward pass of its own and is below the true one: the decay
-then is nearer to `most_decay`. Rewards are taken as the paper has them, between 0 and 1: lower ones count as 0.
+the reference (nats a token, of a batch), which needs no forward pass of its own. For small moves it is of first order
+where KL(new || last) is of second, so it is the larger of the two, and noisy: the decay then is nearer to
+`least_decay`, and the tracker forgets sooner. Rewards are taken as the paper has them, between 0 and 1: lower ones
+count as 0.
 """
 
 import math

@@ -63,6 +63,20 @@ def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt])
     return table.estimate(cfg.beta1, prompts, wanted)
 
 
+def run_samples(
+    cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]
+) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
+    """Return the responses' tokens by (uid, sample) that the table has of what belongs to a run, and how many it lacks.
+
+    Makes the table where there is none. Raises ContractError.
+    """
+    table = VStarTable.create_or_open(cfg.table_dir, contract)
+    wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
+    most = {prompt.uid: count for prompt, count in zip(prompts, wanted.tolist(), strict=True)}
+    drawn = {(uid, sample): ids for uid, sample, ids in table.responses() if sample < most.get(uid, 0)}
+    return drawn, int(table.lacking(prompts, wanted).sum())
+
+
 def stage_1_of(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt], estimates: Estimates | None) -> Stage1:
     """Return what a method takes of the estimates of `run_estimates`; nothing of none."""
     if estimates is None:

@@ -25,7 +25,11 @@ from astar_megatron.run.tracking import read_metrics
 METHODS: tuple[str, ...] = get_args(MethodName.__value__)
 UNITS: dict[Measure, str] = {"tokens": "response tokens", "flops": "model FLOPs", "seconds": "seconds"}
 _MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  # as the keys of `budget`
-_NOT_COMPARED = ("run_dir", "objective.name")  # the first says where, runs have their own of the other
+_NOT_COMMON = (
+    *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
+    *("cluster.", "supervise.", "checkpoint.", "train.grace_seconds", "train.micro_batch_tokens"),  # no result's
+    "rollout.heartbeat_seconds",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +180,15 @@ def with_budget(cfg: RunConfig, budget: Budget, stage_1: Stage1Cost | None) -> R
     return config.validate(cfg.model_dump() | {"budget": amount})
 
 
+def check_tokens(cfg: RunConfig, budget: Budget, least: int) -> None:
+    """Raise ValueError where the tokens of stage 1, which are `least` at least, are as many as the budget or more."""
+    if budget.measure == "tokens" and least >= budget.amount:
+        raise ValueError(
+            f"--budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, will cost {least} response "
+            "tokens or more; give more, lower sweep.num_samples, or leave the method out"
+        )
+
+
 def check_seconds(cfg: RunConfig, budget: Budget, stage_1_seconds: float | None) -> None:
     """Raise ValueError where seconds are to be equal and those of stage 1 are not known."""
     if budget.measure == "seconds" and stage_1_seconds is None:
@@ -189,7 +202,7 @@ def check_seconds(cfg: RunConfig, budget: Budget, stage_1_seconds: float | None)
 def settings_of(cfg: RunConfig, budget: Budget) -> dict[str, Any]:
     """Return what all runs of a comparison have in common, one value a key path, as JSON has it."""
     settings = config.flat(cfg) | {"sweep.table": str(cfg.table_dir)}
-    common = {key: value for key, value in settings.items() if key not in _NOT_COMPARED}
+    common = {key: value for key, value in settings.items() if not key.startswith(_NOT_COMMON)}
     return json.loads(json.dumps(common | {"--budget": str(budget)}))
 
 
@@ -205,8 +218,11 @@ def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
         )
 
 
-def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> Result:
-    """Return what a finished run has written. Raises ValueError where something of it is not there."""
+def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_reference: bool = True) -> Result:
+    """Return what a finished run has written. Raises ValueError where something of it is not there.
+
+    Without `has_reference` the run's KL is to something else, and is left out.
+    """
     lines = read_metrics(run_dir)
     if not lines:
         raise ValueError(f"{run_dir}: a finished run without metrics; remove the folder, and compare runs it again")
@@ -218,7 +234,7 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> Result:
             step=line["step"],
             spent=spent,
             reward_mean=line["reward_mean"],
-            kl_token=line.get("kl_token"),
+            kl_token=line.get("kl_token") if has_reference else None,
             entropy=line.get("entropy"),
             truncated=line["truncated"],
             scores={name: scores["greedy"] for name, scores in line.get("eval", {}).items()},

@@ -124,7 +124,8 @@ def as_markdown(comparison: Comparison) -> str:
         *map(_row, comparison.summaries),
         "",
         "Score: greedy, of the last weights, mean over the finished runs ± its standard error. KL: to the reference, "
-        "nats a response token, at the last step. Memory: of the rank that has most. The rest are means over the runs.",
+        "nats a response token, at the last step; empty where it is to a copy of the policy (oapl.refresh_steps). "
+        "Memory: of the rank that has most. The rest are means over the runs.",
     ]
     for method, cost in comparison.stage_1.items():
         seconds = "seconds that are not known, and not counted" if cost.seconds is None else f"{cost.seconds:.1f} s"

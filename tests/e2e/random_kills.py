@@ -49,7 +49,7 @@ _SECONDS = 900.0  # for a run or what is left of it
 _MOST_STARTS = 12  # of one run: each ends with a kill of its own
 
 
-def write_run(folder: Path, model: Path, name: str, **sections: dict[str, Any]) -> Path:
+def write_run(folder: Path, model: Path, name: str, /, **sections: dict[str, Any]) -> Path:
     """Write the configuration of a small run, with keys of `sections`, and return its file; the run is beside it."""
     rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(4) for b in range(3)]
     tree = samples.run_tree(

@@ -1,0 +1,59 @@
+"""Stage 1 of a comparison: one V* table for all methods that read it, and what it cost each of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from astar_megatron.config import RunConfig
+from astar_megatron.data.allocation import run_samples
+from astar_megatron.run import comparison
+from astar_megatron.run.commands import End
+from astar_megatron.run.comparison import Budget, Run, Stage1Cost
+from astar_megatron.run.comparison_files import STAGE_1
+from astar_megatron.run.prepare import Inputs
+from astar_megatron.run.spending import generation_flops
+from astar_megatron.run.tracking import read_stage_1_seconds
+from astar_megatron.run.training import asks_stage_1
+
+
+def stage_1_of(
+    seed: int,
+    configs: Mapping[Run, RunConfig],
+    limit: Budget,
+    inputs: Inputs,
+    folder: Path,
+    sweep: Callable[[RunConfig], End],
+) -> tuple[dict[str, Stage1Cost], dict[str, str]]:
+    """Fill the V* table as each method reads it, and return by method what that cost, or why it could not be filled.
+
+    Nothing of a method that does not read it. `sweep` runs stage 1 of a configuration. Raises ValueError where the
+    budget can't be kept.
+    """
+    costs, failures = {}, {}
+    for method, cfg in {run.method: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
+        drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
+        if lacking and failures:  # of the same table
+            failures[method] = next(iter(failures.values()))
+        elif lacking:
+            comparison.check_tokens(cfg, limit, sum(map(len, drawn.values())) + lacking)
+            comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, len(drawn)))
+            end = sweep(cfg.model_copy(update={"run_dir": str(folder / STAGE_1), "seed": seed}))
+            drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
+            if end.status:
+                failures[method] = f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn"
+            elif lacking:
+                failures[method] = (
+                    f"stage 1: {lacking} samples could not be scored, see {folder / STAGE_1}/reward_failures.jsonl; "
+                    "run the same command again: it draws them anew"
+                )
+        if method not in failures:
+            costs[method] = _cost(cfg, inputs, drawn, folder)
+    return costs, failures
+
+
+def _cost(cfg: RunConfig, inputs: Inputs, drawn: Mapping[tuple[str, int], Sequence[int]], folder: Path) -> Stage1Cost:
+    prompts = {prompt.uid: prompt for prompt in inputs.prompts}
+    return Stage1Cost(
+        tokens=sum(map(len, drawn.values())),
+        flops=generation_flops(inputs.model, ((prompts[uid], tokens) for (uid, _), tokens in drawn.items())),
+        seconds=read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, len(drawn)),
+    )
