@@ -268,8 +268,9 @@ def test_an_error_waits_for_what_is_under_way_and_stays_the_error_to_see(tmp_pat
 def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:
     rest = tmp_path / "checkpoints" / "step_00000009.incomplete"
     rest.mkdir(parents=True)
+    (pointer := rest.with_name(".latest.4711.0123abcd.tmp")).write_text("step_0000")
     save(checkpoints_of(tmp_path), 1)
-    assert steps_in(tmp_path) == [1]
+    assert steps_in(tmp_path) == [1] and not pointer.exists()
 
 
 FULL = "x: can't be written: No space left on device; free some space"

@@ -92,6 +92,8 @@ class Saves:
         try:
             for rest in self._folder.glob("*" + _INCOMPLETE):  # of a run that was killed
                 shutil.rmtree(rest)
+            for rest in self._folder.glob(f".{LATEST_FILE}.*.tmp"):
+                rest.unlink()
             make_folder(temporary)
             progress |= self._policy.begin_save(temporary)
         except OSError as error:
