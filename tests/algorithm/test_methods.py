@@ -8,6 +8,7 @@ import samples
 import test_train
 import torch
 
+from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.clipped import TokenMean
 from astar_megatron.algorithm.grpo import Grpo
 from astar_megatron.algorithm.methods import Stage1, objective_of
@@ -159,6 +160,22 @@ def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:
     assert above["unstable_share"] == 1.0
     below = Stage1(v_star={"a": 0.3}, v_star_at_beta2={"a": 0.3}, samples={"a": 4})
     assert objective_of(run("astar"), below).metrics(drawn, torch.zeros(1), torch.zeros(1), 1)["unstable_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "cap"),
+    [
+        ({}, None),
+        ({"rollout": {"max_staleness": 3}}, 2.0),
+        ({"rollout": {"max_staleness": 3}, "astar": {"importance_cap": 5.0}}, 5.0),
+        ({"astar": {"importance_cap": 5.0}}, 5.0),
+    ],
+)
+def test_astar_weighs_what_older_weights_drew(sections: dict[str, Any], cap: float | None) -> None:
+    cfg = run("astar", **sections)
+    objective = objective_of(cfg, STAGE_1)
+    assert isinstance(objective, Astar) and objective.loss.importance_cap == cap
+    assert cfg.compares_with_engines == (cap is not None)
 
 
 @pytest.mark.parametrize(
