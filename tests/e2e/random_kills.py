@@ -194,7 +194,7 @@ class Kill:
 def run_to_its_end(
     file: Path, nodes: Nodes | None, victims: list[str], chance: random.Random, seconds: float
 ) -> tuple[list[Kill], int]:
-    """Run, and kill `victims` one after the other, each at a random moment within `seconds`; those killed are removed.
+    """Run, and kill `victims` one after the other, each within a third of `seconds`; those killed are removed.
 
     Returns the kills and how often the run was started.
     """
@@ -202,7 +202,7 @@ def run_to_its_end(
     for starts in range(1, _MOST_STARTS + 1):
         with attempt_at(file, nodes) as attempt:
             begun = time.monotonic()
-            while victims and not _has_ended(attempt, chance.uniform(0.0, seconds)):
+            while victims and not _has_ended(attempt, chance.uniform(0.0, seconds / 3)):
                 if not (pids := processes_of(victims[0], attempt)):
                     continue  # there is none yet, or one is being replaced
                 kill = Kill(victims[0], phase_of(run, attempt.output()), len(read_metrics(run)), _since(begun))
