@@ -230,8 +230,21 @@ def inspect(path: Annotated[str, typer.Argument(help="A folder of either kind.")
 def doctor(
     config_file: Annotated[Path | None, typer.Option("--config", help="A run to check against this machine.")] = None,
     overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="host:port of a Ray cluster whose nodes to look at, instead of this machine.")
+    ] = None,
+    nodes: Annotated[str, typer.Option(help="Names of the nodes that must join it, with commas; or how many.")] = "1",
+    spare: Annotated[int, typer.Option(min=0, help="How many bad nodes may be left out.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0, help="Within which the nodes must have joined.")] = 120.0,
+    file: Annotated[Path | None, typer.Option("--json", help="File for what was measured.")] = None,
+    only_joined: Annotated[bool, typer.Option("--only-joined", help="Only wait for the nodes.")] = False,
 ) -> None:
-    """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it."""
+    """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it.
+
+    With --cluster: which nodes of a Ray cluster are bad.
+    """
+    if cluster is not None:
+        raise typer.Exit(_program("preflight").main(cluster, nodes, spare, seconds, file, looks=not only_joined))
     status = _program("doctor").main()
     if config_file is not None:
         _program("fit").main(config.load(config_file, overrides or ()))

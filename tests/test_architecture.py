@@ -43,7 +43,7 @@ ROOMS = {
 }
 PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
-    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise"),
+    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise", "preflight"),
 }
 CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_training", "config"}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data"}  # rooms that know nothing of weights
