@@ -34,7 +34,7 @@ def main(
     `nodes` are the names that must join within `seconds`, with commas, or how many; without `looks` no more is asked.
     """
     until = time.monotonic() + seconds
-    wanted = _wanted(nodes)
+    wanted = wanted_nodes(nodes)
     survey.wait_for_head(address, until)
     with Cluster(ClusterConfig(address=address)):
         joined = survey.wait_for_nodes(wanted, until)
@@ -60,7 +60,8 @@ def main(
     return int(bool(result.refusal))
 
 
-def _wanted(nodes: str) -> Sequence[str] | int:
+def wanted_nodes(nodes: str) -> Sequence[str] | int:
+    """Return the names that `--nodes` lists, or how many it asks for. Raises ValueError."""
     if nodes.isdecimal():
         return int(nodes)
     names = [name.strip() for name in nodes.split(",")]

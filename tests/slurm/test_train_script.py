@@ -41,7 +41,8 @@ def submit(slurm: Slurm, tmp_path: Path) -> Callable[..., str]:
 
 
 def output(folder: Path, job: str) -> str:
-    return (folder / f"{job}.out").read_text()
+    file = folder / f"{job}.out"
+    return file.read_text() if file.exists() else ""
 
 
 def wait_for(file: Path) -> None:
