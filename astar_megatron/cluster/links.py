@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.cluster import nodes as own
 from astar_megatron.cluster.survey import Answers, Joined, answers
@@ -36,7 +37,7 @@ class End:
 
     def listen(self) -> str:
         """Return where the other end finds this one, host:port."""
-        self._store = dist.TCPStore(own.address(), 0, 2, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(own.address(), 0, 2, is_master=True, wait_for_workers=False)
         return f"{own.address()}:{self._store.port}"
 
     def measure(self, address: str | None) -> float:
@@ -45,7 +46,7 @@ class End:
             own.use_own_interface()
         if address:
             host, _, port = address.rpartition(":")
-            self._store = dist.TCPStore(host, int(port), 2, is_master=False)
+            self._store = TCPStore(host, int(port), 2, is_master=False)
         time_limit = timedelta(seconds=_SECONDS)
         dist.init_process_group(
             self._collective, store=self._store, rank=int(address is not None), world_size=2, timeout=time_limit
@@ -120,5 +121,5 @@ def _is_address(answer: str) -> bool:
 
 def _end(node: Joined, collective: str) -> Any:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1 if collective == "nccl" else 0}
-    strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return ray.remote(**options, scheduling_strategy=strategy)(End).remote(collective)
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
+    return ray.remote(**options)(End).remote(collective)

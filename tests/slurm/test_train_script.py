@@ -1,6 +1,9 @@
 """What slurm/train.sbatch and sweep.sbatch do with a job, on a real Slurm; stand_in.py stands in for Ray and astar."""
 
+import re
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -159,6 +162,20 @@ def test_an_array_runs_the_sweep_in_each_of_its_tasks(slurm: Slurm, submit: Call
     logs = sorted((tmp_path / "logs" / f"slurm-{job}").glob("task-*/driver-*.log"))
     assert [log.parent.name for log in logs] == ["task-0", "task-1", "task-2", "task-3"]
     assert {log.read_text() for log in logs} <= {"sweep ['node1']\n", "sweep ['node2']\n"}
+
+
+def test_head_script_and_guide_name_the_same_variables() -> None:
+    text, guide = TRAIN.read_text(), (SCRIPTS / "README.md").read_text()
+    head = set(re.findall(r"^#     (ASTAR_\w+) ", text, re.MULTILINE))
+    own = {"ASTAR_ADDRESS", "ASTAR_ATTEMPT", "ASTAR_TEMP"}  # which the script sets for its steps
+    assert head == set(re.findall(r"^\| `(ASTAR_\w+)` \|", guide, re.MULTILINE))
+    assert head == set(re.findall(r"ASTAR_[A-Z_]*[A-Z]", text)) - own
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_has_nothing_to_say() -> None:
+    done = subprocess.run(["shellcheck", TRAIN, SWEEP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 BAD_INPUT = {
