@@ -1,5 +1,6 @@
 """What slurm/train.sbatch and sweep.sbatch do with a job, on a real Slurm; stand_in.py stands in for Ray and astar."""
 
+import os
 import re
 import shutil
 import signal
@@ -213,3 +214,39 @@ def test_a_dead_slurmd_is_named_by_srun_and_ends_the_job(tmp_path: Path) -> None
             time.sleep(0.3)
         assert " failed on node node2: " in output(tmp_path, job)
         assert slurm.left_behind(job) == []
+
+
+def test_a_signal_before_the_program_has_begun_requeues_the_job(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """The first attempt waits for a node that never joins; the second runs."""
+    env = {"ABSENT": "node2", "ASTAR_START_SECONDS": "600", "ASTAR_SPARE_NODES": "1"}
+    job = submit("", env=env)
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    wait_for(logs / "preflight-node1-0.log")
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    wait_for(logs / "preflight-node1-1.log")
+    assert "requeued\n" in output(tmp_path, job)
+    assert not (logs / "driver-node1-0.log").exists()
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
+def test_outside_a_job_the_program_runs_here(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"; exit 5\n')
+    python.chmod(0o755)
+    (tmp_path / "c.yaml").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", TRAIN, "c.yaml", "--set", "seed=1"],
+        cwd=tmp_path,
+        env=environment | {"ASTAR_PYTHON": str(python), "ASTAR_PROGRAM": "eval"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (5, "-m astar_megatron.cli eval --config c.yaml --set seed=1\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "python"]
