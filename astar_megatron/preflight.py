@@ -20,7 +20,7 @@ from astar_megatron.config import ClusterConfig
 from astar_megatron.data.files import write_atomic
 from astar_megatron.run import node_facts
 from astar_megatron.run.node_facts import NodeFacts
-from astar_megatron.run.preflight import Fault, Report, Verdict, judge, verdict
+from astar_megatron.run.preflight import Fault, Report, Verdict, absent, judge, verdict
 from astar_megatron.run.resources import gib
 
 _ANSWER_SECONDS = 120.0  # for every node to start a process and to answer
@@ -38,19 +38,12 @@ def main(
     survey.wait_for_head(address, until)
     with Cluster(ClusterConfig(address=address)):
         joined = survey.wait_for_nodes(wanted, until)
-        names = list(wanted) if not isinstance(wanted, int) else [*joined, *_unnamed(wanted - len(joined))]
+        names = list(wanted) if not isinstance(wanted, int) else [*sorted(joined), *_unnamed(wanted - len(joined))]
         first = next((name for name, node in joined.items() if node.id == survey.own_node()), names[0])
         mine = {name: joined[name] for name in names if name in joined}
         collective, reports = _reports(mine) if looks else ("", {})
-        if looks:
-            faults = judge(names, reports)
-        else:
-            faults = [
-                Fault(node=name, check="joined", state="has not joined Ray in time")
-                for name in names
-                if name not in mine
-            ]
-        result = verdict(faults, names, first, num_spare)
+    faults = judge(names, reports) if looks else absent(names, mine)
+    result = verdict(faults, names, first, num_spare)
     show(names, collective, reports, faults, result)
     if file is not None:
         reported = {name: asdict(report) for name, report in reports.items()}

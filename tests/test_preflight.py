@@ -56,7 +56,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "blind": (with_facts(reads=False), "shared folder", "does not see what another node writes"),
     "unseen": ({"written": False}, "shared folder", "what it writes is not seen by others"),
     "little disk": (with_facts(disk_bytes=GIB), "disk", "1.0 GiB free, 5.0 GiB wanted"),
-    "little shared memory": (with_facts(shared_memory_bytes=0), "/dev/shm", "0.0 GiB free, 2.0 GiB wanted"),
+    "little shared memory": (with_facts(shared_memory_bytes=0), "/dev/shm", "0.0 GiB free, 1.0 GiB wanted"),
     "ahead": (
         {"clock": Clock(seconds=7.0, error_seconds=0.5)},
         "clock",

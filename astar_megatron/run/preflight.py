@@ -13,7 +13,7 @@ from astar_megatron.cluster.survey import Clock, Joined
 from astar_megatron.run.node_facts import NodeFacts
 from astar_megatron.run.resources import GIB, gib
 
-SHARED_MEMORY_BYTES = 2 * GIB  # Ray's objects, and the buckets of the weights
+SHARED_MEMORY_BYTES = GIB  # Ray's objects, and the buckets of the weights; containers often have 64 MiB
 DISK_BYTES = 5 * GIB  # sockets, logs, what Ray spills
 CLOCK_SECONDS = 2.0  # more, and leases of a sweep and the order of files are not what they seem
 SLOW = 0.5  # of the median
@@ -53,10 +53,7 @@ class Verdict:
 
 def judge(wanted: Sequence[str], reports: Mapping[str, Report]) -> list[Fault]:
     """Return what is wrong with which node; `wanted` should have joined, `reports` has those that did."""
-    faults = [
-        Fault(node=name, check="joined", state="has not joined Ray in time") for name in wanted if name not in reports
-    ]
-    faults += _of_each(reports)
+    faults = [*absent(wanted, reports), *_of_each(reports)]
     facts = {name: report.facts for name, report in reports.items() if isinstance(report.facts, NodeFacts)}
     faults += _unlike("GPUs that Ray has", {name: str(reports[name].joined.num_gpus) for name in reports})
     faults += _unlike("GPUs", {name: _counted(node.gpus) for name, node in facts.items()})
@@ -65,6 +62,13 @@ def judge(wanted: Sequence[str], reports: Mapping[str, Report]) -> list[Fault]:
     for package in packages:
         faults += _unlike(package, {name: node.versions.get(package, "none") for name, node in facts.items()})
     return [*faults, *_off_clock(reports), *_slow(reports)]
+
+
+def absent(wanted: Sequence[str], joined: Collection[str]) -> list[Fault]:
+    """Return the faults of nodes that have not joined."""
+    return [
+        Fault(node=name, check="joined", state="has not joined Ray in time") for name in wanted if name not in joined
+    ]
 
 
 def verdict(faults: Sequence[Fault], nodes: Collection[str], first: str, num_spare: int) -> Verdict:

@@ -3,6 +3,7 @@
 The program that follows only lists the nodes that Ray has.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +53,9 @@ def test_an_unlike_node_is_left_out_where_there_is_a_spare(run: Callable[..., tu
     assert "node2 is bad: GPU driver: 570.1, others none\nleft out: node2\n1 of 2 nodes can be used\n" in out
     assert state == "COMPLETED", out
     assert "nodes ['node1']\n" in (logs / "driver-node1-0.log").read_text()
+    measured = json.loads((logs / "preflight-0.json").read_text())
+    assert (measured["collective"], measured["left_out"]) == ("gloo", ["node2"])
+    assert all(measured["reports"][name]["bandwidth"] > 0 for name in ("node1", "node2"))
 
 
 @pytest.mark.slow

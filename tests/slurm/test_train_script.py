@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -163,6 +164,34 @@ def test_an_array_runs_the_sweep_in_each_of_its_tasks(slurm: Slurm, submit: Call
     logs = sorted((tmp_path / "logs" / f"slurm-{job}").glob("task-*/driver-*.log"))
     assert [log.parent.name for log in logs] == ["task-0", "task-1", "task-2", "task-3"]
     assert {log.read_text() for log in logs} <= {"sweep ['node1']\n", "sweep ['node2']\n"}
+
+
+SRUN = """#!/bin/sh
+if [ "$1" = --help ]; then echo --container-image; exit; fi
+for word in "$@"; do
+    shift
+    case $word in
+    --container-*) echo "$word" >>flags ;;
+    *) set -- "$@" "$word" ;;
+    esac
+done
+exec REAL "$@"
+"""
+
+
+def test_every_step_is_told_image_and_mounts(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    """With an srun that has pyxis's flags; containers themselves are not there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(SRUN.replace("REAL", shutil.which("srun") or ""))
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = submit("", env={"PATH": path, "ASTAR_IMAGE": "registry/image:1", "ASTAR_MOUNTS": "/models:/models"})
+    assert slurm.wait(job) == "COMPLETED"
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    mounts = f"/tmp:/tmp,{tmp_path}:{tmp_path},{logs}:{logs},/models:/models"
+    flags = Counter((tmp_path / "flags").read_text().splitlines())
+    wanted = ["image=registry/image:1", f"workdir={tmp_path}", f"mounts={mounts}"]
+    assert flags == {f"--container-{flag}": 3 for flag in wanted}  # Ray, preflight, the program
 
 
 def test_head_script_and_guide_name_the_same_variables() -> None:
