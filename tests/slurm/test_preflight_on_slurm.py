@@ -37,6 +37,7 @@ def run(slurm: Slurm, tmp_path: Path) -> Callable[..., tuple[str, str, Path]]:
         for name, text in (("python", PYTHON), ("nvidia-smi", SMI), ("empty.yaml", "")):
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
+        (tmp_path / "numbers.py").write_text("raise SystemExit('a file of the user, in place of a module of Python')")
         env = {"ASTAR_PYTHON": str(tmp_path / "python"), "PYTHONPATH": str(ROOT)} | variables
         job = slurm.submit("-N2", ROOT / "slurm" / "train.sbatch", "empty.yaml", cwd=tmp_path, env=env)
         state = slurm.wait(job)

@@ -158,12 +158,22 @@ def test_a_node_whose_ray_was_killed_is_named(slurm: Slurm, submit: Callable[...
     assert slurm.left_behind(job) == []
 
 
-def test_an_array_runs_the_sweep_in_each_of_its_tasks(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
-    job = submit("print(WORDS[0], sorted(JOINED))", "-N1", "--array=0-3", script=SWEEP)
+def test_an_array_runs_the_sweep_in_each_of_its_tasks_and_requeues_each_alone(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """The last task has the number of the whole array."""
+    program = """
+import os
+if os.environ["SLURM_ARRAY_TASK_ID"] == "3" and "SLURM_RESTART_COUNT" not in os.environ:
+    raise SystemExit(75)
+print(WORDS[0], sorted(JOINED))
+"""
+    job = submit(program, "-N1", "--array=0-3", script=SWEEP)
     assert slurm.wait(job) == "COMPLETED"
     logs = sorted((tmp_path / "logs" / f"slurm-{job}").glob("task-*/driver-*.log"))
-    assert [log.parent.name for log in logs] == ["task-0", "task-1", "task-2", "task-3"]
-    assert {log.read_text() for log in logs} <= {"sweep ['node1']\n", "sweep ['node2']\n"}
+    attempts = [(log.parent.name, log.stem[-1]) for log in logs]
+    assert attempts == [("task-0", "0"), ("task-1", "0"), ("task-2", "0"), ("task-3", "0"), ("task-3", "1")]
+    assert {log.read_text() for log in logs} <= {"sweep ['node1']\n", "sweep ['node2']\n", ""}
 
 
 SRUN = """#!/bin/sh
