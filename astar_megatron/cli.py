@@ -105,6 +105,41 @@ def evaluate(
     _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
 
 
+@app.command()
+def export(config_file: Config, overrides: Overrides = None) -> None:
+    """Write the run's newest checkpoint to <run_dir>/hf as a Hugging Face folder, as training does at its end."""
+    cfg = config.load(config_file, overrides or ())
+    newest = _program("run.checkpoints").newest(Path(cfg.run_dir))
+    _program("convert").to_hf(str(newest), str(cfg.export_dir), like=None, dry_run=False)
+
+
+@app.command()
+def launch(
+    config_file: Config,
+    backend: Annotated[str | None, typer.Option(help="sbatch, nemo-run or local.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of training.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Of sweep,train,eval,export.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, change nothing.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Submit a run's stages as jobs, each after the one before it; the section slurm of the file says how."""
+    flags = {"backend": backend, "nodes": nodes, "gpus_per_node": gpus_per_node, "stages": stages and f"[{stages}]"}
+    sets = [*(overrides or ()), *(f"slurm.{key}={value}" for key, value in flags.items() if value is not None)]
+    cfg = config.load(config_file, sets)
+    raise typer.Exit(_program("launch.program").launch(cfg, config_file, sets, dry_run=dry_run))
+
+
+@app.command()
+def jobs(
+    action: Annotated[str, typer.Argument(help="status, logs or cancel.")],
+    config_file: Config,
+    overrides: Overrides = None,
+) -> None:
+    """Say how the jobs of a launched run are, show the end of their logs, or cancel them."""
+    _program("launch.program").look(config.load(config_file, overrides or ()), action)
+
+
 @data.command()
 def gsm8k(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
     """GSM8K; SOURCE defaults to the hub's openai/gsm8k."""

@@ -129,6 +129,20 @@ KEYS = {
     "eval.num_samples": None,
     "eval.max_prompts": None,
     "supervise.max_restarts_per_hour": 5,
+    "slurm.backend": "sbatch",
+    "slurm.stages": None,
+    "slurm.nodes": 1,
+    "slurm.gpus_per_node": 8,
+    "slurm.account": None,
+    "slurm.partition": None,
+    "slurm.time": None,
+    "slurm.flags": [],
+    "slurm.image": None,
+    "slurm.mounts": [],
+    "slurm.setup": None,
+    "slurm.env": [],
+    "slurm.ssh": None,
+    "slurm.packager": None,
 }
 
 SMALLEST = """

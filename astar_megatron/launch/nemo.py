@@ -1,0 +1,200 @@
+"""The stages of a run as one experiment of nemo-run, and what a user's own experiment is made of.
+
+A stage is a run.Script that any executor runs: `python -m astar_megatron.cli train --config C`. On Slurm the executor's
+`ray_template` is slurm/train.sbatch, so that it is the job's batch script: nemo-run's usual one would start it on
+every node at once, without its signals, and nemo-run's Ray needs pyxis. RayJob takes such an executor too.
+"""
+
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run  # pyright: ignore[reportMissingImports]
+from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[reportMissingImports]
+
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
+from astar_megatron.launch import sbatch, scripts
+from astar_megatron.launch.stages import jobs_of, title
+
+_IN_MEMORY = {"tmpfs", "ramfs"}
+_ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # shared only if it is this machine that serves them
+
+
+@dataclass(kw_only=True)
+class BatchLog(SlurmJobDetails):
+    """Where a job's own output goes: into its folder, which nemo-run makes; the one below that it doesn't."""
+
+    @property
+    def stdout(self) -> Path:
+        """The file, in words of sbatch."""
+        return Path(str(self.folder)).parents[1] / f"log_{self.job_name}_%j.out"
+
+    @property
+    def ls_term(self) -> str:
+        """What `logs` looks for."""
+        return str(self.stdout).replace("%j", "*")
+
+
+def script(words: Sequence[str], executor: Any, python: str = "python") -> Any:
+    """Return the run.Script of `astar WORDS` for an executor; `python` is the one that has astar-megatron there.
+
+    A SlurmExecutor's words go through a shell and are quoted for it; its own ASTAR_PYTHON says which Python.
+    """
+    is_slurm = isinstance(executor, run.SlurmExecutor)
+    quoted = [shlex.quote(word) for word in words] if is_slurm else list(words)
+    metadata = {"use_with_ray_cluster": True} if is_slurm else {}
+    return run.Script(path="astar_megatron.cli", m=True, entrypoint=python, args=quoted, metadata=metadata)
+
+
+def slurm_executor(cfg: SlurmConfig, title: str, home: Path | None = None) -> Any:
+    """Return the run.SlurmExecutor of the `slurm` section, whose batch script is slurm/train.sbatch.
+
+    Its jobs are called `<title>-<stage>`. The template is written below `home`, by default NEMORUN_HOME.
+    """
+    variables = dict(text.split("=", 1) for text in cfg.env) | ({"ASTAR_SETUP": cfg.setup} if cfg.setup else {})
+    tunnel, setup = run.LocalTunnel(job_dir=""), None
+    if cfg.ssh:
+        (user, host), job_dir = cfg.ssh.partition(":")[0].split("@"), cfg.ssh.partition(":")[2]
+        tunnel = run.SSHTunnel(user=user, host=host, job_dir=job_dir)
+        setup = f"cd {shlex.quote(job_dir)}"  # where relative paths begin, instead of the home folder
+    folder = home or Path(run.config.get_nemorun_home())
+    return run.SlurmExecutor(
+        account=cfg.account,
+        partition=cfg.partition,
+        time=cfg.time,
+        nodes=cfg.nodes,
+        gpus_per_node=cfg.gpus_per_node or None,
+        job_name_prefix=f"{title}-",
+        container_image=cfg.image,
+        container_mounts=list(cfg.mounts),
+        env_vars={name: shlex.quote(value) for name, value in variables.items()},
+        additional_parameters={"kill-on-invalid-dep": "yes"} | _parameters(cfg.flags),
+        setup_lines=setup,
+        tunnel=tunnel,
+        packager=_packager(cfg.packager),
+        job_details=BatchLog(),
+        ray_template=str(scripts.write_ray_template(folder / "astar")),
+        poll_estimated_start_time=False,
+    )
+
+
+def add_stages(
+    experiment: Any, config_file: str, executor: Any, overrides: Sequence[str] = (), python: str = "python"
+) -> list[str]:
+    """Add the stages of a run to an experiment, each to begin when the one before it has succeeded.
+
+    Returns the name of the last, which what comes after takes as `dependencies`. `slurm.stages` says which; a
+    SlurmExecutor's nodes and GPUs are the most that one gets. `python` as in `script`.
+    """
+    cfg, last = load(config_file, overrides), []
+    for job in jobs_of(cfg, config_file, overrides):
+        own = executor.clone()
+        if isinstance(own, run.SlurmExecutor):
+            own.nodes = min(own.nodes, job.nodes)
+            own.gpus_per_node = own.gpus_per_node if job.gpus_per_node else None
+        last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
+    return last
+
+
+def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_run: bool) -> None:
+    """Submit the stages as one experiment; a dry run prints their batch scripts alone."""
+    check(cfg, config_file)
+    with tempfile.TemporaryDirectory(prefix="astar-launch-") as temporary:
+        home = Path(temporary) if dry_run else None
+        executor = slurm_executor(cfg.slurm, title(cfg), home)
+        with run.Experiment(title(cfg), base_dir=home, clean_mode=dry_run) as experiment:
+            add_stages(experiment, config_file, executor, overrides)
+            if not dry_run:
+                experiment.run(detach=True)
+                return
+            experiment.dryrun(log=False, delete_exp_dir=False)
+            before = ""
+            for job in experiment.jobs:
+                print(f"# {job.id}{before}\n{job._dryrun_info.request.materialize()}")
+                before = f": begins when {job.id} has succeeded (afterok)"
+
+
+def look(cfg: RunConfig, action: str) -> None:
+    """Print the status or the logs of the newest experiment of this run, or cancel its jobs."""
+    try:
+        experiment = run.Experiment.from_title(title(cfg))
+    except (OSError, AssertionError, TypeError, ValueError, IndexError):
+        raise ConfigError(
+            f"{run.config.get_nemorun_home()}: no experiment {title(cfg)} there; set NEMORUN_HOME to what it was when "
+            "it was launched"
+        ) from None
+    with experiment:
+        if action == "status":
+            experiment.status()
+            return
+        for job in experiment.jobs:
+            (experiment.logs if action == "logs" else experiment.cancel)(job.id)
+
+
+def check(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mounts")) -> None:
+    """Raise ConfigError for what can be known to fail before anything is submitted."""
+    if cfg.slurm.packager == "git":
+        _check_committed(config_file)
+    if cfg.slurm.ssh is not None:  # what lies over there is not known here
+        return
+    sbatch.check_image(cfg.slurm)
+    home = os.environ.get("NEMORUN_HOME")
+    if not home:
+        raise ConfigError(
+            "NEMORUN_HOME: not set; nodes work in folders below it: set it to one that all nodes share, as in "
+            "export NEMORUN_HOME=$PWD/runs/nemo"
+        )
+    own, shared = (file_system(Path(path), mounts) for path in (home, cfg.run_dir))
+    if own in _IN_MEMORY or (own in _ON_DISK and shared != own):
+        raise ConfigError(
+            f"NEMORUN_HOME: {home} is on {own}, which each node has for itself (run_dir is on {shared}); set it to a "
+            "folder that all nodes share"
+        )
+
+
+def file_system(path: Path, mounts: Path) -> str:
+    """Return the type of file system that holds `path`, by the kernel's list of mounts."""
+    path, best = path.absolute(), ("", "")
+    for line in mounts.read_text(encoding="utf-8").splitlines():
+        _, place, kind, *_ = line.split(" ")
+        if path.is_relative_to(place) and len(place) >= len(best[0]):
+            best = place, kind
+    return best[1]
+
+
+def _check_committed(config_file: str) -> None:
+    """Raise ConfigError where `git archive` would ship other files than those that are here."""
+    words = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
+    try:
+        changed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+        words = ["git", "ls-files", "--error-unmatch", "--full-name", "--", config_file]
+        name = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        raise ConfigError(f"slurm.packager: git ships what is committed, and {config_file} is not: {reason}") from None
+    if changed:
+        raise ConfigError(
+            f"slurm.packager: git ships what is committed, and {len(changed)} files have changed since, as "
+            f"{changed[0][3:]}; commit them, or name a pattern of files"
+        )
+    if name != config_file:
+        raise ConfigError(f"slurm.packager: git ships the repository, where the file is {name}; launch at its root")
+
+
+def _packager(name: str | None) -> Any:
+    if name is None:
+        return run.Packager()
+    if name == "git":
+        return run.GitArchivePackager()
+    return run.PatternPackager(include_pattern=str(Path(name).absolute()), relative_path=str(Path.cwd()))
+
+
+def _parameters(flags: Sequence[str]) -> dict[str, Any]:
+    """Return flags such as --exclusive and --qos=high as nemo-run takes them."""
+    pairs = (flag.removeprefix("--").partition("=") for flag in flags)
+    return {name: value if equals else True for name, equals, value in pairs}

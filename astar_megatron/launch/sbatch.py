@@ -1,0 +1,155 @@
+"""Jobs by plain sbatch, each after the one before it, and the stages one after the other on this machine.
+
+Jobs are known by their names, so nothing has to be kept: `status` and `cancel` ask Slurm, `logs` looks at the files.
+"""
+
+import getpass
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from astar_megatron.config import ConfigError, SlurmConfig
+from astar_megatron.launch import scripts
+from astar_megatron.launch.stages import Job
+
+_SHOWN_LINES = 40
+_SECONDS = 120  # within which Slurm answers
+
+
+def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
+    """Return what the job's script reads from its environment (the head of slurm/train.sbatch)."""
+    chosen = {
+        "ASTAR_PROGRAM": job.stage,
+        "ASTAR_IMAGE": cfg.image,
+        "ASTAR_MOUNTS": ",".join(cfg.mounts),
+        "ASTAR_SETUP": cfg.setup,
+    }
+    own = dict(variable.split("=", 1) for variable in cfg.env)
+    if "ASTAR_LOGS" in own:
+        own["ASTAR_LOGS"] = f"{own['ASTAR_LOGS']}/{job.name}"  # stages don't write into each other's files
+    return {name: value for name, value in chosen.items() if value} | own
+
+
+def logs_folder(cfg: SlurmConfig) -> Path:
+    """Return where the jobs' own output goes."""
+    return Path(next((text.partition("=")[2] for text in cfg.env if text.startswith("ASTAR_LOGS=")), "logs"))
+
+
+def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
+    """Return the words of sbatch; `after` is the number of the job that must have succeeded."""
+    flags = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "gpus-per-node": job.gpus_per_node or None,
+        "account": cfg.account,
+        "partition": cfg.partition,
+        "time": cfg.time,
+        "output": logs_folder(cfg) / "%x-%j.log",
+        "dependency": f"afterok:{after}" if after else None,
+        "kill-on-invalid-dep": "yes" if after else None,
+    }
+    words = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
+    return ["sbatch", "--parsable", *words, *cfg.flags, str(scripts.path("train.sbatch")), job.config_file, *job.words]
+
+
+def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
+    """Submit the jobs in their order, and say their numbers; a dry run prints the commands alone."""
+    after = None
+    for job in jobs:
+        if dry_run:
+            print(_shown(variables(job, cfg), command(job, cfg, after)))
+            after = f"<number of {job.name}>"
+            continue
+        words = command(job, cfg, after)
+        after = _slurm(words, os.environ | variables(job, cfg)).strip().partition(";")[0]
+        print(f"job {after}: {job.name} on {job.nodes} nodes; {logs_folder(cfg) / f'{job.name}-{after}.log'}")
+
+
+def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
+    """Run the stages one after the other until one fails; return the last exit status."""
+    for job in jobs:
+        chosen = {"ASTAR_PYTHON": sys.executable} | variables(job, cfg)
+        words = ["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words]
+        if dry_run:
+            print(_shown(chosen, words))
+        elif status := subprocess.run(words, env=os.environ | chosen, check=False).returncode:
+            print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
+            return status
+    return 0
+
+
+def check(cfg: SlurmConfig, *, is_slurm: bool) -> None:
+    """Raise ConfigError for what can be known to fail before anything is submitted. Makes the folder of logs."""
+    if is_slurm and shutil.which("sbatch") is None:
+        raise ConfigError("slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local")
+    check_image(cfg)
+    for key, value in (("ssh", cfg.ssh), ("packager", cfg.packager)):
+        if value is not None:
+            raise ConfigError(f"slurm.{key}: {value}, which only nemo-run knows; set slurm.backend=nemo-run")
+    folder = logs_folder(cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.absolute()}: can't write logs there: {error.strerror}; set slurm.env=[ASTAR_LOGS=/folder] to one "
+            "that you may write to and all nodes share"
+        ) from None
+
+
+def check_image(cfg: SlurmConfig) -> None:
+    """Raise ConfigError for a container image that is a file and not there."""
+    if cfg.image and cfg.image.startswith(("/", "./")) and not Path(cfg.image).is_file():
+        raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
+
+
+def status(jobs: Sequence[Job]) -> None:
+    """Print what Slurm knows of the jobs by these names, old ones too as long as it remembers them."""
+    names = ",".join(job.name for job in jobs)
+    print(_slurm(["squeue", *_own(), f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]), end="")
+
+
+def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
+    """Print the end of the newest output of each stage, the job's own and the program's."""
+    for job in jobs:
+        own = max(logs_folder(cfg).glob(f"{job.name}-*.log"), key=lambda file: file.stat().st_mtime, default=None)
+        if own is None:
+            print(f"{job.name}: no log in {logs_folder(cfg)} yet")
+            continue
+        number = own.stem.rpartition("-")[2]
+        below = Path(variables(job, cfg).get("ASTAR_LOGS", logs_folder(cfg) / f"slurm-{number}"))
+        for file in (own, *sorted(below.glob("driver-*.log"))):
+            print(f"--- {file}")
+            print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]))
+
+
+def cancel(jobs: Sequence[Job]) -> None:
+    """Cancel the jobs by these names that wait or run."""
+    for job in jobs:
+        _slurm(["scancel", *_own(), f"--name={job.name}"])
+
+
+def _own() -> list[str]:
+    return [f"--user={getpass.getuser()}"]
+
+
+def _slurm(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """Return what a command of Slurm prints. Raises ConfigError with its words where it refuses."""
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{words[0]}: not here; run this on a login node") from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{words[0]}: no answer in {_SECONDS} s; is Slurm up?") from None
+    if done.returncode:
+        raise ConfigError(f"{shlex.join(words)}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def _shown(chosen: dict[str, str], words: Sequence[str]) -> str:
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in chosen.items()), shlex.join(words)])
