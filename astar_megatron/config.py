@@ -38,7 +38,7 @@ from astar_megatron.config_methods import (
 from astar_megatron.config_methods import Clipped as Clipped
 from astar_megatron.config_methods import MethodName as MethodName
 from astar_megatron.config_slurm import STAGES as STAGES
-from astar_megatron.config_slurm import SlurmConfig
+from astar_megatron.config_slurm import SlurmConfig as SlurmConfig
 from astar_megatron.config_slurm import Stage as Stage
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 

@@ -1,40 +1,46 @@
-"""`nemorun astar experiment config=FILE executor=slurm executor.nodes=4`: the stages of a run, the way of nemo-run.
+"""`nemorun astar experiment config=FILE`: the stages of a run, the way of nemo-run.
 
-nemo-run finds this file by the entry point `nemo_run.cli`. Executors are factories, so that every field of theirs can
-be set on its command line; in Python they are what nemo.py returns.
+nemo-run loads this file by the entry point `nemo_run.cli`. Without `run.executor` the jobs are those of the file's
+section slurm; `run.executor=slurm` is an executor whose fields its command line sets, as run.executor.nodes=4.
 """
 
 from typing import Any
 
 import nemo_run as run  # pyright: ignore[reportMissingImports]
 
-from astar_megatron.config import load
+from astar_megatron.config import SlurmConfig, load
 from astar_megatron.launch import nemo
 from astar_megatron.launch.stages import title
 
 
 @run.cli.entrypoint(namespace="astar", type="experiment")
 def experiment(
-    ctx: run.cli.RunContext, config: str, overrides: list[str] | None = None, python: str = "python"
+    ctx: run.cli.RunContext,
+    config: str,
+    overrides: list[str] = [],  # noqa: B006 (nemo-run's command line has no word for other types; nobody changes it)
+    python: str = "python",
 ) -> None:
-    """Sweep, training and evaluation of a run as one experiment; `overrides` are words such as slurm.stages=[train]."""
-    cfg = load(config, overrides or ())
-    with run.Experiment(title(cfg)) as own:
-        nemo.add_stages(own, config, ctx.executor or run.LocalExecutor(), overrides or (), python)
-        ctx.launch(own)
+    """The stages of a run, one after the other; `overrides` are words such as optim.lr=1e-6."""
+    cfg = load(config, overrides)
+    executor = ctx.executor or nemo.slurm_executor(cfg.slurm, title(cfg))
+    if isinstance(executor, run.SlurmExecutor):
+        nemo.check(cfg, config)
+    with run.Experiment(title(cfg)) as stages:
+        nemo.add_stages(stages, config, executor, overrides, python)
+        ctx.executor = executor  # without one nemo-run would run everything in this process
+        ctx.launch(stages)
 
 
 @run.cli.factory(target=experiment)
-def recipe(config: str, overrides: list[str] | None = None) -> Any:
+def recipe(config: str, overrides: list[str] = []) -> Any:  # noqa: B006
     """Return the run.Partial of `experiment` for a run, to change and to pass on."""
-    return run.Partial(experiment, config=config, overrides=overrides or [])
+    return run.Partial(experiment, config=config, overrides=overrides)
 
 
 @run.cli.factory
-def slurm(config: str, overrides: list[str] | None = None) -> run.Config[run.SlurmExecutor]:
-    """Return the executor of a run's `slurm` section."""
-    cfg = load(config, overrides or ())
-    return nemo.slurm_executor(cfg.slurm, title(cfg)).to_config()
+def slurm() -> run.Config[run.SlurmExecutor]:
+    """Return an executor whose batch script is slurm/train.sbatch; all else is nemo-run's to set."""
+    return nemo.slurm_executor(SlurmConfig(), "astar").to_config()
 
 
 @run.cli.factory
