@@ -19,7 +19,7 @@ from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[rep
 
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
 from astar_megatron.launch import sbatch, scripts
-from astar_megatron.launch.stages import jobs_of, title
+from astar_megatron.launch.stages import Job, jobs_of, title
 
 _IN_MEMORY = {"tmpfs", "ramfs"}
 _ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # shared only if it is this machine that serves them
@@ -107,7 +107,7 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
     with tempfile.TemporaryDirectory(prefix="astar-launch-") as temporary:
         home = Path(temporary) if dry_run else None
         executor = slurm_executor(cfg.slurm, title(cfg), home)
-        with run.Experiment(title(cfg), base_dir=home, clean_mode=dry_run) as experiment:
+        with run.Experiment(title(cfg), base_dir=home, clean_mode=dry_run, skip_status_at_exit=True) as experiment:
             add_stages(experiment, config_file, executor, overrides)
             if not dry_run:
                 experiment.run(detach=True)
@@ -119,8 +119,11 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
                 before = f": begins when {job.id} has succeeded (afterok)"
 
 
-def look(cfg: RunConfig, action: str) -> None:
-    """Print the status or the logs of the newest experiment of this run, or cancel its jobs."""
+def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:
+    """Print the status or the logs of the run's newest experiment, or cancel its jobs.
+
+    Slurm is asked by the jobs' names: nemo-run's own status asks its accounting, which not every cluster has.
+    """
     try:
         experiment = run.Experiment.from_title(title(cfg))
     except (OSError, AssertionError, TypeError, ValueError, IndexError):
@@ -128,12 +131,18 @@ def look(cfg: RunConfig, action: str) -> None:
             f"{run.config.get_nemorun_home()}: no experiment {title(cfg)} there; set NEMORUN_HOME to what it was when "
             "it was launched"
         ) from None
-    with experiment:
-        if action == "status":
-            experiment.status()
-            return
-        for job in experiment.jobs:
-            (experiment.logs if action == "logs" else experiment.cancel)(job.id)
+    tunnel = experiment.jobs[0].executor.tunnel
+    if action == "status":
+        commands = [shlex.join(sbatch.status_command(jobs))]
+    elif action == "cancel":
+        commands = [shlex.join(sbatch.cancel_command(job)) for job in jobs]
+    else:
+        folders = [f"{shlex.quote(tunnel.job_dir)}/{job.id}" for job in experiment.jobs]
+        tail = f"tail -n {sbatch.SHOWN_LINES}"
+        commands = [f"{tail} {folder}/log_*.out {folder}/ray/logs/driver-*.log" for folder in folders]
+    for command in commands:  # a stage that has not begun has no log
+        print(tunnel.run(command, warn=action == "logs").stdout, end="")
+    tunnel.cleanup()
 
 
 def check(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mounts")) -> None:

@@ -34,7 +34,7 @@ def look(cfg: RunConfig, action: str) -> None:
     if cfg.slurm.backend == "local":
         raise ConfigError("slurm.backend: local runs in the terminal that started it; there are no jobs")
     if cfg.slurm.backend == "nemo-run":
-        _nemo().look(cfg, action)
+        _nemo().look(cfg, jobs, action)
     elif action == "logs":
         sbatch.logs(jobs, cfg.slurm)
     elif action == "status":

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, SlurmConfig
 from astar_megatron.launch import scripts
 from astar_megatron.launch.stages import Job
 
-_SHOWN_LINES = 40
+SHOWN_LINES = 40
 _SECONDS = 120  # within which Slurm answers
 
 
@@ -66,7 +67,9 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
             continue
         words = command(job, cfg, after)
         after = _slurm(words, os.environ | variables(job, cfg)).strip().partition(";")[0]
-        print(f"job {after}: {job.name} on {job.nodes} nodes; {logs_folder(cfg) / f'{job.name}-{after}.log'}")
+        print(
+            f"job {after}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg) / f'{job.name}-{after}.log'}"
+        )
 
 
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
@@ -108,10 +111,26 @@ def check_image(cfg: SlurmConfig) -> None:
         raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
 
 
-def status(jobs: Sequence[Job]) -> None:
-    """Print what Slurm knows of the jobs by these names, old ones too as long as it remembers them."""
+def status_command(jobs: Sequence[Job]) -> list[str]:
+    """Return what asks Slurm for the jobs by these names, old ones too as long as it remembers them."""
     names = ",".join(job.name for job in jobs)
-    print(_slurm(["squeue", *_own(), f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]), end="")
+    return ["squeue", *_own(), f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]
+
+
+def cancel_command(job: Job) -> list[str]:
+    """Return what cancels the jobs by a name that wait or run."""
+    return ["scancel", *_own(), f"--name={job.name}"]
+
+
+def status(jobs: Sequence[Job]) -> None:
+    """Print what Slurm knows of the jobs."""
+    print(_slurm(status_command(jobs)), end="")
+
+
+def cancel(jobs: Sequence[Job]) -> None:
+    """Cancel those that wait or run."""
+    for job in jobs:
+        _slurm(cancel_command(job))
 
 
 def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
@@ -125,13 +144,7 @@ def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
         below = Path(variables(job, cfg).get("ASTAR_LOGS", logs_folder(cfg) / f"slurm-{number}"))
         for file in (own, *sorted(below.glob("driver-*.log"))):
             print(f"--- {file}")
-            print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]))
-
-
-def cancel(jobs: Sequence[Job]) -> None:
-    """Cancel the jobs by these names that wait or run."""
-    for job in jobs:
-        _slurm(["scancel", *_own(), f"--name={job.name}"])
+            print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]))
 
 
 def _own() -> list[str]:
