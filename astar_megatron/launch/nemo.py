@@ -5,9 +5,7 @@ A stage is a run.Script that any executor runs: `python -m astar_megatron.cli tr
 every node at once, without its signals, and nemo-run's Ray needs pyxis. RayJob takes such an executor too.
 """
 
-import os
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +18,6 @@ from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[rep
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
 from astar_megatron.launch import sbatch, scripts
 from astar_megatron.launch.stages import Job, jobs_of, title
-
-_IN_MEMORY = {"tmpfs", "ramfs"}
-_ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # shared only if it is this machine that serves them
 
 
 @dataclass(kw_only=True)
@@ -103,7 +98,6 @@ def add_stages(
 
 def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_run: bool) -> None:
     """Submit the stages as one experiment; a dry run prints their batch scripts alone."""
-    check(cfg, config_file)
     with tempfile.TemporaryDirectory(prefix="astar-launch-") as temporary:
         home = Path(temporary) if dry_run else None
         executor = slurm_executor(cfg.slurm, title(cfg), home)
@@ -143,56 +137,6 @@ def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:
     for command in commands:  # a stage that has not begun has no log
         print(tunnel.run(command, warn=action == "logs").stdout, end="")
     tunnel.cleanup()
-
-
-def check(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mounts")) -> None:
-    """Raise ConfigError for what can be known to fail before anything is submitted."""
-    if cfg.slurm.packager == "git":
-        _check_committed(config_file)
-    if cfg.slurm.ssh is not None:  # what lies over there is not known here
-        return
-    sbatch.check_image(cfg.slurm)
-    home = os.environ.get("NEMORUN_HOME")
-    if not home:
-        raise ConfigError(
-            "NEMORUN_HOME: not set; nodes work in folders below it: set it to one that all nodes share, as in "
-            "export NEMORUN_HOME=$PWD/runs/nemo"
-        )
-    own, shared = (file_system(Path(path), mounts) for path in (home, cfg.run_dir))
-    if own in _IN_MEMORY or (own in _ON_DISK and shared != own):
-        raise ConfigError(
-            f"NEMORUN_HOME: {home} is on {own}, which each node has for itself (run_dir is on {shared}); set it to a "
-            "folder that all nodes share"
-        )
-
-
-def file_system(path: Path, mounts: Path) -> str:
-    """Return the type of file system that holds `path`, by the kernel's list of mounts."""
-    path, best = path.absolute(), ("", "")
-    for line in mounts.read_text(encoding="utf-8").splitlines():
-        _, place, kind, *_ = line.split(" ")
-        if path.is_relative_to(place) and len(place) >= len(best[0]):
-            best = place, kind
-    return best[1]
-
-
-def _check_committed(config_file: str) -> None:
-    """Raise ConfigError where `git archive` would ship other files than those that are here."""
-    words = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/"]
-    try:
-        changed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-        words = ["git", "ls-files", "--error-unmatch", "--full-name", "--", config_file]
-        name = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip()
-        raise ConfigError(f"slurm.packager: git ships what is committed, and {config_file} is not: {reason}") from None
-    if changed:
-        raise ConfigError(
-            f"slurm.packager: git ships what is committed, and {len(changed)} files have changed since, as "
-            f"{changed[0][3:]}; commit them, or name a pattern of files"
-        )
-    if name != config_file:
-        raise ConfigError(f"slurm.packager: git ships the repository, where the file is {name}; launch at its root")
 
 
 def _packager(name: str | None) -> Any:

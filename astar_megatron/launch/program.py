@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.config import ConfigError, RunConfig
-from astar_megatron.launch import sbatch
+from astar_megatron.launch import checks, sbatch
 from astar_megatron.launch.stages import jobs_of
 
 _ACTIONS = ("status", "logs", "cancel")
@@ -16,10 +16,10 @@ def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_r
     """Submit the stages, or print what would be; return the exit status. Nothing is submitted where one is refused."""
     jobs = jobs_of(cfg, str(config_file), overrides)
     if cfg.slurm.backend == "nemo-run":
+        checks.of_nemo_run(cfg, str(config_file))
         _nemo().submit(cfg, str(config_file), overrides, dry_run=dry_run)
         return 0
-    if not dry_run:
-        sbatch.check(cfg.slurm, is_slurm=cfg.slurm.backend == "sbatch")
+    checks.of_sbatch(cfg.slurm, dry_run=dry_run)
     if cfg.slurm.backend == "local":
         return sbatch.run_here(jobs, cfg.slurm, dry_run=dry_run)
     sbatch.submit(jobs, cfg.slurm, dry_run=dry_run)

@@ -9,7 +9,7 @@ from typing import Any
 import nemo_run as run  # pyright: ignore[reportMissingImports]
 
 from astar_megatron.config import SlurmConfig, load
-from astar_megatron.launch import nemo
+from astar_megatron.launch import checks, nemo
 from astar_megatron.launch.stages import title
 
 
@@ -24,7 +24,7 @@ def experiment(
     cfg = load(config, overrides)
     executor = ctx.executor or nemo.slurm_executor(cfg.slurm, title(cfg))
     if isinstance(executor, run.SlurmExecutor):
-        nemo.check(cfg, config)
+        checks.of_nemo_run(cfg, config)
     with run.Experiment(title(cfg)) as stages:
         nemo.add_stages(stages, config, executor, overrides, python)
         ctx.executor = executor  # without one nemo-run would run everything in this process

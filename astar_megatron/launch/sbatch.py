@@ -6,7 +6,6 @@ Jobs are known by their names, so nothing has to be kept: `status` and `cancel` 
 import getpass
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -83,32 +82,6 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
             print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
             return status
     return 0
-
-
-def check(cfg: SlurmConfig, *, is_slurm: bool) -> None:
-    """Raise ConfigError for what can be known to fail before anything is submitted. Makes the folder of logs."""
-    if is_slurm and shutil.which("sbatch") is None:
-        raise ConfigError("slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local")
-    check_image(cfg)
-    for key, value in (("ssh", cfg.ssh), ("packager", cfg.packager)):
-        if value is not None:
-            raise ConfigError(f"slurm.{key}: {value}, which only nemo-run knows; set slurm.backend=nemo-run")
-    folder = logs_folder(cfg)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"{folder.absolute()}: can't write logs there: {error.strerror}; set slurm.env=[ASTAR_LOGS=/folder] to one "
-            "that you may write to and all nodes share"
-        ) from None
-
-
-def check_image(cfg: SlurmConfig) -> None:
-    """Raise ConfigError for a container image that is a file and not there."""
-    if cfg.image and cfg.image.startswith(("/", "./")) and not Path(cfg.image).is_file():
-        raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
 
 
 def status_command(jobs: Sequence[Job]) -> list[str]:

@@ -36,7 +36,7 @@ def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> 
     `overrides` are passed on, but for those of `slurm`. Raises ConfigError or PlacementError where the run does not
     fit the nodes, or leaves some without work.
     """
-    stages = [stage for stage in STAGES if stage in (cfg.slurm.stages or _usual(cfg))]
+    stages = sorted(set(cfg.slurm.stages or _usual(cfg)), key=STAGES.index)
     words = tuple(word for text in overrides if not text.startswith("slurm.") for word in ("--set", text))
     placements = {stage: _placement(cfg, stage) for stage in stages if stage != "export"}
     if "train" in stages:
