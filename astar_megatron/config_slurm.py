@@ -1,9 +1,9 @@
 """The keys of starting a run elsewhere: what `astar launch` asks Slurm or nemo-run for."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from astar_megatron.config_file import Name, Section
 
@@ -25,6 +25,11 @@ def _login(value: str) -> str:
     return value
 
 
+def _minutes(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # YAML reads 60 as a number
+
+
+Time = Annotated[Name, BeforeValidator(_minutes)]
 Variable = Annotated[str, AfterValidator(_variable)]
 Login = Annotated[Name, AfterValidator(_login)]
 
@@ -44,8 +49,8 @@ class SlurmConfig(Section):
     """Slurm account; null: your default one."""
     partition: Name | None = None
     """Slurm partition; null: the cluster's default one."""
-    time: Name | None = None
-    """Time limit of each job, as Slurm writes it; null: the partition's."""
+    time: Time | None = None
+    """Time limit of each job, as 60 (minutes) or 1-12:00:00; null: the partition's."""
     flags: list[Name] = Field(default=[])
     """More flags of sbatch, as `--exclusive`."""
     image: Name | None = None
