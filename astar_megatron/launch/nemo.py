@@ -2,7 +2,7 @@
 
 A stage is a run.Script that any executor runs: `python -m astar_megatron.cli train --config C`. On Slurm the executor's
 `ray_template` is slurm/train.sbatch, so that it is the job's batch script: nemo-run's usual one would start it on
-every node at once, without its signals, and nemo-run's Ray needs pyxis. RayJob takes such an executor too.
+every node at once, without its signals, and nemo-run's Ray needs pyxis. (Its RayJob, of 0.11.1, takes no template.)
 """
 
 import shlex
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run  # pyright: ignore[reportMissingImports]
+from invoke.exceptions import UnexpectedExit  # pyright: ignore[reportMissingImports]
 from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[reportMissingImports]
+from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissingImports]
 
+from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
 from astar_megatron.launch import sbatch, scripts
 from astar_megatron.launch.stages import Job, jobs_of, title
@@ -22,12 +25,13 @@ from astar_megatron.launch.stages import Job, jobs_of, title
 
 @dataclass(kw_only=True)
 class BatchLog(SlurmJobDetails):
-    """Where a job's own output goes: into its folder, which nemo-run makes; the one below that it doesn't."""
+    """Where a job's own output goes: into its folder, which nemo-run makes. It does not make <job>/ray/logs."""
 
     @property
     def stdout(self) -> Path:
         """The file, in words of sbatch."""
-        return Path(str(self.folder)).parents[1] / f"log_{self.job_name}_%j.out"
+        folder = Path(str(self.folder))
+        return (folder.parents[1] if folder.parent.name == "ray" else folder) / f"log_{self.job_name}_%j.out"
 
     @property
     def ls_term(self) -> str:
@@ -101,16 +105,34 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
     with tempfile.TemporaryDirectory(prefix="astar-launch-") as temporary:
         home = Path(temporary) if dry_run else None
         executor = slurm_executor(cfg.slurm, title(cfg), home)
-        with run.Experiment(title(cfg), base_dir=home, clean_mode=dry_run, skip_status_at_exit=True) as experiment:
+        quiet = {"clean_mode": True, "log_level": "WARN", "enable_goodbye_message": False, "skip_status_at_exit": True}
+        with run.Experiment(title(cfg), base_dir=home, **quiet) as experiment:
             add_stages(experiment, config_file, executor, overrides)
             if not dry_run:
-                experiment.run(detach=True)
+                _run(experiment)
                 return
             experiment.dryrun(log=False, delete_exp_dir=False)
             before = ""
             for job in experiment.jobs:
                 print(f"# {job.id}{before}\n{job._dryrun_info.request.materialize()}")
                 before = f": begins when {job.id} has succeeded (afterok)"
+
+
+def _run(experiment: Any) -> None:
+    """Submit all jobs or none. Raises ConfigError with the words of what refused one."""
+    try:
+        experiment.run(detach=True)
+    except (OSError, SSHException, UnexpectedExit, AssertionError) as error:
+        result = getattr(error, "result", None)
+        reason = f"{result.command}: {result.stderr.strip()}" if result else f"{type(error).__name__}: {error}"
+        for job in experiment.jobs:
+            if job.handle:
+                job.executor.tunnel.run(f"scancel {job.handle.split('/')[3]}", warn=True)
+        raise ConfigError(f"nemo-run could not submit the jobs; none is left: {reason}") from None
+    for job in experiment.jobs:
+        executor, number = job.executor, job.handle.split("/")[3]
+        nodes, folder = counted(executor.nodes, "node"), f"{executor.tunnel.job_dir}/{job.id}"
+        print(f"job {number}: {executor.job_name_prefix}{job.id} on {nodes}; {folder}")
 
 
 def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:

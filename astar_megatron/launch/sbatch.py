@@ -57,18 +57,22 @@ def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
 
 
 def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
-    """Submit the jobs in their order, and say their numbers; a dry run prints the commands alone."""
-    after = None
+    """Submit all the jobs in their order, or none, and say their numbers; a dry run prints the commands alone."""
+    if dry_run:
+        for before, job in zip((None, *jobs), jobs, strict=False):
+            print(_shown(variables(job, cfg), command(job, cfg, before and f"<number of {before.name}>")))
+        return
+    numbers: list[str] = []
     for job in jobs:
-        if dry_run:
-            print(_shown(variables(job, cfg), command(job, cfg, after)))
-            after = f"<number of {job.name}>"
-            continue
-        words = command(job, cfg, after)
-        after = _slurm(words, os.environ | variables(job, cfg)).strip().partition(";")[0]
-        print(
-            f"job {after}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg) / f'{job.name}-{after}.log'}"
-        )
+        try:
+            words = command(job, cfg, numbers[-1] if numbers else None)
+            numbers.append(_slurm(words, os.environ | variables(job, cfg)).strip().partition(";")[0])
+        except ConfigError:
+            if numbers:
+                _slurm(["scancel", *numbers])
+            raise
+    for job, number in zip(jobs, numbers, strict=True):
+        print(f"job {number}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg)}/{job.name}-{number}.log")
 
 
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:

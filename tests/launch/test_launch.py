@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from samples import run_config
+
+from astar_megatron.config import ConfigError
+from astar_megatron.launch import checks, scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -190,11 +194,16 @@ def test_without_slurm_or_nemo_run_the_message_says_what_to_do(
     assert "squeue: not here" in astar("jobs", "status", "--config", "run.yaml")[2]
 
 
-def test_what_slurm_refuses_is_its_own_words_and_no_later_stage_is_submitted(folder: Path, astar: Astar) -> None:
+def test_what_slurm_refuses_is_its_own_words_and_nothing_stays_submitted(folder: Path, astar: Astar) -> None:
     sbatch = folder.parent / "tools" / "sbatch"
-    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: big' >&2\nexit 1\n")
-    status, out, error = astar("launch", "--config", "run.yaml", "--set", "slurm.partition=big")
-    assert (status, out) == (2, "") and "invalid partition specified: big" in error and error.count("afterok") == 0
+    refusing = "case $* in *my_run-eval*) echo 'sbatch: error: invalid account' >&2; exit 1;; esac\n"
+    shutil.move(sbatch, sbatch.with_name("accept"))
+    sbatch.write_text(f'#!/bin/sh\n{refusing}exec {sbatch.with_name("accept")} "$@"\n')
+    sbatch.chmod(0o700)
+    status, out, error = astar("launch", "--config", "run.yaml")
+    assert (status, out) == (2, "") and error.endswith("sbatch: error: invalid account\n")
+    assert [call[0] for call in calls(folder)] == ["accept", "accept", "scancel"]
+    assert calls(folder)[-1][1:3] == ["70", "71"]
 
 
 # --- the jobs of a run
@@ -242,6 +251,103 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
         f"{stage} --config run.yaml --set data.suffix=' x'" for stage in ("sweep", "train")
     ]
     assert done.stderr == "my_run-train ended with status 7; what comes after it is not run\n"
+
+
+# --- the body as nemo-run takes it
+
+
+def rendered(folder: Path, command: str) -> str:
+    """The script that nemo-run would make of the template for a job in `folder`/job."""
+    jinja2 = pytest.importorskip("jinja2")
+    template = scripts.write_ray_template(folder / "templates")
+    job = folder / "job"
+    return jinja2.Template(template.read_text()).render(
+        sbatch_flags=["#SBATCH --nodes=4", "#SBATCH --job-name=mine"],
+        env_vars=["export ASTAR_PORT='20000'"],
+        log_dir=f"{job}/ray/logs",
+        cluster_dir=f"{job}/ray",
+        command_workdir="/nemo_run/code",
+        common_srun_args=f"--container-image=a/b:1 --mpi=pmix --container-mounts /data:/data,{job}:/nemo_run -p=x",
+        setup_lines=None,
+        command=command,
+    )
+
+
+def test_the_template_is_the_body_after_what_nemo_run_fills_in(tmp_path: Path) -> None:
+    script = rendered(tmp_path, "python -m astar_megatron.cli train --config run.yaml")
+    flags = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    own = [line for line in (ROOT / "slurm" / "train.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert flags == [*own, "#SBATCH --nodes=4", "#SBATCH --job-name=mine"]  # the later one wins
+    body = (ROOT / "slurm" / "train.sbatch").read_text().splitlines()[1:]
+    assert script.rstrip().endswith("\n".join(line for line in body if line not in own))
+    assert [path.suffixes for path in (tmp_path / "templates").iterdir()] == [[".sub", ".j2"]]
+    again = scripts.write_ray_template(tmp_path / "templates")
+    assert [again] == list((tmp_path / "templates").iterdir())
+
+
+@pytest.mark.parametrize("is_shipped", [False, True])
+def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path, is_shipped: bool) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$ASTAR_IMAGE" "$ASTAR_MOUNTS" "$@"\n')
+    python.chmod(0o700)
+    code = tmp_path / "job" / "code"
+    code.mkdir(parents=True)
+    (tmp_path / "run.yaml").touch()
+    if is_shipped:
+        (code / "run.yaml").touch()
+    words = "--set 'data.suffix=a  b'"
+    script = rendered(tmp_path, f"python -m astar_megatron.cli eval --config run.yaml {words}")
+    environment = {"PATH": os.environ["PATH"], "ASTAR_PYTHON": str(python)}  # no job of Slurm's
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        *(str(code), "a/b:1", f"/data:/data,{code.parent}:/nemo_run,{code}:{code}"),
+        *("-m", "astar_megatron.cli", "eval", "--config", str(code / "run.yaml") if is_shipped else "run.yaml"),
+        *("--set", "data.suffix=a  b"),
+    ]
+    done = subprocess.run(["bash", "-c", rendered(tmp_path, "hostname")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "expected a command with --config FILE, got: hostname" in done.stderr
+
+
+def test_the_home_of_nemo_run_must_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text("disk / ext4 rw 0 0\nserver:/x /shared nfs4 rw 0 0\ntmpfs /run tmpfs rw 0 0\n")
+    assert checks.file_system(Path("/shared/runs"), mounts) == "nfs4"
+    assert checks.file_system(Path("/sharedx"), mounts) == "ext4"
+    cfg = run_config(run_dir="/shared/runs/x")
+    for home, kind in (("/run/nemo", "tmpfs"), ("/nemo", "ext4")):
+        monkeypatch.setenv("NEMORUN_HOME", home)
+        with pytest.raises(ConfigError, match=rf"NEMORUN_HOME: {home} is on {kind}, which each node has for itself"):
+            checks.of_nemo_run(cfg, "run.yaml", mounts)
+    monkeypatch.setenv("NEMORUN_HOME", "/shared/nemo")
+    checks.of_nemo_run(cfg, "run.yaml", mounts)
+    checks.of_nemo_run(run_config(run_dir="/runs/x"), "run.yaml", mounts)
+    monkeypatch.setenv("NEMORUN_HOME", f"{mounts}/nemo")
+    with pytest.raises(ConfigError, match=rf"{mounts} is no folder that you may write to"):
+        checks.of_nemo_run(run_config(run_dir=str(tmp_path)), "run.yaml", mounts)
+
+
+def test_git_ships_only_what_is_committed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        subprocess.run(["git", *who, *words], check=True, capture_output=True)
+
+    cfg = run_config(run_dir=str(folder / "runs"), slurm={"packager": "git", "ssh": "me@host:/jobs"})
+    git("init")
+    with pytest.raises(ConfigError, match=r"slurm\.packager: git ships what is committed, and run\.yaml is not: error"):
+        checks.of_nemo_run(cfg, "run.yaml")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (folder / "later.py").touch()
+    checks.of_nemo_run(cfg, "run.yaml")
+    (folder / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"1 files have changed since, as run\.yaml; commit them"):
+        checks.of_nemo_run(cfg, "run.yaml")
+    git("commit", "-am", "x")
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    with pytest.raises(ConfigError, match=r"git ships the repository, where the file is run\.yaml; launch at its root"):
+        checks.of_nemo_run(cfg, "../run.yaml")
 
 
 # --- wherever it is installed
