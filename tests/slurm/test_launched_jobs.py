@@ -14,12 +14,14 @@ from two_node_slurm import SECONDS, Slurm, two_node_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = Path(__file__).with_name("stand_in.py")
-# YAML for `astar launch`, Python for the stand-in: it prints what it was called with, and training may end with 3.
+# YAML for `astar launch`, Python for the stand-in: it prints what it was called with. With seed=3 training ends with 3,
+# with seed=4 everything waits for a signal.
 RUN = """{{
 "run_dir": "runs/mine", "model": {{"path": "m"}}, "reward": {{"name": "last_number"}},
 "data": {{
   "path": "d", "prompt_field": print(WORDS), "answer_field": print(len(JOINED)),
-  "suffix": str("train" in WORDS and "seed=3" in WORDS and exit(3))}},
+  "suffix": str("train" in WORDS and "seed=3" in WORDS and exit(3)),
+  "eval_path": str("seed=4" in WORDS and __import__("signal").pause())}},
 "slurm": {{"nodes": 2, "gpus_per_node": 0, "backend": "{backend}", "env": ["ASTAR_PYTHON={python}"]}}
 }}
 """
@@ -76,6 +78,21 @@ def test_what_comes_after_a_stage_that_failed_is_not_run(slurm: Slurm, astar: As
     sweep, train, evaluation = numbers(astar("launch", "--config", "run.yaml", "--set", "seed=3"))
     assert [slurm.wait(job) for job in (sweep, train, evaluation)] == ["COMPLETED", "FAILED", "CANCELLED"]
     assert slurm.fact(train, "ExitCode") == "3:0"
+
+
+def test_the_signal_before_the_time_limit_ends_the_program_and_requeues_the_job(slurm: Slurm, astar: Astar) -> None:
+    (job,) = numbers(astar("launch", "--config", "run.yaml", "--stages", "sweep", "--set", "seed=4"))
+    until = time.monotonic() + SECONDS
+    while "['sweep'" not in astar("jobs", "logs", "--config", "run.yaml", "--set", "slurm.stages=[sweep]"):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    while slurm.fact(job, "Restarts") != "1":
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    astar("jobs", "cancel", "--config", "run.yaml")
+    assert slurm.wait(job) == "CANCELLED"
+    assert slurm.left_behind(job) == []
 
 
 def test_jobs_that_wait_and_run_are_cancelled(slurm: Slurm, astar: Astar) -> None:
