@@ -16,6 +16,8 @@ STAGES: tuple[Stage, ...] = ("sweep", "train", "eval", "export")
 def _variable(value: str) -> str:
     if not re.match(r"[A-Z_][A-Z0-9_]*=", value):
         raise ValueError(f"slurm.env: expected NAME=value with NAME in capitals, got {value!r:.200}")
+    if value.startswith("ASTAR_SPARE_NODES=") and not re.fullmatch(r".*=\d{1,5}", value):
+        raise ValueError(f"slurm.env: {value:.200}: expected a whole number")
     return value
 
 
@@ -42,7 +44,7 @@ class SlurmConfig(Section):
     stages: list[Stage] | None = None
     """Each a job that begins when the one before it has succeeded; null: all but export, and sweep where it is read."""
     nodes: int = Field(default=1, ge=1, le=65536)
-    """[nodes] Of training; sweep and evaluation get those that the engines need, export one."""
+    """[nodes] Of training; sweep and evaluation get those that the engines need, export one. Spare ones come on top."""
     gpus_per_node: int = Field(default=8, ge=0, le=64)
     """[GPUs] Of each node; 0: the run computes on its cores."""
     account: Name | None = None
@@ -65,3 +67,13 @@ class SlurmConfig(Section):
     """The cluster's login node, as `me@login:/folder/of/jobs`; null: this machine. nemo-run only."""
     packager: Name | None = None
     """Code that travels with a job: `git` (what is committed) or a pattern of files; null: none. nemo-run only."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those of `env`, by their names."""
+        return dict(text.split("=", 1) for text in self.env)
+
+    @property
+    def spare_nodes(self) -> int:
+        """How many nodes of each job preflight may leave out (slurm/train.sbatch)."""
+        return int(self.variables.get("ASTAR_SPARE_NODES", "0"))

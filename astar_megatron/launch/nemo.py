@@ -55,7 +55,7 @@ def slurm_executor(cfg: SlurmConfig, title: str, home: Path | None = None) -> An
 
     Its jobs are called `<title>-<stage>`. The template is written below `home`, by default NEMORUN_HOME.
     """
-    variables = dict(text.split("=", 1) for text in cfg.env) | ({"ASTAR_SETUP": cfg.setup} if cfg.setup else {})
+    variables = ({"ASTAR_SETUP": cfg.setup} if cfg.setup else {}) | cfg.variables
     tunnel, setup = run.LocalTunnel(job_dir=""), None
     if cfg.ssh:
         (user, host), job_dir = cfg.ssh.partition(":")[0].split("@"), cfg.ssh.partition(":")[2]
@@ -66,7 +66,7 @@ def slurm_executor(cfg: SlurmConfig, title: str, home: Path | None = None) -> An
         account=cfg.account,
         partition=cfg.partition,
         time=cfg.time,
-        nodes=cfg.nodes,
+        nodes=cfg.nodes + cfg.spare_nodes,
         gpus_per_node=cfg.gpus_per_node or None,
         job_name_prefix=f"{title}-",
         container_image=cfg.image,

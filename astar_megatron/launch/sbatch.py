@@ -28,7 +28,7 @@ def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
         "ASTAR_MOUNTS": ",".join(cfg.mounts),
         "ASTAR_SETUP": cfg.setup,
     }
-    own = dict(variable.split("=", 1) for variable in cfg.env)
+    own = cfg.variables
     if "ASTAR_LOGS" in own:
         own["ASTAR_LOGS"] = f"{own['ASTAR_LOGS']}/{job.name}"  # stages don't write into each other's files
     return {name: value for name, value in chosen.items() if value} | own
@@ -36,7 +36,7 @@ def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
 
 def logs_folder(cfg: SlurmConfig) -> Path:
     """Return where the jobs' own output goes."""
-    return Path(next((text.partition("=")[2] for text in cfg.env if text.startswith("ASTAR_LOGS=")), "logs"))
+    return Path(cfg.variables.get("ASTAR_LOGS", "logs"))
 
 
 def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:

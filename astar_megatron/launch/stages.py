@@ -1,7 +1,7 @@
 """The stages of a run as jobs: what each runs, on how many nodes, and after which. Pure: nothing is started or asked.
 
 Sweep and evaluation get the fewest nodes that hold the engines, training `slurm.nodes`, which it must use, export one
-without GPUs.
+without GPUs; each gets ASTAR_SPARE_NODES more, of `slurm.env`.
 """
 
 import re
@@ -45,7 +45,7 @@ def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> 
         Job(
             stage=stage,
             name=f"{title(cfg)}-{stage}",
-            nodes=_used(placements[stage]) if stage in placements else 1,
+            nodes=(_used(placements[stage]) if stage in placements else 1) + cfg.slurm.spare_nodes,
             gpus_per_node=cfg.slurm.gpus_per_node if stage in placements else 0,
             config_file=config_file,
             words=words,

@@ -140,6 +140,14 @@ def test_only_training_gets_the_nodes_that_it_alone_needs(folder: Path, astar: A
     ]
 
 
+def test_spare_nodes_come_on_top(folder: Path, astar: Astar) -> None:
+    sizes = ["--nodes", "2", "--gpus-per-node", "1", "--set", "slurm.env=[ASTAR_SPARE_NODES=1]"]
+    assert astar("launch", "--config", "run.yaml", "--stages", "train,export", *sizes)[0] == 0
+    assert [next(word for word in call if word.startswith("--nodes")) for call in calls(folder)] == [
+        *("--nodes=3", "--nodes=2")
+    ]
+
+
 def test_a_method_that_reads_no_table_has_no_sweep(folder: Path, astar: Astar) -> None:
     for setting, stages in (("filter.wide=1", ["train", "eval"]), ("filter.all_wrong=0", ["sweep", "train", "eval"])):
         out = astar("launch", "--dry-run", "--config", "run.yaml", "--set", "objective.name=grpo", "--set", setting)[1]
@@ -168,6 +176,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.packager=git", "slurm.packager: git, which only nemo-run knows"),
         ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder, got 'host'"),
         ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
+        ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number"),
         ("--backend nemo-run", "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder"),
         ("--backend nemo-run --set slurm.packager=git", "slurm.packager: git ships what is committed, and run.yaml is"),
     ]:
@@ -311,7 +320,7 @@ def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path
 
 def test_the_home_of_nemo_run_must_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mounts"
-    mounts.write_text("disk / ext4 rw 0 0\nserver:/x /shared nfs4 rw 0 0\ntmpfs /run tmpfs rw 0 0\n")
+    mounts.write_text("server:/x /shared nfs4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ndisk / ext4 rw 0 0\n")
     assert checks.file_system(Path("/shared/runs"), mounts) == "nfs4"
     assert checks.file_system(Path("/sharedx"), mounts) == "ext4"
     cfg = run_config(run_dir="/shared/runs/x")
