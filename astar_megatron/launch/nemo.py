@@ -5,6 +5,7 @@ A stage is a run.Script that any executor runs: `python -m astar_megatron.cli tr
 every node at once, without its signals, and nemo-run's Ray needs pyxis. (Its RayJob, of 0.11.1, takes no template.)
 """
 
+import getpass
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import nemo_run as run  # pyright: ignore[reportMissingImports]
 from invoke.exceptions import UnexpectedExit  # pyright: ignore[reportMissingImports]
 from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[reportMissingImports]
-from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissingImports]
+from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
 from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
@@ -148,10 +149,11 @@ def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:
             "it was launched"
         ) from None
     tunnel = experiment.jobs[0].executor.tunnel
+    user = tunnel.user or getpass.getuser()  # a LocalTunnel has none
     if action == "status":
-        commands = [shlex.join(sbatch.status_command(jobs))]
+        commands = [shlex.join(sbatch.status_command(jobs, user))]
     elif action == "cancel":
-        commands = [shlex.join(sbatch.cancel_command(job)) for job in jobs]
+        commands = [shlex.join(sbatch.cancel_command(job, user)) for job in jobs]
     else:
         folders = [f"{shlex.quote(tunnel.job_dir)}/{job.id}" for job in experiment.jobs]
         tail = f"tail -n {sbatch.SHOWN_LINES}"

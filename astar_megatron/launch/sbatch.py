@@ -88,26 +88,26 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
     return 0
 
 
-def status_command(jobs: Sequence[Job]) -> list[str]:
-    """Return what asks Slurm for the jobs by these names, old ones too as long as it remembers them."""
+def status_command(jobs: Sequence[Job], user: str) -> list[str]:
+    """Return what asks Slurm for a user's jobs by these names, old ones too as long as it remembers them."""
     names = ",".join(job.name for job in jobs)
-    return ["squeue", *_own(), f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]
+    return ["squeue", f"--user={user}", f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]
 
 
-def cancel_command(job: Job) -> list[str]:
-    """Return what cancels the jobs by a name that wait or run."""
-    return ["scancel", *_own(), f"--name={job.name}"]
+def cancel_command(job: Job, user: str) -> list[str]:
+    """Return what cancels a user's jobs by a name that wait or run."""
+    return ["scancel", f"--user={user}", f"--name={job.name}"]
 
 
 def status(jobs: Sequence[Job]) -> None:
     """Print what Slurm knows of the jobs."""
-    print(_slurm(status_command(jobs)), end="")
+    print(_slurm(status_command(jobs, getpass.getuser())), end="")
 
 
 def cancel(jobs: Sequence[Job]) -> None:
     """Cancel those that wait or run."""
     for job in jobs:
-        _slurm(cancel_command(job))
+        _slurm(cancel_command(job, getpass.getuser()))
 
 
 def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
@@ -122,10 +122,6 @@ def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
         for file in (own, *sorted(below.glob("driver-*.log"))):
             print(f"--- {file}")
             print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]))
-
-
-def _own() -> list[str]:
-    return [f"--user={getpass.getuser()}"]
 
 
 def _slurm(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
