@@ -105,6 +105,41 @@ def evaluate(
     _program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
 
 
+@app.command()
+def export(config_file: Config, overrides: Overrides = None) -> None:
+    """Write the run's newest checkpoint to <run_dir>/hf as a Hugging Face folder, as training does at its end."""
+    cfg = config.load(config_file, overrides or ())
+    newest = _program("run.checkpoints").newest(Path(cfg.run_dir))
+    _program("convert").to_hf(str(newest), str(cfg.export_dir), like=None, dry_run=False)
+
+
+@app.command()
+def launch(
+    config_file: Config,
+    backend: Annotated[str | None, typer.Option(help="sbatch, nemo-run or local.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of training.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Of sweep,train,eval,export.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, change nothing.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Submit a run's stages as jobs, each after the one before it; the section slurm of the file says how."""
+    flags = {"backend": backend, "nodes": nodes, "gpus_per_node": gpus_per_node, "stages": stages and f"[{stages}]"}
+    sets = [*(overrides or ()), *(f"slurm.{key}={value}" for key, value in flags.items() if value is not None)]
+    cfg = config.load(config_file, sets)
+    raise typer.Exit(_program("launch.program").launch(cfg, config_file, sets, dry_run=dry_run))
+
+
+@app.command()
+def jobs(
+    action: Annotated[str, typer.Argument(help="status, logs or cancel.")],
+    config_file: Config,
+    overrides: Overrides = None,
+) -> None:
+    """Say how the jobs of a launched run are, show the end of their logs, or cancel them."""
+    _program("launch.program").look(config.load(config_file, overrides or ()), action)
+
+
 @data.command()
 def gsm8k(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
     """GSM8K; SOURCE defaults to the hub's openai/gsm8k."""
@@ -230,8 +265,21 @@ def inspect(path: Annotated[str, typer.Argument(help="A folder of either kind.")
 def doctor(
     config_file: Annotated[Path | None, typer.Option("--config", help="A run to check against this machine.")] = None,
     overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="host:port of a Ray cluster whose nodes to look at, instead of this machine.")
+    ] = None,
+    nodes: Annotated[str, typer.Option(help="Names of the nodes that must join it, with commas; or how many.")] = "1",
+    spare: Annotated[int, typer.Option(min=0, help="How many bad nodes may be left out.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0, help="Within which the nodes must have joined.")] = 120.0,
+    file: Annotated[Path | None, typer.Option("--json", help="File for what was measured.")] = None,
+    only_joined: Annotated[bool, typer.Option("--only-joined", help="Only wait for the nodes.")] = False,
 ) -> None:
-    """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it."""
+    """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it.
+
+    With --cluster: which nodes of a Ray cluster are bad.
+    """
+    if cluster is not None:
+        raise typer.Exit(_program("preflight").main(cluster, nodes, spare, seconds, file, looks=not only_joined))
     status = _program("doctor").main()
     if config_file is not None:
         _program("fit").main(config.load(config_file, overrides or ()))

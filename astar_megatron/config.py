@@ -37,6 +37,9 @@ from astar_megatron.config_methods import (
 )
 from astar_megatron.config_methods import Clipped as Clipped
 from astar_megatron.config_methods import MethodName as MethodName
+from astar_megatron.config_slurm import STAGES as STAGES
+from astar_megatron.config_slurm import SlurmConfig as SlurmConfig
+from astar_megatron.config_slurm import Stage as Stage
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 
 _IMPORTANCE_CAP = 2.0  # of A*PO, where engines draw ahead
@@ -183,6 +186,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     supervise: SuperviseConfig = SuperviseConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

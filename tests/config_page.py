@@ -70,7 +70,7 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is list:
-        return "list of text"
+        return f"list of {_type(get_args(annotation)[0])}"
     if type(None) in get_args(annotation):
         return _type(next(kind for kind in get_args(annotation) if kind is not type(None)))
     return _TYPES[annotation if annotation in _TYPES else get_args(annotation)[0]]

@@ -1,5 +1,6 @@
 """What policy and engines take of GPUs that they share; a run that does not fit is refused with the figures."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from astar_megatron.run.resources import GIB, ResourceError
 from conversion.families import model_from_config
 
 QWEN2_1_5B = model_from_config(SHAPES["1.5b"])
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+H100_BYTES = int(79.1 * GIB)  # what the driver of one of 80 GB leaves
 
 
 def test_the_shares_are_stated_and_leave_room_for_the_processes() -> None:
@@ -104,3 +107,30 @@ def test_ranks_that_share_a_model_and_workers_that_share_an_engine_need_less() -
     )  # with gradients; Adam over 4 replicas; reference
     assert accelerators.rank_bytes(cfg, QWEN2_1_5B).most == weights + 2 * tokens * kept // 4 + HEAD_BYTES
     assert accelerators.engine_needs(cfg, QWEN2_1_5B) == accelerators.engine_needs(run_config(), QWEN2_1_5B) // 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_qwen2.5_*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_runs_fit_gpus_of_80_gb(path: Path) -> None:
+    cfg, size = config.load(path), path.stem.removesuffix("_2x8").rpartition("_")[2]
+    if cfg.cluster.share_gpus:
+        accelerators.shares_of(cfg, model_from_config(SHAPES[size]), H100_BYTES)
+    else:
+        check_apart(cfg, size)
+
+
+def check_apart(cfg: config.RunConfig, size: str) -> None:
+    model = model_from_config(SHAPES[size])
+    assert accelerators.rank_bytes(cfg, model).most + CONTEXT_BYTES < H100_BYTES
+    assert accelerators.engine_needs(cfg, model) < H100_BYTES * cfg.rollout.gpu_memory_utilization
+
+
+def test_the_papers_runs_fit_two_gpus_a_side_as_the_page_says() -> None:
+    page = (CONFIGS / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"astar launch --dry-run --config configs/(\w+_qwen2\.5_)\S+\.yaml (.*)", page)
+    assert len(commands) == 2
+    for (stem, words), sizes in zip(commands, (("1.5b", "3b"), ("7b",)), strict=True):
+        for size in sizes:
+            cfg = config.load(CONFIGS / f"{stem}{size}.yaml", re.findall(r"--set (\S+)", words))
+            assert cfg.cluster.share_gpus is False
+            assert (cfg.parallel.world_size, cfg.rollout.num_engines * cfg.rollout.tensor) == (2, 2)
+            check_apart(cfg, size)

@@ -31,8 +31,9 @@ ROOMS = {
     "config_file": set(),
     "config_machine": {"config_file"},
     "config_methods": {"config_file"},
+    "config_slurm": {"config_file"},
     "config_training": {"config_file", "config_machine"},
-    "config": {"config_file", "config_machine", "config_methods", "config_training"},
+    "config": {"config_file", "config_machine", "config_methods", "config_slurm", "config_training"},
     "types": set(),
     "algorithm": {"config", "types"},
     "data": {"algorithm", "config", "types"},
@@ -40,13 +41,14 @@ ROOMS = {
     "cluster": {"model", "data", "algorithm", "config", "types"},
     "rollout": {"cluster", "data", "algorithm", "config", "types"},
     "run": {"rollout", "cluster", "model", "data", "algorithm", "config", "types"},
+    "launch": {"cluster", "config"},  # of cluster what is pure: it has neither torch nor Ray where it runs
 }
 PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
-    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise"),
+    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise", "preflight"),
 }
-CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_training", "config"}
-WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data"}  # rooms that know nothing of weights
+CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_slurm", "config_training", "config"}
+WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data", "launch"}  # rooms that know nothing of weights
 
 # Package -> the places that may import it.
 OWNERS = {
@@ -54,7 +56,7 @@ OWNERS = {
     "transformer_engine": ("astar_megatron/model/",),
     "ray": ("astar_megatron/cluster/", "astar_megatron/rollout/"),
     "vllm": ("astar_megatron/rollout/", "conversion/vllm.py"),
-    "nemo_run": ("slurm/",),
+    "nemo_run": ("astar_megatron/launch/nemo.py", "astar_megatron/launch/recipes.py"),
 }
 DEVICE_FILES = (
     "astar_megatron/model/backend.py",
@@ -66,6 +68,7 @@ DEVICE_FILES = (
 DEVICE_NEUTRAL_NAMES = ("get_cuda_rng_tracker", "model_parallel_cuda_manual_seed")
 # Libraries are told things through the environment, before they are imported; nobody reads a mode from it.
 ENVIRONMENT_READERS = (
+    "astar_megatron/launch/",  # it passes it on to what it starts; NEMORUN_HOME is nemo-run's own
     "astar_megatron/run/bundle.py",  # it looks for secrets, to take them out of what it writes
     "astar_megatron/rollout/scoring.py",  # it passes a part of it on to rewards
 )
@@ -391,7 +394,10 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("program", ["import astar_megatron.config\n", "import astar_megatron.doctor\n", HELP])
+LAUNCH = "import astar_megatron.launch.program\n"
+
+
+@pytest.mark.parametrize("program", ["import astar_megatron.config\n", "import astar_megatron.doctor\n", LAUNCH, HELP])
 def test_import_and_help_need_nothing_heavy(program: str) -> None:
     assert "torch" in python("import sys; sys.modules['torch'] = sys\n" + SHOW_HEAVY).stderr
     done = python(program + SHOW_HEAVY)

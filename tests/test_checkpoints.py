@@ -21,7 +21,7 @@ from astar_megatron.data.files import StorageError
 from astar_megatron.data.manifest import FileDigest, digest_of
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.rollout.training import TrainingRollouts
-from astar_megatron.run.checkpoints import Checkpoints, DamagedCheckpointError
+from astar_megatron.run.checkpoints import Checkpoints, DamagedCheckpointError, newest
 from astar_megatron.run.saving import Saves
 from astar_megatron.types import Prompt, Rollout, SaveState
 
@@ -202,6 +202,17 @@ def test_a_checkpoint_from_before_the_key_goes_on_without_dither_and_that_is_sai
     assert changed({"optim.dither": True}, {"optim.dither": False}) == [f"optim.dither True -> False {as_saved}"]
     assert changed({"seed": 1}, {"seed": 1, "optim.dither": False}) == []
     assert changed({"optim.dither": True, "seed": 1}, {"seed": 2, "optim.dither": True}) == ["seed 1 -> 2"]
+
+
+def test_the_newest_checkpoint_of_a_run_is_known_by_its_folder_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{tmp_path}: there is no checkpoint; run `astar train` first"):
+        newest(tmp_path)
+    for step in (1, 2):
+        save(checkpoints_of(tmp_path), step)
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step_00000002"
+    shutil.rmtree(newest(tmp_path))
+    with pytest.raises(DamagedCheckpointError, match="step_00000001 is whole"):
+        newest(tmp_path)
 
 
 def test_a_checkpoint_of_another_method_is_refused_and_one_without_a_name_is_astars(tmp_path: Path) -> None:

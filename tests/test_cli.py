@@ -208,6 +208,19 @@ def test_a_model_goes_to_megatron_and_back(convert: Any, tied_llama: Path, tmp_p
     assert "LlamaForCausalLM, tied head" in out and "263, padded to 264" in out
 
 
+def test_export_writes_the_newest_checkpoint_as_a_hugging_face_folder(
+    astar: Any, refused: Refused, command: Command, tree: Tree, tied_llama: Path, tmp_path: Path
+) -> None:
+    assert "there is no checkpoint; run `astar train` first" in refused("export")
+    checkpoints = Path(tree["run_dir"]) / "checkpoints"
+    assert astar("convert", "hf-to-megatron", tied_llama, checkpoints / "step_00000002")[0] == 0
+    (checkpoints / "step_00000002" / "progress.json").write_text("{}")
+    (checkpoints / "latest").write_text("step_00000002")
+    for _ in range(2):  # an older export is replaced
+        assert command("export") == (0, "")
+    assert astar("convert", "verify", tied_llama, Path(tree["run_dir"]) / "hf")[0] == 0
+
+
 def test_a_folder_that_megatron_computes_otherwise_is_named(
     convert: Any, monkeypatch: pytest.MonkeyPatch, tied_llama: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,20 @@ KEYS = {
     "eval.num_samples": None,
     "eval.max_prompts": None,
     "supervise.max_restarts_per_hour": 5,
+    "slurm.backend": "sbatch",
+    "slurm.stages": None,
+    "slurm.nodes": 1,
+    "slurm.gpus_per_node": 8,
+    "slurm.account": None,
+    "slurm.partition": None,
+    "slurm.time": None,
+    "slurm.flags": [],
+    "slurm.image": None,
+    "slurm.mounts": [],
+    "slurm.setup": None,
+    "slurm.env": [],
+    "slurm.ssh": None,
+    "slurm.packager": None,
 }
 
 SMALLEST = """
@@ -169,16 +183,24 @@ def test_every_file_in_configs_loads(path: Path) -> None:
     assert cfg.run_dir == f"runs/{path.stem}"
 
 
-@pytest.mark.parametrize("name", ["gsm8k_qwen2.5_1.5b", "math_qwen2.5_1.5b"])
-def test_the_papers_runs_have_the_papers_settings(name: str) -> None:
-    cfg = config.load(CONFIGS[0].with_name(f"{name}.yaml"))
+PAPERS = [path for path in CONFIGS if path.stem != "demo"]
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_the_papers_runs_have_the_papers_settings(path: Path) -> None:
+    cfg = config.load(path)
     assert (cfg.data.max_prompt_tokens, cfg.sampling.max_response_tokens) == (256, 1024)
     assert (cfg.train.batch_size, cfg.mini_batch_size) == (256, 128)
     assert (cfg.optim.lr, cfg.optim.adam_beta1, cfg.optim.adam_beta2) == (1e-6, 0.9, 0.999)
     assert (cfg.optim.weight_decay, cfg.optim.clip_grad, cfg.optim.warmup_steps) == (0.01, 1.0, 0)
     assert (cfg.astar.beta1, cfg.astar.beta2, cfg.sweep.num_samples) == (0.5, 1e-3, 8)
     assert (cfg.sampling.temperature, cfg.sampling.top_p) == (1.0, 1.0)
-    assert cfg.parallel.world_size + cfg.rollout.num_engines * cfg.rollout.tensor == 4  # GPUs
+    dataset, _, size = path.stem.removesuffix("_2x8").split("_")
+    assert cfg.model.path == f"runs/models/qwen2.5-{size}"
+    assert (dataset, cfg.data.path, cfg.reward.name, cfg.train.num_steps) in [
+        ("gsm8k", "runs/data/gsm8k_train.jsonl", "gsm8k_strict", 730),
+        ("math", "runs/data/math_train.jsonl", "math", 733),
+    ]
 
 
 def test_a_day_is_text_whether_yaml_reads_a_date_or_text(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from astar_megatron.types import Prompt
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "astar_megatron", "conversion", "examples", "tests", "slurm")
 GUIDES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDERS)]
-PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "examples/BFLOAT16.md"]
+PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+PAGES += [ROOT / "examples/BFLOAT16.md", ROOT / "astar_megatron/launch/README.md"]
 SYSTEM, CONVERSION, CONFIGS = (ROOT / folder / "README.md" for folder in ("astar_megatron", "conversion", "configs"))
 MODEL = "runs/models/smollm2-135m-instruct"
 
@@ -132,7 +133,7 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every `astar` command line of a page, without those before."""
     lines = "\n".join([*blocks(text_of(page), ""), *re.findall(r"`([^`\n]+)`", prose(text_of(page)))])
     lines = re.sub(r"\s# .*$|\\\n", "", lines, flags=re.MULTILINE)  # comments, and lines that go on
-    command = r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|compare|convert|doctor) .+)$"
+    command = r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|export|launch|jobs|compare|convert|doctor) .+)$"
     return [shlex.split(line) for line in re.findall(command, lines, re.MULTILINE)]
 
 
@@ -161,7 +162,7 @@ def test_every_command_line_parses_and_its_keys_exist(page: Path) -> None:
 def test_the_guides_have_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30
     programs = {words[0] for page in PAGES for words in commands(page)}
-    assert programs == {"data", "sweep", "train", "eval", "compare", "convert", "doctor"}
+    assert programs == {"data", "sweep", "train", "eval", "compare", "convert", "doctor", "launch", "jobs", "export"}
 
 
 @each_page

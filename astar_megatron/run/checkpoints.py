@@ -44,28 +44,14 @@ class Checkpoints:
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint, or None. Raises DamagedCheckpointError where it is not there."""
-        pointer = self._folder / LATEST_FILE
-        try:
-            name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise ValueError(
-                f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; remove {self._folder} to "
-                "start over, or choose a new run_dir"
-            ) from error
-        folder = self._folder / name
-        if not name or not (folder / PROGRESS_FILE).is_file():
-            problem = f"which has no {PROGRESS_FILE}" if name and folder.is_dir() else "which is not there"
-            raise self._error(f"{pointer} names {name!r}, {problem}", name)
-        return folder
+        return _latest(self._folder)
 
     def verify(self) -> None:
         """Read all files of the newest checkpoint; DamagedCheckpointError where one is not as it was written."""
         folder = self.latest
         if folder is not None and (faults := _faults(folder)):
             more = f", and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-            raise self._error(f"{folder} is damaged: {', '.join(faults[:_NAMED])}{more}", folder.name)
+            raise _error(self._folder, f"{folder} is damaged: {', '.join(faults[:_NAMED])}{more}", folder.name)
 
     @property
     def unverified(self) -> str:
@@ -154,24 +140,51 @@ class Checkpoints:
         return progress
 
     def _damaged(self, file: Path, reason: str) -> DamagedCheckpointError:
-        return self._error(f"{file}: missing or damaged ({reason})", file.parent.name)
+        return _error(self._folder, f"{file}: missing or damaged ({reason})", file.parent.name)
 
     def saves(self, policy: PolicyGroup, say: Callable[[str], None]) -> Saves:
         """Return what writes the checkpoints of the policy that is trained."""
         record = {"contract": self._contract.fields(), "settings": self._settings}
         return Saves(self._folder, self._cfg, record, policy, say)
 
-    def _error(self, culprit: str, bad: str) -> DamagedCheckpointError:
-        """Return the error for checkpoint `bad`, with the remedy: the newest before it that is whole."""
-        pointer = self._folder / LATEST_FILE
-        others = sorted((path for path in self._folder.glob(FOLDERS) if path.name != bad), reverse=True)
-        others = [path for path in others if path.name < bad] or others
-        whole = next((path.name for path in others if not _faults(path)), None)
-        if whole is None:
-            remedy = f"no other checkpoint there is whole: remove {self._folder} to start over"
-        else:
-            remedy = f"{whole} is whole: write its name into {pointer} and run the same command again"
-        return DamagedCheckpointError(f"{culprit}; {remedy}")
+
+def newest(run_dir: Path) -> Path:
+    """Return the newest checkpoint of a run. Raises ValueError without one, DamagedCheckpointError as `latest` does."""
+    folder = _latest(run_dir / "checkpoints")
+    if folder is None:
+        raise ValueError(f"{run_dir}: there is no checkpoint; run `astar train` first")
+    return folder
+
+
+def _latest(checkpoints: Path) -> Path | None:
+    pointer = checkpoints / LATEST_FILE
+    try:
+        name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(
+            f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; remove {checkpoints} to "
+            "start over, or choose a new run_dir"
+        ) from error
+    latest = checkpoints / name
+    if not name or not (latest / PROGRESS_FILE).is_file():
+        problem = f"which has no {PROGRESS_FILE}" if name and latest.is_dir() else "which is not there"
+        raise _error(checkpoints, f"{pointer} names {name!r}, {problem}", name)
+    return latest
+
+
+def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
+    """Return the error for checkpoint `bad`, with the remedy: the newest before it that is whole."""
+    pointer = checkpoints / LATEST_FILE
+    others = sorted((path for path in checkpoints.glob(FOLDERS) if path.name != bad), reverse=True)
+    others = [path for path in others if path.name < bad] or others
+    whole = next((path.name for path in others if not _faults(path)), None)
+    if whole is None:
+        remedy = f"no other checkpoint there is whole: remove {checkpoints} to start over"
+    else:
+        remedy = f"{whole} is whole: write its name into {pointer} and run the same command again"
+    return DamagedCheckpointError(f"{culprit}; {remedy}")
 
 
 def _faults(folder: Path) -> list[str]:

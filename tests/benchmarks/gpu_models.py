@@ -26,6 +26,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": _COMMON  # Qwen2.5-1.5B
     | _QWEN2
     | {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2},
+    "3b": _COMMON  # Qwen2.5-3B
+    | _QWEN2
+    | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2}
+    | {"num_hidden_layers": 36},
+    "7b": _COMMON  # Qwen2.5-7B
+    | _QWEN2
+    | {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+    | {"vocab_size": 152064, "tie_word_embeddings": False},
     "0.6b": _COMMON  # Qwen3-0.6B
     | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128, "attention_bias": False}
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8},

@@ -1,5 +1,7 @@
 """What a cluster of two nodes knows of each: real Ray in namespaces that share folders and nothing else."""
 
+import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +72,21 @@ def test_nodes_are_asked_for_what_they_alone_know(nodes: Nodes, tmp_path: Path) 
     assert folders[2].startswith(f"model.path=/dev/shm: node {ADDRESSES[1]} sees no file in place of ")
     assert folders[3].startswith(f"run_dir=/dev/shm: node {ADDRESSES[1]} does not see this folder; ")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_preflight_knows_nodes_by_their_addresses_and_says_which_are_not_there(nodes: Nodes, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "astar_megatron.cli", "doctor", "--cluster", nodes.address]
+    looked = shlex.join([*command, "--nodes", "2", "--json", "seen.json"])
+    status, out = nodes.run("sh", "-c", f"cd {tmp_path} && {looked}", seconds=300)
+    assert status == 0, out
+    assert "2 of 2 nodes can be used\n" in out
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["nodes"] == sorted(seen["reports"]) == list(ADDRESSES)
+    assert all(report["bandwidth"] > 0 and report["facts"]["reads"] for report in seen["reports"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["seen.json"]
+    status, out = nodes.run(*command, "--nodes", "3", "--seconds", "1", "--only-joined", seconds=300)
+    assert status == 1, out
+    assert "1 of 3 nodes are bad, (node 1 that has no name here), and 0 may be left out\n" in out
 
 
 def test_nodes_that_ask_for_no_token_are_not_joined() -> None:

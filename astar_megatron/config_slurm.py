@@ -1,0 +1,79 @@
+"""The keys of starting a run elsewhere: what `astar launch` asks Slurm or nemo-run for."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from astar_megatron.config_file import Name, Section
+
+type Backend = Literal["sbatch", "nemo-run", "local"]
+type Stage = Literal["sweep", "train", "eval", "export"]
+
+STAGES: tuple[Stage, ...] = ("sweep", "train", "eval", "export")
+
+
+def _variable(value: str) -> str:
+    if not re.match(r"[A-Z_][A-Z0-9_]*=", value):
+        raise ValueError(f"slurm.env: expected NAME=value with NAME in capitals, got {value!r:.200}")
+    if value.startswith("ASTAR_SPARE_NODES=") and not re.fullmatch(r".*=\d{1,5}", value):
+        raise ValueError(f"slurm.env: {value:.200}: expected a whole number")
+    return value
+
+
+def _login(value: str) -> str:
+    if not re.fullmatch(r"[^@:\s]+@[^@:\s]+:/\S*", value):
+        raise ValueError(f"slurm.ssh: expected user@host:/folder, got {value!r:.200}")
+    return value
+
+
+def _minutes(value: Any) -> Any:
+    return str(value) if type(value) is int else value  # YAML reads 60 as a number
+
+
+Time = Annotated[Name, BeforeValidator(_minutes)]
+Variable = Annotated[str, AfterValidator(_variable)]
+Login = Annotated[Name, AfterValidator(_login)]
+
+
+class SlurmConfig(Section):
+    """What `astar launch` asks for; a run itself never reads it."""
+
+    backend: Backend = "sbatch"
+    """`sbatch` and `nemo-run` submit jobs; `local` runs the stages here, one after the other."""
+    stages: list[Stage] | None = None
+    """Each a job that begins when the one before it has succeeded; null: all but export, and sweep where it is read."""
+    nodes: int = Field(default=1, ge=1, le=65536)
+    """[nodes] Of training; sweep and evaluation get those that the engines need, export one. Spare ones come on top."""
+    gpus_per_node: int = Field(default=8, ge=0, le=64)
+    """[GPUs] Of each node; 0: the run computes on its cores."""
+    account: Name | None = None
+    """Slurm account; null: your default one."""
+    partition: Name | None = None
+    """Slurm partition; null: the cluster's default one."""
+    time: Time | None = None
+    """Time limit of each job, as 60 (minutes) or 1-12:00:00; null: the partition's."""
+    flags: list[Name] = Field(default=[])
+    """More flags of sbatch, as `--exclusive`."""
+    image: Name | None = None
+    """Container image (pyxis); null: no container."""
+    mounts: list[Name] = Field(default=[])
+    """What the container sees besides logs and the folder of submission, as `/data:/data`."""
+    setup: Name | None = None
+    """A shell line that each node begins with, as `module load gcc`."""
+    env: list[Variable] = Field(default=[])
+    """More variables for the job, as `ASTAR_PYTHON=/opt/venv/bin/python`; no secrets: they would be in its script."""
+    ssh: Login | None = None
+    """The cluster's login node, as `me@login:/folder/of/jobs`; null: this machine. nemo-run only."""
+    packager: Name | None = None
+    """Code that travels with a job: `git` (what is committed) or a pattern of files; null: none. nemo-run only."""
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those of `env`, by their names."""
+        return dict(text.split("=", 1) for text in self.env)
+
+    @property
+    def spare_nodes(self) -> int:
+        """How many nodes of each job preflight may leave out (slurm/train.sbatch)."""
+        return int(self.variables.get("ASTAR_SPARE_NODES", "0"))

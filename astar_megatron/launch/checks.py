@@ -1,0 +1,99 @@
+"""What can be known to fail before anything is submitted: each as one ConfigError that says what to change."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig
+from astar_megatron.launch.sbatch import logs_folder
+
+_IN_MEMORY = {"tmpfs", "ramfs"}
+_ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # of one machine, unless it serves them to others
+
+
+def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
+    """Check what jobs of sbatch need, or stages run here. Makes the folder of logs, but for a dry run."""
+    for key, value in (("ssh", cfg.ssh), ("packager", cfg.packager)):
+        if value is not None:
+            raise ConfigError(f"slurm.{key}: {value}, which only nemo-run knows; set slurm.backend=nemo-run")
+    _image(cfg)
+    if dry_run:
+        return
+    if cfg.backend == "sbatch" and shutil.which("sbatch") is None:
+        raise ConfigError("slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local")
+    folder = logs_folder(cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.absolute()}: can't write logs there: {error.strerror}; set slurm.env=[ASTAR_LOGS=/folder] to one "
+            "that you may write to and all nodes share"
+        ) from None
+
+
+def of_nemo_run(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mounts")) -> None:
+    """Check what an experiment of nemo-run needs; `mounts` is the kernel's list of file systems."""
+    if cfg.slurm.packager == "git":
+        _committed(config_file)
+    if cfg.slurm.ssh is not None:  # what lies over there is not known here
+        return
+    _image(cfg.slurm)
+    home = os.environ.get("NEMORUN_HOME")
+    if not home:
+        raise ConfigError(
+            "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder that all nodes share, as in "
+            "export NEMORUN_HOME=$PWD/runs/nemo"
+        )
+    own, shared = (file_system(Path(path), mounts) for path in (home, cfg.run_dir))
+    if own in _IN_MEMORY or (own in _ON_DISK and shared != own):
+        raise ConfigError(
+            f"NEMORUN_HOME: {home} is on {own}, which each node has for itself (run_dir is on {shared}); set it to a "
+            "folder that all nodes share"
+        )
+    _writable_home(Path(home))
+
+
+def file_system(path: Path, mounts: Path) -> str:
+    """Return the type of the file system that holds `path`, as ext4 or nfs4."""
+    path, nearest = path.absolute(), ("", "")
+    for line in mounts.read_text(encoding="utf-8").splitlines():
+        _, place, kind, *_ = line.split(" ")
+        if path.is_relative_to(place) and len(place) >= len(nearest[0]):
+            nearest = place, kind
+    return nearest[1]
+
+
+def _image(cfg: SlurmConfig) -> None:
+    if cfg.image and cfg.image.startswith(("/", "./")) and not Path(cfg.image).is_file():
+        raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
+
+
+def _writable_home(home: Path) -> None:
+    """The first folder above it that is there must be one, and writable; nothing is made."""
+    there = next(path for path in (home.absolute(), *home.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"NEMORUN_HOME: {home}: {there} is no folder that you may write to; set it to another")
+
+
+def _committed(config_file: str) -> None:
+    """Refuse where `git archive` would ship other files than those that are here."""
+    try:
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/").splitlines()
+        name = _git("ls-files", "--error-unmatch", "--full-name", "--", config_file).strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        raise ConfigError(f"slurm.packager: git ships what is committed, and {config_file} is not: {reason}") from None
+    if changed:
+        raise ConfigError(
+            f"slurm.packager: git ships what is committed, and {len(changed)} files have changed since, as "
+            f"{changed[0][3:]}; commit them, or name a pattern of files"
+        )
+    if name != config_file:
+        raise ConfigError(f"slurm.packager: git ships the repository, where the file is {name}; launch at its root")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout

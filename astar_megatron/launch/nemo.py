@@ -1,0 +1,177 @@
+"""The stages of a run as one experiment of nemo-run, and what a user's own experiment is made of.
+
+A stage is a run.Script that any executor runs: `python -m astar_megatron.cli train --config C`. On Slurm the executor's
+`ray_template` is slurm/train.sbatch, so that it is the job's batch script: nemo-run's usual one would start it on
+every node at once, without its signals, and nemo-run's Ray needs pyxis. (Its RayJob, of 0.11.1, takes no template.)
+"""
+
+import getpass
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run  # pyright: ignore[reportMissingImports]
+from invoke.exceptions import UnexpectedExit  # pyright: ignore[reportMissingImports]
+from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[reportMissingImports]
+from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
+
+from astar_megatron.cluster.placement import counted
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
+from astar_megatron.launch import sbatch, scripts
+from astar_megatron.launch.stages import Job, jobs_of, title
+
+
+@dataclass(kw_only=True)
+class BatchLog(SlurmJobDetails):
+    """Where a job's own output goes: into its folder, which nemo-run makes. It does not make <job>/ray/logs."""
+
+    @property
+    def stdout(self) -> Path:
+        """The file, in words of sbatch."""
+        folder = Path(str(self.folder))
+        return (folder.parents[1] if folder.parent.name == "ray" else folder) / f"log_{self.job_name}_%j.out"
+
+    @property
+    def ls_term(self) -> str:
+        """What `logs` looks for."""
+        return str(self.stdout).replace("%j", "*")
+
+
+def script(words: Sequence[str], executor: Any, python: str = "python") -> Any:
+    """Return the run.Script of `astar WORDS` for an executor; `python` is the one that has astar-megatron there.
+
+    A SlurmExecutor's words go through a shell and are quoted for it; its own ASTAR_PYTHON says which Python.
+    """
+    is_slurm = isinstance(executor, run.SlurmExecutor)
+    quoted = [shlex.quote(word) for word in words] if is_slurm else list(words)
+    metadata = {"use_with_ray_cluster": True} if is_slurm else {}
+    return run.Script(path="astar_megatron.cli", m=True, entrypoint=python, args=quoted, metadata=metadata)
+
+
+def slurm_executor(cfg: SlurmConfig, title: str, home: Path | None = None) -> Any:
+    """Return the run.SlurmExecutor of the `slurm` section, whose batch script is slurm/train.sbatch.
+
+    Its jobs are called `<title>-<stage>`. The template is written below `home`, by default NEMORUN_HOME.
+    """
+    variables = ({"ASTAR_SETUP": cfg.setup} if cfg.setup else {}) | cfg.variables
+    tunnel, setup = run.LocalTunnel(job_dir=""), None
+    if cfg.ssh:
+        (user, host), job_dir = cfg.ssh.partition(":")[0].split("@"), cfg.ssh.partition(":")[2]
+        tunnel = run.SSHTunnel(user=user, host=host, job_dir=job_dir)
+        setup = f"cd {shlex.quote(job_dir)}"  # where relative paths begin, instead of the home folder
+    folder = home or Path(run.config.get_nemorun_home())
+    return run.SlurmExecutor(
+        account=cfg.account,
+        partition=cfg.partition,
+        time=cfg.time,
+        nodes=cfg.nodes + cfg.spare_nodes,
+        gpus_per_node=cfg.gpus_per_node or None,
+        job_name_prefix=f"{title}-",
+        container_image=cfg.image,
+        container_mounts=list(cfg.mounts),
+        env_vars={name: shlex.quote(value) for name, value in variables.items()},
+        additional_parameters={"kill-on-invalid-dep": "yes"} | _parameters(cfg.flags),
+        setup_lines=setup,
+        tunnel=tunnel,
+        packager=_packager(cfg.packager),
+        job_details=BatchLog(),
+        ray_template=str(scripts.write_ray_template(folder / "astar")),
+        poll_estimated_start_time=False,
+    )
+
+
+def add_stages(
+    experiment: Any, config_file: str, executor: Any, overrides: Sequence[str] = (), python: str = "python"
+) -> list[str]:
+    """Add the stages of a run to an experiment, each to begin when the one before it has succeeded.
+
+    Returns the name of the last, which what comes after takes as `dependencies`. `slurm.stages` says which; a
+    SlurmExecutor's nodes and GPUs are the most that one gets. `python` as in `script`.
+    """
+    cfg, last = load(config_file, overrides), []
+    for job in jobs_of(cfg, config_file, overrides):
+        own = executor.clone()
+        if isinstance(own, run.SlurmExecutor):
+            own.nodes = min(own.nodes, job.nodes)
+            own.gpus_per_node = own.gpus_per_node if job.gpus_per_node else None
+        last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
+    return last
+
+
+def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_run: bool) -> None:
+    """Submit the stages as one experiment; a dry run prints their batch scripts alone."""
+    with tempfile.TemporaryDirectory(prefix="astar-launch-") as temporary:
+        home = Path(temporary) if dry_run else None
+        executor = slurm_executor(cfg.slurm, title(cfg), home)
+        quiet = {"clean_mode": True, "log_level": "WARN", "enable_goodbye_message": False, "skip_status_at_exit": True}
+        with run.Experiment(title(cfg), base_dir=home, **quiet) as experiment:
+            add_stages(experiment, config_file, executor, overrides)
+            if not dry_run:
+                _run(experiment)
+                return
+            experiment.dryrun(log=False, delete_exp_dir=False)
+            before = ""
+            for job in experiment.jobs:
+                print(f"# {job.id}{before}\n{job._dryrun_info.request.materialize()}")
+                before = f": begins when {job.id} has succeeded (afterok)"
+
+
+def _run(experiment: Any) -> None:
+    """Submit all jobs or none. Raises ConfigError with the words of what refused one."""
+    try:
+        experiment.run(detach=True)
+    except (OSError, SSHException, UnexpectedExit, AssertionError) as error:
+        result = getattr(error, "result", None)
+        reason = f"{result.command}: {result.stderr.strip()}" if result else f"{type(error).__name__}: {error}"
+        for job in experiment.jobs:
+            if job.handle:
+                job.executor.tunnel.run(f"scancel {job.handle.split('/')[3]}", warn=True)
+        raise ConfigError(f"nemo-run could not submit the jobs; none is left: {reason}") from None
+    for job in experiment.jobs:
+        executor, number = job.executor, job.handle.split("/")[3]
+        nodes, folder = counted(executor.nodes, "node"), f"{executor.tunnel.job_dir}/{job.id}"
+        print(f"job {number}: {executor.job_name_prefix}{job.id} on {nodes}; {folder}")
+
+
+def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:
+    """Print the status or the logs of the run's newest experiment, or cancel its jobs.
+
+    Slurm is asked by the jobs' names: nemo-run's own status asks its accounting, which not every cluster has.
+    """
+    try:
+        experiment = run.Experiment.from_title(title(cfg))
+    except (OSError, AssertionError, TypeError, ValueError, IndexError):
+        raise ConfigError(
+            f"{run.config.get_nemorun_home()}: no experiment {title(cfg)} there; set NEMORUN_HOME to what it was when "
+            "it was launched"
+        ) from None
+    tunnel = experiment.jobs[0].executor.tunnel
+    user = tunnel.user or getpass.getuser()  # a LocalTunnel has none
+    if action == "status":
+        commands = [shlex.join(sbatch.status_command(jobs, user))]
+    elif action == "cancel":
+        commands = [shlex.join(sbatch.cancel_command(job, user)) for job in jobs]
+    else:
+        folders = [f"{shlex.quote(tunnel.job_dir)}/{job.id}" for job in experiment.jobs]
+        tail = f"tail -n {sbatch.SHOWN_LINES}"
+        commands = [f"{tail} {folder}/log_*.out {folder}/ray/logs/driver-*.log" for folder in folders]
+    for command in commands:  # a stage that has not begun has no log
+        print(tunnel.run(command, warn=action == "logs").stdout, end="")
+    tunnel.cleanup()
+
+
+def _packager(name: str | None) -> Any:
+    if name is None:
+        return run.Packager()
+    if name == "git":
+        return run.GitArchivePackager()
+    return run.PatternPackager(include_pattern=str(Path(name).absolute()), relative_path=str(Path.cwd()))
+
+
+def _parameters(flags: Sequence[str]) -> dict[str, Any]:
+    """Return flags such as --exclusive and --qos=high as nemo-run takes them."""
+    pairs = (flag.removeprefix("--").partition("=") for flag in flags)
+    return {name: value if equals else True for name, equals, value in pairs}

@@ -1,0 +1,53 @@
+"""PROGRAM: `astar launch` submits the stages of a run, `astar jobs` looks at them; a backend is chosen once, here."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from astar_megatron.config import ConfigError, RunConfig
+from astar_megatron.launch import checks, sbatch
+from astar_megatron.launch.stages import jobs_of
+
+_ACTIONS = ("status", "logs", "cancel")
+
+
+def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_run: bool) -> int:
+    """Submit the stages, or print what would be; return the exit status. Nothing is submitted where one is refused."""
+    jobs = jobs_of(cfg, str(config_file), overrides)
+    if cfg.slurm.backend == "nemo-run":
+        checks.of_nemo_run(cfg, str(config_file))
+        _nemo().submit(cfg, str(config_file), overrides, dry_run=dry_run)
+        return 0
+    checks.of_sbatch(cfg.slurm, dry_run=dry_run)
+    if cfg.slurm.backend == "local":
+        return sbatch.run_here(jobs, cfg.slurm, dry_run=dry_run)
+    sbatch.submit(jobs, cfg.slurm, dry_run=dry_run)
+    return 0
+
+
+def look(cfg: RunConfig, action: str) -> None:
+    """Print the status or the logs of the run's jobs, or cancel them."""
+    if action not in _ACTIONS:
+        raise ConfigError(f"astar jobs {action}: expected status, logs or cancel")
+    jobs = jobs_of(cfg, "")
+    if cfg.slurm.backend == "local":
+        raise ConfigError("slurm.backend: local runs in the terminal that started it; there are no jobs")
+    if cfg.slurm.backend == "nemo-run":
+        _nemo().look(cfg, jobs, action)
+    elif action == "logs":
+        sbatch.logs(jobs, cfg.slurm)
+    elif action == "status":
+        sbatch.status(jobs)
+    else:
+        sbatch.cancel(jobs)
+
+
+def _nemo() -> Any:
+    try:
+        return importlib.import_module("astar_megatron.launch.nemo")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"slurm.backend: nemo-run needs {error.name}, which is not installed: pip install 'astar-megatron[launch]' "
+            "in an environment of its own, or set slurm.backend=sbatch"
+        ) from None

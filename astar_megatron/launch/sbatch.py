@@ -1,0 +1,141 @@
+"""Jobs by plain sbatch, each after the one before it, and the stages one after the other on this machine.
+
+Jobs are known by their names, so nothing has to be kept: `status` and `cancel` ask Slurm, `logs` looks at the files.
+"""
+
+import getpass
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from astar_megatron.cluster.placement import counted
+from astar_megatron.config import ConfigError, SlurmConfig
+from astar_megatron.launch import scripts
+from astar_megatron.launch.stages import Job
+
+SHOWN_LINES = 40
+_SECONDS = 120  # within which Slurm answers
+
+
+def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
+    """Return what the job's script reads from its environment (the head of slurm/train.sbatch)."""
+    chosen = {
+        "ASTAR_PROGRAM": job.stage,
+        "ASTAR_IMAGE": cfg.image,
+        "ASTAR_MOUNTS": ",".join(cfg.mounts),
+        "ASTAR_SETUP": cfg.setup,
+    }
+    own = cfg.variables
+    if "ASTAR_LOGS" in own:
+        own["ASTAR_LOGS"] = f"{own['ASTAR_LOGS']}/{job.name}"  # stages don't write into each other's files
+    return {name: value for name, value in chosen.items() if value} | own
+
+
+def logs_folder(cfg: SlurmConfig) -> Path:
+    """Return where the jobs' own output goes."""
+    return Path(cfg.variables.get("ASTAR_LOGS", "logs"))
+
+
+def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
+    """Return the words of sbatch; `after` is the number of the job that must have succeeded."""
+    flags = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "gpus-per-node": job.gpus_per_node or None,
+        "account": cfg.account,
+        "partition": cfg.partition,
+        "time": cfg.time,
+        "output": logs_folder(cfg) / "%x-%j.log",
+        "dependency": f"afterok:{after}" if after else None,
+        "kill-on-invalid-dep": "yes" if after else None,
+    }
+    words = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
+    return ["sbatch", "--parsable", *words, *cfg.flags, str(scripts.path("train.sbatch")), job.config_file, *job.words]
+
+
+def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
+    """Submit all the jobs in their order, or none, and say their numbers; a dry run prints the commands alone."""
+    if dry_run:
+        for before, job in zip((None, *jobs), jobs, strict=False):
+            print(_shown(variables(job, cfg), command(job, cfg, before and f"<number of {before.name}>")))
+        return
+    numbers: list[str] = []
+    for job in jobs:
+        try:
+            words = command(job, cfg, numbers[-1] if numbers else None)
+            numbers.append(_slurm(words, os.environ | variables(job, cfg)).strip().partition(";")[0])
+        except ConfigError:
+            if numbers:
+                _slurm(["scancel", *numbers])
+            raise
+    for job, number in zip(jobs, numbers, strict=True):
+        print(f"job {number}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg)}/{job.name}-{number}.log")
+
+
+def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
+    """Run the stages one after the other until one fails; return the last exit status."""
+    for job in jobs:
+        chosen = {"ASTAR_PYTHON": sys.executable} | variables(job, cfg)
+        words = ["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words]
+        if dry_run:
+            print(_shown(chosen, words))
+        elif status := subprocess.run(words, env=os.environ | chosen, check=False).returncode:
+            print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
+            return status
+    return 0
+
+
+def status_command(jobs: Sequence[Job], user: str) -> list[str]:
+    """Return what asks Slurm for a user's jobs by these names, old ones too as long as it remembers them."""
+    names = ",".join(job.name for job in jobs)
+    return ["squeue", f"--user={user}", f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]
+
+
+def cancel_command(job: Job, user: str) -> list[str]:
+    """Return what cancels a user's jobs by a name that wait or run."""
+    return ["scancel", f"--user={user}", f"--name={job.name}"]
+
+
+def status(jobs: Sequence[Job]) -> None:
+    """Print what Slurm knows of the jobs."""
+    print(_slurm(status_command(jobs, getpass.getuser())), end="")
+
+
+def cancel(jobs: Sequence[Job]) -> None:
+    """Cancel those that wait or run."""
+    for job in jobs:
+        _slurm(cancel_command(job, getpass.getuser()))
+
+
+def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
+    """Print the end of the newest output of each stage, the job's own and the program's."""
+    for job in jobs:
+        own = max(logs_folder(cfg).glob(f"{job.name}-*.log"), key=lambda file: file.stat().st_mtime, default=None)
+        if own is None:
+            print(f"{job.name}: no log in {logs_folder(cfg)} yet")
+            continue
+        number = own.stem.rpartition("-")[2]
+        below = Path(variables(job, cfg).get("ASTAR_LOGS", logs_folder(cfg) / f"slurm-{number}"))
+        for file in (own, *sorted(below.glob("driver-*.log"))):
+            print(f"--- {file}")
+            print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]))
+
+
+def _slurm(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """Return what a command of Slurm prints. Raises ConfigError with its words where it refuses."""
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{words[0]}: not here; run this on a login node") from None
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{words[0]}: no answer in {_SECONDS} s; is Slurm up?") from None
+    if done.returncode:
+        raise ConfigError(f"{shlex.join(words)}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout
+
+
+def _shown(chosen: dict[str, str], words: Sequence[str]) -> str:
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in chosen.items()), shlex.join(words)])

@@ -1,0 +1,96 @@
+"""The stages of a run as jobs: what each runs, on how many nodes, and after which. Pure: nothing is started or asked.
+
+Sweep and evaluation get the fewest nodes that hold the engines, training `slurm.nodes`, which it must use, export one
+without GPUs; each gets ASTAR_SPARE_NODES more, of `slurm.env`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from astar_megatron.cluster.placement import Node, Placement, place
+from astar_megatron.config import STAGES, ConfigError, FilterConfig, RunConfig, Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A stage as a job; `words` follow the configuration's file on the command line of `astar`."""
+
+    stage: Stage
+    name: str  # the run's and the stage's
+    nodes: int
+    gpus_per_node: int
+    config_file: str
+    words: tuple[str, ...]
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What `astar` is called with."""
+        return (self.stage, "--config", self.config_file, *self.words)
+
+
+def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> list[Job]:
+    """Return the jobs of a run in their order, each of which begins when the one before it has succeeded.
+
+    `overrides` are passed on, but for those of `slurm`. Raises ConfigError or PlacementError where the run does not
+    fit the nodes, or leaves some without work.
+    """
+    stages = sorted(set(cfg.slurm.stages or _usual(cfg)), key=STAGES.index)
+    words = tuple(word for text in overrides if not text.startswith("slurm.") for word in ("--set", text))
+    placements = {stage: _placement(cfg, stage) for stage in stages if stage != "export"}
+    if "train" in stages:
+        _check_used(cfg, placements["train"])
+    return [
+        Job(
+            stage=stage,
+            name=f"{title(cfg)}-{stage}",
+            nodes=(_used(placements[stage]) if stage in placements else 1) + cfg.slurm.spare_nodes,
+            gpus_per_node=cfg.slurm.gpus_per_node if stage in placements else 0,
+            config_file=config_file,
+            words=words,
+        )
+        for stage in stages
+    ]
+
+
+def title(cfg: RunConfig) -> str:
+    """Return the name that the run's jobs begin with: of its folder, in characters that job names may have."""
+    return re.sub(r"[^\w.-]", "_", Path(cfg.run_dir).absolute().name)
+
+
+def _usual(cfg: RunConfig) -> list[Stage]:
+    sweeps = cfg.reads_stage_1 or cfg.filter != FilterConfig()
+    return ["sweep", "train", "eval"] if sweeps else ["train", "eval"]
+
+
+def _placement(cfg: RunConfig, stage: Stage) -> Placement:
+    size = cfg.slurm.gpus_per_node
+    if not size and (key := _wants_gpus(cfg)):
+        raise ConfigError(f"slurm.gpus_per_node: 0, but {key} is for GPUs; take 1 or more, or leave that key out")
+    nodes = [Node(address=f"node {number}", num_gpus=size) for number in range(1, cfg.slurm.nodes + 1)]
+    return place(nodes, cfg.parallel if stage == "train" else None, cfg.rollout, cfg.cluster.share_gpus)
+
+
+def _wants_gpus(cfg: RunConfig) -> str | None:
+    """A key of the run that only GPUs can follow, with its value."""
+    keys = {
+        f"cluster.share_gpus={str(cfg.cluster.share_gpus).lower()}": cfg.cluster.share_gpus is not None,
+        f"model.fp8={cfg.model.fp8}": cfg.model.fp8,
+        "model.reference=offload": cfg.model.reference == "offload",
+        "optim.offload=true": cfg.optim.offload,
+        "rollout.graphs=decode": cfg.rollout.graphs == "decode",
+    }
+    return next((key for key, is_set in keys.items() if is_set), None)
+
+
+def _used(placement: Placement) -> int:
+    return len({seat.node for seat in (*placement.ranks, *placement.engines)})
+
+
+def _check_used(cfg: RunConfig, placement: Placement) -> None:
+    if (used := _used(placement)) < cfg.slurm.nodes:
+        raise ConfigError(
+            f"slurm.nodes: {cfg.slurm.nodes}, of which {cfg.slurm.nodes - used} would have nothing to do: "
+            f"{placement.describe()}; take {used}, or raise rollout.num_engines or parallel.data"
+        )

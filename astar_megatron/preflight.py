@@ -1,0 +1,114 @@
+"""PROGRAM: `astar doctor --cluster`: whether a run should start on the nodes of a Ray cluster, before it does.
+
+It waits for the nodes, asks each what it has, and measures what lies between them. The script that started the nodes
+acts on the lines `left out: NODE`, and on the exit status: 0 where the run can start without these.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from astar_megatron.cluster import links, survey
+from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.survey import Clock, Joined
+from astar_megatron.config import ClusterConfig
+from astar_megatron.data.files import write_atomic
+from astar_megatron.run import node_facts
+from astar_megatron.run.node_facts import NodeFacts
+from astar_megatron.run.preflight import Fault, Report, Verdict, absent, judge, verdict
+from astar_megatron.run.resources import gib
+
+_ANSWER_SECONDS = 120.0  # for every node to start a process and to answer
+
+
+def main(
+    address: str, nodes: str, num_spare: int = 0, seconds: float = 120.0, file: Path | None = None, *, looks: bool
+) -> int:
+    """Say which nodes are bad; returns 1 where the run can't start without them.
+
+    `nodes` are the names that must join within `seconds`, with commas, or how many; without `looks` no more is asked.
+    """
+    until = time.monotonic() + seconds
+    wanted = wanted_nodes(nodes)
+    survey.wait_for_head(address, until)
+    with Cluster(ClusterConfig(address=address)):
+        joined = survey.wait_for_nodes(wanted, until)
+        names = list(wanted) if not isinstance(wanted, int) else [*sorted(joined), *_unnamed(wanted - len(joined))]
+        first = next((name for name, node in joined.items() if node.id == survey.own_node()), names[0])
+        mine = {name: joined[name] for name in names if name in joined}
+        collective, reports = _reports(mine) if looks else ("", {})
+    faults = judge(names, reports) if looks else absent(names, mine)
+    result = verdict(faults, names, first, num_spare)
+    show(names, collective, reports, faults, result)
+    if file is not None:
+        reported = {name: asdict(report) for name, report in reports.items()}
+        tree = {"nodes": names, "collective": collective, "reports": reported}
+        tree |= {"faults": [asdict(fault) for fault in faults], **asdict(result)}
+        write_atomic(file, json.dumps(tree, indent=2).encode())
+    return int(bool(result.refusal))
+
+
+def wanted_nodes(nodes: str) -> Sequence[str] | int:
+    """Return the names that `--nodes` lists, or how many it asks for. Raises ValueError."""
+    if nodes.isdecimal():
+        return int(nodes)
+    names = [name.strip() for name in nodes.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"--nodes: expected names with commas, each once, or a number, got {nodes!r}")
+    return names
+
+
+def _unnamed(number: int) -> list[str]:
+    return [f"(node {index + 1} that has no name here)" for index in range(number)]
+
+
+def _reports(joined: dict[str, Joined]) -> tuple[str, dict[str, Report]]:
+    with node_facts.marked(Path.cwd()) as (folder, mark):
+        facts = survey.ask_all(joined, _ANSWER_SECONDS, node_facts.measure, str(folder), mark)
+        written = {
+            name: bool(fact.wrote) and node_facts.appears(folder, fact.wrote)
+            for name, fact in facts.items()
+            if isinstance(fact, NodeFacts)
+        }
+    answering = {name: node for name, node in joined.items() if name in written}
+    clocks = survey.clocks(answering)
+    collective, speeds = links.bandwidths(answering)
+    return collective, {
+        name: Report(
+            joined=node,
+            facts=facts[name],
+            clock=clocks.get(name, "did not answer"),
+            bandwidth=speeds.get(name),
+            written=written.get(name, False),
+        )
+        for name, node in joined.items()
+    }
+
+
+def show(
+    names: Sequence[str], collective: str, reports: dict[str, Report], faults: Sequence[Fault], result: Verdict
+) -> None:
+    """Print a table of the nodes, then what is wrong, then what follows."""
+    console = Console(width=140, highlight=False, markup=False)
+    table = Table("node", "GPUs", "driver", "disk", "/dev/shm", "clock", f"all-reduce, {collective}", box=None)
+    for name, report in reports.items():
+        facts, clock, speed = report.facts, report.clock, report.bandwidth
+        cells = ["", "", "", ""]
+        if isinstance(facts, NodeFacts):
+            free = gib(facts.disk_bytes), gib(facts.shared_memory_bytes)
+            cells = [str(report.joined.num_gpus), facts.driver or "none", *free]
+        cells.append(f"{clock.seconds:+.2f} s" if isinstance(clock, Clock) else "")
+        table.add_row(name, *cells, f"{speed / 1e9:.2f} GB/s" if isinstance(speed, float) else "")
+    if reports:
+        console.print(table)
+    for fault in faults:
+        console.print(f"{fault.node} is bad: {fault.check}: {fault.state}", soft_wrap=True)
+    for name in result.left_out:
+        console.print(f"left out: {name}", soft_wrap=True)
+    good = len(names) - len({fault.node for fault in faults})
+    console.print(result.refusal or f"{good} of {len(names)} nodes can be used", soft_wrap=True)

@@ -1,0 +1,87 @@
+"""What a node of a cluster says of itself before a run starts: packages, GPUs, space, the folder that all share."""
+
+import contextlib
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from astar_megatron.run import machine
+from astar_megatron.run.resources import free_bytes
+
+_COHERENT_SECONDS = 15.0  # within which a shared file system shows what another node has written
+_QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """The facts. `versions` are packages' (machine.versions), `gpus` the models by name, `driver` the GPUs' driver.
+
+    `disk_bytes` and `shared_memory_bytes` are free in the folder for temporary files and in /dev/shm. `reads` says
+    whether the node sees what the driver has written, and `wrote` names the file that it has written for the driver.
+    """
+
+    versions: Mapping[str, str]
+    gpus: tuple[str, ...]
+    driver: str
+    disk_bytes: int
+    shared_memory_bytes: int
+    reads: bool
+    wrote: str
+
+
+def measure(folder: str, mark: str) -> NodeFacts:
+    """Return the facts of the node on which this is called; `mark` is the name of a file in `folder`, and its text."""
+    lines = _gpu_lines()
+    wrote = ""
+    with contextlib.suppress(OSError):
+        name = secrets.token_hex(8)
+        (Path(folder) / name).write_text(name, encoding="utf-8")
+        wrote = name
+    return NodeFacts(
+        versions=machine.versions(),
+        gpus=tuple(line.partition(", ")[0] for line in lines),
+        driver=lines[0].partition(", ")[2] if lines else "",
+        disk_bytes=free_bytes(Path(tempfile.gettempdir())),
+        shared_memory_bytes=free_bytes(Path("/dev/shm")),
+        reads=appears(Path(folder), mark),
+        wrote=wrote,
+    )
+
+
+def appears(folder: Path, mark: str) -> bool:
+    """Return whether the file that another node has written is seen here, with its text, soon."""
+    until = time.monotonic() + _COHERENT_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (folder / mark).read_text(encoding="utf-8") == mark:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def marked(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Make a folder below `folder`, in which nodes write for each other, and a file in it named by its text."""
+    inner = folder / f".astar-preflight-{secrets.token_hex(8)}"
+    inner.mkdir()
+    try:
+        mark = secrets.token_hex(8)
+        (inner / mark).write_text(mark, encoding="utf-8")
+        yield inner, mark
+    finally:
+        shutil.rmtree(inner, ignore_errors=True)
+
+
+def _gpu_lines() -> list[str]:
+    """A line a GPU: its name and its driver's version; none where nothing reports them."""
+    try:
+        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.strip().splitlines()

@@ -1,0 +1,377 @@
+"""`astar launch` and `astar jobs` with a Slurm of scripts: what is submitted, and what is refused before it is."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from samples import run_config
+
+from astar_megatron.config import ConfigError
+from astar_megatron.launch import checks, scripts
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# Stands in for sbatch, squeue and scancel: it writes down how it was called, and prints the number of the job.
+STAND_IN = """#!{python}
+import json, os, pathlib, sys
+calls = pathlib.Path("{folder}/calls.jsonl")
+number = 70 + (len(calls.read_text().splitlines()) if calls.exists() else 0)
+settings = {{name: value for name, value in os.environ.items() if name.startswith("ASTAR_")}}
+with calls.open("a") as file:
+    file.write(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:], settings]) + "\\n")
+print(number)
+"""
+SMALL = """
+run_dir: runs/my run
+model: {path: some/model}
+data: {path: some.jsonl}
+reward: {name: last_number}
+"""
+
+type Astar = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of these tests: a configuration, and a Slurm that writes down what it is asked."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sbatch", "squeue", "scancel"):
+        (tools / name).write_text(STAND_IN.format(python=sys.executable, folder=tools))
+        (tools / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.delenv("NEMORUN_HOME", raising=False)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "run.yaml").write_text(SMALL)
+    monkeypatch.chdir(work)
+    return work
+
+
+def calls(folder: Path) -> list[list[str]]:
+    """The calls of the Slurm, each with its words; the last is the environment, as JSON."""
+    file = folder.parent / "tools" / "calls.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [[*words, json.dumps(settings)] for *words, settings in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_accepted(path: Path, folder: Path, astar: Astar) -> None:
+    status, out, error = astar("launch", "--dry-run", "--config", path)
+    assert (status, error) == (0, "")
+    assert [f"--job-name={path.stem}-{stage} " in out for stage in ("sweep", "train", "eval", "export")] == [
+        *(True, True, True, False)
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"] and not calls(folder)
+
+
+def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar: Astar) -> None:
+    status, out, _ = astar("launch", "--config", "run.yaml", "--set", "optim.lr=1e-5", "--set", "slurm.time=60")
+    assert status == 0
+    assert [json.loads(call[-1])["ASTAR_PROGRAM"] for call in calls(folder)] == ["sweep", "train", "eval"]
+    after = [[word for word in call if "dependency" in word or "invalid-dep" in word] for call in calls(folder)]
+    assert after == [
+        [],
+        ["--dependency=afterok:70", "--kill-on-invalid-dep=yes"],
+        ["--dependency=afterok:71", "--kill-on-invalid-dep=yes"],
+    ]
+    for call in calls(folder):
+        assert call[-5:-1] == [str(ROOT / "slurm" / "train.sbatch"), "run.yaml", "--set", "optim.lr=1e-5"]
+        assert "--time=60" in call
+    assert out.splitlines()[1] == "job 71: my_run-train on 1 node; logs/my_run-train-71.log"
+    assert (folder / "logs").is_dir()  # Slurm does not make it
+
+
+def test_the_section_says_all_that_flags_can(folder: Path, astar: Astar) -> None:
+    image = folder / "image.sqsh"
+    image.touch()
+    (folder / "run.yaml").write_text(
+        f"""{SMALL}
+parallel: {{data: 8}}
+rollout: {{num_engines: 8}}
+slurm:
+  stages: [export, train]
+  nodes: 2
+  gpus_per_node: 8
+  account: me
+  partition: big
+  flags: [--exclusive, --qos=high]
+  image: {image}
+  mounts: ["/data:/data", "/models:/models"]
+  setup: module load gcc
+  env: [ASTAR_PYTHON=/opt/python, ASTAR_LOGS=logs/of a day]
+"""
+    )
+    assert astar("launch", "--config", "run.yaml")[0] == 0
+    train, export = calls(folder)
+    assert train[1:-3] == [
+        *("--parsable", "--job-name=my_run-train", "--nodes=2", "--gpus-per-node=8", "--account=me"),
+        *("--partition=big", "--output=logs/of a day/%x-%j.log", "--exclusive", "--qos=high"),
+    ]
+    assert json.loads(train[-1]) == {
+        "ASTAR_PROGRAM": "train",
+        "ASTAR_IMAGE": str(image),
+        "ASTAR_MOUNTS": "/data:/data,/models:/models",
+        "ASTAR_SETUP": "module load gcc",
+        "ASTAR_PYTHON": "/opt/python",
+        "ASTAR_LOGS": "logs/of a day/my_run-train",
+    }
+    assert "--nodes=1" in export and not [word for word in export if word.startswith("--gpus")]
+
+
+def test_flags_win_over_the_section(folder: Path, astar: Astar) -> None:
+    words = ["--backend", "sbatch", "--nodes", "2", "--gpus-per-node", "1", "--stages", "train"]
+    assert astar("launch", "--config", "run.yaml", *words, "--set", "slurm.nodes=5")[0] == 0
+    ((*words, _),) = calls(folder)
+    assert "--nodes=2" in words and "--gpus-per-node=1" in words and words[-1] == "run.yaml"
+
+
+def test_only_training_gets_the_nodes_that_it_alone_needs(folder: Path, astar: Astar) -> None:
+    sizes = ["--nodes", "3", "--gpus-per-node", "2", "--set", "parallel.data=4", "--set", "rollout.num_engines=2"]
+    assert astar("launch", "--config", "run.yaml", *sizes)[0] == 0
+    assert [next(word for word in call if word.startswith("--nodes")) for call in calls(folder)] == [
+        *("--nodes=1", "--nodes=3", "--nodes=1")
+    ]
+
+
+def test_spare_nodes_come_on_top(folder: Path, astar: Astar) -> None:
+    sizes = ["--nodes", "2", "--gpus-per-node", "1", "--set", "slurm.env=[ASTAR_SPARE_NODES=1]"]
+    assert astar("launch", "--config", "run.yaml", "--stages", "train,export", *sizes)[0] == 0
+    assert [next(word for word in call if word.startswith("--nodes")) for call in calls(folder)] == [
+        *("--nodes=3", "--nodes=2")
+    ]
+
+
+def test_a_method_that_reads_no_table_has_no_sweep(folder: Path, astar: Astar) -> None:
+    for setting, stages in (("filter.wide=1", ["train", "eval"]), ("filter.all_wrong=0", ["sweep", "train", "eval"])):
+        out = astar("launch", "--dry-run", "--config", "run.yaml", "--set", "objective.name=grpo", "--set", setting)[1]
+        assert [line.split()[0] for line in out.splitlines()] == [f"ASTAR_PROGRAM={stage}" for stage in stages]
+
+
+# --- what a user can get wrong
+
+
+def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, astar: Astar) -> None:
+    (folder / "file").touch()
+    for words, message in [
+        ("--config nowhere.yaml", "nowhere.yaml: no such configuration file"),
+        ("--backend kubernetes", "slurm.backend: input should be 'sbatch', 'nemo-run' or 'local', got 'kubernetes'"),
+        ("--stages train,deploy", "slurm.stages.1: input should be 'sweep', 'train', 'eval' or 'export', got 'deploy'"),
+        ("--nodes 0", "slurm.nodes: input should be greater than or equal to 1, got 0"),
+        ("--gpus-per-node 0 --set model.fp8=mxfp8", "slurm.gpus_per_node: 0, but model.fp8=mxfp8 is for GPUs"),
+        ("--gpus-per-node 0 --set cluster.share_gpus=true", "slurm.gpus_per_node: 0, but cluster.share_gpus=true is"),
+        ("--gpus-per-node 0 --set rollout.graphs=decode", "slurm.gpus_per_node: 0, but rollout.graphs=decode is for"),
+        ("--gpus-per-node 4 --set parallel.tensor=8", "parallel.tensor=8: a tensor-parallel group stays inside a node"),
+        ("--set parallel.data=32", "32 ranks, 1 engine of 1 worker take 1"),
+        ("--nodes 4 --set parallel.data=8", "slurm.nodes: 4, of which 2 would have nothing to do: 8 policy ranks and"),
+        ("--set slurm.env=[ASTAR_LOGS=file/logs]", "file/logs: can't write logs there: Not a directory"),
+        ("--set slurm.image=./none.sqsh", "slurm.image: ./none.sqsh: no such file"),
+        ("--set slurm.ssh=me@host:/jobs", "slurm.ssh: me@host:/jobs, which only nemo-run knows"),
+        ("--set slurm.packager=git", "slurm.packager: git, which only nemo-run knows"),
+        ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder, got 'host'"),
+        ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
+        ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number"),
+        ("--backend nemo-run", "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder"),
+        ("--backend nemo-run --set slurm.packager=git", "slurm.packager: git ships what is committed, and run.yaml is"),
+    ]:
+        words = words.split()
+        if "nowhere.yaml" not in words:
+            words += ["--config", "run.yaml"]
+        status, out, error = astar("launch", *words)
+        assert (status, out, calls(folder)) == (2, "", []), words
+        assert error.startswith("astar: ") and message in error and "Traceback" not in error, (words, error)
+
+
+def test_without_slurm_or_nemo_run_the_message_says_what_to_do(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
+    monkeypatch.setenv("NEMORUN_HOME", str(folder / "nemo"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    for backend, message in (
+        ("sbatch", "slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local"),
+        ("nemo-run", "slurm.backend: nemo-run needs nemo_run, which is not installed: pip install "),
+    ):
+        status, _, error = astar("launch", "--config", "run.yaml", "--backend", backend)
+        assert status == 2 and error.startswith(f"astar: {message}")
+    assert "squeue: not here" in astar("jobs", "status", "--config", "run.yaml")[2]
+
+
+def test_what_slurm_refuses_is_its_own_words_and_nothing_stays_submitted(folder: Path, astar: Astar) -> None:
+    sbatch = folder.parent / "tools" / "sbatch"
+    refusing = "case $* in *my_run-eval*) echo 'sbatch: error: invalid account' >&2; exit 1;; esac\n"
+    shutil.move(sbatch, sbatch.with_name("accept"))
+    sbatch.write_text(f'#!/bin/sh\n{refusing}exec {sbatch.with_name("accept")} "$@"\n')
+    sbatch.chmod(0o700)
+    status, out, error = astar("launch", "--config", "run.yaml")
+    assert (status, out) == (2, "") and error.endswith("sbatch: error: invalid account\n")
+    assert [call[0] for call in calls(folder)] == ["accept", "accept", "scancel"]
+    assert calls(folder)[-1][1:3] == ["70", "71"]
+
+
+# --- the jobs of a run
+
+
+def test_jobs_are_asked_for_and_cancelled_by_their_names(folder: Path, astar: Astar) -> None:
+    assert astar("jobs", "status", "--config", "run.yaml")[0] == 0
+    assert astar("jobs", "cancel", "--config", "run.yaml")[0] == 0
+    asked, *cancelled = calls(folder)
+    assert asked[0] == "squeue" and "--name=my_run-sweep,my_run-train,my_run-eval" in asked
+    assert [call[2] for call in cancelled] == [f"--name=my_run-{stage}" for stage in ("sweep", "train", "eval")]
+    assert "expected status, logs or cancel" in astar("jobs", "stop", "--config", "run.yaml")[2]
+    assert "there are no jobs" in astar("jobs", "status", "--config", "run.yaml", "--set", "slurm.backend=local")[2]
+
+
+def test_logs_are_the_ends_of_the_newest_of_each_stage(folder: Path, astar: Astar) -> None:
+    for number, moment in (("70", 1.0), ("71", 2.0)):
+        driver = folder / "logs" / f"slurm-{number}" / "driver-node1-0.log"
+        driver.parent.mkdir(parents=True)
+        driver.write_text(f"step 1 of job {number}\n")
+        own = folder / "logs" / f"my_run-train-{number}.log"
+        own.write_text("".join(f"line {line} of job {number}\n" for line in range(100)))
+        os.utime(own, (moment, moment))
+    lines = astar("jobs", "logs", "--config", "run.yaml")[1].splitlines()
+    assert lines[0] == "my_run-sweep: no log in logs yet"
+    assert lines[1:3] == ["--- logs/my_run-train-71.log", "line 60 of job 71"]
+    assert lines[42:44] == ["--- logs/slurm-71/driver-node1-0.log", "step 1 of job 71"]
+
+
+# --- this machine
+
+
+def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    python = folder / "python"
+    python.write_text('#!/bin/sh\nshift 2\necho "$@"\n[ "$1" != train ] || exit 7\n')
+    python.chmod(0o700)
+    words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
+    command = [sys.executable, "-m", "astar_megatron.cli", "launch", *words, "--set", "data.suffix=' x'"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7
+    assert done.stdout.splitlines() == [
+        f"{stage} --config run.yaml --set data.suffix=' x'" for stage in ("sweep", "train")
+    ]
+    assert done.stderr == "my_run-train ended with status 7; what comes after it is not run\n"
+
+
+# --- the body as nemo-run takes it
+
+
+def rendered(folder: Path, command: str) -> str:
+    """The script that nemo-run would make of the template for a job in `folder`/job."""
+    jinja2 = pytest.importorskip("jinja2")
+    template = scripts.write_ray_template(folder / "templates")
+    job = folder / "job"
+    return jinja2.Template(template.read_text()).render(
+        sbatch_flags=["#SBATCH --nodes=4", "#SBATCH --job-name=mine"],
+        env_vars=["export ASTAR_PORT='20000'"],
+        log_dir=f"{job}/ray/logs",
+        cluster_dir=f"{job}/ray",
+        command_workdir="/nemo_run/code",
+        common_srun_args=f"--container-image=a/b:1 --mpi=pmix --container-mounts /data:/data,{job}:/nemo_run -p=x",
+        setup_lines=None,
+        command=command,
+    )
+
+
+def test_the_template_is_the_body_after_what_nemo_run_fills_in(tmp_path: Path) -> None:
+    script = rendered(tmp_path, "python -m astar_megatron.cli train --config run.yaml")
+    flags = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    own = [line for line in (ROOT / "slurm" / "train.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert flags == [*own, "#SBATCH --nodes=4", "#SBATCH --job-name=mine"]  # the later one wins
+    body = (ROOT / "slurm" / "train.sbatch").read_text().splitlines()[1:]
+    assert script.rstrip().endswith("\n".join(line for line in body if line not in own))
+    assert [path.suffixes for path in (tmp_path / "templates").iterdir()] == [[".sub", ".j2"]]
+    again = scripts.write_ray_template(tmp_path / "templates")
+    assert [again] == list((tmp_path / "templates").iterdir())
+
+
+@pytest.mark.parametrize("is_shipped", [False, True])
+def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path, is_shipped: bool) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$ASTAR_IMAGE" "$ASTAR_MOUNTS" "$@"\n')
+    python.chmod(0o700)
+    code = tmp_path / "job" / "code"
+    code.mkdir(parents=True)
+    (tmp_path / "run.yaml").touch()
+    if is_shipped:
+        (code / "run.yaml").touch()
+    words = "--set 'data.suffix=a  b'"
+    script = rendered(tmp_path, f"python -m astar_megatron.cli eval --config run.yaml {words}")
+    environment = {"PATH": os.environ["PATH"], "ASTAR_PYTHON": str(python)}  # no job of Slurm's
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        *(str(code), "a/b:1", f"/data:/data,{code.parent}:/nemo_run,{code}:{code}"),
+        *("-m", "astar_megatron.cli", "eval", "--config", str(code / "run.yaml") if is_shipped else "run.yaml"),
+        *("--set", "data.suffix=a  b"),
+    ]
+    done = subprocess.run(["bash", "-c", rendered(tmp_path, "hostname")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "expected a command with --config FILE, got: hostname" in done.stderr
+
+
+def test_the_home_of_nemo_run_must_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text("server:/x /shared nfs4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ndisk / ext4 rw 0 0\n")
+    assert checks.file_system(Path("/shared/runs"), mounts) == "nfs4"
+    assert checks.file_system(Path("/sharedx"), mounts) == "ext4"
+    cfg = run_config(run_dir="/shared/runs/x")
+    for home, kind in (("/run/nemo", "tmpfs"), ("/nemo", "ext4")):
+        monkeypatch.setenv("NEMORUN_HOME", home)
+        with pytest.raises(ConfigError, match=rf"NEMORUN_HOME: {home} is on {kind}, which each node has for itself"):
+            checks.of_nemo_run(cfg, "run.yaml", mounts)
+    monkeypatch.setenv("NEMORUN_HOME", "/shared/nemo")
+    checks.of_nemo_run(cfg, "run.yaml", mounts)
+    checks.of_nemo_run(run_config(run_dir="/runs/x"), "run.yaml", mounts)
+    monkeypatch.setenv("NEMORUN_HOME", f"{mounts}/nemo")
+    with pytest.raises(ConfigError, match=rf"{mounts} is no folder that you may write to"):
+        checks.of_nemo_run(run_config(run_dir=str(tmp_path)), "run.yaml", mounts)
+
+
+def test_git_ships_only_what_is_committed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        subprocess.run(["git", *who, *words], check=True, capture_output=True)
+
+    cfg = run_config(run_dir=str(folder / "runs"), slurm={"packager": "git", "ssh": "me@host:/jobs"})
+    git("init")
+    with pytest.raises(ConfigError, match=r"slurm\.packager: git ships what is committed, and run\.yaml is not: error"):
+        checks.of_nemo_run(cfg, "run.yaml")
+    git("add", ".")
+    git("commit", "-m", "x")
+    (folder / "later.py").touch()
+    checks.of_nemo_run(cfg, "run.yaml")
+    (folder / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"1 files have changed since, as run\.yaml; commit them"):
+        checks.of_nemo_run(cfg, "run.yaml")
+    git("commit", "-am", "x")
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    with pytest.raises(ConfigError, match=r"git ships the repository, where the file is run\.yaml; launch at its root"):
+        checks.of_nemo_run(cfg, "../run.yaml")
+
+
+# --- wherever it is installed
+
+
+def test_scripts_are_where_a_wheel_puts_them(tmp_path: Path) -> None:
+    """The layout that pyproject.toml asks of a wheel, with an import that takes nothing from the checkout."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for package in wheel["packages"]:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for source, destination in wheel["force-include"].items():
+        shutil.copytree(ROOT / source, tmp_path / destination)
+    program = (
+        "from astar_megatron.launch import scripts\nprint(scripts.path('train.sbatch'))\nscripts.path('no.sbatch')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/astar_megatron/slurm/train.sbatch\n"
+    assert "FileNotFoundError: no.sbatch: not in " in done.stderr

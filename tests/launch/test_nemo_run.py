@@ -1,0 +1,79 @@
+"""What nemo-run does with the stages on this machine: its command line, and a user's own experiment.
+
+nemo-run lives in an environment of its own; the tests take the one whose `nemorun` is on PATH.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "astar_megatron" / "launch" / "README.md"
+RUN = """
+run_dir: runs/mine
+model: {path: some/model}
+data: {path: some.jsonl}
+reward: {name: last_number}
+"""
+
+type Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Return a function that runs a program of nemo-run's environment in `tmp_path`, and gives all that it prints."""
+    if (nemorun := shutil.which("nemorun")) is None:
+        pytest.skip("no nemorun on PATH: pip install '.[launch]' in an environment of its own")
+    (tmp_path / "run.yaml").write_text(RUN)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\n')
+    python.chmod(0o700)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo"), "COLUMNS": "300"}
+
+    def run(program: str, *words: str) -> str:
+        command = [str(Path(nemorun).parent / program), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """What each job of the newest experiment has written, by its name."""
+    return {file.parents[1].name: file.read_text() for file in folder.glob("nemo/experiments/*/*/*/*/*/*/0/stdout.log")}
+
+
+def test_stages_run_by_the_command_line_of_nemo_run(run: Run, tmp_path: Path) -> None:
+    words = ["config=run.yaml", "overrides=['slurm.stages=[train,eval]']", f"python={tmp_path}/python"]
+    run("nemorun", "astar", "experiment", *words, "run.executor=local", "--yes")
+    assert outputs(tmp_path) == {
+        stage: f"<-m><astar_megatron.cli><{stage}><--config><run.yaml>\n" for stage in ("train", "eval")
+    }
+
+
+def test_the_command_line_of_nemo_run_sets_any_field_of_the_executor(run: Run) -> None:
+    fields = ["run.executor.partition=big", "run.executor.nodes=4", "run.executor.qos=high"]
+    words = [*fields, "--factory", "recipe(config='run.yaml')", "--dryrun", "--yes"]
+    printed = run("nemorun", "astar", "experiment", "run.executor=slurm", *words)
+    for flag in ("partition=big", "nodes=1", "qos=high", "signal=B:USR1@300", "job-name=astar-train"):
+        assert f"#SBATCH --{flag}" in printed, flag
+    assert "start_nodes" in printed  # of slurm/train.sbatch
+
+
+def test_the_experiment_of_the_guide_runs(run: Run, tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    local = code.replace('nemo.slurm_executor(cfg.slurm, "mine")', "run.LocalExecutor()")
+    local = local.replace('"configs/gsm8k_qwen2.5_1.5b.yaml"', '"run.yaml"')
+    local = local.replace("executor, overrides)", f'executor, overrides, python="{tmp_path}/python")')
+    assert local.count("LocalExecutor") == 1 and local.count("run.yaml") == 1 and local.count("python=") == 1
+    (tmp_path / "experiment.py").write_text(local)
+    run("python", "experiment.py")
+    written = outputs(tmp_path)
+    assert written.pop("report") == "all stages are done\n"
+    assert list(written) == ["train"] and "<--set><optim.lr=2e-6>" in written["train"]

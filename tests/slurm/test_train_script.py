@@ -1,0 +1,291 @@
+"""What slurm/train.sbatch and sweep.sbatch do with a job, on a real Slurm; stand_in.py stands in for Ray and astar."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from two_node_slurm import SECONDS, Slurm, two_node_slurm
+
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+TRAIN, SWEEP = SCRIPTS / "train.sbatch", SCRIPTS / "sweep.sbatch"
+STAND_IN = {"ASTAR_PYTHON": str(Path(__file__).with_name("stand_in.py"))}
+SAVES_ON_SIGNAL = """
+import signal, sys
+from pathlib import Path
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+Path("begun").touch()
+signal.pause()
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with two_node_slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
+
+
+@pytest.fixture
+def submit(slurm: Slurm, tmp_path: Path) -> Callable[..., str]:
+    """Return a function that submits a program, as the configuration that the stand-in runs, and gives the job."""
+
+    def submit(
+        program: str, *flags: str, env: Mapping[str, str] | None = None, script: Path = TRAIN, words: str = ""
+    ) -> str:
+        (tmp_path / "program.py").write_text(program)
+        environment = STAND_IN | dict(env or {})
+        return slurm.submit(*(flags or ["-N2"]), script, "program.py", *words.split(), cwd=tmp_path, env=environment)
+
+    return submit
+
+
+def output(folder: Path, job: str) -> str:
+    file = folder / f"{job}.out"
+    return file.read_text() if file.exists() else ""
+
+
+def wait_for(file: Path) -> None:
+    until = time.monotonic() + SECONDS
+    while not file.exists():
+        assert time.monotonic() < until, f"no {file}"
+        time.sleep(0.1)
+
+
+def test_the_program_runs_when_all_nodes_have_joined_and_its_status_is_the_jobs(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("print(sorted(JOINED), WORDS)\nraise SystemExit(3)", words="--set seed=1")
+    assert slurm.wait(job) == "FAILED"
+    assert slurm.fact(job, "ExitCode") == "3:0"
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    assert "['node1', 'node2'] ['train', '--config', 'program.py', '--set', 'cluster.address=10.99.0.11:" in (
+        (logs / "driver-node1-0.log").read_text()
+    )
+    assert "'--set', 'seed=1'] " in output(tmp_path, job).replace("]\n", "] ")  # the end of a failed program's output
+    names = {file.name for file in logs.iterdir()}
+    assert {"ray-node1-0.log", "ray-node2-0.log", "preflight-node1-0.log", "driver-node1-0.log"} <= names
+    assert [(logs / f"ray-{node}-0" / "raylet.out").read_text() for node in ("node1", "node2")] == [
+        "of node1\n",
+        "of node2\n",
+    ]
+    assert slurm.left_behind(job) == []
+
+
+def test_usr1_lets_the_program_save_and_requeues_the_job_until_the_cap(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit(SAVES_ON_SIGNAL, env={"ASTAR_MAX_REQUEUES": "1"})
+    for attempt in (0, 1):
+        wait_for(tmp_path / "begun")
+        (tmp_path / "begun").unlink()
+        assert slurm.fact(job, "Restarts") == str(attempt)
+        slurm.run("scancel", "--signal=USR1", "--batch", job)
+        if attempt == 0:
+            wait_for(tmp_path / "logs" / f"slurm-{job}" / "driver-node1-1.log")
+    assert slurm.wait(job) == "FAILED"
+    assert slurm.fact(job, "ExitCode") == "75:0"
+    assert "requeued\n" in output(tmp_path, job)
+    assert "not requeued: it has been 1 times (ASTAR_MAX_REQUEUES)" in output(tmp_path, job)
+    assert slurm.left_behind(job) == []
+
+
+def test_a_node_that_does_not_join_is_named_and_ends_the_job(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("", env={"ABSENT": "node2", "ASTAR_START_SECONDS": "10"})
+    assert slurm.wait(job) == "FAILED"
+    assert "node2 is bad\n" in output(tmp_path, job)
+    assert "preflight stops the job; see " in output(tmp_path, job)
+    assert not (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").exists()
+    assert slurm.left_behind(job) == []
+
+
+def test_a_bad_node_is_left_out_where_there_is_a_spare(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("print(JOINED)", env={"BAD": "node2", "ASTAR_SPARE_NODES": "1"})
+    assert slurm.wait(job) == "COMPLETED"
+    assert (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text() == "{'node1'}\n"
+    assert slurm.left_behind(job) == []
+
+
+def test_two_jobs_on_the_same_nodes_do_not_meet(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    program = """
+import time
+from pathlib import Path
+me = WORDS[-1]
+Path(me).touch()
+while not (Path("seed=1").exists() and Path("seed=2").exists()):
+    time.sleep(0.1)
+print(sorted(JOINED))
+"""
+    port = {"ASTAR_PORT": "23000"}  # asked for by both: the second to come takes the next
+    jobs = [submit(program, env=port, words=f"--set seed={n}") for n in (1, 2)]
+    for job in jobs:
+        assert slurm.wait(job) == "COMPLETED"
+        assert (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text() == "['node1', 'node2']\n"
+        assert slurm.left_behind(job) == []
+
+
+def test_nothing_is_left_of_a_cancelled_job(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    job = submit(SAVES_ON_SIGNAL)
+    wait_for(tmp_path / "begun")
+    assert any("sleep 100000" in line for line in slurm.processes())  # what would stay
+    slurm.run("scancel", job)
+    assert slurm.wait(job) == "CANCELLED"
+    assert slurm.left_behind(job) == []
+
+
+def test_a_node_whose_ray_was_killed_is_named(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    program = "import signal\nfrom pathlib import Path\nPath('begun').touch()\nsignal.signal(10, lambda *_: exit(69))"
+    job = submit(program + "\nsignal.pause()", env={"ASTAR_MAX_REQUEUES": "0"})
+    wait_for(tmp_path / "begun")
+    pid = slurm.run("pgrep", "-f", "stand_in.py -m ray.*--node-name=node2").split()[-1]
+    slurm.run("kill", "-KILL", pid)
+    until = time.monotonic() + SECONDS
+    while "node2: Ray ended here with status 137; see " not in output(tmp_path, job):
+        assert time.monotonic() < until, output(tmp_path, job)
+        time.sleep(0.1)
+    slurm.run("scancel", f"--signal={signal.SIGUSR1.name[3:]}", "--batch", job)
+    assert slurm.wait(job) == "FAILED"
+    assert slurm.fact(job, "ExitCode") == "69:0"
+    assert slurm.left_behind(job) == []
+
+
+def test_an_array_runs_the_sweep_in_each_of_its_tasks_and_requeues_each_alone(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """The last task has the number of the whole array."""
+    program = """
+import os
+if os.environ["SLURM_ARRAY_TASK_ID"] == "3" and "SLURM_RESTART_COUNT" not in os.environ:
+    raise SystemExit(75)
+print(WORDS[0], sorted(JOINED))
+"""
+    job = submit(program, "-N1", "--array=0-3", script=SWEEP)
+    assert slurm.wait(job) == "COMPLETED"
+    logs = sorted((tmp_path / "logs" / f"slurm-{job}").glob("task-*/driver-*.log"))
+    attempts = [(log.parent.name, log.stem[-1]) for log in logs]
+    assert attempts == [("task-0", "0"), ("task-1", "0"), ("task-2", "0"), ("task-3", "0"), ("task-3", "1")]
+    assert {log.read_text() for log in logs} <= {"sweep ['node1']\n", "sweep ['node2']\n", ""}
+
+
+SRUN = """#!/bin/sh
+if [ "$1" = --help ]; then echo --container-image; exit; fi
+for word in "$@"; do
+    shift
+    case $word in
+    --container-*) echo "$word" >>flags ;;
+    *) set -- "$@" "$word" ;;
+    esac
+done
+exec REAL "$@"
+"""
+
+
+def test_every_step_is_told_image_and_mounts(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    """With an srun that has pyxis's flags; containers themselves are not there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(SRUN.replace("REAL", shutil.which("srun") or ""))
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = submit("", env={"PATH": path, "ASTAR_IMAGE": "registry/image:1", "ASTAR_MOUNTS": "/models:/models"})
+    assert slurm.wait(job) == "COMPLETED"
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    mounts = f"/tmp:/tmp,{tmp_path}:{tmp_path},{logs}:{logs},/models:/models"
+    flags = Counter((tmp_path / "flags").read_text().splitlines())
+    wanted = ["image=registry/image:1", f"workdir={tmp_path}", f"mounts={mounts}"]
+    assert flags == {f"--container-{flag}": 3 for flag in wanted}  # Ray, preflight, the program
+
+
+def test_head_script_and_guide_name_the_same_variables() -> None:
+    text, guide = TRAIN.read_text(), (SCRIPTS / "README.md").read_text()
+    head = set(re.findall(r"^#     (ASTAR_\w+) ", text, re.MULTILINE))
+    own = {"ASTAR_ADDRESS", "ASTAR_ATTEMPT", "ASTAR_TEMP"}  # which the script sets for its steps
+    assert head == set(re.findall(r"^\| `(ASTAR_\w+)` \|", guide, re.MULTILINE))
+    assert head == set(re.findall(r"ASTAR_[A-Z_]*[A-Z]", text)) - own
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_shellcheck_has_nothing_to_say() -> None:
+    done = subprocess.run(["shellcheck", TRAIN, SWEEP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+BAD_INPUT = {
+    "no configuration": ("missing.yaml", {}, "the first word after train.sbatch is a YAML file, got 'missing.yaml'"),
+    "more spares than nodes": (
+        "program.py",
+        {"ASTAR_SPARE_NODES": "2"},
+        "ASTAR_SPARE_NODES=2 of 2 nodes leave none for the run; ask for more nodes",
+    ),
+    "no number": ("program.py", {"ASTAR_PORT": "x"}, "ASTAR_PORT=x: expected a whole number"),
+    "logs that can't be written": ("program.py", {"ASTAR_LOGS": "program.py"}, "ASTAR_LOGS=program.py: can't write"),
+    "no pyxis": ("program.py", {"ASTAR_IMAGE": "image.sqsh"}, "ASTAR_IMAGE: this Slurm has no pyxis; leave it out"),
+}
+
+
+def test_bad_input_is_refused_before_ray_is_started(slurm: Slurm, tmp_path: Path) -> None:
+    (tmp_path / "program.py").touch()
+    for name, (config, env, message) in BAD_INPUT.items():
+        job = slurm.submit("-N2", TRAIN, config, cwd=tmp_path, env=STAND_IN | env)
+        assert slurm.wait(job) == "FAILED", name
+        assert slurm.fact(job, "ExitCode") == "2:0", name
+        assert message in output(tmp_path, job), name
+        assert slurm.left_behind(job) == [], name
+
+
+def test_a_dead_slurmd_is_named_by_srun_and_ends_the_job(tmp_path: Path) -> None:
+    with two_node_slurm(tmp_path) as slurm:
+        (tmp_path / "program.py").touch()
+        script = f"kill -KILL $(pgrep -f 'slurmd -N node2'); exec bash {TRAIN} program.py"
+        env = STAND_IN | {"ASTAR_START_SECONDS": "60"}
+        job = slurm.submit("-N2", "--ntasks-per-node=1", "--wrap", script, cwd=tmp_path, env=env)
+        until = time.monotonic() + SECONDS  # Slurm itself calls the job ended when it gives that node up
+        while "srun could not start Ray on node1 node2" not in output(tmp_path, job):
+            assert time.monotonic() < until, output(tmp_path, job)
+            time.sleep(0.3)
+        assert " failed on node node2: " in output(tmp_path, job)
+        assert slurm.left_behind(job) == []
+
+
+def test_a_signal_before_the_program_has_begun_requeues_the_job(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """The first attempt waits for a node that never joins; the second runs."""
+    env = {"ABSENT": "node2", "ASTAR_START_SECONDS": "600", "ASTAR_SPARE_NODES": "1"}
+    job = submit("", env=env)
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    wait_for(logs / "preflight-node1-0.log")
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    wait_for(logs / "preflight-node1-1.log")
+    assert "requeued\n" in output(tmp_path, job)
+    assert not (logs / "driver-node1-0.log").exists()
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
+def test_outside_a_job_the_program_runs_here(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"; exit 5\n')
+    python.chmod(0o755)
+    (tmp_path / "c.yaml").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        ["bash", TRAIN, "c.yaml", "--set", "seed=1"],
+        cwd=tmp_path,
+        env=environment | {"ASTAR_PYTHON": str(python), "ASTAR_PROGRAM": "eval"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (5, "-m astar_megatron.cli eval --config c.yaml --set seed=1\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "python"]
