@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["tied_llama", "untied_qwen2"])
+@pytest.mark.parametrize("kind", ["tied_llama", pytest.param("untied_qwen2", marks=pytest.mark.slow)])
 def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     kind: str, run_tree: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
