@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.files import storage_error, write_atomic
 from astar_megatron.run import machine
 from astar_megatron.run.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
 from astar_megatron.run.curves import plot
@@ -58,10 +58,16 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
     Raises ValueError where the folder holds something else.
     """
     path = folder / JSON_FILE
-    if folder.exists() and not folder.is_dir():
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return {}, []
+    except OSError as error:
+        raise storage_error(f"{folder}: can't create the folder", error) from error
+    if not folder.is_dir():
         raise ValueError(f"{folder}: is a file, and no folder of a comparison; choose another --out")
     if not path.exists():
-        if folder.exists() and {entry.name for entry in folder.iterdir()} - _BEFORE:
+        if {entry.name for entry in folder.iterdir()} - _BEFORE:
             raise ValueError(f"{folder}: holds files but no {JSON_FILE}, so no comparison; choose another --out")
         return {}, []
     try:
