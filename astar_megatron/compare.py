@@ -11,7 +11,7 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import exclusive, make_folder
-from astar_megatron.run import comparison, comparison_files
+from astar_megatron.run import comparison, comparison_files, resources
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.commands import LOG_FILE, End, Runner, astar, last_line, run_command
 from astar_megatron.run.comparison import Result, Run
@@ -102,11 +102,11 @@ def _checked(configs: Sequence[RunConfig], folder: Path) -> Inputs:
     Checkpoints are not looked at: a damaged one is its own run's failure.
     """
     by_method = {cfg.objective.name: cfg.model_copy(update={"run_dir": str(folder / STAGE_1)}) for cfg in configs}
-    inputs = []
+    inputs = prepare(next(iter(by_method.values())))
     for method, cfg in by_method.items():
         try:
-            inputs.append(prepare(cfg))
-            check_before_stage_1(cfg, inputs[-1])
+            resources.check_run(cfg, model_bytes=4 * inputs.model.num_parameters())
+            check_before_stage_1(cfg, inputs)
         except (ValueError, OSError) as error:
             raise ValueError(f"{method}: {error}") from error
-    return inputs[0]
+    return inputs
