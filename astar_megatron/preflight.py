@@ -20,7 +20,7 @@ from astar_megatron.config import ClusterConfig
 from astar_megatron.data.files import write_atomic
 from astar_megatron.run import node_facts
 from astar_megatron.run.node_facts import NodeFacts
-from astar_megatron.run.preflight import Fault, Report, Verdict, absent, judge, verdict
+from astar_megatron.run.node_faults import Fault, Report, Verdict, absent, judge, verdict
 from astar_megatron.run.resources import gib
 
 _ANSWER_SECONDS = 120.0  # for every node to start a process and to answer

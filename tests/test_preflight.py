@@ -10,7 +10,7 @@ from astar_megatron.cluster.links import pairings
 from astar_megatron.cluster.survey import Clock, Joined
 from astar_megatron.preflight import wanted_nodes
 from astar_megatron.run.node_facts import NodeFacts
-from astar_megatron.run.preflight import Fault, Report, judge, verdict
+from astar_megatron.run.node_faults import Fault, Report, judge, verdict
 from astar_megatron.run.resources import GIB
 
 NAMES = ["a", "b", "c", "d"]

@@ -21,7 +21,7 @@ _PROGRAM = (
 )
 _SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # of which those of a run are the driver's
 _END_SECONDS = 20.0  # a killed process may still have gigabytes to give back
-_TRACKER_SECONDS = 10.0
+_TRACKER_SECONDS = 10.0  # of these, for a tracker on a busy machine
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -54,10 +54,9 @@ def end_writers(folder: Path) -> None:
 
     Trackers, which remove what the others leave in /dev/shm, get the time for it.
     """
-    until = time.monotonic() + _END_SECONDS
-    trackers_until = until - _END_SECONDS + _TRACKER_SECONDS
-    while (pids := writers(folder)) and (now := time.monotonic()) < until:
-        for pid in pids - trackers(pids) if now < trackers_until else pids:
+    begun = time.monotonic()
+    while (pids := writers(folder)) and (seconds := time.monotonic() - begun) < _END_SECONDS:
+        for pid in pids - trackers(pids) if seconds < _TRACKER_SECONDS else pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

@@ -39,7 +39,8 @@ def kill(processes: Processes) -> None:
     """
     for pid, began in processes.items():
         if (facts := _facts(pid)) and facts[_BEGAN] == began:
-            for member in process_tree(pid) - trackers(process_tree(pid)):
+            members = process_tree(pid)
+            for member in members - trackers(members):
                 with contextlib.suppress(OSError):  # it has just ended
                     os.kill(member, signal.SIGKILL)
 

@@ -150,7 +150,7 @@ class Checkpoints:
 
 def newest(run_dir: Path) -> Path:
     """Return the newest checkpoint of a run. Raises ValueError without one, DamagedCheckpointError as `latest` does."""
-    folder = _latest(run_dir / "checkpoints")
+    folder = _latest(run_dir / CHECKPOINTS_FOLDER)
     if folder is None:
         raise ValueError(f"{run_dir}: there is no checkpoint; run `astar train` first")
     return folder
