@@ -222,32 +222,6 @@ def test_engines_draw_ahead_and_say_which_weights_drew_each_token(
     assert same and (across > 0) == (update == "in_flight")
 
 
-@pytest.mark.slow
-def test_responses_depend_on_their_seed_and_the_versions_they_met_not_on_who_asked_when(
-    run_tree: Any, tied_llama: Path, tmp_path: Path
-) -> None:
-    """Two runs whose engines take requests in another order, in other company: what met the same versions is equal."""
-    tree = run_tree(tied_llama) | {"objective": {"name": "oapl"}, "oapl": {"group_size": 5}}
-    tree["sampling"], tree["reward"] = {"max_response_tokens": 60}, {"name": "last_number"}
-    tree["train"]["num_steps"] = 3
-
-    def rows(run: str, **rollout: int) -> dict[tuple[int, tuple[int, ...]], Any]:
-        cfg = config.validate(tree | {"run_dir": str(tmp_path / run), "rollout": {"max_staleness": 2} | rollout})
-        inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
-        with Fleet(cfg, inputs.model, tracker) as fleet:
-            train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
-        steps = [rollout_files.read(rollout_path(tracker, step), uids(inputs)) for step in range(3)]
-        # Version 1 is the same in both: batch 0, which made it, was drawn whole before it. Version 2 is not.
-        return {(each.seed, each.tokens_by_version): each for step in steps for each in step if each.last_version <= 1}
-
-    few, many = rows("few", max_num_seqs=3), rows("many", num_engines=2, max_num_seqs=5)
-    both = few.keys() & many.keys()
-    assert {len(versions) for _, versions in both} == {1, 2}  # some met one version, some two
-    for key in both:
-        assert few[key].token_ids == many[key].token_ids
-        assert few[key].token_logprobs == pytest.approx(many[key].token_logprobs, abs=1e-4)
-
-
 def rollout_path(tracker: Tracker, step: int) -> Path:
     return tracker.run_dir / "rollouts" / f"step_{step:08d}.parquet"
 
