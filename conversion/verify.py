@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversion.plan import Piece, Rectangle, WeightMismatch, WeightPlan
+from conversion.plan import Copy, Piece, Rectangle, WeightMismatch, WeightPlan
 from conversion.transfer import view
 
 DIGEST_RULE = "words of 32 bits"  # what follows, by name: digests by another rule say nothing of these
@@ -44,11 +44,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a publish carries: for each rectangle of each HF parameter its digest."""
+    """What a publish carries: for each rectangle of each HF parameter its digest.
+
+    `of_targets` are those of the parts of each target rank, in the plan's order.
+    """
 
     version: int
     dtype: str
     digests: Mapping[tuple[str, Rectangle], int]
+    of_targets: Mapping[int, Sequence[int]]
 
     def tensors(self) -> dict[str, dict[str, object]]:
         """HF name -> shape, dtype, digest (16 hex digits); of rectangles that do not overlap."""
@@ -65,12 +69,20 @@ class Manifest:
 
 def sent_parts(plan: WeightPlan, rank: int) -> tuple[Part, ...]:
     """What source rank `rank` sends: each distinct piece once, in the plan's order."""
-    return tuple(dict.fromkeys(Part(copy.source, copy.hf, copy.rectangle) for copy in plan.from_rank(rank)))
+    return _sources(plan.from_rank(rank))
 
 
 def held_parts(plan: WeightPlan, rank: int) -> tuple[Part, ...]:
     """What target rank `rank` must hold afterwards, in the plan's order."""
-    return tuple(Part(copy.target, copy.hf, copy.rectangle) for copy in plan.to_rank(rank))
+    return _targets(plan.to_rank(rank))
+
+
+def _sources(copies: Iterable[Copy]) -> tuple[Part, ...]:
+    return tuple(dict.fromkeys(Part(copy.source, copy.hf, copy.rectangle) for copy in copies))
+
+
+def _targets(copies: Iterable[Copy]) -> tuple[Part, ...]:
+    return tuple(Part(copy.target, copy.hf, copy.rectangle) for copy in copies)
 
 
 class Verifier:
@@ -79,8 +91,13 @@ class Verifier:
     def __init__(self, plan: WeightPlan, dtype: torch.dtype) -> None:
         self._dtype = str(dtype).removeprefix("torch.")
         self._origins = {copy.target: copy for copy in plan.copies}
-        self._sent = {rank: sent_parts(plan, rank) for rank in {copy.source.rank for copy in plan.copies}}
-        self.target_parts = {rank: held_parts(plan, rank) for rank in {copy.target.rank for copy in plan.copies}}
+        sent: defaultdict[int, list[Copy]] = defaultdict(list)  # by rank: there may be thousands, so in one pass
+        target: defaultdict[int, list[Copy]] = defaultdict(list)
+        for copy in plan.copies:
+            sent[copy.source.rank].append(copy)
+            target[copy.target.rank].append(copy)
+        self._sent = {rank: _sources(copies) for rank, copies in sent.items()}
+        self.target_parts = {rank: _targets(copies) for rank, copies in target.items()}
         self._sent_keys, self._held_keys = (
             {rank: [(part.hf, part.rectangle) for part in parts] for rank, parts in end.items()}
             for end in (self._sent, self.target_parts)
@@ -91,14 +108,15 @@ class Verifier:
         digests: dict[tuple[str, Rectangle], int] = {}
         for rank, answer in enumerate(sent):
             digests.update(zip(self._sent_keys.get(rank, []), answer, strict=True))
-        return Manifest(version=version, dtype=self._dtype, digests=digests)
+        of_targets = {rank: [digests[key] for key in keys] for rank, keys in self._held_keys.items()}
+        return Manifest(version=version, dtype=self._dtype, digests=digests, of_targets=of_targets)
 
     def first_mismatch(self, expected: Manifest, rank: int, digests: Sequence[int]) -> int | None:
         """The index of target rank `rank`'s first part of which the digest is not the manifest's; None if all are."""
-        for index, (key, digest) in enumerate(zip(self._held_keys[rank], digests, strict=True)):
-            if expected.digests[key] != digest:
-                return index
-        return None
+        if digests == expected.of_targets[rank]:  # at once: there may be a thousand engines
+            return None
+        pairs = zip(expected.of_targets[rank], digests, strict=True)
+        return next((index for index, (wanted, digest) in enumerate(pairs) if wanted != digest), None)
 
     def origin(self, rank: int, index: int) -> tuple[int, int]:
         """(source rank, index among its parts) of what a target's part was filled from."""

@@ -48,10 +48,12 @@ class Placement:
     ranks: tuple[Seat, ...]
     engines: tuple[Seat, ...]
 
-    def gpus_of(self, node: Node) -> list[str]:
-        """Return the GPUs that the run has on a node, in their order, each once."""
-        gpus = {gpu for where, gpu in self._processes() if where == node and gpu}
-        return sorted(gpus, key=lambda gpu: (len(gpu), gpu))
+    def gpus(self) -> dict[Node, list[str]]:
+        """Return the GPUs that the run has on each node, in their order, each once."""
+        gpus: dict[Node, list[str]] = {node: [] for node in self.nodes}
+        for node, gpu in self._processes():
+            gpus[node] += [gpu] if gpu else []
+        return {node: sorted(names, key=lambda gpu: (len(gpu), gpu)) for node, names in gpus.items()}
 
     @property
     def shared(self) -> frozenset[tuple[Node, str]]:
@@ -62,9 +64,10 @@ class Placement:
             if gpu and {name.split()[0] for name in names} == {"rank", "engine"}
         )
 
-    def is_shared(self, seat: Seat) -> bool:
-        """Say whether a rank and an engine are both on a GPU of this seat."""
-        return any((seat.node, gpu) in self.shared for gpu in seat.gpus)
+    def ranks_shared(self) -> list[bool]:
+        """Return of each rank whether an engine is on a GPU of its seat too."""
+        shared = self.shared
+        return [any((seat.node, gpu) in shared for gpu in seat.gpus) for seat in self.ranks]
 
     def _processes(self) -> dict[tuple[Node, str], list[str]]:
         """By GPU, or by node with "" where there is none: the names of the processes there."""
@@ -97,8 +100,7 @@ class Placement:
     def rows(self) -> list[tuple[str, str]]:
         """Return a table: each GPU, or each node without one, and who is there."""
         rows, where = [], self._processes()
-        for node in self.nodes:
-            gpus = self.gpus_of(node)
+        for node, gpus in self.gpus().items():
             rows += [(f"{node.address} GPU {gpu}", ", ".join(where[node, gpu])) for gpu in gpus]
             if names := where.get((node, "")):
                 rows.append((node.address, ", ".join(names)))

@@ -84,7 +84,7 @@ class PolicyGroup:
                     threads=threads,
                     num_nodes=cluster.num_nodes,
                     dtype=dtype,
-                    memory_share=gpu_share if placement.is_shared(seat) else 1.0,
+                    memory_share=gpu_share if is_shared else 1.0,
                 ),
                 seat=seat,
                 rank=rank,
@@ -98,7 +98,7 @@ class PolicyGroup:
                 optimizer_steps=optimizer_steps,
                 critic_lr=critic_lr,
             )
-            for rank, seat in enumerate(placement.ranks)
+            for rank, (seat, is_shared) in enumerate(zip(placement.ranks, placement.ranks_shared(), strict=True))
         ]
         self._ranks = [make() for make in self._make_rank]
 

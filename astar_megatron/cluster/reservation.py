@@ -21,10 +21,11 @@ class Reservation:
     """
 
     def __init__(self, placement: Placement, timeout_seconds: float) -> None:
-        seats = (*placement.ranks, *placement.engines)
-        self._nodes = [node for node in placement.nodes if any(seat.node == node for seat in seats)]
-        gpus = {node.id: len(placement.gpus_of(node)) for node in self._nodes}
-        self._with_gpus = {node: number for node, number in gpus.items() if number}
+        with_seats = {seat.node for seat in (*placement.ranks, *placement.engines)}
+        self._nodes = [node for node in placement.nodes if node in with_seats]
+        self._bundles = {node.id: bundle for bundle, node in enumerate(self._nodes)}
+        gpus = {node.id: len(names) for node, names in placement.gpus().items()}
+        self._with_gpus = {node.id: gpus[node.id] for node in self._nodes if gpus[node.id]}
         self._group = placement_group(
             [
                 {f"node:{node.address}": _A_LITTLE} | ({"GPU": n} if (n := gpus[node.id]) else {})
@@ -47,8 +48,7 @@ class Reservation:
         return self._on(seat.node.id)
 
     def _on(self, node: str) -> PlacementGroupSchedulingStrategy:
-        index = [bundle.id for bundle in self._nodes].index(node)
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._bundles[node])
 
     def on_gpus[T](self, function: Callable[[], T]) -> dict[str, T]:
         """Return what a function answers on each node where the run has GPUs, by Ray's id, in a process that has them.

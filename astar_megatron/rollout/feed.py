@@ -8,6 +8,7 @@ engine had when it ended is handed out again, before all else.
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import heapify, heapreplace
 from itertools import groupby
 
 from astar_megatron.types import Request
@@ -25,8 +26,8 @@ class Feed:
         self._waiting: deque[Item] = deque()
         self._handed_out: dict[int, Request] = {}
         self._ends: Counter[int] = Counter()  # by tag: how many engines have ended with it
-        self._idle_since: list[float | None] = [time.monotonic()] * num_engines  # None: it has requests
-        self._idle_seconds = 0.0
+        self._num_idle, self._noted_at = num_engines, time.monotonic()
+        self._idle_seconds = 0.0  # of all engines, until `_noted_at`
 
     def ask(self, items: Iterable[Item]) -> None:
         self._waiting.extend(items)
@@ -50,24 +51,21 @@ class Feed:
             self._handed_out.update(fresh)
             shares = _shares(fresh, {engine: self._load[engine] for engine in serving})
             for engine, share in shares.items():
-                self._load[engine] += len(share)
+                self._change(engine, len(share))
             due += [(engine, share) for engine, share in shares.items() if share]
-        self._note_idle()
         return due
 
     def give_back(self, engine: int, tags: Iterable[int]) -> int:
         """Hear that `engine` ended and will not answer these; return how often the unluckiest of them met that."""
         items = [(tag, self._handed_out.pop(tag)) for tag in sorted(tags)]
-        self._load[engine] -= len(items)
+        self._change(engine, -len(items))
         self._ends.update(tag for tag, _ in items)
         self._waiting.extendleft(reversed(items))
-        self._note_idle()
         return max((self._ends[tag] for tag, _ in items), default=0)
 
     def answered(self, engine: int, tag: int) -> Request:
         """Hear that `engine` answered a request, and return it."""
-        self._load[engine] -= 1
-        self._note_idle()
+        self._change(engine, -1)
         self._ends.pop(tag, None)
         return self._handed_out.pop(tag)
 
@@ -77,10 +75,18 @@ class Feed:
         seconds, self._idle_seconds = self._idle_seconds / len(self._load), 0.0
         return seconds
 
+    def _change(self, engine: int, count: int) -> None:
+        """Note that an engine has so many requests more."""
+        was_idle = not self._load[engine]
+        self._load[engine] += count
+        if was_idle != (not self._load[engine]):
+            self._note_idle()
+            self._num_idle += -1 if was_idle else 1
+
     def _note_idle(self) -> None:
         now = time.monotonic()
-        self._idle_seconds += sum(now - since for since in self._idle_since if since is not None)
-        self._idle_since = [None if count else now for count in self._load]
+        self._idle_seconds += self._num_idle * (now - self._noted_at)
+        self._noted_at = now
 
     def _has_enough(self, serving: Collection[int]) -> bool:
         return min((self._load[engine] for engine in serving), default=self._queue) > self._queue - self._refill
@@ -95,7 +101,11 @@ def _shares(items: Sequence[Item], load: Mapping[int, int]) -> dict[int, list[It
     One engine computes the prefix that they have in common once.
     """
     shares: dict[int, list[Item]] = {engine: [] for engine in load}
+    waiting = [(count, place, engine) for place, (engine, count) in enumerate(load.items())]  # the first of equals first
+    heapify(waiting)
     for _, group in groupby(items, key=lambda item: item[1].prompt.uid):
-        engine = min(load, key=lambda engine: load[engine] + len(shares[engine]))
-        shares[engine] += group
+        count, place, engine = waiting[0]
+        samples = list(group)
+        shares[engine] += samples
+        heapreplace(waiting, (count + len(samples), place, engine))
     return shares

@@ -202,7 +202,7 @@ class RolloutSource:
 
     def _hand_out(self) -> None:
         """Give each engine what it has room for; the lock is held."""
-        if self._holds_back:
+        if self._holds_back or not self._feed.num_waiting:
             return
         for engine, items in self._feed.due(self._engines.serving()):
             self._streams[self._engines.generate(engine, items, self._sampling)] = _Handed(engine, items)

@@ -96,8 +96,8 @@ class WeightSync:
                 self._engines.serve(proved)
             if len(have) < len(behind):
                 self._receivers = []  # whoever waited for one that failed has given up
-            running = self._engines.running()
-            behind = [member for member in behind if member in running and member not in have]
+            left = set(self._engines.running()).difference(have)
+            behind = [member for member in behind if member in left]
         for member in behind:
             cause = f"engine {member.index} did not take version {version} in {_MOST_ATTEMPTS} attempts"
             if members is not None:  # one that has taken another's place

@@ -72,7 +72,7 @@ def test_who_shares_is_beside_the_other_as_far_as_that_goes(
     placement = placed(sizes, axes, engines, True)
     assert (short(placement.ranks), short(placement.engines)) == (ranks.split(), workers.split())
     assert len(placement.shared) == count
-    assert sum(map(placement.is_shared, placement.ranks)) == count
+    assert sum(placement.ranks_shared()) == count
 
 
 def test_null_shares_where_there_are_too_few_for_both() -> None:
@@ -135,8 +135,8 @@ def test_each_gpu_has_at_most_a_rank_and_a_worker_and_groups_stay_on_a_node(
     if share_gpus is False:
         assert not sides[0] & sides[1]
     assert placement.shared == sides[0] & sides[1]
-    for node in placement.nodes:  # from the first on, without gaps: reservation.py asks for so many
-        assert placement.gpus_of(node) == [str(gpu) for gpu in range(len(placement.gpus_of(node)))]
+    for gpus in placement.gpus().values():  # from the first on, without gaps: reservation.py asks for so many
+        assert gpus == [str(gpu) for gpu in range(len(gpus))]
 
 
 @given(
@@ -247,4 +247,4 @@ def test_gpus_take_the_names_that_ray_has_for_them() -> None:
     node = Node(address="10.0.0.1", num_gpus=3, id="a")
     named = place([node], ParallelConfig(), RolloutConfig(tensor=2), False).numbered({"a": ["4", "6", "10"]})
     assert [seat.gpus for seat in (*named.ranks, *named.engines)] == [("4",), ("6", "10")]
-    assert named.gpus_of(node) == ["4", "6", "10"]
+    assert named.gpus()[node] == ["4", "6", "10"]
