@@ -103,11 +103,16 @@ class Verifier:
             for end in (self._sent, self.target_parts)
         )
 
-    def manifest(self, version: int, sent: Sequence[Sequence[int]]) -> Manifest:
-        """The manifest, from the digests of all source ranks in their order."""
+    @property
+    def senders(self) -> list[int]:
+        """The source ranks that have something to send."""
+        return sorted(self._sent)
+
+    def manifest(self, version: int, sent: Mapping[int, Sequence[int]] | Sequence[Sequence[int]]) -> Manifest:
+        """The manifest, from the digests of each sender, by rank."""
         digests: dict[tuple[str, Rectangle], int] = {}
-        for rank, answer in enumerate(sent):
-            digests.update(zip(self._sent_keys.get(rank, []), answer, strict=True))
+        for rank, keys in self._sent_keys.items():
+            digests.update(zip(keys, sent[rank], strict=True))
         of_targets = {rank: [digests[key] for key in keys] for rank, keys in self._held_keys.items()}
         return Manifest(version=version, dtype=self._dtype, digests=digests, of_targets=of_targets)
 

@@ -78,11 +78,11 @@ class Policy:
         self.senders = [route.sender(way, rank, t, torch.float32) for rank, t in enumerate(self.tensors)]
         self.holdings = [Holdings(sent_parts(way, r), t, torch.float32) for r, t in enumerate(self.tensors)]
 
-    def begin_publish(self, version: int) -> list[Future[None]]:
-        return [self.threads.submit(sender.send, version) for sender in self.senders]
+    def begin_publish(self, version: int, senders: list[int]) -> list[Future[None]]:
+        return [self.threads.submit(self.senders[rank].send, version) for rank in senders]
 
-    def digests(self) -> list[list[int]]:
-        return [end.digests() for end in self.holdings]
+    def digests(self, senders: list[int]) -> dict[int, list[int]]:
+        return {rank: self.holdings[rank].digests() for rank in senders}
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         return self.holdings[rank].rows(index)

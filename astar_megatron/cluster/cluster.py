@@ -276,16 +276,19 @@ class Cluster:
         """
         key = "call_timeout_seconds" if timeout_seconds is None else "start_timeout_seconds"
         seconds = timeout_seconds or self._cfg.call_timeout_seconds
-        deadline, pending = time.monotonic() + seconds, list(references)
+        deadline, pending, answers = time.monotonic() + seconds, list(references), {}
         while pending:
-            done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
+            if not ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))[0]:
                 raise self._late(action, pending, seconds, f"cluster.{key}")
+            # All that is there by now: Ray looks at every one that is pending each time, and may have thousands.
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
             try:
-                ray.get(done)
+                answers |= zip(done, ray.get(done), strict=True)
             except (RayTaskError, *_ENDS) as error:
-                raise self._failure(action, done[0], error, pending) from None
-        return ray.get(list(references))
+                failed = next(reference for reference in done if _error_of(reference))
+                others = [reference for reference in (*done, *pending) if reference != failed]
+                raise self._failure(action, failed, error, others) from None
+        return [answers[reference] for reference in references]
 
     def _failure(self, action: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
         """What to raise for a call that failed; the end of a process goes before the errors that it gave others."""

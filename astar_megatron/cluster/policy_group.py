@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.cluster import nodes
-from astar_megatron.cluster.calls import Call
+from astar_megatron.cluster.calls import Call, stored
 from astar_megatron.cluster.cluster import LOOPBACK, Cluster
 from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
@@ -123,7 +123,8 @@ class PolicyGroup:
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats:
         """Train on one batch and return its statistics."""
-        answers = self._all(lambda rank: rank.step(batch, loss, options))
+        for_all = stored(batch)
+        answers = self._all(lambda rank: rank.step(for_all, loss, options))
         return next(stats for stats in answers if stats is not None)
 
     def release(self, offload: Offload) -> list[tuple[int, int]]:
@@ -151,13 +152,14 @@ class PolicyGroup:
         """Prepare to send by `route`."""
         self._all(lambda rank: rank.open_publish(route))
 
-    def begin_publish(self, version: int) -> list[Any]:
-        """Begin to send the weights and return at once; the calls are for `cluster.wait`."""
-        return self._begin(lambda rank: rank.publish(version))
+    def begin_publish(self, version: int, senders: Sequence[int]) -> list[Any]:
+        """Make these ranks begin to send the weights and return at once; the calls are for `cluster.wait`."""
+        return self._begin(lambda rank: rank.publish(version), senders)
 
-    def digests(self) -> list[list[int]]:
-        """Return each rank's digests of what it publishes."""
-        return self._all(lambda rank: rank.digests())
+    def digests(self, senders: Sequence[int]) -> dict[int, list[int]]:
+        """Return the digests of what each of these ranks publishes."""
+        calls = self._begin(lambda rank: rank.digests(), senders)
+        return dict(zip(senders, self._cluster.wait("policy: digests", calls), strict=True))
 
     def digest_rows(self, rank: int, index: int) -> list[int]:
         """Return the digests of the rows of one part that `rank` publishes."""
@@ -200,7 +202,8 @@ class PolicyGroup:
         answer = self._ranks[index].call.remote(heard.method, *heard.arguments)
         return self._cluster.wait(f"policy: {heard.method}", [answer], timeout_seconds)[0]
 
-    def _begin(self, call: "Callable[[PolicyRank], Any]") -> list[Any]:
-        heard = Call.of(call)
+    def _begin(self, call: "Callable[[PolicyRank], Any]", ranks: Sequence[int] | None = None) -> list[Any]:
+        """Make the call on ranks (none named: all) and return at once."""
+        heard, called = Call.of(call), self._ranks if ranks is None else [self._ranks[rank] for rank in ranks]
         with self._calling:
-            return [rank.call.remote(heard.method, *heard.arguments) for rank in self._ranks]
+            return [rank.call.remote(heard.method, *heard.arguments) for rank in called]

@@ -101,7 +101,9 @@ def _shares(items: Sequence[Item], load: Mapping[int, int]) -> dict[int, list[It
     One engine computes the prefix that they have in common once.
     """
     shares: dict[int, list[Item]] = {engine: [] for engine in load}
-    waiting = [(count, place, engine) for place, (engine, count) in enumerate(load.items())]  # the first of equals first
+    waiting = [
+        (count, place, engine) for place, (engine, count) in enumerate(load.items())
+    ]  # the first of equals first
     heapify(waiting)
     for _, group in groupby(items, key=lambda item: item[1].prompt.uid):
         count, place, engine = waiting[0]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ray
 
-from astar_megatron.cluster.calls import Call
+from astar_megatron.cluster.calls import Call, answers_of
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Seat
@@ -27,6 +27,7 @@ from conversion.transfer.route import Place
 
 _LOG = logging.getLogger(__name__)
 _MOST_ENDS = 3  # of the engines of one index without an answer in between: another one would not help
+_TOGETHER_SECONDS = 0.05  # in which other engines' answers may still come to the first
 _LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
 
 type Stream = Any  # Ray's generator of what an engine answers to one call
@@ -144,28 +145,29 @@ class EnginePool:
         return stream
 
     def responses(self, streams: Collection[Stream], seconds: float) -> list[tuple[Stream, list[Response] | None]]:
-        """Wait at most so long, and return what the first stream to have something has.
+        """Wait at most so long for the first stream to have something, and return what each has that does by then.
 
         None: it has ended, with its last answer, or because its engine has: then that is being replaced.
         """
-        ready: list[Stream] = ray.wait(list(streams), num_returns=1, timeout=seconds)[0]
-        if not ready:
+        if not ray.wait(list(streams), num_returns=1, timeout=seconds)[0]:
             self.serving()
             return []
-        member = self._streams[ready[0]]
-        try:
-            answer = self._cluster.wait("engines: generate", [next(ready[0])])[0]
-        except StopIteration:
-            if len(streams) == 1:
-                self._cluster.remember_shared_files()  # the first requests make some
-        except ClusterError as error:
-            if not self._is_lost(member, error):
-                raise
-        else:
-            member.num_ends = 0
-            return [(ready[0], answer)]
-        del self._streams[ready[0]]
-        return [(ready[0], None)]
+        # Ray looks at all streams each time, and there may be thousands: a look is for all that come together.
+        ready: list[Stream] = ray.wait(list(streams), num_returns=len(streams), timeout=_TOGETHER_SECONDS)[0]
+        news: dict[Stream, Any] = {stream: None for stream in ready}
+        answers = {stream: reference for stream in ready if (reference := next(stream, None)) is not None}
+        for stream, answer in answers_of(self._cluster.wait, "engines: generate", answers).items():
+            member = self._streams[stream]
+            if not isinstance(answer, ClusterError):
+                news[stream], member.num_ends = answer, 0
+            elif not self._is_lost(member, answer):
+                raise answer
+        for stream in ready:
+            if news[stream] is None:
+                del self._streams[stream]
+        if len(streams) == 1 and not answers:
+            self._cluster.remember_shared_files()  # the first requests make some
+        return list(news.items())
 
     def forget(self, streams: Collection[Stream]) -> None:
         """Hear that nobody waits for these any more."""
@@ -204,14 +206,13 @@ class EnginePool:
         """
         calls = {member: self._begin(member, lambda engine: engine.update(version)) for member in members}
         have, failures = [], []
-        for member, call in calls.items():
-            try:
-                self._cluster.wait("publish", [call])
+        for member, answer in answers_of(self._cluster.wait, "publish", calls).items():
+            if not isinstance(answer, ClusterError):
                 have.append(member)
-            except ClusterError as error:
-                member.serves = False
-                if not self._is_lost(member, error):
-                    failures.append(_cause(error))
+                continue
+            member.serves = False
+            if not self._is_lost(member, answer):
+                failures.append(_cause(answer))
         try:
             self._cluster.wait("publish", sending)
         except ClusterError as error:
@@ -364,13 +365,12 @@ class EnginePool:
         return self._answers(f"engines: {Call.of(call).method}", calls)
 
     def _answers(self, action: str, calls: Mapping[Member, Any]) -> dict[Member, Any]:
-        answers = {}
-        for member, reference in calls.items():
-            try:
-                answers[member] = self._cluster.wait(action, [reference])[0]
-            except ClusterError as error:
-                if not self._is_lost(member, error):
-                    raise
+        answers = answers_of(self._cluster.wait, action, calls)
+        for member, answer in list(answers.items()):
+            if isinstance(answer, ClusterError):
+                if not self._is_lost(member, answer):
+                    raise answer
+                del answers[member]
         return answers
 
     def _begin(self, member: Member, call: Callable[[Engine], Any], num_returns: int | str = 1) -> Any:

@@ -81,16 +81,16 @@ class WeightSync:
         others then could not go on either, it is tried again without it. Raises WeightMismatch if a worker does not
         hold the weights in the end, ClusterError where one named does not take them.
         """
-        behind = list(self._engines.running() if members is None else members)
+        behind, senders = list(self._engines.running() if members is None else members), self._verifier.senders
         for _ in range(_MOST_ATTEMPTS):
             if not behind:
                 return
             have: list[Member] = []
             if self._receivers == behind or self._open(behind):
-                have = self._engines.update(version, behind, self._policy.begin_publish(version))
+                have = self._engines.update(version, behind, self._policy.begin_publish(version, senders))
             if have:
-                digests = self._policy.digests()
-                self.sent = tuple(map(tuple, digests))
+                digests = self._policy.digests(senders)
+                self.sent = tuple(map(tuple, digests.values()))
                 expected = self._verifier.manifest(version, digests)
                 proved = _check_held(self._engines, have, self._verifier, expected, self._policy.digest_rows)
                 self._engines.serve(proved)
