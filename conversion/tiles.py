@@ -5,11 +5,11 @@ rank; a layout is a list of tiles. Padding is a region no tile covers, a replica
 rectangle. What a layout looks like for one architecture stands in `conversion.families`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 Span = tuple[int, int]  # half-open [start, stop)
-MOST_RANKS = 1 << 16  # each is planned for
+MOST_RANKS = 1 << 16
+_SENDING_REPLICAS = 64  # of more, the busiest would hardly send less: a matrix is one rank's to send
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +91,23 @@ class ParallelLayout:
         pipeline, data = divmod(rest, self.data)
         return tensor, pipeline, data, context
 
-    def cells(self) -> Iterator[tuple[int, "Cell"]]:
-        """Every rank with its cell, in rank order."""
-        for rank in range(self.world_size):
-            yield rank, self.cell(rank)
+    def senders(self) -> list[int]:
+        """The ranks that weights are taken from: all, but of thousands of replicas the first, which have all of them.
+
+        A plan over these alone takes each of its ends no longer for 8,192 ranks than for a few hundred.
+        """
+        most = max(_SENDING_REPLICAS, self.expert)
+        return [rank for rank in range(self.world_size) if self._replica(rank) < most]
 
     def cell(self, rank: int) -> "Cell":
         """What of the model lies on `rank`."""
-        tensor, pipeline, data, context = self.coordinates(rank)
-        expert = (context + self.context * data) % self.expert  # runs through the replicas, context first
-        return Cell(layout=self, tensor=tensor, pipeline=pipeline, expert=expert)
+        tensor, pipeline, _, _ = self.coordinates(rank)
+        return Cell(layout=self, tensor=tensor, pipeline=pipeline, expert=self._replica(rank) % self.expert)
+
+    def _replica(self, rank: int) -> int:
+        """Which of the `replicas` a rank is in, context first."""
+        _, _, data, context = self.coordinates(rank)
+        return context + self.context * data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

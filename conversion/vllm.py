@@ -90,8 +90,8 @@ class TilesEngine(WeightTransferEngine[TilesInitInfo, TilesUpdateInfo]):
         if self.parallel_config.pipeline_parallel_size != 1:
             raise ValueError(f"{BACKEND} needs an engine with pipeline_parallel_size=1")
         self.shutdown()
-        model = model_from_config(init_info.config)
-        self._plan(model, model.megatron_tiles(ParallelLayout(**init_info.layout)), init_info.dtype)
+        model, layout = model_from_config(init_info.config), ParallelLayout(**init_info.layout)
+        self._plan(model, model.megatron_tiles(layout, layout.senders()), init_info.dtype)
         _, weights, _, rank, dtype = self._end
         route = Route(**init_info.route)
         self._receiver = route.receiver(weights, rank, _parameters(self.model), dtype, init_info.engine)

@@ -30,6 +30,7 @@ class FakeEngines:
         num_engines: int = 1,
         max_num_seqs: int = 20,
         at_once: int = 13,
+        streams_at_once: int = 1,
         seconds: float = 0.0,
         in_order: bool = False,
     ) -> None:
@@ -38,7 +39,7 @@ class FakeEngines:
         self.asked: list[tuple[int, Request]] = []
         self.answered: list[tuple[int, Request]] = []
         self._answer, self._num_engines, self._at_once, self._seconds = answer, num_engines, at_once, seconds
-        self._in_order = in_order
+        self._in_order, self._streams_at_once = in_order, streams_at_once
         self._shuffle, self._num_streams = random.Random(at_once), 0
         self._streams: dict[int, list[tuple[int, int, Request]]] = {}  # version, tag, request
         self._engine_of: dict[int, int] = {}
@@ -65,16 +66,20 @@ class FakeEngines:
         return self._num_streams
 
     def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
-        stream = min(streams) if self._in_order else self._shuffle.choice(streams)
+        if self._in_order or self._streams_at_once == 1:
+            return [self._news(min(streams) if self._in_order else self._shuffle.choice(streams))]
+        return [self._news(s) for s in self._shuffle.sample(streams, min(len(streams), self._streams_at_once))]
+
+    def _news(self, stream: Any) -> tuple[Any, list[Response] | None]:
         left = self._streams[stream]
         if not left or stream in self._ended:
-            return [(stream, None)]
+            return stream, None
         time.sleep(self._seconds)
         if not self._in_order:
             self._shuffle.shuffle(left)
         now, self._streams[stream] = left[: self._at_once], left[self._at_once :]
         self.answered += [(stream, request) for *_, request in now]
-        return [(stream, [self._respond(*item) for item in now])]
+        return stream, [self._respond(*item) for item in now]
 
     def forget(self, streams: Sequence[int]) -> None:
         for stream in streams:

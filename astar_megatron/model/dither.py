@@ -39,9 +39,8 @@ def dither_masters(
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     tiles: dict[str, list[Tile]] = defaultdict(list)
-    for tile in model.megatron_tiles(layout):
-        if tile.rank == rank:
-            tiles[tile.name].append(tile)
+    for tile in model.megatron_tiles(layout, [rank]):
+        tiles[tile.name].append(tile)
     widths = {hf: shape[1] if len(shape) == 2 else 1 for hf, shape in model.parameters().items()}
     for inner in optimizer.chained_optimizers:
         for parameter, first, master in _masters(inner):

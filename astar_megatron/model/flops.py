@@ -10,17 +10,31 @@ and a backward pass twice that (Narayanan et al., arXiv 2104.04473, with attenti
 response positions only). Leaves out: recomputation, which is no work of the model's, and all that is no product.
 """
 
+from collections.abc import Sequence
+
 from astar_megatron.algorithm.packing import PackedBatch
 from conversion.families import Model
 
 
 def forward_flops(model: Model, packed: PackedBatch) -> int:
     """Return the FLOPs of one forward pass of a pack over the whole model, on however many ranks."""
+    return _flops(model, len(packed.token_ids), packed.prefix_tokens, packed.lengths, len(packed.targets))
+
+
+def drawing_flops(model: Model, prompt_tokens: int, response_tokens: Sequence[int]) -> int:
+    """Return those of one forward pass over a prompt's responses of so many tokens, packed behind it: by their lengths.
+
+    The last token of the prompt is the first that a response is predicted from, the last of a response predicts none.
+    """
+    prefix, num_targets = prompt_tokens - 1, sum(response_tokens)
+    return _flops(model, prefix + num_targets, prefix, response_tokens, num_targets)
+
+
+def _flops(model: Model, num_tokens: int, prefix: int, lengths: Sequence[int], num_targets: int) -> int:
     dims = model.dims
-    num_tokens, prefix = len(packed.token_ids), packed.prefix_tokens
-    pairs = _causal_pairs(prefix) + sum(prefix * own + _causal_pairs(own) for own in packed.lengths)
+    pairs = _causal_pairs(prefix) + sum(prefix * own + _causal_pairs(own) for own in lengths)
     attention = 4 * pairs * dims.num_heads * dims.head_dim * dims.num_layers
-    head = 2 * len(packed.targets) * dims.hidden_size * dims.vocab_size
+    head = 2 * num_targets * dims.hidden_size * dims.vocab_size
     return 2 * num_tokens * _linear_weights(model) + attention + head
 
 

@@ -50,6 +50,7 @@ from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
 from conversion.plan import plan
+from conversion.tiles import Tile
 from conversion.transfer.route import Place, Route, Sender, here
 from conversion.verify import Holdings, sent_parts
 
@@ -137,7 +138,8 @@ class PolicyRank:
         self._chunks = build(self.model, self.layout, config, self.backend)
         tensors = self.weights()
         check_tensors(self.model, self.layout, self.rank, tensors)
-        hf.load(self._path, plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout)), self.rank, tensors)
+        own = plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout, {*self.layout.senders(), self.rank}))
+        hf.load(self._path, own, self.rank, tensors)
         self._reference = Reference(
             self.model, self.layout, self.rank, config, tensors, self.backend, offload=self._offloads_reference
         )
@@ -244,9 +246,12 @@ class PolicyRank:
         """Prepare to send this rank's tiles by `route`, and no other, to engines of `route.num_workers` workers."""
         if self._sender is not None:
             self._sender.close()
-        weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.vllm_tiles(route.num_workers))
+        weight_plan = plan(self._sent_tiles(), self.model.vllm_tiles(route.num_workers))
         self._sender = route.sender(weight_plan, self.rank, self.weights(), self._dtype)
         self._holdings = Holdings(sent_parts(weight_plan, self.rank), self.weights(), self._dtype)
+
+    def _sent_tiles(self) -> list[Tile]:
+        return self.model.megatron_tiles(self.layout, self.layout.senders())
 
     def publish(self, version: int) -> None:
         """Send the current weights; the engines must be receiving, or about to."""
@@ -304,7 +309,7 @@ class PolicyRank:
         computed at both ends. Raises WeightMismatch, and leaves no folder, if the files do not hold what the ranks do.
         """
         tensors, dtype = self.weights(), self._dtype
-        weight_plan = plan(self.model.megatron_tiles(self.layout), self.model.hf_tiles())
+        weight_plan = plan(self._sent_tiles(), self.model.hf_tiles())
         route = self._export_route(transfer_folder)
         sender = route.sender(weight_plan, self.rank, tensors, dtype)
         try:

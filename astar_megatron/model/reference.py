@@ -45,7 +45,8 @@ class Reference:
         self._modules: list[Any] = [in_compute_type(part, config) for part in chunks]
         self._parameters = named_parameters(chunks)
         # Each element of the model once, whatever layout holds copies of it.
-        self._pieces = {copy.source for copy in plan(model.megatron_tiles(layout), model.hf_tiles()).from_rank(rank)}
+        whole = plan(model.megatron_tiles(layout, layout.senders()), model.hf_tiles())
+        self._pieces = {copy.source for copy in whole.from_rank(rank)}
         self._host: dict[str, Tensor] = {}
         if offload:
             for name, parameter in self._parameters.items():

@@ -154,7 +154,7 @@ class EnginePool:
             return []
         # Ray looks at all streams each time, and there may be thousands: a look is for all that come together.
         ready: list[Stream] = ray.wait(list(streams), num_returns=len(streams), timeout=_TOGETHER_SECONDS)[0]
-        news: dict[Stream, Any] = {stream: None for stream in ready}
+        news: dict[Stream, Any] = dict.fromkeys(ready)
         answers = {stream: reference for stream in ready if (reference := next(stream, None)) is not None}
         for stream, answer in answers_of(self._cluster.wait, "engines: generate", answers).items():
             member = self._streams[stream]

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from astar_megatron.algorithm.packing import pack
 from astar_megatron.config import BudgetConfig
-from astar_megatron.model.flops import forward_flops
+from astar_megatron.model.flops import drawing_flops
 from astar_megatron.types import Prompt
 from conversion.families import Model
 
@@ -96,11 +95,7 @@ class Spending:
 
 def generation_flops(model: Model, responses: Iterable[tuple[Prompt, Sequence[int]]]) -> int:
     """Return the model FLOPs of drawing responses (their tokens), in any order of the prompts."""
-    by_prompt: defaultdict[tuple[int, ...], list[Sequence[int]]] = defaultdict(list)
+    by_prompt: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
     for prompt, token_ids in responses:
-        by_prompt[prompt.token_ids].append(token_ids)
-    total = 0
-    for prompt, drawn in by_prompt.items():
-        sequences = [[*prompt, *token_ids] for token_ids in drawn]
-        total += forward_flops(model, pack(sequences, [len(prompt)] * len(drawn), share_prefix=True))
-    return total
+        by_prompt[prompt.token_ids].append(len(token_ids))
+    return sum(drawing_flops(model, len(prompt), lengths) for prompt, lengths in by_prompt.items())

@@ -68,7 +68,8 @@ class WeightSync:
         self, policy: PolicyGroup, engines: EnginePool, model: Model, folder: Path, cfg: ConversionConfig
     ) -> None:
         self._policy, self._engines, self._model, self._folder, self._cfg = policy, engines, model, folder, cfg
-        self._plan = plan(model.megatron_tiles(policy.layout), model.vllm_tiles(engines.tensor))
+        tiles = model.megatron_tiles(policy.layout, policy.layout.senders())
+        self._plan = plan(tiles, model.vllm_tiles(engines.tensor))
         self._verifier = Verifier(self._plan, getattr(torch, policy.dtype))
         self._receivers: list[Member] = []  # those that the senders are open for
         self.sent: tuple[tuple[int, ...], ...] = ()  # the digests of what was published last

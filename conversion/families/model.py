@@ -1,7 +1,7 @@
 """`Model`: one architecture at one size, and its tiles in every layout."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -137,12 +137,15 @@ class Model:
             for name, shape in self.parameters().items()
         ]
 
-    def megatron_tiles(self, layout: ParallelLayout) -> list[Tile]:
-        """The tiles of all ranks of `layout`, data-parallel replicas included. ValueError if a size does not divide."""
+    def megatron_tiles(self, layout: ParallelLayout, ranks: Iterable[int] | None = None) -> list[Tile]:
+        """The tiles of ranks of `layout` (none named: all, replicas included). ValueError if a size does not divide.
+
+        To plan a transfer from all, take `layout.senders()`; what a rank itself gets are its own alone.
+        """
         shards: dict[Cell, list[tuple[str, int, Shard]]] = {}
         tiles = []
-        for rank, cell in layout.cells():
-            if cell not in shards:
+        for rank in range(layout.world_size) if ranks is None else ranks:
+            if (cell := layout.cell(rank)) not in shards:
                 shards[cell] = list(self._megatron_shards(cell))
             for name, layer, shard in shards[cell]:
                 tiles += _placed(rank, name, layer, shard)

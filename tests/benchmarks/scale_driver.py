@@ -12,14 +12,17 @@ a first.
 import dataclasses
 import io
 import json
+import random
 import resource
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,8 +34,10 @@ from scale_models import SIZES, model_named
 from astar_megatron.algorithm import methods
 from astar_megatron.algorithm.methods import Stage1
 from astar_megatron.cluster.placement import Node, Placement, place
-from astar_megatron.config import ConversionConfig, ParallelConfig, RewardConfig, RolloutConfig, SamplingConfig
+from astar_megatron.cluster.policy_group import PolicyGroup
+from astar_megatron.config import ParallelConfig, RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.run.record import record_of
@@ -40,12 +45,12 @@ from astar_megatron.run.steps import batch_of, health_of
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.run.weights import WeightSync
 from astar_megatron.types import Prompt, Rollout, RolloutBatch
-from conversion.plan import plan
 from conversion.transfer.route import Place
 from conversion.verify import Part
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
 STEPS = 4
+STREAMS_AT_ONCE = 20  # what comes in the 0.05 s that the pool waits: 8,192 responses in 20 s
 MODEL, SPREAD = model_named("7B"), SIZES["7B"]
 
 
@@ -54,7 +59,11 @@ def num_engines(ranks: int) -> int:
     return max(1, round(ranks * 1000 / 8192))
 
 
+type Measure = Callable[[Callable[[], Any]], float]  # of the work that a call makes
+
+
 def cpu_seconds(call: Callable[[], Any]) -> float:
+    """Return the processor's seconds of a call, of all threads of this process."""
     start = time.process_time()
     call()
     return time.process_time() - start
@@ -65,7 +74,7 @@ def prompts(number: int) -> list[Prompt]:
     return [Prompt(uid=f"{i:032x}", token_ids=token_ids, text="What is 2 + 2?", answer="4") for i in range(number)]
 
 
-def drawing(ranks: int, folder: Path) -> tuple[float, list[Rollout]]:
+def drawing(ranks: int, folder: Path, measure: Measure) -> tuple[float, list[Rollout]]:
     """Return seconds of asking for the rollouts of a step, taking and scoring them; and those of the last step."""
     token_ids, seconds, drawn = tuple(range(2000, 2000 + RESPONSE_TOKENS)), [], []
     engines = FakeEngines(
@@ -74,18 +83,22 @@ def drawing(ranks: int, folder: Path) -> tuple[float, list[Rollout]]:
         num_engines=num_engines(ranks),
         max_num_seqs=256,
         at_once=4,
+        streams_at_once=STREAMS_AT_ONCE,
     )
     with RolloutSource(engines, SamplingConfig(), RewardConfig(name="last_number"), folder) as source:
         stream = PromptStream(prompts(2 * ranks), ranks, 0)
         batches = TrainingRollouts(source, stream, RolloutConfig(), 0, versions=range(STEPS))
         for version in range(STEPS):
             engines.version = version
-            seconds.append(cpu_seconds(lambda: drawn.extend(batches.take(version, lambda name: nullcontext()))))
+            seconds.append(measure(lambda of=version: drawn.extend(batches.take(of, lambda name: nullcontext()))))
     return min(seconds[1:]), drawn[-ranks:]
 
 
-def recording(ranks: int, folder: Path, drawn: list[Rollout]) -> dict[str, float]:
+def recording(ranks: int, folder: Path, drawn: list[Rollout], measure: Measure) -> dict[str, float]:
     """Return seconds of making the batch of a step, and of its statistics, metrics and files."""
+    chance = random.Random(0)
+    logprobs = [tuple(chance.uniform(-2.0, 0.0) for _ in range(RESPONSE_TOKENS)) for _ in range(16)]  # as they pack
+    drawn = [dataclasses.replace(rollout, token_logprobs=chance.choice(logprobs)) for rollout in drawn]
     cfg, uids = samples.run_config(run_dir=str(folder)), [rollout.prompt.uid for rollout in drawn]
     v_star = dict.fromkeys(uids, 0.5)
     objective = methods.objective_of(cfg, Stage1(v_star=v_star, v_star_at_beta2=v_star, samples=dict.fromkeys(uids, 8)))
@@ -93,8 +106,9 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout]) -> dict[str, float
     rows = tuple(-0.25 * RESPONSE_TOKENS - index / ranks for index in range(ranks))
     of_sequences: dict[str, Any] = {"logprobs": rows, "reference_logprobs": rows, "losses": rows, "skipped": ()}
     stats = dataclasses.replace(samples.STATS, peak_memory_bytes=(80 << 30,) * ranks, **of_sequences)
-    spans, version = dict.fromkeys(("generate", "publish", "total"), 1.0), drawn[0].first_version
-    seconds = defaultdict[str, list[float]](list)
+    spans: dict[str, float] = {"generate": 1.0, "publish": 1.0, "total": 2.0}
+    version = drawn[0].first_version
+    seconds, batches = defaultdict[str, list[float]](list), list[RolloutBatch]()
 
     def write(batch: RolloutBatch) -> None:
         health = health_of(objective, drawn, stats, version, ranks)
@@ -103,119 +117,137 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout]) -> dict[str, float
 
     with redirect_stdout(io.StringIO()):
         for _ in range(STEPS):
-            batch: list[RolloutBatch] = []
-            seconds["batch"].append(cpu_seconds(lambda: batch.append(batch_of(drawn, objective, version))))
-            seconds["record"].append(cpu_seconds(lambda: write(batch[0])))
+            seconds["batch"].append(measure(lambda: batches.append(batch_of(drawn, objective, version))))
+            seconds["record"].append(measure(lambda: write(batches.pop())))
     return {name: min(of_steps[1:]) for name, of_steps in seconds.items()}
 
 
-class Policy:
-    """So many ranks, behind the face of a PolicyGroup. `sent` are the digests of each."""
+class Actor:
+    """A rank or an engine that is not there: a call on it is its name, to be answered by the cluster."""
 
-    dtype, rendezvous = "bfloat16", ("127.0.0.1", 1)
+    def __init__(self, kind: str, index: int) -> None:
+        self.kind, self.index = kind, index
+        self.method = ""
 
-    def __init__(self, ranks: int) -> None:
-        self.layout, self.sent = SPREAD.layout(ranks), [[] for _ in range(ranks)]
+    def __getattr__(self, method: str) -> "Actor":
+        call = Actor(self.kind, self.index)
+        call.method = method
+        return call
 
-    def places(self) -> list[Place]:
-        return [Place(memory=f"node {rank // 8}", device=f"rank {rank}") for rank in range(self.layout.world_size)]
+    def options(self, **_: object) -> "Actor":
+        return self
 
-    def open_publish(self, route: object) -> None: ...
-
-    def begin_publish(self, version: int, *senders: object) -> list[Any]:
-        return []
-
-    def digests(self, *senders: object) -> list[list[int]]:
-        return self.sent
-
-    def digest_rows(self, rank: int, index: int) -> list[int]:
-        raise AssertionError("asked where a digest is wrong")
+    def remote(self, *arguments: Any) -> "Actor":
+        if self.method == "call":  # a rank is told the method
+            self.method = arguments[0]
+        return self
 
 
-class Pool:
-    """So many engines, behind the face of an EnginePool. `answer` is what each worker of an engine holds."""
+class Cluster:
+    """See cluster.Cluster: as far as a policy and a pool need one to be given weights. `digests` are by rank."""
 
-    tensor = SPREAD.workers
+    num_gpus, num_nodes, socket_folder, timeout_seconds = 0, 1, None, 60.0
 
-    def __init__(self, number: int) -> None:
-        self.members = [SimpleMember(index) for index in range(number)]
-        self.answers: list[Any] = []
+    def __init__(self, placement: Placement) -> None:
+        self.reservation = SimpleNamespace(placement=placement)
+        self.digests: dict[int, list[int]] = {}
+        self.audits: list[Any] = []
+        self.asked: Counter[str] = Counter()  # by method
 
-    def running(self) -> list[Any]:
-        return list(self.members)
+    def threads(self, seats: object, workers: int = 1) -> int:
+        return 1
 
-    def places(self, members: Sequence[Any]) -> list[list[Place]]:
-        workers = range(self.tensor)
-        return [[Place(memory=f"engine {m.index}", device=f"{m.index}.{w}") for w in workers] for m in members]
+    def actor(self, kind: str, index: int, cls: type, **_: object) -> Actor:
+        return Actor(kind, index)
 
-    def open_update(self, info: object, members: object) -> bool:
-        return True
+    def wait(self, action: str, calls: Sequence[Actor], timeout_seconds: float | None = None) -> list[Any]:
+        return [self._answer(call) for call in calls]
 
-    def update(self, version: int, members: Sequence[Any], sending: object) -> list[Any]:
-        return list(members)
-
-    def audit(self, version: int, members: Sequence[Any]) -> dict[Any, list[dict[str, Any]]]:
-        return dict(zip(members, self.answers, strict=True))
-
-    def serve(self, members: object) -> None: ...
-
-
-class SimpleMember:
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-def publishing(ranks: int) -> dict[str, float]:
-    """Return seconds of planning, once, and of a publish and its proof."""
-    policy, pool, made = Policy(ranks), Pool(num_engines(ranks)), []
-    folder, cfg = Path(), ConversionConfig()
-    open_seconds = cpu_seconds(lambda: made.append(WeightSync(policy, pool, MODEL, folder, cfg)))  # type: ignore[arg-type]
-    weights: WeightSync = made[0]
-    copies = plan(MODEL.megatron_tiles(SPREAD.layout(min(64, ranks))), MODEL.vllm_tiles(SPREAD.workers)).copies
-    numbers = {key: 10**18 + index for index, key in enumerate({(copy.hf, copy.rectangle): None for copy in copies})}
-    sent: dict[int, dict[Part, int]] = defaultdict(dict)
-    for copy in weights._plan.copies:
-        sent[copy.source.rank][Part(copy.source, copy.hf, copy.rectangle)] = numbers[copy.hf, copy.rectangle]
-    for rank, parts in sent.items():
-        policy.sent[rank] = list(parts.values())
-    workers = [
-        {"digests": [numbers[part.hf, part.rectangle] for part in weights._verifier.target_parts[worker]], "faults": []}
-        for worker in range(pool.tensor)
-    ]
-    text = json.dumps(workers)  # read anew: in a run each answer has numbers of its own
-    pool.answers = [json.loads(text) for _ in pool.members]
-    seconds = [cpu_seconds(lambda: weights.publish(version)) for version in range(STEPS)]
-    return {"open": open_seconds, "publish": min(seconds[1:])}
+    def _answer(self, call: Actor) -> Any:
+        self.asked[call.method] += 1
+        match call.method:
+            case "place":
+                return Place(memory=f"rank {call.index}", device=f"rank {call.index}")
+            case "places":
+                return [(f"engine {call.index}", f"{call.index}.{worker}") for worker in range(SPREAD.workers)]
+            case "digests":
+                return self.digests.get(call.index, [])
+            case "audit":
+                return self.audits[call.index]
+        return None
 
 
-def placing(ranks: int) -> dict[str, float]:
-    """Return seconds of finding all processes their GPUs, and of what is asked of the placement at the start."""
+def placing(ranks: int, measure: Measure) -> tuple[dict[str, float], Cluster]:
+    """Return seconds of finding all processes their GPUs and of writing down where they are; and the cluster."""
     rollout = RolloutConfig(num_engines=num_engines(ranks), tensor=SPREAD.workers)
-    layout = SPREAD.layout(ranks)
-    parallel = ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, data=layout.data)
     gpus = ranks + rollout.num_engines * rollout.tensor
     nodes = [Node(address=f"10.{i >> 8}.{i & 255}.1", num_gpus=8, id=f"{i:056x}") for i in range(-(-gpus // 8))]
-    made: list[Placement] = []
-    seconds = {"place": cpu_seconds(lambda: made.append(place(nodes, parallel, rollout, None)))}
+    placed: list[Placement] = []
+    seconds = measure(lambda: placed.append(place(nodes, parallel_of(ranks), rollout, None)))
 
-    def start() -> None:
-        placement = made[0]
-        json.dumps(placement.fields())
-        placement.describe()
-        placement.rows()
-        [placement.is_shared(seat) for seat in placement.ranks]
+    def describe() -> None:
+        for words in (placed[0].fields, placed[0].describe, placed[0].rows):
+            words()
 
-    return seconds | {"seats": cpu_seconds(start)}
+    return {"place": seconds, "describe": measure(describe)}, Cluster(placed[0])
+
+
+def parallel_of(ranks: int) -> ParallelConfig:
+    layout = SPREAD.layout(ranks)
+    return ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline, data=layout.data)
+
+
+def publishing(ranks: int, cluster: Any, measure: Measure) -> dict[str, float]:
+    """Return seconds of making policy and pool and of planning, once; and of a publish with its proof."""
+    cfg = samples.run_config()
+    rollout = RolloutConfig(num_engines=num_engines(ranks), tensor=SPREAD.workers)
+    made: list[Any] = []
+
+    def make() -> None:
+        parallel = parallel_of(ranks)
+        path = {"model_path": "m", "dtype": "bfloat16", "seed": 0}
+        made.append(
+            PolicyGroup(cluster, model=cfg.model, parallel=parallel, optim=cfg.optim, optimizer_steps=1, **path)
+        )  # type: ignore[arg-type]
+        made.append(EnginePool(cluster, rollout, max_tokens=1024, stop_token_ids=(), detokenize=str, **path))  # type: ignore[arg-type]
+
+    seconds = {"actors": measure(make)}
+    policy, pool = made
+    policy.rendezvous = ("127.0.0.1", 1)
+    for member in pool._members:
+        member.runs = True
+    seconds["open"] = measure(lambda: made.append(WeightSync(policy, pool, MODEL, Path(), cfg.conversion)))
+    weights: WeightSync = made[2]
+    copies = weights._plan.copies
+    digests = {key: 10**18 + index for index, key in enumerate({(copy.hf, copy.rectangle): 0 for copy in copies})}
+    sent: dict[int, dict[Part, int]] = defaultdict(dict)
+    for copy in copies:
+        sent[copy.source.rank][Part(copy.source, copy.hf, copy.rectangle)] = digests[copy.hf, copy.rectangle]
+    cluster.digests = {rank: list(parts.values()) for rank, parts in sent.items()}
+    parts = [weights._verifier.target_parts[worker] for worker in range(SPREAD.workers)]
+    holdings = [
+        {"digests": [digests[part.hf, part.rectangle] for part in of_worker], "faults": []} for of_worker in parts
+    ]
+    text = json.dumps(holdings)  # read anew for each: in a run every answer has numbers of its own
+    cluster.audits = [json.loads(text) for _ in pool._members]
+    of_steps = [measure(partial(weights.publish, version)) for version in range(STEPS)]
+    return seconds | {"publish": min(of_steps[1:])}
+
+
+def measured(ranks: int, measure: Measure) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the work of a step and that of once a run, by its part."""
+    with tempfile.TemporaryDirectory() as folder:
+        of_drawing, drawn = drawing(ranks, Path(folder), measure)
+        a_step = {"rollouts": of_drawing} | recording(ranks, Path(folder), drawn, measure)
+    once, cluster = placing(ranks, measure)
+    once |= publishing(ranks, cluster, measure)
+    a_step["publish"] = once.pop("publish")
+    return a_step, once
 
 
 def main() -> None:
-    ranks = int(sys.argv[1])
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        draw_seconds, drawn = drawing(ranks, Path(folder))
-        a_step = {"rollouts": draw_seconds} | recording(ranks, Path(folder), drawn)
-        once = publishing(ranks) | placing(ranks)
-    a_step["publish"] = once.pop("publish")
+    ranks, start = int(sys.argv[1]), time.monotonic()
+    a_step, once = measured(ranks, cpu_seconds)
     report = {
         "ranks": ranks,
         "engines": num_engines(ranks),

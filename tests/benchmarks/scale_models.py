@@ -1,4 +1,4 @@
-"""The models and layouts that slurm/SCALE.md is computed for: sizes as Qwen2.5's and Qwen3's configurations have them."""
+"""The models and layouts of slurm/SCALE.md, in the sizes that Qwen2.5's and Qwen3's configurations have."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -27,6 +27,7 @@ from conversion import hf
 from conversion.families import Model, model_from_config
 from conversion.plan import PlanError, plan
 from conversion.tiles import ParallelLayout, Tile
+from conversion.transfer.shared_memory import SharedMemorySender
 
 
 @given(
@@ -122,3 +123,23 @@ def test_a_72b_model_is_planned_in_about_as_many_copies_as_it_has_tiles() -> Non
     weights = plan(source, target)
     assert len(target) <= len(weights.copies) <= 2 * len(target)
     assert sum(copy.source.num_elements for copy in weights.copies) > model.num_parameters() > 72e9
+
+
+def test_of_many_replicas_the_first_send_and_the_plan_is_that_over_all() -> None:
+    model, layout = model_from_config(config()), ParallelLayout(tensor=2, data=100)
+    senders = layout.senders()
+    assert {layout.coordinates(rank)[2] for rank in senders} == set(range(64)) and len(senders) == 128
+    of_senders, of_all = (plan(model.megatron_tiles(layout, ranks), model.vllm_tiles(2)) for ranks in (senders, None))
+    assert of_senders == of_all
+    assert ParallelLayout(tensor=2, data=4, context=2).senders() == list(range(16))
+    assert len(ParallelLayout(data=256, expert=128).senders()) == 128  # each expert once
+
+
+def test_a_rank_that_is_no_sender_sends_nothing(tmp_path: Path) -> None:
+    model, layout = model_from_config(config()), ParallelLayout(tensor=2, data=100)
+    weights = plan(model.megatron_tiles(layout, layout.senders()), model.vllm_tiles(1))
+    tensors = {name: torch.zeros(shape) for name, shape in model.megatron_shapes(layout, 199).items()}
+    sender = SharedMemorySender(weights, 199, tensors, tmp_path)
+    for version in (1, 2):
+        sender.send(version)  # returns, although nobody takes anything
+    sender.close()

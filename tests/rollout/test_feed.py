@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from astar_megatron.rollout.feed import Feed, Item
+from astar_megatron.rollout.feed import Feed, Item, _shares
 from astar_megatron.types import Prompt, Request
 
 
@@ -93,3 +93,18 @@ def test_a_request_is_known_by_how_many_engines_have_ended_with_it() -> None:
     for tag, _ in share:
         feed.answered(0, tag)
     assert feed.give_back(0, []) == 0
+
+
+@given(
+    samples=st.lists(st.integers(1, 5), max_size=40),
+    loads=st.dictionaries(st.integers(0, 9), st.integers(0, 9), min_size=1),
+)
+def test_each_prompt_goes_where_the_fewest_wait_the_first_of_equals(samples: list[int], loads: dict[int, int]) -> None:
+    whole = [item for i, number in enumerate(samples) for item in items(i + 1, 1)[-1:] * number]
+    waiting, expected = dict(loads), {engine: [] for engine in loads}
+    for i, number in enumerate(samples):
+        engine = min(waiting, key=lambda engine: waiting[engine])
+        waiting[engine] += number
+        expected[engine] += [f"u{i}"] * number
+    shares = _shares(whole, loads)
+    assert {e: [request.prompt.uid for _, request in share] for e, share in shares.items()} == expected
