@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
+from ray import cloudpickle
 from scale_driver import PROMPT_TOKENS, RESPONSE_TOKENS, cpu_seconds, prompts
 
 from astar_megatron.cluster.cluster import Cluster
@@ -64,7 +64,7 @@ def num_bytes() -> dict[str, int]:
     digests = [2**60 + number for number in range(1000)]
 
     def size(value: Any) -> int:
-        return len(ray.cloudpickle.dumps(value, protocol=5))  # pyright: ignore[reportPrivateImportUsage]
+        return len(cloudpickle.dumps(value, protocol=5))  # pyright: ignore[reportPrivateImportUsage]
 
     return {
         "batch_a_sequence": size(batch(1024)) // 1024,
