@@ -5,8 +5,6 @@ network) reaches it and nobody else does; its token is in no file, its sockets a
 
 A cluster of several nodes is only joined where they ask for a token. What a node alone can say of itself (nodes.py) is
 asked there.
-
-Leaves out the processes that an actor on another node has started: only on the driver's are they ended by number.
 """
 
 import contextlib
@@ -27,15 +25,14 @@ from ray._common import utils as ray_utils
 from ray._private import ray_constants, services, state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from astar_megatron.cluster import nodes, signals
+from astar_megatron.cluster.actors import ActorProcesses, alive_pid, node_of, task_on
 from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Placement, Seat
-from astar_megatron.cluster.processes import Processes, kill, tree
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder, write_stacks
 from astar_megatron.config import ClusterConfig
@@ -69,7 +66,7 @@ class Cluster:
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
-        self._processes: dict[str, Processes] = {}  # of actors, by Ray's id
+        self._processes = ActorProcesses(self.on_node)
         self._memory_kills = 0
         self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
         self._reservation: Reservation | None = None
@@ -134,32 +131,22 @@ class Cluster:
             with contextlib.suppress(RayActorError):
                 ray.kill(actor)
         self._actors.clear()
+        if kind is not None:
+            self._processes.end_elsewhere(self._here)
         self._ends.__exit__(kind, error, tb)
-        for processes in self._processes.values():
-            kill(processes)  # what hangs, and was started by an actor: Ray ends only what listens
+        self._processes.end_here(self._here)
 
     def remember_shared_files(self) -> None:
         """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
         self._folder.remember(os.getpid())
 
-    def remember_processes(self, actor: Any) -> None:
-        """Note which processes an actor has, to end them all when it is ended, or has been."""
-        self._processes[actor._actor_id.hex()] = tree(self._pid(actor._actor_id.hex()))
+    def remember_processes(self, actors: Sequence[Any]) -> None:
+        """Note which processes actors have, to end them all when one is ended, or has been."""
+        self._processes.remember(lambda action, calls: self.wait(action, calls, _NODE_SECONDS), actors)
 
     def end(self, actor: Any) -> None:
-        """End an actor and all that it has started, although they hang or their parent is dead.
-
-        On another node only the actor itself ends; what it has started there and hangs is left.
-        """
-        name = actor._actor_id.hex()
-        processes = self._processes.pop(name, None) or tree(self._pid(name))
-        with contextlib.suppress(RayActorError):
-            ray.kill(actor)
-        kill(processes)
-
-    def _pid(self, actor: str) -> int | None:
-        """The process of an actor, by Ray's id of it; None on another node, or before there is one."""
-        return _alive_pid(actor) if _node_of(actor) == self._here else None
+        """End an actor and all that it has started, although they hang or their parent is dead."""
+        self._processes.end(actor)
 
     @property
     def num_gpus(self) -> int:
@@ -193,10 +180,8 @@ class Cluster:
             return function(*arguments)
         if node not in self.nodes:
             raise ClusterError("an actor that has not begun is on no node yet")
-        options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-        task = ray.remote(function).options(num_cpus=0, max_retries=0, **options).remote(*arguments)
         try:
-            return ray.get(task, timeout=_NODE_SECONDS)
+            return ray.get(task_on(node, function).remote(*arguments), timeout=_NODE_SECONDS)
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, ClusterError | ValueError):
                 raise error.cause from None
@@ -207,7 +192,7 @@ class Cluster:
 
     def beside[T](self, actor: Any, function: Callable[..., T], *arguments: Any) -> T:
         """Return what a function answers on the node of an actor that has begun; as `on_node`."""
-        return self.on_node(_node_of(actor._actor_id.hex()), function, *arguments)
+        return self.on_node(node_of(actor._actor_id.hex()), function, *arguments)
 
     def _check_tokens(self) -> None:
         for node in self.nodes.values():
@@ -340,7 +325,7 @@ class Cluster:
         until = time.monotonic() + seconds
         with contextlib.suppress(ClusterError):  # its node may have gone with it
             while True:
-                cause = self.on_node(_node_of(actor), nodes.last_error, state.actors(actor).get("Pid"))
+                cause = self.on_node(node_of(actor), nodes.last_error, state.actors(actor).get("Pid"))
                 if cause is not None or time.monotonic() > until:
                     return cause
                 time.sleep(0.1)
@@ -348,9 +333,9 @@ class Cluster:
 
     def _place(self, actor: str) -> str:
         """Where an actor is that does not answer; empty where nobody can say."""
-        pid = _alive_pid(actor)
+        pid = alive_pid(actor)
         with contextlib.suppress(ClusterError):
-            return self.on_node(_node_of(actor), nodes.place, pid) if pid else ""
+            return self.on_node(node_of(actor), nodes.place, pid) if pid else ""
         return ""
 
     def logs_of(self, actor: Any) -> str:
@@ -359,21 +344,10 @@ class Cluster:
 
     def _logs(self, actor: str) -> str:
         """The folder of an actor's output, with its node where there are several."""
-        node, folder = _node_of(actor), "the logs of Ray's session"
+        node, folder = node_of(actor), "the logs of Ray's session"
         with contextlib.suppress(ClusterError):
             folder = str(self.on_node(node, nodes.log_folder))
         return folder + (f" on node {self.nodes[node].address}" if self.num_nodes > 1 and node in self.nodes else "")
-
-
-def _node_of(actor: str) -> str:
-    """Ray's id of the node on which an actor runs or ran."""
-    return state.actors(actor).get("Address", {}).get("NodeID", "")
-
-
-def _alive_pid(actor: str) -> int | None:
-    """The process of an actor on its node; None before there is one, or after."""
-    facts = state.actors(actor)
-    return facts.get("Pid") or None if facts.get("State") != "DEAD" else None
 
 
 def _is_end(error: Exception) -> bool:

@@ -110,8 +110,7 @@ class PolicyGroup:
         port = self._ask(0, lambda rank: rank.listen(host), timeout)
         self.rendezvous = (host, port)
         reason = self._all(lambda rank: rank.start(host, port), timeout)[0]
-        for rank in self._ranks:
-            self._cluster.remember_processes(rank)
+        self._cluster.remember_processes(self._ranks)
         return reason
 
     def restart(self) -> None:

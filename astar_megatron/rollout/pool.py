@@ -121,15 +121,15 @@ class EnginePool:
         )
         for left_out in dict.fromkeys(text for answer in answers for text in answer):
             _LOG.warning("not passed on to the engines: %s", left_out)
-        for member in self._members:
-            self._note_start(member)
+        self._note_starts(self._members)
         self.serve(self._members)
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def _note_start(self, member: Member) -> None:
+    def _note_starts(self, members: Sequence[Member]) -> None:
         self._cluster.remember_shared_files()
-        self._cluster.remember_processes(member.actor)
-        member.runs = True
+        self._cluster.remember_processes([member.actor for member in members])
+        for member in members:
+            member.runs = True
 
     def serving(self) -> list[int]:
         """Return the engines that may be asked for something now. Raises what keeps one from being replaced."""
@@ -319,7 +319,7 @@ class EnginePool:
         except ClusterError as error:
             self.replace(fresh, _cause(error))
             return
-        self._note_start(fresh)
+        self._note_starts([fresh])
         self.bring(fresh)
         with self._changed:
             self._num_replaced += 1

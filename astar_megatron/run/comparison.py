@@ -243,7 +243,7 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_refere
     return Result(
         run=run,
         steps=tuple(steps),
-        scores=_last_scores(run_dir, steps[-1].step + 1),
+        scores=last_scores(run_dir, steps[-1].step + 1),
         peak_memory_bytes=max(size for line in lines for size in line["peak_memory_bytes"]),
     )
 
@@ -273,7 +273,7 @@ def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _last_scores(run_dir: Path, version: int) -> dict[str, float]:
+def last_scores(run_dir: Path, version: int) -> dict[str, float]:
     """Greedy scores by set, of the evaluation that a run writes at its end; see run/evaluation.py."""
     stem = f"eval_step_{version:08d}"
     scores = {}

@@ -5,17 +5,20 @@
 One run of astar and one of oapl for each k of 1, 4 and 16, with the table and the seed of a comparison that
 `astar compare` made of the demo; its runs of seed 0 are k = 0. All end where astar's had spent its budget on steps.
 Writes results/staleness.json and .png. On two cores engines and policy take each other's time: how stale rollouts are
-depends on both, so it is measured and written too.
+depends on both, so it is measured and written too. The reward of a step is that of the weights that drew it, k
+versions ago: `greedy_score_after` is that of the weights which these steps have made.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from astar_megatron import config
 from astar_megatron.run.commands import astar, run_command
+from astar_megatron.run.comparison import last_scores
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
 
@@ -47,7 +50,7 @@ def curve(run_dir: Path, tokens: int) -> dict[str, Any]:
         if not spent or spent[-1] < tokens:
             lines.append(line)
             spent.append(Cost.of_step(line).tokens + (spent[-1] if spent else 0))
-    last = lines[-4:]
+    last, is_whole = lines[-4:], len(lines) == len(read_metrics(run_dir))  # k = 0 may have had tokens for more steps
     return {
         "tokens": spent,
         "reward_mean": [line["reward_mean"] for line in lines],
@@ -55,6 +58,7 @@ def curve(run_dir: Path, tokens: int) -> dict[str, Any]:
         "staleness_max": [line["staleness_max"] for line in lines],
         "seconds": [line["seconds"]["total"] for line in lines],
         "reward_of_last_4_steps": sum(line["reward_mean"] for line in last) / len(last),
+        "greedy_score_after": fmean(last_scores(run_dir, len(lines)).values()) if is_whole else None,
     }
 
 
@@ -72,7 +76,7 @@ def plot(curves: dict[str, dict[str, Any]], path: Path) -> None:
             axes.plot(values["tokens"], values["reward_mean"], marker=".", label=f"k = {staleness} (oldest {oldest})")
         axes.set(title=method, xlabel="response tokens of the steps", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="upper left", frameon=False)
     panels[0].set(ylabel="mean reward of the step")
     figure.tight_layout()
     figure.savefig(path)

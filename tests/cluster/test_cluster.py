@@ -36,7 +36,8 @@ class Worker:
         if order == "pid":
             return str(os.getpid())
         if order == "start":
-            return str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
+            sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+            return str(subprocess.Popen(sleep, start_new_session=True).pid)  # of one in its own Ray ends it too
         if order == "end":
             os._exit(3)
         if order == "end later":
@@ -151,7 +152,7 @@ def test_an_actor_that_is_stopped_is_named_so_and_ends_with_all_that_it_has_star
 ) -> None:
     (child,) = cluster.wait("work", [workers[0].obey.remote("start")], 60)
     (pid,) = cluster.wait("work", [workers[0].obey.remote("pid")], 60)
-    cluster.remember_processes(workers[0])
+    cluster.remember_processes(workers)
     for process in (pid, child):
         os.kill(int(process), signal.SIGSTOP)
     with pytest.raises(ActorLost, match=r"worker 0: no answer in 1 s; .*process \d+ is stopped \(SIGSTOP\)"):
@@ -165,9 +166,13 @@ def test_an_actor_that_is_stopped_is_named_so_and_ends_with_all_that_it_has_star
 
 def wait_until_gone(pid: int) -> None:
     until = time.monotonic() + 60
-    while tree(pid) and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while not is_gone(pid):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    return not tree(pid) or Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 JOIN = """

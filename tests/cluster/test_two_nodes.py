@@ -12,9 +12,9 @@ from two_nodes import ADDRESSES, Nodes, two_nodes
 from astar_megatron.cluster.nodes import interface_of
 
 PROGRAM = """
-import sys
+import sys, time
 from pathlib import Path
-from test_cluster import Worker
+from test_cluster import Worker, is_gone
 from astar_megatron.cluster import folders, nodes
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ClusterError
@@ -35,8 +35,14 @@ with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
     say([cluster.on_node(node, nodes.interface_of, at.address) for node, at in cluster.nodes.items()])
     cluster.reserve(place(cluster.nodes.values(), ParallelConfig(), RolloutConfig(), None))
     far = cluster.actor("engine", 0, Worker, env={}, seat=cluster.reservation.placement.engines[0])
+    (child,) = map(int, cluster.wait("work", [far.obey.remote("start")], 60))
+    cluster.remember_processes([far])
     for order in sys.argv[3:]:
         attempt(lambda: cluster.wait("work", [far.obey.remote(order)], 30))
+    say(cluster.beside(far, is_gone, child))  # the actor itself has ended
+    cluster.end(far)
+    while not cluster.beside(far, is_gone, child):
+        time.sleep(0.1)
     shared, own = Path(sys.argv[2]), Path("/dev/shm")  # which each node has for itself
     (shared / "config.json").write_text("{}")
     (own / "config.json").write_text("{}")
@@ -64,10 +70,11 @@ def test_nodes_are_asked_for_what_they_alone_know(nodes: Nodes, tmp_path: Path) 
     status, out = nodes.run(sys.executable, "-c", PROGRAM, nodes.address, tmp_path, "point", "tell", seconds=300)
     assert status == 0, out
     lines = [line.removeprefix("said ") for line in out.splitlines() if line.startswith("said ")]
-    addresses, interfaces, error, end, *folders = lines
+    addresses, interfaces, error, end, is_gone, *folders = lines
     assert (addresses, interfaces) == (str(list(ADDRESSES)), "['cable', 'cable']")
     assert f" on node {ADDRESSES[1]}|engine 0: OSError: no space left for the cache" in error
     assert f" on node {ADDRESSES[1]}|engine 0: RuntimeError: Unable to find address for: nope0" in end
+    assert is_gone == "False"  # what it had started outlived it, until it was ended too
     assert folders[:2] == ["None", "None"]
     assert folders[2].startswith(f"model.path=/dev/shm: node {ADDRESSES[1]} sees no file in place of ")
     assert folders[3].startswith(f"run_dir=/dev/shm: node {ADDRESSES[1]} does not see this folder; ")

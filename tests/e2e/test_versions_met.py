@@ -78,7 +78,7 @@ def versions(response: Response) -> list[int]:
     return [version for version, count in numbered for _ in range(count)]
 
 
-def drawn_by_the_same(one: Response, other: Response) -> list[int]:
+def drawn_by_the_same(response: Response, other: Response) -> list[int]:
     """The versions of the tokens, from the first, that both got from the same weights."""
-    pairs = zip(versions(one), versions(other), strict=False)
+    pairs = zip(versions(response), versions(other), strict=False)
     return [version for version, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

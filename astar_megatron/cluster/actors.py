@@ -1,0 +1,84 @@
+"""Ray's actors: where they run, which processes they have, and the end of these although they hang."""
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray._private import state
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from astar_megatron.cluster.calls import answers_of
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.processes import Processes, kill, tree
+
+_END_SECONDS = 20.0  # for other nodes to end what runs there
+
+
+def node_of(actor: str) -> str:
+    """Return Ray's id of the node on which an actor, by its own id, runs or ran; empty before there is one."""
+    return state.actors(actor).get("Address", {}).get("NodeID", "")
+
+
+def alive_pid(actor: str) -> int | None:
+    """Return the process of an actor on its node; None before there is one, or after."""
+    facts = state.actors(actor)
+    return facts.get("Pid") or None if facts.get("State") != "DEAD" else None
+
+
+def task_on(node: str, function: Callable[..., Any]) -> Any:
+    """Return a function that is called in a process which Ray starts on a node, with `.remote()`."""
+    options: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    return ray.remote(function).options(num_cpus=0, max_retries=0, **options)
+
+
+class ActorProcesses:
+    """What actors have started. It ends with them, although they hang or are dead already.
+
+    `on_node` is Cluster's: it calls a function on a node.
+    """
+
+    def __init__(self, on_node: Callable[..., Any]) -> None:
+        self._on_node = on_node
+        self._started: dict[str, tuple[str, Processes]] = {}  # by actor: its node, and what runs there
+
+    def remember(self, wait: Callable[[str, Sequence[Any]], list[Any]], actors: Sequence[Any]) -> None:
+        """Ask actors which processes they have now; `wait` is Cluster's. One that has ended is left out."""
+        calls = {actor._actor_id.hex(): actor.__ray_call__.remote(_own_processes) for actor in actors}
+        for actor, processes in answers_of(wait, "processes", calls).items():
+            if not isinstance(processes, ClusterError):
+                self._started[actor] = node_of(actor), processes
+
+    def end(self, handle: Any) -> None:
+        """End an actor and all that it has started."""
+        actor = handle._actor_id.hex()
+        node, processes = self._started.pop(actor, (node_of(actor), {}))
+        with contextlib.suppress(ClusterError):  # the node has ended, and with it what ran there
+            processes = processes or self._on_node(node, tree, alive_pid(actor))
+        with contextlib.suppress(RayActorError):
+            ray.kill(handle)
+        with contextlib.suppress(ClusterError):
+            self._on_node(node, kill, processes)
+
+    def end_elsewhere(self, here: str) -> None:
+        """End what hangs on other nodes than this, while Ray is there to do it."""
+        by_node: defaultdict[str, Processes] = defaultdict(dict)
+        for node, processes in self._started.values():
+            by_node[node] |= processes
+        ends = [task_on(node, kill).remote(processes) for node, processes in by_node.items() if node != here]
+        if ends:
+            ray.wait(ends, num_returns=len(ends), timeout=_END_SECONDS)
+
+    def end_here(self, here: str) -> None:
+        """End what hangs on this node; Ray ends only what listens."""
+        for node, processes in self._started.values():
+            if node == here:
+                kill(processes)
+
+
+def _own_processes(actor: object) -> Processes:
+    """In an actor: its process and all that it has started."""
+    return tree(os.getpid())
