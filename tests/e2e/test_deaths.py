@@ -12,7 +12,7 @@ import pytest
 from sweep_jobs import rows
 
 from astar_megatron import config
-from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.actors import alive_pid
 from astar_megatron.cluster.processes import process_tree
 from astar_megatron.run.fleet import Fleet, engines_of
 from astar_megatron.run.prepare import prepare
@@ -73,15 +73,15 @@ CASES = {
 }
 
 
-def process_of(cluster: Cluster, actor: Any) -> int:
-    pid = cluster._pid(actor._actor_id.hex())
+def process_of(actor: Any) -> int:
+    pid = alive_pid(actor._actor_id.hex())
     assert pid is not None
     return pid
 
 
 def pid_of(fleet: Fleet, fault: Fault) -> int:
     handle = fleet.policy._ranks[0] if fault.process == "rank" else fleet.engines.running()[0].actor
-    actor = process_of(fleet.engines._cluster, handle)
+    actor = process_of(handle)
     if fault.process != "core":
         return actor
     (core,) = (
@@ -168,7 +168,7 @@ def test_a_sweep_whose_engine_dies_has_the_rows_of_a_whole_one(
         cfg = config.validate(tree | {"run_dir": str(tmp_path / name)})
         inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
         with engines_of(cfg, tracker) as engines:
-            pid = process_of(engines._cluster, engines.running()[0].actor)
+            pid = process_of(engines.running()[0].actor)
 
             def kill(pool: Any = engines, pid: int = pid) -> None:
                 while not pool._streams:
