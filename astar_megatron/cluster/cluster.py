@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from astar_megatron.cluster import nodes, signals
 from astar_megatron.cluster.actors import ActorProcesses, alive_pid, node_of, task_on
 from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills
+from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills, was_killed
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
@@ -292,12 +293,25 @@ class Cluster:
             cause = low_memory(text) or self._last_error(actor) or end_of_process(text)
         else:
             event, cause = text, text.strip().splitlines()[-1]
-            if is_secondary(cause):
+            if not self._is_up(node_of(actor)):
+                is_lost, cause = True, "Ray's own process of its node, the raylet, has ended"
+            elif is_secondary(cause):
                 cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
+                is_lost = was_killed(cause)  # what the actor had started
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {self._logs(actor)}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
+
+    def _is_up(self, node: str) -> bool:
+        """Whether the raylet of a node, by Ray's id, still listens: Ray itself may notice its end much later."""
+        for facts in ray.nodes():
+            if facts["NodeID"] == node:
+                with contextlib.suppress(OSError):
+                    socket.create_connection((facts["NodeManagerAddress"], facts["NodeManagerPort"]), timeout=5).close()
+                    return True
+                return False
+        return True  # nobody knows it: an actor that has not begun
 
     def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> ActorLost:
         """What to raise where there was no answer in time: by the last error of each that did not, and where it is."""

@@ -74,6 +74,11 @@ def core_end(message: str) -> str | None:
     return ", ".join(f"{name} {ended(int(status))}" for name, status in pairs) or None
 
 
+def was_killed(cause: str) -> bool:
+    """Say whether a cause, as these functions give it, is the end of a process by a signal."""
+    return _KILLED.search(cause) is not None
+
+
 def is_secondary(message: str) -> bool:
     """Say whether an error only points to another one, which stands in the output of the process."""
     return _SECONDARY.search(message) is not None

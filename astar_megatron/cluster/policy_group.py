@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.cluster import nodes
+from astar_megatron.cluster import nodes, session
 from astar_megatron.cluster.calls import Call, stored
 from astar_megatron.cluster.cluster import LOOPBACK, Cluster
 from astar_megatron.cluster.stacks import show_on_signal
@@ -33,6 +33,7 @@ class _RankActor:
 
     def __init__(self, **init: Any) -> None:
         show_on_signal()
+        session.name_semaphores()
         nodes.use_own_interface()
         module, name = _RANK_CLASS
         self._rank = getattr(importlib.import_module(module), name)(**init)

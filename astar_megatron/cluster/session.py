@@ -9,6 +9,7 @@ process of its own (caretaker.py), else, if that was killed too, by the next run
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import shutil
 import stat
@@ -29,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 PREFIX = "astar-"
 LOCK = "lock"  # held while the run lives: numbers of processes mean nothing to a container; it holds the driver's
 _SHARED_FILES = "shared_files"  # a name a line
+_SEMAPHORES = "ASTAR_SEMAPHORES"  # what the names of a session's semaphores begin with
 SHARED_MEMORY = Path("/dev/shm")
 _LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
@@ -45,7 +47,7 @@ class SessionFolder:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
         # Of the run's processes: Megatron's checkpoints make folders and sockets there, and a killed one leaves them.
-        self.environment = {"TMPDIR": str(self.path)}
+        self.environment = {"TMPDIR": str(self.path), _SEMAPHORES: self.path.name}
         self._lock = exclusive(self.path / LOCK, "this run")
         self._shared: set[str] = set()
 
@@ -75,6 +77,16 @@ class SessionFolder:
         """
         self._shared |= set(shared_files(pid))
         write_atomic(self.path / _SHARED_FILES, "".join(f"{name}\n" for name in sorted(self._shared)).encode())
+
+
+def name_semaphores() -> None:
+    """In a process with a session's environment: what it and its children make in /dev/shm bears the session's name.
+
+    So it is known although all of them were killed as they began, with the tracker that would have removed it. By
+    multiprocessing's own prefix, which children take over.
+    """
+    if prefix := os.environ.get(_SEMAPHORES):
+        multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def care(folder: Path) -> None:
@@ -204,6 +216,7 @@ def _driver_of(folder: Path) -> int | None:
 
 
 def _remove_shared_files(folder: Path) -> None:
+    _remove_shared(path.name for path in SHARED_MEMORY.glob(f"sem.{folder.name}-*"))
     with contextlib.suppress(FileNotFoundError):
         _remove_shared((folder / _SHARED_FILES).read_text(encoding="utf-8").splitlines())
 

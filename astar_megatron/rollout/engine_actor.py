@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from astar_megatron.cluster import nodes
+from astar_megatron.cluster import nodes, session
 from astar_megatron.rollout.engine import Engine, EngineOptions
 from astar_megatron.rollout.start_log import StartLog
 
@@ -12,6 +12,7 @@ class EngineActor(Engine):
     """An engine that writes its start log, by this name, among those of its node."""
 
     def __init__(self, *, log: str, options: EngineOptions) -> None:
+        session.name_semaphores()
         os.environ.update(StartLog.make(nodes.log_folder(), log).environment())
         super().__init__(options)
 

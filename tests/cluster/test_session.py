@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from samples import output_of
@@ -98,6 +99,18 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed_and_a_living_run
         age(folder, days=2)
         session.remove_left_behind()
         assert not folder.exists()
+
+
+def test_semaphores_bear_the_session_s_name_and_go_with_it_although_nobody_noted_them() -> None:
+    named = f"from astar_megatron.cluster import session\nsession.name_semaphores()\n{HOLDER}"
+    with SessionFolder() as folder:
+        command, environment = [sys.executable, "-c", named], os.environ | folder.environment
+        options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+        with subprocess.Popen(command, env=environment, **options) as holder:
+            semaphore = SHARED_MEMORY / f"sem.{holder.stdout.readline().decode().strip()}"
+            os.killpg(holder.pid, signal.SIGKILL)  # its tracker too
+        assert semaphore.exists()
+    assert not semaphore.exists()
 
 
 @pytest.mark.parametrize("way", ["by what they write", "by who started them"])

@@ -60,7 +60,7 @@ def test_a_killed_process_of_an_engine_is_named_and_leaves_no_shared_memory(
     with cluster_of(cfg, with_policy=False) as cluster, closing(start_engines(cfg, cluster)) as engines:
         engines.start()
         names = set(session.shared_files(os.getpid())) - before
-        assert any(name.startswith("sem.mp-") for name in names)
+        assert any(name.startswith("sem.astar-") for name in names)
         kill_and_draw(engines, cfg, killed)
     line = caplog.messages[0]
     assert line.startswith("engine 0: ") and words in line and line.endswith("; it is being replaced")

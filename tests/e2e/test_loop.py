@@ -142,6 +142,7 @@ def test_policy_and_engines_that_share_memory_compute_what_they_do_apart(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five programs
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_continues_and_ends_with_the_same_numbers(
     method: str, run_tree: Any, tied_llama: Path, tmp_path: Path
