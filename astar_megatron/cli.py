@@ -106,6 +106,19 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    config_file: Config,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of GPU, as H100, H200 or A100; default: none, memory on cores alone.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say before there is a GPU what a run will take: memory, seconds of a step, GPU hours; and what fits, if not."""
+    raise typer.Exit(_program("plan").main(config.load(config_file, overrides or ()), gpu, as_json=as_json))
+
+
+@app.command()
 def export(config_file: Config, overrides: Overrides = None) -> None:
     """Write the run's newest checkpoint to <run_dir>/hf as a Hugging Face folder, as training does at its end."""
     cfg = config.load(config_file, overrides or ())

@@ -1,5 +1,6 @@
 """What policy and engines take of GPUs that they share; a run that does not fit is refused with the figures."""
 
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from astar_megatron.run import accelerators
 from astar_megatron.run.accelerators import CONTEXT_BYTES, HEAD_BYTES
 from astar_megatron.run.resources import GIB, ResourceError
 from conversion.families import model_from_config
+from conversion.tiles import ParallelLayout
 
 QWEN2_1_5B = model_from_config(SHAPES["1.5b"])
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -98,13 +100,14 @@ def test_the_demo_fits_a_small_gpu() -> None:
 
 
 def test_ranks_that_share_a_model_and_workers_that_share_an_engine_need_less() -> None:
-    tokens, size = 1 << 15, QWEN2_1_5B.num_parameters()
+    tokens = 1 << 15
     parallel = {"tensor": 2, "pipeline": 2, "context": 2, "data": 2}
     cfg = run_config(train={"micro_batch_tokens": tokens}, parallel=parallel, rollout={"tensor": 2})
     kept = 28 * (7 * 1536 + 3 * 8960)
-    weights = (
-        6 * (size // 4) + 12 * (size // 4) // 4 + 2 * (size // 4)
-    )  # with gradients; Adam over 4 replicas; reference
+    own = sum(
+        map(math.prod, QWEN2_1_5B.megatron_shapes(ParallelLayout(tensor=2, pipeline=2, context=2, data=2), 15).values())
+    )
+    weights = 6 * own + 12 * (own // 4) + 2 * own  # with gradients; Adam over 4 replicas; reference
     assert accelerators.rank_bytes(cfg, QWEN2_1_5B).most == weights + 2 * tokens * kept // 4 + HEAD_BYTES
     assert accelerators.engine_needs(cfg, QWEN2_1_5B) == accelerators.engine_needs(run_config(), QWEN2_1_5B) // 2
 

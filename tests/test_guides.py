@@ -133,7 +133,9 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every `astar` command line of a page, without those before."""
     lines = "\n".join([*blocks(text_of(page), ""), *re.findall(r"`([^`\n]+)`", prose(text_of(page)))])
     lines = re.sub(r"\s# .*$|\\\n", "", lines, flags=re.MULTILINE)  # comments, and lines that go on
-    command = r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|export|launch|jobs|compare|convert|doctor) .+)$"
+    command = (
+        r"^.*?(?:^|\.venv/bin/| )astar ((?:data|sweep|train|eval|export|plan|launch|jobs|compare|convert|doctor) .+)$"
+    )
     return [shlex.split(line) for line in re.findall(command, lines, re.MULTILINE)]
 
 

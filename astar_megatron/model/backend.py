@@ -17,26 +17,8 @@ from typing import Any, Literal
 import torch
 
 from astar_megatron.config import ModelConfig, OptimConfig
-from astar_megatron.model import cpu_shim
+from astar_megatron.model import cpu_shim, gpus
 
-# Dense bfloat16 FLOPs a second, without sparsity, from the makers' data sheets; the first name that the device's holds.
-_PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H20": 148e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}  # the variable may name an interface that is not there, or one that goes
 _FLOAT32_ERROR = 1e-5  # of a product
 FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many tokens, or of fewer by recipe
@@ -102,7 +84,8 @@ class Backend:
         """Dense bfloat16 FLOPs a second at most, by the device's name, which MFU is stated against; else None."""
         if self.name == "cpu":
             return None
-        return peak_flops_of(torch.cuda.get_device_name(self.device))
+        gpu = gpus.of_device(torch.cuda.get_device_name(self.device))
+        return gpu and gpu.peak_flops
 
     def peak_memory_bytes(self) -> int:
         """Return the most that this rank's tensors held on the device; on CPU the most its process held."""
@@ -204,11 +187,6 @@ def check_float32(error: float) -> None:
             f"{error:.1e} of a product, expected at most {_FLOAT32_ERROR:.0e}); set model.dtype=bfloat16, or start "
             "this process with NVIDIA_TF32_OVERRIDE=0 in its environment, as `astar` does"
         )
-
-
-def peak_flops_of(device_name: str) -> float | None:
-    """Return the dense bfloat16 FLOPs a second of a device, None for one that is not in the table."""
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
 
 
 def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> None:

@@ -11,12 +11,15 @@ response positions only). Leaves out: recomputation, which is no work of the mod
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from astar_megatron.algorithm.packing import PackedBatch
 from conversion.families import Model
 
+if TYPE_CHECKING:  # `astar plan` counts where there is no torch
+    from astar_megatron.algorithm.packing import PackedBatch
 
-def forward_flops(model: Model, packed: PackedBatch) -> int:
+
+def forward_flops(model: Model, packed: "PackedBatch") -> int:
     """Return the FLOPs of one forward pass of a pack over the whole model, on however many ranks."""
     return _flops(model, len(packed.token_ids), packed.prefix_tokens, packed.lengths, len(packed.targets))
 
@@ -30,12 +33,16 @@ def drawing_flops(model: Model, prompt_tokens: int, response_tokens: Sequence[in
     return _flops(model, prefix + num_targets, prefix, response_tokens, num_targets)
 
 
+def head_flops(model: Model, num_targets: int) -> int:
+    """Return those of one forward pass of the LM head over so many response positions, a part of the others."""
+    return 2 * num_targets * model.dims.hidden_size * model.dims.vocab_size
+
+
 def _flops(model: Model, num_tokens: int, prefix: int, lengths: Sequence[int], num_targets: int) -> int:
     dims = model.dims
     pairs = _causal_pairs(prefix) + sum(prefix * own + _causal_pairs(own) for own in lengths)
     attention = 4 * pairs * dims.num_heads * dims.head_dim * dims.num_layers
-    head = 2 * num_targets * dims.hidden_size * dims.vocab_size
-    return 2 * num_tokens * _linear_weights(model) + attention + head
+    return 2 * num_tokens * _linear_weights(model) + attention + head_flops(model, num_targets)
 
 
 def _causal_pairs(num_tokens: int) -> int:

@@ -3,9 +3,9 @@
 An engine takes `rollout.gpu_memory_utilization` of each of its GPUs when it starts, for weights, cache and graphs, and
 gives that back while the policy steps. A rank's allocator may then take what the processes' own contexts leave. Before
 engines wake it gives back what `train.offload` names, and what it keeps must fit beside an engine. What a rank takes
-about, with P its parameters (those of the model over tensor * pipeline), R replicas, c bytes a number of the compute
-type, a micro-batch of T tokens (over tensor * context), L layers of hidden size H and MLP width F (of the experts a
-token goes to):
+about, with P its parameters (of the stage that has most), R replicas (of experts: R / expert), c bytes a number of the
+compute type, a micro-batch of T tokens (over tensor * context), L layers of hidden size H and MLP width F (of the
+experts a token goes to):
 
     weights     c * P                kept while engines generate, and with `train.offload`
     gradients   4 * P                fp32; kept unless it is all
@@ -24,11 +24,16 @@ Each stage of a pipeline keeps as many micro-batches as there are stages, of a p
 Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
 """
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
-from astar_megatron.config import Offload, RunConfig
+from astar_megatron.config import Offload, ParallelConfig, RunConfig
+from astar_megatron.model.layouts import layout_of
 from astar_megatron.run.resources import GIB, ResourceError, gib
-from conversion.families import Model
+from conversion.families import Model, model_from_config
+from conversion.tiles import ParallelLayout
 
 CONTEXT_BYTES = 2 * GIB  # of both processes: the device's contexts, libraries' own allocations
 HEAD_BYTES = 2 * GIB
@@ -43,7 +48,12 @@ class RankBytes:
     optimizer: int
     reference: int
     critic: int
-    step: int  # activations and head
+    activations: int
+    head: int
+
+    @property
+    def step(self) -> int:
+        return self.activations + self.head
 
     @property
     def most(self) -> int:
@@ -103,12 +113,15 @@ def shares_of(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
     return shares
 
 
-def rank_bytes(cfg: RunConfig, model: Model) -> RankBytes:
-    """Return about how many bytes a rank takes."""
-    size, dims, parallel = _number_bytes(cfg), model.dims, cfg.parallel
-    parameters = model.num_parameters() // (parallel.tensor * parallel.pipeline)
+def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBytes:
+    """Return about how many bytes a rank of a pipeline stage takes; None: of that with most parameters."""
+    size, dims, parallel = number_bytes(cfg), model.dims, cfg.parallel
+    stages = range(parallel.pipeline) if stage is None else (stage,)
+    dense, experts = max((_parameters(parallel, model, stage) for stage in stages), key=sum)
+    parameters = dense + experts
     learners = 1 if cfg.critic_lr is None else 2
-    optimizer = 0 if cfg.optim.offload else (12 if size == 2 else 8) * parameters // parallel.replicas
+    sharded = dense // parallel.replicas + experts * parallel.expert // parallel.replicas
+    optimizer = 0 if cfg.optim.offload else (12 if size == 2 else 8) * sharded
     width = dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
     layer = 7 * dims.hidden_size + 3 * width  # numbers a token
     kept = dims.num_layers * layer
@@ -121,13 +134,37 @@ def rank_bytes(cfg: RunConfig, model: Model) -> RankBytes:
         optimizer=learners * optimizer,
         reference=size * parameters if cfg.model.reference == "resident" else 0,
         critic=(learners - 1) * size * parameters,
-        step=tokens * size * kept // (parallel.tensor * parallel.context) + HEAD_BYTES,
+        activations=tokens * size * kept // (parallel.tensor * parallel.context),
+        head=HEAD_BYTES,
     )
+
+
+def _parameters(parallel: ParallelConfig, model: Model, stage: int) -> tuple[int, int]:
+    """Return the parameters of a rank of a stage, padding included: of experts, and all others first."""
+    first = stage * parallel.tensor * parallel.replicas  # a stage's ranks follow each other
+    return _parameters_of(json.dumps(model.config), layout_of(parallel, fused_norms=False), first)
+
+
+@lru_cache(maxsize=4096)  # whoever looks for a layout that fits asks for each many times
+def _parameters_of(config: str, layout: ParallelLayout, rank: int) -> tuple[int, int]:
+    shapes = model_from_config(json.loads(config)).megatron_shapes(layout, rank)
+    experts = sum(prod(shape) for name, shape in shapes.items() if ".experts." in name)
+    return sum(map(prod, shapes.values())) - experts, experts
+
+
+def worker_bytes(cfg: RunConfig, model: Model) -> int:
+    """Return the bytes of weights of an engine's worker, padding included."""
+    return number_bytes(cfg) * _worker_parameters(json.dumps(model.config), cfg.rollout.tensor)
+
+
+@lru_cache(maxsize=256)
+def _worker_parameters(config: str, tensor: int) -> int:
+    return sum(map(prod, model_from_config(json.loads(config)).vllm_shapes(tensor, 0).values()))
 
 
 def engine_needs(cfg: RunConfig, model: Model) -> int:
     """Return the bytes without which no worker can start: weights, keys and values of one longest sequence."""
-    size, dims = _number_bytes(cfg), model.dims
+    size, dims = number_bytes(cfg), model.dims
     cache = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * cfg.max_tokens
     return size * (model.num_parameters() + cache) // cfg.rollout.tensor
 
@@ -154,5 +191,6 @@ def _check(shares: Shares, cfg: RunConfig) -> None:
         )
 
 
-def _number_bytes(cfg: RunConfig) -> int:
+def number_bytes(cfg: RunConfig) -> int:
+    """Return c."""
     return 4 if cfg.model.dtype == "float32" else 2  # auto is bfloat16 on a GPU

@@ -80,7 +80,7 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     return Needs(
         policy_bytes=0 if accelerated else policy,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
-        saving_bytes=_checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16),
+        saving_bytes=checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16),
         shared_bytes=sum(buckets) + OBJECT_STORE_BYTES,
         processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
     )
@@ -120,7 +120,7 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
     lies there already counts.
     """
     run_dir, is_bfloat16 = Path(cfg.run_dir).absolute(), cfg.model.dtype != "float32"
-    checkpoint = _checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16)
+    checkpoint = checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16)
     count = cfg.checkpoint.keep + 1
     if cfg.checkpoint.keep_every is not None:
         count += cfg.train.num_steps // cfg.checkpoint.keep_every
@@ -137,7 +137,7 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
         )
 
 
-def _checkpoint_bytes(cfg: RunConfig, num_parameters: int, *, is_bfloat16: bool) -> int:
+def checkpoint_bytes(cfg: RunConfig, num_parameters: int, *, is_bfloat16: bool) -> int:
     """Return the size of a checkpoint: weights, Adam's two fp32 moments, fp32 master weights beside bfloat16 ones.
 
     Of a critic it holds as much again, of a reference that is a copy its weights.

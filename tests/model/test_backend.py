@@ -8,6 +8,7 @@ pytest.importorskip("yaml")
 
 from astar_megatron.config import ModelConfig, OptimConfig
 from astar_megatron.model import backend as backends
+from astar_megatron.model import gpus
 from astar_megatron.model.backend import Backend, check_features, check_float32, environment, product_error
 
 ENGINE = Backend(name="cuda", collectives="nccl", uses_transformer_engine=True, has_triton=True, reason="a GPU")
@@ -64,7 +65,8 @@ def test_a_cpu_states_no_peak_and_measures_its_process() -> None:
     ],
 )
 def test_the_peak_of_a_device_is_found_by_its_name(device: str, tflops: float | None) -> None:
-    assert backends.peak_flops_of(device) == (None if tflops is None else tflops * 1e12)
+    gpu = gpus.of_device(device)
+    assert (gpu and gpu.peak_flops) == (None if tflops is None else tflops * 1e12)
 
 
 def test_transformer_engine_gets_every_fusion_that_was_measured() -> None:

@@ -1,0 +1,55 @@
+"""GPUs by name: what a rank's MFU is stated against, and what `astar plan` counts with. Needs no torch.
+
+From NVIDIA's data sheets of each product: bfloat16 without sparsity, SXM modules where the name says nothing else,
+speeds of links in one direction. Memory is what the driver reports for the card (nvidia-smi), in MiB.
+"""
+
+from dataclasses import dataclass
+
+_MIB = 1 << 20
+_GEN4, _GEN5 = 32e9, 64e9  # bytes a second of 16 lanes of PCIe
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A kind of GPU; rates are a second."""
+
+    name: str  # a part of the device's name, as torch has it
+    memory_bytes: int
+    peak_flops: float  # dense bfloat16
+    memory_rate: float  # bytes of its own memory
+    link_rate: float  # bytes to another GPU of the node: NVLink, or PCIe
+    host_rate: float  # bytes to the host's memory
+
+
+# Of a device the first whose name is a part of the device's.
+GPUS = (
+    Gpu("GB200", 189471 * _MIB, 2500e12, 8.0e12, 900e9, 450e9),
+    Gpu("B200", 183359 * _MIB, 2250e12, 8.0e12, 900e9, _GEN5),
+    Gpu("GH200", 97871 * _MIB, 989e12, 4.0e12, 450e9, 450e9),
+    Gpu("H200", 143771 * _MIB, 989e12, 4.8e12, 450e9, _GEN5),
+    Gpu("H20", 97871 * _MIB, 148e12, 4.0e12, 450e9, _GEN5),
+    Gpu("H100 PCIe", 81559 * _MIB, 756e12, 2.0e12, _GEN5, _GEN5),
+    Gpu("H100 NVL", 95830 * _MIB, 835e12, 3.9e12, 300e9, _GEN5),
+    Gpu("H100", 81559 * _MIB, 989e12, 3.35e12, 450e9, _GEN5),
+    Gpu("A100-SXM4-40GB", 40960 * _MIB, 312e12, 1.555e12, 300e9, _GEN4),
+    Gpu("A100", 81920 * _MIB, 312e12, 2.039e12, 300e9, _GEN4),
+    Gpu("A800", 81920 * _MIB, 312e12, 2.039e12, 200e9, _GEN4),
+    Gpu("A10G", 23028 * _MIB, 70e12, 0.6e12, _GEN4, _GEN4),
+    Gpu("A10", 23028 * _MIB, 125e12, 0.6e12, _GEN4, _GEN4),
+    Gpu("L40S", 46068 * _MIB, 362e12, 0.864e12, _GEN4, _GEN4),
+    Gpu("L40", 46068 * _MIB, 181e12, 0.864e12, _GEN4, _GEN4),
+    Gpu("L4", 23034 * _MIB, 121e12, 0.3e12, _GEN4, _GEN4),
+)
+
+
+def of_device(device_name: str) -> Gpu | None:
+    """Return the kind of a device by the name that torch has for it; None for one that is not in the table."""
+    return next((gpu for gpu in GPUS if gpu.name in device_name), None)
+
+
+def named(name: str) -> Gpu:
+    """Return the kind of this name, in capitals or not. Raises ValueError with all names."""
+    if gpu := next((gpu for gpu in GPUS if gpu.name.lower() == name.lower()), None):
+        return gpu
+    raise ValueError(f"--gpu {name}: expected one of {', '.join(gpu.name for gpu in GPUS)}")

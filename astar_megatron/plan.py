@@ -1,0 +1,95 @@
+"""PROGRAM: what a run will take of GPUs: memory, seconds, GPU hours, and what would fit; nothing is started.
+
+It needs neither torch nor a GPU. `--json` prints the same figures, sizes in bytes.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from astar_megatron.config import RunConfig
+from astar_megatron.model import gpus
+from astar_megatron.run.forecast import Forecast, count_prompts, forecast
+from astar_megatron.run.nearest import Neighbour, nearest
+from astar_megatron.run.resources import GIB, gib, native_bfloat16
+from astar_megatron.run.tracking import Screen
+from conversion.families import read_model
+
+
+def main(cfg: RunConfig, gpu_name: str | None, *, as_json: bool) -> int:
+    """Say what the run takes on this kind of GPU (None: on cores); returns 0 where it fits, else 1.
+
+    Raises ValueError where no GPU could run it: an unknown model, a layout that does not divide it.
+    """
+    gpu = None if gpu_name is None else gpus.named(gpu_name)
+    if gpu is None and cfg.model.dtype == "auto":  # as ranks would choose, here
+        dtype = "bfloat16" if native_bfloat16() else "float32"
+        cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": dtype})})
+    model, num_prompts = read_model(cfg.model.path), count_prompts(cfg)
+    ahead = forecast(cfg, model, gpu, num_prompts)
+    neighbours = [] if ahead.fits or gpu is None else nearest(cfg, model, gpu, num_prompts)
+    if as_json:
+        print(json.dumps(_fields(ahead, neighbours), indent=1))
+    else:
+        _show(cfg, ahead, neighbours)
+    return 0 if ahead.fits else 1
+
+
+def _fields(ahead: Forecast, neighbours: list[Neighbour]) -> dict[str, Any]:
+    """Return the forecast as JSON has it."""
+    fields = asdict(ahead) | {"fits": ahead.fits, "seconds": ahead.seconds and ahead.seconds.parts()}
+    fields["nearest"] = [
+        {"change": dict(near.change), "step_seconds": near.forecast.seconds and near.forecast.seconds.total}
+        | {"num_gpus": near.forecast.num_gpus, "training_hours": near.forecast.training_hours}
+        for near in neighbours
+    ]
+    return fields
+
+
+def _show(cfg: RunConfig, ahead: Forecast, neighbours: list[Neighbour]) -> None:
+    screen = Screen()
+    screen.table("memory of each, GiB", [*_memory_rows(cfg, ahead)])
+    if ahead.sharing:
+        screen.say(ahead.sharing)
+    if ahead.seconds:
+        title = f"seconds of a step; responses of {cfg.sampling.max_response_tokens} tokens, the longest there may be"
+        parts = ahead.seconds.parts().items()
+        screen.table(title, [(name, f"{seconds:.2f}") for name, seconds in parts if seconds])
+        screen.say(_cost(cfg, ahead))
+        for caution in ahead.cautions:
+            screen.say(caution)
+    elif ahead.fits:
+        screen.say("seconds are planned for GPUs: name one with --gpu")
+    for problem in ahead.problems:
+        screen.say(f"does not fit: {problem}")
+    for near in neighbours:
+        assert near.forecast.seconds is not None
+        took = f"{near.forecast.seconds.total:.1f} s a step on {near.forecast.num_gpus} GPUs"
+        screen.say(f"fits: {near.describe()}: {took}, {near.forecast.training_hours:.1f} GPU hours")
+    if ahead.problems and not neighbours:
+        screen.say("nothing near fits: take a smaller model, GPUs with more memory, or change more than three settings")
+
+
+def _memory_rows(cfg: RunConfig, ahead: Forecast) -> list[tuple[str, str]]:
+    rows = []
+    for process in ahead.processes:
+        limit = f" of {process.limit_bytes / GIB:.1f}" if process.limit_bytes is not None else ""
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in process.parts.items())
+        times = f"{process.count} x " if process.count > 1 else ""
+        rows.append((process.name, f"{times}{process.total_bytes / GIB:.1f}{limit}: {parts}"))
+    if ahead.cache:
+        count = ahead.cache.num_tokens // cfg.max_tokens
+        rows.append(("an engine's cache", f"{count} sequences of {cfg.max_tokens} tokens"))
+    if ahead.host_bytes:
+        rows.append(("host memory", f"at least {gib(ahead.host_bytes)}, of all nodes"))
+    elif not ahead.num_gpus:
+        total = sum(process.count * process.total_bytes for process in ahead.processes)
+        rows.append(("in all", gib(total)))
+    return rows
+
+
+def _cost(cfg: RunConfig, ahead: Forecast) -> str:
+    words = f"{ahead.where}; {cfg.train.num_steps} steps: at most {ahead.training_hours:.1f} GPU hours"
+    if ahead.stage_1_hours is not None:
+        return f"{words}, and {ahead.stage_1_hours:.1f} for stage 1"
+    return f"{words}; stage 1 not counted: {cfg.data.path} is not there yet" if cfg.reads_stage_1 else words

@@ -1,0 +1,116 @@
+"""The nearest settings with which a planned run fits its GPUs: the fewest changes of keys, then the fewest GPU seconds.
+
+Looked at are smaller forward passes, what can be computed again or lie in host memory, the engines' share and tensor
+axis, other layouts, more nodes: one of these changed, else two, else three.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+from astar_megatron import config
+from astar_megatron.config import RunConfig
+from astar_megatron.model.gpus import Gpu
+from astar_megatron.run.capacity import processes
+from astar_megatron.run.forecast import Forecast, forecast, problems_of
+from conversion.families import Model
+
+_MOST_CHANGES, _MOST_SHOWN = 3, 3
+_FACTORS = (2, 4, 8)
+
+type Change = Mapping[str, Any]  # keys of the configuration, to their values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbour:
+    """Settings that differ from the run's and fit."""
+
+    change: Change
+    forecast: Forecast
+
+    def describe(self) -> str:
+        """Return the change as the command line takes it."""
+        return " ".join(f"--set {key}={_yaml(value)}" for key, value in self.change.items())
+
+
+def nearest(cfg: RunConfig, model: Model, gpu: Gpu, num_prompts: int | None) -> list[Neighbour]:
+    """Return up to three neighbours, the cheapest step first; none where up to three changes don't do. Pure."""
+    kinds = [list(kind) for kind in _changes(cfg)]
+    for count in range(1, _MOST_CHANGES + 1):
+        neighbours = [
+            Neighbour(change=change, forecast=ahead)
+            for chosen in combinations(kinds, count)
+            for picked in product(*chosen)
+            if (ahead := _forecast(cfg, change := _joined(picked), model, gpu, num_prompts))
+        ]
+        if neighbours:
+            best = {frozenset(near.change): near for near in sorted(neighbours, key=_cost, reverse=True)}
+            return sorted(best.values(), key=_cost)[:_MOST_SHOWN]  # the cheapest of those that change the same keys
+    return []
+
+
+def _cost(neighbour: Neighbour) -> float:
+    return neighbour.forecast.training_hours
+
+
+def _forecast(cfg: RunConfig, change: Change, model: Model, gpu: Gpu, num_prompts: int | None) -> Forecast | None:
+    """None where the settings don't fit or can't be had, for whatever reason: another neighbour may do."""
+    tree = cfg.model_dump()
+    for key, value in change.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    try:
+        changed = config.validate(tree)
+        problems, _ = problems_of(changed, model, gpu, processes(changed, model, gpu))
+        return None if problems else forecast(changed, model, gpu, num_prompts)
+    except ValueError:
+        return None
+
+
+def _changes(cfg: RunConfig) -> Iterator[Iterable[Change]]:
+    """Of each kind the changes that there are."""
+    tokens, share = cfg.train.micro_batch_tokens, cfg.rollout.gpu_memory_utilization
+    smaller = (tokens // factor for factor in _FACTORS)
+    yield ({"train.micro_batch_tokens": size} for size in smaller if size >= cfg.max_tokens)
+    yield _other("parallel.recompute", cfg.parallel.recompute, ["full"])
+    yield _other("model.reference", cfg.model.reference, ["offload"])
+    yield _other("optim.offload", cfg.optim.offload, [True])
+    yield _other("train.offload", cfg.train.offload, ["optimizer", "all"])
+    yield ({"rollout.gpu_memory_utilization": new} for new in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8) if abs(new - share) > 0.05)
+    yield _engines(cfg)
+    yield _layouts(cfg)
+    yield ({"slurm.nodes": factor * cfg.slurm.nodes} for factor in _FACTORS)
+
+
+def _other(key: str, now: object, values: Iterable[object]) -> list[Change]:
+    return [{key: value} for value in values if value != now]
+
+
+def _engines(cfg: RunConfig) -> Iterator[Change]:
+    """Engines of more workers, on as many GPUs where that goes."""
+    for factor in _FACTORS:
+        engines = max(1, cfg.rollout.num_engines // factor)
+        yield {"rollout.tensor": factor * cfg.rollout.tensor, "rollout.num_engines": engines}
+
+
+def _layouts(cfg: RunConfig) -> Iterator[Change]:
+    """More ranks to a copy of the model, on as many GPUs where that goes; and as many copies on more."""
+    parallel = cfg.parallel
+    for axis, factor in product(("tensor", "pipeline", "context", "expert"), _FACTORS):
+        key, size = f"parallel.{axis}", factor * getattr(parallel, axis)
+        if axis == "expert":
+            yield {key: size}
+            continue
+        if parallel.data % factor == 0:
+            yield {key: size, "parallel.data": parallel.data // factor}
+        yield {key: size}
+    yield from ({"parallel.data": factor * parallel.data} for factor in _FACTORS)
+
+
+def _joined(changes: Iterable[Change]) -> Change:
+    return {key: value for change in changes for key, value in change.items()}
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
