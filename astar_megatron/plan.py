@@ -82,7 +82,7 @@ def _memory_rows(cfg: RunConfig, ahead: Forecast) -> list[tuple[str, str]]:
         rows.append(("an engine's cache", f"{count} sequences of {cfg.max_tokens} tokens"))
     if ahead.host_bytes:
         rows.append(("host memory", f"at least {gib(ahead.host_bytes)}, of all nodes"))
-    elif not ahead.num_gpus:
+    if all(process.limit_bytes is None for process in ahead.processes):  # on cores
         total = sum(process.count * process.total_bytes for process in ahead.processes)
         rows.append(("in all", gib(total)))
     return rows

@@ -127,7 +127,10 @@ def head_passes() -> Iterator[Figure]:
 
 
 def on_cores() -> Iterator[Figure]:
-    """Resident memory at its peak, `peak_memory_bytes` of metrics.jsonl; the runs of benchmarks/results/compare/."""
+    """Resident memory at its peak, `peak_memory_bytes` of metrics.jsonl: the runs of benchmarks/results/compare/.
+
+    Before the first checkpoint that of seed 0 after five steps, at the end the largest of three seeds.
+    """
     demo = "135M on cores, a rank"
     for words, method, before, most in (("", "astar", 5.43, 9.58), (" with a critic", "ppo", 7.73, 13.44)):
         rank, engine, _ = capacity.processes(demo_run(method), SMOLLM, None)

@@ -164,7 +164,8 @@ def test_every_command_line_parses_and_its_keys_exist(page: Path) -> None:
 def test_the_guides_have_commands() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30
     programs = {words[0] for page in PAGES for words in commands(page)}
-    assert programs == {"data", "sweep", "train", "eval", "compare", "convert", "doctor", "launch", "jobs", "export"}
+    known = {"data", "sweep", "train", "eval", "compare", "convert", "doctor", "launch", "jobs", "export", "plan"}
+    assert programs == known
 
 
 @each_page

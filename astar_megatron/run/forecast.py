@@ -109,13 +109,18 @@ def count_prompts(cfg: RunConfig) -> int | None:
 
 def placement_of(cfg: RunConfig, model: Model) -> Placement:
     """Return where ranks and engines go on the nodes of the section slurm. Raises PlacementError."""
-    size = cfg.slurm.gpus_per_node or _USUAL_GPUS
-    nodes = [Node(address=f"node {number}", num_gpus=size) for number in range(1, cfg.slurm.nodes + 1)]
+    size, numbers = gpus_of_a_node(cfg), range(1, cfg.slurm.nodes + 1)
+    nodes = [Node(address=f"node {number}", num_gpus=size) for number in numbers]
 
     def parts() -> Iterable[ParallelConfig]:
         return layouts.parts(cfg.parallel, model, sequences=cfg.mini_batch_size)
 
     return place(nodes, cfg.parallel, cfg.rollout, cfg.cluster.share_gpus, parts)
+
+
+def gpus_of_a_node(cfg: RunConfig) -> int:
+    """Return how many GPUs a node is planned with."""
+    return cfg.slurm.gpus_per_node or _USUAL_GPUS
 
 
 def _problem(process: Process, gpu: Gpu) -> str:

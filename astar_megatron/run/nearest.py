@@ -1,23 +1,25 @@
 """The nearest settings with which a planned run fits its GPUs: the fewest changes of keys, then the fewest GPU seconds.
 
 Looked at are smaller forward passes, what can be computed again or lie in host memory, the engines' share and tensor
-axis, other layouts, more nodes: one of these changed, else two, else three.
+axis, other layouts, GPUs for both sides, more nodes: one of these changed, else two, else three.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
+from math import ceil
 from typing import Any
 
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.model.gpus import Gpu
 from astar_megatron.run.capacity import processes
-from astar_megatron.run.forecast import Forecast, forecast, problems_of
+from astar_megatron.run.forecast import Forecast, forecast, gpus_of_a_node, problems_of
 from conversion.families import Model
 
 _MOST_CHANGES, _MOST_SHOWN = 3, 3
 _FACTORS = (2, 4, 8)
+_ENOUGH = -1  # nodes: as many as the other changes make necessary
 
 type Change = Mapping[str, Any]  # keys of the configuration, to their values
 
@@ -42,7 +44,7 @@ def nearest(cfg: RunConfig, model: Model, gpu: Gpu, num_prompts: int | None) -> 
             Neighbour(change=change, forecast=ahead)
             for chosen in combinations(kinds, count)
             for picked in product(*chosen)
-            if (ahead := _forecast(cfg, change := _joined(picked), model, gpu, num_prompts))
+            if (ahead := _forecast(changed(cfg, change := _joined(cfg, picked)), model, gpu, num_prompts))
         ]
         if neighbours:
             best = {frozenset(near.change): near for near in sorted(neighbours, key=_cost, reverse=True)}
@@ -54,18 +56,25 @@ def _cost(neighbour: Neighbour) -> float:
     return neighbour.forecast.training_hours
 
 
-def _forecast(cfg: RunConfig, change: Change, model: Model, gpu: Gpu, num_prompts: int | None) -> Forecast | None:
+def _forecast(tree: Mapping[str, Any], model: Model, gpu: Gpu, num_prompts: int | None) -> Forecast | None:
     """None where the settings don't fit or can't be had, for whatever reason: another neighbour may do."""
+    try:
+        cfg = config.validate(tree)
+        own = processes(cfg, model, gpu)
+        if not all(process.fits for process in own) or problems_of(cfg, model, gpu, own)[0]:
+            return None
+        return forecast(cfg, model, gpu, num_prompts)
+    except ValueError:
+        return None
+
+
+def changed(cfg: RunConfig, change: Change) -> dict[str, Any]:
+    """Return the tree of a configuration with these keys in place of its own."""
     tree = cfg.model_dump()
     for key, value in change.items():
         section, name = key.split(".")
         tree[section][name] = value
-    try:
-        changed = config.validate(tree)
-        problems, _ = problems_of(changed, model, gpu, processes(changed, model, gpu))
-        return None if problems else forecast(changed, model, gpu, num_prompts)
-    except ValueError:
-        return None
+    return tree
 
 
 def _changes(cfg: RunConfig) -> Iterator[Iterable[Change]]:
@@ -80,7 +89,8 @@ def _changes(cfg: RunConfig) -> Iterator[Iterable[Change]]:
     yield ({"rollout.gpu_memory_utilization": new} for new in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8) if abs(new - share) > 0.05)
     yield _engines(cfg)
     yield _layouts(cfg)
-    yield ({"slurm.nodes": factor * cfg.slurm.nodes} for factor in _FACTORS)
+    yield _other("cluster.share_gpus", bool(cfg.cluster.share_gpus), [True])
+    yield [{"slurm.nodes": _ENOUGH}]
 
 
 def _other(key: str, now: object, values: Iterable[object]) -> list[Change]:
@@ -108,8 +118,17 @@ def _layouts(cfg: RunConfig) -> Iterator[Change]:
     yield from ({"parallel.data": factor * parallel.data} for factor in _FACTORS)
 
 
-def _joined(changes: Iterable[Change]) -> Change:
-    return {key: value for change in changes for key, value in change.items()}
+def _joined(cfg: RunConfig, changes: Iterable[Change]) -> Change:
+    """Return all of the changes, with as many nodes as both sides then need."""
+    change = {key: value for part in changes for key, value in part.items()}
+    if "slurm.nodes" in change:
+        tree = changed(cfg, change)
+        axes, engines = tree["parallel"], tree["rollout"]
+        ranks = axes["tensor"] * axes["pipeline"] * axes["context"] * axes["data"]
+        sides = ranks, engines["num_engines"] * engines["tensor"]
+        wanted = max(sides) if tree["cluster"]["share_gpus"] else sum(sides)
+        change["slurm.nodes"] = max(cfg.slurm.nodes + 1, ceil(wanted / gpus_of_a_node(cfg)))
+    return change
 
 
 def _yaml(value: object) -> str:

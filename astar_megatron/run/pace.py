@@ -36,7 +36,7 @@ LAYERS_SHARE, HEAD_SHARE = 0.5, 0.63
 FP8_SPEED = 1.07  # of the same layers with model.fp8
 # A token of a sequence beside others, over what bytes and FLOPs explain: a seed of its own, log-probs, the scheduler.
 DRAW_SECONDS = 43e-6  # 256 at once, Qwen2.5-1.5B, one H200
-PUBLISH_RATE = 8e9  # bytes a second of a sender, with the digests of both ends: 3.1 GB in 0.39 s by CUDA IPC
+PUBLISH_RATE = 8e9  # bytes a second of a sender, with the digests of both ends: 3.1 GB in 0.39 s, on one GPU
 TURN_SECONDS = 0.26  # an engine's sleep and its two wakes: 0.06, 0.03, 0.17
 NETWORK_RATE = 50e9  # bytes a second of a GPU to another node: a card of 400 Gbit/s for each
 _OPTIMIZER_BYTES = 30  # a parameter: gradient, master weight and moments read, all but the first and the weight written
