@@ -26,12 +26,14 @@ def main(cfg: RunConfig, gpu_name: str | None, *, as_json: bool) -> int:
         dtype = "bfloat16" if native_bfloat16() else "float32"
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": dtype})})
     model, num_prompts = read_model(cfg.model.path), count_prompts(cfg)
-    ahead = forecast(cfg, model, gpu, num_prompts)
-    neighbours = [] if ahead.fits or gpu is None else nearest(cfg, model, gpu, num_prompts)
+    ahead, screen = forecast(cfg, model, gpu, num_prompts), Screen()
+    if not as_json:
+        _show(screen, cfg, ahead)
+    neighbours = [] if ahead.fits or gpu is None else nearest(cfg, model, gpu, num_prompts)  # seconds
     if as_json:
         print(json.dumps(_fields(ahead, neighbours), indent=1))
-    else:
-        _show(cfg, ahead, neighbours)
+    elif not ahead.fits:
+        _show_nearest(screen, neighbours)
     return 0 if ahead.fits else 1
 
 
@@ -46,8 +48,7 @@ def _fields(ahead: Forecast, neighbours: list[Neighbour]) -> dict[str, Any]:
     return fields
 
 
-def _show(cfg: RunConfig, ahead: Forecast, neighbours: list[Neighbour]) -> None:
-    screen = Screen()
+def _show(screen: Screen, cfg: RunConfig, ahead: Forecast) -> None:
     screen.table("memory of each, GiB", [*_memory_rows(cfg, ahead)])
     if ahead.sharing:
         screen.say(ahead.sharing)
@@ -62,11 +63,14 @@ def _show(cfg: RunConfig, ahead: Forecast, neighbours: list[Neighbour]) -> None:
         screen.say("seconds are planned for GPUs: name one with --gpu")
     for problem in ahead.problems:
         screen.say(f"does not fit: {problem}")
+
+
+def _show_nearest(screen: Screen, neighbours: list[Neighbour]) -> None:
     for near in neighbours:
         assert near.forecast.seconds is not None
         took = f"{near.forecast.seconds.total:.1f} s a step on {near.forecast.num_gpus} GPUs"
         screen.say(f"fits: {near.describe()}: {took}, {near.forecast.training_hours:.1f} GPU hours")
-    if ahead.problems and not neighbours:
+    if not neighbours:
         screen.say("nothing near fits: take a smaller model, GPUs with more memory, or change more than three settings")
 
 

@@ -1,4 +1,4 @@
-"""The nearest settings with which a planned run fits its GPUs: the fewest changes of keys, then the fewest GPU seconds.
+"""The nearest settings with which a planned run fits its GPUs: the fewest changes, then the fewest GPU hours.
 
 Looked at are smaller forward passes, what can be computed again or lie in host memory, the engines' share and tensor
 axis, other layouts, GPUs for both sides, more nodes: one of these changed, else two, else three.

@@ -5,9 +5,10 @@ forward pass (model/flops.py) of the sequences of a data rank, over the ranks th
 
     forward     F of the layers / (LAYERS_SHARE * peak) + F of the head / (HEAD_SHARE * peak) + bytes / link
                 times 1 + (stages - 1) / (virtual * micro-batches), the pipeline's bubble
-    reference   a forward pass of each mini-batch
+    reference   a forward pass of each mini-batch, and its weights from the host with model.reference=offload
     policy      three, of the layers four with parallel.recompute=full; at least the bytes of gradients and weights over
-                the link of the replicas, which are sent meanwhile; and 30 bytes a parameter for the optimiser
+                the link of the replicas, which are sent meanwhile; and 30 bytes a parameter for the optimiser, or with
+                optim.offload a gradient and a weight over the link to the host
     critic      a forward pass for values and three to learn, without a head
     generate    prompts: forward FLOPs as above; then for each token of a response the larger of (weights and keys and
                 values) / memory rate and FLOPs / peak, and DRAW_SECONDS a sequence
@@ -85,11 +86,10 @@ def step_seconds(cfg: RunConfig, model: Model, gpu: Gpu, *, shared: bool, num_no
     layers = 4 if cfg.parallel.recompute == "full" else 3
     policy = max(forward.times(layers, 3), _replicas_seconds(cfg, model, gpu, num_nodes))
     learning = policy + _optimizer_seconds(cfg, model, gpu)
-    moved = rank_bytes(cfg, model).reference or number_bytes(cfg) * _parameters(cfg, model)
-    to_host = moved / gpu.host_rate if cfg.model.reference == "offload" else 0.0
+    moved = number_bytes(cfg) * _parameters(cfg, model) if cfg.model.reference == "offload" else 0
     return StepSeconds(
         generate=generation_seconds(cfg, model, gpu, cfg.train.batch_size, cfg.train.batch_size // cfg.group_size),
-        reference=steps * forward.times(1, 1) + to_host,
+        reference=steps * forward.times(1, 1) + moved / gpu.host_rate,
         policy=steps * learning,
         critic=0.0 if cfg.critic_lr is None else steps * (forward.times(1 + layers, 0)),
         publish=_publish_seconds(cfg, model),
