@@ -139,6 +139,16 @@ def test_seconds_follow_the_gpu_and_the_ranks() -> None:
     assert step(run_config(rollout={"num_engines": 2})).generate < step(cfg).generate
 
 
+def test_workers_of_an_engine_wait_for_their_link_and_a_lone_worker_for_none() -> None:
+    slow = dataclasses.replace(H100, link_rate=H100.link_rate / 10)
+
+    def seconds(gpu: gpus.Gpu, workers: int) -> float:
+        cfg = run_config(rollout={"tensor": workers})
+        return pace.generation_seconds(cfg, QWEN, gpu, num_responses=64, num_prompts=64)
+
+    assert seconds(slow, 2) > seconds(H100, 2) and seconds(slow, 1) == seconds(H100, 1)
+
+
 def test_a_pipelines_bubble_shrinks_with_micro_batches_and_virtual_stages() -> None:
     def seconds(**parallel: int) -> float:
         return step(run_config(parallel={"pipeline": 4, **parallel}, train={"micro_batch_tokens": 16384})).policy
@@ -161,7 +171,7 @@ def test_replicas_on_several_nodes_wait_for_the_network() -> None:
 # --- what fits
 
 
-def test_settings_that_are_offered_fit_and_none_with_fewer_changes_does() -> None:
+def test_settings_that_are_offered_fit_cheapest_first_and_change_no_more_than_needed() -> None:
     cfg = run_config(train={"micro_batch_tokens": 32768}, cluster={"share_gpus": True})
     assert not forecast(cfg, QWEN, H100, None).fits
     offered = nearest(cfg, QWEN, H100, None)
