@@ -30,7 +30,6 @@ _LOG = logging.getLogger(__name__)
 PREFIX = "astar-"
 LOCK = "lock"  # held while the run lives: numbers of processes mean nothing to a container; it holds the driver's
 _SHARED_FILES = "shared_files"  # a name a line
-_SEMAPHORES = "ASTAR_SEMAPHORES"  # what the names of a session's semaphores begin with
 SHARED_MEMORY = Path("/dev/shm")
 _LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
@@ -47,7 +46,7 @@ class SessionFolder:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
         # Of the run's processes: Megatron's checkpoints make folders and sockets there, and a killed one leaves them.
-        self.environment = {"TMPDIR": str(self.path), _SEMAPHORES: self.path.name}
+        self.environment = {"TMPDIR": str(self.path)}
         self._lock = exclusive(self.path / LOCK, "this run")
         self._shared: set[str] = set()
 
@@ -85,8 +84,9 @@ def name_semaphores() -> None:
     So it is known although all of them were killed as they began, with the tracker that would have removed it. By
     multiprocessing's own prefix, which children take over.
     """
-    if prefix := os.environ.get(_SEMAPHORES):
-        multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # pyright: ignore[reportAttributeAccessIssue]
+    folder = Path(tempfile.gettempdir())
+    if folder.name.startswith(PREFIX):
+        multiprocessing.current_process()._config["semprefix"] = f"/{folder.name}"  # pyright: ignore
 
 
 def care(folder: Path) -> None:

@@ -54,7 +54,9 @@ class Worker:
             print("(Core pid=7) ERROR 11-28 00:24:04 [core.py:1510] OSError: no space left for the cache", flush=True)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
         if order == "fail":
-            raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+            raise RuntimeError("Engine core initialization failed. Failed core proc(s): {'EngineCore': 1}")
+        if order == "fail without a word":
+            raise RuntimeError("Engine core initialization failed. Failed core proc(s): {}")
         if order == "refuse":
             raise ValueError("data.path: no such file")
         if order == "break":

@@ -1,4 +1,4 @@
-"""What is said where Ray's own process of a node has ended (a session of its own: it does not outlive this)."""
+"""Which failed calls are a lost process: one that may do better when it is started again (a Ray of its own)."""
 
 import contextlib
 import os
@@ -15,13 +15,15 @@ from astar_megatron.cluster.processes import process_tree
 from astar_megatron.config import ClusterConfig
 
 
-def test_an_error_of_an_actor_whose_raylet_has_ended_is_a_lost_process() -> None:
+def test_a_core_that_left_no_word_and_a_raylet_that_has_ended_are_lost_processes() -> None:
     env = {"PYTHONPATH": os.pathsep.join(str(Path(__file__).parents[level]) for level in (0, 2))}
     with Cluster(ClusterConfig()) as cluster:
         worker = cluster.actor("engine", 2, Worker, env=env)
-        with pytest.raises(ClusterError, match="initialization failed") as error:
+        with pytest.raises(ClusterError, match=r"engine 2: EngineCore ended with exit status 1$") as error:
             cluster.wait("engines: start", [worker.obey.remote("fail")], 60)
         assert not isinstance(error.value, ActorLost)
+        with pytest.raises(ActorLost, match="engine 2: RuntimeError: Engine core initialization failed"):
+            cluster.wait("engines: start", [worker.obey.remote("fail without a word")], 60)
         failed = worker.obey.remote("fail")
         ray.wait([failed], timeout=60)
         (raylet,) = (pid for pid in process_tree(os.getpid()) if name_of(pid) == "raylet")

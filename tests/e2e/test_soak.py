@@ -87,7 +87,7 @@ def soak(process: Driver) -> tuple[list[str], Memory]:
             (rank,), (raylet,) = processes_of("rank", process), processes_of("raylet", process)
             for name, pid in {"driver": process.process.pid, "rank": rank, "raylet": raylet, **spared}.items():
                 memory.setdefault(name, []).append((now, resident_bytes(pid)))
-        if now >= next_fault:
+        if now >= next_fault and all_are_there(process.output()):
             victim, number = chance.choice(kinds)
             if pids := set(processes_of(victim, process)) - set(spared.values()):
                 os.kill(min(pids), number)
@@ -95,6 +95,11 @@ def soak(process: Driver) -> tuple[list[str], Memory]:
                 next_fault = now + chance.uniform(0.5, 1.5) * FAULT_SECONDS
         time.sleep(2.0)
     return faults, memory
+
+
+def all_are_there(output: str) -> bool:
+    """Whether no engine is being replaced: one that is killed three times before it answers is given up."""
+    return output.count("; it is being replaced") == output.count(": replaced in ")
 
 
 def resident_bytes(pid: int) -> int:
