@@ -13,6 +13,7 @@ from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
+from astar_megatron.run.garbage import collect_seldom
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.record import record_of
 from astar_megatron.run.steps import batch_of, health_of, step_options
@@ -34,6 +35,7 @@ def main(cfg: RunConfig) -> None:
     estimates = stage_1(cfg, inputs)
     check_training(cfg, inputs)
     tracker = Tracker(cfg.run_dir)
+    collect_seldom()
     with Fleet(cfg, inputs.model, tracker) as fleet:
         train_whatever_dies(cfg, inputs, estimates, fleet, tracker)
 

@@ -138,8 +138,9 @@ def _gb(num_bytes: float) -> str:
 
 def _driver(results: dict[str, Any]) -> Iterator[str]:
     reports, before = results["driver"], results["driver_before"]
+    of_step = "Processor seconds, all threads; a sequence a rank. `in the end`: between the two largest sizes."
     for heading, kind, rule in (
-        ("The driver's own work in a step", "step", "Processor seconds, all threads; a sequence a rank."),
+        ("The driver's own work in a step", "step", of_step),
         ("Once a run", "once", "Processor seconds of the driver. `open` makes the plan and takes it apart."),
     ):
         yield from (f"## {heading}\n", rule, "")
@@ -149,21 +150,21 @@ def _driver(results: dict[str, Any]) -> Iterator[str]:
         rows = []
         for name in names:
             values, olds = _part(reports, kind, name), _part(before, kind, name)
-            growth = _growth(reports, values)
-            rows.append(
-                [name, *map(_seconds, values), growth, _seconds(olds[-1]) if olds else "", _growth(before, olds)]
-            )
-        yield from _table(["part", *columns, "grows as ranks^", f"before{last}", "grew as ranks^"], rows)
+            growths = _growth(reports, values), _growth(reports[-2:], values[-2:], fewest=2)
+            old = _seconds(olds[-1]) if olds else ""
+            rows.append([name, *map(_seconds, values), *growths, old, _growth(before, olds)])
+        columns += ["grows as ranks^", "in the end", f"before{last}", "grew as ranks^"]
+        yield from _table(["part", *columns], rows)
 
 
 def _part(reports: Sequence[dict[str, Any]], kind: str, name: str) -> list[float]:
     return [sum(report[kind].values()) if name == "all" else report[kind][name] for report in reports]
 
 
-def _growth(reports: Sequence[dict[str, Any]], values: Sequence[float]) -> str:
+def _growth(reports: Sequence[dict[str, Any]], values: Sequence[float], fewest: int = 3) -> str:
     """Return the exponent over the sizes at which the work is long enough to be measured; "" where they are too few."""
     pairs = [(report["ranks"], value) for report, value in zip(reports, values, strict=True) if value >= 2e-3]
-    return f"{slope(*zip(*pairs, strict=True)):.2f}" if len(pairs) > 2 else ""
+    return f"{slope(*zip(*pairs, strict=True)):.2f}" if len(pairs) >= fewest else ""
 
 
 def _calls(results: dict[str, Any]) -> Iterator[str]:

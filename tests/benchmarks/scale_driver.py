@@ -40,6 +40,7 @@ from astar_megatron.data.prompts import PromptStream
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.run.garbage import collect_seldom
 from astar_megatron.run.record import record_of
 from astar_megatron.run.steps import batch_of, health_of
 from astar_megatron.run.tracking import Tracker
@@ -247,6 +248,7 @@ def measured(ranks: int, measure: Measure) -> tuple[dict[str, float], dict[str, 
 
 def main() -> None:
     ranks, start = int(sys.argv[1]), time.monotonic()
+    collect_seldom()  # as `astar train`
     a_step, once = measured(ranks, cpu_seconds)
     report = {
         "ranks": ranks,
