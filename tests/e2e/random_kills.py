@@ -172,15 +172,21 @@ def processes_of(victim: str, attempt: Attempt) -> list[int]:
     return [pid for pid, title in titles.items() if VICTIMS[victim](title)]
 
 
-def phase_of(run: Path, output: str) -> str:
-    """What a run is doing, as far as it shows."""
-    if any(run.glob("checkpoints/*.incomplete")):
-        return "save"
-    if any(run.glob(".hf.new-*")):
-        return "export"
+def phase_of(run: Path, output: str, seconds: float) -> str:
+    """What a run is doing that was started so many seconds ago, as far as it shows: older files are of a dead one."""
     if "weights go to the engines" not in output:
         return "start"
+    if _has_new(run, "checkpoints/*.incomplete", seconds):
+        return "save"
+    if _has_new(run, ".hf.new-*", seconds):
+        return "export"
     return "evaluation" if output.splitlines()[-1].startswith("eval") else "step"
+
+
+def _has_new(run: Path, pattern: str, seconds: float) -> bool:
+    with suppress(FileNotFoundError):
+        return any(time.time() - path.stat().st_mtime < seconds for path in run.glob(pattern))
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +213,9 @@ def run_to_its_end(
             while victims and not _has_ended(attempt, chance.uniform(0.0, seconds / 3)):
                 if not (pids := processes_of(victims[0], attempt)):
                     continue  # there is none yet, or one is being replaced
-                kill = Kill(victims[0], phase_of(run, attempt.output()), len(read_metrics(run)), _since(begun))
+                seconds_in = _since(begun)
+                phase = phase_of(run, attempt.output(), seconds_in)
+                kill = Kill(victims[0], phase, len(read_metrics(run)), seconds_in)
                 with suppress(ProcessLookupError):
                     os.kill(chance.choice(pids), signal.SIGKILL)
                     kills.append(kill)
