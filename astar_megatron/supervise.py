@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from astar_megatron.cluster.endings import ended
+from astar_megatron.cluster.endings import ended, ended_by_ray
 from astar_megatron.cluster.signals import LOST, RESUME
 from astar_megatron.config import RunConfig
 from astar_megatron.run import bundle, commands
@@ -75,7 +75,7 @@ def supervise(
         steps, has_begun = _steps(cfg.run_dir), _placed(cfg.run_dir) != before
         if end.status in (0, _BY_USER) or is_stopped() or (end.status == _REFUSED and not has_begun):
             return end, ""
-        if not (end.status < 0 or end.status in (LOST, RESUME)):
+        if not (end.status < 0 or end.status in (LOST, RESUME) or ended_by_ray(end.status, end.output)):
             return end, "a restart does not mend that"
         moment = now()
         recent = [earlier for earlier in restarts if earlier > moment - _HOUR]

@@ -52,6 +52,12 @@ def test_what_chance_has_ended_is_started_again(status: int, tmp_path: Path) -> 
     assert supervised(tmp_path, (status, 3), (status, 5), (0, 9)) == (0, "")
 
 
+def test_a_driver_that_ray_itself_ended_is_started_again(tmp_path: Path) -> None:
+    cfg = samples.run_config(run_dir=str(tmp_path))
+    ends = iter([End(status=1, output="E 5] Failed to connect to GCS within 60 seconds."), End(status=0)])
+    assert supervise(cfg, lambda: next(ends), lambda: False, Screen()) == (End(status=0), "")
+
+
 @pytest.mark.parametrize("status", [2, 130])
 def test_what_the_user_has_to_mend_or_has_ended_is_not(status: int, tmp_path: Path) -> None:
     assert supervised(tmp_path, (KILLED, 3), (status, 3)) == (status, "")

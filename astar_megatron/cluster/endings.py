@@ -23,6 +23,7 @@ _KILLED = re.compile(
     r"^\*{3} SIG[A-Z]+ received|^Fatal Python error: "  # by the handlers that Ray and Python install
     r"|died unexpectedly \(exit code: -|^[\w ]+ was killed by "  # as vLLM says it of its workers, and `ended`
 )
+_ENDED_BY_RAY = re.compile(r"Failed to register worker to Raylet|Failed to connect to GCS within \d+ seconds")
 _LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit status [1-9]")
 # Errors that only point to another, or that follow from it.
 _SECONDARY = re.compile(
@@ -72,6 +73,11 @@ def core_end(message: str) -> str | None:
     match = _CORE_STATUSES.search(message)
     pairs = re.findall(r"'([^']*)': (-?\d+)", match[1]) if match else []
     return ", ".join(f"{name} {ended(int(status))}" for name, status in pairs) or None
+
+
+def ended_by_ray(status: int, output: str) -> bool:
+    """Say whether Ray itself ended the driver, as its raylet or Ray's head had died; it says so in the last line."""
+    return status == 1 and _ENDED_BY_RAY.search(output.rstrip().rpartition("\n")[2]) is not None
 
 
 def was_killed(cause: str) -> bool:

@@ -41,6 +41,13 @@ def test_the_error_of_a_worker_goes_before_those_that_point_to_it() -> None:
     assert endings.last_error(output) == "RuntimeError: Unable to find address for: nope0"
 
 
+def test_that_ray_ended_the_driver_stands_in_the_last_line() -> None:
+    words = "[2026-11-28 22:23:04,087 E 620 645] rpc_client.h:204: Failed to connect to GCS within 60 seconds. GCS may"
+    assert endings.ended_by_ray(1, f"step 3\n{words}\n")
+    assert endings.ended_by_ray(1, "E 13400] Failed to register worker to Raylet: IOError: End of file")
+    assert not endings.ended_by_ray(0, words) and not endings.ended_by_ray(1, f"{words}\nastar: no such file")
+
+
 def test_the_last_of_several_errors_counts() -> None:
     assert endings.last_error("KeyError: 'a'\nduring that:\n\x1b[31mtorch.OutOfMemoryError: b\x1b[0m\nmore") == (
         "torch.OutOfMemoryError: b"

@@ -26,6 +26,7 @@ import yaml
 from driver_process import driver, name_of
 from two_nodes import Nodes, two_nodes
 
+from astar_megatron.cluster.endings import ended_by_ray
 from astar_megatron.cluster.signals import LOST
 from astar_megatron.run.tracking import read_metrics
 
@@ -45,8 +46,6 @@ VICTIMS: dict[str, Callable[[str], bool]] = {
 }
 # No two runs agree on these: seconds and memory; and log-probs of the engines, whose batches are others' after a death.
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap"))
-# Ray itself ends a driver whose raylet dies in the moment in which it joins it.
-_ENDED_BY_RAY = "Failed to register worker to Raylet"
 _SECONDS = 900.0  # for a run or what is left of it
 _MOST_STARTS = 12  # of one run: each ends with a kill of its own
 
@@ -230,8 +229,8 @@ def run_to_its_end(
             status = attempt.wait()
             if status == 0:
                 return kills, starts
-            was_ended_by_ray = status == 1 and _ENDED_BY_RAY in attempt.output()
-            assert status in (LOST, -signal.SIGKILL) or was_ended_by_ray, (status, kills, attempt.output())
+            output = attempt.output()
+            assert status in (LOST, -signal.SIGKILL) or ended_by_ray(status, output), (status, kills, output)
         join_again(nodes)
     raise AssertionError(f"{_MOST_STARTS} starts were not enough; killed: {kills}")
 
