@@ -21,6 +21,8 @@ convert = typer.Typer(help="Move weights between formats.", no_args_is_help=True
 app.add_typer(convert, name="convert")
 data = typer.Typer(help="Prepare prompts as the JSONL that data.path reads.", no_args_is_help=True)
 app.add_typer(data, name="data")
+scale = typer.Typer(help="Scaling laws: scores against compute.", no_args_is_help=True)
+app.add_typer(scale, name="scale")
 
 Config = Annotated[Path, typer.Option("--config", help="YAML file; configs/ has some.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="key=value, for example optim.lr=1e-6; repeatable.")]
@@ -84,6 +86,22 @@ def compare(
     """Train with several methods at equal cost; leaves a table, and curves with bands. Run again to continue."""
     cfg = config.load(config_file, overrides or ())
     raise typer.Exit(_program("compare").main(cfg, methods, budget, seeds, out))
+
+
+@scale.command(name="fit")
+def fit_laws(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="RUNS...", help="Run folders, CSV, JSONL; NAME=PATH names the curve."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/scale-fit"),
+    compute: Annotated[str | None, typer.Option(help="Column of the compute; default: the trainer's.")] = None,
+    score: Annotated[str | None, typer.Option(help="Column of the score; default: the trainer's.")] = None,
+    per_row: Annotated[bool, typer.Option("--per-row", help="The compute is a row's own, and is added up.")] = False,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="By how much a prediction may miss a later mean.")] = 0.02,
+) -> None:
+    """Fit a sigmoid, a power law and a constant to half of the compute, and see what they say of the rest."""
+    _program("scaling").fit(sources, out, compute, score, per_row=per_row, tolerance=tolerance)
 
 
 @app.command(name="eval")

@@ -1,0 +1,197 @@
+"""Whether a score's course over compute can be extrapolated: laws fitted to its first half, held against the second.
+
+The first half has the points up to half of the largest compute. The second is cut into ten equal parts of compute, and
+the mean of the points of each part is what a law has to predict. The law that comes nearest is the curve's; it
+extrapolates where `NEEDED` of those means are within a tolerance. Asymptote and exponent are those of all points, and
+are refused, in words, where the points can't tell them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+
+from astar_megatron.run.laws import CONSTANT, LAWS, LEVEL, Fit, Interval, Law, Points, fit
+
+NEEDED = 0.9
+_PARTS, _LEAST_PARTS = 10, 3
+_NO_CHANGE = "a constant fits as well, within the noise: more compute, more seeds or more prompts"
+
+type Verdict = Literal["extrapolates", "does not", "can't be told"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """A fitted number with its interval, or in words why the points can't tell it."""
+
+    value: float
+    interval: Interval | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawResult:
+    """What a law gave; `refusal` is why it could not be fitted to the first half or to all points."""
+
+    law: str
+    numbers: Mapping[str, Number]  # of the fit to all points
+    refusal: str | None
+    error: float | None  # root mean square of prediction less late mean
+    share: float | None  # of the late means that are within the tolerance of the prediction
+    whole: Fit | None
+    early: Fit | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Late:
+    """The means of the second half: compute [k], score [k], and of how many points [k] each is."""
+
+    compute: np.ndarray
+    score: np.ndarray
+    count: np.ndarray
+
+    def rows(self) -> list[tuple[float, float, int]]:
+        """Return compute, score and number of each."""
+        return list(zip(self.compute.tolist(), self.score.tolist(), self.count.tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extrapolation:
+    """What is known of a curve."""
+
+    name: str
+    points: Points
+    split: float  # the compute up to which the first half goes
+    late: Late
+    laws: Sequence[LawResult]
+    best: LawResult | None  # the nearest to the late means
+    verdict: Verdict
+    reason: str
+
+
+def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
+    """Fit all laws to a curve and judge them."""
+    split = float(points.compute.max(initial=0.0)) / 2
+    late = _late(points, split)
+    laws = [_result(law, points, points.where(points.compute <= split), late, tolerance) for law in LAWS]
+    best = min((law for law in laws if law.error is not None), key=lambda law: law.error or 0.0, default=None)
+    verdict, reason = _verdict(best, laws, late, split, tolerance)
+    return Extrapolation(
+        name=name, points=points, split=split, late=late, laws=laws, best=best, verdict=verdict, reason=reason
+    )
+
+
+def sigmoid_numbers(whole: Fit, constant: Fit, span: float) -> dict[str, Number]:
+    """Return the numbers of a sigmoid fitted to points whose scores span so much; refuse those that these can't tell.
+
+    An asymptote whose interval is wider than all scores span is refused too.
+    """
+    start, start_interval = whole.coefficient(0)
+    asymptote, interval = whole.coefficient(1)
+    log_exponent, (low, high) = whole.shape("row")
+    log_middle, (near, far) = whole.shape("column")
+    numbers = {
+        "asymptote": Number(value=asymptote, interval=interval),
+        "exponent": Number(value=math.exp(log_exponent), interval=(math.exp(low), math.exp(high))),
+        "middle": Number(value=_exp(log_middle + whole.centre), interval=_exps(near, far, whole.centre)),
+        "start": Number(value=start, interval=start_interval),
+    }
+    if constant.squares.min() <= whole.limit:
+        refusals = dict.fromkeys(numbers, _NO_CHANGE)
+    else:
+        refusals = {}
+        if math.isinf(far) or math.isinf(low) or interval[1] - interval[0] > span:
+            words = "the scores have not levelled off, and any from {:.3g} on fits: more compute"
+            refusals["asymptote"] = words.format(interval[0] if asymptote >= start else interval[1])
+            refusals["middle"] = "the scores have not levelled off: more compute"
+        if math.isinf(near):
+            refusals["start"] = refusals["middle"] = "there is no point before the rise: evaluate earlier"
+        if math.isinf(low) or math.isinf(high):
+            slow_or_sudden = "as slow" if math.isinf(low) else "as sudden"
+            refusals["exponent"] = f"a rise {slow_or_sudden} as can be fits: more points where the scores change"
+    return {
+        name: replace(number, interval=None, refusal=refusals[name]) if name in refusals else number
+        for name, number in numbers.items()
+    }
+
+
+def _numbers(whole: Fit, points: Points) -> dict[str, Number]:
+    match whole.law.name:
+        case "sigmoid":
+            return sigmoid_numbers(whole, fit(CONSTANT, points), float(np.ptp(points.score)))
+        case "log-linear":
+            value, interval = whole.shape("column")
+            return {"exponent": Number(value=value, interval=interval)}
+        case _:
+            value, interval = whole.coefficient(0)
+            return {"asymptote": Number(value=value, interval=interval)}
+
+
+def _late(points: Points, split: float) -> Late:
+    part = np.maximum(0, np.ceil((points.compute / (split or 1.0) - 1) * _PARTS))  # 0: of the first half
+    parts = [part == number for number in range(1, _PARTS + 1) if (part == number).any()]
+    return Late(
+        compute=np.array([points.compute[inside].mean() for inside in parts]),
+        score=np.array([points.score[inside].mean() for inside in parts]),
+        count=np.array([inside.sum() for inside in parts]),
+    )
+
+
+def _result(law: Law, points: Points, first_half: Points, late: Late, tolerance: float) -> LawResult:
+    whole = early = error = share = refusal = None
+    try:
+        whole = fit(law, points)
+        early = fit(law, first_half)
+        difference = np.abs(early.score(late.compute) - late.score)
+        if len(difference):
+            error, share = float(np.sqrt((difference**2).mean())), float((difference <= tolerance).mean())
+    except ValueError as reason:
+        half = "" if whole is None else f", up to half of the compute, where there are {len(first_half)}"
+        refusal = f"{reason}{half}"
+    return LawResult(
+        law=law.name,
+        numbers=_numbers(whole, points) if whole else {},
+        refusal=refusal,
+        error=error,
+        share=share,
+        whole=whole,
+        early=early,
+    )
+
+
+def _verdict(
+    best: LawResult | None, laws: Sequence[LawResult], late: Late, split: float, tolerance: float
+) -> tuple[Verdict, str]:
+    if best is None or best.share is None:
+        return "can't be told", "; ".join(law.refusal for law in laws if law.refusal) or "no point after the first half"
+    parts = len(late.score)
+    if parts < _LEAST_PARTS:
+        return "can't be told", f"of ten parts of the second half {parts} have points: evaluate oftener"
+    words = f"{best.law}, fitted up to {split:.3g}, is within {tolerance:g} of {best.share:.0%} of {parts} later means"
+    if best.share >= NEEDED:
+        return "extrapolates", words
+    noise = _noise(late)
+    if noise > tolerance:
+        return "does not", f"{words}; they are known to ± {noise:.3g} only: more seeds or more prompts"
+    return "does not", f"{words}: its error is {best.error:.3g}, and that of the means ± {noise:.3g}"
+
+
+def _noise(late: Late) -> float:
+    """Half of the 95 % interval of a late mean, by how far each lies from the middle of its two neighbours.
+
+    Half of these distances are below 0.6745 sqrt(6) / 2 standard errors, whatever law the means follow.
+    """
+    distance = np.abs(late.score[1:-1] - (late.score[:-2] + late.score[2:]) / 2)
+    error = float(np.median(distance)) / (NormalDist().inv_cdf(0.75) * math.sqrt(1.5))
+    return NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _exps(low: float, high: float, centre: float) -> Interval:
+    return _exp(low + centre), _exp(high + centre)

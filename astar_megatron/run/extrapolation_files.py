@@ -1,0 +1,172 @@
+"""What `astar scale fit` leaves: fit.json with everything, fit.csv a line a law, fit.md for people, fit.png."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.run.extrapolation import NEEDED, Extrapolation, LawResult, Number
+from astar_megatron.run.laws import LEVEL
+from astar_megatron.run.score_tables import Curve
+
+_NUMBERS = ("asymptote", "exponent", "middle", "start")
+_COLUMNS = ("curve", "law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal")
+_PANELS, _MOST_PANELS = 3, 60  # in a row of the picture, and in all
+_DRAWN = 200  # points of a line
+
+
+def write(folder: Path, curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> None:
+    """Write all files, each whole."""
+    make_folder(folder)
+    tree = as_json(curves, results, tolerance)
+    write_atomic(folder / "fit.json", (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(folder / "fit.csv", as_csv(results).encode())
+    write_atomic(folder / "fit.md", as_markdown(curves, results, tolerance).encode())
+    plot(curves, results, folder / "fit.png")
+
+
+def as_json(curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> dict[str, Any]:
+    """Return everything, as JSON has it; an end that the points do not set is null."""
+    return {
+        "tolerance": tolerance,
+        "needed_share": NEEDED,
+        "interval_level": LEVEL,
+        "curves": [
+            {
+                "name": result.name,
+                "compute": curve.compute,
+                "score": curve.score,
+                "points": len(result.points),
+                "runs": len(np.unique(result.points.run)),
+                "fitted_up_to": result.split,
+                "verdict": result.verdict,
+                "reason": result.reason,
+                "best_law": result.best and result.best.law,
+                "laws": [_law(law) for law in result.laws],
+                "late_means": [
+                    {"compute": compute, "score": score, "points": count}
+                    | {law.law: float(law.early.score(np.array([compute]))[0]) for law in result.laws if law.early}
+                    for compute, score, count in result.late.rows()
+                ],
+            }
+            for curve, result in zip(curves, results, strict=True)
+        ],
+    }
+
+
+def _law(law: LawResult) -> dict[str, Any]:
+    return {
+        "law": law.law,
+        "refusal": law.refusal,
+        "late_error": law.error,
+        "late_share": law.share,
+        "sigma": law.whole and law.whole.sigma,
+        "dependence": law.whole and law.whole.dependence,
+        "numbers": {
+            name: {"value": number.value, "interval": _ends(number), "refusal": number.refusal}
+            for name, number in law.numbers.items()
+        },
+    }
+
+
+def _ends(number: Number) -> list[float | None] | None:
+    return number.interval and [end if math.isfinite(end) else None for end in number.interval]
+
+
+def as_csv(results: Sequence[Extrapolation]) -> str:
+    """Return a line a curve and law, with the numbers that the points can tell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow((*_COLUMNS, *(name + end for name in _NUMBERS for end in ("", "_low", "_high"))))
+    for result in results:
+        for law in result.laws:
+            numbers: list[float | None] = []
+            for name in _NUMBERS:
+                number = law.numbers.get(name)
+                known = number is not None and number.refusal is None
+                numbers += [number.value if known else None, *((known and _ends(number)) or (None, None))]
+            sigma = law.whole and law.whole.sigma
+            is_best = result.best is law
+            writer.writerow(
+                (result.name, law.law, is_best, result.verdict, law.error, law.share, sigma, law.refusal, *numbers)
+            )
+    return text.getvalue()
+
+
+def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> str:
+    """Return the verdicts as a table, and why."""
+    lines = [
+        "| curve | points | verdict | nearest law | late error | asymptote | exponent |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        numbers = result.laws[0].numbers
+        error = "" if result.best is None else f"{result.best.error:.3g}"
+        cells = (_shown(numbers.get("asymptote")), _shown(numbers.get("exponent")))
+        nearest = result.best.law if result.best else ""
+        lines.append(
+            f"| {result.name} | {len(result.points)} | {result.verdict} | {nearest} | {error} | {' | '.join(cells)} |"
+        )
+    lines += [
+        "",
+        "Fitted to the points up to half of the largest compute, compared with the means of ten equal parts of the "
+        f"rest. A curve extrapolates where the nearest law is within {tolerance:g} of {NEEDED:.0%} of them. Asymptote "
+        f"and exponent: of the sigmoid fitted to all points, with their {LEVEL:.0%} intervals.",
+        "",
+    ]
+    for curve, result in zip(curves, results, strict=True):
+        lines.append(f"- {result.name} ({curve.score} by {curve.compute}): {result.verdict}. {result.reason}.")
+        named = ((name, number.refusal) for name, number in result.laws[0].numbers.items())
+        lines += [f"  - {name}: not known; {refusal}." for name, refusal in named if refusal]
+        lines += [f"  - not fitted: {law.refusal}." for law in result.laws if law.refusal]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(number: Number | None) -> str:
+    if number is None or number.interval is None:
+        return "not known"
+    return f"{number.value:.3g} ({number.interval[0]:.3g} to {number.interval[1]:.3g})"
+
+
+def plot(curves: Sequence[Curve], results: Sequence[Extrapolation], path: Path) -> None:
+    """Draw a panel a curve: points, late means, the laws of the first half, and the sigmoid of all with its band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = list(zip(curves, results, strict=True))[:_MOST_PANELS]
+    rows = -(-len(drawn) // _PANELS)
+    size = (4.4 * min(_PANELS, len(drawn)), 3.3 * rows + 0.4)
+    figure, panels = pyplot.subplots(rows, min(_PANELS, len(drawn)), figsize=size, dpi=120, squeeze=False)
+    for axes in panels.flat[len(drawn) :]:
+        axes.set_visible(False)
+    for axes, (curve, result) in zip(panels.flat, drawn, strict=False):
+        compute, late = result.points.compute, result.late
+        grid = np.linspace(max(compute.min(), compute.max() / _DRAWN), compute.max(), _DRAWN)
+        axes.plot(compute, result.points.score, ".", color="#999999", markersize=3)
+        axes.axvline(result.split, color="#cccccc", linewidth=0.8)
+        if whole := result.laws[0].whole:
+            axes.fill_between(grid, *whole.band(grid), color="#333333", alpha=0.15, linewidth=0)
+        for number, law in enumerate(result.laws):
+            if law.early is not None:
+                axes.plot(grid, law.early.score(grid), "--", color=f"C{number}", linewidth=1, label=law.law)
+        axes.plot(late.compute, late.score, "o", color="#000000", markersize=3.5, fillstyle="none")
+        margin = 0.1 * float(np.ptp(result.points.score)) + 0.01
+        axes.set(ylim=(result.points.score.min() - margin, result.points.score.max() + margin), xlabel=curve.compute)
+        axes.set_title(f"{result.name[:40]}: {result.verdict}", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(loc="lower right", frameon=False, fontsize=7)
+    more = f"; {len(results) - len(drawn)} more curves are in fit.json" if len(results) > len(drawn) else ""
+    figure.suptitle(
+        f"dashed: fitted to the first half; grey: sigmoid of all, {LEVEL:.0%}; rings: means{more}", fontsize=8
+    )
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

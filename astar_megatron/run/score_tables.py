@@ -1,0 +1,216 @@
+"""Scores over compute, read from runs of ours and from the tables of other trainers.
+
+A run's folder, a study's `scale.csv`, a comparison's `compare.csv`, a CSV or JSONL of metrics with a row a step (W&B's
+export of a run's history, TRL's `log_history`), or the CSV that W&B writes of a chart: "RUN - METRIC" columns beside
+that of its axis. Which columns are meant is known of the trainers in `_KINDS`, and can be named.
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from astar_megatron.run.laws import Points
+from astar_megatron.run.spending import Cost
+from astar_megatron.run.tracking import METRICS_FILE, read_metrics
+
+type Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which columns are read. `per_row`: the compute is a row's own, and is added up."""
+
+    compute: str
+    score: str
+    per_row: bool = False
+    curve: str | None = None  # where a table has several curves
+    run: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Scores over compute, of one run or several that differ by their seed."""
+
+    name: str
+    compute: str  # what it is counted in
+    score: str
+    points: Points
+
+
+_KINDS = (
+    Columns(compute="spent_flops", score="score", curve="cell", run="seed"),  # of astar scale run
+    Columns(compute="spent_flops", score="reward_mean", curve="method", run="seed"),  # of astar compare
+    Columns(compute="spent_flops", score="reward_mean"),  # of a run's folder
+    Columns(compute="perf/total_num_tokens", score="critic/score/mean", per_row=True),  # verl
+    Columns(compute="train/total_num_tokens", score="train/reward", per_row=True),  # NeMo-RL
+    Columns(compute="train/num_tokens", score="train/reward"),  # TRL, by W&B
+    Columns(compute="num_tokens", score="reward"),  # TRL, its own
+)
+_CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
+
+
+def read_curves(
+    sources: Sequence[str], compute: str | None = None, score: str | None = None, *, per_row: bool = False
+) -> list[Curve]:
+    """Return the curves of files and run folders; those that are given as NAME=PATH with one NAME are one curve.
+
+    `compute` and `score` name columns, instead of those that are known. Raises ValueError where a table has none.
+    """
+    parts: dict[str, list[tuple[Columns, list[float], list[float]]]] = {}
+    for source in sources:
+        name, path = _named(source)
+        for own_name, columns, rows in _tables(path, compute, score, per_row=per_row):
+            parts.setdefault(name or own_name, []).append((columns, *_numbers(rows, columns, path)))
+    return [_joined(name, runs) for name, runs in parts.items()]
+
+
+def _named(source: str) -> tuple[str | None, Path]:
+    name, separator, path = source.partition("=")
+    return (name, Path(path)) if separator and name and not Path(source).exists() else (None, Path(source))
+
+
+def _joined(name: str, runs: Sequence[tuple[Columns, Sequence[float], Sequence[float]]]) -> Curve:
+    columns = runs[0][0]
+    if len({(each.compute, each.score) for each, _, _ in runs}) > 1:
+        raise ValueError(
+            f"{name}: its tables count different things ({', '.join(sorted({each.compute for each, _, _ in runs}))}; "
+            f"{', '.join(sorted({each.score for each, _, _ in runs}))}); give --compute and --score"
+        )
+    number = np.repeat(np.arange(len(runs)), [len(compute) for _, compute, _ in runs])
+    points = Points(
+        np.array([value for _, compute, _ in runs for value in compute]),
+        np.array([value for _, _, score in runs for value in score]),
+        number,
+    )
+    return Curve(name=name, compute=columns.compute, score=columns.score, points=points)
+
+
+def _tables(
+    path: Path, compute: str | None, score: str | None, *, per_row: bool
+) -> list[tuple[str, Columns, list[Row]]]:
+    """The runs of a source: the name of the curve, the columns to read, the rows."""
+    rows = _rows(path)
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    if chart := [match for name in names if (match := _CHART.fullmatch(name)) and not match["bound"]]:
+        axis = compute or next(name for name in names if not _CHART.fullmatch(name))
+        return [
+            (match["run"], Columns(compute=axis, score=score or match["metric"], per_row=per_row), own)
+            for match in chart
+            if score in (None, match["metric"]) and (own := _of_chart(rows, axis, match, score))
+        ]
+    columns = _columns(path, names, compute, score, per_row=per_row)
+    if columns.curve is None:
+        return [(path.name if path.is_dir() else path.stem, columns, rows)]
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        runs.setdefault((str(row.get(columns.curve)), str(row.get(columns.run or columns.curve))), []).append(row)
+    return [(curve, columns, own) for (curve, _), own in runs.items()]
+
+
+def _of_chart(rows: Sequence[Row], axis: str, match: re.Match[str], score: str | None) -> list[Row]:
+    return [{axis: row.get(axis), score or match["metric"]: row.get(match[0])} for row in rows]
+
+
+def _columns(path: Path, names: Sequence[str], compute: str | None, score: str | None, *, per_row: bool) -> Columns:
+    known = next(
+        (kind for kind in _KINDS if {*_asked(kind, compute, score), kind.curve, kind.run} <= {*names, None}), None
+    )
+    if known is None and not (compute in names and score in names):
+        missing = ", ".join(name for name in (compute, score) if name is not None and name not in names)
+        raise ValueError(
+            f"{path}: {f'no column {missing}' if missing else 'not a table of a trainer that is known'}; name its "
+            f"columns by --compute and --score; it has {', '.join(sorted(names)[:30]) or 'none'}"
+        )
+    if known is None:
+        return Columns(compute=compute or "", score=score or "", per_row=per_row)
+    own_compute, own_score = _asked(known, compute, score)
+    return Columns(
+        compute=own_compute,
+        score=own_score,
+        per_row=per_row or (known.per_row and own_compute == known.compute),
+        curve=known.curve,
+        run=known.run,
+    )
+
+
+def _asked(kind: Columns, compute: str | None, score: str | None) -> tuple[str, str]:
+    return compute or kind.compute, score or kind.score
+
+
+def _rows(path: Path) -> list[Row]:
+    if path.is_dir():
+        for name in ("scale.csv", "compare.csv"):
+            if (path / name).exists():
+                return _rows(path / name)
+        return _of_run(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="(more)"))
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}: can't read the table: {error}; give a CSV, a JSONL or a run's folder") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a header and a row a step, or a JSON object a line; it has none")
+    return rows
+
+
+def _of_run(path: Path) -> list[Row]:
+    lines, spent, rows = read_metrics(path), Cost(), []
+    if not lines:
+        raise ValueError(f"{path}: no {METRICS_FILE} with steps, scale.csv or compare.csv there; give a run's folder")
+    for line in lines:
+        scores = [scores["greedy"] for scores in line.get("eval", {}).values()]
+        before, spent = spent, spent + Cost.of_step(line)
+        costs = {f"spent_{measure}": spent.by(measure) for measure in ("tokens", "flops", "seconds")}
+        rows.append(costs | {"reward_mean": line["reward_mean"]})
+        if scores:  # of the weights that the step begins with
+            costs = {f"spent_{measure}": before.by(measure) for measure in ("tokens", "flops", "seconds")}
+            rows.append(costs | {"score": statistics.fmean(scores)})
+    return rows
+
+
+def _numbers(rows: Sequence[Row], columns: Columns, path: Path) -> tuple[list[float], list[float]]:
+    """The compute and the score of the rows that have a score; the compute is that of the rows up to it."""
+    compute, scores, total = [], [], 0.0
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, row {number}"
+        value, score = _number(row, columns.compute, place), _number(row, columns.score, place)
+        if value is not None:
+            if value < 0:
+                raise ValueError(f"{place}: {columns.compute} is {value:g}; compute is 0 or more")
+            total = total + value if columns.per_row else value
+        if score is not None and (value is not None or columns.per_row):
+            if compute and total < compute[-1]:
+                raise ValueError(
+                    f"{place}: {columns.compute} falls from {compute[-1]:.6g} to {total:.6g}; give the rows in order "
+                    "of their steps, each once, a table a run; or --per-row, if the compute is a row's own"
+                )
+            compute.append(total)
+            scores.append(score)
+    if not scores:
+        raise ValueError(
+            f"{path}: no row has both {columns.compute} and {columns.score}; name others by --compute, --score"
+        )
+    return compute, scores
+
+
+def _number(row: Row, name: str, place: str) -> float | None:
+    value = row.get(name)
+    if value is None or value == "":
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{place}, {name}: expected a number, got {value!r:.60}") from None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,337 @@
+"""The laws of `astar scale fit`: what they find where the truth is known, what they refuse, which tables they read."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from astar_megatron.run.extrapolation import Extrapolation, extrapolate
+from astar_megatron.run.laws import CONSTANT, LOG_LINEAR, SIGMOID, Points, fit, student
+from astar_megatron.run.score_tables import read_curves
+from astar_megatron.run.tracking import Tracker
+from astar_megatron.scaling import fit as scale_fit
+
+START, ASYMPTOTE, MIDDLE, EXPONENT = 0.2, 0.8, 0.25, 2.0
+
+
+def sigmoid(compute: np.ndarray) -> np.ndarray:
+    return START + (ASYMPTOTE - START) / (1 + (MIDDLE / compute) ** EXPONENT)
+
+
+def study(
+    seed: int,
+    truth: Callable[[np.ndarray], np.ndarray] = sigmoid,
+    *,
+    steps: int = 24,
+    runs: int = 3,
+    responses: int = 512,
+    together: float = 0.0,
+    apart: float = 0.0,
+    end: float = 1.0,
+) -> Points:
+    """Mean rewards of `responses` a step that are 0 or 1, as steps have them.
+
+    `together` is the correlation of a step's noise with that of the step before it, `apart` the standard deviation by
+    which runs differ.
+    """
+    random = np.random.default_rng(seed)
+    compute = np.linspace(end / steps, end, steps)
+    score = truth(compute)
+    noise = random.standard_normal((runs, steps))
+    for step in range(1, steps):
+        noise[:, step] = together * noise[:, step - 1] + math.sqrt(1 - together**2) * noise[:, step]
+    noise = noise * np.sqrt(np.abs(score * (1 - score)) / responses) + apart * random.standard_normal((runs, 1))
+    return Points(np.tile(compute, runs), (score + noise).ravel(), np.repeat(np.arange(runs), steps))
+
+
+def coverage(studies: int, **options: Any) -> dict[str, float]:
+    """In what share of the studies the 95 % intervals hold the true asymptote, exponent and curve at twice the end."""
+    hits = {"asymptote": 0, "exponent": 0, "beyond": 0}
+    for seed in range(studies):
+        whole = fit(SIGMOID, study(seed, **options))
+        low, high = whole.coefficient(1)[1]
+        hits["asymptote"] += low <= ASYMPTOTE <= high
+        low, high = whole.shape("row")[1]
+        hits["exponent"] += low <= math.log(EXPONENT) <= high
+        beyond = np.array([2.0])
+        low, high = whole.band(beyond)[:, 0]
+        hits["beyond"] += low <= sigmoid(beyond)[0] <= high
+    return {name: count / studies for name, count in hits.items()}
+
+
+# --- intervals
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    assert min(coverage(20, steps=12).values()) >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"steps": 10, "responses": 1024},
+        {"runs": 1, "steps": 60},
+        {"together": 0.5, "steps": 40},
+        {"apart": 0.01, "runs": 4, "steps": 40},
+    ],
+    ids=["plain", "few points", "a single run", "steps that move together", "runs that differ"],
+)
+def test_95_per_cent_intervals_hold_the_truth_in_90_to_99_of_100_of_200_studies(options: dict[str, Any]) -> None:
+    shares = coverage(200, **options)
+    assert all(0.9 <= share <= 0.99 for share in shares.values()), shares
+
+
+def test_without_noise_the_numbers_are_the_true_ones() -> None:
+    whole = fit(SIGMOID, study(0, responses=10**12))
+    asymptote, start = whole.coefficient(1)[0], whole.coefficient(0)[0]
+    exponent, middle = math.exp(whole.shape("row")[0]), math.exp(whole.shape("column")[0] + whole.centre)
+    assert [asymptote, start, exponent, middle] == pytest.approx([ASYMPTOTE, START, EXPONENT, MIDDLE], rel=1e-3)
+    loss = fit(LOG_LINEAR, study(0, lambda compute: 1 - 0.3 * compute**-0.4, responses=10**12, end=50.0, steps=40))
+    assert loss.shape("column")[0] == pytest.approx(0.4, rel=1e-3)
+
+
+def test_the_fit_does_not_depend_on_the_unit_of_compute() -> None:
+    points = study(3)
+    flops = Points(points.compute * 1e21, points.score, points.run)
+    here, there = fit(SIGMOID, points), fit(SIGMOID, flops)
+    assert there.coefficient(1)[1] == pytest.approx(here.coefficient(1)[1], rel=1e-6)
+    assert there.shape("row")[1] == pytest.approx(here.shape("row")[1], rel=1e-6)
+
+
+def test_intervals_are_wider_where_steps_of_a_run_move_together() -> None:
+    def width(together: float) -> float:
+        widths = []
+        for seed in range(5):
+            low, high = fit(SIGMOID, study(seed, together=together, steps=40)).coefficient(1)[1]
+            widths.append(high - low)
+        return float(np.median(widths))
+
+    assert width(0.8) > 1.5 * width(0.0)
+
+
+def test_a_point_without_compute_counts_for_the_sigmoids_start() -> None:
+    points = study(4)
+    untrained = Points(
+        np.append(points.compute, [0.0] * 20), np.append(points.score, [0.1] * 20), np.append(points.run, [9] * 20)
+    )
+    assert fit(SIGMOID, untrained).coefficient(0)[0] < fit(SIGMOID, points).coefficient(0)[0]
+    assert fit(LOG_LINEAR, untrained).score(np.array([0.5])) == fit(LOG_LINEAR, points).score(np.array([0.5]))
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (120, 1.9799)])
+def test_students_quantile_is_that_of_the_tables(freedom: float, quantile: float) -> None:
+    assert student(freedom) == pytest.approx(quantile, rel=2e-3)
+
+
+# --- what is concluded
+
+
+def refusals(result: Extrapolation) -> dict[str, str]:
+    return {name: number.refusal for name, number in result.laws[0].numbers.items() if number.refusal}
+
+
+def test_a_curve_that_levels_off_in_its_first_half_extrapolates() -> None:
+    result = extrapolate("x", study(0, responses=4096), 0.02)
+    assert (result.verdict, result.best and result.best.law) == ("extrapolates", "sigmoid")
+    assert refusals(result) == {}
+    assert len(result.late.score) == 10 and result.late.count.sum() == 3 * 12
+
+
+def test_a_power_law_is_told_from_a_sigmoid_by_what_it_predicts() -> None:
+    result = extrapolate("x", study(0, lambda c: 1 - 0.5 * c**-0.3, responses=10**6, end=20.0), 0.02)
+    assert (result.verdict, result.best and result.best.law) == ("extrapolates", "log-linear")
+
+
+def test_a_curve_that_goes_on_otherwise_does_not_extrapolate() -> None:
+    result = extrapolate("x", study(0, lambda c: np.where(c < 0.6, sigmoid(c), 0.3), responses=4096), 0.02)
+    assert result.verdict == "does not" and "its error is" in result.reason
+
+
+def test_noise_above_the_tolerance_is_named_as_the_reason() -> None:
+    result = extrapolate("x", study(1, responses=16, runs=1), 0.02)
+    assert result.verdict == "does not" and "more seeds or more prompts" in result.reason
+
+
+def test_an_asymptote_beyond_the_data_is_refused() -> None:
+    result = extrapolate("x", study(0, end=0.2), 0.02)
+    assert "have not levelled off" in refusals(result)["asymptote"]
+    assert result.laws[0].numbers["asymptote"].interval is None
+
+
+def test_scores_that_do_not_change_have_neither_asymptote_nor_exponent() -> None:
+    result = extrapolate("x", study(0, lambda c: np.full(len(c), 0.5), responses=4096), 0.02)
+    assert {"asymptote", "exponent"} <= set(refusals(result))
+    assert result.best is not None and result.verdict == "extrapolates"  # as a constant
+
+
+def test_a_sudden_rise_has_no_exponent() -> None:
+    result = extrapolate("x", study(0, lambda c: np.where(c < 0.3, 0.1, 0.8), responses=10**6), 0.02)
+    assert "sudden" in refusals(result)["exponent"] and "asymptote" not in refusals(result)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_too_few_points_are_refused_in_words(steps: int) -> None:
+    points = study(0, steps=steps, runs=1)
+    result = extrapolate("x", points, 0.02)
+    assert result.verdict == "can't be told"
+    assert "can't be fitted to" in (result.laws[0].refusal or "")
+    with pytest.raises(ValueError, match="give more points"):
+        fit(SIGMOID, points)
+
+
+def test_rewards_above_1_are_no_loss_and_only_that_law_is_refused() -> None:
+    result = extrapolate("x", study(0, lambda c: 3 * sigmoid(c)), 0.02)
+    assert [law.refusal is None for law in result.laws] == [True, False, True]
+    assert "reads 1 - score as a loss" in (result.laws[1].refusal or "")
+
+
+def test_the_constant_is_the_mean() -> None:
+    points = study(2)
+    assert fit(CONSTANT, points).score(np.array([1.0, 9.0])) == pytest.approx([points.score.mean()] * 2)
+
+
+# --- tables
+
+
+def write_csv(path: Path, columns: dict[str, list[Any]]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "compute"),
+    [
+        (
+            {"training/global_step": [1, 2], "perf/total_num_tokens": [10, 20], "critic/score/mean": [0.1, 0.2]},
+            [10, 30],
+        ),
+        ({"_step": [0, 1], "train/reward": [0.1, 0.2], "train/total_num_tokens": [5, 6]}, [5, 11]),
+        ({"train/num_tokens": [7, 9], "train/reward": [0.1, 0.2]}, [7, 9]),
+        ({"step": [1, 2], "num_tokens": [7, 9], "reward": [0.1, 0.2], "reward_std": [1, 1]}, [7, 9]),
+    ],
+    ids=["verl", "NeMo-RL", "TRL in W&B", "TRL"],
+)
+def test_tables_of_other_trainers_are_recognised(
+    columns: dict[str, list[Any]], compute: list[float], tmp_path: Path
+) -> None:
+    (curve,) = read_curves([write_csv(tmp_path / "run.csv", columns)])
+    assert (curve.name, curve.points.compute.tolist(), curve.points.score.tolist()) == ("run", compute, [0.1, 0.2])
+
+
+def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", {"cost": [1, 2, 4, 8], "val": [0.1, "", "NaN", 0.3]})
+    (curve,) = read_curves([path], "cost", "val", per_row=True)
+    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([1, 15], [0.1, 0.3])
+    (curve,) = read_curves([path], "cost", "val")
+    assert curve.points.compute.tolist() == [1, 8]
+
+
+def test_a_chart_of_wandb_has_a_curve_a_run(tmp_path: Path) -> None:
+    columns = {
+        "num_tokens": [1, 2],
+        "a - b - reward": [0.1, ""],
+        "a - b - reward__MIN": [0.0, ""],
+        "a - b - reward__MAX": [0.2, ""],
+        "c - reward": [0.3, 0.4],
+    }
+    path = write_csv(tmp_path / "chart.csv", columns)
+    first, second = read_curves([path])
+    assert (first.name, first.points.score.tolist()) == ("a - b", [0.1])
+    assert (second.name, second.points.score.tolist(), second.compute) == ("c", [0.3, 0.4], "num_tokens")
+    (joined,) = read_curves([f"seeds={path}"])
+    assert joined.points.run.tolist() == [0, 1, 1]
+
+
+def metrics(step: int) -> dict[str, Any]:
+    return {"step": step, "reward_mean": 0.1 * step, "response_tokens": 10, "model_flops": 4.0, "generation_flops": 1.0}
+
+
+def test_a_runs_folder_has_rewards_by_flops_and_scores_of_the_weights_that_a_step_begins_with(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run")
+    for step in range(3):
+        tracker.log(metrics(step) | ({} if step % 2 else {"eval": {"a": {"greedy": 0.5}, "b": {"greedy": 0.7}}}))
+    (curve,) = read_curves([str(tmp_path / "run")])
+    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([5, 10, 15], [0.0, 0.1, 0.2])
+    (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens", "score")
+    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 20], [0.6, 0.6])
+
+
+def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> None:
+    columns = {"method": list("aabb"), "seed": [0, 1, 0, 0], "spent_flops": [3, 4, 5, 6], "reward_mean": [0, 1, 2, 3]}
+    write_csv(tmp_path / "compare.csv", columns)
+    first, second = read_curves([str(tmp_path)])
+    assert (first.name, first.points.run.tolist(), second.points.run.tolist()) == ("a", [0, 1], [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "a,b\n1,2\n",
+            "not a table of a trainer that is known; name its columns by --compute and --score; it has a, b",
+        ),
+        ("num_tokens,reward\n", "expected a header and a row a step"),
+        ("num_tokens,reward\n1,high\n", "row 1, reward: expected a number, got 'high'"),
+        ("num_tokens,reward\n1,\n", "no row has both num_tokens and reward"),
+        ("num_tokens,reward\n5,1\n3,1\n", "row 2: num_tokens falls from 5 to 3"),
+        ("num_tokens,reward\n-5,1\n", "row 1: num_tokens is -5"),
+        ("\0\xff", "expected a header and a row a step"),
+    ],
+)
+def test_a_table_that_can_not_be_read_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.csv") as error:
+        read_curves([str(tmp_path / "x.csv")])
+    assert words in str(error.value)
+
+
+def test_what_is_no_table_or_lacks_a_named_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can't read the table"):
+        read_curves([str(tmp_path / "none.csv")])
+    with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
+        read_curves([str(tmp_path)])
+    (tmp_path / "x.jsonl").write_text('{"num_tokens": 1, "reward": 2}\nno\n')
+    with pytest.raises(ValueError, match="can't read the table"):
+        read_curves([str(tmp_path / "x.jsonl")])
+    (tmp_path / "x.jsonl").write_text('{"num_tokens": 1, "reward": 2}\n')
+    with pytest.raises(ValueError, match="no column nowhere"):
+        read_curves([str(tmp_path / "x.jsonl")], score="nowhere")
+    path = write_csv(tmp_path / "y.csv", {"train/num_tokens": [1], "train/reward": [1]})
+    with pytest.raises(ValueError, match="its tables count different things"):
+        read_curves([f"a={path}", f"a={tmp_path / 'x.jsonl'}"])
+
+
+# --- results
+
+
+def test_the_files_say_the_same_and_what_is_not_known_is_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, end in (("whole", 1.0), ("young", 0.2)):
+        points = study(0, responses=4096, end=end, runs=1)
+        columns = {"num_tokens": points.compute.tolist(), "reward": points.score.tolist()}
+        write_csv(tmp_path / f"{name}.csv", columns)
+    sources = [str(tmp_path / "whole.csv"), str(tmp_path / "young.csv")]
+    scale_fit(sources, tmp_path / "out", None, None, per_row=False, tolerance=0.05)
+    tree = json.loads((tmp_path / "out" / "fit.json").read_text())
+    whole, young = tree["curves"]
+    assert (whole["verdict"], whole["compute"], len(whole["late_means"])) == ("extrapolates", "num_tokens", 10)
+    asymptote = whole["laws"][0]["numbers"]["asymptote"]
+    assert asymptote["interval"][0] < ASYMPTOTE < asymptote["interval"][1]
+    assert young["laws"][0]["numbers"]["asymptote"]["interval"] is None
+    rows = list(csv.DictReader((tmp_path / "out" / "fit.csv").open()))
+    assert [row["law"] for row in rows] == ["sigmoid", "log-linear", "constant"] * 2
+    assert float(rows[0]["asymptote"]) == asymptote["value"] and rows[3]["asymptote"] == ""
+    text = capsys.readouterr().out
+    assert "- young (reward by num_tokens)" in text and "asymptote: not known; the scores have not levelled off" in text
+    assert (tmp_path / "out" / "fit.png").read_bytes()[:4] == b"\x89PNG"
