@@ -88,6 +88,14 @@ def compare(
     raise typer.Exit(_program("compare").main(cfg, methods, budget, seeds, out))
 
 
+@scale.command(name="run")
+def run_study(
+    study: Annotated[Path, typer.Argument(help="YAML file of the study; examples/SCALING.md has one.")],
+) -> None:
+    """Train every cell of a grid with every seed up to equal budgets, and evaluate it there. Run again to continue."""
+    raise typer.Exit(_program("scaling").run(study))
+
+
 @scale.command(name="fit")
 def fit_laws(
     sources: Annotated[

@@ -13,15 +13,13 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.run import comparison, comparison_files, resources
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
-from astar_megatron.run.commands import LOG_FILE, End, Runner, astar, last_line, run_command
+from astar_megatron.run.commands import Runner, astar, run_shown
 from astar_megatron.run.comparison import Result, Run
 from astar_megatron.run.comparison_files import STAGE_1, Comparison
 from astar_megatron.run.comparison_stage_1 import stage_1_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Screen
 from astar_megatron.run.training import check_before_stage_1
-
-_SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 
 
 def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None, runner: Runner = astar) -> int:
@@ -39,13 +37,13 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
         if comparison_files.read(folder)[1] != finished:
             raise ValueError(f"{folder}: another comparison has just gone on there; run the same command again")
         stage_1, failures = stage_1_of(
-            cfg.seed, configs, limit, inputs, folder, lambda own: _run("sweep", own, "stage 1", screen, runner)
+            cfg.seed, configs, limit, inputs, folder, lambda own: run_shown("sweep", own, "stage 1", screen, runner)
         )
-        if lost := [run for run in finished if run.method in failures]:
-            raise ValueError(f"{failures[lost[0].method]} {lost[0].name} has finished, and what it cost is not known")
-        errors = {run: failures[run.method] for run in runs if run.method in failures}
+        if lost := [run for run in finished if run.cell in failures]:
+            raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
+        errors = {run: failures[run.cell] for run in runs if run.cell in failures}
         runnable = {run: own for run, own in configs.items() if run not in errors}
-        configs = {run: comparison.with_budget(own, limit, stage_1.get(run.method)) for run, own in runnable.items()}
+        configs = {run: comparison.with_budget(own, limit, stage_1.get(run.cell)) for run, own in runnable.items()}
         known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors=errors)
         for run in finished:  # first, asked for or not, so that what is written never loses a finished run
             known.results[run] = _result(known, run, folder)
@@ -67,7 +65,7 @@ def _train(
     if run in known.results:
         screen.say(f"{label}: finished before")
         return
-    end = _run("train", cfg, label, screen, runner)
+    end = run_shown("train", cfg, label, screen, runner)
     try:
         if end.status:
             raise ValueError(end.error)
@@ -78,15 +76,9 @@ def _train(
     _write(known, folder)
 
 
-def _run(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> End:
-    log = Path(cfg.run_dir) / LOG_FILE
-    with screen.waiting(f"{label}, log in {log}", lambda: last_line(log), _SECONDS_A_LINE):
-        return run_command(name, cfg, runner)
-
-
 def _result(known: Comparison, run: Run, folder: Path) -> Result:
-    copies = run.method == "oapl" and known.settings["oapl.refresh_steps"] is not None
-    return comparison.result_of(run, folder / run.name, known.stage_1.get(run.method), has_reference=not copies)
+    copies = run.cell == "oapl" and known.settings["oapl.refresh_steps"] is not None
+    return comparison.result_of(run, folder / run.name, known.stage_1.get(run.cell), has_reference=not copies)
 
 
 def _write(known: Comparison, folder: Path) -> None:

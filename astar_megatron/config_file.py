@@ -86,6 +86,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return tree
 
 
+def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree with values at key paths, `{"optim.lr": 1e-6}`, above what it holds. Raises ConfigError."""
+    for key, value in values.items():
+        tree = _merge(tree, _at(key, value))
+    return dict(tree)
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads numbers as YAML 1.2 does: PyYAML follows 1.1, where 1e-5 is text, 010 is 8 and 1:30 is 90.
 
@@ -153,9 +160,14 @@ def _parse_override(text: str) -> dict[str, Any]:
         tree: Any = yaml.load(value, Loader=_Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--set {text:.200}: the value is not readable as YAML: {error}") from None
-    for name in reversed(names):
-        tree = {name: tree}
-    return tree
+    return _at(key.strip(), tree)
+
+
+def _at(key: str, value: Any) -> dict[str, Any]:
+    """The tree in which a key path has a value."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

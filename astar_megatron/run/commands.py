@@ -11,9 +11,11 @@ from typing import IO
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.run.tracking import Screen
 
 LOG_FILE = "log.txt"
 _TAIL_BYTES = 8192
+_SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 _PROGRAM = """
 import signal, sys
 from astar_megatron import cli
@@ -57,6 +59,13 @@ def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
     file, log = folder / "run.json", folder / LOG_FILE  # JSON is YAML
     write_atomic(file, (json.dumps(cfg.model_dump(), indent=1) + "\n").encode())
     return End(status=runner(name, file, log), log=log)
+
+
+def run_shown(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> End:
+    """Run a command as `run_command` does, and show how long it takes and the last line of its log."""
+    log = Path(cfg.run_dir) / LOG_FILE
+    with screen.waiting(f"{label}, log in {log}", lambda: last_line(log), _SECONDS_A_LINE):
+        return run_command(name, cfg, runner)
 
 
 def start(words: Sequence[str], output: int | IO[bytes], *, own_group: bool = False) -> subprocess.Popen[bytes]:

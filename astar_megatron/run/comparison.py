@@ -45,15 +45,15 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Run:
-    """A method with a seed."""
+    """A cell, which is a method of a comparison or a point of a study's grid, with a seed."""
 
-    method: str
+    cell: str
     seed: int
 
     @property
     def name(self) -> str:
         """Also of its folder."""
-        return f"{self.method}-{self.seed}"
+        return f"{self.cell}-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +117,8 @@ class Summary:
     peak_memory_bytes: int
 
 
-def budget_of(text: str) -> Budget:
-    """Return the budget of `tokens=N`, `flops=N` or `seconds=N`. Raises ValueError."""
+def budget_of(text: str, name: str = "--budget") -> Budget:
+    """Return the budget of `tokens=N`, `flops=N` or `seconds=N`. Raises ValueError; `name` is where it stands."""
     measure, _, number = text.partition("=")
     try:
         amount = float(number)
@@ -126,7 +126,7 @@ def budget_of(text: str) -> Budget:
         amount = math.nan
     if measure not in UNITS or not (0 < amount <= _MOST[measure]) or (measure == "tokens" and amount % 1):
         raise ValueError(
-            f"--budget: expected tokens=N, flops=N or seconds=N with N above 0 (tokens: a whole number up to "
+            f"{name}: expected tokens=N, flops=N or seconds=N with N above 0 (tokens: a whole number up to "
             f"1e15, else up to 1e30), got {text!r:.80}"
         )
     return Budget(measure=measure, amount=amount)  # type: ignore[arg-type]
@@ -156,7 +156,7 @@ def run_config(cfg: RunConfig, run: Run, folder: Path) -> RunConfig:
         raise ValueError("budget: a comparison takes it from --budget; leave the keys out")
     tree = cfg.model_dump()
     tree |= {"run_dir": str(folder / run.name), "seed": run.seed}
-    tree["objective"]["name"] = run.method
+    tree["objective"]["name"] = run.cell
     tree["sweep"]["table"] = str(cfg.table_dir)
     tree["eval"]["interval"] = cfg.eval.interval or cfg.train.num_steps
     return config.validate(tree)
@@ -172,7 +172,7 @@ def with_budget(cfg: RunConfig, budget: Budget, stage_1: Stage1Cost | None) -> R
     before = stage_1.known.by(budget.measure) if stage_1 else 0
     if before >= budget.amount:
         raise ValueError(
-            f"--budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, costs {before:.12g} "
+            f"budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, costs {before:.12g} "
             f"{UNITS[budget.measure]}; give more, lower sweep.num_samples, or leave the method out"
         )
     left = budget.amount - before
@@ -184,7 +184,7 @@ def check_tokens(cfg: RunConfig, budget: Budget, least: int) -> None:
     """Raise ValueError where the tokens of stage 1, which are `least` at least, are as many as the budget or more."""
     if budget.measure == "tokens" and least >= budget.amount:
         raise ValueError(
-            f"--budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, will cost {least} response "
+            f"budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, will cost {least} response "
             "tokens or more; give more, lower sweep.num_samples, or leave the method out"
         )
 
@@ -193,7 +193,7 @@ def check_seconds(cfg: RunConfig, budget: Budget, stage_1_seconds: float | None)
     """Raise ValueError where seconds are to be equal and those of stage 1 are not known."""
     if budget.measure == "seconds" and stage_1_seconds is None:
         raise ValueError(
-            f"--budget: {budget}, but how long stage 1, which {cfg.objective.name} reads, took is not known: its table "
+            f"budget: {budget}, but how long stage 1, which {cfg.objective.name} reads, took is not known: its table "
             f"{cfg.table_dir} was not filled by this comparison alone; set sweep.table to a new folder, which it fills "
             "and times, or give tokens or flops"
         )
@@ -225,7 +225,9 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_refere
     """
     lines = read_metrics(run_dir)
     if not lines:
-        raise ValueError(f"{run_dir}: a finished run without metrics; remove the folder, and compare runs it again")
+        raise ValueError(
+            f"{run_dir}: a finished run without metrics; remove the folder, and the same command runs it again"
+        )
     spent = stage_1.known if stage_1 else Cost()
     steps = []
     for line in lines:
@@ -243,14 +245,14 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_refere
     return Result(
         run=run,
         steps=tuple(steps),
-        scores=last_scores(run_dir, steps[-1].step + 1),
+        scores=scores_of(run_dir, steps[-1].step + 1),
         peak_memory_bytes=max(size for line in lines for size in line["peak_memory_bytes"]),
     )
 
 
 def summary_of(method: str, results: Iterable[Result]) -> Summary | None:
     """Return what the finished runs of a method gave; None where it has none."""
-    own = [result for result in results if result.run.method == method]
+    own = [result for result in results if result.run.cell == method]
     if not own:
         return None
     score, error = mean_and_error([result.score for result in own])
@@ -273,8 +275,11 @@ def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def last_scores(run_dir: Path, version: int) -> dict[str, float]:
-    """Greedy scores by set, of the evaluation that a run writes at its end; see run/evaluation.py."""
+def scores_of(run_dir: Path, version: int) -> dict[str, float]:
+    """Return the greedy scores by set of the weights after so many steps; see run/evaluation.py.
+
+    Raises ValueError where the run has not evaluated them.
+    """
     stem = f"eval_step_{version:08d}"
     scores = {}
     for path in sorted(run_dir.glob(f"{stem}*.jsonl")):
@@ -283,6 +288,6 @@ def last_scores(run_dir: Path, version: int) -> dict[str, float]:
         scores[name] = statistics.fmean(row["reward"] or 0.0 for row in rows if row["sample"] == "greedy")
     if not scores:
         raise ValueError(
-            f"{run_dir}: no {stem}*.jsonl of the last weights; remove the folder, and compare runs it again"
+            f"{run_dir}: no {stem}*.jsonl of the last weights; remove the folder, and the same command runs it again"
         )
     return scores

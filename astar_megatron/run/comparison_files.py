@@ -47,7 +47,7 @@ class Comparison:
     @property
     def summaries(self) -> list[Summary]:
         """Of the methods that have a finished run, the best first."""
-        methods = dict.fromkeys(run.method for run in self.runs)
+        methods = dict.fromkeys(run.cell for run in self.runs)
         own = [summary for method in methods if (summary := summary_of(method, self.finished))]
         return sorted(own, key=lambda summary: -summary.score)
 
@@ -73,7 +73,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         finished = [Run(run["method"], run["seed"]) for run in tree["runs"] if run["state"] == "finished"]
-        if odd := [run for run in finished if run.method not in METHODS or type(run.seed) is not int]:
+        if odd := [run for run in finished if run.cell not in METHODS or type(run.seed) is not int]:
             raise ValueError(f"no run is called {odd[0].name}")
         return dict(tree["settings"]), [run for run in finished if (folder / run.name).exists()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -98,7 +98,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "summaries": [dataclasses.asdict(summary) for summary in comparison.summaries],
         "ended_by_num_steps": comparison.ended_by_num_steps,
         "runs": [
-            {"name": run.name, "method": run.method, "seed": run.seed} | _state(comparison, run)
+            {"name": run.name, "method": run.cell, "seed": run.seed} | _state(comparison, run)
             for run in comparison.runs
         ],
     }
@@ -114,7 +114,7 @@ def as_csv(results: Sequence[Result]) -> str:
             score = sum(step.scores.values()) / len(step.scores) if step.scores else None
             spent = (step.spent.tokens, step.spent.flops, step.spent.seconds)
             health = (step.reward_mean, step.kl_token, step.entropy, step.truncated)
-            writer.writerow((result.run.method, result.run.seed, step.step, *spent, *health, score))
+            writer.writerow((result.run.cell, result.run.seed, step.step, *spent, *health, score))
     return text.getvalue()
 
 

@@ -29,7 +29,7 @@ def stage_1_of(
     budget can't be kept.
     """
     costs, failures = {}, {}
-    for method, cfg in {run.method: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
+    for method, cfg in {run.cell: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
         drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
         if lacking and failures:  # of the same table
             failures[method] = next(iter(failures.values()))

@@ -33,13 +33,13 @@ def plot(results: Sequence[Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    methods = list(dict.fromkeys(result.run.method for result in results))
+    methods = list(dict.fromkeys(result.run.cell for result in results))
     measures: list[Measure] = list(UNITS)
     figure, panels = pyplot.subplots(1, len(measures), figsize=(13, 4), dpi=120, sharey=True)
     for axes, measure in zip(panels, measures, strict=True):
         for number, method in enumerate(methods):
             color = f"C{number}"
-            curves = [_curve(result, measure) for result in results if result.run.method == method]
+            curves = [_curve(result, measure) for result in results if result.run.cell == method]
             for x, y in curves:
                 axes.plot(x, y, color=color, alpha=0.35, linewidth=0.7, marker="." if len(x) == 1 else None)
             x, mean, least, most = band(curves)

@@ -23,7 +23,8 @@ import numpy as np
 LEVEL = 0.95
 _EXPONENTS = (math.log(0.1), math.log(20.0))  # of the sigmoid, which is a step from there on
 _FAR = (math.log(30.0), math.log(1000.0))  # C_mid: so far below the least compute, and above the most
-_CELLS, _ZOOMS = 41, 5  # of the grid along each axis; how often it is made finer
+_CELLS = 31  # of the grid along each axis
+_ZOOMS = (False, False, True, False, True, False)  # how often it is made finer, and whether along both axes
 _TINY = 1e-9  # of the number of points: where a shape does not tell two coefficients apart, any will do
 
 type Interval = tuple[float, float]  # an end is infinite where the points set none
@@ -73,6 +74,7 @@ class Fit:
     coefficients: np.ndarray
     inverse: np.ndarray  # [G, m, m], of basis^T basis
     limit: float  # of the sum of squares, within LEVEL
+    around: np.ndarray  # [G] bool: within the limit, or a cell beside one that is
     sigma: float  # of a point around the curve
     dependence: float  # d
     row_ends: Interval
@@ -108,10 +110,10 @@ class Fit:
         return float(self.coefficients[self.best, index]), ends
 
     def shape(self, axis: str) -> tuple[float, Interval]:
-        """Return the best "row" or "column", and its interval; an end that is the grid's is infinite."""
+        """Return the best "row" or "column", and its interval, rounded up to cells; an end of the grid is infinite."""
         values, (low, high) = (self.row, self.row_ends) if axis == "row" else (self.column, self.column_ends)
-        inside, slack = values[self.squares <= self.limit], 1e-6 * (high - low)
-        ends = float(inside.min()), float(inside.max())
+        slack = 1e-6 * (high - low)
+        ends = float(values[self.around].min()), float(values[self.around].max())
         least, most = -math.inf if ends[0] <= low + slack else ends[0], math.inf if ends[1] >= high - slack else ends[1]
         return float(values[self.best]), (least, most)
 
@@ -166,15 +168,15 @@ def fit(law: Law, points: Points) -> Fit:
     centre = float(finite.mean())
     column_ends = law.columns(float(finite.min()) - centre, float(finite.max()) - centre)
     row, low, high = np.linspace(*law.rows, 1 if law.rows[0] == law.rows[1] else _CELLS), *column_ends
-    for zoom in range(_ZOOMS):
+    for both in (*_ZOOMS, None):
         column = np.linspace(low, high, _CELLS, axis=-1) + np.zeros((len(row), 1))  # [rows, _CELLS]
         squares, coefficients, inverse = _solve(law, log_compute - centre, points.score, row, column)
         best = np.unravel_index(squares.argmin(), squares.shape)
         curve = law.basis(log_compute - centre, row[best[0]][None], column[best][None])[0] @ coefficients[best]
         dependence = _dependence((1 - points.score if law.is_loss else points.score) - curve, points)
         limit = float(squares.min()) * (1 + _room(len(points), law.numbers, dependence))
-        if zoom < _ZOOMS - 1:
-            row, low, high = _closer(row, column, squares, limit)
+        if both is not None:
+            row, low, high = _closer(row, column, squares, limit, both=both)
     flat = (squares.size, -1)
     return Fit(
         law=law,
@@ -185,6 +187,7 @@ def fit(law: Law, points: Points) -> Fit:
         coefficients=coefficients.reshape(flat),
         inverse=inverse.reshape(squares.size, *inverse.shape[2:]),
         limit=limit,
+        around=_around(squares <= limit).ravel(),
         sigma=math.sqrt(float(squares.min()) / (len(points) - law.numbers)),
         dependence=dependence,
         row_ends=law.rows,
@@ -209,18 +212,36 @@ def _solve(
 
 
 def _closer(
-    row: np.ndarray, column: np.ndarray, squares: np.ndarray, limit: float
+    row: np.ndarray, column: np.ndarray, squares: np.ndarray, limit: float, *, both: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows, and the ends of the columns [R, 1] of each, that hold what is within the limit, a cell around it."""
+    """Return rows, and the ends of the columns [R] of each, that hold what is within the limit, a cell around it.
+
+    Of a row without any it is the least. Rows are cut only where `both`: when their own least is known, as what is
+    within the limit can be far narrower than a cell.
+    """
     inside = squares <= limit
     inside[np.arange(len(row)), squares.argmin(1)] = True
     first = np.maximum(0, inside.argmax(1) - 1)
     last = np.minimum(_CELLS - 1, _CELLS - inside[:, ::-1].argmax(1))
     low, high = column[np.arange(len(row)), first], column[np.arange(len(row)), last]
+    if not both or len(row) == 1:
+        return row, low, high
     rows = np.flatnonzero((squares <= limit).any(1))
-    ends = row[max(0, rows[0] - 1)], row[min(len(row) - 1, rows[-1] + 1)]
-    closer = np.linspace(*ends, len(row))
-    return closer, np.interp(closer, row, low), np.interp(closer, row, high)
+    closer = np.linspace(row[max(0, rows[0] - 1)], row[min(len(row) - 1, rows[-1] + 1)], len(row))
+    above = np.minimum(
+        np.maximum(1, np.searchsorted(row, closer)), len(row) - 1
+    )  # the row that follows, of those there were
+    return closer, np.minimum(low[above - 1], low[above]), np.maximum(high[above - 1], high[above])
+
+
+def _around(inside: np.ndarray) -> np.ndarray:
+    """[R, S] bool: the cells that are inside, and those beside them."""
+    around = inside.copy()
+    around[1:] |= inside[:-1]
+    around[:-1] |= inside[1:]
+    around[:, 1:] |= inside[:, :-1]
+    around[:, :-1] |= inside[:, 1:]
+    return around
 
 
 def _dependence(residuals: np.ndarray, points: Points) -> float:

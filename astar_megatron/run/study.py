@@ -1,0 +1,218 @@
+"""A scaling study: which runs a study file asks for, and what they gave.
+
+The file names a configuration, keys to set in all of it, grids of keys, budgets and seeds. Each point of a grid is a
+cell; each cell runs once a seed, up to each budget in turn, and is evaluated there, so that all cells have scores at
+equal cost. A cell that reads stage 1 pays for what it reads of it, as if it had run alone. All cells of a model share
+one V* table, unless something else that it depends on is in the grid, such as the temperature.
+
+Leaves out how runs are started (the program scaling) and what a cell and a seed have in common with a comparison's
+method and seed (comparison.py).
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from astar_megatron import config, config_file
+from astar_megatron.config import BudgetConfig, RunConfig
+from astar_megatron.config_file import ConfigError, Name, Section
+from astar_megatron.data.contract import contract_of
+from astar_megatron.run import comparison
+from astar_megatron.run.comparison import Budget, Run, Stage1Cost
+from astar_megatron.run.prepare import Inputs
+from astar_megatron.run.spending import Cost, Measure
+from astar_megatron.run.tracking import read_metrics
+
+_OWN_KEYS = (
+    "run_dir",
+    "seed",
+    "budget",
+    "eval.interval",
+)  # which the study itself sets, or leaves to the configuration
+_LONGEST_NAME = 150  # of a folder
+
+
+class StudyFile(Section):
+    """The keys of a study file."""
+
+    config: Name
+    """Configuration of all runs."""
+    set: dict[str, Any] = Field(default={})
+    """Keys of the configuration with their values."""
+    grid: list[dict[str, list[Any]]]
+    """Grids: of each, every combination of the values of its keys is a cell."""
+    budgets: list[str]
+    """`flops=N` or `tokens=N`, stage 1 counted, rising: where cells are evaluated; the last ends them."""
+    seeds: list[int] = Field(default=[0, 1, 2])
+    """A run of each cell for each of them."""
+    out: Name
+    """Folder of the runs, the V* tables and the results."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """What is to be run: the configuration of every run, without its budget, and the values of each cell's keys."""
+
+    folder: Path
+    budgets: Sequence[Budget]
+    configs: Mapping[Run, RunConfig]
+    cells: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def limit(self) -> Budget:
+        return self.budgets[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a run had cost after so many steps, the mean reward of the last of these, and its weights' score then."""
+
+    steps: int
+    spent: Cost
+    reward_mean: float | None
+    score: float | None  # greedy, on the held-out problems, mean over their sets
+
+
+def read_study(file: Path) -> Study:
+    """Return the study of a file, every cell of which is a whole configuration. Raises ConfigError."""
+    try:
+        study = StudyFile.model_validate(config_file.read(file))
+    except ValidationError as error:
+        lines = [config_file.explain(problem, list(StudyFile.model_fields)) for problem in error.errors()]
+        raise ConfigError(f"{file}: " + "\n".join(lines)) from None
+    budgets = _budgets(study.budgets)
+    if not study.seeds or len({*study.seeds}) < len(study.seeds):
+        raise ConfigError(f"seeds: expected one or more, each once, got {study.seeds}")
+    tree = config_file.read(study.config)
+    cells: dict[str, Mapping[str, Any]] = {}
+    for point in _points(study.grid):
+        name = _name(point)
+        if cells.setdefault(name, point) != point:
+            raise ConfigError(f"grid: {cells[name]} and {point} would both be called {name}; rename a file")
+    configs = {
+        Run(name, seed): _run_config(tree, study, Run(name, seed), point)
+        for name, point in cells.items()
+        for seed in study.seeds
+    }
+    return Study(folder=Path(study.out), budgets=budgets, configs=configs, cells=cells)
+
+
+def settings_of(cfg: RunConfig, inputs: Inputs, budgets: Sequence[Budget]) -> dict[str, Any]:
+    """Return what a cell's runs have in common, and the digest of the problems that they are evaluated on."""
+    held_out = {eval_set.name: sorted(prompt.uid for prompt in eval_set.prompts) for eval_set in inputs.eval_sets}
+    common = comparison.settings_of(cfg, budgets[-1])
+    return {key: value for key, value in common.items() if key != "seed"} | {
+        "objective.name": cfg.objective.name,
+        "budgets": ", ".join(map(str, budgets)),
+        "held-out problems": hashlib.sha256(json.dumps(held_out, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def check_held_out(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError where a problem of the evaluation is trained on."""
+    if cfg.data.eval_path is None and not cfg.eval.benchmarks:
+        raise ValueError("data.eval_path: a study's scores are of problems that no run trains on; give their file")
+    trained = {prompt.uid for prompt in inputs.prompts}
+    for eval_set in inputs.eval_sets:
+        if both := [prompt.text for prompt in eval_set.prompts if prompt.uid in trained]:
+            raise ValueError(
+                f"data.eval_path: {len(both)} of the {len(eval_set.prompts)} problems of {eval_set.name} are in "
+                f"{cfg.data.path} too, such as {both[0]!r:.100}; take them out of it"
+            )
+
+
+def budgets_left(run_dir: Path, budgets: Sequence[Budget], stage_1: Stage1Cost | None, num_steps: int) -> list[Budget]:
+    """Return the budgets at which a run has still to be evaluated: not those that stage 1 alone has used up."""
+    before = stage_1.known if stage_1 else Cost()
+    left = []
+    for budget in budgets:
+        if before.by(budget.measure) >= budget.amount:
+            continue
+        spent, steps, lines = before, 0, read_metrics(run_dir)
+        for line in lines:
+            if spent.by(budget.measure) >= budget.amount * (1 - 1e-9):
+                break
+            spent, steps = spent + Cost.of_step(line), line["step"] + 1
+        is_reached = spent.by(budget.measure) >= budget.amount * (1 - 1e-9) or steps >= num_steps
+        if not (is_reached and _is_evaluated(run_dir, steps)):
+            left.append(budget)
+    return left
+
+
+def course_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> list[Score]:
+    """Return a finished run's rewards and scores, from the weights before its first step on. Raises ValueError."""
+    steps = comparison.result_of(run, run_dir, stage_1).steps
+    course = [(0, stage_1.known if stage_1 else Cost(), None)]
+    course += [(step.step + 1, step.spent, step.reward_mean) for step in steps]
+    return [
+        Score(steps=number, spent=spent, reward_mean=reward, score=_score(run_dir, number))
+        for number, spent, reward in course
+    ]
+
+
+def _score(run_dir: Path, steps: int) -> float | None:
+    if not _is_evaluated(run_dir, steps):
+        return None
+    scores = comparison.scores_of(run_dir, steps)
+    return sum(scores.values()) / len(scores)
+
+
+def _is_evaluated(run_dir: Path, steps: int) -> bool:
+    return any(run_dir.glob(f"eval_step_{steps:08d}*.jsonl"))
+
+
+def _budgets(texts: Sequence[str]) -> list[Budget]:
+    budgets = [comparison.budget_of(text, "budgets") for text in texts]
+    measures: set[Measure] = {budget.measure for budget in budgets}
+    amounts = [budget.amount for budget in budgets]
+    if len(measures) != 1 or "seconds" in measures or sorted({*amounts}) != amounts:
+        raise ConfigError(
+            f"budgets: expected rising amounts, all flops=N or all tokens=N (seconds are the machine's), got {texts}"
+        )
+    return budgets
+
+
+def _points(grids: Sequence[Mapping[str, Sequence[Any]]]) -> list[dict[str, Any]]:
+    points = []
+    for grid in grids:
+        for key, values in grid.items():
+            if key.startswith(_OWN_KEYS) or not values:
+                raise ConfigError(f"grid: {key} can't be there, or has no value; seeds and budgets have their own keys")
+        points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if not points:
+        raise ConfigError("grid: expected one grid or more, as in: - {astar.beta2: [1e-3, 1e-2]}")
+    return points
+
+
+def _name(point: Mapping[str, Any]) -> str:
+    """The cell's name, also of its folders: the last part of each key, or all of it where that is not enough."""
+    short = [key.rpartition(".")[2] for key in point]
+    keys = short if len({*short}) == len(short) else list(point)
+    values = (Path(value).name if isinstance(value, str) else value for value in point.values())
+    name = ",".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
+    return re.sub(r"[^\w.,=+-]", "_", name)[:_LONGEST_NAME] or "all"
+
+
+def _run_config(tree: Mapping[str, Any], study: StudyFile, run: Run, point: Mapping[str, Any]) -> RunConfig:
+    """The run's configuration. Raises ConfigError, naming the cell, for one that can't be."""
+    try:
+        cfg = config.validate(config_file.with_values(tree, {**study.set, **point}))
+        if cfg.budget != BudgetConfig():
+            raise ConfigError("budget: a study takes it from its own key budgets; leave the keys out")
+        table = cfg.sweep.table or str(Path(study.out) / "v_star" / contract_of(cfg).digest()[:16])
+        own = {
+            "run_dir": str(Path(study.out) / run.name),
+            "seed": run.seed,
+            "sweep.table": table,
+            "eval.interval": cfg.eval.interval or cfg.train.num_steps,
+        }
+        return config.validate(config_file.with_values(cfg.model_dump(), own))
+    except ValueError as error:
+        raise ConfigError(f"cell {run.cell}: {error}") from error
