@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, Name, Seconds, Section, day, explain, nearest_divisor, read
 from astar_megatron.config_file import flat as flat
+from astar_megatron.config_file import with_values as with_values
 from astar_megatron.config_machine import (
     CheckpointConfig,
     ClusterConfig,

@@ -28,59 +28,62 @@ from astar_megatron.run.training import check_before_stage_1
 
 def run(file: Path, runner: Runner = astar) -> int:
     """Run the study of a file, and write what it gives to its folder; return 1 where a run failed, else 0."""
-    study, screen = read_study(file), Screen()
-    by_cell = {each.cell: cfg for each, cfg in study.configs.items()}
+    (study, configs), screen = read_study(file), Screen()
+    by_cell = {each.cell: cfg for each, cfg in configs.items()}
     inputs = {cell: _checked(cell, cfg, study.folder) for cell, cfg in by_cell.items()}
     settings = {cell: settings_of(cfg, inputs[cell], study.budgets) for cell, cfg in by_cell.items()}
     make_folder(study.folder)
     with exclusive(study.folder / "scale.lock", "another study in this folder"):
         before = study_files.read(study.folder)
         finished = [Run(cell, seed) for cell, known in before.items() for seed in known["finished"]]
-        if lost := [each.name for each in finished if each not in study.configs]:
+        if lost := [each.name for each in finished if each not in configs]:
             raise ValueError(f"{file}: lacks {lost[0]}, which has finished; put it back, or choose another out")
         for cell in before.keys() & settings.keys():
             comparison.check_settings(study.folder, before[cell]["settings"], settings[cell])
         progress = Progress(study=study, settings=settings, stage_1={}, courses={}, errors={})
-        _stage_1(progress, inputs, finished, screen, runner)
+        _stage_1(progress, configs, inputs, finished, screen, runner)
         for each in finished:  # first, so that what is written never loses a finished run
             progress.courses[each] = _course(progress, each)
         _write(progress)
-        for number, each in enumerate(study.configs, 1):
+        for number, (each, cfg) in enumerate(configs.items(), 1):
             if each not in progress.courses and each not in progress.errors:
-                _train(progress, each, f"{each.name}, run {number} of {len(study.configs)}", screen, runner)
+                _train(progress, each, cfg, f"{each.name}, run {number} of {len(configs)}", screen, runner)
     screen.say(study_files.as_markdown(progress))
     screen.say(f"scale.md, scale.csv and scale.json are in {study.folder}; next: astar scale fit {study.folder}")
     return 1 if progress.errors else 0
 
 
 def _stage_1(
-    progress: Progress, inputs: Mapping[str, Inputs], finished: Sequence[Run], screen: Screen, runner: Runner
+    progress: Progress,
+    configs: Mapping[Run, RunConfig],
+    inputs: Mapping[str, Inputs],
+    finished: Sequence[Run],
+    screen: Screen,
+    runner: Runner,
 ) -> None:
     """Fill the V* tables, and note what each cell reads of them, or that its runs failed because of it."""
     study = progress.study
     for cell, cell_inputs in inputs.items():
-        configs = {each: cfg for each, cfg in study.configs.items() if each.cell == cell}
-        seed = min(each.seed for each in configs)
+        own = {each: cfg for each, cfg in configs.items() if each.cell == cell}
         costs, failures = stage_1_of(
-            seed,
-            configs,
+            min(each.seed for each in own),
+            own,
             study.limit,
             cell_inputs,
             study.folder,
-            lambda own, cell=cell: run_shown("sweep", own, f"stage 1 for {cell}", screen, runner),
+            lambda cfg, cell=cell: run_shown("sweep", cfg, f"stage 1 for {cell}", screen, runner),
         )
         progress.stage_1.update(costs)
         if reason := failures.get(cell):
             if lost := [each.name for each in finished if each.cell == cell]:
                 raise ValueError(f"{reason} {lost[0]} has finished, and what it cost is not known")
-            progress.errors.update(dict.fromkeys(configs, reason))
+            progress.errors.update(dict.fromkeys(own, reason))
             screen.say(f"{cell}: {reason}")
 
 
-def _train(progress: Progress, run: Run, label: str, screen: Screen, runner: Runner) -> None:
+def _train(progress: Progress, run: Run, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> None:
     """Train up to each budget that is left, and write what is known then."""
     study, stage_1 = progress.study, progress.stage_1.get(run.cell)
-    cfg = study.configs[run]
     try:
         comparison.with_budget(cfg, study.limit, stage_1)  # refused where stage 1 leaves nothing of the last
         for budget in budgets_left(Path(cfg.run_dir), study.budgets, stage_1, cfg.train.num_steps):

@@ -17,6 +17,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run.score_tables import read_curves
+from astar_megatron.run.study import read_study
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.scaling import run
 
@@ -117,7 +118,7 @@ def test_all_cells_of_a_model_share_a_table_and_pay_for_what_they_read_of_it(stu
     grid = [{"sweep.num_samples": [2, 4], "astar.beta1": [0.25, 0.5]}]
     assert study(runner, grid=grid, seeds=[0]) == 0
     assert [name for name, _ in runner.calls].count("sweep") == 2 and runner.drawn == 2 * 2  # 2 more of 2 prompts
-    tables = list((tmp_path / "out" / "v_star").iterdir())
+    tables = list((tmp_path / "out" / "tables").iterdir())
     assert len(tables) == 1 and VStarTable.open(tables[0], None).summary().samples == 2 * 4
     cells = tree_of(tmp_path)["cells"]
     assert {name: cell["stage_1"]["tokens"] for name, cell in cells.items()} == {
@@ -130,7 +131,7 @@ def test_all_cells_of_a_model_share_a_table_and_pay_for_what_they_read_of_it(stu
 
 def test_what_else_a_table_depends_on_gets_a_table_of_its_own(study: Study, tmp_path: Path) -> None:
     study(Astar(), grid=[{"sampling.temperature": [0.5, 1.0]}], seeds=[0])
-    assert len(list((tmp_path / "out" / "v_star").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "tables").iterdir())) == 2
 
 
 def test_several_grids_are_joined_and_a_cell_of_both_runs_once(study: Study, tmp_path: Path) -> None:
@@ -261,6 +262,17 @@ def test_a_held_out_problem_that_is_trained_on_is_refused(study: Study, tmp_path
 def test_a_cell_whose_stage_1_costs_the_last_budget_is_refused(study: Study) -> None:
     with pytest.raises(ValueError, match="stage 1 alone, which astar reads, will cost 8 response tokens or more"):
         study(Astar(), budgets=["tokens=8"])
+
+
+def test_the_study_of_the_examples_is_one(tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[1]
+    tree = yaml.safe_load((root / "examples" / "scaling.yaml").read_text())
+    tree["set"] |= {"model.path": str(tied_llama)}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree).replace("0.001", "1e-3"))
+    monkeypatch.chdir(root)
+    example, configs = read_study(tmp_path / "study.yaml")
+    assert len(example.cells) == 10 and len(configs) == 30
+    assert [budget.amount for budget in example.budgets] == pytest.approx([n * 5e12 for n in range(1, 9)])
 
 
 # --- results

@@ -89,8 +89,10 @@ def as_csv(results: Sequence[Extrapolation]) -> str:
             numbers: list[float | None] = []
             for name in _NUMBERS:
                 number = law.numbers.get(name)
-                known = number is not None and number.refusal is None
-                numbers += [number.value if known else None, *((known and _ends(number)) or (None, None))]
+                if number is None or number.refusal:
+                    numbers += [None, None, None]
+                else:
+                    numbers += [number.value, *(_ends(number) or (None, None))]
             sigma = law.whole and law.whole.sigma
             is_best = result.best is law
             writer.writerow(

@@ -168,38 +168,52 @@ def fit(law: Law, points: Points) -> Fit:
     centre = float(finite.mean())
     column_ends = law.columns(float(finite.min()) - centre, float(finite.max()) - centre)
     row, low, high = np.linspace(*law.rows, 1 if law.rows[0] == law.rows[1] else _CELLS), *column_ends
-    for both in (*_ZOOMS, None):
-        column = np.linspace(low, high, _CELLS, axis=-1) + np.zeros((len(row), 1))  # [rows, _CELLS]
-        squares, coefficients, inverse = _solve(law, log_compute - centre, points.score, row, column)
-        best = np.unravel_index(squares.argmin(), squares.shape)
-        curve = law.basis(log_compute - centre, row[best[0]][None], column[best][None])[0] @ coefficients[best]
-        dependence = _dependence((1 - points.score if law.is_loss else points.score) - curve, points)
-        limit = float(squares.min()) * (1 + _room(len(points), law.numbers, dependence))
-        if both is not None:
-            row, low, high = _closer(row, column, squares, limit, both=both)
-    flat = (squares.size, -1)
+    for both in _ZOOMS:
+        row, low, high = _closer(_looked(law, log_compute - centre, points, row, low, high), both=both)
+    grid = _looked(law, log_compute - centre, points, row, low, high)
+    size = grid.squares.size
     return Fit(
         law=law,
         centre=centre,
-        row=np.repeat(row, _CELLS),
-        column=column.ravel(),
-        squares=squares.ravel(),
-        coefficients=coefficients.reshape(flat),
-        inverse=inverse.reshape(squares.size, *inverse.shape[2:]),
-        limit=limit,
-        around=_around(squares <= limit).ravel(),
-        sigma=math.sqrt(float(squares.min()) / (len(points) - law.numbers)),
-        dependence=dependence,
+        row=np.repeat(grid.row, _CELLS),
+        column=grid.column.ravel(),
+        squares=grid.squares.ravel(),
+        coefficients=grid.coefficients.reshape(size, -1),
+        inverse=grid.inverse.reshape(size, *grid.inverse.shape[2:]),
+        limit=grid.limit,
+        around=_around(grid.squares <= grid.limit).ravel(),
+        sigma=math.sqrt(float(grid.squares.min()) / (len(points) - law.numbers)),
+        dependence=grid.dependence,
         row_ends=law.rows,
         column_ends=column_ends,
     )
 
 
-def _solve(
-    law: Law, log_compute: np.ndarray, score: np.ndarray, row: np.ndarray, column: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return sums of squares [R, S], coefficients [R, S, m] and inverses [R, S, m, m], row by row to save memory."""
-    target, solved = 1 - score if law.is_loss else score, []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Grid:
+    """Shapes of rows [R] and columns [R, S], with sums of squares [R, S], coefficients and inverses as in Fit."""
+
+    row: np.ndarray
+    column: np.ndarray
+    squares: np.ndarray
+    coefficients: np.ndarray
+    inverse: np.ndarray
+    limit: float
+    dependence: float
+
+
+def _looked(
+    law: Law,
+    log_compute: np.ndarray,
+    points: Points,
+    row: np.ndarray,
+    low: np.ndarray | float,
+    high: np.ndarray | float,
+) -> _Grid:
+    """The grid of rows, and of columns from `low` to `high`, for all rows or each; row by row, to save memory."""
+    column = np.linspace(low, high, _CELLS, axis=-1) + np.zeros((len(row), 1))
+    score, solved = points.score, []
+    target = 1 - score if law.is_loss else score
     for at, columns in zip(row, column, strict=True):
         basis = law.basis(log_compute, np.full(len(columns), at), columns)
         products = np.einsum("snm,snk->smk", basis, basis)
@@ -207,30 +221,37 @@ def _solve(
         coefficients = np.einsum("smk,snk,n->sm", inverse, basis, target)
         residuals = target - np.einsum("snm,sm->sn", basis, coefficients)
         solved.append(((residuals**2).sum(1), coefficients, inverse))
-    squares, coefficients, inverse = map(np.stack, zip(*solved, strict=True))
-    return squares, coefficients, inverse
+    squares, coefficients, inverse = (np.stack(parts) for parts in zip(*solved, strict=True))
+    best = np.unravel_index(squares.argmin(), squares.shape)
+    curve = law.basis(log_compute, row[best[0]][None], column[best][None])[0] @ coefficients[best]
+    dependence = _dependence(target - curve, points)
+    return _Grid(
+        row=row,
+        column=column,
+        squares=squares,
+        coefficients=coefficients,
+        inverse=inverse,
+        limit=float(squares.min()) * (1 + _room(len(score), law.numbers, dependence)),
+        dependence=dependence,
+    )
 
 
-def _closer(
-    row: np.ndarray, column: np.ndarray, squares: np.ndarray, limit: float, *, both: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows, and the ends of the columns [R] of each, that hold what is within the limit, a cell around it.
+def _closer(grid: _Grid, *, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, and the ends of the columns [R] of each, that hold what is within the limit, a cell around it.
 
     Of a row without any it is the least. Rows are cut only where `both`: when their own least is known, as what is
     within the limit can be far narrower than a cell.
     """
-    inside = squares <= limit
-    inside[np.arange(len(row)), squares.argmin(1)] = True
+    row, inside = grid.row, grid.squares <= grid.limit
+    rows = np.flatnonzero(inside.any(1))
+    inside[np.arange(len(row)), grid.squares.argmin(1)] = True
     first = np.maximum(0, inside.argmax(1) - 1)
     last = np.minimum(_CELLS - 1, _CELLS - inside[:, ::-1].argmax(1))
-    low, high = column[np.arange(len(row)), first], column[np.arange(len(row)), last]
+    low, high = grid.column[np.arange(len(row)), first], grid.column[np.arange(len(row)), last]
     if not both or len(row) == 1:
         return row, low, high
-    rows = np.flatnonzero((squares <= limit).any(1))
     closer = np.linspace(row[max(0, rows[0] - 1)], row[min(len(row) - 1, rows[-1] + 1)], len(row))
-    above = np.minimum(
-        np.maximum(1, np.searchsorted(row, closer)), len(row) - 1
-    )  # the row that follows, of those there were
+    above = np.minimum(np.maximum(1, np.searchsorted(row, closer)), len(row) - 1)  # the old row that follows
     return closer, np.minimum(low[above - 1], low[above]), np.maximum(high[above - 1], high[above])
 
 

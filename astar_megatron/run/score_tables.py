@@ -96,7 +96,7 @@ def _joined(name: str, runs: Sequence[tuple[Columns, Sequence[float], Sequence[f
 
 def _tables(
     path: Path, compute: str | None, score: str | None, *, per_row: bool
-) -> list[tuple[str, Columns, list[Row]]]:
+) -> list[tuple[str, Columns, Sequence[Row]]]:
     """The runs of a source: the name of the curve, the columns to read, the rows."""
     rows = _rows(path)
     names = list(dict.fromkeys(key for row in rows for key in row))
@@ -146,7 +146,7 @@ def _asked(kind: Columns, compute: str | None, score: str | None) -> tuple[str, 
     return compute or kind.compute, score or kind.score
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path) -> Sequence[Row]:
     if path.is_dir():
         for name in ("scale.csv", "compare.csv"):
             if (path / name).exists():

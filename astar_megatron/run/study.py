@@ -20,9 +20,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from astar_megatron import config, config_file
-from astar_megatron.config import BudgetConfig, RunConfig
-from astar_megatron.config_file import ConfigError, Name, Section
+from astar_megatron import config
+from astar_megatron.config import BudgetConfig, ConfigError, Name, RunConfig, Section
 from astar_megatron.data.contract import contract_of
 from astar_megatron.run import comparison
 from astar_megatron.run.comparison import Budget, Run, Stage1Cost
@@ -30,6 +29,7 @@ from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import read_metrics
 
+TABLES = "tables"  # folder of those of stage 1
 _OWN_KEYS = (
     "run_dir",
     "seed",
@@ -58,11 +58,11 @@ class StudyFile(Section):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """What is to be run: the configuration of every run, without its budget, and the values of each cell's keys."""
+    """What is to be run, and the values of each cell's keys."""
 
     folder: Path
     budgets: Sequence[Budget]
-    configs: Mapping[Run, RunConfig]
+    runs: Sequence[Run]
     cells: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -80,17 +80,17 @@ class Score:
     score: float | None  # greedy, on the held-out problems, mean over their sets
 
 
-def read_study(file: Path) -> Study:
-    """Return the study of a file, every cell of which is a whole configuration. Raises ConfigError."""
+def read_study(file: Path) -> tuple[Study, dict[Run, RunConfig]]:
+    """Return the study of a file, and the configuration of every run, without its budget. Raises ConfigError."""
     try:
-        study = StudyFile.model_validate(config_file.read(file))
+        study = StudyFile.model_validate(config.read(file))
     except ValidationError as error:
-        lines = [config_file.explain(problem, list(StudyFile.model_fields)) for problem in error.errors()]
+        lines = [config.explain(problem, list(StudyFile.model_fields)) for problem in error.errors()]
         raise ConfigError(f"{file}: " + "\n".join(lines)) from None
     budgets = _budgets(study.budgets)
     if not study.seeds or len({*study.seeds}) < len(study.seeds):
         raise ConfigError(f"seeds: expected one or more, each once, got {study.seeds}")
-    tree = config_file.read(study.config)
+    tree = config.read(study.config)
     cells: dict[str, Mapping[str, Any]] = {}
     for point in _points(study.grid):
         name = _name(point)
@@ -101,7 +101,7 @@ def read_study(file: Path) -> Study:
         for name, point in cells.items()
         for seed in study.seeds
     }
-    return Study(folder=Path(study.out), budgets=budgets, configs=configs, cells=cells)
+    return Study(folder=Path(study.out), budgets=budgets, runs=list(configs), cells=cells), configs
 
 
 def settings_of(cfg: RunConfig, inputs: Inputs, budgets: Sequence[Budget]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _points(grids: Sequence[Mapping[str, Sequence[Any]]]) -> list[dict[str, Any]
                 raise ConfigError(f"grid: {key} can't be there, or has no value; seeds and budgets have their own keys")
         points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not points:
-        raise ConfigError("grid: expected one grid or more, as in: - {astar.beta2: [1e-3, 1e-2]}")
+        raise ConfigError("grid: expected one grid or more, as in: - {optim.lr: [1e-6, 1e-5]}")
     return points
 
 
@@ -203,16 +203,16 @@ def _name(point: Mapping[str, Any]) -> str:
 def _run_config(tree: Mapping[str, Any], study: StudyFile, run: Run, point: Mapping[str, Any]) -> RunConfig:
     """The run's configuration. Raises ConfigError, naming the cell, for one that can't be."""
     try:
-        cfg = config.validate(config_file.with_values(tree, {**study.set, **point}))
+        cfg = config.validate(config.with_values(tree, {**study.set, **point}))
         if cfg.budget != BudgetConfig():
             raise ConfigError("budget: a study takes it from its own key budgets; leave the keys out")
-        table = cfg.sweep.table or str(Path(study.out) / "v_star" / contract_of(cfg).digest()[:16])
+        table = cfg.sweep.table or str(Path(study.out) / TABLES / contract_of(cfg).digest()[:16])
         own = {
             "run_dir": str(Path(study.out) / run.name),
             "seed": run.seed,
             "sweep.table": table,
             "eval.interval": cfg.eval.interval or cfg.train.num_steps,
         }
-        return config.validate(config_file.with_values(cfg.model_dump(), own))
+        return config.validate(config.with_values(cfg.model_dump(), own))
     except ValueError as error:
         raise ConfigError(f"cell {run.cell}: {error}") from error

@@ -24,7 +24,7 @@ class Progress:
 
     study: Study
     settings: Mapping[str, Mapping[str, Any]]  # of each cell
-    stage_1: Mapping[str, Stage1Cost]  # of the cells that read it
+    stage_1: dict[str, Stage1Cost]  # of the cells that read it
     courses: dict[Run, list[Score]]  # of the finished runs
     errors: dict[Run, str]  # of those that failed
 
@@ -62,7 +62,7 @@ def as_json(progress: Progress) -> dict[str, Any]:
     """Return everything but the steps, as JSON has it."""
     study = progress.study
     runs: dict[str, dict[str, Any]] = {cell: {} for cell in study.cells}
-    for run in study.configs:
+    for run in study.runs:
         runs[run.cell][str(run.seed)] = _state(progress, run)
     return {
         "budgets": [dataclasses.asdict(budget) for budget in study.budgets],
@@ -115,7 +115,7 @@ def as_markdown(progress: Progress) -> str:
         "where the cell reads it; mean over the finished runs ± its standard error. Where stage 1 alone costs more, it "
         "is that of the weights before training, if they were evaluated.",
     ]
-    if missing := [run for run in study.configs if run not in progress.courses]:
+    if missing := [run for run in study.runs if run not in progress.courses]:
         lines += ["", "Not finished:", ""]
         lines += [f"- {run.name}: {progress.errors.get(run, 'has not run yet')}" for run in missing]
     if short := _ended_by_num_steps(progress):
