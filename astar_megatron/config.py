@@ -42,6 +42,7 @@ from astar_megatron.config_slurm import STAGES as STAGES
 from astar_megatron.config_slurm import SlurmConfig as SlurmConfig
 from astar_megatron.config_slurm import Stage as Stage
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
+from astar_megatron.config_training import TrackingConfig as TrackingConfig
 
 _IMPORTANCE_CAP = 2.0  # of A*PO, where engines draw ahead
 Day = Annotated[str, BeforeValidator(day)]
@@ -186,6 +187,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
     supervise: SuperviseConfig = SuperviseConfig()
     slurm: SlurmConfig = SlurmConfig()
 

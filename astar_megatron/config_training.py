@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from astar_megatron.config_file import Seconds, Section
+from astar_megatron.config_file import Name, Seconds, Section
 from astar_megatron.config_machine import Offload
 
 
@@ -40,6 +40,30 @@ class BudgetConfig(Section):
     """[FLOPs] Of the model, in training and generation (`astar_megatron/run/spending.py`); null: no limit."""
     seconds: float | None = Field(default=None, gt=0.0)
     """[seconds] Of the steps; null: no limit."""
+
+
+class TrackingConfig(Section):
+    """Where the lines of `metrics.jsonl` are shown too. Each library is an extra, of the name of its key."""
+
+    wandb: Name | None = None
+    """Project of Weights & Biases, `project` or `entity/project`; null: none."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """`offline` writes to the run's folder alone, for `wandb sync`."""
+    tensorboard: bool = False
+    """Write events for TensorBoard into the run's folder."""
+    mlflow: Name | None = None
+    """Address of MLflow's server or database, as `sqlite:///runs/mlflow.db`; null: none."""
+
+    @model_validator(mode="after")
+    def _addresses(self) -> Self:
+        if self.wandb and not all(self.wandb.split("/", 1)):
+            raise ValueError(f"tracking.wandb: expected project or entity/project, got {self.wandb!r}")
+        if self.mlflow and ("://" not in self.mlflow or self.mlflow.startswith("file:")):
+            raise ValueError(
+                f"tracking.mlflow: expected the address of a server or a database, got {self.mlflow!r}; MLflow no "
+                "longer takes a folder: write http://host:5000 or sqlite:///runs/mlflow.db"
+            )
+        return self
 
 
 class OptimConfig(Section):

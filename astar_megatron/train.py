@@ -15,7 +15,7 @@ from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.garbage import collect_seldom
 from astar_megatron.run.prepare import Inputs, prepare
-from astar_megatron.run.record import record_of
+from astar_megatron.run.record import Record, record_of
 from astar_megatron.run.steps import batch_of, health_of, step_options
 from astar_megatron.run.tracking import Clock, Tracker
 from astar_megatron.run.training import (
@@ -59,9 +59,8 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     with fleet.training():  # where both sides share memory the policy has all of its own
         first = checkpoints.resume(fleet.policy, prompts, objective, tracker.say)
-    record = record_of(cfg, inputs.model, tracker, first, int(estimates.tokens.sum()) if estimates else 0)
-    spending = record.spending
     with (
+        record_of(cfg, inputs.model, tracker, first, estimates) as record,
         StepEnds(cfg.train.grace_seconds) as ends,
         checkpoints.saves(fleet.policy, tracker.say) as saves,
         RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
@@ -75,6 +74,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             group_size=cfg.group_size,
             drawn=checkpoints.in_flight(inputs.prompts),
         )
+        spending = record.spending
         for step in ends.steps(spending.steps()):
             clock = Clock()
             if objective.refreshes_reference(step):
@@ -98,13 +98,15 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             saves.poll()
         for words in spending.reached:
             tracker.say(words)
-        _finish(cfg, inputs, fleet, tracker, spending.done)
+        _finish(cfg, inputs, fleet, record)
 
 
-def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int) -> None:
+def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> None:
     """Publish the last weights, evaluate them if asked to, and export them."""
+    version, tracker = record.spending.done, record.tracker
     with fleet.generating(version, Clock()):
-        _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_last=True)
+        evaluated = _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_last=True)
+    record.dashboards.show_final(version, evaluated)
     fleet.export(cfg.export_dir)
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32

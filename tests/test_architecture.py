@@ -72,7 +72,10 @@ ENVIRONMENT_READERS = (
     "astar_megatron/run/bundle.py",  # it looks for secrets, to take them out of what it writes
     "astar_megatron/rollout/scoring.py",  # it passes a part of it on to rewards
 )
-ENVIRONMENT_SETTERS = ("astar_megatron/rollout/", "astar_megatron/cluster/", "astar_megatron/model/backend.py")
+ENVIRONMENT_SETTERS = (
+    *("astar_megatron/rollout/", "astar_megatron/cluster/", "astar_megatron/model/backend.py"),
+    "astar_megatron/run/dashboard_libraries.py",  # that W&B and MLflow send no reports of their own
+)
 MAX_FILE_LINES = 400
 MAX_PROGRAM_LINES = 150
 METHOD_WORDS = re.compile(r"\b(v_star|advantage|beta1|beta2|clip)\b")

@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from astar_megatron.cluster import session
 from astar_megatron.cluster.session_stacks import STACKS_FILE
@@ -46,7 +47,7 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
     texts = {
         "why.txt": f"{why}\nStacks: {_ways(logs)}.\n",
         "output.txt": output,
-        "config.json": json.dumps(cfg.model_dump(), indent=1) + "\n",
+        "config.json": json.dumps(settings_without_secrets(cfg), indent=1) + "\n",
         "versions.json": json.dumps(machine.versions(), indent=1) + "\n",
         METRICS_FILE: "".join(_tail(run_dir / METRICS_FILE).splitlines(keepends=True)[-_METRICS_LINES:]),
     }
@@ -63,6 +64,11 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
     except OSError as error:
         raise storage_error(f"{folder}: can't write the bundle", error) from error
     return folder
+
+
+def settings_without_secrets(cfg: RunConfig) -> dict[str, Any]:
+    """Return a configuration as a tree of plain values, without secrets of the environment."""
+    return json.loads(without_secrets(json.dumps(cfg.model_dump()), os.environ))
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:

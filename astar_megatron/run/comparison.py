@@ -27,7 +27,14 @@ UNITS: dict[Measure, str] = {"tokens": "response tokens", "flops": "model FLOPs"
 _MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  # as the keys of `budget`
 _NOT_COMMON = (
     *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
-    *("cluster.", "supervise.", "checkpoint.", "train.grace_seconds", "train.micro_batch_tokens"),  # no result's
+    *(
+        "cluster.",
+        "supervise.",
+        "checkpoint.",
+        "tracking.",
+        "train.grace_seconds",
+        "train.micro_batch_tokens",
+    ),  # no result's
     "rollout.heartbeat_seconds",
 )
 

@@ -1,13 +1,16 @@
 """What a run leaves of its steps, and when it ends: metrics, rollouts, bad batches, and what all that has cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
+from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.rollout_files import RolloutFiles
+from astar_megatron.run.dashboards import Dashboards, dashboards_of
 from astar_megatron.run.spending import Spending, generation_flops
 from astar_megatron.run.steps import check_skipped, keep_bad_batch, line_of, metrics_of, skipped_of
 from astar_megatron.run.tracking import Tracker
@@ -15,24 +18,31 @@ from astar_megatron.types import Rollout, RolloutBatch, StepStats
 from conversion.families import Model
 
 
-def record_of(cfg: RunConfig, model: Model, tracker: Tracker, first: int, stage_1_tokens: int) -> "Record":
-    """Return the record of a run that goes on from step `first`; what was left of later steps is set aside.
+@contextmanager
+def record_of(
+    cfg: RunConfig, model: Model, tracker: Tracker, first: int, stage_1: Estimates | None
+) -> Iterator["Record"]:
+    """The record of a run that goes on from step `first`; what was left of later steps is set aside.
 
-    `stage_1_tokens` are the response tokens that its V* cost.
+    `stage_1` is what V* was made from, whose response tokens the run pays for.
     """
     bad_batches.set_aside(tracker.run_dir, first)
     rollouts = RolloutFiles(tracker.run_dir, cfg.rollout.keep)
     rollouts.begin(first)
     earlier = tracker.begin(first)
-    return Record(
-        model=model,
-        tracker=tracker,
-        rollouts=rollouts,
-        spending=Spending(cfg.budget, cfg.train.num_steps, first, earlier),
-        settings=config.flat(cfg),
-        spent_tokens=stage_1_tokens + sum(line.get("response_tokens", 0) for line in earlier),
-        skipped=sum(map(skipped_of, earlier)),
-    )
+    beginning = stage_1.distributions() if stage_1 else {}
+    with dashboards_of(cfg, first, earlier, beginning, tracker.say) as dashboards:
+        yield Record(
+            model=model,
+            tracker=tracker,
+            dashboards=dashboards,
+            rollouts=rollouts,
+            spending=Spending(cfg.budget, cfg.train.num_steps, first, earlier),
+            settings=config.flat(cfg),
+            spent_tokens=(int(stage_1.tokens.sum()) if stage_1 else 0)
+            + sum(line.get("response_tokens", 0) for line in earlier),
+            skipped=sum(map(skipped_of, earlier)),
+        )
 
 
 @dataclass(kw_only=True)
@@ -41,6 +51,7 @@ class Record:
 
     model: Model
     tracker: Tracker
+    dashboards: Dashboards
     rollouts: RolloutFiles
     spending: Spending
     settings: Mapping[str, Any]
@@ -70,6 +81,7 @@ class Record:
             tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, self.settings))
         self.rollouts.write(step, rollouts)
         tracker.log(metrics)
+        self.dashboards.log(metrics, rollouts, batch, stats)
         tracker.say(line_of(metrics, self.settings["train.num_steps"]))
         self.skipped += skipped_of(metrics)
         check_skipped(self.skipped, self.settings["train.max_skipped_steps"], tracker.run_dir)
