@@ -5,6 +5,7 @@ Nothing here reaches a network: W&B is offline, MLflow's database a file.
 
 import json
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,14 +15,21 @@ from typing import Any
 import pytest
 import samples
 import torch
+from rich.console import Console
 
 from astar_megatron import config
-from astar_megatron.config import ConfigError, RunConfig, TrackingConfig
+from astar_megatron.algorithm.astar import Astar
+from astar_megatron.algorithm.refresh import LiveVStar
+from astar_megatron.config import AstarConfig, ConfigError, RunConfig, TrackingConfig
 from astar_megatron.data.files import storage_error
 from astar_megatron.run import dashboard_libraries
 from astar_megatron.run.dashboard_libraries import About, Entry, Library
 from astar_megatron.run.dashboards import FOLDER, Dashboards, dashboards_of
+from astar_megatron.run.record import record_of
+from astar_megatron.run.steps import batch_of, health_of
+from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.types import Prompt, Rollout, RolloutBatch
+from conversion.families import read_model
 
 SECRET = "not-to-be-written-" + "7f3a"
 PROMPT = Prompt(uid="u", token_ids=(1, 3), text="What is 1 + 1?", answer="2")
@@ -91,8 +99,9 @@ def two_starts(cfg: RunConfig, words: Words) -> None:
 
 def wandb_records(folder: Path) -> Iterator[Any]:
     """The records of W&B's own files, in order: protobuf in the blocks of a LevelDB log (32 KiB, 7 bytes a header)."""
+    pytest.importorskip("wandb").teardown()  # its process has written the files to their end
     records = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.parts):
         data, place, parts = path.read_bytes(), 7, b""
         while place + 7 <= len(data):
             if (left := 32768 - place % 32768) < 7:
@@ -141,7 +150,7 @@ def test_wandb_has_configuration_axes_tables_and_distributions(tmp_path: Path, m
     assert sum(history[0]["distribution/v_star/values"]) == 3  # the fourth is not a number
     assert sum(history[0]["stage_1/v_star/values"]) == 2 and "stage_1/v_star/values" not in history[1]
     summary = {key: value for record in records for key, value in items(record.summary.update).items()}
-    assert summary["final/gsm8k/greedy"] == 0.75 and summary["final/evaluation/nrows"] == 1
+    assert summary["final/gsm8k/greedy"] == 0.75 and summary["final/evaluation"]["nrows"] == 1
     tables = {
         path.name.partition("_")[0]: json.loads(path.read_text()) for path in sorted(folder.rglob("*.table.json"))
     }
@@ -168,6 +177,23 @@ def test_tensorboard_has_the_last_values_of_a_run_that_went_back(tmp_path: Path)
     assert events.Histograms("stage_1/v_star")[0].histogram_value.num == 2
     text = events.Tensors("rollouts/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| 3\\|3<br>the end | 0.75 |" in text
+
+
+def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path, tied_llama: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg, tracker = run_of(tmp_path, tensorboard=True), Tracker(tmp_path / "run", Console(quiet=True))
+    rollouts, stats = rollouts_of(0)[:1], replace(samples.STATS, skipped=())
+    objective = Astar(AstarConfig(), LiveVStar({"u": 0.5}, {"u": 4}, 0.5, None))
+    batch, health = batch_of(rollouts, objective, 0), health_of(objective, rollouts, stats, 0, 1)
+    seconds = dict.fromkeys(("generate", "reference", "policy", "publish", "total"), 1.5)
+    with record_of(cfg, read_model(tied_llama), tracker, 0, None) as record:
+        record.add(rollouts, batch, stats, health, seconds, {"eval": {"prompts": {"greedy": 0.5}}})
+    events = reader.EventAccumulator(str(tmp_path / "run" / FOLDER / "tensorboard")).Reload()
+    shown = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    (written,) = read_metrics(tmp_path / "run")
+    assert shown["reward_mean"] == written["reward_mean"] == 0.0 and shown["eval/prompts/greedy"] == 0.5
+    assert shown["seconds/ranks_idle"] == pytest.approx(written["seconds"]["ranks_idle"])
+    assert {name.partition("/")[0] for name in shown} == {name for name in written if written[name] is not None}
 
 
 # --- MLflow
@@ -265,10 +291,22 @@ def test_a_last_evaluation_is_shown_once_and_takes_no_step_from_a_longer_run(tmp
 
 
 def test_a_library_that_is_not_installed_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "mlflow", None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not there
     with pytest.raises(ValueError, match=r"tracking\.mlflow: .* install astar-megatron\[mlflow\]"):
         dashboard_libraries.check(TrackingConfig(mlflow="sqlite:///x.db"))
     dashboard_libraries.check(TrackingConfig())
+
+
+def test_wandb_without_a_login_is_refused_online_and_needs_none_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb").teardown()  # a session may have a login
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"tracking\.wandb: no login .* tracking\.wandb_mode=offline"):
+        dashboard_libraries.check(TrackingConfig(wandb="additions"))
+    dashboard_libraries.check(TrackingConfig(wandb="additions", wandb_mode="offline"))
 
 
 @pytest.mark.parametrize("key", ["wandb=/x", "wandb=x/", "mlflow=runs/mlruns", "mlflow=file:///x", "wandb_mode=on"])

@@ -47,9 +47,9 @@ class Estimates:
         """[P], of the interval."""
         return self.high - self.low
 
-    def distributions(self) -> dict[str, np.ndarray]:
+    def distributions(self) -> dict[str, list[float]]:
         """Return what there is to draw of stage 1 over its prompts, [P] each, by name."""
-        return {"stage_1/v_star": self.v_star, "stage_1/v_star_width": self.width}
+        return {"stage_1/v_star": self.v_star.tolist(), "stage_1/v_star_width": self.width.tolist()}
 
     def by_uid(self) -> dict[str, float]:
         """Return V* by uid."""

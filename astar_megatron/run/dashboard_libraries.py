@@ -24,7 +24,8 @@ import numpy as np
 
 from astar_megatron.config import TrackingConfig
 
-CLOSE_SECONDS = 10.0  # of waiting for what is still on its way; a run that a signal ends has as long
+CLOSE_SECONDS = 5.0  # of waiting for what is still on its way; a run that a signal ends has 10 for all that it ends
+_ANSWER_SECONDS = 30.0  # in which W&B must have begun the run
 _MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
 
 
@@ -134,6 +135,7 @@ class Wandb:
                 console="off",  # it would take over the output that progress is drawn on
                 disable_git=True,  # the address of a remote may hold a token
                 disable_code=True,
+                init_timeout=_ANSWER_SECONDS,
                 finish_timeout=CLOSE_SECONDS,
                 quiet=True,
             ),

@@ -30,6 +30,7 @@ def record_of(
     rollouts = RolloutFiles(tracker.run_dir, cfg.rollout.keep)
     rollouts.begin(first)
     earlier = tracker.begin(first)
+    stage_1_tokens = int(stage_1.tokens.sum()) if stage_1 else 0
     beginning = stage_1.distributions() if stage_1 else {}
     with dashboards_of(cfg, first, earlier, beginning, tracker.say) as dashboards:
         yield Record(
@@ -39,8 +40,7 @@ def record_of(
             rollouts=rollouts,
             spending=Spending(cfg.budget, cfg.train.num_steps, first, earlier),
             settings=config.flat(cfg),
-            spent_tokens=(int(stage_1.tokens.sum()) if stage_1 else 0)
-            + sum(line.get("response_tokens", 0) for line in earlier),
+            spent_tokens=stage_1_tokens + sum(line.get("response_tokens", 0) for line in earlier),
             skipped=sum(map(skipped_of, earlier)),
         )
 
