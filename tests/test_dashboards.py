@@ -1,6 +1,6 @@
 """W&B, TensorBoard and MLflow, each the real library, read back from what it wrote; and what happens where one fails.
 
-Nothing here reaches a network: W&B is offline, MLflow's database a file.
+Nothing here reaches a network: W&B is offline or talks to a server made by hand, MLflow's database is a file.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import samples
 import torch
+from fake_wandb import FakeWandb, serving
 from rich.console import Console
 
 from astar_megatron import config
@@ -159,6 +160,24 @@ def test_wandb_has_configuration_axes_tables_and_distributions(tmp_path: Path, m
     assert (tmp_path / "run" / FOLDER / "wandb.json").exists()
     written = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert written == []
+
+
+def test_wandb_online_goes_on_with_its_run_and_gets_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb, server, words = pytest.importorskip("wandb"), FakeWandb(), Words()
+    cfg = run_of(tmp_path, wandb="team/additions")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    wandb.teardown()  # so that the next start of its process takes this address
+    with serving(server) as address:
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        dashboard_libraries.check(cfg.tracking)
+        two_starts(cfg, words)
+        wandb.teardown()
+    assert words == [f"tracking.wandb: {address}/team/additions/runs/{server.runs[0]}"] * 2
+    assert [(row["step"], row["_step"]) for row in server.history()] == [(step, step) for step in range(4)]
+    assert [place for place, _ in server.lines] == [0, 1, 2, 3]  # none is written over
+    assert len(server.runs) == 2 and len(set(server.runs)) == 1
 
 
 # --- TensorBoard
