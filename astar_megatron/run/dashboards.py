@@ -78,8 +78,8 @@ class Dashboard:
         except Exception as error:  # whatever a library raises
             if not self._stopped.is_set():
                 self._say(
-                    f"tracking.{self._library.name}: {type(error).__name__}: {error}; the run goes on without it. "
-                    "metrics.jsonl has all; the same command again logs the lines that are lacking"
+                    f"tracking.{self._library.name}: {type(error).__name__}: {error}; the run goes on without it; "
+                    "metrics.jsonl has all, and the same command again logs the steps after this"
                 )
             self._stopped.set()
             with suppress(Exception):  # it may never have been opened
