@@ -218,6 +218,7 @@ def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path
 # --- MLflow
 
 
+@pytest.mark.slow  # MLflow makes a database of dozens of migrations: 10 s, on a busy disk minutes
 def test_mlflow_has_one_history_of_a_run_that_went_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)  # beside a database MLflow keeps files in the current folder
