@@ -103,7 +103,6 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout], measure: Measure) 
     cfg, uids = samples.run_config(run_dir=str(folder)), [rollout.prompt.uid for rollout in drawn]
     v_star = dict.fromkeys(uids, 0.5)
     objective = methods.objective_of(cfg, Stage1(v_star=v_star, v_star_at_beta2=v_star, samples=dict.fromkeys(uids, 8)))
-    record = record_of(cfg, MODEL, Tracker(folder), 0, 0)
     rows = tuple(-0.25 * RESPONSE_TOKENS - index / ranks for index in range(ranks))
     of_sequences: dict[str, Any] = {"logprobs": rows, "reference_logprobs": rows, "losses": rows, "skipped": ()}
     stats = dataclasses.replace(samples.STATS, peak_memory_bytes=(80 << 30,) * ranks, **of_sequences)
@@ -116,7 +115,7 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout], measure: Measure) 
         objective.learn(drawn, health)
         record.add(drawn, batch, stats, health, dict(spans), {})
 
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), record_of(cfg, MODEL, Tracker(folder), 0, None) as record:
         for _ in range(STEPS):
             seconds["batch"].append(measure(lambda: batches.append(batch_of(drawn, objective, version))))
             seconds["record"].append(measure(lambda: write(batches.pop())))
