@@ -296,8 +296,8 @@ class Cluster:
             if not self._is_up(node_of(actor)):
                 is_lost, cause = True, "Ray's own process of its node, the raylet, has ended"
             elif is_secondary(cause):
-                own = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause)
-                is_lost, cause = own is None or was_killed(own), own or cause  # what it had started left no word
+                cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
+                is_lost = was_killed(cause)  # what the actor had started
         if memory_kills() > self._memory_kills:
             cause += " (the kernel killed a process for memory meanwhile)"
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {self._logs(actor)}\n{name}: {cause}"

@@ -15,6 +15,7 @@ _TAIL_BYTES = 256 << 10  # of an output that is read: a traceback of every worke
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # What vLLM's logger puts before each line of a traceback: (EngineCore pid=7) ERROR 11-28 00:24:04 [core.py:1510]
 _PREFIX = re.compile(r"^(?:\([^()]* pid=\d+\) )?(?:ERROR|CRITICAL|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] ")
+_NO_WORD = "vLLM's core ended and left no word"
 _ERROR = re.compile(
     r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Expired|Refused)\b(?::.*)?$"
     r"|^terminate called "
@@ -22,6 +23,7 @@ _ERROR = re.compile(
 _KILLED = re.compile(
     r"^\*{3} SIG[A-Z]+ received|^Fatal Python error: "  # by the handlers that Ray and Python install
     r"|died unexpectedly \(exit code: -|^[\w ]+ was killed by "  # as vLLM says it of its workers, and `ended`
+    rf"|^{_NO_WORD}$"
 )
 _ENDED_BY_RAY = re.compile(r"Failed to register worker to Raylet|Failed to connect to GCS within \d+ seconds")
 _LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit status [1-9]")
@@ -69,9 +71,14 @@ def last_error(text: str) -> str | None:
 
 
 def core_end(message: str) -> str | None:
-    """Return how vLLM's core processes ended, of a message that names the exit codes of those that failed."""
+    """Return how vLLM's core processes ended, of a message that names the exit codes of those that failed.
+
+    It names none where one was killed a moment before.
+    """
     match = _CORE_STATUSES.search(message)
     pairs = re.findall(r"'([^']*)': (-?\d+)", match[1]) if match else []
+    if match and not pairs:
+        return _NO_WORD
     return ", ".join(f"{name} {ended(int(status))}" for name, status in pairs) or None
 
 

@@ -99,6 +99,8 @@ def test_the_statuses_that_vllm_names_are_said_in_words() -> None:
     assert not endings.is_secondary("KeyError: 'weights'") and not endings.is_secondary("EOFError: a.pt is cut")
     assert endings.core_end(message) == "EngineCore was killed by SIGSEGV"
     assert endings.core_end("KeyError: 'weights'") is None
+    no_word = endings.core_end("RuntimeError: Engine core initialization failed. Failed core proc(s): {}")
+    assert no_word and endings.was_killed(no_word)
 
 
 def test_the_kernels_kills_for_memory_are_those_of_the_group_or_of_the_machine(tmp_path: Path) -> None:
