@@ -107,6 +107,7 @@ def test_semaphores_bear_the_session_s_name_and_go_with_it_although_nobody_noted
         command, environment = [sys.executable, "-c", named], os.environ | folder.environment
         options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
         with subprocess.Popen(command, env=environment, **options) as holder:
+            assert holder.stdout is not None
             semaphore = SHARED_MEMORY / f"sem.{holder.stdout.readline().decode().strip()}"
             os.killpg(holder.pid, signal.SIGKILL)  # its tracker too
         assert semaphore.exists()
