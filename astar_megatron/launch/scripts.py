@@ -26,8 +26,9 @@ export ASTAR_MOUNTS={{ words[words.index("--container-mounts") + 1] }},$code:$co
 export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}"
 # A command such as `python -m astar_megatron.cli train --config C --set k=v`, as the words that the body takes: C ...
 set -- {{ command }}
+given="$*"
 while [ $# -gt 0 ] && [ "$1" != --config ]; do export ASTAR_PROGRAM="$1"; shift; done
-[ $# -gt 1 ] || { echo "astar: expected a command with --config FILE, got: {{ command }}" >&2; exit 2; }
+[ $# -gt 1 ] || { echo "astar: expected a command with --config FILE, got: $given" >&2; exit 2; }
 shift
 if [ -f "$code/$1" ]; then config="$code/$1"; shift; set -- "$config" "$@"; fi
 """

@@ -304,7 +304,7 @@ def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path
     (tmp_path / "run.yaml").touch()
     if is_shipped:
         (code / "run.yaml").touch()
-    words = "--set 'data.suffix=a  b'"
+    words = "--set 'data.suffix=a  b' --set 'data.suffix=\" `x` $HOME'"
     script = rendered(tmp_path, f"python -m astar_megatron.cli eval --config run.yaml {words}")
     environment = {"PATH": os.environ["PATH"], "ASTAR_PYTHON": str(python)}  # no job of Slurm's
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -312,7 +312,7 @@ def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path
     assert done.stdout.splitlines() == [
         *(str(code), "a/b:1", f"/data:/data,{code.parent}:/nemo_run,{code}:{code}"),
         *("-m", "astar_megatron.cli", "eval", "--config", str(code / "run.yaml") if is_shipped else "run.yaml"),
-        *("--set", "data.suffix=a  b"),
+        *("--set", "data.suffix=a  b", "--set", 'data.suffix=" `x` $HOME'),
     ]
     done = subprocess.run(["bash", "-c", rendered(tmp_path, "hostname")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "expected a command with --config FILE, got: hostname" in done.stderr
