@@ -13,11 +13,34 @@ type Stage = Literal["sweep", "train", "eval", "export"]
 STAGES: tuple[Stage, ...] = ("sweep", "train", "eval", "export")
 
 
+# Variables of slurm/train.sbatch that keys set, and those that are numbers with the least and the most.
+_BY_KEYS = {"PROGRAM": "stages", "IMAGE": "image", "MOUNTS": "mounts", "SETUP": "setup"}
+_NUMBERS = {
+    "ASTAR_PORT": (1024, 65535 - 63),  # the first of 64
+    "ASTAR_START_SECONDS": (1, 99_999),
+    "ASTAR_MAX_REQUEUES": (0, 99_999),
+    "ASTAR_SPARE_NODES": (0, 65_535),
+}
+
+
 def _variable(value: str) -> str:
     if not re.match(r"[A-Z_][A-Z0-9_]*=", value):
         raise ValueError(f"slurm.env: expected NAME=value with NAME in capitals, got {value!r:.200}")
-    if value.startswith("ASTAR_SPARE_NODES=") and not re.fullmatch(r".*=\d{1,5}", value):
-        raise ValueError(f"slurm.env: {value:.200}: expected a whole number")
+    name, _, text = value.partition("=")
+    if key := _BY_KEYS.get(name.removeprefix("ASTAR_")):
+        raise ValueError(f"slurm.env: {value:.200}: slurm.{key} sets that variable; use the key")
+    if name in _NUMBERS:
+        least, most = _NUMBERS[name]
+        if not re.fullmatch(r"\d{1,5}", text) or not least <= int(text) <= most:
+            raise ValueError(f"slurm.env: {value:.200}: expected a whole number from {least} to {most}")
+    return value
+
+
+def _flag(value: str) -> str:
+    if not re.fullmatch(r"--[a-z][a-z-]+(=.+)?", value):
+        raise ValueError(f"slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got {value!r:.200}")
+    if value.startswith("--export"):
+        raise ValueError(f"slurm.flags: {value:.200}: jobs get the whole environment; add variables by slurm.env")
     return value
 
 
@@ -32,6 +55,7 @@ def _minutes(value: Any) -> Any:
 
 
 Time = Annotated[Name, BeforeValidator(_minutes)]
+Flag = Annotated[str, AfterValidator(_flag)]
 Variable = Annotated[str, AfterValidator(_variable)]
 Login = Annotated[Name, AfterValidator(_login)]
 
@@ -53,8 +77,8 @@ class SlurmConfig(Section):
     """Slurm partition; null: the cluster's default one."""
     time: Time | None = None
     """Time limit of each job, as 60 (minutes) or 1-12:00:00; null: the partition's."""
-    flags: list[Name] = Field(default=[])
-    """More flags of sbatch, as `--exclusive`."""
+    flags: list[Flag] = Field(default=[])
+    """More long flags of sbatch, as `--exclusive` and `--constraint=gpu`."""
     image: Name | None = None
     """Container image (pyxis); null: no container."""
     mounts: list[Name] = Field(default=[])

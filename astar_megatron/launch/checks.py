@@ -12,6 +12,15 @@ _IN_MEMORY = {"tmpfs", "ramfs"}
 _ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # of one machine, unless it serves them to others
 
 
+def of_environment() -> None:
+    """Refuse variables of the batch script that are exported here: they would reach jobs past what is checked."""
+    if exported := sorted(name for name in os.environ if name.startswith("ASTAR_")):
+        raise ConfigError(
+            f"{exported[0]}: exported in this shell, and a job would take it instead of what the run's file says; "
+            f"unset it, and put it into the section slurm, as slurm.env=[{exported[0]}=...] or the key for it"
+        )
+
+
 def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
     """Check what jobs of sbatch need, or stages run here. Makes the folder of logs, but for a dry run."""
     for key, value in (("ssh", cfg.ssh), ("packager", cfg.packager)):
@@ -46,6 +55,10 @@ def of_nemo_run(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mou
         raise ConfigError(
             "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder that all nodes share, as in "
             "export NEMORUN_HOME=$PWD/runs/nemo"
+        )
+    if any(character.isspace() for character in home):
+        raise ConfigError(
+            f"NEMORUN_HOME: {home!r} has a space, which nemo-run's scripts don't stand; set it to another"
         )
     own, shared = (file_system(Path(path), mounts) for path in (home, cfg.run_dir))
     if own in _IN_MEMORY or (own in _ON_DISK and shared != own):

@@ -6,6 +6,7 @@ every node at once, without its signals, and nemo-run's Ray needs pyxis. (Its Ra
 """
 
 import getpass
+import os
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -119,8 +120,14 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
                 before = f": begins when {job.id} has succeeded (afterok)"
 
 
+def export_all() -> None:
+    """Have jobs get this environment, although a site has set SBATCH_EXPORT=NONE."""
+    os.environ["SBATCH_EXPORT"] = "ALL"
+
+
 def _run(experiment: Any) -> None:
     """Submit all jobs or none. Raises ConfigError with the words of what refused one."""
+    export_all()
     try:
         experiment.run(detach=True)
     except (OSError, SSHException, UnexpectedExit, AssertionError) as error:

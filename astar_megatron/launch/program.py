@@ -14,6 +14,7 @@ _ACTIONS = ("status", "logs", "cancel")
 
 def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_run: bool) -> int:
     """Submit the stages, or print what would be; return the exit status. Nothing is submitted where one is refused."""
+    checks.of_environment()
     jobs = jobs_of(cfg, str(config_file), overrides)
     if cfg.slurm.backend == "nemo-run":
         checks.of_nemo_run(cfg, str(config_file))

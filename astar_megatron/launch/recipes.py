@@ -21,10 +21,12 @@ def experiment(
     python: str = "python",
 ) -> None:
     """The stages of a run, one after the other; `overrides` are words such as optim.lr=1e-6."""
+    checks.of_environment()
     cfg = load(config, overrides)
     executor = ctx.executor or nemo.slurm_executor(cfg.slurm, title(cfg))
     if isinstance(executor, run.SlurmExecutor):
         checks.of_nemo_run(cfg, config)
+    nemo.export_all()
     with run.Experiment(title(cfg)) as stages:
         nemo.add_stages(stages, config, executor, overrides, python)
         ctx.executor = executor  # without one nemo-run would run everything in this process

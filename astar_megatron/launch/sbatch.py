@@ -4,6 +4,7 @@ Jobs are known by their names, so nothing has to be kept: `status` and `cancel` 
 """
 
 import getpass
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -28,6 +29,8 @@ def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
         "ASTAR_MOUNTS": ",".join(cfg.mounts),
         "ASTAR_SETUP": cfg.setup,
     }
+    if cfg.image is None and importlib.util.find_spec("ray"):  # it can run what it launches, and may be on no PATH
+        chosen["ASTAR_PYTHON"] = sys.executable
     own = cfg.variables
     if "ASTAR_LOGS" in own:
         own["ASTAR_LOGS"] = f"{own['ASTAR_LOGS']}/{job.name}"  # stages don't write into each other's files
@@ -42,6 +45,7 @@ def logs_folder(cfg: SlurmConfig) -> Path:
 def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
     """Return the words of sbatch; `after` is the number of the job that must have succeeded."""
     flags = {
+        "export": "ALL",  # what the script reads, although a site has set SBATCH_EXPORT=NONE
         "job-name": job.name,
         "nodes": job.nodes,
         "gpus-per-node": job.gpus_per_node or None,
@@ -78,7 +82,7 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
     """Run the stages one after the other until one fails; return the last exit status."""
     for job in jobs:
-        chosen = {"ASTAR_PYTHON": sys.executable} | variables(job, cfg)
+        chosen = variables(job, cfg)
         words = ["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words]
         if dry_run:
             print(_shown(chosen, words))

@@ -88,6 +88,13 @@ def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar
     assert (folder / "logs").is_dir()  # Slurm does not make it
 
 
+def test_jobs_get_the_python_that_launches_them_unless_a_container_has_its_own(folder: Path, astar: Astar) -> None:
+    assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
+    assert json.loads(calls(folder)[-1][-1])["ASTAR_PYTHON"] == sys.executable
+    assert astar("launch", "--config", "run.yaml", "--stages", "train", "--set", "slurm.image=a/b:1")[0] == 0
+    assert "ASTAR_PYTHON" not in json.loads(calls(folder)[-1][-1])
+
+
 def test_the_section_says_all_that_flags_can(folder: Path, astar: Astar) -> None:
     image = folder / "image.sqsh"
     image.touch()
@@ -111,7 +118,7 @@ slurm:
     assert astar("launch", "--config", "run.yaml")[0] == 0
     train, export = calls(folder)
     assert train[1:-3] == [
-        *("--parsable", "--job-name=my_run-train", "--nodes=2", "--gpus-per-node=8", "--account=me"),
+        *("--parsable", "--export=ALL", "--job-name=my_run-train", "--nodes=2", "--gpus-per-node=8", "--account=me"),
         *("--partition=big", "--output=logs/of a day/%x-%j.log", "--exclusive", "--qos=high"),
     ]
     assert json.loads(train[-1]) == {
@@ -176,7 +183,12 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.packager=git", "slurm.packager: git, which only nemo-run knows"),
         ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder, got 'host'"),
         ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
-        ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number"),
+        ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number from 0"),
+        ("--set slurm.env=[ASTAR_PORT=65535]", "ASTAR_PORT=65535: expected a whole number from 1024 to 65472"),
+        ("--set slurm.env=[ASTAR_IMAGE=/no.sqsh]", "slurm.env: ASTAR_IMAGE=/no.sqsh: slurm.image sets that variable"),
+        ("--set slurm.env=[ASTAR_PROGRAM=eval]", "slurm.env: ASTAR_PROGRAM=eval: slurm.stages sets that variable"),
+        ("--set slurm.flags=['-C=gpu']", "slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got"),
+        ("--set slurm.flags=[--export=NONE]", "slurm.flags: --export=NONE: jobs get the whole environment"),
         ("--backend nemo-run", "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder"),
         ("--backend nemo-run --set slurm.packager=git", "slurm.packager: git ships what is committed, and run.yaml is"),
     ]:
@@ -186,6 +198,18 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         status, out, error = astar("launch", *words)
         assert (status, out, calls(folder)) == (2, "", []), words
         assert error.startswith("astar: ") and message in error and "Traceback" not in error, (words, error)
+
+
+def test_what_is_exported_in_the_shell_does_not_reach_jobs_past_the_checks(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ASTAR_IMAGE", "ASTAR_LOGS", "ASTAR_SPARE_NODES"):
+        monkeypatch.setenv(name, "1")
+        for backend in ("sbatch", "nemo-run", "local"):
+            status, _, error = astar("launch", "--config", "run.yaml", "--backend", backend)
+            assert status == 2 and error.startswith(f"astar: {name}: exported in this shell"), error
+        monkeypatch.delenv(name)
+    assert calls(folder) == []
 
 
 def test_without_slurm_or_nemo_run_the_message_says_what_to_do(
@@ -331,6 +355,9 @@ def test_the_home_of_nemo_run_must_be_shared(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("NEMORUN_HOME", "/shared/nemo")
     checks.of_nemo_run(cfg, "run.yaml", mounts)
     checks.of_nemo_run(run_config(run_dir="/runs/x"), "run.yaml", mounts)
+    monkeypatch.setenv("NEMORUN_HOME", "/shared/my nemo")
+    with pytest.raises(ConfigError, match=r"NEMORUN_HOME: '/shared/my nemo' has a space"):
+        checks.of_nemo_run(cfg, "run.yaml", mounts)
     monkeypatch.setenv("NEMORUN_HOME", f"{mounts}/nemo")
     with pytest.raises(ConfigError, match=rf"{mounts} is no folder that you may write to"):
         checks.of_nemo_run(run_config(run_dir=str(tmp_path)), "run.yaml", mounts)
