@@ -24,6 +24,8 @@ from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
 from astar_megatron.launch import sbatch, scripts
 from astar_megatron.launch.stages import Job, jobs_of, title
 
+_REFUSALS = (OSError, SSHException, UnexpectedExit, AssertionError)  # of nemo-run, and of what it asks
+
 
 @dataclass(kw_only=True)
 class BatchLog(SlurmJobDetails):
@@ -111,6 +113,7 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
         with run.Experiment(title(cfg), base_dir=home, **quiet) as experiment:
             add_stages(experiment, config_file, executor, overrides)
             if not dry_run:
+                refuse_queued(cfg, executor)
                 _run(experiment)
                 return
             experiment.dryrun(log=False, delete_exp_dir=False)
@@ -118,6 +121,17 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
             for job in experiment.jobs:
                 print(f"# {job.id}{before}\n{job._dryrun_info.request.materialize()}")
                 before = f": begins when {job.id} has succeeded (afterok)"
+
+
+def refuse_queued(cfg: RunConfig, executor: Any) -> None:
+    """Raise ConfigError where Slurm has one of the run's jobs already, or can't be asked."""
+    tunnel = executor.tunnel
+    words = sbatch.queued_command(jobs_of(cfg, ""), tunnel.user or getpass.getuser())  # a LocalTunnel has no user
+    try:
+        printed = tunnel.run(shlex.join(words)).stdout
+    except _REFUSALS as error:
+        raise ConfigError(f"Slurm can't be asked for the run's jobs: {_reason(error)}") from None
+    sbatch.refuse_queued(printed)
 
 
 def export_all() -> None:
@@ -130,17 +144,20 @@ def _run(experiment: Any) -> None:
     export_all()
     try:
         experiment.run(detach=True)
-    except (OSError, SSHException, UnexpectedExit, AssertionError) as error:
-        result = getattr(error, "result", None)
-        reason = f"{result.command}: {result.stderr.strip()}" if result else f"{type(error).__name__}: {error}"
+    except _REFUSALS as error:
         for job in experiment.jobs:
             if job.handle:
                 job.executor.tunnel.run(f"scancel {job.handle.split('/')[3]}", warn=True)
-        raise ConfigError(f"nemo-run could not submit the jobs; none is left: {reason}") from None
+        raise ConfigError(f"nemo-run could not submit the jobs; none is left: {_reason(error)}") from None
     for job in experiment.jobs:
         executor, number = job.executor, job.handle.split("/")[3]
         nodes, folder = counted(executor.nodes, "node"), f"{executor.tunnel.job_dir}/{job.id}"
         print(f"job {number}: {executor.job_name_prefix}{job.id} on {nodes}; {folder}")
+
+
+def _reason(error: BaseException) -> str:
+    result = getattr(error, "result", None)
+    return f"{result.command}: {result.stderr.strip()}" if result else f"{type(error).__name__}: {error}"
 
 
 def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:

@@ -61,11 +61,17 @@ def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
 
 
 def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
-    """Submit all the jobs in their order, or none, and say their numbers; a dry run prints the commands alone."""
+    """Submit all the jobs in their order, or none, and say their numbers.
+
+    A dry run prints the commands and their batch script. Raises ConfigError where Slurm refuses, or has one already.
+    """
     if dry_run:
         for before, job in zip((None, *jobs), jobs, strict=False):
             print(_shown(variables(job, cfg), command(job, cfg, before and f"<number of {before.name}>")))
+        script = scripts.path("train.sbatch")
+        print(f"\n# {script}, which each of them runs:\n{script.read_text(encoding='utf-8')}", end="")
         return
+    refuse_queued(_slurm(queued_command(jobs, getpass.getuser())))
     numbers: list[str] = []
     for job in jobs:
         try:
@@ -96,6 +102,23 @@ def status_command(jobs: Sequence[Job], user: str) -> list[str]:
     """Return what asks Slurm for a user's jobs by these names, old ones too as long as it remembers them."""
     names = ",".join(job.name for job in jobs)
     return ["squeue", f"--user={user}", f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]
+
+
+def queued_command(jobs: Sequence[Job], user: str) -> list[str]:
+    """Return what asks Slurm for a user's jobs by these names that wait or run."""
+    names = ",".join(job.name for job in jobs)
+    states = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+    return ["squeue", f"--user={user}", f"--name={names}", f"--states={states}", "--noheader", "--format=%i %j %T"]
+
+
+def refuse_queued(printed: str) -> None:
+    """Raise ConfigError where the command above has printed a job: two would write into one run's folder."""
+    if lines := printed.split("\n")[0].split():
+        number, name, state = lines
+        raise ConfigError(
+            f"slurm: job {number}, {name}, is {state} already; cancel it (astar jobs cancel), wait for its end, or "
+            "take another run_dir"
+        )
 
 
 def cancel_command(job: Job, user: str) -> list[str]:

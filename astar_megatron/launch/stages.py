@@ -4,6 +4,8 @@ Sweep and evaluation get the fewest nodes that hold the engines, training `slurm
 without GPUs; each gets ASTAR_SPARE_NODES more, of `slurm.env`.
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +57,13 @@ def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> 
 
 
 def title(cfg: RunConfig) -> str:
-    """Return the name that the run's jobs begin with: of its folder, in characters that job names may have."""
-    return re.sub(r"[^\w.-]", "_", Path(cfg.run_dir).absolute().name)
+    """Return the name that the run's jobs begin with: its folder's, and a digest of where that folder lies.
+
+    By it jobs are asked for and cancelled, which must not be those of another run whose folder has the same name.
+    """
+    place = f"{cfg.slurm.ssh}/{cfg.run_dir}" if cfg.slurm.ssh else os.path.realpath(cfg.run_dir)
+    name = re.sub(r"[^\w.-]", "_", Path(place).name) or "run"
+    return f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 def _usual(cfg: RunConfig) -> list[Stage]:

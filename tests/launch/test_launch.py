@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from samples import run_config
 
 from astar_megatron.config import ConfigError
 from astar_megatron.launch import checks, scripts
+from astar_megatron.launch.stages import title
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -25,7 +27,11 @@ number = 70 + (len(calls.read_text().splitlines()) if calls.exists() else 0)
 settings = {{name: value for name, value in os.environ.items() if name.startswith("ASTAR_")}}
 with calls.open("a") as file:
     file.write(json.dumps([pathlib.Path(sys.argv[0]).name, *sys.argv[1:], settings]) + "\\n")
-print(number)
+if sys.argv[0].endswith("squeue"):
+    queue = pathlib.Path("{folder}/queue")
+    print(queue.read_text() if queue.exists() else "", end="")
+else:
+    print(number)
 """
 SMALL = """
 run_dir: runs/my run
@@ -54,8 +60,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return work
 
 
+def named(folder: Path, run_dir: str = "runs/my run") -> str:
+    """What the names of the jobs of a run in `folder` begin with."""
+    return title(run_config(run_dir=str(folder / run_dir)))
+
+
 def calls(folder: Path) -> list[list[str]]:
-    """The calls of the Slurm, each with its words; the last is the environment, as JSON."""
+    """The calls of the Slurm that change it, each with its words; the last is the environment, as JSON."""
+    return [call for call in all_calls(folder) if call[0] != "squeue"]
+
+
+def all_calls(folder: Path) -> list[list[str]]:
     file = folder.parent / "tools" / "calls.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
     return [[*words, json.dumps(settings)] for *words, settings in map(json.loads, lines)]
@@ -65,7 +80,8 @@ def calls(folder: Path) -> list[list[str]]:
 def test_every_configuration_is_accepted(path: Path, folder: Path, astar: Astar) -> None:
     status, out, error = astar("launch", "--dry-run", "--config", path)
     assert (status, error) == (0, "")
-    assert [f"--job-name={path.stem}-{stage} " in out for stage in ("sweep", "train", "eval", "export")] == [
+    name = named(folder, f"runs/{path.stem}")
+    assert [f"--job-name={name}-{stage} " in out for stage in ("sweep", "train", "eval", "export")] == [
         *(True, True, True, False)
     ]
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"] and not calls(folder)
@@ -78,13 +94,13 @@ def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar
     after = [[word for word in call if "dependency" in word or "invalid-dep" in word] for call in calls(folder)]
     assert after == [
         [],
-        ["--dependency=afterok:70", "--kill-on-invalid-dep=yes"],
         ["--dependency=afterok:71", "--kill-on-invalid-dep=yes"],
+        ["--dependency=afterok:72", "--kill-on-invalid-dep=yes"],
     ]
     for call in calls(folder):
         assert call[-5:-1] == [str(ROOT / "slurm" / "train.sbatch"), "run.yaml", "--set", "optim.lr=1e-5"]
         assert "--time=60" in call
-    assert out.splitlines()[1] == "job 71: my_run-train on 1 node; logs/my_run-train-71.log"
+    assert out.splitlines()[1] == f"job 72: {named(folder)}-train on 1 node; logs/{named(folder)}-train-72.log"
     assert (folder / "logs").is_dir()  # Slurm does not make it
 
 
@@ -118,7 +134,14 @@ slurm:
     assert astar("launch", "--config", "run.yaml")[0] == 0
     train, export = calls(folder)
     assert train[1:-3] == [
-        *("--parsable", "--export=ALL", "--job-name=my_run-train", "--nodes=2", "--gpus-per-node=8", "--account=me"),
+        *(
+            "--parsable",
+            "--export=ALL",
+            f"--job-name={named(folder)}-train",
+            "--nodes=2",
+            "--gpus-per-node=8",
+            "--account=me",
+        ),
         *("--partition=big", "--output=logs/of a day/%x-%j.log", "--exclusive", "--qos=high"),
     ]
     assert json.loads(train[-1]) == {
@@ -127,7 +150,7 @@ slurm:
         "ASTAR_MOUNTS": "/data:/data,/models:/models",
         "ASTAR_SETUP": "module load gcc",
         "ASTAR_PYTHON": "/opt/python",
-        "ASTAR_LOGS": "logs/of a day/my_run-train",
+        "ASTAR_LOGS": f"logs/of a day/{named(folder)}-train",
     }
     assert "--nodes=1" in export and not [word for word in export if word.startswith("--gpus")]
 
@@ -158,7 +181,13 @@ def test_spare_nodes_come_on_top(folder: Path, astar: Astar) -> None:
 def test_a_method_that_reads_no_table_has_no_sweep(folder: Path, astar: Astar) -> None:
     for setting, stages in (("filter.wide=1", ["train", "eval"]), ("filter.all_wrong=0", ["sweep", "train", "eval"])):
         out = astar("launch", "--dry-run", "--config", "run.yaml", "--set", "objective.name=grpo", "--set", setting)[1]
-        assert [line.split()[0] for line in out.splitlines()] == [f"ASTAR_PROGRAM={stage}" for stage in stages]
+        commands = [line.split()[0] for line in out.partition("\n\n")[0].splitlines()]
+        assert commands == [f"ASTAR_PROGRAM={stage}" for stage in stages]
+
+
+def test_a_dry_run_prints_the_batch_script(folder: Path, astar: Astar) -> None:
+    script = (ROOT / "slurm" / "train.sbatch").read_text()
+    assert astar("launch", "--dry-run", "--config", "run.yaml")[1].endswith(f"which each of them runs:\n{script}")
 
 
 # --- what a user can get wrong
@@ -229,14 +258,14 @@ def test_without_slurm_or_nemo_run_the_message_says_what_to_do(
 
 def test_what_slurm_refuses_is_its_own_words_and_nothing_stays_submitted(folder: Path, astar: Astar) -> None:
     sbatch = folder.parent / "tools" / "sbatch"
-    refusing = "case $* in *my_run-eval*) echo 'sbatch: error: invalid account' >&2; exit 1;; esac\n"
+    refusing = "case $* in *my_run-*-eval*) echo 'sbatch: error: invalid account' >&2; exit 1;; esac\n"
     shutil.move(sbatch, sbatch.with_name("accept"))
     sbatch.write_text(f'#!/bin/sh\n{refusing}exec {sbatch.with_name("accept")} "$@"\n')
     sbatch.chmod(0o700)
     status, out, error = astar("launch", "--config", "run.yaml")
     assert (status, out) == (2, "") and error.endswith("sbatch: error: invalid account\n")
     assert [call[0] for call in calls(folder)] == ["accept", "accept", "scancel"]
-    assert calls(folder)[-1][1:3] == ["70", "71"]
+    assert calls(folder)[-1][1:3] == ["71", "72"]
 
 
 # --- the jobs of a run
@@ -245,11 +274,34 @@ def test_what_slurm_refuses_is_its_own_words_and_nothing_stays_submitted(folder:
 def test_jobs_are_asked_for_and_cancelled_by_their_names(folder: Path, astar: Astar) -> None:
     assert astar("jobs", "status", "--config", "run.yaml")[0] == 0
     assert astar("jobs", "cancel", "--config", "run.yaml")[0] == 0
-    asked, *cancelled = calls(folder)
-    assert asked[0] == "squeue" and "--name=my_run-sweep,my_run-train,my_run-eval" in asked
-    assert [call[2] for call in cancelled] == [f"--name=my_run-{stage}" for stage in ("sweep", "train", "eval")]
+    asked, *cancelled = all_calls(folder)
+    names = [f"{named(folder)}-{stage}" for stage in ("sweep", "train", "eval")]
+    assert asked[0] == "squeue" and f"--name={','.join(names)}" in asked
+    assert [call[2] for call in cancelled] == [f"--name={name}" for name in names]
     assert "expected status, logs or cancel" in astar("jobs", "stop", "--config", "run.yaml")[2]
     assert "there are no jobs" in astar("jobs", "status", "--config", "run.yaml", "--set", "slurm.backend=local")[2]
+
+
+def test_runs_whose_folders_have_one_name_have_jobs_of_different_names(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "below").mkdir()
+    shutil.copy("run.yaml", "below")
+    for working in (folder, folder / "below"):
+        monkeypatch.chdir(working)
+        assert astar("jobs", "cancel", "--config", "run.yaml", "--set", "slurm.stages=[train]")[0] == 0
+    first, second = (call[2] for call in calls(folder))
+    assert first != second and all(re.fullmatch(r"--name=my_run-\w{8}-train", name) for name in (first, second))
+    assert re.fullmatch(r"run-\w{8}", title(run_config(run_dir="/")))
+
+
+def test_a_run_that_is_in_the_queue_is_not_submitted_again(folder: Path, astar: Astar) -> None:
+    (folder.parent / "tools" / "queue").write_text(f"66 {named(folder)}-train PENDING\n")
+    status, out, error = astar("launch", "--config", "run.yaml")
+    assert (status, out, calls(folder)) == (2, "", [])
+    assert f"job 66, {named(folder)}-train, is PENDING already; cancel it" in error
+    ((*asked, _),) = all_calls(folder)
+    assert f"--name={','.join(f'{named(folder)}-{stage}' for stage in ('sweep', 'train', 'eval'))}" in asked
 
 
 def test_logs_are_the_ends_of_the_newest_of_each_stage(folder: Path, astar: Astar) -> None:
@@ -257,12 +309,12 @@ def test_logs_are_the_ends_of_the_newest_of_each_stage(folder: Path, astar: Asta
         driver = folder / "logs" / f"slurm-{number}" / "driver-node1-0.log"
         driver.parent.mkdir(parents=True)
         driver.write_text(f"step 1 of job {number}\n")
-        own = folder / "logs" / f"my_run-train-{number}.log"
+        own = folder / "logs" / f"{named(folder)}-train-{number}.log"
         own.write_text("".join(f"line {line} of job {number}\n" for line in range(100)))
         os.utime(own, (moment, moment))
     lines = astar("jobs", "logs", "--config", "run.yaml")[1].splitlines()
-    assert lines[0] == "my_run-sweep: no log in logs yet"
-    assert lines[1:3] == ["--- logs/my_run-train-71.log", "line 60 of job 71"]
+    assert lines[0] == f"{named(folder)}-sweep: no log in logs yet"
+    assert lines[1:3] == [f"--- logs/{named(folder)}-train-71.log", "line 60 of job 71"]
     assert lines[42:44] == ["--- logs/slurm-71/driver-node1-0.log", "step 1 of job 71"]
 
 
@@ -283,7 +335,7 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
     assert done.stdout.splitlines() == [
         f"{stage} --config run.yaml --set data.suffix=' x'" for stage in ("sweep", "train")
     ]
-    assert done.stderr == "my_run-train ended with status 7; what comes after it is not run\n"
+    assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
 
 
 # --- the body as nemo-run takes it
