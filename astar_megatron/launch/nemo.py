@@ -10,7 +10,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,26 @@ def script(words: Sequence[str], executor: Any, python: str = "python") -> Any:
     return run.Script(path="astar_megatron.cli", m=True, entrypoint=python, args=quoted, metadata=metadata)
 
 
+@dataclass(kw_only=True)
+class SetByHand(run.SlurmExecutor):
+    """Fields of an executor that a command line sets; all others are those of the run's section slurm.
+
+    Those that no user sets so stand for nothing set: Slurm has no job of 0 nodes, or of -1 GPUs.
+    """
+
+    nodes: int = 0
+    gpus_per_node: int = -1  # its command line reads no `int | None`
+
+    def over(self, executor: Any) -> Any:
+        """Return another executor with these fields."""
+        unset, changed = SetByHand(account=None), executor.clone()
+        for field in fields(unset):
+            value = getattr(self, field.name)
+            if field.init and value != getattr(unset, field.name):
+                setattr(changed, field.name, value)
+        return changed
+
+
 def slurm_executor(cfg: SlurmConfig, title: str, home: Path | None = None) -> Any:
     """Return the run.SlurmExecutor of the `slurm` section, whose batch script is slurm/train.sbatch.
 
@@ -91,17 +111,28 @@ def add_stages(
 ) -> list[str]:
     """Add the stages of a run to an experiment, each to begin when the one before it has succeeded.
 
-    Returns the name of the last, which what comes after takes as `dependencies`. `slurm.stages` says which; a
-    SlurmExecutor's nodes and GPUs are the most that one gets. `python` as in `script`.
+    Returns the name of the last, which what comes after takes as `dependencies`. `slurm.stages` says which. Of a
+    SlurmExecutor's nodes each gets those that it needs. `python` as in `script`.
+    Raises ConfigError where the executor has fewer nodes or GPUs than the run was planned for.
     """
     cfg, last = load(config_file, overrides), []
     for job in jobs_of(cfg, config_file, overrides):
         own = executor.clone()
         if isinstance(own, run.SlurmExecutor):
-            own.nodes = min(own.nodes, job.nodes)
-            own.gpus_per_node = own.gpus_per_node if job.gpus_per_node else None
+            _check_holds(own, job)
+            own.nodes, own.gpus_per_node = job.nodes, own.gpus_per_node if job.gpus_per_node else None
         last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
     return last
+
+
+def _check_holds(executor: Any, job: Job) -> None:
+    gpus = executor.gpus_per_node
+    for field, has, needed in (("nodes", executor.nodes, job.nodes), ("gpus_per_node", gpus, job.gpus_per_node)):
+        if has is not None and has < needed:
+            raise ConfigError(
+                f"executor.{field}: {has}, but {job.stage} was planned for {needed}; raise it, or lower slurm.{field} "
+                "in the run's file or its overrides"
+            )
 
 
 def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_run: bool) -> None:
@@ -157,7 +188,7 @@ def _run(experiment: Any) -> None:
 
 def _reason(error: BaseException) -> str:
     result = getattr(error, "result", None)
-    return f"{result.command}: {result.stderr.strip()}" if result else f"{type(error).__name__}: {error}"
+    return f"{result.command}: {result.stderr.strip()}" if result is not None else f"{type(error).__name__}: {error}"
 
 
 def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:

@@ -1,14 +1,14 @@
 """`nemorun astar experiment config=FILE`: the stages of a run, the way of nemo-run.
 
 nemo-run loads this file by the entry point `nemo_run.cli`. Without `run.executor` the jobs are those of the file's
-section slurm; `run.executor=slurm` is an executor whose fields its command line sets, as run.executor.nodes=4.
+section slurm; with `run.executor=slurm` the command line sets fields of their executor, as run.executor.nodes=4.
 """
 
 from typing import Any
 
 import nemo_run as run  # pyright: ignore[reportMissingImports]
 
-from astar_megatron.config import SlurmConfig, load
+from astar_megatron.config import load
 from astar_megatron.launch import checks, nemo
 from astar_megatron.launch.stages import title
 
@@ -23,9 +23,13 @@ def experiment(
     """The stages of a run, one after the other; `overrides` are words such as optim.lr=1e-6."""
     checks.of_environment()
     cfg = load(config, overrides)
-    executor = ctx.executor or nemo.slurm_executor(cfg.slurm, title(cfg))
+    executor = ctx.executor or nemo.SetByHand(account=None)
+    if isinstance(executor, nemo.SetByHand):
+        executor = executor.over(nemo.slurm_executor(cfg.slurm, title(cfg)))
     if isinstance(executor, run.SlurmExecutor):
         checks.of_nemo_run(cfg, config)
+        if not ctx.dryrun:
+            nemo.refuse_queued(cfg, executor)
     nemo.export_all()
     with run.Experiment(title(cfg)) as stages:
         nemo.add_stages(stages, config, executor, overrides, python)
@@ -41,8 +45,8 @@ def recipe(config: str, overrides: list[str] = []) -> Any:  # noqa: B006
 
 @run.cli.factory
 def slurm() -> run.Config[run.SlurmExecutor]:
-    """Return an executor whose batch script is slurm/train.sbatch; all else is nemo-run's to set."""
-    return nemo.slurm_executor(SlurmConfig(), "astar").to_config()
+    """Return the executor of the run's section slurm, for `experiment`; what is set of its fields wins."""
+    return nemo.SetByHand(account=None).to_config()
 
 
 @run.cli.factory

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from samples import run_config
+
+from astar_megatron.launch.stages import title
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = ROOT / "astar_megatron" / "launch" / "README.md"
@@ -33,11 +36,13 @@ def run(tmp_path: Path) -> Run:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\n')
     python.chmod(0o700)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo"), "COLUMNS": "300"}
+    variables = {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo"), "COLUMNS": "300"}
 
     def run(program: str, *words: str) -> str:
         command = [str(Path(nemorun).parent / program), *words]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -57,13 +62,59 @@ def test_stages_run_by_the_command_line_of_nemo_run(run: Run, tmp_path: Path) ->
     }
 
 
-def test_the_command_line_of_nemo_run_sets_any_field_of_the_executor(run: Run) -> None:
+def test_the_command_line_of_nemo_run_sets_any_field_of_the_executor_of_the_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN + "slurm: {gpus_per_node: 4, partition: small, account: mine, time: 60}\n")
     fields = ["run.executor.partition=big", "run.executor.nodes=4", "run.executor.qos=high"]
     words = [*fields, "--factory", "recipe(config='run.yaml')", "--dryrun", "--yes"]
     printed = run("nemorun", "astar", "experiment", "run.executor=slurm", *words)
-    for flag in ("partition=big", "nodes=1", "qos=high", "signal=B:USR1@300", "job-name=astar-train"):
-        assert f"#SBATCH --{flag}" in printed, flag
+    for flag in (
+        "partition=big",
+        "nodes=1",
+        "qos=high",
+        "signal=B:USR1@300",
+        "gpus-per-node=4",
+        "account=mine",
+        "time=60",
+    ):
+        assert f"#SBATCH --{flag} " in printed, flag  # nemo-run fills its lines up
+    name = title(run_config(run_dir=str(tmp_path / "runs" / "mine")))
+    assert f"#SBATCH --job-name={name}-train " in printed
     assert "start_nodes" in printed  # of slurm/train.sbatch
+
+
+def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -> None:
+    large = "parallel: {data: 8}\nrollout: {num_engines: 8}\nslurm: {nodes: 2, gpus_per_node: 8}\n"
+    (tmp_path / "run.yaml").write_text(RUN + large)
+    for field, value, needed in (("nodes", 1, 2), ("gpus_per_node", 4, 8)):
+        with pytest.raises(
+            AssertionError, match=rf"executor\.{field}: {value}, but .* was planned for {needed}; raise it"
+        ):
+            words = ["run.executor=slurm", f"run.executor.{field}={value}", "config=run.yaml", "--dryrun", "--yes"]
+            run("nemorun", "astar", "experiment", *words, "overrides=['slurm.stages=[train]']")
+
+
+def test_jobs_get_the_environment_whatever_the_site_has_set(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tools").mkdir()
+    for name, text in (("sbatch", 'echo "$SBATCH_EXPORT" >>exports; echo 70'), ("squeue", "")):
+        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "tools" / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    run(
+        "python",
+        "-m",
+        "astar_megatron.cli",
+        "launch",
+        "--backend",
+        "nemo-run",
+        "--config",
+        "run.yaml",
+        "--stages",
+        "train",
+    )
+    assert (tmp_path / "exports").read_text() == "ALL\n"
 
 
 def test_the_experiment_of_the_guide_runs(run: Run, tmp_path: Path) -> None:
