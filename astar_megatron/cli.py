@@ -66,8 +66,19 @@ def train(
     supervise: Annotated[bool, typer.Option("--supervise", help="Start it again when it was killed.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train by the method of objective.name: A*PO from the V* table of `astar sweep`. Run again to continue."""
+    """Train by the method of objective.name: A*PO from the V* table of `astar sweep`. Run again to continue.
+
+    Where slurm.backend is sbatch or nemo-run, and this is no job, it submits as `astar launch` does.
+    """
     cfg = config.load(config_file, overrides or ())
+    if _program("launch.program").submits(cfg.slurm):
+        if supervise:
+            raise config.ConfigError(
+                f"--supervise: with slurm.backend={cfg.slurm.backend} the job's script starts it again; leave it out, "
+                "or set slurm.backend=local to train here"
+            )
+        print(f"slurm.backend={cfg.slurm.backend}: submitting, as `astar launch` does; slurm.backend=local trains here")
+        raise typer.Exit(_program("launch.program").launch(cfg, config_file, overrides or (), dry_run=dry_run))
     if supervise and not dry_run:
         sets = [word for override in overrides or () for word in ("--set", override)]
         raise typer.Exit(_program("supervise").main(cfg, ["train", "--config", str(config_file), *sets]))

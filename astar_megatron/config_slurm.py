@@ -1,15 +1,17 @@
 """The keys of starting a run elsewhere: what `astar launch` asks Slurm or nemo-run for."""
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from astar_megatron.config_file import Name, Section
 
 type Backend = Literal["sbatch", "nemo-run", "local"]
 type Stage = Literal["sweep", "train", "eval", "export"]
 
+NOTICE_SECONDS = 300  # that SIGUSR1 comes before the time limit, by slurm/train.sbatch
 STAGES: tuple[Stage, ...] = ("sweep", "train", "eval", "export")
 
 
@@ -54,17 +56,34 @@ def _minutes(value: Any) -> Any:
     return str(value) if type(value) is int else value  # YAML reads 60 as a number
 
 
-Time = Annotated[Name, BeforeValidator(_minutes)]
+def _limit(value: str) -> str:
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", value):
+        raise ValueError(f"slurm.time: expected minutes, as 60, or days-hours:minutes:seconds, got {value!r:.200}")
+    return value
+
+
+def _seconds(limit: str) -> float:
+    """Return what a time limit of Slurm's is in seconds."""
+    if not limit[0].isdecimal():
+        return math.inf
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    parts = parts if dash or len(parts) == 3 else [0, *parts]  # without days two are minutes and seconds
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+Time = Annotated[Name, BeforeValidator(_minutes), AfterValidator(_limit)]
 Flag = Annotated[str, AfterValidator(_flag)]
 Variable = Annotated[str, AfterValidator(_variable)]
 Login = Annotated[Name, AfterValidator(_login)]
 
 
 class SlurmConfig(Section):
-    """What `astar launch` asks for; a run itself never reads it."""
+    """What `astar launch` asks for. `slurm.backend` alone also says whether `astar train` submits or runs."""
 
-    backend: Backend = "sbatch"
-    """`sbatch` and `nemo-run` submit jobs; `local` runs the stages here, one after the other."""
+    backend: Backend | None = None
+    """What submits, for `astar train` outside a job too; `local`: stages run here. Null: sbatch, and training runs."""
     stages: list[Stage] | None = None
     """Each a job that begins when the one before it has succeeded; null: all but export, and sweep where it is read."""
     nodes: int = Field(default=1, ge=1, le=65536)
@@ -91,6 +110,19 @@ class SlurmConfig(Section):
     """The cluster's login node, as `me@login:/folder/of/jobs`; null: this machine. nemo-run only."""
     packager: Name | None = None
     """Code that travels with a job: `git` (what is committed) or a pattern of files; null: none. nemo-run only."""
+
+    @model_validator(mode="after")
+    def _time_for_work(self) -> Self:
+        flags = dict(flag.split("=", 1) for flag in self.flags if "=" in flag)
+        notice = int(re.sub(r"^[^@]*@?", "", flags.get("--signal", f"@{NOTICE_SECONDS}")) or 60)  # Slurm's own is 60
+        limit = flags.get("--time", self.time)
+        if limit is not None and _seconds(_limit(limit)) <= notice:
+            raise ValueError(
+                f"slurm.time: {limit} is {_seconds(limit):.0f} s, and {notice} s before the limit jobs are asked to "
+                "save and to end: they would be as they begin; raise it, or give less notice, as "
+                "slurm.flags=['--signal=B:USR1@60']"
+            )
+        return self
 
     @property
     def variables(self) -> dict[str, str]:

@@ -190,7 +190,7 @@ def test_all_runs_have_the_same_configuration_but_for_method_seed_folder_and_bud
     differing = {key for values in flat.values() for key in values if values[key] != flat[Run("astar", 0)][key]}
     assert differing == {"objective.name", "seed", "run_dir", "budget.tokens"}
     changed = {key for key, value in config.flat(cfg).items() if flat[Run("astar", 0)][key] != value}
-    assert changed == {"run_dir", "seed", "sweep.table", "budget.tokens", "eval.interval"}
+    assert changed == {"run_dir", "seed", "sweep.table", "budget.tokens", "eval.interval", "slurm.backend"}
     assert flat[Run("astar", 0)]["sweep.table"] == str(cfg.table_dir)
 
 

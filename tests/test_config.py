@@ -133,7 +133,7 @@ KEYS = {
     "tracking.tensorboard": False,
     "tracking.mlflow": None,
     "supervise.max_restarts_per_hour": 5,
-    "slurm.backend": "sbatch",
+    "slurm.backend": None,
     "slurm.stages": None,
     "slurm.nodes": 1,
     "slurm.gpus_per_node": 8,

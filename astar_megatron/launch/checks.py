@@ -29,7 +29,7 @@ def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
     _image(cfg)
     if dry_run:
         return
-    if cfg.backend == "sbatch" and shutil.which("sbatch") is None:
+    if cfg.backend != "local" and shutil.which("sbatch") is None:
         raise ConfigError("slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local")
     folder = logs_folder(cfg)
     try:

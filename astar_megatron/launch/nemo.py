@@ -46,10 +46,11 @@ class BatchLog(SlurmJobDetails):
 def script(words: Sequence[str], executor: Any, python: str = "python") -> Any:
     """Return the run.Script of `astar WORDS` for an executor; `python` is the one that has astar-megatron there.
 
-    A SlurmExecutor's words go through a shell and are quoted for it; its own ASTAR_PYTHON says which Python.
+    A SlurmExecutor's words go through a shell and are quoted for it; its own ASTAR_PYTHON says which Python. Others
+    start no job of Slurm's, in which `astar train` would know that it is not to submit.
     """
     is_slurm = isinstance(executor, run.SlurmExecutor)
-    quoted = [shlex.quote(word) for word in words] if is_slurm else list(words)
+    quoted = [shlex.quote(word) for word in words] if is_slurm else [*words, "--set", "slurm.backend=local"]
     metadata = {"use_with_ray_cluster": True} if is_slurm else {}
     return run.Script(path="astar_megatron.cli", m=True, entrypoint=python, args=quoted, metadata=metadata)
 

@@ -1,15 +1,21 @@
 """PROGRAM: `astar launch` submits the stages of a run, `astar jobs` looks at them; a backend is chosen once, here."""
 
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.config import ConfigError, RunConfig
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig
 from astar_megatron.launch import checks, sbatch
 from astar_megatron.launch.stages import jobs_of
 
 _ACTIONS = ("status", "logs", "cancel")
+
+
+def submits(cfg: SlurmConfig) -> bool:
+    """Whether `astar train` is to submit the run, instead of running in this process: never in a job."""
+    return cfg.backend not in (None, "local") and "SLURM_JOB_ID" not in os.environ
 
 
 def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_run: bool) -> int:

@@ -162,6 +162,11 @@ def test_flags_win_over_the_section(folder: Path, astar: Astar) -> None:
     assert "--nodes=2" in words and "--gpus-per-node=1" in words and words[-1] == "run.yaml"
 
 
+def test_a_time_limit_that_leaves_time_is_accepted(folder: Path, astar: Astar) -> None:
+    for words in ("time=6", "time=1-0", "time=UNLIMITED", "time=0:5:1", "flags=[--signal=B:USR1@60, --time=2]"):
+        assert astar("launch", "--dry-run", "--config", "run.yaml", "--set", f"slurm.{words}")[0] == 0, words
+
+
 def test_only_training_gets_the_nodes_that_it_alone_needs(folder: Path, astar: Astar) -> None:
     sizes = ["--nodes", "3", "--gpus-per-node", "2", "--set", "parallel.data=4", "--set", "rollout.num_engines=2"]
     assert astar("launch", "--config", "run.yaml", *sizes)[0] == 0
@@ -190,6 +195,44 @@ def test_a_dry_run_prints_the_batch_script(folder: Path, astar: Astar) -> None:
     assert astar("launch", "--dry-run", "--config", "run.yaml")[1].endswith(f"which each of them runs:\n{script}")
 
 
+# --- astar train
+
+
+@pytest.mark.parametrize("backend", ["sbatch", "nemo-run"])
+def test_train_submits_as_launch_does_where_the_section_says_so(
+    backend: str, folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "run.yaml").write_text(f"{SMALL}slurm: {{backend: {backend}}}\n")
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
+    monkeypatch.setenv("NEMORUN_HOME", str(folder / "nemo"))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    status, out, error = astar("train", "--config", "run.yaml", "--set", "optim.lr=1e-5")
+    assert out.startswith(
+        f"slurm.backend={backend}: submitting, as `astar launch` does; slurm.backend=local trains here"
+    )
+    if backend == "nemo-run":
+        assert "nemo-run needs nemo_run" in error
+        return
+    assert [json.loads(call[-1])["ASTAR_PROGRAM"] for call in calls(folder)] == ["sweep", "train", "eval"]
+    assert status == 0 and all(call[-4:-1] == ["run.yaml", "--set", "optim.lr=1e-5"] for call in calls(folder))
+    refusal = astar("train", "--supervise", "--config", "run.yaml")[2]
+    assert refusal.startswith("astar: --supervise: with slurm.backend=sbatch the job's script starts it again")
+
+
+def test_train_runs_in_a_job_and_wherever_the_section_does_not_submit(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "run.yaml").write_text(f"{SMALL}slurm: {{backend: sbatch}}\n")
+    for words, job in (((), "7"), (("--set", "slurm.backend=local"), ""), (("--set", "slurm.backend=null"), "")):
+        monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        status, _, error = astar("train", "--config", "run.yaml", *words)
+        assert status == 2 and error.startswith(
+            "astar: model.path: some/model is no model folder"
+        )  # what training says of that
+    assert calls(folder) == []
+    assert all("backend" not in path.read_text() for path in CONFIGS)
+
+
 # --- what a user can get wrong
 
 
@@ -197,6 +240,11 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
     (folder / "file").touch()
     for words, message in [
         ("--config nowhere.yaml", "nowhere.yaml: no such configuration file"),
+        ("--set slurm.time=soon", "slurm.time: expected minutes, as 60, or days-hours:minutes:seconds, got 'soon'"),
+        ("--set slurm.time=5", "slurm.time: 5 is 300 s, and 300 s before the limit jobs are asked to"),
+        ("--set slurm.time=4:59", "slurm.time: 4:59 is 299 s, and 300 s"),
+        ("--set slurm.time=1:0:0 --set slurm.flags=[--signal=B:USR1@3600]", "1:0:0 is 3600 s, and 3600 s before"),
+        ("--set slurm.flags=[--time=0-0:5]", "slurm.time: 0-0:5 is 300 s, and 300 s"),
         ("--backend kubernetes", "slurm.backend: input should be 'sbatch', 'nemo-run' or 'local', got 'kubernetes'"),
         ("--stages train,deploy", "slurm.stages.1: input should be 'sweep', 'train', 'eval' or 'export', got 'deploy'"),
         ("--nodes 0", "slurm.nodes: input should be greater than or equal to 1, got 0"),
@@ -333,7 +381,7 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
     )
     assert done.returncode == 7
     assert done.stdout.splitlines() == [
-        f"{stage} --config run.yaml --set data.suffix=' x'" for stage in ("sweep", "train")
+        f"{stage} --config run.yaml --set data.suffix=' x' --set slurm.backend=local" for stage in ("sweep", "train")
     ]
     assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
 
@@ -388,7 +436,7 @@ def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path
     assert done.stdout.splitlines() == [
         *(str(code), "a/b:1", f"/data:/data,{code.parent}:/nemo_run,{code}:{code}"),
         *("-m", "astar_megatron.cli", "eval", "--config", str(code / "run.yaml") if is_shipped else "run.yaml"),
-        *("--set", "data.suffix=a  b", "--set", 'data.suffix=" `x` $HOME'),
+        *("--set", "data.suffix=a  b", "--set", 'data.suffix=" `x` $HOME', "--set", "slurm.backend=local"),
     ]
     done = subprocess.run(["bash", "-c", rendered(tmp_path, "hostname")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "expected a command with --config FILE, got: hostname" in done.stderr

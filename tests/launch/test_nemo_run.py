@@ -58,7 +58,8 @@ def test_stages_run_by_the_command_line_of_nemo_run(run: Run, tmp_path: Path) ->
     words = ["config=run.yaml", "overrides=['slurm.stages=[train,eval]']", f"python={tmp_path}/python"]
     run("nemorun", "astar", "experiment", *words, "run.executor=local", "--yes")
     assert outputs(tmp_path) == {
-        stage: f"<-m><astar_megatron.cli><{stage}><--config><run.yaml>\n" for stage in ("train", "eval")
+        stage: f"<-m><astar_megatron.cli><{stage}><--config><run.yaml><--set><slurm.backend=local>\n"
+        for stage in ("train", "eval")
     }
 
 

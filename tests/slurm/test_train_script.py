@@ -287,5 +287,8 @@ def test_outside_a_job_the_program_runs_here(tmp_path: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (5, "-m astar_megatron.cli eval --config c.yaml --set seed=1\n")
+    assert (done.returncode, done.stdout) == (
+        5,
+        "-m astar_megatron.cli eval --config c.yaml --set seed=1 --set slurm.backend=local\n",
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "python"]
