@@ -15,8 +15,10 @@ from rich.table import Table
 
 from astar_megatron.cluster import links, survey
 from astar_megatron.cluster.cluster import Cluster
+from astar_megatron.cluster.demands import check_job
+from astar_megatron.cluster.placement import Node
 from astar_megatron.cluster.survey import Clock, Joined
-from astar_megatron.config import ClusterConfig
+from astar_megatron.config import ClusterConfig, RunConfig
 from astar_megatron.data.files import write_atomic
 from astar_megatron.run import node_facts
 from astar_megatron.run.node_facts import NodeFacts
@@ -27,11 +29,19 @@ _ANSWER_SECONDS = 120.0  # for every node to start a process and to answer
 
 
 def main(
-    address: str, nodes: str, num_spare: int = 0, seconds: float = 120.0, file: Path | None = None, *, looks: bool
+    address: str,
+    nodes: str,
+    num_spare: int = 0,
+    seconds: float = 120.0,
+    file: Path | None = None,
+    *,
+    looks: bool,
+    planned: tuple[RunConfig, str] | None = None,
 ) -> int:
     """Say which nodes are bad; returns 1 where the run can't start without them.
 
     `nodes` are the names that must join within `seconds`, with commas, or how many; without `looks` no more is asked.
+    `planned` is a run and the command of astar that is to begin: PlacementError where it does not suit the nodes.
     """
     until = time.monotonic() + seconds
     wanted = wanted_nodes(nodes)
@@ -41,6 +51,11 @@ def main(
         names = list(wanted) if not isinstance(wanted, int) else [*sorted(joined), *_unnamed(wanted - len(joined))]
         first = next((name for name, node in joined.items() if node.id == survey.own_node()), names[0])
         mine = {name: joined[name] for name in names if name in joined}
+        absent_nodes = len(names) - len(mine)
+        if planned is not None and absent_nodes <= num_spare:
+            cfg, program = planned
+            there = [Node(address=name, num_gpus=node.num_gpus) for name, node in mine.items()]
+            check_job(cfg, program, there, num_spare - absent_nodes)
         collective, reports = _reports(mine) if looks else ("", {})
     faults = judge(names, reports) if looks else absent(names, mine)
     result = verdict(faults, names, first, num_spare)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from astar_megatron.cluster.demands import key_for_gpus, num_used
 from astar_megatron.cluster.placement import Node, Placement, place
 from astar_megatron.config import STAGES, ConfigError, FilterConfig, RunConfig, Stage
 
@@ -47,7 +48,7 @@ def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> 
         Job(
             stage=stage,
             name=f"{title(cfg)}-{stage}",
-            nodes=(_used(placements[stage]) if stage in placements else 1) + cfg.slurm.spare_nodes,
+            nodes=(num_used(placements[stage]) if stage in placements else 1) + cfg.slurm.spare_nodes,
             gpus_per_node=cfg.slurm.gpus_per_node if stage in placements else 0,
             config_file=config_file,
             words=words,
@@ -73,30 +74,14 @@ def _usual(cfg: RunConfig) -> list[Stage]:
 
 def _placement(cfg: RunConfig, stage: Stage) -> Placement:
     size = cfg.slurm.gpus_per_node
-    if not size and (key := _wants_gpus(cfg)):
+    if not size and (key := key_for_gpus(cfg)):
         raise ConfigError(f"slurm.gpus_per_node: 0, but {key} is for GPUs; take 1 or more, or leave that key out")
     nodes = [Node(address=f"node {number}", num_gpus=size) for number in range(1, cfg.slurm.nodes + 1)]
     return place(nodes, cfg.parallel if stage == "train" else None, cfg.rollout, cfg.cluster.share_gpus)
 
 
-def _wants_gpus(cfg: RunConfig) -> str | None:
-    """A key of the run that only GPUs can follow, with its value."""
-    keys = {
-        f"cluster.share_gpus={str(cfg.cluster.share_gpus).lower()}": cfg.cluster.share_gpus is not None,
-        f"model.fp8={cfg.model.fp8}": cfg.model.fp8,
-        "model.reference=offload": cfg.model.reference == "offload",
-        "optim.offload=true": cfg.optim.offload,
-        "rollout.graphs=decode": cfg.rollout.graphs == "decode",
-    }
-    return next((key for key, is_set in keys.items() if is_set), None)
-
-
-def _used(placement: Placement) -> int:
-    return len({seat.node for seat in (*placement.ranks, *placement.engines)})
-
-
 def _check_used(cfg: RunConfig, placement: Placement) -> None:
-    if (used := _used(placement)) < cfg.slurm.nodes:
+    if (used := num_used(placement)) < cfg.slurm.nodes:
         raise ConfigError(
             f"slurm.nodes: {cfg.slurm.nodes}, of which {cfg.slurm.nodes - used} would have nothing to do: "
             f"{placement.describe()}; take {used}, or raise rollout.num_engines or parallel.data"

@@ -20,6 +20,7 @@ import sys, ray
 ray.init(address=sys.argv[1].partition("=")[2], log_to_driver=False)
 print("nodes", sorted(node["NodeName"] for node in ray.nodes() if node["Alive"]))' "$7"
 """
+RUN = '{"run_dir": "r", "model": {"path": "m"}, "data": {"path": "d"}, "reward": {"name": "last_number"}}'
 SMI = "#!/bin/sh\necho 'H100, 570.1'\n"
 
 
@@ -34,12 +35,12 @@ def run(slurm: Slurm, tmp_path: Path) -> Callable[..., tuple[str, str, Path]]:
     """Return a function that runs a job under variables: its state, its output, the folder of its logs."""
 
     def run(**variables: str) -> tuple[str, str, Path]:
-        for name, text in (("python", PYTHON), ("nvidia-smi", SMI), ("empty.yaml", "")):
+        for name, text in (("python", PYTHON), ("nvidia-smi", SMI), ("run.yaml", RUN)):
             (tmp_path / name).write_text(text)
             (tmp_path / name).chmod(0o755)
         (tmp_path / "numbers.py").write_text("raise SystemExit('a file of the user, in place of a module of Python')")
         env = {"ASTAR_PYTHON": str(tmp_path / "python"), "PYTHONPATH": str(ROOT)} | variables
-        job = slurm.submit("-N2", ROOT / "slurm" / "train.sbatch", "empty.yaml", cwd=tmp_path, env=env)
+        job = slurm.submit("-N2", ROOT / "slurm" / "train.sbatch", "run.yaml", cwd=tmp_path, env=env)
         state = slurm.wait(job)
         assert slurm.left_behind(job) == []
         return state, (tmp_path / f"{job}.out").read_text(), tmp_path / "logs" / f"slurm-{job}"

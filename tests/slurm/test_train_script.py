@@ -168,7 +168,7 @@ if os.environ["SLURM_ARRAY_TASK_ID"] == "3" and "SLURM_RESTART_COUNT" not in os.
     raise SystemExit(75)
 print(WORDS[0], sorted(JOINED))
 """
-    job = submit(program, "-N1", "--array=0-3", script=SWEEP)
+    job = submit(program, "-N1", "--array=0-3", script=SWEEP, words="--set run_dir=runs/sweep.sbatch")
     assert slurm.wait(job) == "COMPLETED"
     logs = sorted((tmp_path / "logs" / f"slurm-{job}").glob("task-*/driver-*.log"))
     attempts = [(log.parent.name, log.stem[-1]) for log in logs]
@@ -225,6 +225,13 @@ BAD_INPUT = {
         {"ASTAR_SPARE_NODES": "2"},
         "ASTAR_SPARE_NODES=2 of 2 nodes leave none for the run; ask for more nodes",
     ),
+    "no command": (
+        "program.py",
+        {"ASTAR_PROGRAM": "bogus"},
+        "ASTAR_PROGRAM=bogus: expected train, sweep, eval, compare or export",
+    ),
+    "no Python": ("program.py", {"ASTAR_PYTHON": "/no/python"}, "ASTAR_PYTHON=/no/python: no such program here"),
+    "no port": ("program.py", {"ASTAR_PORT": "65535"}, "expected the first of 64 ports, from 1024 to 65472"),
     "no number": ("program.py", {"ASTAR_PORT": "x"}, "ASTAR_PORT=x: expected a whole number"),
     "logs that can't be written": ("program.py", {"ASTAR_LOGS": "program.py"}, "ASTAR_LOGS=program.py: can't write"),
     "no pyxis": ("program.py", {"ASTAR_IMAGE": "image.sqsh"}, "ASTAR_IMAGE: this Slurm has no pyxis; leave it out"),
@@ -269,6 +276,18 @@ def test_a_signal_before_the_program_has_begun_requeues_the_job(
     assert not (logs / "driver-node1-0.log").exists()
     slurm.run("scancel", job)
     slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
+def test_a_job_that_is_always_asked_to_end_before_its_program_begins_is_not_requeued_for_ever(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("", env={"ABSENT": "node2", "ASTAR_START_SECONDS": "600", "ASTAR_SPARE_NODES": "1"})
+    for attempt in (0, 1):
+        wait_for(tmp_path / "logs" / f"slurm-{job}" / f"preflight-node1-{attempt}.log")
+        slurm.run("scancel", "--signal=USR1", "--batch", job)
+    assert slurm.wait(job) == "FAILED"
+    assert "not requeued: this time and the time before it was asked to end before the program" in output(tmp_path, job)
     assert slurm.left_behind(job) == []
 
 
