@@ -142,6 +142,28 @@ def test_nothing_is_left_of_a_cancelled_job(slurm: Slurm, submit: Callable[..., 
     assert slurm.left_behind(job) == []
 
 
+def test_what_outlived_its_steps_is_ended_by_the_next_job(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """Only that: a job that runs beside it keeps its own."""
+    beside = submit(SAVES_ON_SIGNAL, "-N2", "--job-name=beside")
+    wait_for(tmp_path / "begun")
+    (tmp_path / "begun").unlink()
+    lost = submit(SAVES_ON_SIGNAL, env={"ASTAR_MAX_REQUEUES": "0"})
+    wait_for(tmp_path / "begun")
+    slurm.run("pkill", "-KILL", "-f", rf"slurmstepd: \[{lost}\.")
+    folders = sorted(Path("/tmp").glob(f"astar-{lost}-*"))
+    assert len(folders) == 2
+    slurm.run("scancel", lost)
+    assert slurm.wait(submit("")) == "COMPLETED"
+    left = slurm.run("sh", "-c", "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep ^RAY_AUTH_TOKEN_PATH")
+    assert not any(folder.exists() for folder in folders) and f"astar-{lost}-" not in left
+    assert f"astar-{beside}-" in left and len(list(Path("/tmp").glob(f"astar-{beside}-*"))) == 2
+    slurm.run("scancel", beside)
+    slurm.wait(beside)
+    assert slurm.left_behind(beside) == []
+
+
 def test_a_node_whose_ray_was_killed_is_named(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
     program = "import signal\nfrom pathlib import Path\nPath('begun').touch()\nsignal.signal(10, lambda *_: exit(69))"
     job = submit(program + "\nsignal.pause()", env={"ASTAR_MAX_REQUEUES": "0"})
