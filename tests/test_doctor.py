@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,19 @@ def test_the_program_ends_with_one_only_if_something_fails() -> None:
     levels = {line.split()[0] for line in done.stdout.splitlines()}
     assert levels <= {"ok", "warn", "fail"}, done.stdout
     assert done.returncode == int("fail" in levels), done.stderr
+
+
+def test_flags_of_a_cluster_and_its_address_are_checked(astar: Callable[..., tuple[int, str, str]]) -> None:
+    for words, message in (
+        (
+            ("--nodes", "a", "--only-joined"),
+            "astar: --nodes, --only-joined: of a cluster's nodes; name it, as --cluster",
+        ),
+        (
+            ("--cluster", "nohost", "--seconds", "0"),
+            "astar: cluster.address: expected host:port, as 10.0.0.1:6379, got",
+        ),
+        (("--cluster", "host:99999", "--seconds", "0"), "astar: cluster.address: expected host:port"),
+    ):
+        status, out, error = astar("doctor", *words)
+        assert (status, out) == (2, "") and error.startswith(message), error
