@@ -313,23 +313,18 @@ def inspect(path: Annotated[str, typer.Argument(help="A folder of either kind.")
 
 @app.command()
 def doctor(
+    context: typer.Context,
     config_file: Annotated[Path | None, typer.Option("--config", help="A run to check against this machine.")] = None,
     overrides: Overrides = None,
     cluster: Annotated[
         str | None, typer.Option(help="host:port of a Ray cluster whose nodes to look at, instead of this machine.")
     ] = None,
-    nodes: Annotated[
-        str | None, typer.Option(help="Names of the nodes that must join it, with commas; or how many. Default: 1.")
-    ] = None,
-    spare: Annotated[int | None, typer.Option(min=0, help="How many bad nodes may be left out. Default: 0.")] = None,
-    seconds: Annotated[
-        float | None, typer.Option(min=0, help="Within which the nodes must have joined. Default: 120.")
-    ] = None,
+    nodes: Annotated[str, typer.Option(help="Names of the nodes that must join it, with commas; or how many.")] = "1",
+    spare: Annotated[int, typer.Option(min=0, help="How many bad nodes may be left out.")] = 0,
+    seconds: Annotated[float, typer.Option(min=0, help="Within which the nodes must have joined.")] = 120.0,
     file: Annotated[Path | None, typer.Option("--json", help="File for what was measured.")] = None,
     only_joined: Annotated[bool, typer.Option("--only-joined", help="Only wait for the nodes.")] = False,
-    program: Annotated[
-        str | None, typer.Option(help="What is to begin there: sweep, eval, ... Default: train.")
-    ] = None,
+    program: Annotated[str, typer.Option(help="What is to begin there: train, sweep, eval, ...")] = "train",
 ) -> None:
     """Say what this machine has and lacks, and what to do about it; with --config also whether that run fits it.
 
@@ -337,13 +332,13 @@ def doctor(
     """
     cfg = config_file and config.load(config_file, overrides or ())
     if cluster is not None:
-        planned = cfg and (cfg, program or "train")
-        main = _program("preflight").main
-        limit = 120.0 if seconds is None else seconds
-        raise typer.Exit(main(cluster, nodes or "1", spare or 0, limit, file, looks=not only_joined, planned=planned))
-    given = {"nodes": nodes, "spare": spare, "seconds": seconds, "json": file, "program": program}
-    if names := [f"--{name}" for name, value in given.items() if value is not None] + ["--only-joined"] * only_joined:
-        raise config.ConfigError(f"{', '.join(names)}: of a cluster's nodes; name it, as --cluster 10.0.0.1:6379")
+        planned, main = cfg and (cfg, program), _program("preflight").main
+        raise typer.Exit(main(cluster, nodes, spare, seconds, file, looks=not only_joined, planned=planned))
+    flags = {"nodes": "--nodes", "spare": "--spare", "seconds": "--seconds", "file": "--json"}
+    flags |= {"only_joined": "--only-joined", "program": "--program"}
+    sources = {flag: context.get_parameter_source(name) for name, flag in flags.items()}
+    if given := [flag for flag, source in sources.items() if source and source.name != "DEFAULT"]:
+        raise config.ConfigError(f"{', '.join(given)}: of a cluster's nodes; name it, as --cluster 10.0.0.1:6379")
     status = _program("doctor").main()
     if cfg is not None:
         _program("fit").main(cfg)

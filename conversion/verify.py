@@ -108,7 +108,7 @@ class Verifier:
         """The source ranks that have something to send."""
         return sorted(self._sent)
 
-    def manifest(self, version: int, sent: Mapping[int, Sequence[int]] | Sequence[Sequence[int]]) -> Manifest:
+    def manifest(self, version: int, sent: Mapping[int, Sequence[int]]) -> Manifest:
         """The manifest, from the digests of each sender, by rank."""
         digests: dict[tuple[str, Rectangle], int] = {}
         for rank, keys in self._sent_keys.items():

@@ -15,8 +15,9 @@ from samples import run_config
 from astar_megatron import doctor
 from astar_megatron.cluster import cluster
 from astar_megatron.cluster.cores import available_cores
+from astar_megatron.model.head import chunked
+from astar_megatron.run import capacity, resources
 from astar_megatron.run import machine as machine_report
-from astar_megatron.run import resources
 from astar_megatron.run.machine import Finding
 from astar_megatron.run.resources import GIB, Machine, ResourceError
 from conversion.transfer import buckets
@@ -141,9 +142,10 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) 
         resources.check_disk(cfg, 1 << 50)
 
 
-def test_the_object_store_counted_is_the_one_that_ray_gets() -> None:
+def test_sizes_that_are_counted_without_torch_and_ray_are_those_that_are_taken() -> None:
     assert resources.OBJECT_STORE_BYTES == cluster.OBJECT_STORE_BYTES
     assert resources.EXPORT_BUCKET_BYTES == buckets.BUCKET_BYTES
+    assert capacity.LOCAL_LOGITS_BYTES == chunked.CPU_LOGITS_BYTES
 
 
 # --- reading the machine

@@ -16,6 +16,7 @@ from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.processes import Processes, kill, tree
 
 _END_SECONDS = 20.0  # for other nodes to end what runs there
+_ANSWER_SECONDS = 60.0  # for an actor that has just begun
 
 
 def node_of(actor: str) -> str:
@@ -38,17 +39,18 @@ def task_on(node: str, function: Callable[..., Any]) -> Any:
 class ActorProcesses:
     """What actors have started. It ends with them, although they hang or are dead already.
 
-    `on_node` is Cluster's: it calls a function on a node.
+    `on_node` calls a function on a node, `wait` waits for calls; both are Cluster's.
     """
 
-    def __init__(self, on_node: Callable[..., Any]) -> None:
-        self._on_node = on_node
+    def __init__(self, on_node: Callable[..., Any], wait: Callable[[str, Sequence[Any], float], list[Any]]) -> None:
+        self._on_node, self._wait = on_node, wait
         self._started: dict[str, tuple[str, Processes]] = {}  # by actor: its node, and what runs there
 
-    def remember(self, wait: Callable[[str, Sequence[Any]], list[Any]], actors: Sequence[Any]) -> None:
-        """Ask actors which processes they have now; `wait` is Cluster's. One that has ended is left out."""
+    def remember(self, actors: Sequence[Any]) -> None:
+        """Ask actors which processes they have now. One that has ended is left out."""
         calls = {actor._actor_id.hex(): actor.__ray_call__.remote(_own_processes) for actor in actors}
-        for actor, processes in answers_of(wait, "processes", calls).items():
+        answers = answers_of(lambda action, some: self._wait(action, some, _ANSWER_SECONDS), "processes", calls)
+        for actor, processes in answers.items():
             if not isinstance(processes, ClusterError):
                 self._started[actor] = node_of(actor), processes
 

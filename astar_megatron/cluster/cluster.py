@@ -67,7 +67,7 @@ class Cluster:
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
-        self._processes = ActorProcesses(self.on_node)
+        self._processes = ActorProcesses(self.on_node, self.wait)
         self._memory_kills = 0
         self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
         self._reservation: Reservation | None = None
@@ -143,7 +143,7 @@ class Cluster:
 
     def remember_processes(self, actors: Sequence[Any]) -> None:
         """Note which processes actors have, to end them all when one is ended, or has been."""
-        self._processes.remember(lambda action, calls: self.wait(action, calls, _NODE_SECONDS), actors)
+        self._processes.remember(actors)
 
     def end(self, actor: Any) -> None:
         """End an actor and all that it has started, although they hang or their parent is dead."""

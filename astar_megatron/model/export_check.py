@@ -24,7 +24,7 @@ def check_export(
     """
     rank = dist.get_rank()
     holdings = Holdings(sent_parts(weight_plan, rank), tensors, dtype)
-    manifest = Verifier(weight_plan, dtype).manifest(version, _gathered(holdings.digests()))
+    manifest = Verifier(weight_plan, dtype).manifest(version, dict(enumerate(_gathered(holdings.digests()))))
     digests = tensor_digests(written or {})
     expected = {name: str(entry["digest"]) for name, entry in manifest.tensors().items()}
     wrong = next((name for name, value in expected.items() if digests.get(name) != value), None)

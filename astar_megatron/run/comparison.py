@@ -27,15 +27,8 @@ UNITS: dict[Measure, str] = {"tokens": "response tokens", "flops": "model FLOPs"
 _MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  # as the keys of `budget`
 _NOT_COMMON = (
     *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
-    *(
-        "cluster.",
-        "supervise.",
-        "checkpoint.",
-        "tracking.",
-        "train.grace_seconds",
-        "train.micro_batch_tokens",
-    ),  # no result's
-    "rollout.heartbeat_seconds",
+    *("cluster.", "supervise.", "checkpoint.", "tracking."),  # no result's
+    *("train.grace_seconds", "train.micro_batch_tokens", "rollout.heartbeat_seconds"),
 )
 
 
@@ -48,6 +41,10 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.measure}={self.amount:.12g}"
+
+    def is_reached_by(self, spent: Cost) -> bool:
+        """Say whether a run has cost so much; it adds up from the other side, so not to the last bit."""
+        return spent.by(self.measure) >= self.amount * (1 - 1e-9)
 
 
 @dataclass(frozen=True, slots=True, order=True)

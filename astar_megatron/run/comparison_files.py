@@ -41,8 +41,7 @@ class Comparison:
     @property
     def ended_by_num_steps(self) -> list[str]:
         """Names of the finished runs that `train.num_steps` ended before they reached the budget."""
-        measure, least = self.budget.measure, self.budget.amount * (1 - 1e-9)  # a run adds up from the other side
-        return [result.run.name for result in self.finished if result.spent.by(measure) < least]
+        return [result.run.name for result in self.finished if not self.budget.is_reached_by(result.spent)]
 
     @property
     def summaries(self) -> list[Summary]:

@@ -30,12 +30,7 @@ from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import read_metrics
 
 TABLES = "tables"  # folder of those of stage 1
-_OWN_KEYS = (
-    "run_dir",
-    "seed",
-    "budget",
-    "eval.interval",
-)  # which the study itself sets, or leaves to the configuration
+_OWN_KEYS = ("run_dir", "seed", "budget", "eval.interval")  # the study itself sets, or leaves to the configuration
 _LONGEST_NAME = 150  # of a folder
 
 
@@ -137,10 +132,10 @@ def budgets_left(run_dir: Path, budgets: Sequence[Budget], stage_1: Stage1Cost |
             continue
         spent, steps, lines = before, 0, read_metrics(run_dir)
         for line in lines:
-            if spent.by(budget.measure) >= budget.amount * (1 - 1e-9):
+            if budget.is_reached_by(spent):
                 break
             spent, steps = spent + Cost.of_step(line), line["step"] + 1
-        is_reached = spent.by(budget.measure) >= budget.amount * (1 - 1e-9) or steps >= num_steps
+        is_reached = budget.is_reached_by(spent) or steps >= num_steps
         if not (is_reached and _is_evaluated(run_dir, steps)):
             left.append(budget)
     return left

@@ -135,11 +135,9 @@ def _row(progress: Progress, cell: str) -> str:
 
 def score_at(course: Sequence[Score], budget: Budget) -> float | None:
     """Return the score of the weights with which a run first has cost a budget; None: they were not evaluated."""
-    enough = budget.amount * (1 - 1e-9)  # a run adds up from the other side
-    return next((score.score for score in course if score.spent.by(budget.measure) >= enough), None)
+    return next((score.score for score in course if budget.is_reached_by(score.spent)), None)
 
 
 def _ended_by_num_steps(progress: Progress) -> list[str]:
     limit = progress.study.limit
-    enough = limit.amount * (1 - 1e-9)
-    return [run.name for run, course in progress.courses.items() if course[-1].spent.by(limit.measure) < enough]
+    return [run.name for run, course in progress.courses.items() if not limit.is_reached_by(course[-1].spent)]

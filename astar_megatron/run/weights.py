@@ -163,7 +163,7 @@ class LoadedWeights:
                     "weights again, or take another model"
                 )
             digests = list(threads.map(lambda part: self._in_file(part).digests()[0], self._parts))
-        self._expected = self._verifier.manifest(0, [digests])
+        self._expected = self._verifier.manifest(0, {0: digests})
 
     def verify(self, engines: EnginePool, members: Sequence[Member] | None = None) -> None:
         """Let engines (none named: all that run) draw with what they hold, which is what the folder has.

@@ -63,7 +63,7 @@ def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict
         sending.result()
 
     def check() -> None:
-        manifest = verifier.manifest(len(times["publish"]), [sent.digests()])
+        manifest = verifier.manifest(len(times["publish"]), {0: sent.digests()})
         assert verifier.first_mismatch(manifest, 0, arrived.digests()) is None
 
     parts: dict[str, Callable[[], object]] = {"two_copies": copies, "publish": publish, "check": check}

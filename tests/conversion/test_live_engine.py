@@ -111,7 +111,7 @@ def assert_faults_are_named(
     answer: dict[str, Any], verifier: Verifier, sent: list[Holdings], faults: dict[str, LiveFault]
 ) -> None:
     """Each worker's own audit: clean as it is, and with a fault injected that fault by name and nothing else."""
-    expected = verifier.manifest(7, [end.digests() for end in sent])
+    expected = verifier.manifest(7, dict(enumerate(end.digests() for end in sent)))
     for rank, clean in enumerate(answer["audits"]["none"]):
         parts = verifier.target_parts[rank]
         assert verifier.first_mismatch(expected, rank, clean["digests"]) is None and clean["faults"] == []

@@ -40,8 +40,11 @@ class Ends:
     dtype: torch.dtype
 
     def manifest(self) -> Manifest:
-        sent = [Holdings(sent_parts(self.weights, rank), tensors, self.dtype) for rank, tensors in self.trainer.items()]
-        return self.verifier.manifest(VERSION, [holdings.digests() for holdings in sent])
+        sent = {
+            rank: Holdings(sent_parts(self.weights, rank), tensors, self.dtype).digests()
+            for rank, tensors in self.trainer.items()
+        }
+        return self.verifier.manifest(VERSION, sent)
 
     @property
     def verifier(self) -> Verifier:

@@ -43,6 +43,7 @@ def start(words: list[str]) -> None:
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text(f"of {name}\n")
     subprocess.Popen(PLANTED.split(), start_new_session=True)
+    Path(f"/dev/shm/sem.{Path(os.environ['TMPDIR']).name}-planted").touch()
     print("Ray runtime started.", flush=True)
     if "--head" not in words:
         host, _, port = value(words, "--address").rpartition(":")

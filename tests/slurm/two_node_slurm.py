@@ -115,17 +115,19 @@ class Slurm:
         return [line for line in lines if line != "ps -eo args=" and not any(map(line.startswith, _DAEMONS))]
 
     def left_behind(self, job: str) -> list[str]:
-        """Return what is left of a job that has ended: processes, and folders with a token."""
+        """Return what is left of a job that has ended: processes, folders with a token, semaphores."""
         until = time.monotonic() + 60  # Slurm ends a job's steps after it has called the job ended
-        while (
-            left := [*self.processes(), *map(str, Path("/tmp").glob(f"astar-{job}-*"))]
-        ) and time.monotonic() < until:
+        while (left := [*self.processes(), *_files_of(job)]) and time.monotonic() < until:
             time.sleep(0.3)
         return left
 
     def logs(self) -> str:
         """Return the ends of the daemons' logs."""
         return "".join(f"\n{log}: {log.read_text()[-2000:]}" for log in sorted(self.folder.glob("slurm*.log")))
+
+
+def _files_of(job: str) -> list[str]:
+    return [*map(str, Path("/tmp").glob(f"astar-{job}-*")), *map(str, Path("/dev/shm").glob(f"sem.astar-{job}-*"))]
 
 
 @contextlib.contextmanager
