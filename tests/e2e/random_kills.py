@@ -68,7 +68,7 @@ def write_run(folder: Path, model: Path, name: str, /, **sections: dict[str, Any
         eval={"interval": 3, "max_prompts": 5},
         cluster={"threads": 1, "start_timeout_seconds": _SECONDS},
     )
-    tree |= {key: tree[key] | section for key, section in sections.items()}
+    tree |= {key: tree.get(key, {}) | section for key, section in sections.items()}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
