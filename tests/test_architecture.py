@@ -41,6 +41,9 @@ ROOMS = {
     "cluster": {"model", "data", "algorithm", "config", "types"},
     "rollout": {"cluster", "data", "algorithm", "config", "types"},
     "run": {"rollout", "cluster", "model", "data", "algorithm", "config", "types"},
+    "cli_options": set(),
+    "cli_data": {"cli_options", "config"},
+    "cli_convert": {"cli_options"},
     "launch": {"cluster", "config"},  # of cluster what is pure: it has neither torch nor Ray where it runs
 }
 PROGRAMS = {
