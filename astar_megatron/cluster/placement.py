@@ -261,7 +261,8 @@ def _refusal(
         )
         if size > max(sizes)
     ]
-    nearest = "; or ".join(_nearest(sizes, parallel, rollout, share_gpus, parts))
+    smaller = "smaller parallel and rollout"  # where nobody said which parts of the ranks could be
+    nearest = "; or ".join(_nearest(sizes, parallel, rollout, share_gpus, parts)) or f"more GPUs, or {smaller}"
     return (
         f"GPUs: {asked} (rollout.num_engines * rollout.tensor): {needed}, cluster.share_gpus={_yaml(share_gpus)}; "
         f"there are {sum(sizes)}, {there}{''.join(rules)}; what fits: {nearest}"

@@ -44,6 +44,8 @@ def test_nodes_without_work_are_refused_unless_they_are_spare() -> None:
     check_job(cfg, "sweep", nodes(2, 2), 1)
     with pytest.raises(PlacementError, match=r"at least 2 shared.*there are 1"):
         check_job(cfg, "train", nodes(1, 1), 0)
+    with pytest.raises(PlacementError, match=r"what fits: more GPUs, or smaller parallel and rollout$"):
+        check_job(run_config(parallel={"data": 4}), "train", nodes(2, 1), 0)
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
