@@ -98,7 +98,7 @@ def fit_laws(
     tolerance: Annotated[float, typer.Option(min=0.0, help="By how much a prediction may miss a later mean.")] = 0.02,
 ) -> None:
     """Fit a sigmoid, a power law and a constant to half of the compute, and see what they say of the rest."""
-    import_program("scaling").fit(sources, out, compute, score, per_row=per_row, tolerance=tolerance)
+    import_program("scaling_fit").fit(sources, out, compute, score, per_row=per_row, tolerance=tolerance)
 
 
 @app.command(name="eval")

@@ -43,7 +43,7 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
             raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
         errors = {run: failures[run.cell] for run in runs if run.cell in failures}
         runnable = {run: own for run, own in configs.items() if run not in errors}
-        configs = {run: comparison.with_budget(own, limit, stage_1.get(run.cell)) for run, own in runnable.items()}
+        configs = {run: comparison.with_budget(own, [limit], stage_1.get(run.cell)) for run, own in runnable.items()}
         known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors=errors)
         for run in finished:  # first, asked for or not, so that what is written never loses a finished run
             known.results[run] = _result(known, run, folder)

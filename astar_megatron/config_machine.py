@@ -75,7 +75,8 @@ class RolloutConfig(Section):
     update: Literal["in_flight", "drain"] = "in_flight"
     """How weights reach an engine that draws ahead: its responses freeze and go on under the new ones, or end first."""
     heartbeat_seconds: float = Field(default=60.0, ge=0.1, le=1e6)
-    """[seconds] Within which a hung engine is noticed, and replaced; more than a publish or a decoding step takes."""
+    """[seconds] Within which a hung engine is noticed, and replaced; more than a publish or a decoding step takes.
+    Weights that do not move for half of it are sent again without the engine that holds them up."""
     keep: int | None = Field(default=None, ge=0)
     """[steps] Of how many of the newest steps `<run_dir>/rollouts` holds the rollouts; null: of all."""
     graphs: Graphs | None = None

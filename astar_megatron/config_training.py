@@ -1,11 +1,13 @@
 """The keys of stage 2: how long it trains, what it may cost, and the optimiser."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from astar_megatron.config_file import Name, Seconds, Section
 from astar_megatron.config_machine import Offload
+
+_MOST_AMOUNT = 1e30
 
 
 class TrainConfig(Section):
@@ -31,15 +33,32 @@ class TrainConfig(Section):
 class BudgetConfig(Section):
     """What training may cost, beside `train.num_steps`: it ends after the step that reaches one of these.
 
-    Stage 1 and evaluations are not counted. Checkpoint, evaluation and export come at the step where it ends.
+    Stage 1 and evaluations are not counted. Checkpoint, evaluation and export come at the step where it ends. Of
+    several rising amounts, as `[1e15, 2e15]`, the last ends it, and the policy is evaluated where it reaches each.
     """
 
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: list[int] | None = None
     """[tokens] Of responses; null: no limit."""
-    flops: float | None = Field(default=None, gt=0.0)
+    flops: list[float] | None = None
     """[FLOPs] Of the model, in training and generation (`astar_megatron/run/spending.py`); null: no limit."""
-    seconds: float | None = Field(default=None, gt=0.0)
+    seconds: list[float] | None = None
     """[seconds] Of the steps; null: no limit."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _several(cls, amounts: Any) -> Any:
+        return [amounts] if isinstance(amounts, int | float) and not isinstance(amounts, bool) else amounts
+
+    @field_validator("*")
+    @classmethod
+    def _rising(cls, amounts: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if amounts is not None and (not amounts or amounts[0] <= 0 or sorted({*amounts}) != amounts):
+            raise ValueError(
+                f"budget.{info.field_name}: expected an amount greater than 0, or several that rise, got {amounts}"
+            )
+        if amounts and amounts[-1] > _MOST_AMOUNT:
+            raise ValueError(f"budget.{info.field_name}: expected at most {_MOST_AMOUNT:g}, got {amounts[-1]:g}")
+        return amounts
 
 
 class TrackingConfig(Section):

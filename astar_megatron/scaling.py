@@ -1,37 +1,44 @@
-"""PROGRAM: scaling laws. `run`: a study, run by run, one after the other; `fit`: what scores by compute say.
+"""PROGRAM: a scaling study, one run after the other, or each as a job.
 
 A study run again goes on: finished runs stay, others continue from their checkpoints, and cells and seeds that the file
 has got since are added. Once a run is written down as finished its checkpoints are removed; its export stays. What a
-study is: run/study.py; the laws: run/laws.py.
+study is: run/study.py; what its scores say: the program scaling_fit.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from astar_megatron.config import RunConfig
+from astar_megatron.config import RunConfig, Stage
 from astar_megatron.data.files import exclusive, make_folder
-from astar_megatron.run import comparison, extrapolation_files, study_files
+from astar_megatron.launch import queue
+from astar_megatron.launch.program import submits
+from astar_megatron.run import comparison, study_files
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
-from astar_megatron.run.commands import Runner, astar, run_shown
+from astar_megatron.run.commands import End, Runner, astar, run_shown, written
 from astar_megatron.run.comparison import Run
-from astar_megatron.run.comparison_files import STAGE_1
 from astar_megatron.run.comparison_stage_1 import stage_1_of
-from astar_megatron.run.extrapolation import extrapolate
-from astar_megatron.run.prepare import Inputs, prepare
-from astar_megatron.run.score_tables import read_curves
-from astar_megatron.run.study import Score, budgets_left, check_held_out, course_of, read_study, settings_of
+from astar_megatron.run.prepare import Inputs
+from astar_megatron.run.study import Score, checked_inputs, course_of, read_study, settings_of
 from astar_megatron.run.study_files import Progress
 from astar_megatron.run.tracking import Screen
-from astar_megatron.run.training import check_before_stage_1
+
+# Runs a command for each of some configurations, by a name, and yields the name and how it ended.
+type Ends = Callable[[Stage, Mapping[str, RunConfig]], Iterator[tuple[str, End]]]
 
 
 def run(file: Path, runner: Runner = astar) -> int:
-    """Run the study of a file, and write what it gives to its folder; return 1 where a run failed, else 0."""
+    """Run the study of a file, and write what it gives to its folder; return 1 where a run failed, else 0.
+
+    Where slurm.backend is sbatch, and this is no job, each run is a job.
+    """
     (study, configs), screen = read_study(file), Screen()
+    ends = _as_jobs if submits(next(iter(configs.values())).slurm) else _here(screen, runner)
     by_cell = {each.cell: cfg for each, cfg in configs.items()}
-    inputs = {cell: _checked(cell, cfg, study.folder) for cell, cfg in by_cell.items()}
+    inputs = {cell: checked_inputs(cell, cfg, study.folder) for cell, cfg in by_cell.items()}
     settings = {cell: settings_of(cfg, inputs[cell], study.budgets) for cell, cfg in by_cell.items()}
+    for cfg in by_cell.values() if ends is _as_jobs else ():
+        queue.check(cfg, "train")
     make_folder(study.folder)
     with exclusive(study.folder / "scale.lock", "another study in this folder"):
         before = study_files.read(study.folder)
@@ -41,13 +48,13 @@ def run(file: Path, runner: Runner = astar) -> int:
         for cell in before.keys() & settings.keys():
             comparison.check_settings(study.folder, before[cell]["settings"], settings[cell])
         progress = Progress(study=study, settings=settings, stage_1={}, courses={}, errors={})
-        _stage_1(progress, configs, inputs, finished, screen, runner)
+        _stage_1(progress, configs, inputs, finished, screen, ends)
         for each in finished:  # first, so that what is written never loses a finished run
             progress.courses[each] = _course(progress, each)
         _write(progress)
-        for number, (each, cfg) in enumerate(configs.items(), 1):
-            if each not in progress.courses and each not in progress.errors:
-                _train(progress, each, cfg, f"{each.name}, run {number} of {len(configs)}", screen, runner)
+        left = _with_budgets(progress, configs)
+        for name, end in ends("train", {each.name: cfg for each, cfg in left.items()}):
+            _note(progress, next(each for each in left if each.name == name), end, screen)
     screen.say(study_files.as_markdown(progress))
     screen.say(f"scale.md, scale.csv and scale.json are in {study.folder}; next: astar scale fit {study.folder}")
     return 1 if progress.errors else 0
@@ -59,7 +66,7 @@ def _stage_1(
     inputs: Mapping[str, Inputs],
     finished: Sequence[Run],
     screen: Screen,
-    runner: Runner,
+    ends: Ends,
 ) -> None:
     """Fill the V* tables, and note what each cell reads of them, or that its runs failed because of it."""
     study = progress.study
@@ -71,7 +78,7 @@ def _stage_1(
             study.limit,
             cell_inputs,
             study.folder,
-            lambda cfg, cell=cell: run_shown("sweep", cfg, f"stage 1 for {cell}", screen, runner),
+            lambda cfg, cell=cell: next(ends("sweep", {f"stage 1 for {cell}": cfg}))[1],
         )
         progress.stage_1.update(costs)
         if reason := failures.get(cell):
@@ -81,20 +88,46 @@ def _stage_1(
             screen.say(f"{cell}: {reason}")
 
 
-def _train(progress: Progress, run: Run, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> None:
-    """Train up to each budget that is left, and write what is known then."""
-    study, stage_1 = progress.study, progress.stage_1.get(run.cell)
+def _with_budgets(progress: Progress, configs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:
+    """Return the runs that are left, with what stage 1 leaves of the budgets; where that is nothing, a run failed."""
+    left = {}
+    for run, cfg in configs.items():
+        if run in progress.courses or run in progress.errors:
+            continue
+        try:
+            left[run] = comparison.with_budget(cfg, progress.study.budgets, progress.stage_1.get(run.cell))
+        except ValueError as error:
+            progress.errors[run] = str(error)
+    return left
+
+
+def _here(screen: Screen, runner: Runner) -> Ends:
+    """One after the other on this machine."""
+
+    def ends(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, End]]:
+        for number, (name, cfg) in enumerate(configs.items(), 1):
+            label = f"{name}, run {number} of {len(configs)}" if stage == "train" else name
+            yield name, run_shown(stage, cfg, label, screen, runner)
+
+    return ends
+
+
+def _as_jobs(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, End]]:
+    """All at once as jobs of Slurm's, in the order in which they end."""
+    submissions = {name: queue.submission_of(cfg, stage, *written(cfg)) for name, cfg in configs.items()}
+    for name, did_well in queue.ended(submissions):
+        yield name, End(status=0 if did_well else 1, log=submissions[name].log)
+
+
+def _note(progress: Progress, run: Run, end: End, screen: Screen) -> None:
+    """Write what is known when a run has ended."""
     try:
-        comparison.with_budget(cfg, study.limit, stage_1)  # refused where stage 1 leaves nothing of the last
-        for budget in budgets_left(Path(cfg.run_dir), study.budgets, stage_1, cfg.train.num_steps):
-            own = comparison.with_budget(cfg, budget, stage_1)
-            end = run_shown("train", own, f"{label}, to {budget}", screen, runner)
-            if end.status:
-                raise ValueError(end.error)
+        if end.status:
+            raise ValueError(end.error)
         progress.courses[run] = _course(progress, run)
     except ValueError as error:
         progress.errors[run] = str(error)
-        screen.say(f"{label} failed: {error}")
+        screen.say(f"{run.name} failed: {error}")
     _write(progress)
 
 
@@ -107,29 +140,3 @@ def _write(progress: Progress) -> None:
     study_files.write(progress)
     for run in progress.courses:
         shutil.rmtree(progress.study.folder / run.name / CHECKPOINTS_FOLDER, ignore_errors=True)
-
-
-def _checked(cell: str, cfg: RunConfig, folder: Path) -> Inputs:
-    """Return what the cell's runs read. Raises ValueError for what is refused without running it.
-
-    Checkpoints are not looked at: a damaged one is its own run's failure.
-    """
-    own = cfg.model_copy(update={"run_dir": str(folder / STAGE_1)})
-    try:
-        inputs = prepare(own)
-        check_held_out(own, inputs)
-        check_before_stage_1(own, inputs)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cell {cell}: {error}") from error
-    return inputs
-
-
-def fit(
-    sources: Sequence[str], out: Path, compute: str | None, score: str | None, *, per_row: bool, tolerance: float
-) -> None:
-    """Fit the laws to runs and tables, and write what they say to `out`."""
-    curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
-    results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]
-    extrapolation_files.write(out, curves, results, tolerance)
-    screen.say(extrapolation_files.as_markdown(curves, results, tolerance))
-    screen.say(f"fit.md, fit.csv, fit.json and fit.png are in {out}")

@@ -80,7 +80,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             if objective.refreshes_reference(step):
                 fleet.policy.refresh_reference()
             with fleet.generating(step, clock, batches.while_publishing):
-                evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock)
+                evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock, is_due=spending.has_reached_a_part)
                 source.idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
@@ -104,8 +104,9 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
 def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> None:
     """Publish the last weights, evaluate them if asked to, and export them."""
     version, tracker = record.spending.done, record.tracker
+    is_due = cfg.eval.interval is not None or record.spending.has_reached_a_part
     with fleet.generating(version, Clock()):
-        evaluated = _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_last=True)
+        evaluated = _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_due=is_due)
     record.dashboards.show_final(version, evaluated)
     fleet.export(cfg.export_dir)
     is_float32 = fleet.policy.dtype == "float32"
@@ -114,11 +115,11 @@ def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> Non
 
 
 def _evaluate(
-    cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int, clock: Clock, *, is_last: bool = False
+    cfg: RunConfig, inputs: Inputs, fleet: Fleet, tracker: Tracker, version: int, clock: Clock, *, is_due: bool
 ) -> dict[str, object]:
-    """Evaluate every `eval.interval` versions and the last; returns what the step's metrics get of it."""
+    """Evaluate where it is due, and every `eval.interval` versions; returns what the step's metrics get of it."""
     interval = cfg.eval.interval
-    if interval is None or (version % interval and not is_last):
+    if not is_due and (interval is None or version % interval):
         return {}
     with clock.span("eval"):
         evaluations = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")

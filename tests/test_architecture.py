@@ -47,7 +47,7 @@ ROOMS = {
     "launch": {"cluster", "config"},  # of cluster what is pure: it has neither torch nor Ray where it runs
 }
 PROGRAMS = {
-    *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "doctor", "fit"),
+    *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "fit"),
     *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise", "preflight"),
 }
 CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_slurm", "config_training", "config"}

@@ -117,6 +117,12 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("train.batch_size=64 parallel.data=3", "parallel.data: 3", "for example 2"),
     ("train.mini_batch_size=2 parallel.data=4", "parallel.data: 4", "for example 2"),
     ("optim.schedule=cosine optim.min_lr=1e-5", "optim.min_lr: ", "lower it"),
+    *(
+        (f"budget.{amounts}", f"budget.{amounts.split('=')[0]}: ", "expected an amount greater than 0, or several that")
+        for amounts in ("tokens=0", "tokens=[]", "tokens=[5,5]", "flops=[2e9,1e9]", "seconds=-1.0")
+    ),
+    ("budget.tokens=many", "budget.tokens: ", "valid list"),
+    ("budget.flops=1e40", "budget.flops: ", "at most 1e+30"),
     ("optim.min_lr=1e-7", "optim.min_lr: ", "set optim.schedule"),
     ("optim.schedule=wsd", "optim.decay_steps: ", "schedule wsd needs it"),
     ("optim.schedule=cosine optim.decay_steps=3", "optim.decay_steps: ", "no other has it"),

@@ -73,17 +73,18 @@ class Astar:
         tracker, tokens = Tracker(cfg.run_dir), TOKENS[cfg.objective.name]
         earlier = read_metrics(run_dir)
         spending = Spending(cfg.budget, cfg.train.num_steps, len(earlier), earlier)
+        score = (len(cfg.objective.name) + cfg.seed) / 16
+        rows = [{"sample": "greedy", "reward": score}, {"sample": "greedy", "reward": None}, {"sample": 0, "reward": 1}]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         for step in spending.steps():
             if run_dir.name == self.fails and step == self.at_step:
                 log.open("a").write("astar: the engine has ended\n\n")
                 return 1
             spending.add(line(step, tokens))
             tracker.log(line(step, tokens))
+            if spending.has_reached_a_part or spending.ends:
+                (run_dir / f"eval_step_{spending.done:08d}.jsonl").write_text(text)
         (run_dir / "checkpoints").mkdir(exist_ok=True)
-        score = (len(cfg.objective.name) + cfg.seed) / 16
-        rows = [{"sample": "greedy", "reward": score}, {"sample": "greedy", "reward": None}, {"sample": 0, "reward": 1}]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (run_dir / f"eval_step_{spending.done:08d}.jsonl").write_text(text)
         return 0
 
 
@@ -159,6 +160,28 @@ def test_a_run_ends_after_the_first_step_that_reaches_its_budget_resumed_or_not(
         assert bool(spending.reached) == (steps < 9)
 
 
+@pytest.mark.parametrize(
+    ("budget", "evaluated", "steps"),
+    [
+        ({"tokens": [10, 25, 26, 60]}, [1, 3, 6], 6),
+        ({"tokens": [10, 1000]}, [1], 9),
+        ({"tokens": [35], "seconds": [2.0, 3.0]}, [2, 3], 3),
+        ({"tokens": 30}, [], 3),
+    ],
+)
+def test_the_policy_is_evaluated_after_the_steps_that_reach_the_amounts_of_a_budget_resumed_or_not(
+    budget: dict[str, Any], evaluated: list[int], steps: int
+) -> None:
+    for done in range(steps + 1):
+        spending = Spending(BudgetConfig(**budget), 9, done, [line(step) for step in range(done)])
+        reached = [spending.done] if spending.has_reached_a_part else []
+        for step in spending.steps():
+            spending.add(line(step))
+            reached += [spending.done] if spending.has_reached_a_part else []
+        assert reached == [step for step in evaluated if step >= done]
+        assert spending.done == steps
+
+
 def test_drawing_costs_a_forward_pass_in_which_a_prompt_counts_once(tied_llama: Path) -> None:
     model = read_model(str(tied_llama))
     first, other = (Prompt(uid=uid, token_ids=ids, text="", answer="") for uid, ids in (("a", (1, 2, 3)), ("b", (4,))))
@@ -186,7 +209,7 @@ def test_all_runs_have_the_same_configuration_but_for_method_seed_folder_and_bud
         own = config.load(tmp_path / "out" / run.name / "run.json")
         flat[run] = config.flat(own)
         assert (own.objective.name, own.seed, own.run_dir) == (run.cell, run.seed, str(tmp_path / "out" / run.name))
-        assert own.budget.tokens == 100 - (STAGE_1_TOKENS if run.cell in READERS else 0)
+        assert own.budget.tokens == [100 - (STAGE_1_TOKENS if run.cell in READERS else 0)]
     differing = {key for values in flat.values() for key in values if values[key] != flat[Run("astar", 0)][key]}
     assert differing == {"objective.name", "seed", "run_dir", "budget.tokens"}
     changed = {key for key, value in config.flat(cfg).items() if flat[Run("astar", 0)][key] != value}

@@ -233,6 +233,8 @@ def test_other_held_out_problems_are_another_study(study: Study, tmp_path: Path)
         ({"grid": [{"optim.rate": [1]}]}, r"cell rate=1: optim\.rate: no such key; the nearest is "),
         ({"grid": [{"optim.lr": [-1.0]}]}, r"cell lr=-1\.0: optim\.lr"),
         ({"grid": [{"data.path": ["a/x.jsonl", "b/x.jsonl"]}]}, r"would both be called path=x\.jsonl"),
+        ({"grid": [{"slurm.backend": ["local"]}]}, r"grid: slurm\.backend can't be there"),
+        ({"set": {"slurm.backend": "nemo-run"}}, r"slurm\.backend: nemo-run submits one run; for many take sbatch or"),
         ({"budgets": []}, "budgets: expected rising amounts"),
         ({"budgets": ["tokens=9", "tokens=9"]}, "budgets: expected rising amounts"),
         ({"budgets": ["tokens=9", "flops=99"]}, "budgets: expected rising amounts"),

@@ -32,7 +32,7 @@ from astar_megatron.cluster.actors import ActorProcesses, alive_pid, node_of, ta
 from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills, was_killed
-from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.cluster.errors import ActorLost, ClusterError, NoAnswer
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import SessionFolder, write_stacks
@@ -290,7 +290,7 @@ class Cluster:
         is_lost = _is_end(error)
         if is_lost:
             event = "the process ended"
-            cause = low_memory(text) or self._last_error(actor) or end_of_process(text)
+            cause = low_memory(text) or end_of_process(text, self._last_error(actor))
         else:
             event, cause = text, text.strip().splitlines()[-1]
             if not self._is_up(node_of(actor)):
@@ -313,7 +313,7 @@ class Cluster:
                 return False
         return True  # nobody knows it: an actor that has not begun
 
-    def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> ActorLost:
+    def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> NoAnswer:
         """What to raise where there was no answer in time: by the last error of each that did not, and where it is."""
         actors = [self._caller(reference) for reference in pending]
         folders = dict.fromkeys(self._logs(actor) for *_, actor in actors)
@@ -326,7 +326,7 @@ class Cluster:
             f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
         )
         kind, index, _ = actors[0]
-        return ActorLost(message, kind=kind, index=index)
+        return NoAnswer(message, kind=kind, index=index)
 
     def _caller(self, reference: Any) -> tuple[str, int, str]:
         """The actor that a call was made on: its kind, its index, Ray's id of it."""

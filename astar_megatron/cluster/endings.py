@@ -127,10 +127,16 @@ def low_memory(text: str) -> str | None:
     return f"Ray ended it, as {match[1]} of the machine's {match[2]} of memory were used; close other programs"
 
 
-def end_of_process(text: str) -> str:
-    """Return how Ray says that a process ended, without what it says of every end."""
+def end_of_process(text: str, error: str | None) -> str:
+    """Return how a process ended, of what Ray says of that and of the last error in its output.
+
+    That error may be long past where the process was killed.
+    """
+    if "connection error code 2" in text and not (error and was_killed(error)):
+        word = f"; the last error before: {error}" if error else ": it left no word"
+        return f"was killed (SIGKILL), or ended itself at once{word}"
+    if error:
+        return error
     if match := re.search(r"exits with an exit code (\d+)\.( The process receives a SIGTERM)?", text):
         return "was killed by SIGTERM" if match[2] else f"ended with exit status {match[1]}"
-    if "connection error code 2" in text:
-        return "was killed (SIGKILL), or ended itself at once: it left no word"
     return text.strip().splitlines()[-1]

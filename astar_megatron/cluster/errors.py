@@ -13,5 +13,9 @@ class ActorLost(ClusterError):  # noqa: N818  it is what happened, not whose fau
         self.kind, self.index = kind, index
 
 
+class NoAnswer(ActorLost):
+    """An actor that does not answer in time: it hangs, or waits for another that does."""
+
+
 class PlaceError(ValueError):
     """No folder can hold the sockets of a run; the message names the variable to set."""

@@ -71,18 +71,22 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
         script = scripts.path("train.sbatch")
         print(f"\n# {script}, which each of them runs:\n{script.read_text(encoding='utf-8')}", end="")
         return
-    refuse_queued(_slurm(queued_command(jobs, getpass.getuser())))
+    refuse_queued(output_of(queued_command(jobs, getpass.getuser())))
     numbers: list[str] = []
     for job in jobs:
         try:
-            words = command(job, cfg, numbers[-1] if numbers else None)
-            numbers.append(_slurm(words, os.environ | variables(job, cfg)).strip().partition(";")[0])
+            numbers.append(submit_job(job, cfg, numbers[-1] if numbers else None))
         except ConfigError:
             if numbers:
-                _slurm(["scancel", *numbers])
+                output_of(["scancel", *numbers])
             raise
     for job, number in zip(jobs, numbers, strict=True):
         print(f"job {number}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg)}/{job.name}-{number}.log")
+
+
+def submit_job(job: Job, cfg: SlurmConfig, after: str | None) -> str:
+    """Return the number of a job that is submitted, after one that must have succeeded. Raises ConfigError."""
+    return output_of(command(job, cfg, after), os.environ | variables(job, cfg)).strip().partition(";")[0]
 
 
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
@@ -100,15 +104,22 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
 
 def status_command(jobs: Sequence[Job], user: str) -> list[str]:
     """Return what asks Slurm for a user's jobs by these names, old ones too as long as it remembers them."""
-    names = ",".join(job.name for job in jobs)
-    return ["squeue", f"--user={user}", f"--name={names}", "--states=all", "--format=%i %j %T %M %D %R"]
+    return ["squeue", *_by_names(jobs, user), "--states=all", "--format=%i %j %T %M %D %R"]
+
+
+def states_command(jobs: Sequence[Job], user: str) -> list[str]:
+    """Return what asks Slurm for the numbers, names and states of the same jobs alone."""
+    return ["squeue", *_by_names(jobs, user), "--states=all", "--noheader", "--format=%i %j %T"]
 
 
 def queued_command(jobs: Sequence[Job], user: str) -> list[str]:
     """Return what asks Slurm for a user's jobs by these names that wait or run."""
-    names = ",".join(job.name for job in jobs)
     states = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
-    return ["squeue", f"--user={user}", f"--name={names}", f"--states={states}", "--noheader", "--format=%i %j %T"]
+    return ["squeue", *_by_names(jobs, user), f"--states={states}", "--noheader", "--format=%i %j %T"]
+
+
+def _by_names(jobs: Sequence[Job], user: str) -> tuple[str, str]:
+    return f"--user={user}", f"--name={','.join(job.name for job in jobs)}"
 
 
 def refuse_queued(printed: str) -> None:
@@ -128,13 +139,13 @@ def cancel_command(job: Job, user: str) -> list[str]:
 
 def status(jobs: Sequence[Job]) -> None:
     """Print what Slurm knows of the jobs."""
-    print(_slurm(status_command(jobs, getpass.getuser())), end="")
+    print(output_of(status_command(jobs, getpass.getuser())), end="")
 
 
 def cancel(jobs: Sequence[Job]) -> None:
     """Cancel those that wait or run."""
     for job in jobs:
-        _slurm(cancel_command(job, getpass.getuser()))
+        output_of(cancel_command(job, getpass.getuser()))
 
 
 def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
@@ -151,7 +162,7 @@ def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
             print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]))
 
 
-def _slurm(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
+def output_of(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
     """Return what a command of Slurm prints. Raises ConfigError with its words where it refuses."""
     try:
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)

@@ -21,14 +21,15 @@ from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
-from astar_megatron.rollout.engine_actor import EngineActor, Member, phase
+from astar_megatron.rollout.engine_actor import EngineActor, phase
+from astar_megatron.rollout.member import Member, cause_of, taking_weights, watch
 from astar_megatron.types import Request
 from conversion.transfer.route import Place
 
 _LOG = logging.getLogger(__name__)
 _MOST_ENDS = 3  # of the engines of one index without an answer in between: another one would not help
 _TOGETHER_SECONDS = 0.05  # in which other engines' answers may still come to the first
-_LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
+_LEAST_STALL_SECONDS = 10.0  # of a transfer of weights
 
 type Stream = Any  # Ray's generator of what an engine answers to one call
 
@@ -123,7 +124,8 @@ class EnginePool:
             _LOG.warning("not passed on to the engines: %s", left_out)
         self._note_starts(self._members)
         self.serve(self._members)
-        threading.Thread(target=self._watch, daemon=True).start()
+        arguments = self._cluster.wait, self.running, self.replace, self._heartbeat / 2, self._closing
+        threading.Thread(target=watch, args=arguments, daemon=True).start()
 
     def _note_starts(self, members: Sequence[Member]) -> None:
         self._cluster.remember_shared_files()
@@ -191,37 +193,45 @@ class EnginePool:
 
     def open_update(self, init_info: dict[str, Any], members: Sequence[Member]) -> bool:
         """Prepare these engines for updates, each as the one that it is of them; return whether they all are."""
-        calls = {
-            member: self._begin(
-                member, lambda engine, number=number: engine.open_update(init_info | {"engine": number})
-            )
-            for number, member in enumerate(members)
-        }
-        return len(self._answers("engines: open_update", calls)) == len(calls)
+        with taking_weights(members):
+            calls = {
+                member: self._begin(
+                    member, lambda engine, number=number: engine.open_update(init_info | {"engine": number})
+                )
+                for number, member in enumerate(members)
+            }
+            return len(self._answers("engines: open_update", calls)) == len(calls)
 
     def update(self, version: int, members: Sequence[Member], sending: Sequence[Any]) -> list[Member]:
         """Make engines take over the weights that the calls `sending` send; return those that have, at the end of all.
 
         One that has failed draws nothing more until an update succeeds. Raises what ended a rank.
         """
-        calls = {member: self._begin(member, lambda engine: engine.update(version)) for member in members}
+        with taking_weights(members):
+            calls = {member: self._begin(member, lambda engine: engine.update(version)) for member in members}
+            answers = answers_of(self._cluster.wait, "publish", calls)
         have, failures = [], []
-        for member, answer in answers_of(self._cluster.wait, "publish", calls).items():
+        for member, answer in answers.items():
             if not isinstance(answer, ClusterError):
                 have.append(member)
                 continue
             member.serves = False
             if not self._is_lost(member, answer):
-                failures.append(_cause(answer))
+                failures.append(cause_of(answer))
         try:
             self._cluster.wait("publish", sending)
         except ClusterError as error:
             if isinstance(error, ActorLost) or len(have) == len(calls):
                 raise
-            failures.append(_cause(error))
+            failures.append(cause_of(error))
         if failures:
             _LOG.warning("an update to version %d failed: %s", version, "; ".join(failures))
         return have
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long a transfer to engines may stand still: less than what makes one that waits in it count as hung."""
+        return max(_LEAST_STALL_SECONDS, self._heartbeat / 2)
 
     def sleep(self) -> dict[int, int]:
         """Make every engine that runs give its memory back, and return the bytes of each; see Engine.sleep."""
@@ -249,20 +259,6 @@ class EnginePool:
         call = self._begin(member, lambda engine: engine.digest_rows(index))
         return self._cluster.wait("engines: digest_rows", [call])[0][worker]
 
-    def _watch(self) -> None:
-        """Thread: ask every engine twice in `rollout.heartbeat_seconds` whether it is well; replace one that is not."""
-        patience = self._heartbeat / 2
-        while not self._closing.is_set():
-            until = time.monotonic() + patience
-            beats = {member.actor.beat.remote(): member for member in self.running()}
-            for reference, member in beats.items():
-                left = max(_LATE_SECONDS, until - time.monotonic())
-                try:
-                    self._cluster.wait("engines: beat", [reference], left)
-                except Exception as error:
-                    self.replace(member, _cause(error))
-            self._closing.wait(max(0.0, until - time.monotonic()))
-
     def _is_lost(self, member: Member, error: ClusterError) -> bool:
         """Whether a call failed because its engine is of no more use; then it is being replaced."""
         if not isinstance(error, ActorLost):
@@ -271,7 +267,7 @@ class EnginePool:
                 return member.is_lost
             except ClusterError:
                 pass
-        self.replace(member, _cause(error))
+        self.replace(member, cause_of(error))
         return True
 
     def replace(self, member: Member, cause: str) -> None:
@@ -317,7 +313,7 @@ class EnginePool:
         try:
             self._cluster.wait(f"engine {index}: start", [fresh.starting], self._cluster.timeout_seconds)
         except ClusterError as error:
-            self.replace(fresh, _cause(error))
+            self.replace(fresh, cause_of(error))
             return
         self._note_starts([fresh])
         self.bring(fresh)
@@ -377,11 +373,6 @@ class EnginePool:
         heard = Call.of(call)
         method = getattr(member.actor, heard.method).options(num_returns=num_returns)
         return method.remote(*heard.arguments)
-
-
-def _cause(error: Exception) -> str:
-    """The last line of what is said of a failed call: whose, and why."""
-    return str(error).splitlines()[-1]
 
 
 def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: int) -> dict[str, str]:

@@ -52,13 +52,19 @@ def last_line(log: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
-    """Run a command in `cfg.run_dir`, where `run.json` will be the configuration, and wait for its end."""
+def written(cfg: RunConfig) -> tuple[Path, Path]:
+    """Write the configuration of a command to its run's folder; return its file and that of the command's log."""
     folder = Path(cfg.run_dir)
     make_folder(folder)
-    file, log = folder / "run.json", folder / LOG_FILE  # JSON is YAML
-    tree = cfg.model_dump() | {"slurm": {"backend": "local"}}  # it runs here, whatever the file would have submitted
+    file = folder / "run.json"  # JSON is YAML
+    tree = cfg.model_dump() | {"slurm": {"backend": "local"}}  # the command itself submits nothing
     write_atomic(file, (json.dumps(tree, indent=1) + "\n").encode())
+    return file, folder / LOG_FILE
+
+
+def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
+    """Run a command in `cfg.run_dir`, where `run.json` will be the configuration, and wait for its end."""
+    file, log = written(cfg)
     return End(status=runner(name, file, log), log=log)
 
 

@@ -166,11 +166,12 @@ def run_config(cfg: RunConfig, run: Run, folder: Path) -> RunConfig:
     return config.validate(tree)
 
 
-def with_budget(cfg: RunConfig, budget: Budget, stage_1: Stage1Cost | None) -> RunConfig:
-    """Return the configuration with what stage 1, None where the run does not read it, leaves of the budget.
+def with_budget(cfg: RunConfig, budgets: Sequence[Budget], stage_1: Stage1Cost | None) -> RunConfig:
+    """Return the configuration with what stage 1, None where the run does not read it, leaves of rising budgets.
 
-    Raises ValueError where that is nothing, or where seconds count and those of stage 1 are not known.
+    Raises ValueError where that is nothing of the last, or where seconds count and those of stage 1 are not known.
     """
+    budget = budgets[-1]
     if stage_1:
         check_seconds(cfg, budget, stage_1.seconds)
     before = stage_1.known.by(budget.measure) if stage_1 else 0
@@ -179,9 +180,9 @@ def with_budget(cfg: RunConfig, budget: Budget, stage_1: Stage1Cost | None) -> R
             f"budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, costs {before:.12g} "
             f"{UNITS[budget.measure]}; give more, lower sweep.num_samples, or leave the method out"
         )
-    left = budget.amount - before
-    amount = {budget.measure: int(left) if budget.measure == "tokens" else left}
-    return config.validate(cfg.model_dump() | {"budget": amount})
+    left = [each.amount - before for each in budgets if each.amount > before]
+    amounts = [int(amount) for amount in left] if budget.measure == "tokens" else left
+    return config.validate(cfg.model_dump() | {"budget": {budget.measure: amounts}})
 
 
 def check_tokens(cfg: RunConfig, budget: Budget, least: int) -> None:

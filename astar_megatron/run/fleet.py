@@ -15,7 +15,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive, write_atomic
 from astar_megatron.model.backend import resolve_dtype
-from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares

@@ -1,4 +1,4 @@
-"""What training costs by three measures, and when its budget ends it.
+"""What training costs by three measures, and when its budget ends it or has it evaluated.
 
 - response tokens;
 - model FLOPs: `model_flops` of a line of metrics, what the ranks computed, and `generation_flops`, what drawing the
@@ -59,8 +59,17 @@ class Spending:
     """
 
     def __init__(self, budget: BudgetConfig, num_steps: int, done: int, earlier: Sequence[Mapping[str, Any]]) -> None:
-        self._budget, self._num_steps, self.done = budget, num_steps, done
-        self._spent = sum(map(Cost.of_step, earlier), Cost())
+        limits: dict[Measure, Sequence[float] | None] = {
+            "tokens": budget.tokens,
+            "flops": budget.flops,
+            "seconds": budget.seconds,
+        }
+        self._amounts: dict[Measure, Sequence[float]] = {name: amounts for name, amounts in limits.items() if amounts}
+        self._num_steps = num_steps
+        self._before = self._spent = Cost()  # before the last step, and after it
+        for line in earlier:
+            self.add(line)
+        self.done = done
 
     def steps(self) -> Iterator[int]:
         """Yield the steps that are left, each after the last was added."""
@@ -69,7 +78,7 @@ class Spending:
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Count a step that was done."""
-        self._spent += Cost.of_step(line)
+        self._before, self._spent = self._spent, self._spent + Cost.of_step(line)
         self.done = line["step"] + 1
 
     @property
@@ -80,17 +89,20 @@ class Spending:
     @property
     def reached(self) -> list[str]:
         """In words what of the budget is reached."""
-        budget = self._budget
-        limits: dict[Measure, float | None] = {
-            "tokens": budget.tokens,
-            "flops": budget.flops,
-            "seconds": budget.seconds,
-        }
         return [
-            f"budget.{measure}: {self._spent.by(measure):.6g} of {limit:.6g} after {self.done} steps"
-            for measure, limit in limits.items()
-            if limit is not None and self._spent.by(measure) >= limit
+            f"budget.{measure}: {self._spent.by(measure):.6g} of {amounts[-1]:.6g} after {self.done} steps"
+            for measure, amounts in self._amounts.items()
+            if self._spent.by(measure) >= amounts[-1]
         ]
+
+    @property
+    def has_reached_a_part(self) -> bool:
+        """Whether the last step reached an amount where there are several: the policy is to be evaluated then."""
+        return any(
+            self._before.by(measure) < amount <= self._spent.by(measure)
+            for measure, amounts in self._amounts.items()
+            for amount in (amounts if len(amounts) > 1 else ())
+        )
 
 
 def generation_flops(model: Model, responses: Iterable[tuple[Prompt, Sequence[int]]]) -> int:

@@ -25,12 +25,13 @@ from astar_megatron.config import BudgetConfig, ConfigError, Name, RunConfig, Se
 from astar_megatron.data.contract import contract_of
 from astar_megatron.run import comparison
 from astar_megatron.run.comparison import Budget, Run, Stage1Cost
-from astar_megatron.run.prepare import Inputs
+from astar_megatron.run.comparison_files import STAGE_1
+from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.spending import Cost, Measure
-from astar_megatron.run.tracking import read_metrics
+from astar_megatron.run.training import check_before_stage_1
 
 TABLES = "tables"  # folder of those of stage 1
-_OWN_KEYS = ("run_dir", "seed", "budget", "eval.interval")  # the study itself sets, or leaves to the configuration
+_OWN_KEYS = ("run_dir", "seed", "budget", "eval.interval", "slurm.backend")  # the study's, or of all its runs
 _LONGEST_NAME = 150  # of a folder
 
 
@@ -110,7 +111,7 @@ def settings_of(cfg: RunConfig, inputs: Inputs, budgets: Sequence[Budget]) -> di
     }
 
 
-def check_held_out(cfg: RunConfig, inputs: Inputs) -> None:
+def _check_held_out(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError where a problem of the evaluation is trained on."""
     if cfg.data.eval_path is None and not cfg.eval.benchmarks:
         raise ValueError("data.eval_path: a study's scores are of problems that no run trains on; give their file")
@@ -123,22 +124,19 @@ def check_held_out(cfg: RunConfig, inputs: Inputs) -> None:
             )
 
 
-def budgets_left(run_dir: Path, budgets: Sequence[Budget], stage_1: Stage1Cost | None, num_steps: int) -> list[Budget]:
-    """Return the budgets at which a run has still to be evaluated: not those that stage 1 alone has used up."""
-    before = stage_1.known if stage_1 else Cost()
-    left = []
-    for budget in budgets:
-        if before.by(budget.measure) >= budget.amount:
-            continue
-        spent, steps, lines = before, 0, read_metrics(run_dir)
-        for line in lines:
-            if budget.is_reached_by(spent):
-                break
-            spent, steps = spent + Cost.of_step(line), line["step"] + 1
-        is_reached = budget.is_reached_by(spent) or steps >= num_steps
-        if not (is_reached and _is_evaluated(run_dir, steps)):
-            left.append(budget)
-    return left
+def checked_inputs(cell: str, cfg: RunConfig, folder: Path) -> Inputs:
+    """Return what the cell's runs read. Raises ValueError for what is refused without running it.
+
+    Checkpoints are not looked at: a damaged one is its own run's failure.
+    """
+    own = cfg.model_copy(update={"run_dir": str(folder / STAGE_1)})
+    try:
+        inputs = prepare(own)
+        _check_held_out(own, inputs)
+        check_before_stage_1(own, inputs)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cell {cell}: {error}") from error
+    return inputs
 
 
 def course_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> list[Score]:

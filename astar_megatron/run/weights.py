@@ -27,7 +27,7 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.cluster.session import LOCK, PREFIX, SHARED_MEMORY, remove_shared_folders
 from astar_megatron.config import ConversionConfig
 from astar_megatron.data.files import exclusive
-from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 from conversion import hf
 from conversion.families import Model, read_model
@@ -125,6 +125,7 @@ class WeightSync:
             port=port,
             name=f"publish-{uuid.uuid4().hex}",
             bucket_bytes=self._cfg.bucket_bytes,
+            timeout_seconds=self._engines.stall_seconds,
         )
         self._policy.open_publish(route)
         is_open = self._engines.open_update(

@@ -114,7 +114,7 @@ def test_a_wrong_input_that_only_the_actor_could_see_keeps_its_message(cluster: 
         ("end", r"was killed \(SIGKILL\), or ended itself at once: it left no word"),
         ("leave", "ended with exit status 4"),
         ("crash", r"(\*\*\* SIGSEGV received|Fatal Python error: Segmentation fault).*"),
-        ("tell", "RuntimeError: Unable to find address for: nope0"),
+        ("tell", r"was killed .*; the last error before: RuntimeError: Unable to find address for: nope0"),
         ("point", "OSError: no space left for the cache"),
     ],
 )

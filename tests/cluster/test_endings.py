@@ -112,3 +112,28 @@ def test_the_kernels_kills_for_memory_are_those_of_the_group_or_of_the_machine(t
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     assert endings.memory_kills(tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        (
+            "connection error code 2. End of file",
+            None,
+            "was killed (SIGKILL), or ended itself at once: it left no word",
+        ),
+        (
+            "connection error code 2. End of file",
+            "a.TransferError: it was another's",
+            "was killed (SIGKILL), or ended itself at once; the last error before: a.TransferError: it was another's",
+        ),
+        ("connection error code 2.", "EngineCore was killed by SIGKILL", "EngineCore was killed by SIGKILL"),
+        ("Worker exits with an exit code 3.", "ValueError: no weights", "ValueError: no weights"),
+        ("Worker exits with an exit code 3.", None, "ended with exit status 3"),
+        ("Worker exits with an exit code 1. The process receives a SIGTERM", None, "was killed by SIGTERM"),
+    ],
+)
+def test_an_error_of_before_is_not_taken_for_the_end_of_a_killed_process(
+    text: str, error: str | None, words: str
+) -> None:
+    assert endings.end_of_process(text, error) == words

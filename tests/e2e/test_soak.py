@@ -20,6 +20,7 @@ from astar_megatron.run.tracking import read_metrics
 
 SECONDS = float(os.environ.get("ASTAR_SOAK_SECONDS", 0.0))
 FAULT_SECONDS = 30.0
+STARTING_SECONDS = 120.0  # of a rank that was killed at the end of the first half
 MOST_GROWTH = 0.02  # in the last half
 # Kinds of faults. One engine is spared throughout and the rank in the last half: they must not grow either.
 FIRST_HALF = [
@@ -84,8 +85,10 @@ def soak(process: Driver) -> tuple[list[str], Memory]:
         assert process.process.poll() is None, process.output()
         kinds = LAST_HALF if now >= SECONDS / 2 - 3 * FAULT_SECONDS else FIRST_HALF  # a new rank fills its caches first
         if now >= SECONDS / 2:
-            (rank,), (raylet,) = processes_of("rank", process), processes_of("raylet", process)
-            for name, pid in {"driver": process.process.pid, "rank": rank, "raylet": raylet, **spared}.items():
+            pids = {"driver": process.process.pid, **spared}
+            pids |= {name: pid for name in ("rank", "raylet") for pid in processes_of(name, process)}
+            assert len(pids) == 5 or now < SECONDS / 2 + STARTING_SECONDS, (pids, process.output())
+            for name, pid in pids.items():
                 memory.setdefault(name, []).append((now, resident_bytes(pid)))
         if now >= next_fault and all_are_there(process.output()):
             victim, number = chance.choice(kinds)

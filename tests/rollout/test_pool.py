@@ -11,7 +11,7 @@ import pytest
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Seat
 from astar_megatron.config import RolloutConfig
-from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 
 SEATS = [Seat(node=Node(address="127.0.0.1", num_gpus=0, id="n"))] * 2

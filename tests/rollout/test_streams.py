@@ -8,7 +8,7 @@ from typing import Any
 
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import ClusterConfig
-from astar_megatron.rollout.engine_actor import Member
+from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 
 

@@ -119,3 +119,19 @@ def test_a_dry_run_prints_the_batch_script_and_changes_nothing(slurm: Slurm, ast
     assert len(re.findall(r"--job-name=mine-\w{8}-train", out)) == 1 and "afterok" in out and "start_nodes" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
     assert slurm.run("squeue", "--states=all") == before
+
+
+def test_runs_of_a_study_are_jobs_side_by_side_whose_ends_are_told(slurm: Slurm, tmp_path: Path) -> None:
+    for name, end in (("fails", 3), ("ends", 0)):
+        text = RUN.format(backend="sbatch", python=STAND_IN).replace("runs/mine", f"runs/{name}")
+        (tmp_path / f"{name}.yaml").write_text(text.replace('str("train" in', f'str(exit({end}) or "train" in'))
+    study = (
+        "from pathlib import Path; from astar_megatron.config import load; from astar_megatron.launch import queue\n"
+        "files = {name: Path(f'{name}.yaml') for name in ('fails', 'ends')}\n"
+        "jobs = {n: queue.submission_of(load(f), 'train', f, f.with_suffix('.txt')) for n, f in files.items()}\n"
+        "print(sorted(queue.ended(jobs, 0.5)))"
+    )
+    out = slurm.run(sys.executable, "-c", study, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert out.splitlines()[-1] == "[('ends', True), ('fails', False)]"
+    assert "ended with status 3" in (tmp_path / "fails.txt").read_text()
+    assert [slurm.left_behind(job) for job in numbers(out)] == [[], []]

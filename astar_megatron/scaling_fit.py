@@ -1,0 +1,20 @@
+"""PROGRAM: what scores by compute say: three laws, held against the second half. The laws: run/laws.py."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from astar_megatron.run import extrapolation_files
+from astar_megatron.run.extrapolation import extrapolate
+from astar_megatron.run.score_tables import read_curves
+from astar_megatron.run.tracking import Screen
+
+
+def fit(
+    sources: Sequence[str], out: Path, compute: str | None, score: str | None, *, per_row: bool, tolerance: float
+) -> None:
+    """Fit the laws to runs and tables, and write what they say to `out`."""
+    curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
+    results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]
+    extrapolation_files.write(out, curves, results, tolerance)
+    screen.say(extrapolation_files.as_markdown(curves, results, tolerance))
+    screen.say(f"fit.md, fit.csv, fit.json and fit.png are in {out}")
