@@ -102,7 +102,7 @@ class Engines:
     An engine for which `fail` raises ConnectionError ends, with its process: its receiver is closed.
     """
 
-    tensor = 1
+    tensor, stall_seconds = 1, 60.0
 
     def __init__(self, model: Model) -> None:
         self.model = model
