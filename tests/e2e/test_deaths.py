@@ -51,7 +51,11 @@ CASES = {
     "one of two": (2, [Fault(step=1, moment="generation", process="actor")]),
     "one of three": (
         3,
-        [Fault(step=1, moment="update", process="actor"), Fault(step=3, moment="generation", process="core")],
+        [
+            Fault(step=1, moment="update", process="actor"),
+            Fault(step=2, moment="update", process="core", signal=signal.SIGSTOP),  # the others wait for it
+            Fault(step=3, moment="generation", process="core"),
+        ],
     ),
     "rank": (
         1,
@@ -138,7 +142,7 @@ def test_a_run_in_which_something_dies_ends_with_the_numbers_of_a_whole_one(
     (num_engines, faults), tree = CASES[case], run_tree(tied_llama)
     tree["sampling"]["max_response_tokens"] = 60
     tree["train"] |= {"num_steps": 5, "micro_batch_tokens": 300}
-    tree["rollout"] |= {"num_engines": num_engines, "max_num_seqs": 2, "heartbeat_seconds": 120.0}
+    tree["rollout"] |= {"num_engines": num_engines, "max_num_seqs": 2, "heartbeat_seconds": 60.0}
     tree |= {"conversion": {"bucket_bytes": 4096}, "cluster": {"threads": 1, "start_timeout_seconds": 1200.0}}
     tree["cluster"] |= {"share_gpus": True} if case == "by turns" else {}
     del tree["eval"]

@@ -106,3 +106,29 @@ def test_an_array_of_four_sweeps_fills_one_table_without_duplicates(
         drawn.update(zip(table["uid"].to_pylist(), table["sample"].to_pylist(), strict=True))
     assert set(drawn.values()) == {1}
     assert len(drawn) == 12 * 4
+
+
+def test_the_runs_of_a_study_are_jobs_and_the_study_run_again_runs_nothing(
+    slurm: Slurm, configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    held_out = [{"question": f"What is {a} + 7?", "answer": str(a + 7)} for a in range(3)]
+    samples.write_jsonl(tmp_path / "held_out.jsonl", held_out)
+    variables = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+    file = configure("one", slurm={"backend": "sbatch", "nodes": 2, "gpus_per_node": 0, "env": variables})
+    study = {
+        "config": str(file),
+        "set": {"data.eval_path": str(tmp_path / "held_out.jsonl")},
+        "grid": [{"objective.name": ["rebel"], "optim.lr": [1e-4, 1e-3]}],
+        "budgets": ["tokens=100", "tokens=200"],
+        "seeds": [3],
+        "out": "out",
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, "-m", "astar_megatron.cli", "scale", "run", "study.yaml"]
+    environment = {"PYTHONPATH": ENVIRONMENT["PYTHONPATH"], "HF_HUB_OFFLINE": "1"}
+    out = slurm.run(*command, cwd=tmp_path, env=environment, seconds=1800)
+    cells = json.loads((tmp_path / "out" / "scale.json").read_text())["cells"]
+    assert {name: cell["runs"]["3"]["state"] for name, cell in cells.items()} == dict.fromkeys(cells, "finished"), out
+    jobs = [line.split()[1].rstrip(":") for line in out.splitlines() if line.startswith("job ")]
+    assert len(jobs) == len(cells) == 2 and [slurm.left_behind(job) for job in jobs] == [[], []]
+    assert "job " not in slurm.run(*command, cwd=tmp_path, env=environment)

@@ -80,12 +80,14 @@ class Slurm:
     holder: int
     folder: Path
 
-    def run(self, *command: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
-        """Return the output of a command in it, which must end with 0."""
+    def run(
+        self, *command: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, seconds: float = SECONDS
+    ) -> str:
+        """Return the output of a command in it, which must end with 0 within so many seconds."""
         enter = ["nsenter", "-t", str(self.holder), *_SPACES, f"--wd={cwd or self.folder}"]
         environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")} | dict(env or {})
         done = subprocess.run(
-            [*enter, *map(str, command)], env=environment, capture_output=True, text=True, timeout=SECONDS
+            [*enter, *map(str, command)], env=environment, capture_output=True, text=True, timeout=seconds
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{self.logs()}"
         return done.stdout
