@@ -1,6 +1,6 @@
 """The keys of stage 2: how long it trains, what it may cost, and the optimiser."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -28,6 +28,19 @@ class TrainConfig(Section):
     offload: Offload = "cache"
     """What ranks give back while engines generate on their GPUs: `cache`: what no tensor holds; `optimizer`: its states
     to host memory too; `all`: all but the policy's weights. Only with shared GPUs."""
+    profile_steps: list[Annotated[int, Field(ge=0)]] = Field(default=[])
+    """[steps] In which each Megatron rank writes a trace of torch's profiler, counted from 0."""
+
+    @model_validator(mode="after")
+    def _profiles(self) -> Self:
+        beyond = [step for step in self.profile_steps if step >= self.num_steps]
+        if beyond or len(set(self.profile_steps)) < len(self.profile_steps):
+            raise ValueError(
+                f"train.profile_steps: expected different steps from 0 to {self.num_steps - 1}, the last by "
+                f"train.num_steps, got {self.profile_steps}; leave out "
+                + (f"{beyond[0]}, or raise train.num_steps" if beyond else "what stands twice")
+            )
+        return self
 
 
 class BudgetConfig(Section):

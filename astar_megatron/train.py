@@ -15,6 +15,7 @@ from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.garbage import collect_seldom
 from astar_megatron.run.prepare import Inputs, prepare
+from astar_megatron.run.profiles import profiled
 from astar_megatron.run.record import Record, record_of
 from astar_megatron.run.steps import batch_of, health_of, step_options
 from astar_megatron.run.tracking import Clock, Tracker
@@ -84,7 +85,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 source.idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
-            with fleet.training():
+            with fleet.training(), profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say):
                 stats = fleet.policy.step(batch, objective.loss, options)
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             objective.learn(rollouts, health)

@@ -146,3 +146,12 @@ class SaveState:
 
     done: bool
     problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """The file of a profiled step of one rank; `problem` says in words why there is none."""
+
+    path: str
+    num_bytes: int = 0
+    problem: str = ""

@@ -4,11 +4,13 @@ Prepares model and prompts, then stage 1, evaluation, stage 2, evaluation, expor
 with the export. Everything is real: Megatron-Core, vLLM and Ray, on CPU. Everything it writes lies under runs/.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from last_screen import before_and_after, next_commands
 from smollm2 import ensure_model
 
 from astar_megatron import config
@@ -20,17 +22,21 @@ from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run.evaluation import evaluate
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import prepare
-from astar_megatron.run.tracking import Tracker, plot_rewards, read_metrics
+from astar_megatron.run.tracking import Tracker, plot_rewards
 from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
 from astar_megatron.sweep import show, sweep
 from astar_megatron.train import train
 
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+QUESTIONS = ("What is 7 + 8? Answer with just the number.", "What is 3 + 4? Answer with just the number.")
+
 
 def main(overrides: list[str]) -> None:
-    cfg = config.load(Path(__file__).parent.parent / "configs/demo.yaml", overrides)
+    cfg = config.load(CONFIG, overrides)
     tracker = Tracker(cfg.run_dir)
     write_prompts(Path(cfg.data.path))
-    ensure_model(Path(cfg.model.path))
+    with tracker.waiting(f"the model's folder {cfg.model.path}"):
+        ensure_model(Path(cfg.model.path))
     inputs = prepare(cfg)
     VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
     check_before_stage_1(cfg, inputs)
@@ -38,23 +44,18 @@ def main(overrides: list[str]) -> None:
     with Fleet(cfg, inputs.model, tracker) as fleet:
         table = sweep(cfg, inputs, fleet.engines, tracker)
         show(table, tracker)
-        (before,) = evaluate(cfg, inputs, fleet.engines, tracker, "eval_before")
+        evaluate(cfg, inputs, fleet.engines, tracker, "eval_before")
         train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
-        (after,) = evaluate(cfg, inputs, fleet.engines, tracker, "eval_after")
+        evaluate(cfg, inputs, fleet.engines, tracker, "eval_after")
     plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
-    steps = read_metrics(cfg.run_dir)
-    tracker.table(
-        "the demo, before and after",
-        [
-            ("greedy, right answers", f"{before.reward_mean:.0%} -> {after.reward_mean:.0%}"),
-            ("sampled, mean reward", f"{steps[0]['reward_mean']:.2f} -> {steps[-1]['reward_mean']:.2f}"),
-            ("seconds a step", f"{sum(step['seconds']['total'] for step in steps) / len(steps):.1f}"),
-            ("metrics, curve", f"{tracker.metrics_path}, {plot}"),
-            ("exported model", str(cfg.export_dir)),
-        ],
-    )
-    for question in ("What is 7 + 8? Answer with just the number.", "What is 3 + 4? Answer with just the number."):
-        tracker.say(f"transformers with the export: {question} -> {answer(cfg, question)!r}")
+    with tracker.waiting("asking the export with plain transformers"):
+        answers = [f"transformers with the export: {question} -> {answer(cfg, question)!r}" for question in QUESTIONS]
+    for line in answers:
+        tracker.say(line)
+    tracker.table("the demo, before and after", before_and_after(tracker.run_dir, plot, cfg.export_dir))
+    tracker.say("to go on, where the guide is examples/README.md:")
+    for line in next_commands(os.path.relpath(CONFIG), overrides, cfg.train.num_steps):
+        tracker.say(f"  {line}")
 
 
 def write_prompts(path: Path) -> None:

@@ -81,6 +81,7 @@ KEYS = {
     "train.max_skipped_steps": 3,
     "train.grace_seconds": None,
     "train.offload": "cache",
+    "train.profile_steps": [],
     "budget.tokens": None,
     "budget.flops": None,
     "budget.seconds": None,
@@ -213,6 +214,15 @@ def test_a_day_is_text_whether_yaml_reads_a_date_or_text(tmp_path: Path) -> None
     for wrong in ("28.11.2026", "20261128", "2026-11-31", "2026-11-28 10:00:00", "today", "''", "[]"):
         assert refusal(tmp_path, f"data.date={wrong}").startswith("data.date: expected a day as 2026-11-28, got ")
     assert "seed: " in refusal(tmp_path, text=SMALLEST + "seed: 2026-11-31\n")
+
+
+def test_a_step_to_profile_is_one_of_the_runs_and_stands_once(tmp_path: Path) -> None:
+    assert load(tmp_path, "train.num_steps=8", "train.profile_steps=[7, 0]").train.profile_steps == [7, 0]
+    beyond = refusal(tmp_path, "train.num_steps=8", "train.profile_steps=[3, 8]")
+    assert "train.profile_steps: expected different steps from 0 to 7" in beyond
+    assert "leave out 8, or raise train.num_steps" in beyond
+    assert "leave out what stands twice" in refusal(tmp_path, "train.profile_steps=[3, 3]")
+    assert "train.profile_steps" in refusal(tmp_path, "train.profile_steps=[-1]")
 
 
 def test_a_url_with_a_password_is_refused_without_saying_it(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelCon
 from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
-from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats, Trace
 from conversion.transfer.route import Place, Route
 
 if TYPE_CHECKING:
@@ -126,6 +126,14 @@ class PolicyGroup:
         for_all = stored(batch)
         answers = self._all(lambda rank: rank.step(for_all, loss, options))
         return next(stats for stats in answers if stats is not None)
+
+    def begin_profile(self) -> None:
+        """Make every rank record what it computes until `end_profile`."""
+        self._all(lambda rank: rank.begin_profile())
+
+    def end_profile(self, folder: Path, step: int) -> list[Trace]:
+        """Make every rank write what it has recorded to an existing or new folder; returns the file of each."""
+        return self._all(lambda rank: rank.end_profile(str(folder.resolve()), step))
 
     def release(self, offload: Offload) -> list[tuple[int, int]]:
         """Make every rank give memory back until `resume`; returns of each what PolicyRank.release does."""

@@ -8,7 +8,7 @@ import gc
 import importlib
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -110,9 +110,18 @@ class Backend:
         linear = engine.Linear(512, 64, bias=False, params_dtype=torch.float32, device=self.device)
         check_float32(product_error(linear, linear.weight.detach()))
 
-    def range(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Return a context that a profiler of the device shows under `name` (NVTX); on CPU it does nothing."""
-        return contextlib.nullcontext() if self.name == "cpu" else torch.cuda.nvtx.range(f"astar {name}")
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        """Have profilers show the body under `astar <name>`: torch's on any device, the device's own too (NVTX)."""
+        label = f"astar {name}"
+        nvtx = contextlib.nullcontext() if self.name == "cpu" else torch.cuda.nvtx.range(label)
+        with torch.profiler.record_function(label), nvtx:
+            yield
+
+    def profiler(self) -> torch.profiler.profile:
+        """Return a profiler of operators and the device's kernels; without shapes and stacks, which cost most bytes."""
+        kinds = torch.profiler.ProfilerActivity
+        return torch.profiler.profile(activities=[kinds.CPU] if self.name == "cpu" else [kinds.CPU, kinds.CUDA])
 
     def transformer_options(self, fp8: str | None = None) -> dict[str, Any]:
         """Return TransformerConfig options that this device needs or that `fp8`, a recipe, asks it for."""

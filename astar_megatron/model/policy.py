@@ -42,10 +42,11 @@ from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
 from astar_megatron.model.parking import Parking, gradient_buffers, optimizer_tensors
+from astar_megatron.model.profiles import write_trace
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
 from astar_megatron.model.step import Learner
-from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats
+from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats, Trace
 from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
@@ -95,6 +96,7 @@ class PolicyRank:
         self._sender: Sender | None = None
         self._holdings: Holdings | None = None
         self._saving: Saving | None = None
+        self._profiler: torch.profiler.profile | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def listen(self, host: str) -> int:
@@ -191,6 +193,19 @@ class PolicyRank:
         stats = self._learner.step(batch, loss, options, self.weights(), is_first=self._version == 0)
         self._version += 1
         return stats
+
+    def begin_profile(self) -> None:
+        """Record all that this rank computes until `end_profile`, which has to be called in the same thread."""
+        self._profiler = self.backend.profiler()
+        self._profiler.start()
+
+    def end_profile(self, folder: str, step: int) -> Trace:
+        """Write what was recorded to `step_<n>_rank_<r>.json.gz` in a folder; a full disk is said, not raised."""
+        if self._profiler is None:
+            raise AssertionError("end_profile before begin_profile")
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        return write_trace(profiler.export_chrome_trace, Path(folder) / f"step_{step:08d}_rank_{self.rank}.json.gz")
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is."""

@@ -103,7 +103,8 @@ class Learner:
             return batch
         assert self._critic is not None, "this loss needs a critic: PolicyRank's critic_lr"
         clock = time.perf_counter()
-        values = self._critic.values(groups, batch, options)
+        with self._backend.range("critic"):
+            values = self._critic.values(groups, batch, options)
         lengths = batch.response_lengths().tolist()
         rewards = batch.columns["reward"].to(values)
         made = cast(CriticLoss, loss).with_values(rewards, values, lengths)
@@ -117,7 +118,8 @@ class Learner:
             return
         clock = time.perf_counter()
         for group in groups:
-            record.critic.append(self._critic.step(group, batch, cast(CriticLoss, loss).value, options))
+            with self._backend.range("critic"):
+                record.critic.append(self._critic.step(group, batch, cast(CriticLoss, loss).value, options))
             record.flops += self._critic.flops(group)
         record.seconds["critic"] += time.perf_counter() - clock
 
@@ -144,13 +146,14 @@ class Learner:
         """Return what the policy gives now; nothing on stages before the last."""
         packs = [packed for _, packed in group]
         record.flops += sum(forward_flops(self._model, packed) for packed in packs)
-        return run_own_scoring(
-            self._modules,
-            packs,
-            vocab_size=self._model.vocab_size,
-            temperature=options.temperature,
-            backend=self._backend,
-        )
+        with self._backend.range("own scores"):
+            return run_own_scoring(
+                self._modules,
+                packs,
+                vocab_size=self._model.vocab_size,
+                temperature=options.temperature,
+                backend=self._backend,
+            )
 
     def _shift(
         self, group: Group, old: _Scores, options: StepOptions, record: StepRecord, count: int, *, moved: bool

@@ -28,7 +28,7 @@ _MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  
 _NOT_COMMON = (
     *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
     *("cluster.", "supervise.", "checkpoint.", "tracking."),  # no result's
-    *("train.grace_seconds", "train.micro_batch_tokens", "rollout.heartbeat_seconds"),
+    *("train.grace_seconds", "train.micro_batch_tokens", "train.profile_steps", "rollout.heartbeat_seconds"),
 )
 
 

@@ -11,7 +11,7 @@ from astar_megatron.data.allocation import run_estimates, stage_1_of
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
-from astar_megatron.run import dashboard_libraries, dashboards, resources
+from astar_megatron.run import dashboard_libraries, dashboards, profiles, resources
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import METRICS_FILE, PLACEMENT_FILE, read_metrics
@@ -84,7 +84,7 @@ def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
 
 def _check_kinds(run_dir: Path) -> None:
     """Raise ValueError where a file lies in the place of a folder of the run's, or a folder in that of a file."""
-    for name in (rollout_files.FOLDER, bad_batches.FOLDER, dashboards.FOLDER, CHECKPOINTS_FOLDER):
+    for name in (rollout_files.FOLDER, bad_batches.FOLDER, dashboards.FOLDER, profiles.FOLDER, CHECKPOINTS_FOLDER):
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise ValueError(f"run_dir: {run_dir / name} is no folder; move it away, or choose another run_dir")
     for name in (METRICS_FILE, PLACEMENT_FILE):

@@ -1,6 +1,8 @@
 """The optimiser step: schedules, decay, scales, the reference, and that what is not finite changes nothing."""
 
 import dataclasses
+import gzip
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -201,6 +203,22 @@ def test_a_reference_that_computes_another_function_is_found_at_step_0(ranks: An
 def test_a_policy_that_is_not_the_reference_is_compared_with_it_from_the_start(ranks: Any, tied_llama: Path) -> None:
     (trained,) = train(ranks, Run(str(tied_llama), [batch(1)]), tamper=work.shift_a_weight)
     assert trained.stats[0].logratio_max > 1e-3
+
+
+def test_a_profiled_step_computes_the_numbers_of_one_that_is_not(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
+    """On each rank; and its trace shows what a profiler of a GPU shows."""
+    plain = Run(str(tied_llama), [batch(1), batch(2, version=1)], axes={"data": 2}, mini_batch_size=4)
+    wanted, answers = train(ranks, plain), train(ranks, dataclasses.replace(plain, profiles=str(tmp_path / "profiles")))
+    assert [answer.digests for answer in answers] == [answer.digests for answer in wanted]
+    measured: dict[str, Any] = {"seconds": {}, "tokens_per_second": 0.0, "peak_memory_bytes": ()}
+    for step, expected in zip(stats_of(answers), stats_of(wanted), strict=True):
+        assert dataclasses.replace(step, **measured) == dataclasses.replace(expected, **measured)
+    traces = sorted((tmp_path / "profiles").iterdir())
+    assert [path.name for path in traces] == [f"step_0000000{n}_rank_{rank}.json.gz" for n in (0, 1) for rank in (0, 1)]
+    for path in traces:
+        with gzip.open(path) as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert {"astar reference", "astar policy", "astar optimizer", "aten::mm"} <= names
 
 
 def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied_qwen2: Path) -> None:

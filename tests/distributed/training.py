@@ -25,6 +25,7 @@ class Run:
     scale: Literal["paper", "pg"] = "paper"
     load: str | None = None
     save: str | None = None
+    profiles: str | None = None  # the folder of every step's traces
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def trained(
         before = {name: weight.clone() for name, weight in policy.weights().items()}
         stats, digests = [], [_digest(policy)]
         for batch in run.batches:
+            if run.profiles:
+                policy.begin_profile()
             stats.append(policy.step(batch, loss, options))
+            if run.profiles:
+                assert not policy.end_profile(run.profiles, batch.version).problem
             digests.append(_digest(policy))
         if run.save:
             save_checkpoint(policy, run.save)

@@ -1,6 +1,7 @@
 """Runs of which processes are killed at random moments until they end, against the run that nothing ended.
 
-Policy and engines apart and by turns, on one node and on two (see two_nodes.py). A driver that has ended is
+Policy and engines apart and by turns, on one node and on two (see two_nodes.py). A moment is drawn by steps: a start
+takes longer than all steps of such a run, and by seconds alone most kills would hit it. A driver that has ended is
 started again with the same command, a node whose raylet was killed joins again. When a run has ended and kills are
 left, another one begins. What comes out must be the very numbers of the run that nothing ended: metrics, rollouts with
 their prompts and seeds, evaluations, final weights.
@@ -9,6 +10,7 @@ their prompts and seeds, evaluations, final weights.
 import hashlib
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -28,7 +30,7 @@ from two_nodes import Nodes, two_nodes
 
 from astar_megatron.cluster.endings import ended_by_ray
 from astar_megatron.cluster.signals import LOST
-from astar_megatron.run.tracking import read_metrics
+from astar_megatron.run.tracking import METRICS_FILE, read_metrics
 
 # Name: whether on two nodes, whether policy and engines take turns.
 LAYOUTS = {
@@ -48,6 +50,9 @@ VICTIMS: dict[str, Callable[[str], bool]] = {
 MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap"))
 _SECONDS = 900.0  # for a run or what is left of it
 _MOST_STARTS = 12  # of one run: each ends with a kill of its own
+_MOST_RUNS = 6  # of a layout: some end before the next kill's moment
+_LOST_A_RANK = "training goes on from the newest checkpoint"  # what a run says then, and has said after the new start:
+_HAS_STARTED_AGAIN = r"starting the policy again: \d+\.\d s"  # whole seconds are said while it lasts
 
 
 def write_run(folder: Path, model: Path, name: str, /, **sections: dict[str, Any]) -> Path:
@@ -171,8 +176,30 @@ def processes_of(victim: str, attempt: Attempt) -> list[int]:
     return [pid for pid, title in titles.items() if VICTIMS[victim](title)]
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds of the run that nothing ended: all, with its start; of a step, and of its parts as metrics name them."""
+
+    whole: float
+    step: float
+    parts: dict[str, float]
+
+    @classmethod
+    def of(cls, run: Path, whole: float) -> "Pace":
+        """Of a run that has ended after `whole` seconds."""
+        lines = [line["seconds"] for line in read_metrics(run)]
+        parts = {name: round(sum(line.get(name, 0.0) for line in lines) / len(lines), 3) for name in sorted(lines[0])}
+        return cls(whole, parts["total"], parts)
+
+
 def phase_of(run: Path, output: str, seconds: float) -> str:
-    """What a run is doing that was started so many seconds ago, as far as it shows: older files are of a dead one."""
+    """What a run is doing that was started so many seconds ago, as far as it shows: older files are of a dead one.
+
+    The parts of a step leave no trace while they last: `Kill.into_step` and `Pace.parts` say where in it a kill came.
+    """
+    _, has_lost_a_rank, since = output.rpartition(_LOST_A_RANK)
+    if has_lost_a_rank and not re.search(_HAS_STARTED_AGAIN, since):
+        return "policy's start"
     if "weights go to the engines" not in output:
         return "start"
     if _has_new(run, "checkpoints/*.incomplete", seconds):
@@ -190,18 +217,22 @@ def _has_new(run: Path, pattern: str, seconds: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """What was killed, in which phase, after how many steps, and how many seconds after the run's last start."""
+    """What was killed, in which phase, after how many steps, and how many seconds after the run's last start.
+
+    `into_step`: seconds since the last line of metrics, or since training began; None before.
+    """
 
     victim: str
     phase: str
     steps: int
     seconds: float
+    into_step: float | None
 
 
 def run_to_its_end(
-    file: Path, nodes: Nodes | None, victims: list[str], chance: random.Random, seconds: float
+    file: Path, nodes: Nodes | None, victims: list[str], chance: random.Random, pace: Pace | None
 ) -> tuple[list[Kill], int]:
-    """Run, and kill `victims` one after the other, each within a third of `seconds`; those killed are removed.
+    """Run, and kill `victims` one after the other, each at a moment drawn from `pace`; those killed are removed.
 
     Returns the kills and how often the run was started.
     """
@@ -209,12 +240,12 @@ def run_to_its_end(
     for starts in range(1, _MOST_STARTS + 1):
         with attempt_at(file, nodes) as attempt:
             begun = time.monotonic()
-            while victims and not _has_ended(attempt, chance.uniform(0.0, seconds / 3)):
+            while victims and pace and not ends_before_a_moment(attempt, run, pace, chance):
                 if not (pids := processes_of(victims[0], attempt)):
                     continue  # there is none yet, or one is being replaced
                 seconds_in = _since(begun)
                 phase = phase_of(run, attempt.output(), seconds_in)
-                kill = Kill(victims[0], phase, len(read_metrics(run)), seconds_in)
+                kill = Kill(victims[0], phase, len(read_metrics(run)), seconds_in, _into_step(run, seconds_in))
                 with suppress(ProcessLookupError):
                     os.kill(chance.choice(pids), signal.SIGKILL)
                     kills.append(kill)
@@ -239,12 +270,35 @@ def _since(begun: float) -> float:
     return round(time.monotonic() - begun, 1)
 
 
+def _into_step(run: Path, seconds: float) -> float | None:
+    """Seconds since the last line of metrics of a run that was started so many seconds ago; None: it has none yet."""
+    metrics = run / METRICS_FILE
+    age = time.time() - metrics.stat().st_mtime if metrics.exists() else seconds
+    return round(age, 1) if age < seconds else None
+
+
+def ends_before_a_moment(attempt: Attempt, run: Path, pace: Pace, chance: random.Random) -> bool:
+    """Wait for a moment drawn at random; return whether the run has ended by then.
+
+    It lies within a third of a whole run, wherever that is, or when one or two more steps have been taken, about a step
+    from then. Steps that a run takes again after a death count from where it takes them up.
+    """
+    if not (steps := chance.choice((0, 1, 2))):
+        return _has_ended(attempt, chance.uniform(0.0, pace.whole / 3))
+    fewest = len(read_metrics(run))
+    while len(read_metrics(run)) < fewest + steps:
+        if _has_ended(attempt, 0.2):
+            return True
+        fewest = min(fewest, len(read_metrics(run)))
+    return _has_ended(attempt, chance.uniform(0.0, 1.5 * pace.step))
+
+
 def _has_ended(attempt: Attempt, seconds: float) -> bool:
     """Wait so long; return whether the run has ended by then."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and attempt.process.poll() is None:
         attempt.look()
-        time.sleep(0.2)
+        time.sleep(min(0.2, seconds))
     return attempt.process.poll() is not None
 
 
@@ -264,12 +318,13 @@ def summary_of(layout: str, model: Path, folder: Path, num_kills: int, seed: int
             changes |= {"rollout": {"num_engines": 1}, "train": {"offload": "all"}, "cluster": cluster}
             changes["model"] = {"dtype": "bfloat16"}  # its master weights are given back too
         begun = time.monotonic()
-        run_to_its_end(file := write_run(folder, model, "whole", **changes), nodes, [], chance, 0.0)
-        seconds = time.monotonic() - begun
+        run_to_its_end(file := write_run(folder, model, "whole", **changes), nodes, [], chance, None)
+        pace = Pace.of(file.with_suffix(""), _since(begun))
         whole = numbers_of(file.with_suffix(""))
         while victims:
+            assert runs < _MOST_RUNS, f"{runs} runs ended before the moments of {victims}; killed: {kills}"
             file = write_run(folder, model, f"killed_{runs}", **changes)
-            made, started = run_to_its_end(file, nodes, victims, chance, seconds)
+            made, started = run_to_its_end(file, nodes, victims, chance, pace)
             kills, starts, runs = kills + made, starts + started, runs + 1
             numbers = numbers_of(file.with_suffix(""))
             differing += sum(numbers[key] != whole[key] for key in whole)
@@ -284,6 +339,7 @@ def summary_of(layout: str, model: Path, folder: Path, num_kills: int, seed: int
         "differing": differing,
         "lost_prompts": lost,
         "prompts_twice": twice,
+        "uninterrupted": asdict(pace),
         "each": [asdict(kill) for kill in kills],
     }
 

@@ -1,0 +1,47 @@
+"""What the demo shows in the end: what training changed, read from the run's folder, and what to look at next."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from astar_megatron.run.tracking import METRICS_FILE, read_metrics
+
+
+def before_and_after(run_dir: Path, curve: Path, export_dir: Path) -> list[tuple[str, str]]:
+    """Return names and values; the run has been evaluated as eval_before and eval_after, and trained in between."""
+    steps = read_metrics(run_dir)
+    first, last = steps[0], steps[-1]
+    rewards = [f"{step['reward_mean']:.2f} (step {step['step']})" for step in (first, last)]
+    return [
+        ("right answers, greedy", f"{_right(run_dir, 'eval_before')} -> {_right(run_dir, 'eval_after')}"),
+        ("mean reward, sampled", " -> ".join(rewards)),
+        ("seconds a step", f"{sum(step['seconds']['total'] for step in steps) / len(steps):.1f}"),
+        ("the rewards' curve", str(curve)),
+        ("metrics, a line a step", str(run_dir / METRICS_FILE)),
+        ("every answer", f"{run_dir}/eval_before*.jsonl, {run_dir}/eval_after*.jsonl"),
+        ("exported model", str(export_dir)),
+    ]
+
+
+def next_commands(config_file: str, overrides: Sequence[str], num_steps: int) -> list[str]:
+    """Return lines: commands of `astar` for a run of this file and these overrides that has taken `num_steps`."""
+    run = ["--config", config_file, *(word for override in overrides for word in ("--set", override))]
+    commands = [
+        (["sweep", *run, "--inspect"], "what stage 1 found, prompt by prompt"),
+        (["train", *run, "--set", f"train.num_steps={2 * num_steps}"], "goes on from the last checkpoint"),
+        (["eval", *run], "evaluates the export"),
+        (["compare", *run, "--methods", "astar,grpo", "--budget", "tokens=15000"], "A*PO beside GRPO, at equal cost"),
+    ]
+    lines = [f".venv/bin/astar {shlex.join(words)}" for words, _ in commands]
+    width = max(map(len, lines))
+    return [f"{line:<{width}}     # {meaning}" for line, (_, meaning) in zip(lines, commands, strict=True)]
+
+
+def _right(run_dir: Path, name: str) -> str:
+    """Return how many of an evaluation's greedy responses have the full reward."""
+    files = sorted(run_dir.glob(f"{name}*.jsonl"))  # one, or one a benchmark
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    rewards = [row["reward"] or 0.0 for row in rows if row["sample"] == "greedy"]
+    right = sum(reward >= 1.0 for reward in rewards)
+    return f"{right} of {len(rewards)} ({right / len(rewards):.0%})"
