@@ -101,8 +101,10 @@ def soak(process: Driver) -> tuple[list[str], Memory]:
 
 
 def all_are_there(output: str) -> bool:
-    """Whether no engine is being replaced: one that is killed three times before it answers is given up."""
-    return output.count("; it is being replaced") == output.count(": replaced in ")
+    """Whether no engine is being replaced, and the last has drawn: one that ends thrice before it does is given up."""
+    since = output.rpartition(": replaced in ")[2]
+    are_there = output.count("; it is being replaced") == output.count(": replaced in ")
+    return are_there and since.count("\nstep ") >= 2
 
 
 def resident_bytes(pid: int) -> int:
