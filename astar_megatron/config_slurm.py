@@ -25,6 +25,15 @@ _NUMBERS = {
 }
 
 
+# Flags of sbatch that launching sets itself, or that would undo what it says; and the keys that are there for them.
+_OWN_FLAGS: dict[str, str | None] = {
+    **{"nodes": "slurm.nodes", "gpus-per-node": "slurm.gpus_per_node", "account": "slurm.account"},
+    **{"partition": "slurm.partition", "time": "slurm.time", "container-image": "slurm.image"},
+    **dict.fromkeys(("job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue")),
+    **dict.fromkeys(("no-requeue", "array", "wait", "wrap", "parsable", "quiet", "test-only", "chdir", "help")),
+}
+
+
 def _variable(value: str) -> str:
     if not re.match(r"[A-Z_][A-Z0-9_]*=", value):
         raise ValueError(f"slurm.env: expected NAME=value with NAME in capitals, got {value!r:.200}")
@@ -41,8 +50,15 @@ def _variable(value: str) -> str:
 def _flag(value: str) -> str:
     if not re.fullmatch(r"--[a-z][a-z-]+(=.+)?", value):
         raise ValueError(f"slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got {value!r:.200}")
-    if value.startswith("--export"):
+    name, _, text = value.removeprefix("--").partition("=")
+    if name.startswith("export"):
         raise ValueError(f"slurm.flags: {value:.200}: jobs get the whole environment; add variables by slurm.env")
+    if name in _OWN_FLAGS:
+        key = _OWN_FLAGS[name]
+        remedy = f"set {key}" if key else "leave it out: launching sets it, or needs it otherwise"
+        raise ValueError(f"slurm.flags: {value:.200}: {remedy}")
+    if name == "signal" and not re.fullmatch(r"B:(SIG)?USR1@\d+", text):
+        raise ValueError(f"slurm.flags: {value:.200}: the batch script waits for --signal=B:USR1@<seconds>")
     return value
 
 
@@ -114,12 +130,11 @@ class SlurmConfig(Section):
     @model_validator(mode="after")
     def _time_for_work(self) -> Self:
         flags = dict(flag.split("=", 1) for flag in self.flags if "=" in flag)
-        notice = int(re.sub(r"^[^@]*@?", "", flags.get("--signal", f"@{NOTICE_SECONDS}")) or 60)  # Slurm's own is 60
-        limit = flags.get("--time", self.time)
-        if limit is not None and _seconds(_limit(limit)) <= notice:
+        notice = int(flags.get("--signal", f"@{NOTICE_SECONDS}").partition("@")[2])
+        if self.time is not None and _seconds(self.time) <= notice:
             raise ValueError(
-                f"slurm.time: {limit} is {_seconds(limit):.0f} s, and {notice} s before the limit jobs are asked to "
-                "save and to end: they would be as they begin; raise it, or give less notice, as "
+                f"slurm.time: {self.time} is {_seconds(self.time):.0f} s, and {notice} s before the limit jobs are "
+                "asked to save and to end: they would be as they begin; raise it, or give less notice, as "
                 "slurm.flags=['--signal=B:USR1@60']"
             )
         return self

@@ -5,7 +5,6 @@ A stage is a run.Script that any executor runs: `python -m astar_megatron.cli tr
 every node at once, without its signals, and nemo-run's Ray needs pyxis. (Its RayJob, of 0.11.1, takes no template.)
 """
 
-import getpass
 import os
 import shlex
 import tempfile
@@ -21,7 +20,7 @@ from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissing
 
 from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
-from astar_megatron.launch import sbatch, scripts
+from astar_megatron.launch import sbatch, scripts, slurm
 from astar_megatron.launch.stages import Job, jobs_of, title
 
 _REFUSALS = (OSError, SSHException, UnexpectedExit, AssertionError)  # of nemo-run, and of what it asks
@@ -63,6 +62,7 @@ class SetByHand(run.SlurmExecutor):
     """
 
     nodes: int = 0
+    time: str = ""
     gpus_per_node: int = -1  # its command line reads no `int | None`
 
     def over(self, executor: Any) -> Any:
@@ -146,7 +146,7 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
             add_stages(experiment, config_file, executor, overrides)
             if not dry_run:
                 refuse_queued(cfg, executor)
-                _run(experiment)
+                _run(experiment, executor)
                 return
             experiment.dryrun(log=False, delete_exp_dir=False)
             before = ""
@@ -158,22 +158,31 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
 def refuse_queued(cfg: RunConfig, executor: Any) -> None:
     """Raise ConfigError where Slurm has one of the run's jobs already, or can't be asked."""
     tunnel = executor.tunnel
-    words = sbatch.queued_command(jobs_of(cfg, ""), tunnel.user or getpass.getuser())  # a LocalTunnel has no user
+    names = [job.name for job in jobs_of(cfg, "")]
+    words = slurm.queued_command(names, tunnel.user or slurm.user())  # a LocalTunnel has no user
     try:
         printed = tunnel.run(shlex.join(words)).stdout
     except _REFUSALS as error:
         raise ConfigError(f"Slurm can't be asked for the run's jobs: {_reason(error)}") from None
-    sbatch.refuse_queued(printed)
+    slurm.refuse_queued(printed)
 
 
-def export_all() -> None:
-    """Have jobs get this environment, although a site has set SBATCH_EXPORT=NONE."""
+def clean_environment(executor: Any) -> None:
+    """Take out of this process's environment what would win over the lines of the executor's batch scripts.
+
+    And have jobs get the rest, although a site has set SBATCH_EXPORT=NONE.
+    """
+    kept = slurm.environment() | {"SBATCH_EXPORT": "ALL"}
+    fields = {"SBATCH_ACCOUNT": "account", "SBATCH_PARTITION": "partition", "SBATCH_TIMELIMIT": "time"}
+    dropped = {name for name, field in fields.items() if getattr(executor, field, None)}
+    for name in {name for name in os.environ if name not in kept} | dropped & {*os.environ}:
+        del os.environ[name]
     os.environ["SBATCH_EXPORT"] = "ALL"
 
 
-def _run(experiment: Any) -> None:
+def _run(experiment: Any, executor: Any) -> None:
     """Submit all jobs or none. Raises ConfigError with the words of what refused one."""
-    export_all()
+    clean_environment(executor)
     try:
         experiment.run(detach=True)
     except _REFUSALS as error:
@@ -192,7 +201,7 @@ def _reason(error: BaseException) -> str:
     return f"{result.command}: {result.stderr.strip()}" if result is not None else f"{type(error).__name__}: {error}"
 
 
-def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:
+def look(cfg: RunConfig, names: Sequence[str], action: str) -> None:
     """Print the status or the logs of the run's newest experiment, or cancel its jobs.
 
     Slurm is asked by the jobs' names: nemo-run's own status asks its accounting, which not every cluster has.
@@ -205,11 +214,14 @@ def look(cfg: RunConfig, jobs: Sequence[Job], action: str) -> None:
             "it was launched"
         ) from None
     tunnel = experiment.jobs[0].executor.tunnel
-    user = tunnel.user or getpass.getuser()  # a LocalTunnel has none
-    if action == "status":
-        commands = [shlex.join(sbatch.status_command(jobs, user))]
-    elif action == "cancel":
-        commands = [shlex.join(sbatch.cancel_command(job, user)) for job in jobs]
+    user = tunnel.user or slurm.user()  # a LocalTunnel has none
+    if action == "cancel":
+        if queued := tunnel.run(shlex.join(slurm.queued_command(names, user))).stdout:
+            tunnel.run(shlex.join(slurm.cancel_command(queued)))
+        print(slurm.cancelled(queued))
+        commands = []
+    elif action == "status":
+        commands = [shlex.join(slurm.status_command(names, user))]
     else:
         folders = [f"{shlex.quote(tunnel.job_dir)}/{job.id}" for job in experiment.jobs]
         tail = f"tail -n {sbatch.SHOWN_LINES}"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.config import ConfigError, RunConfig, SlurmConfig
+from astar_megatron.config import STAGES, ConfigError, RunConfig, SlurmConfig
 from astar_megatron.launch import checks, sbatch
-from astar_megatron.launch.stages import jobs_of
+from astar_megatron.launch.stages import jobs_of, title
 
 _ACTIONS = ("status", "logs", "cancel")
 
@@ -37,17 +37,17 @@ def look(cfg: RunConfig, action: str) -> None:
     """Print the status or the logs of the run's jobs, or cancel them."""
     if action not in _ACTIONS:
         raise ConfigError(f"astar jobs {action}: expected status, logs or cancel")
-    jobs = jobs_of(cfg, "")
+    names = [f"{title(cfg)}-{stage}" for stage in STAGES]
     if cfg.slurm.backend == "local":
         raise ConfigError("slurm.backend: local runs in the terminal that started it; there are no jobs")
     if cfg.slurm.backend == "nemo-run":
-        _nemo().look(cfg, jobs, action)
+        _nemo().look(cfg, names, action)
     elif action == "logs":
-        sbatch.logs(jobs, cfg.slurm)
+        sbatch.logs(names, cfg.slurm)
     elif action == "status":
-        sbatch.status(jobs)
+        sbatch.status(names)
     else:
-        sbatch.cancel(jobs)
+        sbatch.cancel(names)
 
 
 def _nemo() -> Any:

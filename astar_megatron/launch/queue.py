@@ -3,14 +3,13 @@
 Jobs are known by their names (stages.py), so who asks again for what still waits or runs gets the job that is there.
 """
 
-import getpass
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage
-from astar_megatron.launch import checks, sbatch
+from astar_megatron.launch import checks, sbatch, slurm
 from astar_megatron.launch.stages import Job, jobs_of
 
 POLL_SECONDS = 15.0
@@ -27,15 +26,15 @@ class Submission:
     """A job, what it asks Slurm for, and the file that gets what it says."""
 
     job: Job
-    slurm: SlurmConfig
+    cfg: SlurmConfig
     log: Path
 
 
 def submission_of(cfg: RunConfig, stage: Stage, file: Path, log: Path) -> Submission:
     """Return the job that runs a stage of a configuration, which lies in a file."""
-    slurm = cfg.slurm.model_copy(update={"stages": [stage]})
-    (job,) = jobs_of(cfg.model_copy(update={"slurm": slurm}), str(file))
-    return Submission(job=job, slurm=slurm, log=log)
+    own = cfg.slurm.model_copy(update={"stages": [stage]})
+    (job,) = jobs_of(cfg.model_copy(update={"slurm": own}), str(file))
+    return Submission(job=job, cfg=own, log=log)
 
 
 def check(cfg: RunConfig, stage: Stage) -> None:
@@ -72,12 +71,12 @@ def ended(submissions: Mapping[str, Submission], poll_seconds: float = POLL_SECO
 def _submit(submission: Submission) -> str:
     """Return the number of a job whose own output is added to the log."""
     output = [f"--output={submission.log}", "--open-mode=append"]
-    slurm = submission.slurm.model_copy(update={"flags": [*submission.slurm.flags, *output]})
-    return sbatch.submit_job(submission.job, slurm, None)
+    cfg = submission.cfg.model_copy(update={"flags": [*submission.cfg.flags, *output]})
+    return sbatch.submit_job(submission.job, cfg, None)
 
 
 def _states(jobs: Mapping[str, Job]) -> dict[str, tuple[str, str]]:
     """Return by number the names of a user's jobs that are called as these, and what they are in."""
-    printed = sbatch.output_of(sbatch.states_command(list(jobs.values()), getpass.getuser()))
+    printed = slurm.output_of(slurm.states_command([job.name for job in jobs.values()], slurm.user()))
     lines = (line.split() for line in printed.splitlines())
     return {number: (name, state) for number, name, state in lines}

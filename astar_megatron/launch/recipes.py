@@ -30,7 +30,7 @@ def experiment(
         checks.of_nemo_run(cfg, config)
         if not ctx.dryrun:
             nemo.refuse_queued(cfg, executor)
-    nemo.export_all()
+    nemo.clean_environment(executor)
     with run.Experiment(title(cfg)) as stages:
         nemo.add_stages(stages, config, executor, overrides, python)
         ctx.executor = executor  # without one nemo-run would run everything in this process

@@ -3,7 +3,7 @@
 Jobs are known by their names, so nothing has to be kept: `status` and `cancel` ask Slurm, `logs` looks at the files.
 """
 
-import getpass
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -14,11 +14,10 @@ from pathlib import Path
 
 from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, SlurmConfig
-from astar_megatron.launch import scripts
+from astar_megatron.launch import scripts, slurm
 from astar_megatron.launch.stages import Job
 
 SHOWN_LINES = 40
-_SECONDS = 120  # within which Slurm answers
 
 
 def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
@@ -71,22 +70,23 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
         script = scripts.path("train.sbatch")
         print(f"\n# {script}, which each of them runs:\n{script.read_text(encoding='utf-8')}", end="")
         return
-    refuse_queued(output_of(queued_command(jobs, getpass.getuser())))
+    names = [job.name for job in jobs]
+    slurm.refuse_queued(slurm.output_of(slurm.queued_command(names, slurm.user())))
     numbers: list[str] = []
-    for job in jobs:
-        try:
+    try:
+        for job in jobs:
             numbers.append(submit_job(job, cfg, numbers[-1] if numbers else None))
-        except ConfigError:
-            if numbers:
-                output_of(["scancel", *numbers])
-            raise
+    except BaseException:
+        with contextlib.suppress(ConfigError):  # by name: one may be there whose number nobody has said
+            slurm.cancel(names)
+        raise
     for job, number in zip(jobs, numbers, strict=True):
         print(f"job {number}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg)}/{job.name}-{number}.log")
 
 
 def submit_job(job: Job, cfg: SlurmConfig, after: str | None) -> str:
     """Return the number of a job that is submitted, after one that must have succeeded. Raises ConfigError."""
-    return output_of(command(job, cfg, after), os.environ | variables(job, cfg)).strip().partition(";")[0]
+    return slurm.output_of(command(job, cfg, after), variables(job, cfg)).strip().partition(";")[0]
 
 
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
@@ -102,77 +102,34 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
     return 0
 
 
-def status_command(jobs: Sequence[Job], user: str) -> list[str]:
-    """Return what asks Slurm for a user's jobs by these names, old ones too as long as it remembers them."""
-    return ["squeue", *_by_names(jobs, user), "--states=all", "--format=%i %j %T %M %D %R"]
+def status(names: Sequence[str]) -> None:
+    """Print what Slurm knows of the jobs that are called so."""
+    print(slurm.output_of(slurm.status_command(names, slurm.user())), end="")
 
 
-def states_command(jobs: Sequence[Job], user: str) -> list[str]:
-    """Return what asks Slurm for the numbers, names and states of the same jobs alone."""
-    return ["squeue", *_by_names(jobs, user), "--states=all", "--noheader", "--format=%i %j %T"]
+def cancel(names: Sequence[str]) -> None:
+    """Cancel those that wait or run, and say which."""
+    print(slurm.cancelled(slurm.cancel(names)))
 
 
-def queued_command(jobs: Sequence[Job], user: str) -> list[str]:
-    """Return what asks Slurm for a user's jobs by these names that wait or run."""
-    states = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
-    return ["squeue", *_by_names(jobs, user), f"--states={states}", "--noheader", "--format=%i %j %T"]
-
-
-def _by_names(jobs: Sequence[Job], user: str) -> tuple[str, str]:
-    return f"--user={user}", f"--name={','.join(job.name for job in jobs)}"
-
-
-def refuse_queued(printed: str) -> None:
-    """Raise ConfigError where the command above has printed a job: two would write into one run's folder."""
-    if lines := printed.split("\n")[0].split():
-        number, name, state = lines
-        raise ConfigError(
-            f"slurm: job {number}, {name}, is {state} already; cancel it (astar jobs cancel), wait for its end, or "
-            "take another run_dir"
-        )
-
-
-def cancel_command(job: Job, user: str) -> list[str]:
-    """Return what cancels a user's jobs by a name that wait or run."""
-    return ["scancel", f"--user={user}", f"--name={job.name}"]
-
-
-def status(jobs: Sequence[Job]) -> None:
-    """Print what Slurm knows of the jobs."""
-    print(output_of(status_command(jobs, getpass.getuser())), end="")
-
-
-def cancel(jobs: Sequence[Job]) -> None:
-    """Cancel those that wait or run."""
-    for job in jobs:
-        output_of(cancel_command(job, getpass.getuser()))
-
-
-def logs(jobs: Sequence[Job], cfg: SlurmConfig) -> None:
-    """Print the end of the newest output of each stage, the job's own and the program's."""
-    for job in jobs:
-        own = max(logs_folder(cfg).glob(f"{job.name}-*.log"), key=lambda file: file.stat().st_mtime, default=None)
+def logs(names: Sequence[str], cfg: SlurmConfig) -> None:
+    """Print the end of the newest output of each job that has one, the job's own and the program's."""
+    folder = logs_folder(cfg)
+    newest = {name: max(folder.glob(f"{name}-*.log"), key=_written, default=None) for name in names}
+    if not any(newest.values()):
+        print(f"no job of the run has a log in {folder} yet")
+    for name, own in newest.items():
         if own is None:
-            print(f"{job.name}: no log in {logs_folder(cfg)} yet")
             continue
         number = own.stem.rpartition("-")[2]
-        below = Path(variables(job, cfg).get("ASTAR_LOGS", logs_folder(cfg) / f"slurm-{number}"))
-        for file in (own, *sorted(below.glob("driver-*.log"))):
+        below = Path(f"{cfg.variables['ASTAR_LOGS']}/{name}") if "ASTAR_LOGS" in cfg.variables else None
+        for file in (own, *sorted((below or folder / f"slurm-{number}").glob("driver-*.log"))):
             print(f"--- {file}")
             print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]))
 
 
-def output_of(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
-    """Return what a command of Slurm prints. Raises ConfigError with its words where it refuses."""
-    try:
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except FileNotFoundError:
-        raise ConfigError(f"{words[0]}: not here; run this on a login node") from None
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{words[0]}: no answer in {_SECONDS} s; is Slurm up?") from None
-    if done.returncode:
-        raise ConfigError(f"{shlex.join(words)}: {done.stderr.strip() or f'status {done.returncode}'}")
-    return done.stdout
+def _written(file: Path) -> float:
+    return file.stat().st_mtime
 
 
 def _shown(chosen: dict[str, str], words: Sequence[str]) -> str:

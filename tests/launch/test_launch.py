@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from samples import run_config
 
 from astar_megatron.config import ConfigError
-from astar_megatron.launch import checks, scripts
+from astar_megatron.launch import checks, scripts, slurm
 from astar_megatron.launch.stages import title
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -163,8 +164,9 @@ def test_flags_win_over_the_section(folder: Path, astar: Astar) -> None:
 
 
 def test_a_time_limit_that_leaves_time_is_accepted(folder: Path, astar: Astar) -> None:
-    for words in ("time=6", "time=1-0", "time=UNLIMITED", "time=0:5:1", "flags=[--signal=B:USR1@60, --time=2]"):
-        assert astar("launch", "--dry-run", "--config", "run.yaml", "--set", f"slurm.{words}")[0] == 0, words
+    for words in ("time=6", "time=1-0", "time=UNLIMITED", "time=0:5:1", "time=2 flags=[--signal=B:USR1@60]"):
+        sets = [option for word in words.split() for option in ("--set", f"slurm.{word}")]
+        assert astar("launch", "--dry-run", "--config", "run.yaml", *sets)[0] == 0, words
 
 
 def test_only_training_gets_the_nodes_that_it_alone_needs(folder: Path, astar: Astar) -> None:
@@ -244,7 +246,10 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.time=5", "slurm.time: 5 is 300 s, and 300 s before the limit jobs are asked to"),
         ("--set slurm.time=4:59", "slurm.time: 4:59 is 299 s, and 300 s"),
         ("--set slurm.time=1:0:0 --set slurm.flags=[--signal=B:USR1@3600]", "1:0:0 is 3600 s, and 3600 s before"),
-        ("--set slurm.flags=[--time=0-0:5]", "slurm.time: 0-0:5 is 300 s, and 300 s"),
+        ("--set slurm.time=0-0:5", "slurm.time: 0-0:5 is 300 s, and 300 s"),
+        ("--set slurm.flags=[--time=0-0:5]", "slurm.flags: --time=0-0:5: set slurm.time"),
+        ("--set slurm.flags=[--dependency=singleton]", "slurm.flags: --dependency=singleton: leave it out: launching"),
+        ("--set slurm.flags=[--signal=B:USR1@x]", "--signal=B:USR1@x: the batch script waits for --signal=B:USR1@<"),
         ("--backend kubernetes", "slurm.backend: input should be 'sbatch', 'nemo-run' or 'local', got 'kubernetes'"),
         ("--stages train,deploy", "slurm.stages.1: input should be 'sweep', 'train', 'eval' or 'export', got 'deploy'"),
         ("--nodes 0", "slurm.nodes: input should be greater than or equal to 1, got 0"),
@@ -312,20 +317,33 @@ def test_what_slurm_refuses_is_its_own_words_and_nothing_stays_submitted(folder:
     sbatch.chmod(0o700)
     status, out, error = astar("launch", "--config", "run.yaml")
     assert (status, out) == (2, "") and error.endswith("sbatch: error: invalid account\n")
-    assert [call[0] for call in calls(folder)] == ["accept", "accept", "scancel"]
-    assert calls(folder)[-1][1:3] == ["71", "72"]
+    assert [call[0] for call in calls(folder)] == ["accept", "accept"]  # squeue, asked for their names, knew of none
+
+
+def test_jobs_whose_submission_was_not_answered_are_cancelled_with_those_before(folder: Path, astar: Astar) -> None:
+    sbatch, queue = (folder.parent / "tools" / name for name in ("sbatch", "queue"))
+    late = f"case $* in *my_run-*-train*) echo '71 x RUNNING\n72 y PENDING' >{queue}; exit 1;; esac\necho 71\n"
+    sbatch.write_text(f"#!/bin/sh\n{late}")
+    assert astar("launch", "--config", "run.yaml")[0] == 2
+    assert [call[:3] for call in calls(folder)] == [["scancel", "71", "72"]]
 
 
 # --- the jobs of a run
 
 
-def test_jobs_are_asked_for_and_cancelled_by_their_names(folder: Path, astar: Astar) -> None:
+def test_jobs_of_any_stage_are_asked_for_by_their_names_and_cancelled_by_their_numbers(
+    folder: Path, astar: Astar
+) -> None:
+    (folder / "run.yaml").write_text(SMALL + "rollout: {num_engines: 9}\n")  # which would need flags to be launched
     assert astar("jobs", "status", "--config", "run.yaml")[0] == 0
-    assert astar("jobs", "cancel", "--config", "run.yaml")[0] == 0
-    asked, *cancelled = all_calls(folder)
-    names = [f"{named(folder)}-{stage}" for stage in ("sweep", "train", "eval")]
+    (asked,) = all_calls(folder)
+    names = [f"{named(folder)}-{stage}" for stage in ("sweep", "train", "eval", "export")]
     assert asked[0] == "squeue" and f"--name={','.join(names)}" in asked
-    assert [call[2] for call in cancelled] == [f"--name={name}" for name in names]
+    assert astar("jobs", "cancel", "--config", "run.yaml")[1] == "none of the run's jobs waits or runs\n"
+    (folder.parent / "tools" / "queue").write_text("71 a-train PENDING\n75 a-export RUNNING\n")
+    cancelled = "cancelled job 71: a-train\ncancelled job 75: a-export\n"
+    assert astar("jobs", "cancel", "--config", "run.yaml")[1] == cancelled
+    assert [call[:-1] for call in calls(folder)] == [["scancel", "71", "75"]]
     assert "expected status, logs or cancel" in astar("jobs", "stop", "--config", "run.yaml")[2]
     assert "there are no jobs" in astar("jobs", "status", "--config", "run.yaml", "--set", "slurm.backend=local")[2]
 
@@ -337,10 +355,26 @@ def test_runs_whose_folders_have_one_name_have_jobs_of_different_names(
     shutil.copy("run.yaml", "below")
     for working in (folder, folder / "below"):
         monkeypatch.chdir(working)
-        assert astar("jobs", "cancel", "--config", "run.yaml", "--set", "slurm.stages=[train]")[0] == 0
-    first, second = (call[2] for call in calls(folder))
-    assert first != second and all(re.fullmatch(r"--name=my_run-\w{8}-train", name) for name in (first, second))
+        assert astar("jobs", "status", "--config", "run.yaml")[0] == 0
+    first, second = ({word for word in call if word.startswith("--name=")}.pop() for call in all_calls(folder))
+    assert first != second and all(re.match(r"--name=my_run-\w{8}-sweep,", name) for name in (first, second))
     assert re.fullmatch(r"run-\w{8}", title(run_config(run_dir="/")))
+
+
+def test_who_is_asked_for_and_what_is_submitted_do_not_hang_on_variables_of_slurms_commands(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that nobody knows, tasks of one run side by side, a filter that hides jobs, an outer job's numbers."""
+    decided = ("SBATCH_JOB_NAME", "SBATCH_ARRAY_INX", "SBATCH_WAIT", "SQUEUE_PARTITION", "SLURM_ARRAY_TASK_ID")
+    kept = ("SBATCH_ACCOUNT", "SLURM_CONF", "MINE")
+    for name in (*decided, *kept):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("LOGNAME", "somebody")
+    environment = slurm.environment()
+    assert not environment.keys() & {*decided} and {*kept} <= environment.keys()
+    assert slurm.user() == pwd.getpwuid(os.getuid()).pw_name
+    assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
+    assert f"--user={slurm.user()}" in all_calls(folder)[0]
 
 
 def test_a_run_that_is_in_the_queue_is_not_submitted_again(folder: Path, astar: Astar) -> None:
@@ -361,9 +395,8 @@ def test_logs_are_the_ends_of_the_newest_of_each_stage(folder: Path, astar: Asta
         own.write_text("".join(f"line {line} of job {number}\n" for line in range(100)))
         os.utime(own, (moment, moment))
     lines = astar("jobs", "logs", "--config", "run.yaml")[1].splitlines()
-    assert lines[0] == f"{named(folder)}-sweep: no log in logs yet"
-    assert lines[1:3] == [f"--- logs/{named(folder)}-train-71.log", "line 60 of job 71"]
-    assert lines[42:44] == ["--- logs/slurm-71/driver-node1-0.log", "step 1 of job 71"]
+    assert lines[0:2] == [f"--- logs/{named(folder)}-train-71.log", "line 60 of job 71"]
+    assert lines[41:43] == ["--- logs/slurm-71/driver-node1-0.log", "step 1 of job 71"]
 
 
 # --- this machine

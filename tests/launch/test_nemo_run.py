@@ -66,6 +66,7 @@ def test_stages_run_by_the_command_line_of_nemo_run(run: Run, tmp_path: Path) ->
 def test_the_command_line_of_nemo_run_sets_any_field_of_the_executor_of_the_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN + "slurm: {gpus_per_node: 4, partition: small, account: mine, time: 60}\n")
     fields = ["run.executor.partition=big", "run.executor.nodes=4", "run.executor.qos=high"]
+    fields.append("run.executor.time=00:10:00")  # nemo-run's own default
     words = [*fields, "--factory", "recipe(config='run.yaml')", "--dryrun", "--yes"]
     printed = run("nemorun", "astar", "experiment", "run.executor=slurm", *words)
     for flag in (
@@ -75,7 +76,7 @@ def test_the_command_line_of_nemo_run_sets_any_field_of_the_executor_of_the_file
         "signal=B:USR1@300",
         "gpus-per-node=4",
         "account=mine",
-        "time=60",
+        "time=00:10:00",
     ):
         assert f"#SBATCH --{flag} " in printed, flag  # nemo-run fills its lines up
     name = title(run_config(run_dir=str(tmp_path / "runs" / "mine")))
@@ -94,15 +95,16 @@ def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -
             run("nemorun", "astar", "experiment", *words, "overrides=['slurm.stages=[train]']")
 
 
-def test_jobs_get_the_environment_whatever_the_site_has_set(
+def test_jobs_get_the_environment_whatever_the_site_has_set_but_for_what_wins_over_their_scripts(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tools").mkdir()
-    for name, text in (("sbatch", 'echo "$SBATCH_EXPORT" >>exports; echo 70'), ("squeue", "")):
+    for name, text in (("sbatch", 'echo "$SBATCH_EXPORT $SBATCH_JOB_NAME $MINE" >>exports; echo 70'), ("squeue", "")):
         (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "tools" / name).chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
-    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    for name, value in (("SBATCH_EXPORT", "NONE"), ("SBATCH_JOB_NAME", "other"), ("MINE", "own")):
+        monkeypatch.setenv(name, value)
     run(
         "python",
         "-m",
@@ -115,7 +117,7 @@ def test_jobs_get_the_environment_whatever_the_site_has_set(
         "--stages",
         "train",
     )
-    assert (tmp_path / "exports").read_text() == "ALL\n"
+    assert (tmp_path / "exports").read_text() == "ALL  own\n"
 
 
 def test_the_experiment_of_the_guide_runs(run: Run, tmp_path: Path) -> None:
