@@ -19,7 +19,6 @@ curves are no sigmoids, and have none.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,8 +33,8 @@ from astar_megatron.algorithm.astar import AstarLoss
 from astar_megatron.algorithm.objective import ResponseTokens
 from astar_megatron.algorithm.value import pass_rate_interval, v_star
 from astar_megatron.data.files import write_atomic
-from astar_megatron.run.extrapolation import extrapolate
-from astar_megatron.run.laws import LEVEL, Points
+from astar_megatron.run.extrapolation import extrapolate, sigmoid_numbers
+from astar_megatron.run.laws import CONSTANT, LEVEL, Points, fit
 
 PROMPTS, RESPONSES, SEEDS = 32, 8, 3
 BETA1, SAMPLES = 0.5, 8  # of stage 1
@@ -169,7 +168,10 @@ def judged(studies: Studies, scores: np.ndarray) -> list[dict[str, Any]]:
         points = Points(compute, scores[at].ravel(), np.repeat(np.arange(SEEDS), POINTS + 1))
         result = extrapolate(str(number), points, TOLERANCE)
         asymptote, truth = result.laws[0].numbers["asymptote"], float(studies.asymptote[at])
-        ends = asymptote.interval or (math.nan, math.nan)
+        all_points = None
+        if whole := result.laws[0].whole:
+            span = float(np.ptp(points.score))
+            all_points = sigmoid_numbers(whole, fit(CONSTANT, points), span)["asymptote"].interval
         rows.append(
             {
                 "study": number,
@@ -180,9 +182,9 @@ def judged(studies: Studies, scores: np.ndarray) -> list[dict[str, Any]]:
                 "last": float(_expected(studies.policies[at, -1], studies.rewards[at]).mean()),
                 "noise_floor": float(studies.noise_floor[at]),
                 "asymptote": asymptote.value,
-                "interval": None if asymptote.interval is None else list(ends),
+                "interval": asymptote.interval,
+                "interval_of_all_points": all_points,
                 "refusal": asymptote.refusal,
-                "holds": None if asymptote.interval is None else ends[0] <= truth <= ends[1],
                 "verdict": result.verdict,
                 "nearest_law": result.best.law if result.best else None,
             }
@@ -190,50 +192,53 @@ def judged(studies: Studies, scores: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def coverage(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def coverage(rows: Sequence[dict[str, Any]], interval: str = "interval") -> dict[str, Any]:
     """Return in what share of the intervals given the truth lies, with its exact interval, and what was refused."""
-    given = [row for row in rows if row["holds"] is not None]
-    holds = sum(row["holds"] for row in given)
+    given = [(*row[interval], row["truth"]) for row in rows if row[interval] is not None]
+    holds = sum(low <= truth <= high for low, high, truth in given)
     tree: dict[str, Any] = {"studies": len(rows), "refused": len(rows) - len(given), "given": len(given)}
     if given:
-        low, high = pass_rate_interval(torch.tensor([holds]), torch.tensor([len(given)]), LEVEL)
-        tree |= {"hold": holds, "share": holds / len(given), "share_interval": [float(low[0]), float(high[0])]}
-        tree["too_low"] = sum(row["interval"][1] < row["truth"] for row in given)
-        tree["too_high"] = sum(row["interval"][0] > row["truth"] for row in given)
-        tree["median_width"] = float(np.median([row["interval"][1] - row["interval"][0] for row in given]))
+        ends = pass_rate_interval(torch.tensor([holds]), torch.tensor([len(given)]), LEVEL)
+        tree |= {"hold": holds, "share": holds / len(given), "share_interval": [float(end[0]) for end in ends]}
+        tree["too_low"] = sum(high < truth for _, high, truth in given)
+        tree["too_high"] = sum(low > truth for low, _, truth in given)
+        tree["median_width"] = float(np.median([high - low for low, high, _ in given]))
     return tree
 
 
-def measured(number: int) -> dict[str, list[dict[str, Any]]]:
+def measured(first: int, number: int) -> dict[str, list[dict[str, Any]]]:
     """Run so many studies and return what is said of them, by how they were scored."""
-    numbers = torch.arange(number)
-    groups = [trained(beta2, numbers[at :: len(BETAS2)]) for at, beta2 in enumerate(BETAS2)]
+    numbers = torch.arange(first, first + number)
+    groups = [trained(beta2, numbers[numbers % len(BETAS2) == at]) for at, beta2 in enumerate(BETAS2)]
     rows = {}
     for name, responses in DRAWN.items():
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(first)
         own = [row for group in groups for row in judged(group, scores_of(group, responses, random))]
         rows[name] = sorted(own, key=lambda row: row["study"])
     return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the coverage of all studies and of each kind."""
+    """Return the coverage of all studies and of each kind, and what it would be by the fit to all points alone."""
     kinds = sorted({(row["beta2"], row["rewards"]) for row in rows})
     own = {kind: [row for row in rows if (row["beta2"], row["rewards"]) == kind] for kind in kinds}
     return {
         "all": coverage(rows),
         "by_kind": {f"beta2 {beta2:g}, rewards {rewards}": coverage(own[beta2, rewards]) for beta2, rewards in kinds},
+        "by_all_points_alone": coverage(rows, "interval_of_all_points"),
+        "largest_noise_floor": max(abs(row["noise_floor"]) for row in rows),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=200)
+    parser.add_argument("--first", type=int, default=400, help="number of the first study")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.monotonic()
-    rows = measured(arguments.studies)
+    rows = measured(arguments.first, arguments.studies)
     tree = {
         "seconds": round(time.monotonic() - start),
         "coverage": {name: summary(own) for name, own in rows.items()},
@@ -241,7 +246,7 @@ def main() -> None:
     }
     write_atomic(arguments.out, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
     for name, own in tree["coverage"].items():
-        print(name, json.dumps(own["all"]))
+        print(name, json.dumps({key: own[key] for key in ("all", "by_all_points_alone")}))
 
 
 if __name__ == "__main__":
