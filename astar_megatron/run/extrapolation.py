@@ -139,7 +139,7 @@ def _numbers(whole: Fit, points: Points) -> dict[str, Number]:
 def _of_parts(asymptote: Number, points: Points) -> Number:
     """The asymptote with an interval that holds those of parts of the curve too, or refused where these can't tell."""
     share = points.compute / points.compute.max()
-    parts = {f"up to {1 / 2:.0%} of the compute": share <= 1 / 2, f"from {LATER:.0%} of it on": share >= LATER}
+    parts = {f"up to {1 / 2:.0%} of the compute": share <= 1 / 2, f"from {LATER:.0%} of the compute on": share >= LATER}
     for name, inside in parts.items():
         if asymptote.interval is None:
             return asymptote
