@@ -247,7 +247,7 @@ def main() -> None:
     tree = {
         "seconds": round(time.monotonic() - start),
         "coverage": {name: summary(own) for name, own in rows.items()},
-        "studies": rows,
+        "studies": rows[next(iter(DRAWN))],
     }
     write_atomic(arguments.out, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
     for name, own in tree["coverage"].items():
