@@ -4,6 +4,10 @@ The first half has the points up to half of the largest compute. The second is c
 the mean of the points of each part is what a law has to predict. The law that comes nearest is the curve's; it
 extrapolates where `NEEDED` of those means are within a tolerance. Asymptote and exponent are those of all points, and
 are refused, in words, where the points can't tell them.
+
+Real curves are no sigmoids, and a profile likelihood believes the law. So the asymptote's interval also holds those of
+the first half and of the points from `LATER` of the compute on, where the rise does not set the law; it is refused
+where either of these can't tell it. Measured: tests/benchmarks/tabular_scaling.py.
 """
 
 import math
@@ -14,9 +18,10 @@ from typing import Literal
 
 import numpy as np
 
-from astar_megatron.run.laws import CONSTANT, LAWS, LEVEL, Fit, Interval, Law, Points, fit
+from astar_megatron.run.laws import CONSTANT, LAWS, LEVEL, SIGMOID, Fit, Interval, Law, Points, fit
 
 NEEDED = 0.9
+LATER = 0.25  # of the largest compute
 _PARTS, _LEAST_PARTS = 10, 3
 _NO_CHANGE = "a constant fits as well, within the noise: more compute, more seeds or more prompts"
 
@@ -121,13 +126,42 @@ def sigmoid_numbers(whole: Fit, constant: Fit, span: float) -> dict[str, Number]
 def _numbers(whole: Fit, points: Points) -> dict[str, Number]:
     match whole.law.name:
         case "sigmoid":
-            return sigmoid_numbers(whole, fit(CONSTANT, points), float(np.ptp(points.score)))
+            numbers = sigmoid_numbers(whole, fit(CONSTANT, points), float(np.ptp(points.score)))
+            return numbers | {"asymptote": _of_parts(numbers["asymptote"], points)}
         case "log-linear":
             value, interval = whole.shape("column")
             return {"exponent": Number(value=value, interval=interval)}
         case _:
             value, interval = whole.coefficient(0)
             return {"asymptote": Number(value=value, interval=interval)}
+
+
+def _of_parts(asymptote: Number, points: Points) -> Number:
+    """The asymptote with an interval that holds those of parts of the curve too, or refused where these can't tell."""
+    share = points.compute / points.compute.max()
+    parts = {f"up to {1 / 2:.0%} of the compute": share <= 1 / 2, f"from {LATER:.0%} of the compute on": share >= LATER}
+    for name, inside in parts.items():
+        if asymptote.interval is None:
+            return asymptote
+        own = _of_part(points.where(inside), float(np.ptp(points.score)))
+        if own.interval is None:
+            asymptote = replace(asymptote, interval=None, refusal=f"of the points {name}: {own.refusal}")
+        else:
+            low, high = zip(asymptote.interval, own.interval, strict=True)
+            asymptote = replace(asymptote, interval=(min(low), max(high)))
+    return asymptote
+
+
+def _of_part(points: Points, span: float) -> Number:
+    """The asymptote of some points; where a constant fits as well, that."""
+    try:
+        whole, constant = fit(SIGMOID, points), fit(CONSTANT, points)
+    except ValueError as reason:
+        return Number(value=math.nan, refusal=str(reason))
+    if constant.squares.min() <= whole.limit:
+        value, interval = constant.coefficient(0)
+        return Number(value=value, interval=interval)
+    return sigmoid_numbers(whole, constant, span)["asymptote"]
 
 
 def _late(points: Points, split: float) -> Late:
