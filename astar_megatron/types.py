@@ -157,8 +157,8 @@ class StepStats:
     spans: tuple[Span, ...]
     logprobs: tuple[float, ...]  # [B]
     reference_logprobs: tuple[float, ...]  # [B]
-    token_logprobs: "array[float]"  # [response tokens]
-    reference_token_logprobs: "array[float]"  # [response tokens]
+    token_logprobs: array[float]  # [response tokens]
+    reference_token_logprobs: array[float]  # [response tokens]
     losses: tuple[float, ...]  # [B]
     critic: dict[str, float] = field(default_factory=dict)  # metrics of a method's critic, by name
 

@@ -1,9 +1,11 @@
 """`astar show`: a page of a run, looked at in a real browser, with rollouts that would like to be more than text."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -131,7 +133,7 @@ def test_a_link_filters_by_step_reward_length_and_text(run: Path, shown: Path, b
         "prompt=WHAT%20IS%202&response=the%20answer": count(
             lambda step, row: "What is 2" in row.prompt and "the answer" in row.text
         ),
-        "prompt=100%": "0 of 96 rollouts match",
+        "prompt=100%&constructor=1&timeline=constructor": "0 of 96 rollouts match",
     }
     assert len(set(asked.values())) == 5
     for fragment, words in asked.items():
@@ -269,3 +271,13 @@ def test_a_folder_that_is_no_run_is_named(astar: Any, tmp_path: Path) -> None:
 def test_the_command_says_where_the_page_is(astar: Any, run: Path, tmp_path: Path) -> None:
     status, out, _ = astar("show", run, "--out", tmp_path / "page.html")
     assert status == 0 and "12 steps, 96 rollouts" in out and (tmp_path / "page.html").exists()
+
+
+def test_a_log_ratio_that_is_not_finite_has_no_number_in_the_page(tmp_path: Path) -> None:
+    run, prompt = shown_run.write_run(tmp_path / "run", steps=1), Prompt(uid="u", token_ids=(1,), text="?", answer="!")
+    files = rollout_files.RolloutFiles(run, None, lambda token_ids: f"<{token_ids[0]}>")
+    stats = dataclasses.replace(samples.STATS, token_logprobs=array("f", (float("nan"), -1.0)))
+    files.write(0, [samples.rollout(prompt, text="<5><2>")], stats)
+    show.main(run, None)
+    (row,) = data_of(run / show.PAGE_FILE)["rollouts"]["rows"]
+    assert row["ratios"] == [None, -50]

@@ -112,7 +112,7 @@ class RolloutFiles:
 def paths(folder: Path) -> dict[int, Path]:
     """Return the files of a folder by step, in order."""
     stems = {path.stem.removeprefix("step_"): path for path in folder.glob("step_*.parquet")}
-    return {int(stem): stems[stem] for stem in sorted(stems) if stem.isdigit()}
+    return dict(sorted((int(stem), path) for stem, path in stems.items() if stem.isdigit()))
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:

@@ -21,7 +21,7 @@ function drawn(name, attributes, text) {
 }
 
 function colour(index) {
-  return `var(--c${index % 8})`;
+  return `var(--c${index % 10})`;
 }
 
 function square(fill) {
@@ -151,7 +151,7 @@ function chart(panel) {
 
 function charts(section, panels) {
   const box = section.querySelector(".charts");
-  if (data.every > 1) box.before(element("p", { class: "note" }, `Every ${data.every}th step is drawn, with the newest.`));
+  if (data.every > 1) box.before(element("p", { class: "note" }, `One in ${data.every} steps is drawn, with the newest.`));
   if (!panels.length) box.replaceWith(element("p", { class: "note" }, "Nothing is measured yet."));
   else box.append(...panels.map(chart));
 }
@@ -162,7 +162,7 @@ const LANES = { driver: "the run is at", engines: "engines busy", ranks: "ranks 
 const PARTS = ["generate", "policy", "publish", "reference", "eval", "score", "checkpoint", "train", "critic", "drain"];
 
 function partColour(name) {
-  return colour(PARTS.includes(name) ? PARTS.indexOf(name) : PARTS.length);
+  return colour(PARTS.includes(name) ? PARTS.indexOf(name) : 7);
 }
 
 function gantt(spans) {
@@ -312,7 +312,8 @@ function response(row) {
     const text = pieces[token], ratio = row.ratios && row.ratios[place];
     const ends = row.ratios && place === row.tokens.length - 1 && !text;
     const made = element("span", { class: ends ? "token end" : "token" }, ends ? " ■ end " : text);
-    if (ratio !== null) {
+    if (row.ratios && ratio === null) made.title = `not finite, token ${place}`;
+    else if (row.ratios) {
       made.style.background = shade(ratio);
       made.title = `${ratio > 0 ? "+" : ""}${(ratio / 100).toFixed(2)} nats, token ${place}`;
     }
@@ -350,7 +351,7 @@ function list(openFirst = false) {
   const left = data.all_rollouts - rows.length;
   at("count").textContent = rows.length
     ? `${matching.length} of ${rows.length} rollouts match` +
-      (left ? `; this page has every ${data.rollouts.every}th of the run's ${data.all_rollouts}, ${left} are left out` : "")
+      (left ? `; the page has one in ${data.rollouts.every} of the run's ${data.all_rollouts}, ${left} are left out` : "")
     : "This run keeps no rollouts (rollout.keep), or has no step yet.";
   at("page").textContent = `page ${page + 1} of ${pages}`;
   at("back").disabled = page === 0;
@@ -383,7 +384,7 @@ function decoded(word) {
 }
 
 function readHash() {
-  const words = location.hash.slice(1);
+  const words = location.hash.slice(1);  // without any of these it is a part of the page
   if (!/[=]|open/.test(words)) return false;
   for (const field of form.querySelectorAll("input")) field.value = "";
   form.order.value = "step";
@@ -392,8 +393,8 @@ function readHash() {
     const [, name, sign, wanted] = /^(\w+)(>=|<=|=)?(.*)$/s.exec(decoded(word)) || [];
     if (name === "open") opens = true;
     else if (name === "theme") setTheme(wanted);
-    else if (name === "timeline" && data.timelines[wanted]) { at("timeline-step").value = wanted; timeline(wanted); }
-    else if (name in NUMBERS) {
+    else if (name === "timeline" && Object.hasOwn(data.timelines, wanted)) { at("timeline-step").value = wanted; timeline(wanted); }
+    else if (Object.hasOwn(NUMBERS, name)) {
       if (sign !== "<=") form[`${name}_min`].value = wanted;
       if (sign !== ">=") form[`${name}_max`].value = wanted;
     } else if (["prompt", "response", "order"].includes(name)) form[name].value = wanted;

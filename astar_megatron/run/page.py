@@ -115,9 +115,9 @@ def _rows(
     return {"every": every, "rows": rows, "prompts": list(prompts), "pieces": list(pieces)}
 
 
-def _hundredths(rollout: Trained) -> list[int] | None:
-    """The log-ratios in units of 0.01 nats; None where the file has none."""
-    ratios = [round(100 * ratio) if math.isfinite(ratio) else 0 for ratio in rollout.logratios]
+def _hundredths(rollout: Trained) -> list[int | None] | None:
+    """The log-ratios in units of 0.01 nats, None for what is not finite; None where the file has none."""
+    ratios = [round(100 * ratio) if math.isfinite(ratio) else None for ratio in rollout.logratios]
     return ratios if len(ratios) == len(rollout.pieces) and ratios else None
 
 
