@@ -101,6 +101,15 @@ def fit_laws(
     import_program("scaling_fit").fit(sources, out, compute, score, per_row=per_row, tolerance=tolerance)
 
 
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: its run_dir.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; default: <run>/show.html.")] = None,
+) -> None:
+    """Write a run as one HTML page: curves, health, timeline of a step, rollouts with their tokens' log-ratios."""
+    import_program("show").main(run, out)
+
+
 @app.command(name="eval")
 def evaluate(
     config_file: Config,

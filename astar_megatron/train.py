@@ -61,7 +61,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     with fleet.training():  # where both sides share memory the policy has all of its own
         first = checkpoints.resume(fleet.policy, prompts, objective, tracker.say)
     with (
-        record_of(cfg, inputs.model, tracker, first, estimates) as record,
+        record_of(cfg, inputs.model, tracker, first, estimates, fleet.engines.detokenize) as record,
         StepEnds(cfg.train.grace_seconds) as ends,
         checkpoints.saves(fleet.policy, tracker.say) as saves,
         RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
@@ -77,7 +77,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
         )
         spending = record.spending
         for step in ends.steps(spending.steps()):
-            clock = Clock()
+            clock = Clock(record.board.now)
             if objective.refreshes_reference(step):
                 fleet.policy.refresh_reference()
             with fleet.generating(step, clock, batches.while_publishing):
@@ -85,12 +85,16 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 source.idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
-            with fleet.training(), profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say):
+            profile = profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say)
+            with clock.span("train"), fleet.training(), profile:
                 stats = fleet.policy.step(batch, objective.loss, options)
+                clock.note_ended(stats.spans)
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
             objective.learn(rollouts, health)
-            seconds = clock.stop() | {"engines_idle": source.idle_seconds(), "checkpoint": saves.seconds()}
-            record.add(rollouts, batch, stats, health, seconds, evaluated | fleet.replaced())
+            clock.note("generate", "engines", source.busy())
+            clock.note("checkpoint", "driver", saves.waits())
+            seconds = {"checkpoint": 0.0, **clock.stop(), "engines_idle": source.idle_seconds()}
+            record.add(rollouts, batch, stats, health, seconds, evaluated | clock.timeline() | fleet.replaced())
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
                 saves.begin(step + 1, batches, objective)
                 if ends.asked:
@@ -122,7 +126,7 @@ def _evaluate(
     interval = cfg.eval.interval
     if not is_due and (interval is None or version % interval):
         return {}
-    with clock.span("eval"):
+    with clock.span("eval", "engines"):
         evaluations = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")
     show(f"the policy after {version} steps", evaluations, tracker)
     return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

@@ -3,9 +3,10 @@
 Legend: B sequences, T packed tokens.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # preparing prompts needs no torch
     import torch
@@ -107,12 +108,38 @@ class StepOptions:
     micro_batch_tokens: int
 
 
+type Worker = Literal["driver", "ranks", "engines"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A part of a step, from `start` to `end` in seconds since the step's beginning; what came before it is negative.
+
+    Of the ranks it is what they compute, of the engines that they draw, of the driver what it does or waits for.
+    """
+
+    name: str
+    who: Worker
+    start: float
+    end: float
+
+
+def seconds_of(spans: Iterable[Span]) -> dict[str, float]:
+    """Return how long spans of each name took, together."""
+    seconds: dict[str, float] = {}
+    for span in spans:
+        seconds[span.name] = seconds.get(span.name, 0.0) + span.end - span.start
+    return seconds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     """What one training step did, over its B sequences.
 
-    `seconds` holds reference (its forward) and policy (forward, backward, optimiser); tokens_per_second and mfu are of
-    their sum. `logprobs` and `reference_logprobs` are the sums over each response (nats), `losses` those of sequences.
+    `spans` hold reference (its forward) and policy (forward, backward, optimiser), from the beginning of the ranks'
+    step; tokens_per_second and mfu are of their sum. `logprobs` and `reference_logprobs` are the sums over each
+    response (nats), `losses` those of sequences. `token_logprobs` and `reference_token_logprobs` are of each token
+    (nats, float32), response after response, as their mini-batch was trained on them.
     """
 
     loss: float
@@ -127,11 +154,18 @@ class StepStats:
     model_flops: float  # of the step, over all ranks: model/flops.py
     mfu: float | None  # model FLOPs a second over those the ranks could do at most; None where that is not known
     peak_memory_bytes: tuple[int, ...]  # of each rank since its start: the device's, on CPU the process's
-    seconds: dict[str, float] = field(default_factory=dict)
+    spans: tuple[Span, ...]
     logprobs: tuple[float, ...]  # [B]
     reference_logprobs: tuple[float, ...]  # [B]
+    token_logprobs: array[float]  # [response tokens]
+    reference_token_logprobs: array[float]  # [response tokens]
     losses: tuple[float, ...]  # [B]
     critic: dict[str, float] = field(default_factory=dict)  # metrics of a method's critic, by name
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each part took."""
+        return seconds_of(self.spans)
 
     @property
     def logratio_max(self) -> float:

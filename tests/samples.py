@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract
-from astar_megatron.types import Prompt, Rollout, StepStats
+from astar_megatron.types import Prompt, Rollout, Span, StepStats
 
 CONTRACT = Contract(
     model_digest="a" * 64,
@@ -41,9 +42,14 @@ STATS = StepStats(
     model_flops=1e9,
     mfu=None,
     peak_memory_bytes=(5, 6),
-    seconds={"policy": 0.4, "reference": 0.1},
+    spans=(
+        Span(name="reference", who="ranks", start=0.0, end=0.1),
+        Span(name="policy", who="ranks", start=0.1, end=0.5),
+    ),
     logprobs=(-1.0,),
     reference_logprobs=(-2.0,),
+    token_logprobs=array("f", (-0.25, -0.75)),
+    reference_token_logprobs=array("f", (-1.5, -0.5)),
     losses=(0.25,),
 )
 

@@ -48,7 +48,7 @@ ROOMS = {
 }
 PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "fit"),
-    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise", "preflight"),
+    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise", "preflight", "show"),
 }
 CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_slurm", "config_training", "config"}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data", "launch"}  # rooms that know nothing of weights

@@ -204,15 +204,19 @@ def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path
     rollouts, stats = rollouts_of(0)[:1], replace(samples.STATS, skipped=())
     objective = Astar(AstarConfig(), LiveVStar({"u": 0.5}, {"u": 4}, 0.5, None))
     batch, health = batch_of(rollouts, objective, 0), health_of(objective, rollouts, stats, 0, 1)
+    evaluated = {"eval": {"prompts": {"greedy": 0.5}}}
     seconds = {"generate": 1.5, "reference": 1.5, "policy": 1.5, "publish": 1.5, "total": 1.5}
-    with record_of(cfg, read_model(tied_llama), tracker, 0, None) as record:
-        record.add(rollouts, batch, stats, health, seconds, {"eval": {"prompts": {"greedy": 0.5}}})
+    with record_of(cfg, read_model(tied_llama), tracker, 0, None, str) as record:
+        record.add(
+            rollouts, batch, stats, health, seconds, evaluated | {"timeline": [("generate", "driver", 0.0, 1.5)]}
+        )
     events = reader.EventAccumulator(str(tmp_path / "run" / FOLDER / "tensorboard")).Reload()
     shown = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
     (written,) = read_metrics(tmp_path / "run")
     assert shown["reward_mean"] == written["reward_mean"] == 0.0 and shown["eval/prompts/greedy"] == 0.5
     assert shown["seconds/ranks_idle"] == pytest.approx(written["seconds"]["ranks_idle"])
-    assert {name.partition("/")[0] for name in shown} == {name for name in written if written[name] is not None}
+    no_curves = {"timeline"} | {name for name in written if written[name] is None}
+    assert {name.partition("/")[0] for name in shown} == written.keys() - no_curves
 
 
 # --- MLflow

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from astar_megatron.data.files import StorageError
-from astar_megatron.run.tracking import Screen, Tracker
+from astar_megatron.run.board import board_on
+from astar_megatron.run.tracking import Clock, Screen, Tracker
+from astar_megatron.types import Span
 
 
 def test_a_long_wait_says_meanwhile_what_goes_on() -> None:
@@ -71,6 +74,62 @@ def test_a_program_goes_on_where_what_it_says_has_no_place(output: str) -> None:
             process.stdout.close()
         _, error = process.communicate(b"\n", timeout=60)
     assert (process.returncode, error) == (3, b"")
+
+
+def run_on(console: Console) -> None:
+    """Two steps of a run on a board, with an evaluation between them; then one that is waited for."""
+    screen = Screen(console)
+    with board_on(console, 4) as board:
+        for step in range(2):
+            board.now("generate")
+            screen.say(f"words of step {step}")
+            with screen.progress("evaluation", 2) as advance:
+                advance(2)
+            board.now("")
+            board.add({"step": step, "reward_mean": 0.25 + step, "slope": 0.5, "seconds": {"generate": 7.5}})
+        board.now("score")
+
+
+def test_a_terminal_has_a_table_of_the_newest_steps_below_what_is_said() -> None:
+    text = io.StringIO()
+    run_on(Console(file=text, force_terminal=True, width=100, color_system=None))
+    plain = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "\n", text.getvalue())  # moves of the cursor begin another line
+    lines = [line for line in plain.splitlines() if line.strip()]
+    header, first, second, last = lines[-4:]
+    seconds = ["generate", "publish", "reference", "policy", "total"]
+    assert re.sub(r" s\b", "", header).split() == ["step", "reward", "slope", *seconds]
+    assert (first.split(), second.split()) == (["0", "0.250", "0.500", "7.5"], ["1", "1.250", "0.500", "7.5"])
+    assert re.fullmatch(r"step 2 of 0\.\.3  waiting for the reward, \d+ s", last)
+    assert [line for line in lines if "words of step" in line] == ["words of step 0", "words of step 1"]
+    assert any(line.startswith("evaluation") and "2/2" in line for line in lines)
+
+
+def test_where_there_is_no_terminal_a_board_says_nothing() -> None:
+    text = io.StringIO()
+    run_on(Console(file=text, width=100))
+    lines = [re.sub(r"[\d.]+ s", "0 s", line) for line in text.getvalue().splitlines()]
+    assert lines == ["words of step 0", "evaluation: 2 in 0 s", "words of step 1", "evaluation: 2 in 0 s"]
+
+
+def test_seconds_and_timeline_of_a_step_are_the_same_spans() -> None:
+    names: list[str] = []
+    clock = Clock(names.append)
+    with clock.span("publish", "ranks", "engines"):
+        pass
+    with clock.span("train"):
+        clock.note_ended([Span(name="reference", who="ranks", start=7.0, end=7.5)])
+    clock.note("checkpoint", "driver", [(clock._start - 2.0, clock._start - 1.5)])
+    seconds, spans = clock.stop(), clock.spans
+    assert names == ["publish", "", "train", ""]
+    assert set(seconds) == {"publish", "train", "checkpoint", "total"} and seconds["checkpoint"] == pytest.approx(0.5)
+    assert seconds["train"] == sum(span.end - span.start for span in spans if span.name == "train")
+    assert [span.who for span in spans if span.name == "publish"] == ["driver", "ranks", "engines"]
+    (reference,) = [span for span in spans if span.name == "reference"]
+    (train,) = [span for span in spans if span.name == "train"]
+    assert reference.end - reference.start == pytest.approx(0.5) and reference.end <= train.end
+    (timeline,) = clock.timeline().values()
+    assert isinstance(timeline, list) and timeline[0] == ("checkpoint", "driver", -2.0, -1.5)
+    assert len(timeline) == len(spans)
 
 
 def test_a_line_of_metrics_that_has_no_place_is_said_with_path_and_remedy(tmp_path: Path) -> None:

@@ -2,10 +2,14 @@
 
 A row a response: whose it is (uid, sample, seed), its tokens with the engine's log-prob of each (nats), its text and
 reward, and the versions of the weights that drew it. With seed and `tokens_by_version` it is known what it depends on.
+Those of a step have also what a reader wants: the prompt's text and answer, the text of each token, and the log-probs
+of each under policy and reference as the step was trained on it (nats).
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from astar_megatron.data.files import make_folder, write_atomic
-from astar_megatron.types import Prompt, Rollout
+from astar_megatron.types import Prompt, Rollout, StepStats
 
 FOLDER = "rollouts"
 _SCHEMA = pa.schema(
@@ -34,44 +38,99 @@ _SCHEMA = pa.schema(
     ]
 )
 _LISTS = ("token_ids", "token_logprobs", "tokens_by_version")
+_OF_A_STEP = pa.schema(
+    [
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("pieces", pa.list_(pa.string()), nullable=False),  # each token alone; "" for the one that ended it
+        pa.field("policy_logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("reference_logprobs", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A rollout of a step as a reader sees it; `logratios` are ln pi - ln pi_ref of its tokens (nats)."""
+
+    prompt: str
+    answer: str
+    text: str
+    reward: float | None
+    truncated: bool
+    sample: int
+    first_version: int
+    pieces: tuple[str, ...]
+    logratios: tuple[float, ...]
 
 
 class RolloutFiles:
-    """The rollouts of the newest `keep` steps of a run, a file a step; None: of all."""
+    """The rollouts of the newest `keep` steps of a run, a file a step; None: of all.
 
-    def __init__(self, run_dir: Path, keep: int | None) -> None:
+    `detokenize` is asked for the text of single tokens, once for each that occurs.
+    """
+
+    def __init__(self, run_dir: Path, keep: int | None, detokenize: Callable[[Sequence[int]], str]) -> None:
         self._folder, self._keep = run_dir / FOLDER, keep
+        self._detokenize = detokenize
+        self._pieces: dict[int, str] = {}  # by token
 
     def begin(self, step: int) -> None:
         """Remove the files of steps from `step` on, which a resumed run writes again. Raises StorageError."""
         make_folder(self._folder)
-        self._remove(number for number in self._steps() if number >= step)
+        self._remove(path for number, path in paths(self._folder).items() if number >= step)
 
-    def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        """Write those of a step; they are on disk on return. Raises StorageError."""
+    def write(self, step: int, rollouts: Sequence[Rollout], stats: StepStats) -> None:
+        """Write those of a step with what the step found of them; on disk on return. Raises StorageError."""
         if self._keep != 0:
-            write(self._path(step), rollouts)
+            _write(self._folder / f"step_{step:08d}.parquet", _table(rollouts, self._of_a_step(rollouts, stats)))
         if self._keep is not None:
-            self._remove(number for number in self._steps() if number <= step - self._keep)
+            self._remove(path for number, path in paths(self._folder).items() if number <= step - self._keep)
 
-    def _steps(self) -> list[int]:
-        stems = [path.stem.removeprefix("step_") for path in self._folder.glob("step_*.parquet")]
-        return sorted(int(stem) for stem in stems if stem.isdigit())
+    def _of_a_step(self, rollouts: Sequence[Rollout], stats: StepStats) -> pa.Table:
+        offsets = pa.array(_offsets([rollout.token_ids for rollout in rollouts]))
+        token_ids = np.fromiter(chain.from_iterable(rollout.token_ids for rollout in rollouts), np.int64)
+        known, places = np.unique(token_ids, return_inverse=True)
+        for token in known.tolist():
+            if token not in self._pieces:
+                self._pieces[token] = self._detokenize([token])
+        texts = pa.array([self._pieces[token] for token in known.tolist()], pa.string())
+        lists = [texts.take(pa.array(places))]
+        lists += [pa.array(np.asarray(logprobs)) for logprobs in (stats.token_logprobs, stats.reference_token_logprobs)]
+        columns = [
+            pa.array([rollout.prompt.text for rollout in rollouts], pa.string()),
+            pa.array([rollout.prompt.answer for rollout in rollouts], pa.string()),
+            *(pa.ListArray.from_arrays(offsets, values) for values in lists),
+        ]
+        return pa.table(columns, schema=_OF_A_STEP)
 
-    def _path(self, step: int) -> Path:
-        return self._folder / f"step_{step:08d}.parquet"
+    def _remove(self, files: Iterable[Path]) -> None:
+        for path in files:
+            path.unlink(missing_ok=True)
 
-    def _remove(self, steps: Iterable[int]) -> None:
-        for step in steps:
-            self._path(step).unlink(missing_ok=True)
+
+def paths(folder: Path) -> dict[int, Path]:
+    """Return the files of a folder by step, in order."""
+    stems = {path.stem.removeprefix("step_"): path for path in folder.glob("step_*.parquet")}
+    return dict(sorted((int(stem), path) for stem, path in stems.items() if stem.isdigit()))
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
     """Write rollouts to a file, whole or not at all. Raises StorageError."""
+    _write(path, _table(rollouts))
+
+
+def _table(rollouts: Sequence[Rollout], more: pa.Table | None = None) -> pa.Table:
     columns = [pa.array([rollout.prompt.uid for rollout in rollouts], _SCHEMA.types[0])]
     columns += [_column(field, [getattr(rollout, field.name) for rollout in rollouts]) for field in list(_SCHEMA)[1:]]
+    if more is None:
+        return pa.table(columns, schema=_SCHEMA)
+    return pa.table([*columns, *more.columns], schema=pa.schema([*_SCHEMA, *more.schema]))
+
+
+def _write(path: Path, table: pa.Table) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd", write_page_checksum=True)
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_atomic(path, sink.getvalue())
 
 
@@ -79,10 +138,14 @@ def _column(field: pa.Field, values: Sequence[Any]) -> pa.Array:
     """Return a column; that of a list by its elements as one array, which a step of millions of tokens has time for."""
     if field.name not in _LISTS:
         return pa.array(values, field.type)
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    offsets = _offsets(values)
     dtype = field.type.value_type.to_pandas_dtype()
     elements = np.fromiter(chain.from_iterable(values), dtype, count=offsets[-1])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(elements), type=field.type)
+
+
+def _offsets(values: Sequence[Sequence[Any]]) -> np.ndarray:
+    return np.cumsum([0, *map(len, values)], dtype=np.int32)
 
 
 def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
@@ -90,13 +153,50 @@ def read(path: Path, prompts: Mapping[str, Prompt]) -> list[Rollout]:
 
     Raises OSError for a file that is not there, and ValueError for one that is damaged.
     """
-    data = path.read_bytes()
-    try:
-        rows = pq.read_table(io.BytesIO(data), page_checksum_verification=True).cast(_SCHEMA).to_pylist()
-    except (pa.ArrowException, OSError) as error:  # a bad checksum is an OSError
-        raise ValueError(f"{path}: damaged ({error})") from error
     rollouts = []
-    for row in rows:
+    for row in _read(path, _SCHEMA).to_pylist():
         if (prompt := prompts.get(row.pop("uid"))) is not None:
             rollouts.append(Rollout(prompt=prompt, **row | {name: tuple(row[name]) for name in _LISTS}))
     return rollouts
+
+
+def num_rows(path: Path) -> int:
+    """Return how many rollouts a file has. Raises as `read`."""
+    with _damage_named(path):
+        return pq.read_metadata(path).num_rows
+
+
+def _read(path: Path, required: pa.Schema, optional: Iterable[pa.Field] = ()) -> pa.Table:
+    data = path.read_bytes()
+    with _damage_named(path):
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        schema = pa.schema([*required, *(field for field in optional if field.name in file.schema_arrow.names)])
+        return file.read(columns=schema.names).select(schema.names).cast(schema)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError) as error:  # a bad checksum is an OSError
+        raise ValueError(f"{path}: damaged ({error})") from error
+
+
+def read_step(path: Path, first: int = 0, every: int = 1) -> Iterator[Trained]:
+    """Yield every `every`th rollout of a step's file, from number `first` on. Raises as `read`.
+
+    Files of earlier versions of this program lack log-ratios, prompts and texts of tokens: these are empty then.
+    """
+    columns = ("text", "reward", "truncated", "sample", "first_version")
+    table = _read(path, pa.schema([_SCHEMA.field(name) for name in columns]), _OF_A_STEP)
+    for row in table.take(pa.array(range(first, len(table), every))).to_pylist():
+        policy, reference = row.get("policy_logprobs") or (), row.get("reference_logprobs") or ()
+        yield Trained(
+            **{name: row[name] for name in columns},
+            prompt=row.get("prompt", ""),
+            answer=row.get("answer", ""),
+            pieces=tuple(row.get("pieces") or ()),
+            logratios=tuple(ours - theirs for ours, theirs in zip(policy, reference, strict=True)),
+        )

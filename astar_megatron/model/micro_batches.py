@@ -54,6 +54,8 @@ class GroupColumns:
     def __init__(self, batch: RolloutBatch, group: Group, device: torch.device) -> None:
         self._group, self._device = group, device
         lengths = batch.response_lengths().tolist()
+        places = torch.arange(sum(lengths)).split(lengths)
+        self._places = [torch.cat([places[i] for i in indices]) for indices, _ in group]
         self._of_sequences = {name: column.to(device) for name, column in batch.columns.items()}
         self._of_packs = [
             {
@@ -69,6 +71,10 @@ class GroupColumns:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._of_sequences[name]
+
+    def places(self, index: int, held_tokens: HeldTokens) -> Tensor:
+        """Return [r], where tokens of pack `index` lie among the response tokens of the batch."""
+        return self._places[index][held_tokens.rows].to(self._device)
 
     def seen_by_loss(self, index: int, held_tokens: HeldTokens) -> tuple[list[int], dict[str, Tensor]]:
         """Return of some sequences of pack `index` the batch indices, and the columns of them and of their tokens."""

@@ -5,7 +5,10 @@ Shapes: B sequences of the step, b of them.
 
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from astar_megatron.model.backend import Backend
-from astar_megatron.types import RolloutBatch, StepStats
+from astar_megatron.types import RolloutBatch, Span, StepStats, seconds_of
 
 _LOGPROB, _REFERENCE, _LOSS = range(3)
 
@@ -24,12 +27,14 @@ class StepRecord:
     def __init__(self, batch: RolloutBatch, backend: Backend) -> None:
         self._batch, self._backend = batch, backend
         self._rows = torch.zeros(len(batch), 3, dtype=torch.float64)
+        self._tokens = torch.zeros(2, batch.response_tokens(), dtype=torch.float32, device=backend.device)
+        self._start = time.perf_counter()
         self.grad_norms: list[float] = []
         self.skipped: list[int] = []  # mini-batches whose step was not taken
         self.learning_rate = 0.0
         self.changed_weights = 0.0
         self.flops = 0  # model FLOPs of this rank's packs
-        self.seconds: dict[str, float] = {}
+        self._spans: list[Span] = []
         self.critic: list[tuple[bool, float, Tensor]] = []  # of each mini-batch: step taken, norm, sum of losses here
 
     def add(self, indices: Sequence[int], logprobs: Tensor, reference: Tensor, losses: Tensor) -> None:
@@ -37,6 +42,17 @@ class StepRecord:
         # A copy: the schedule divides the loss tensor in place.
         rows = torch.stack((logprobs, reference, losses), dim=1).detach().to("cpu", torch.float64, copy=True)
         self._rows[list(indices)] = rows
+
+    def add_tokens(self, places: Tensor, logprobs: Tensor, reference: Tensor) -> None:
+        """Note the log-probs (nats) of response tokens held here, which lie at `places` of the batch's, each [r]."""
+        self._tokens[:, places] = torch.stack((logprobs.detach(), reference)).to(self._tokens)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Note when the body ran."""
+        start = time.perf_counter() - self._start
+        yield
+        self._spans.append(Span(name=name, who="ranks", start=start, end=time.perf_counter() - self._start))
 
     def is_finite(self, indices: Sequence[int]) -> bool:
         """Say whether what this rank noted of the sequences `indices` is: no NaN, no Inf."""
@@ -57,6 +73,9 @@ class StepRecord:
             sums = torch.cat((self._rows.flatten(), flops.view(1), value_loss.view(1))).to(self._backend.device)
             dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())  # type: ignore[arg-type]
             self._rows, flops, value_loss = sums[:-2].cpu().view_as(self._rows), sums[-2].cpu(), sums[-1].cpu()
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            dist.all_reduce(self._tokens, group=group)  # each token is noted by one rank, 0 elsewhere
         ranks = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_data_parallel_rank(with_context_parallel=True),
@@ -66,7 +85,8 @@ class StepRecord:
     def _summed_up(self, flops: float, value_loss: float, memory: tuple[int, ...]) -> StepStats:
         batch, rows = self._batch, self._rows
         logprob, reference = rows[:, _LOGPROB], rows[:, _REFERENCE]
-        seconds = sum(self.seconds.values())
+        token_logprobs, reference_token_logprobs = self._tokens.cpu()
+        seconds = sum(seconds_of(self._spans).values())
         peak = self._backend.peak_flops
         tokens = sum(len(ids) for ids in batch.token_ids)
         taken = [norm for index, norm in enumerate(self.grad_norms) if index not in self.skipped]
@@ -83,9 +103,11 @@ class StepRecord:
             model_flops=flops,
             mfu=flops / (seconds * peak * len(memory)) if peak else None,
             peak_memory_bytes=memory,
-            seconds=dict(self.seconds),
+            spans=tuple(self._spans),
             logprobs=tuple(logprob.tolist()),
             reference_logprobs=tuple(reference.tolist()),
+            token_logprobs=array("f", token_logprobs.numpy().tobytes()),
+            reference_token_logprobs=array("f", reference_token_logprobs.numpy().tobytes()),
             losses=tuple(rows[:, _LOSS].tolist()),
             critic=self._of_critic(value_loss),
         )

@@ -4,7 +4,6 @@ Shapes: B sequences of a step, b of a pack; r response tokens of a pack that thi
 """
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -56,42 +55,39 @@ class Learner:
         `weights` are the rank's parameters, which at the first step of a run may be the reference's.
         """
         record = StepRecord(batch, self._backend)
-        clock = time.perf_counter()
-        groups = [
-            list(micro_batches(batch, indices, options, self._layout, self._backend))
-            for indices in mini_batches(batch, options)
-        ]
-        with self._backend.range("reference"):
+        with record.span("reference"), self._backend.range("reference"):
+            groups = [
+                list(micro_batches(batch, indices, options, self._layout, self._backend))
+                for indices in mini_batches(batch, options)
+            ]
             record.changed_weights = self._reference.share_changed(weights)
             at_start = is_first and record.changed_weights == 0.0
             references = [
                 self._score_reference(group, options, record, checks_only=at_start and not index)
                 for index, group in enumerate(groups)
             ]
-        record.seconds["reference"] = time.perf_counter() - clock
         batch = self._with_values(groups, batch, loss, options, record)
-        clock = time.perf_counter()
-        olds = [self._score_before(group, loss, options, record, index) for index, group in enumerate(groups)]
-        for index, (group, reference, old) in enumerate(zip(groups, references, olds, strict=True)):
-            columns = GroupColumns(batch, group, self._backend.device)
-            if "peer_shift" in loss.needs:
-                shift = self._shift(group, old, options, record, len(batch), moved=index > 0)
-                columns.add("peer_shift", shift[columns["peer"].long()])
-            with self._backend.range("policy"):
-                self._accumulate(group, reference, old, columns, loss, options, record)
-            if at_start and not index:
-                _check_start(record.largest_logratio())
-            is_finite = record.is_finite([i for indices, _ in group for i in indices])
-            with self._backend.range("optimizer"):
-                taken, norm = take_step(
-                    self._optimizer, self._schedule, is_finite=is_finite, device=self._backend.device
-                )
-            record.grad_norms.append(norm)
-            record.skipped += [] if taken else [index]
-        for module in self._modules if overlaps() else ():
-            module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
-        record.learning_rate = learning_rate(self._optimizer)
-        record.seconds["policy"] = time.perf_counter() - clock
+        with record.span("policy"):
+            olds = [self._score_before(group, loss, options, record, index) for index, group in enumerate(groups)]
+            for index, (group, reference, old) in enumerate(zip(groups, references, olds, strict=True)):
+                columns = GroupColumns(batch, group, self._backend.device)
+                if "peer_shift" in loss.needs:
+                    shift = self._shift(group, old, options, record, len(batch), moved=index > 0)
+                    columns.add("peer_shift", shift[columns["peer"].long()])
+                with self._backend.range("policy"):
+                    self._accumulate(group, reference, old, columns, loss, options, record)
+                if at_start and not index:
+                    _check_start(record.largest_logratio())
+                is_finite = record.is_finite([i for indices, _ in group for i in indices])
+                with self._backend.range("optimizer"):
+                    taken, norm = take_step(
+                        self._optimizer, self._schedule, is_finite=is_finite, device=self._backend.device
+                    )
+                record.grad_norms.append(norm)
+                record.skipped += [] if taken else [index]
+            for module in self._modules if overlaps() else ():
+                module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
+            record.learning_rate = learning_rate(self._optimizer)
         self._teach_critic(groups, batch, loss, options, record)
         return record.stats()
 
@@ -102,13 +98,11 @@ class Learner:
         if "values" not in loss.needs:
             return batch
         assert self._critic is not None, "this loss needs a critic: PolicyRank's critic_lr"
-        clock = time.perf_counter()
-        with self._backend.range("critic"):
+        with record.span("critic"), self._backend.range("critic"):
             values = self._critic.values(groups, batch, options)
-        lengths = batch.response_lengths().tolist()
-        rewards = batch.columns["reward"].to(values)
-        made = cast(CriticLoss, loss).with_values(rewards, values, lengths)
-        record.seconds["critic"] = time.perf_counter() - clock
+            lengths = batch.response_lengths().tolist()
+            rewards = batch.columns["reward"].to(values)
+            made = cast(CriticLoss, loss).with_values(rewards, values, lengths)
         return dataclasses.replace(batch, token_columns={**batch.token_columns, **made})
 
     def _teach_critic(
@@ -116,12 +110,10 @@ class Learner:
     ) -> None:
         if self._critic is None or "values" not in loss.needs:
             return
-        clock = time.perf_counter()
-        for group in groups:
-            with self._backend.range("critic"):
+        with record.span("critic"), self._backend.range("critic"):
+            for group in groups:
                 record.critic.append(self._critic.step(group, batch, cast(CriticLoss, loss).value, options))
-            record.flops += self._critic.flops(group)
-        record.seconds["critic"] += time.perf_counter() - clock
+                record.flops += self._critic.flops(group)
 
     def _score_reference(
         self, group: Group, options: StepOptions, record: StepRecord, *, checks_only: bool
@@ -196,6 +188,7 @@ class Learner:
             )
             losses = loss(tokens, of_losses)
             record.add(indices, tokens.sums, tokens.reference_sums, losses)
+            record.add_tokens(columns.places(index, held_tokens), logprobs, tokens.reference_logprobs)
             return losses * scale
 
         for module in self._modules:

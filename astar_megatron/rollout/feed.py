@@ -26,8 +26,10 @@ class Feed:
         self._waiting: deque[Item] = deque()
         self._handed_out: dict[int, Request] = {}
         self._ends: Counter[int] = Counter()  # by tag: how many engines have ended with it
-        self._num_idle, self._noted_at = num_engines, time.monotonic()
+        self._num_idle, self._noted_at = num_engines, time.perf_counter()
         self._idle_seconds = 0.0  # of all engines, until `_noted_at`
+        self._busy_since: float | None = None  # when the first engine got a request; None: none has
+        self._busy: list[tuple[float, float]] = []  # before that
 
     def ask(self, items: Iterable[Item]) -> None:
         self._waiting.extend(items)
@@ -75,6 +77,15 @@ class Feed:
         seconds, self._idle_seconds = self._idle_seconds / len(self._load), 0.0
         return seconds
 
+    def busy(self) -> list[tuple[float, float]]:
+        """Return from when to when any engine had a request since the last call, by time.perf_counter()."""
+        busy, self._busy = self._busy, []
+        if self._busy_since is not None:
+            now = time.perf_counter()
+            busy.append((self._busy_since, now))
+            self._busy_since = now
+        return busy
+
     def _change(self, engine: int, count: int) -> None:
         """Note that an engine has so many requests more."""
         was_idle = not self._load[engine]
@@ -82,9 +93,14 @@ class Feed:
         if was_idle != (not self._load[engine]):
             self._note_idle()
             self._num_idle += -1 if was_idle else 1
+            if self._busy_since is None:
+                self._busy_since = self._noted_at
+            elif self._num_idle == len(self._load):
+                self._busy.append((self._busy_since, self._noted_at))
+                self._busy_since = None
 
     def _note_idle(self) -> None:
-        now = time.monotonic()
+        now = time.perf_counter()
         self._idle_seconds += self._num_idle * (now - self._noted_at)
         self._noted_at = now
 

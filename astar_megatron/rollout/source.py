@@ -200,6 +200,11 @@ class RolloutSource:
         with self._changed:
             return self._feed.idle_seconds()
 
+    def busy(self) -> list[tuple[float, float]]:
+        """Return from when to when any engine had something to do since the last call, by time.perf_counter()."""
+        with self._changed:
+            return self._feed.busy()
+
     def _hand_out(self) -> None:
         """Give each engine what it has room for; the lock is held."""
         if self._holds_back or not self._feed.num_waiting:

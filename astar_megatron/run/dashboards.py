@@ -194,7 +194,8 @@ def dashboards_of(
 
 def _entry(line: Mapping[str, Any]) -> Entry:
     tables = {"evaluation": _scores(line["eval"])} if "eval" in line else {}
-    return Entry(step=line["step"], values=dict(_flat(line)), tables=tables)
+    values = {name: value for name, value in line.items() if name != "timeline"}  # which is no curve
+    return Entry(step=line["step"], values=dict(_flat(values)), tables=tables)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

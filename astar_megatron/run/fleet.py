@@ -112,7 +112,7 @@ class Fleet:
         with ExitStack() as stack:
             with clock.span("drain"):
                 stack.enter_context(drained())
-            with clock.span("publish"):
+            with clock.span("publish", "ranks", "engines"):
                 weights = self._publish(version)
                 if words := self._decode_path.look(self.engines, self.policy, version, weights):
                     self._tracker.say(words)

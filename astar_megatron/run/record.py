@@ -1,6 +1,6 @@
 """What a run leaves of its steps, and when it ends: metrics, rollouts, bad batches, and what all that has cost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.rollout_files import RolloutFiles
+from astar_megatron.run.board import Board, board_on
 from astar_megatron.run.dashboards import Dashboards, dashboards_of
 from astar_megatron.run.spending import Spending, generation_flops
 from astar_megatron.run.steps import check_skipped, keep_bad_batch, line_of, metrics_of, skipped_of
@@ -20,22 +21,33 @@ from conversion.families import Model
 
 @contextmanager
 def record_of(
-    cfg: RunConfig, model: Model, tracker: Tracker, first: int, stage_1: Estimates | None
+    cfg: RunConfig,
+    model: Model,
+    tracker: Tracker,
+    first: int,
+    stage_1: Estimates | None,
+    detokenize: Callable[[Sequence[int]], str],
 ) -> Iterator["Record"]:
     """The record of a run that goes on from step `first`; what was left of later steps is set aside.
 
     `stage_1` is what V* was made from, whose response tokens the run pays for.
     """
     bad_batches.set_aside(tracker.run_dir, first)
-    rollouts = RolloutFiles(tracker.run_dir, cfg.rollout.keep)
+    rollouts = RolloutFiles(tracker.run_dir, cfg.rollout.keep, detokenize)
     rollouts.begin(first)
     earlier = tracker.begin(first)
     stage_1_tokens = int(stage_1.tokens.sum()) if stage_1 else 0
     beginning = stage_1.distributions() if stage_1 else {}
-    with dashboards_of(cfg, first, earlier, beginning, tracker.say) as dashboards:
+    with (
+        board_on(tracker.console, cfg.train.num_steps) as board,
+        dashboards_of(cfg, first, earlier, beginning, tracker.say) as dashboards,
+    ):
+        for line in earlier:
+            board.add(line)
         yield Record(
             model=model,
             tracker=tracker,
+            board=board,
             dashboards=dashboards,
             rollouts=rollouts,
             spending=Spending(cfg.budget, cfg.train.num_steps, first, earlier),
@@ -51,6 +63,7 @@ class Record:
 
     model: Model
     tracker: Tracker
+    board: Board
     dashboards: Dashboards
     rollouts: RolloutFiles
     spending: Spending
@@ -79,9 +92,10 @@ class Record:
         self.spending.add(metrics)
         if stats.skipped:
             tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, self.settings))
-        self.rollouts.write(step, rollouts)
+        self.rollouts.write(step, rollouts, stats)
         tracker.log(metrics)
         self.dashboards.log(metrics, rollouts, batch, stats)
+        self.board.add(metrics)
         tracker.say(line_of(metrics, self.settings["train.num_steps"]))
         self.skipped += skipped_of(metrics)
         check_skipped(self.skipped, self.settings["train.max_skipped_steps"], tracker.run_dir)

@@ -64,7 +64,7 @@ class Saves:
         self._folder, self._cfg, self._record, self._policy, self._say = folder, cfg, record, policy, say
         self._begun: _Begun | None = None
         self._failure: StorageError | None = None  # of the last one
-        self._seconds = 0.0
+        self._waits: list[tuple[float, float]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -101,15 +101,19 @@ class Saves:
         else:
             text = json.dumps(progress | objective.state() | self._record, indent=1) + "\n"
             self._begun = _Begun(name=name, temporary=temporary, progress=text.encode(), in_flight=in_flight)
-        self._seconds += time.perf_counter() - start
+        self._waits.append((start, time.perf_counter()))
 
     def poll(self, timeout_seconds: float | None = None) -> None:
         """Complete the checkpoint under way if all ranks have written theirs. ClusterError where a rank is dead."""
-        if self._begun is None:
-            return
-        start, states = time.perf_counter(), self._policy.save_states(timeout_seconds)
+        if self._begun is not None:
+            start = time.perf_counter()
+            self._poll(self._begun, timeout_seconds)
+            self._waits.append((start, time.perf_counter()))
+
+    def _poll(self, begun: _Begun, timeout_seconds: float | None) -> None:
+        states = self._policy.save_states(timeout_seconds)
         if all(state.done for state in states):
-            begun, self._begun = self._begun, None
+            self._begun = None
             try:
                 for state in states:
                     if state.problem:
@@ -118,16 +122,17 @@ class Saves:
                 self._failure = None
             except OSError as error:
                 self._fail(_step(begun.name), error)
-        self._seconds += time.perf_counter() - start
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         """Wait until nothing is under way. ClusterError where a rank is dead, or silent for `timeout_seconds`."""
-        start, counted = time.perf_counter(), self._seconds
+        if self._begun is None:
+            return
+        start = time.perf_counter()
         while self._begun is not None:
-            self.poll(timeout_seconds)
+            self._poll(self._begun, timeout_seconds)
             if self._begun is not None:
                 time.sleep(_POLL_SECONDS)
-        self._seconds = counted + time.perf_counter() - start
+        self._waits.append((start, time.perf_counter()))
 
     def finish(self) -> None:
         """Wait for the checkpoint under way. Raises StorageError where the last one could not be written."""
@@ -135,10 +140,10 @@ class Saves:
         if self._failure:
             raise self._failure
 
-    def seconds(self) -> float:
-        """Return the seconds that training has waited for checkpoints since it was asked last."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    def waits(self) -> list[tuple[float, float]]:
+        """Return from when to when training waited for checkpoints since the last call, by time.perf_counter()."""
+        waits, self._waits = self._waits, []
+        return waits
 
     def _complete(self, begun: _Begun) -> None:
         """Make of what the ranks have written a checkpoint that `latest` names; then remove what is too old."""

@@ -9,8 +9,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.types import Span, Worker, seconds_of
 
 METRICS_FILE = "metrics.jsonl"
 STAGE_1_FILE = "stage_1.jsonl"
@@ -28,23 +30,43 @@ _SECONDS_A_LINE = 15.0  # of waiting, where there is no terminal
 
 
 class Clock:
-    """Seconds spent in named spans of a step; `total` runs from its making."""
+    """What a step consists of, in spans from its making. `now` hears what the driver does or waits for."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+    def __init__(self, now: Callable[[str], None] = lambda name: None) -> None:
+        self._start, self._now = time.perf_counter(), now
+        self.spans: list[Span] = []
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
+    def span(self, name: str, *busy: Worker) -> Iterator[None]:
+        """Note the body as the driver's, and as that of those who are `busy` with it."""
         start = time.perf_counter()
+        self._now(name)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self._now("")
+            for who in ("driver", *busy):
+                self.note(name, who, [(start, time.perf_counter())])
+
+    def note(self, name: str, who: Worker, times: Iterable[tuple[float, float]]) -> None:
+        """Note what ran from when to when, by time.perf_counter()."""
+        for start, end in times:
+            self.spans.append(Span(name=name, who=who, start=start - self._start, end=end - self._start))
+
+    def note_ended(self, spans: Sequence[Span]) -> None:
+        """Note what another process did by its own clock, and has ended just now."""
+        shift = time.perf_counter() - self._start - max((span.end for span in spans), default=0.0)
+        self.spans += [replace(span, start=span.start + shift, end=span.end + shift) for span in spans]
 
     def stop(self) -> dict[str, float]:
-        """Return the spans and their `total`, the time since this clock was made."""
-        return {**self.seconds, "total": time.perf_counter() - self._start}
+        """Return the seconds of the driver's spans and their `total`, the time since this clock was made."""
+        total = time.perf_counter() - self._start
+        return {**seconds_of(span for span in self.spans if span.who == "driver"), "total": total}
+
+    def timeline(self) -> dict[str, object]:
+        """Return the spans as the step's metrics have them: name, who, start and end in seconds."""
+        spans = sorted(self.spans, key=lambda span: span.start)
+        return {"timeline": [(span.name, span.who, round(span.start, 4), round(span.end, 4)) for span in spans]}
 
 
 class _Console(Console):

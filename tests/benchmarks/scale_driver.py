@@ -17,6 +17,7 @@ import resource
 import sys
 import tempfile
 import time
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -105,7 +106,14 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout], measure: Measure) 
     objective = methods.objective_of(cfg, Stage1(v_star=v_star, v_star_at_beta2=v_star, samples=dict.fromkeys(uids, 8)))
     rows = tuple(-0.25 * RESPONSE_TOKENS - index / ranks for index in range(ranks))
     of_sequences: dict[str, Any] = {"logprobs": rows, "reference_logprobs": rows, "losses": rows, "skipped": ()}
-    stats = dataclasses.replace(samples.STATS, peak_memory_bytes=(80 << 30,) * ranks, **of_sequences)
+    tokens = array("f", [-0.25]) * sum(len(rollout.token_ids) for rollout in drawn)
+    stats = dataclasses.replace(
+        samples.STATS,
+        peak_memory_bytes=(80 << 30,) * ranks,
+        token_logprobs=tokens,
+        reference_token_logprobs=tokens,
+        **of_sequences,
+    )
     spans: dict[str, float] = {"generate": 1.0, "publish": 1.0, "total": 2.0}
     version = drawn[0].first_version
     seconds, batches = defaultdict[str, list[float]](list), list[RolloutBatch]()
@@ -115,7 +123,7 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout], measure: Measure) 
         objective.learn(drawn, health)
         record.add(drawn, batch, stats, health, dict(spans), {})
 
-    with redirect_stdout(io.StringIO()), record_of(cfg, MODEL, Tracker(folder), 0, None) as record:
+    with redirect_stdout(io.StringIO()), record_of(cfg, MODEL, Tracker(folder), 0, None, str) as record:
         for _ in range(STEPS):
             seconds["batch"].append(measure(lambda: batches.append(batch_of(drawn, objective, version))))
             seconds["record"].append(measure(lambda: write(batches.pop())))

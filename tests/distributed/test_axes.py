@@ -1,6 +1,7 @@
 """No axis changes what training computes: every layout against one rank (fp32, real Megatron over gloo)."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -87,6 +88,12 @@ def assert_same(actual: Any, wanted: Any) -> None:
     assert first.logratio_max == 0.0
     assert expected.logratio_max > 0.01  # the first step did move the policy
     assert second.logratio_max == pytest.approx(expected.logratio_max, abs=2e-5)
+    assert first.token_logprobs == first.reference_token_logprobs
+    for name in ("token_logprobs", "reference_token_logprobs"):
+        assert list(getattr(second, name)) == pytest.approx(list(getattr(expected, name)), abs=2e-5)
+    starts = [0, *itertools.accumulate(batches()[1].response_lengths().tolist())]
+    sums = [sum(second.token_logprobs[start:end]) for start, end in itertools.pairwise(starts)]
+    assert sums == pytest.approx(list(second.logprobs), abs=1e-4)
     assert second.loss == pytest.approx(expected.loss, abs=TOLERANCE)
     assert second.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
     for folder, parameters in expected_tensors.items():

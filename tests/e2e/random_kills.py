@@ -47,7 +47,9 @@ VICTIMS: dict[str, Callable[[str], bool]] = {
     "raylet": lambda title: title.endswith("/raylet/raylet"),
 }
 # No two runs agree on these: seconds and memory; and log-probs of the engines, whose batches are others' after a death.
-MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap"))
+MEASURED = dict.fromkeys(
+    ("seconds", "timeline", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap")
+)
 _SECONDS = 900.0  # for a run or what is left of it
 _MOST_STARTS = 12  # of one run: each ends with a kill of its own
 _MOST_RUNS = 6  # of a layout: some end before the next kill's moment

@@ -15,7 +15,8 @@ from driver_process import Driver, driver
 from astar_megatron.cluster.signals import RESUME
 from astar_megatron.run.tracking import read_metrics
 
-MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
+# No two runs agree on these.
+MEASURED = dict.fromkeys(("seconds", "timeline", "tokens_per_second", "peak_memory_bytes"))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 type Write = Callable[..., Path]
 

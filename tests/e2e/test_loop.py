@@ -32,9 +32,10 @@ from astar_megatron.types import Prompt
 from conversion.ends import open_end
 from conversion.rewrite import compare
 
-MEASURED = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes"))  # no two runs agree on these
+# No two runs agree on these.
+MEASURED = dict.fromkeys(("seconds", "timeline", "tokens_per_second", "peak_memory_bytes"))
 SECONDS = {
-    *("drain", "publish", "generate", "score", "reference", "policy"),
+    *("drain", "publish", "generate", "score", "train", "reference", "policy"),
     *("engines_idle", "ranks_idle", "checkpoint", "total"),
 }
 METHODS: dict[str, dict[str, Any]] = {

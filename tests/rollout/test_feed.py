@@ -1,6 +1,7 @@
 """Queues of engines: never dry while there is work, never all of it, a prompt's samples in one place."""
 
 import random
+import time
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,20 @@ def test_everything_is_answered_once_and_no_engine_starves(
     assert sorted(answered) == list(range(len(whole)))
 
 
+def test_a_feed_says_from_when_to_when_any_engine_had_a_request() -> None:
+    feed, start = Feed(2, 4), time.perf_counter()
+    assert feed.busy() == []
+    feed.ask(items(2, 1))
+    tags = {engine: share[0][0] for engine, share in feed.due(range(2))}
+    ((begun, now),) = feed.busy()  # both still are
+    assert start < begun <= now <= time.perf_counter()
+    feed.answered(0, tags[0])
+    feed.answered(1, tags[1])
+    ended = time.perf_counter()
+    ((again, end),) = feed.busy()
+    assert again == now <= end <= ended and feed.busy() == []
+
+
 def test_a_small_batch_is_spread_over_the_engines_with_a_prompts_samples_together() -> None:
     feed = Feed(2, 256)
     feed.ask(items(7, 3))
@@ -95,6 +110,7 @@ def test_a_request_is_known_by_how_many_engines_have_ended_with_it() -> None:
     assert feed.give_back(0, []) == 0
 
 
+@settings(deadline=None)
 @given(
     samples=st.lists(st.integers(1, 5), max_size=40),
     loads=st.dictionaries(st.integers(0, 9), st.integers(0, 9), min_size=1),
