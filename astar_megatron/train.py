@@ -101,14 +101,14 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                     saves.finish()
                     ends.saved(step + 1)
             saves.poll()
-        for words in spending.reached:
-            tracker.say(words)
         _finish(cfg, inputs, fleet, record)
 
 
 def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> None:
-    """Publish the last weights, evaluate them if asked to, and export them."""
+    """Say what ended the run, publish the last weights, evaluate them if asked to, and export them."""
     version, tracker = record.spending.done, record.tracker
+    for words in record.spending.reached:
+        tracker.say(words)
     is_due = cfg.eval.interval is not None or record.spending.has_reached_a_part
     with fleet.generating(version, Clock()):
         evaluated = _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_due=is_due)
