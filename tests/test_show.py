@@ -85,7 +85,14 @@ class Browser:
 
     def _run(self, *arguments: str) -> str:
         assert BROWSER is not None
-        command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command = [
+            BROWSER,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--disable-gpu",
+            "--hide-scrollbars",
+        ]
         command += [f"--user-data-dir={self.profile}", "--virtual-time-budget=5000", *arguments]
         done = subprocess.run(command, capture_output=True, timeout=120)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
