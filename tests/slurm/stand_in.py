@@ -64,7 +64,6 @@ def start(words: list[str]) -> None:
                 joined.discard(rest[0])
 
     address = value(words, "--node-ip-address"), int(value(words, "--port"))
-    time.sleep(float(os.environ.get("LATE", "0")))  # as a real head, which takes seconds to listen
     with socket.create_server(address) as server:
         while True:
             threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()

@@ -1,5 +1,6 @@
 """What slurm/train.sbatch and sweep.sbatch do with a job, on a real Slurm; stand_in.py stands in for Ray and astar."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -125,12 +126,22 @@ while not (Path("seed=1").exists() and Path("seed=2").exists()):
     time.sleep(0.1)
 print(sorted(JOINED))
 """
-    env = {"ASTAR_PORT": "23000", "LATE": "4"}  # asked for by both: the second takes the next, before the first listens
-    jobs = [submit(program, env=env, words=f"--set seed={n}") for n in (1, 2)]
+    port = {"ASTAR_PORT": "23000"}  # asked for by both: the second to come takes the next
+    jobs = [submit(program, env=port, words=f"--set seed={n}") for n in (1, 2)]
     for job in jobs:
         assert slurm.wait(job) == "COMPLETED"
         assert (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text() == "['node1', 'node2']\n"
         assert slurm.left_behind(job) == []
+
+
+def test_a_port_is_another_jobs_before_anything_listens_there(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    with Path("/tmp/astar-port-23100").open("a") as taken:
+        fcntl.flock(taken, fcntl.LOCK_EX)
+        job = submit("print(WORDS)", env={"ASTAR_PORT": "23100"})
+        assert slurm.wait(job) == "COMPLETED"
+    assert "=10.99.0.11:23102'" in (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text()
 
 
 def test_nothing_is_left_of_a_cancelled_job(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
