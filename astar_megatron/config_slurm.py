@@ -42,7 +42,7 @@ def _variable(value: str) -> str:
         raise ValueError(f"slurm.env: {value:.200}: slurm.{key} sets that variable; use the key")
     if name in _NUMBERS:
         least, most = _NUMBERS[name]
-        if not re.fullmatch(r"\d{1,5}", text) or not least <= int(text) <= most:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,4}", text) or not least <= int(text) <= most:
             raise ValueError(f"slurm.env: {value:.200}: expected a whole number from {least} to {most}")
     return value
 

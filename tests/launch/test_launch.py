@@ -267,6 +267,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
         ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number from 0"),
         ("--set slurm.env=[ASTAR_PORT=65535]", "ASTAR_PORT=65535: expected a whole number from 1024 to 65472"),
+        ("--set slurm.env=[ASTAR_PORT=08192]", "ASTAR_PORT=08192: expected a whole number from 1024 to 65472"),
         ("--set slurm.env=[ASTAR_IMAGE=/no.sqsh]", "slurm.env: ASTAR_IMAGE=/no.sqsh: slurm.image sets that variable"),
         ("--set slurm.env=[ASTAR_PROGRAM=eval]", "slurm.env: ASTAR_PROGRAM=eval: slurm.stages sets that variable"),
         ("--set slurm.flags=['-C=gpu']", "slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got"),

@@ -1,5 +1,6 @@
 """What slurm/train.sbatch and sweep.sbatch do with a job, on a real Slurm; stand_in.py stands in for Ray and astar."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -133,6 +134,16 @@ print(sorted(JOINED))
         assert slurm.left_behind(job) == []
 
 
+def test_a_port_is_another_jobs_before_anything_listens_there(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    with Path("/tmp/astar-port-23100").open("a") as taken:
+        fcntl.flock(taken, fcntl.LOCK_EX)
+        job = submit("print(WORDS)", env={"ASTAR_PORT": "23100"})
+        assert slurm.wait(job) == "COMPLETED"
+    assert "=10.99.0.11:23102'" in (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text()
+
+
 def test_nothing_is_left_of_a_cancelled_job(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
     job = submit(SAVES_ON_SIGNAL)
     wait_for(tmp_path / "begun")
@@ -198,6 +209,32 @@ print(WORDS[0], sorted(JOINED))
     assert {log.read_text() for log in logs} <= {"sweep ['node1']\n", "sweep ['node2']\n", ""}
 
 
+INHERITED = {
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_ARRAY_TASK_ID": "3",
+    "SLURM_RESTART_COUNT": "3",
+    "SLURM_GPUS": "1",
+    "SLURM_GPUS_PER_NODE": "1",
+    "SLURM_GPUS_PER_TASK": "1",
+    "SRUN_CPUS_PER_TASK": "2",
+    "SLURM_WORKING_DIR": "/",
+    "SLURM_REMOTE_CWD": "/",
+    "CDPATH": ".",
+    "SECONDS": "500",
+    "ASTAR_SETUP": "cd /",  # not inherited, and moves nothing either
+}
+
+
+def test_what_the_job_that_submits_hands_on_changes_nothing(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ)", env=INHERITED)
+    assert slurm.wait(job) == "COMPLETED", output(tmp_path, job)
+    log = tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log"
+    assert log.read_text() == f"{tmp_path} False\n"
+    assert slurm.left_behind(job) == []
+
+
 SRUN = """#!/bin/sh
 if [ "$1" = --help ]; then echo --container-image; exit; fi
 for word in "$@"; do
@@ -255,6 +292,7 @@ BAD_INPUT = {
     "no Python": ("program.py", {"ASTAR_PYTHON": "/no/python"}, "ASTAR_PYTHON=/no/python: no such program here"),
     "no port": ("program.py", {"ASTAR_PORT": "65535"}, "expected the first of 64 ports, from 1024 to 65472"),
     "no number": ("program.py", {"ASTAR_PORT": "x"}, "ASTAR_PORT=x: expected a whole number"),
+    "octal": ("program.py", {"ASTAR_PORT": "08192"}, "ASTAR_PORT=08192: expected a whole number"),
     "logs that can't be written": ("program.py", {"ASTAR_LOGS": "program.py"}, "ASTAR_LOGS=program.py: can't write"),
     "no pyxis": ("program.py", {"ASTAR_IMAGE": "image.sqsh"}, "ASTAR_IMAGE: this Slurm has no pyxis; leave it out"),
 }
@@ -313,14 +351,15 @@ def test_a_job_that_is_always_asked_to_end_before_its_program_begins_is_not_requ
     assert slurm.left_behind(job) == []
 
 
-def test_outside_a_job_the_program_runs_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "program"), [(TRAIN, "eval"), (SWEEP, "sweep")])
+def test_outside_a_job_the_program_runs_here(tmp_path: Path, script: Path, program: str) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"; exit 5\n')
     python.chmod(0o755)
     (tmp_path / "c.yaml").touch()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
-        ["bash", TRAIN, "c.yaml", "--set", "seed=1"],
+        ["bash", script, "c.yaml", "--set", "seed=1"],
         cwd=tmp_path,
         env=environment | {"ASTAR_PYTHON": str(python), "ASTAR_PROGRAM": "eval"},
         capture_output=True,
@@ -330,6 +369,6 @@ def test_outside_a_job_the_program_runs_here(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (
         5,
-        "-m astar_megatron.cli eval --config c.yaml --set seed=1 --set slurm.backend=local\n",
+        f"-m astar_megatron.cli {program} --config c.yaml --set seed=1 --set slurm.backend=local\n",
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "python"]
