@@ -39,7 +39,7 @@ def test_its_reward_is_right_on_right_wrong_and_hostile_responses(
     response: str, reward: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert rewards.judge(rewards.get(NAME), response, "12") == (reward, None)
+    assert rewards.judge(rewards.get(NAME), response, "12") == (reward, "")
 
 
 def test_its_data_is_accepted_and_its_configuration_loads(
@@ -54,7 +54,7 @@ def test_its_data_is_accepted_and_its_configuration_loads(
     assert cfg.reward.name == NAME and len(rows) == cfg.train.batch_size
     assert rows == samples.read_jsonl(source)
     right = json.dumps({"total": int(rows[0]["answer"])})
-    assert rewards.judge(rewards.get(NAME), right, rows[0]["answer"]) == (1.0, None)
+    assert rewards.judge(rewards.get(NAME), right, rows[0]["answer"]) == (1.0, "")
 
 
 def test_it_is_thirty_lines() -> None:
