@@ -143,11 +143,21 @@ def plan(
 
 
 @app.command()
-def export(config_file: Config, overrides: Overrides = None) -> None:
-    """Write the run's newest checkpoint to <run_dir>/hf as a Hugging Face folder, as training does at its end."""
-    cfg = config.load(config_file, overrides or ())
-    newest = import_program("run.checkpoints").newest(Path(cfg.run_dir))
-    import_program("convert").to_hf(str(newest), str(cfg.export_dir), like=None, dry_run=False)
+def export(
+    config_file: Config,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Then send it to the Hugging Face hub, as HF_TOKEN's owner.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository of the hub is private.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Write the run's newest checkpoint to <run_dir>/hf as a Hugging Face folder, as training does at its end.
+
+    With --push-to-hub an export of that checkpoint which is there already is sent as it is.
+    """
+    if private and push_to_hub is None:
+        raise config.ConfigError("--private: of the hub's repository; name it, as --push-to-hub ORG/NAME")
+    import_program("export").main(config.load(config_file, overrides or ()), push_to_hub, private=private)
 
 
 @app.command()

@@ -12,12 +12,16 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import tokenizer_digest
+from astar_megatron.run import card
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
+from astar_megatron.run.provenance import Training
+from astar_megatron.run.scores import weights_digest
 from astar_megatron.run.tracking import Tracker
 from conversion import hf, rewrite
 from conversion.ends import End, open_end
+from conversion.folders import read_record
 
 
 def main(cfg: RunConfig, model_path: str | None = None) -> None:
@@ -33,7 +37,11 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir)
     with hugging_face(end, tracker) as folder, engines_of(cfg, tracker, str(folder)) as engines:
-        show(str(path), evaluate(cfg, inputs, engines, tracker, "eval"), tracker)
+        weights = weights_digest(read_record(folder))
+        show(str(path), evaluate(cfg, inputs, engines, tracker, "eval", weights), tracker)
+    export = cfg.export_dir
+    if weights is not None and export.is_dir() and weights_digest(read_record(export)) == weights:
+        tracker.say(card.write(export, Training.of_folder(export), Path(cfg.run_dir)))
 
 
 @contextmanager

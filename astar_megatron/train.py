@@ -4,18 +4,21 @@ The driver is one plain process; Megatron ranks and vLLM engines are Ray actors.
 from the newest checkpoint. SIGTERM and SIGUSR1 end a run where a step is saved (cluster/signals.py).
 """
 
+from astar_megatron import config
 from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.signals import StepEnds
 from astar_megatron.config import RunConfig
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.run import card
 from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.garbage import collect_seldom
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.profiles import profiled
+from astar_megatron.run.provenance import Training
 from astar_megatron.run.record import Record, record_of
 from astar_megatron.run.steps import batch_of, health_of, step_options
 from astar_megatron.run.tracking import Clock, Tracker
@@ -117,6 +120,8 @@ def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> Non
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
     tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, fleet.policy.logprobs)}{rounding}")
+    training = Training.of_run(config.flat(cfg), version, tracker.run_dir)
+    tracker.say(card.write(cfg.export_dir, training, tracker.run_dir))
 
 
 def _evaluate(

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ _EXPORTED = re.compile(
     r"conversion\.json|config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|metadata\.json|\.metadata|__\d+_\d+\.distcp"
 )
+CARD = "README.md"  # of a model; the last line of one that was written here says so, until somebody changes the text
+_SEAL = re.compile(r"<!-- written by a program, sha256 of the lines above: ([0-9a-f]{64}) -->\n")
 _LOCK, _NEW, _OLD = "lock", "new", "old"  # in the folder that holds a new export until it takes its place
 _NAMED = 8  # files that an error lists
 
@@ -63,13 +66,38 @@ def check_destination(folder: str | Path) -> None:
             f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
             "it yourself"
         )
-    names = sorted(path.name for path in folder.iterdir())
-    if others := [name for name in names if name not in _COMPANIONS and not _EXPORTED.fullmatch(name)]:
+    if others := strangers(folder):
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        changed = f" ({CARD} was changed by hand)" if CARD in others else ""
         raise ModelFolderError(
-            f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}; to "
-            "replace it would delete them: move them away, or choose another place"
+            f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}{changed}; "
+            "to replace it would delete them: move them away, or choose another place"
         )
+
+
+def strangers(folder: Path) -> list[str]:
+    """Return the names of the files of an export that are somebody's own, a card too that was changed by hand."""
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name not in _COMPANIONS and not _EXPORTED.fullmatch(name)]
+    return [name for name in others if name != CARD or not is_sealed(folder / CARD)]
+
+
+def sealed(text: str) -> str:
+    """Return a card with a last line that says that a program wrote what is above it."""
+    return f"{text}<!-- written by a program, sha256 of the lines above: {_digest(text)} -->\n"
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether a file is a card that nobody has changed since a program wrote it."""
+    if not path.is_file():
+        return False
+    text, _, seal = path.read_text(encoding="utf-8", errors="replace").rpartition("<!--")
+    match = _SEAL.fullmatch(f"<!--{seal}")
+    return match is not None and match[1] == _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def free_bytes(folder: str | Path) -> int:

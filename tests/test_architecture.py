@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"astar_megatron", "conversion", "configs", "examples", "slurm", "tests"}
 USUAL_FILES = {
     *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.toml"),
-    *(".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
+    *("CITATION.cff", ".ci", ".gitignore", ".gitattributes", ".editorconfig", ".pre-commit-config.yaml"),
 }
 
 # Which rooms of astar_megatron a room may import. Programs (the other root modules) may import all.
@@ -48,7 +48,7 @@ ROOMS = {
 }
 PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "fit"),
-    *("convert", "dataset", "stage1_import", "inspection", "compare", "supervise", "preflight", "show"),
+    *("convert", "dataset", "export", "stage1_import", "inspection", "compare", "supervise", "preflight", "show"),
 }
 CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_slurm", "config_training", "config"}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data", "launch"}  # rooms that know nothing of weights

@@ -14,8 +14,9 @@ from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data.rows import PromptError
 from astar_megatron.evaluate import hugging_face
-from astar_megatron.run.evaluation import evaluate, markdown, summary
+from astar_megatron.run.evaluation import evaluate, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
+from astar_megatron.run.scores import markdown
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Prompt, Request, Rollout
 from conversion.ends import open_end

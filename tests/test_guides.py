@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("configs", "astar_megatron", "conversion", "examples", "tests", "slurm")
 GUIDES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDERS)]
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-PAGES += [ROOT / "examples/BFLOAT16.md", ROOT / "examples/SCALING.md", ROOT / "astar_megatron/launch/README.md"]
+PAGES += [ROOT / f"examples/{name}.md" for name in ("BFLOAT16", "COMPARING", "OWN", "PAPER", "SCALING")]
+PAGES += [ROOT / "astar_megatron/launch/README.md"]
 SYSTEM, CONVERSION, CONFIGS = (ROOT / folder / "README.md" for folder in ("astar_megatron", "conversion", "configs"))
 MODEL = "runs/models/smollm2-135m-instruct"
 

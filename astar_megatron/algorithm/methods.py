@@ -13,6 +13,16 @@ from astar_megatron.algorithm.rebel import Rebel
 from astar_megatron.algorithm.spo import Spo
 from astar_megatron.config import Clipped, RunConfig
 
+# Of each method the name that it has in writing, and its paper.
+PAPERS: Mapping[str, tuple[str, str]] = {
+    "astar": ("A*PO", "arXiv 2505.20686"),
+    "oapl": ("OAPL", "arXiv 2602.19362"),
+    "grpo": ("GRPO", "arXiv 2402.03300"),
+    "rebel": ("REBEL", "arXiv 2404.16767"),
+    "ppo": ("PPO", "arXiv 1707.06347"),
+    "spo": ("SPO", "arXiv 2509.13232"),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage1:

@@ -68,7 +68,12 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
 
 def settings_without_secrets(cfg: RunConfig) -> dict[str, Any]:
     """Return a configuration as a tree of plain values, without secrets of the environment."""
-    return json.loads(without_secrets(json.dumps(cfg.model_dump()), os.environ))
+    return values_without_secrets(cfg.model_dump())
+
+
+def values_without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """Return plain values as JSON has them, without secrets of the environment."""
+    return json.loads(without_secrets(json.dumps(values), os.environ))
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:

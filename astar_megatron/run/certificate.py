@@ -10,7 +10,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ _LENGTHS = (5, 23, 41, 64)
 LOGPROB_LIMITS = {"float32": 1e-3, "bfloat16": 1.0}
 
 _USUAL_LOGIT = 32.0  # rounding grows with the logits: one of 173 was 0.003 nats from itself, by two ways of attention
+
+_NOT_MEASURED, _NOT_COMPARED = "not measured", "not compared"  # how the reason begins: too large; of an error
 
 LogProbs = Callable[[Sequence[Sequence[int]], Sequence[int]], list[list[float]]]
 
@@ -67,13 +69,14 @@ def certify(
     if dtype != "auto":
         num_bytes = read_model(folder).num_parameters() * getattr(torch, dtype).itemsize
     if num_bytes > max_weight_bytes:
-        reason = f"not measured: the weights have {num_bytes:,} bytes, transformers is asked up to {max_weight_bytes:,}"
+        bounds = f"the weights have {num_bytes:,} bytes, transformers is asked up to {max_weight_bytes:,}"
+        reason = f"{_NOT_MEASURED}: {bounds}"
         _record(target, {"max_difference": None, "reason": reason})
         return reason
     try:
         comparison = _compared(folder, logprobs, dtype)
     except Exception as error:  # transformers raises of all kinds
-        reason = f"not compared, {type(error).__name__}: {error!s:.300}"
+        reason = f"{_NOT_COMPARED}, {type(error).__name__}: {error!s:.300}"
         _record(target, {"max_difference": None, "reason": reason})
         raise ValueError(
             f"{target} is written and holds the weights that it was made from, but it is {reason}"
@@ -87,6 +90,20 @@ def certify(
             "from is kept, and the same command writes it again"
         )
     return reason
+
+
+def doubt(record: Mapping[str, Any]) -> str:
+    """Return why a folder with this conversion.json is not to be given to others: nobody has compared it, or it failed.
+
+    "" where it agrees, or is too large to be compared.
+    """
+    reason = str((record.get("logprobs") or {"reason": "nobody has compared them yet"}).get("reason", ""))
+    return "" if reason.startswith(_NOT_MEASURED) else without_words(reason)
+
+
+def without_words(reason: str) -> str:
+    """Return the reason of a record without the words of an error, which may name a path of this machine."""
+    return reason.partition(": ")[0] if reason.startswith(_NOT_COMPARED) else reason
 
 
 def certify_conversion(source: End, destination: Path) -> str:

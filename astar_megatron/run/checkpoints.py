@@ -44,7 +44,7 @@ class Checkpoints:
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint, or None. Raises DamagedCheckpointError where it is not there."""
-        return _latest(self._folder)
+        return latest(self._folder.parent)
 
     def verify(self) -> None:
         """Read all files of the newest checkpoint; DamagedCheckpointError where one is not as it was written."""
@@ -150,13 +150,15 @@ class Checkpoints:
 
 def newest(run_dir: Path) -> Path:
     """Return the newest checkpoint of a run. Raises ValueError without one, DamagedCheckpointError as `latest` does."""
-    folder = _latest(run_dir / CHECKPOINTS_FOLDER)
+    folder = latest(run_dir)
     if folder is None:
         raise ValueError(f"{run_dir}: there is no checkpoint; run `astar train` first")
     return folder
 
 
-def _latest(checkpoints: Path) -> Path | None:
+def latest(run_dir: Path) -> Path | None:
+    """Return the newest checkpoint of a run, or None. Raises DamagedCheckpointError where it is not there."""
+    checkpoints = run_dir / CHECKPOINTS_FOLDER
     pointer = checkpoints / LATEST_FILE
     try:
         name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
@@ -167,11 +169,11 @@ def _latest(checkpoints: Path) -> Path | None:
             f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; remove {checkpoints} to "
             "start over, or choose a new run_dir"
         ) from error
-    latest = checkpoints / name
-    if not name or not (latest / PROGRESS_FILE).is_file():
-        problem = f"which has no {PROGRESS_FILE}" if name and latest.is_dir() else "which is not there"
+    folder = checkpoints / name
+    if not name or not (folder / PROGRESS_FILE).is_file():
+        problem = f"which has no {PROGRESS_FILE}" if name and folder.is_dir() else "which is not there"
         raise _error(checkpoints, f"{pointer} names {name!r}, {problem}", name)
-    return latest
+    return folder
 
 
 def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:

@@ -9,8 +9,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
@@ -18,59 +16,20 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.files import write_atomic
 from astar_megatron.rollout.requests import evaluation_requests
 from astar_megatron.rollout.source import Engines, RolloutSource
+from astar_megatron.run import scores
 from astar_megatron.run.prepare import EvalSet, Inputs
+from astar_megatron.run.scores import Estimate, Evaluation
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over problems and its standard error (NaN for one problem)."""
+def evaluate(
+    cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str, weights: str | None = None
+) -> list[Evaluation]:
+    """Evaluate what the engines hold. Responses go to `<run_dir>/<name>[_<set>].jsonl`, scores as `scores.write` says.
 
-    mean: float
-    error: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.error:.2f}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What one set of problems gave."""
-
-    name: str
-    reward: str
-    prompts: int
-    num_samples: int  # a problem, beside the greedy response
-    greedy: Estimate  # reward of the greedy response: pass@1 where rewards are 0 and 1
-    sampled: dict[str, Estimate]  # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n"
-    truncated: float  # share of all responses that the token limit cut
-    formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
-
-    @property
-    def reward_mean(self) -> float:
-        return self.greedy.mean
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Return what there is to show, in per cent."""
-        return [
-            ("problems", str(self.prompts)),
-            ("greedy", str(self.greedy)),
-            *((name, str(estimate)) for name, estimate in self.sampled.items()),
-            ("truncated", f"{100 * self.truncated:.2f}"),
-            *([("in the asked form", f"{100 * self.formatted:.2f}")] if self.formatted is not None else []),
-            ("reward", self.reward),
-        ]
-
-    def metrics(self) -> dict[str, Any]:
-        """Return the numbers for a line of metrics."""
-        sampled = {name: estimate.mean for name, estimate in self.sampled.items()}
-        own = {"greedy": self.greedy.mean, "greedy_error": self.greedy.error}
-        return own | sampled | {"truncated": self.truncated, "formatted": self.formatted}
-
-
-def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> list[Evaluation]:
-    """Evaluate what the engines hold. Responses go to `<run_dir>/<name>[_<set>].jsonl`, the table to `<name>.md`."""
+    `weights` is the digest of a folder's weights, for those that no step names.
+    """
     evaluations = []
     for eval_set in inputs.eval_sets:
         with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
@@ -80,7 +39,7 @@ def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker,
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
         write_atomic(tracker.run_dir / f"{file}.jsonl", "".join(lines).encode())
         evaluations.append(summary(eval_set, greedy, sampled))
-    write_atomic(tracker.run_dir / f"{name}.md", markdown(evaluations).encode())
+    scores.write(tracker.run_dir, name, evaluations, weights)
     return evaluations
 
 
@@ -109,16 +68,6 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
         truncated=sum(rollout.truncated for rollout in everything) / len(everything),
         formatted=sum(formatted) / len(formatted) if formatted else None,
     )
-
-
-def markdown(evaluations: Sequence[Evaluation]) -> str:
-    """Return the evaluations as a table in Markdown, in per cent with standard errors."""
-    columns = list(dict.fromkeys(name for evaluation in evaluations for name, _ in evaluation.rows()))
-    lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for evaluation in evaluations:
-        cells = dict(evaluation.rows())
-        lines.append(f"| {evaluation.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
-    return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
 def show(title: str, evaluations: Sequence[Evaluation], tracker: Tracker) -> None:

@@ -26,7 +26,12 @@ DEMO_BYTES = 10 * GIB  # `make demo` at work
 DEMO_SHARED_BYTES = GIB + OBJECT_STORE_BYTES
 DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
 _OWN_NAME = "astar-megatron"
-_BROUGHT_BY = {"safetensors": "transformers", "tokenizers": "transformers", "math_verify": "math-verify"}
+_BROUGHT_BY = {
+    "huggingface_hub": "huggingface-hub",
+    "math_verify": "math-verify",
+    "safetensors": "transformers",
+    "tokenizers": "transformers",
+}
 _PYTHONS = ((3, 12), (3, 15))  # from, below
 
 type Level = Literal["ok", "warn", "fail"]

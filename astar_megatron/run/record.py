@@ -10,6 +10,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.rollout_files import RolloutFiles
+from astar_megatron.run import scores
 from astar_megatron.run.board import Board, board_on
 from astar_megatron.run.dashboards import Dashboards, dashboards_of
 from astar_megatron.run.spending import Spending, generation_flops
@@ -33,6 +34,7 @@ def record_of(
     `stage_1` is what V* was made from, whose response tokens the run pays for.
     """
     bad_batches.set_aside(tracker.run_dir, first)
+    scores.forget(tracker.run_dir, first)
     rollouts = RolloutFiles(tracker.run_dir, cfg.rollout.keep, detokenize)
     rollouts.begin(first)
     earlier = tracker.begin(first)

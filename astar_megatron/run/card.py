@@ -1,0 +1,142 @@
+"""The model card of an export, its README.md: made of conversion.json and of the run's evaluations, by huggingface_hub.
+
+It says of which step its scores are, so it is true at any time, and is written again when there is more to say. One
+that somebody has changed by hand is left as it is.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from astar_megatron.data.files import write_atomic
+from astar_megatron.run import certificate, scores
+from astar_megatron.run.provenance import TRAINING, Training
+from astar_megatron.run.scores import Evaluation, Scored, markdown
+from conversion import folders
+
+_DATA = ("data.path", "data.eval_path", "reward.name")  # settings that have their own lines
+_PAPER_ADDRESS = "https://arxiv.org/abs/"
+
+
+def write(folder: Path, training: Training | None, run_dir: Path | None) -> str:
+    """Write the card of an export, and `training` into its conversion.json; return in words what was done.
+
+    `run_dir` is the run's, whose evaluations the card shows. Raises ValueError for damaged ones, and StorageError.
+    """
+    record = folders.read_record(folder) or {}
+    if training is not None:
+        record[TRAINING] = dataclasses.asdict(training)
+        write_atomic(folder / folders.RECORD, folders.json_text(record).encode())
+    path = folder / folders.CARD
+    if path.exists() and not folders.is_sealed(path):
+        return f"{path} was changed by hand and is left as it is: remove it to have it written again"
+    scored = scores.scores_of(run_dir, training.step, scores.weights_digest(record)) if run_dir and training else []
+    write_atomic(path, folders.sealed(text_of(record, training, scored)).encode())
+    return f"{path} describes the model" + ("" if scored else "; `astar eval` adds scores")
+
+
+def text_of(record: Mapping[str, Any], training: Training | None, scored: Sequence[Scored]) -> str:
+    """Return the card of an export with this conversion.json: YAML of the hub's, and sections."""
+    about = _of_training(training, scored) if training else [f"# A conversion of {record.get('source')}\n"]
+    return "\n".join([f"---\n{_metadata(training, scored).to_yaml()}\n---\n", *about, *_certificate(record)])
+
+
+def _metadata(training: Training | None, scored: Sequence[Scored]) -> ModelCardData:
+    usual: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if training is None:
+        return ModelCardData(**usual, tags=["astar-megatron"])
+    own = scored[-1].evaluations if _are_of_these(training, scored) else []
+    if results := [_result(evaluation, training.settings) for evaluation in own]:
+        usual |= {"model_name": f"{training.base}, {training.title}", "eval_results": results}
+    if _is_name_of_the_hub(training.base):
+        usual["base_model"] = training.base
+    tags = ["reinforcement-learning", training.method, "astar-megatron"]
+    usual |= training.licence
+    return ModelCardData(**usual, tags=tags)
+
+
+def _result(evaluation: Evaluation, settings: Mapping[str, Any]) -> EvalResult:
+    is_own = evaluation.name == "prompts"  # else a benchmark
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=evaluation.name,
+        dataset_name=str(settings.get("data.eval_path") or settings.get("data.path")) if is_own else evaluation.name,
+        metric_type=evaluation.reward,
+        metric_name="mean reward of greedy responses, per cent",
+        metric_value=round(100 * evaluation.greedy.mean, 2),
+    )
+
+
+def _is_name_of_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _are_of_these(training: Training, scored: Sequence[Scored]) -> bool:
+    """Whether the last evaluations are of the weights that the card is of."""
+    return bool(scored) and scored[-1].step == training.step
+
+
+def _of_training(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
+    """The sections on how the model was trained."""
+    settings, title = training.settings, training.title.replace("*", r"\*")
+    yield f"# {training.base}, trained with {title}\n"
+    link = f"[{training.paper}]({_PAPER_ADDRESS}{training.paper.removeprefix('arXiv ')})" if training.paper else ""
+    yield f"## Method\n\n{', '.join(filter(None, [title, link, f'`objective.name: {training.method}`']))}\n"
+    yield "## Data\n"
+    yield f"- Prompts: `{settings.get('data.path')}`"
+    yield f"- Problems of evaluations: `{settings.get('data.eval_path') or settings.get('data.path')}`, or a benchmark"
+    yield f"- Reward: `{settings.get('reward.name')}`\n"
+    yield "## Settings\n\nThose that differ from the defaults:\n\n| key | value |\n| --- | --- |"
+    for key, value in settings.items():
+        if key not in _DATA:
+            text = json.dumps(value, ensure_ascii=False).replace("|", r"\|")  # else it would end the cell
+            yield f"| `{key}` | `{text}` |"
+    yield "\n## Scores\n"
+    yield from _scores(training, scored)
+    yield "## How it was made\n"
+    yield from _made(training)
+
+
+def _scores(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
+    if not _are_of_these(training, scored):
+        yield f"None are recorded of these weights, those after {training.step} steps.\n"
+    for each in scored:
+        whose = " (these weights)" if each.step == training.step else ""
+        yield f"After {each.step} steps{whose}:\n\n{markdown(each.evaluations)}"
+
+
+def _made(training: Training) -> Iterator[str]:
+    yield f"- {training.step} steps from `{training.base}`"
+    if training.response_tokens is not None:
+        yield f"- {training.response_tokens:,} response tokens, with those of stage 1 if the method reads it"
+    if training.flops:
+        yield f"- {training.flops:.3g} FLOPs of the model, in training and in generation"
+    yield f"- Software: {', '.join(f'{name} {version}' for name, version in training.versions.items())}\n"
+
+
+def _certificate(record: Mapping[str, Any]) -> Iterator[str]:
+    """The section on what proves that the files hold what was trained, and that it means the same there."""
+    logprobs = record.get("logprobs") or {"reason": "nothing is recorded"}
+    yield "## Certificate\n"
+    if reason := logprobs.get("reason"):
+        yield f"Log-probs beside Megatron's: {certificate.without_words(reason)}.\n"
+    else:
+        yield (
+            f"Megatron and {logprobs['against']} gave {logprobs['tokens']} tokens of fixed sequences log-probs that "
+            f"differ by at most {logprobs['max_difference']:.1e} nats (limit {logprobs['limit']:g}).\n"
+        )
+    if digest := scores.weights_digest(record):
+        yield (
+            f"`{folders.RECORD}` has a digest of each tensor in {record.get('dtype')}, by which these files were "
+            f"compared with what they were made from. SHA-256 of them all: `{digest}`.\n"
+        )

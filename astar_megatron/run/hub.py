@@ -1,0 +1,128 @@
+"""Exports to the Hugging Face hub: what can be known to fail before anything is written, and the upload, one commit.
+
+Token, endpoint and proxies are huggingface_hub's own: HF_TOKEN or `hf auth login`, HF_ENDPOINT. Nothing here shows a
+token, nor what a server says without it being taken out.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whichever httpx it is built on
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+
+from astar_megatron.run import certificate
+from conversion import folders
+
+_OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
+_MOST_WORDS = 200  # characters of a server's that are shown
+
+
+class HubError(ValueError):
+    """The hub can't take an export, or does not; the message is one line and says what to change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """A repository of models that there is, or that will be made, as the owner of a token."""
+
+    repo: str  # ORG/NAME
+    private: bool
+    api: HfApi
+
+
+def destination(repo: str, *, private: bool) -> Destination:
+    """Return where to push, once the hub knows the token. Raises HubError."""
+    try:
+        validate_repo_id(repo)
+        is_named = repo.count("/") == 1
+    except HFValidationError:
+        is_named = False
+    if not is_named:
+        raise HubError(f"--push-to-hub {repo}: expected ORG/NAME, of letters, digits, '-', '_' and '.'")
+    if constants.is_offline_mode():
+        raise HubError("--push-to-hub: HF_HUB_OFFLINE is set, so nothing can be sent: unset it, or leave the flag out")
+    token = get_token()
+    if token is None:
+        raise HubError("--push-to-hub: there is no token: set HF_TOKEN to one that may write, or run `hf auth login`")
+    api = HfApi(token=token, library_name="astar-megatron")
+    with _in_words(repo, api):
+        access = api.whoami().get("auth", {}).get("accessToken", {})
+        if access.get("role") == "read":
+            raise HubError("--push-to-hub: the token may only read: make one that may write, and set HF_TOKEN to it")
+        try:
+            info = api.repo_info(repo)
+        except RepositoryNotFoundError:
+            info = None
+        if info is not None and private and not info.private:
+            raise HubError(f"--private: {repo} is there already and public: choose another name, or make it private")
+    return Destination(repo=repo, private=private, api=api)
+
+
+def push(folder: Path, to: Destination) -> str:
+    """Send all of an export to the hub in one commit, so that nobody gets half of it; return its address.
+
+    Weights of an earlier export under other names are removed in it. Raises HubError, also for an export that can't be
+    trusted or that holds somebody's own files.
+    """
+    record = folders.read_record(folder)
+    if record is None:
+        raise HubError(f"{folder}: no {folders.RECORD}, so it is no export: nothing is sent")
+    if reason := certificate.doubt(record):
+        raise HubError(f"{folder}: not to be given to others: {reason}: nothing is sent; export it again")
+    if others := [name for name in folders.strangers(folder) if name != folders.CARD]:
+        raise HubError(f"{folder} holds files that no export has: {', '.join(others)}: nothing is sent; move them away")
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    with _in_words(to.repo, to.api):
+        to.api.create_repo(to.repo, private=to.private or None, exist_ok=True)
+        there = [name for name in to.api.list_repo_files(to.repo) if name.endswith(_OF_WEIGHTS) and "/" not in name]
+        old = sorted(set(there).difference(path.name for path in files))
+        operations = [*(CommitOperationAdd(path.name, path) for path in files), *map(CommitOperationDelete, old)]
+        to.api.create_commit(to.repo, operations, commit_message="Export of astar-megatron")
+    return f"{to.api.endpoint}/{to.repo}"
+
+
+@contextmanager
+def _in_words(repo: str, api: HfApi) -> Iterator[None]:
+    """Raise what goes wrong between here and the hub as a HubError of one line."""
+    try:
+        yield
+    except HubError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise HubError(f"--push-to-hub {repo}: {_words(error, api)}") from None
+
+
+def _words(error: BaseException, api: HfApi) -> str:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HTTPError):  # threads of uploads wrap it
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, HfHubHTTPError):
+        status, said_by_hub = cause.response.status_code, cause.server_message
+        remedy = {
+            401: f"the token is refused: make a new one at {api.endpoint}/settings/tokens, then set HF_TOKEN to it",
+            403: "the token may not write there: take one with the right to write, or another ORG/NAME",
+        }
+        words = remedy.get(status, "try again later" if status >= 429 else "choose another ORG/NAME")
+        return f"{api.endpoint} answers {status}{_shown(said_by_hub, api)}: {words}"
+    if cause is not None or isinstance(error, OSError):
+        reason = _shown(f"{type(cause or error).__name__}: {cause or error}", api)
+        return f"no answer from {api.endpoint}{reason}: look at the network, proxies and HF_ENDPOINT, and try again"
+    return f"nothing was sent{_shown(f'{type(error).__name__}: {error}', api)}: mend that, and try again"
+
+
+def _shown(text: str | None, api: HfApi) -> str:
+    """What a server says, in brackets: a line of what can be printed, and never the token."""
+    words = " ".join("".join(character if character.isprintable() else " " for character in text or "").split())
+    words = words.replace(str(api.token), "<token>") if api.token else words
+    return f" ({words[:_MOST_WORDS]})" if words else ""

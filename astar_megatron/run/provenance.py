@@ -1,0 +1,152 @@
+"""What may be told of how a model was trained, wherever it goes: no path of a machine, no secret, no account.
+
+It stands in conversion.json, under `training`, and model cards are made of it. Files and folders are named without
+where they lie; keys that change no result, and those of other methods, are left out.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from huggingface_hub import ModelCard
+
+from astar_megatron import config
+from astar_megatron.algorithm.methods import PAPERS
+from astar_megatron.run import machine
+from astar_megatron.run.bundle import values_without_secrets
+from astar_megatron.run.saving import PROGRESS_FILE
+from astar_megatron.run.spending import Cost
+from astar_megatron.run.tracking import read_metrics
+from conversion.folders import read_record
+
+TRAINING = "training"  # of conversion.json
+_CHECKPOINTS = "checkpoints"  # of a run's folder
+# Keys and sections that change no result, and what says where something lies.
+_NOT_TOLD = (
+    *("run_dir", "sweep.table", "eval.folder", "model.path"),
+    *("cluster.", "supervise.", "checkpoint.", "tracking.", "slurm."),
+    *("train.grace_seconds", "rollout.heartbeat_seconds"),
+)
+_FILES = ("data.path", "data.eval_path")
+_CACHED = "models--"  # how the hub's cache begins the name of a model's folder: models--ORG--NAME
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a model was trained. `settings` are the keys that differ from their defaults."""
+
+    base: str  # the model that training started from, by its folder's name or the hub's
+    method: str
+    step: int
+    settings: dict[str, Any]
+    licence: dict[str, str]  # what the base's own card says: license, license_name, license_link
+    response_tokens: int | None  # of stage 1 too, where the method reads it; None: not known, as flops
+    flops: float | None  # of the model, in training and in generation
+    versions: dict[str, str]
+
+    @classmethod
+    def of_run(cls, settings: Mapping[str, Any], step: int, run_dir: Path | None) -> Self:
+        """Return what a run with these settings, one value a key path, has trained after `step` steps.
+
+        Raises ValueError for damaged metrics in `run_dir`.
+        """
+        lines = [line for line in read_metrics(run_dir) if line["step"] < step] if run_dir else []
+        is_whole = len(lines) == step > 0
+        model_path = str(settings["model.path"])
+        told: dict[str, Any] = {
+            "base": _name(model_path),
+            "settings": _told(settings),
+            "licence": _licence(Path(model_path) / "README.md"),
+        }
+        return cls(
+            **values_without_secrets(told),
+            method=str(settings.get("objective.name", "astar")),
+            step=step,
+            response_tokens=lines[-1].get("spent_tokens") if is_whole else None,
+            flops=sum(Cost.of_step(line).flops for line in lines) if is_whole else None,
+            versions=machine.versions(),
+        )
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self | None:
+        """Return what a run's checkpoint, or an export, says of its training; None where it says nothing.
+
+        Raises ValueError for damaged files.
+        """
+        if not (folder / PROGRESS_FILE).is_file():
+            fields = (read_record(folder) or {}).get(TRAINING)
+            names = {field.name for field in dataclasses.fields(cls)}
+            return cls(**fields) if isinstance(fields, dict) and fields.keys() == names else None
+        try:
+            progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            settings, step = progress.get("settings", {}), progress.get("step")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / PROGRESS_FILE}: missing or damaged ({error})") from error
+        if not isinstance(settings, dict) or "model.path" not in settings or not isinstance(step, int):
+            return None  # of the first versions
+        return cls.of_run(settings, step, run_dir_of(folder))
+
+    @property
+    def title(self) -> str:
+        """The method's name in writing."""
+        return PAPERS[self.method][0] if self.method in PAPERS else self.method
+
+    @property
+    def paper(self) -> str:
+        """Where the method was described; "" for one that is not this project's."""
+        return PAPERS[self.method][1] if self.method in PAPERS else ""
+
+
+def run_dir_of(checkpoint: Path) -> Path | None:
+    """Return the folder of the run that a checkpoint lies in; None for one that was moved."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == _CHECKPOINTS else None
+
+
+def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that may be told and are not the defaults."""
+    method = settings.get("objective.name", "astar")
+    others = tuple(f"{name}." for name in PAPERS if name != method)
+    sections = config.keys()
+    told = {}
+    for key, value in settings.items():
+        if key.startswith((*_NOT_TOLD, *others)):
+            continue
+        field = sections[key].model_fields[key.rpartition(".")[2]] if key in sections else None
+        default = field.get_default(call_default_factory=True) if field and not field.is_required() else ...
+        value = list(value) if isinstance(value, tuple) else value
+        if value != (list(default) if isinstance(default, tuple) else default):
+            told[key] = Path(value).name if key in _FILES and isinstance(value, str) else value
+    return {key: _without_places(value) for key, value in told.items()}
+
+
+def _without_places(value: Any) -> Any:
+    """The value, of a path its last name only; keys that no version here knows may hold one too."""
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and re.fullmatch(r"\S*/\S*|~\S*", value) else value
+
+
+def _name(path: str) -> str:
+    """The name of a model's folder: the hub's, ORG/NAME, where it lies in the hub's cache, else the folder's."""
+    folder = Path(path).resolve()
+    cached = [part.removeprefix(_CACHED) for part in folder.parts if part.startswith(_CACHED)]
+    return cached[-1].replace("--", "/", 1) if cached else folder.name
+
+
+def _licence(card: Path) -> dict[str, str]:
+    """What a model's own card says of its licence; nothing where it can't be read."""
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
+        return {}
+    fields = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
+    told = {name: value for name, value in fields.items() if isinstance(value, str) and len(value) < 200}
+    if not told.get("license_link", "https://").startswith("https://"):  # a file beside that card, which is not here
+        del told["license_link"]
+    return told

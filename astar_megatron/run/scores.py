@@ -1,0 +1,152 @@
+"""What evaluations gave: their numbers, their table, and the file that keeps them, `<run_dir>/<name>.json`.
+
+    {"weights": "9f4c...", "sets": [{"name": "gsm8k", "greedy": {"mean": 0.71, "error": 0.012}, ...}]}
+
+`weights` says of which weights: `weights_digest` of the folder that was evaluated, null for those of a training, whose
+files have the step in their names.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from astar_megatron.data.files import write_atomic
+
+_OF_A_STEP = f"eval_step_{8 * '[0-9]'}.json"
+_OF_A_FOLDER = "eval.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over problems and its standard error (NaN for one problem)."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f} ± {100 * self.error:.2f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What one set of problems gave."""
+
+    name: str
+    reward: str
+    prompts: int
+    num_samples: int  # a problem, beside the greedy response
+    greedy: Estimate  # reward of the greedy response: pass@1 where rewards are 0 and 1
+    sampled: dict[str, Estimate]  # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n"
+    truncated: float  # share of all responses that the token limit cut
+    formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
+
+    @property
+    def reward_mean(self) -> float:
+        return self.greedy.mean
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what there is to show, in per cent."""
+        return [
+            ("problems", str(self.prompts)),
+            ("greedy", str(self.greedy)),
+            *((name, str(estimate)) for name, estimate in self.sampled.items()),
+            ("truncated", f"{100 * self.truncated:.2f}"),
+            *([("in the asked form", f"{100 * self.formatted:.2f}")] if self.formatted is not None else []),
+            ("reward", self.reward),
+        ]
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the numbers for a line of metrics."""
+        sampled = {name: estimate.mean for name, estimate in self.sampled.items()}
+        own = {"greedy": self.greedy.mean, "greedy_error": self.greedy.error}
+        return own | sampled | {"truncated": self.truncated, "formatted": self.formatted}
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the evaluation of its fields in JSON. Raises KeyError or TypeError for others."""
+        sampled = {name: _estimate(each) for name, each in fields["sampled"].items()}
+        return cls(**{**fields, "greedy": _estimate(fields["greedy"]), "sampled": sampled})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """The evaluations of the weights after `step` steps of training."""
+
+    step: int
+    evaluations: list[Evaluation]
+
+
+def markdown(evaluations: Sequence[Evaluation]) -> str:
+    """Return the evaluations as a table in Markdown, in per cent with standard errors."""
+    columns = list(dict.fromkeys(name for evaluation in evaluations for name, _ in evaluation.rows()))
+    lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for evaluation in evaluations:
+        cells = dict(evaluation.rows())
+        lines.append(f"| {evaluation.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
+    return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
+
+
+def write(run_dir: Path, name: str, evaluations: Sequence[Evaluation], weights: str | None) -> None:
+    """Write `<run_dir>/<name>.json` and, the same as a table, `<name>.md`. Raises StorageError."""
+    sets = [dataclasses.asdict(evaluation) for evaluation in evaluations]
+    text = json.dumps(_plain({"weights": weights, "sets": sets}), indent=1) + "\n"
+    write_atomic(run_dir / f"{name}.json", text.encode())
+    write_atomic(run_dir / f"{name}.md", markdown(evaluations).encode())
+
+
+def forget(run_dir: Path, first: int) -> None:
+    """Remove the scores of steps from `first` on, which a run that begins there may not evaluate again."""
+    for path in run_dir.glob(_OF_A_STEP):
+        if _step(path) >= first:
+            path.unlink()
+
+
+def weights_digest(record: Mapping[str, Any] | None) -> str | None:
+    """Return a digest of all the weights that a conversion.json records, hexadecimal; None where it has none."""
+    digests = (record or {}).get("digests")
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
+
+
+def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
+    """Return what a run's folder says of the weights that training began with, and of those nearest to `step` steps.
+
+    The last are of `step` itself where training evaluated them, or `astar eval` a folder with these `weights`. Raises
+    ValueError for a file that is damaged.
+    """
+    of_steps = sorted(path for path in run_dir.glob(_OF_A_STEP) if _step(path) <= step)
+    scored = {_step(path): _read(path)[1] for path in {*of_steps[:1], *of_steps[-1:]}}
+    if weights is not None and (run_dir / _OF_A_FOLDER).is_file():
+        evaluated, sets = _read(run_dir / _OF_A_FOLDER)
+        if evaluated == weights:
+            scored[step] = sets
+    return [Scored(step=number, evaluations=scored[number]) for number in sorted(scored)]
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _read(path: Path) -> tuple[str | None, list[Evaluation]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["weights"], [Evaluation.of(fields) for fields in content["sets"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: no scores of an evaluation: {error!r}; remove it, or evaluate again") from error
+
+
+def _estimate(fields: Mapping[str, float | None]) -> Estimate:
+    return Estimate(*(math.nan if fields[name] is None else float(fields[name] or 0) for name in ("mean", "error")))
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
