@@ -87,7 +87,7 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     scores.write(run_dir, "eval", [evaluation(0.5)], scores.weights_digest(folders.read_record(export)))
     card.write(export, Training.of_folder(export), run_dir)  # as `astar eval` and `astar export` do
     data: Any = ModelCard.load(export / "README.md").data
-    assert (data.base_model, data.pipeline_tag, data.library_name) == ("tiny-base", "text-generation", "transformers")
+    assert (data.base_model, data.pipeline_tag, data.library_name) == (None, "text-generation", "transformers")
     (result,) = data.eval_results
     assert (result.dataset_name, result.metric_value) == ("gsm8k", 50.0)
     words = text(export)
@@ -110,7 +110,7 @@ def test_no_path_secret_or_account_goes_into_a_card(
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"), [("models--Org--Base-1B/snapshots/0a1b", "Org/Base-1B"), ("a b", None), ("x/..", "base")]
+    ("folder", "name"), [("models--Org--Base-1B/snapshots/0a1b", "Org/Base-1B"), ("a b", None), ("x/..", None)]
 )
 def test_the_base_is_named_as_the_hub_names_it(
     settings: dict[str, Any], tmp_path: Path, folder: str, name: str | None

@@ -78,7 +78,7 @@ def _is_name_of_the_hub(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return "/" in name  # ORG/NAME: a folder's name alone would be a link to nowhere
 
 
 def _are_of_these(training: Training, scored: Sequence[Scored]) -> bool:
