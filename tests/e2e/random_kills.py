@@ -46,10 +46,6 @@ VICTIMS: dict[str, Callable[[str], bool]] = {
     "rank": lambda title: title.startswith("ray::_RankActor"),
     "raylet": lambda title: title.endswith("/raylet/raylet"),
 }
-# No two runs agree on these: seconds and memory; and log-probs of the engines, whose batches are others' after a death.
-MEASURED = dict.fromkeys(
-    ("seconds", "timeline", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap")
-)
 _SECONDS = 900.0  # for a run or what is left of it
 _MOST_STARTS = 12  # of one run: each ends with a kill of its own
 _MOST_RUNS = 6  # of a layout: some end before the next kill's moment
@@ -88,7 +84,7 @@ def numbers_of(run: Path) -> dict[str, Any]:
         for path in sorted((run / "rollouts").glob("step_*.parquet"))
     }
     return {
-        "metrics": [line | MEASURED for line in read_metrics(run)],
+        "metrics": [line | samples.MEASURED_AFTER_DEATHS for line in read_metrics(run)],
         "rollouts": rollouts,
         "evaluations": {path.name: _digest(path) for path in sorted(run.glob("eval*.jsonl"))},
         "weights": _digest(run / "hf" / "model.safetensors"),

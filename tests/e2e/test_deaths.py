@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import MEASURED_AFTER_DEATHS
 from sweep_jobs import rows
 
 from astar_megatron import config
@@ -22,10 +23,6 @@ from astar_megatron.sweep import sweep
 from astar_megatron.train import train_whatever_dies
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-# No two runs agree on these: seconds and memory; and log-probs of the engines, whose batches are others' after a death.
-MEASURED = dict.fromkeys(
-    ("seconds", "timeline", "tokens_per_second", "peak_memory_bytes", "engines_replaced", "engine_gap")
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +147,7 @@ def test_a_run_in_which_something_dies_ends_with_the_numbers_of_a_whole_one(
     del tree["eval"]
     lines, weights = run(tree, tmp_path / "killed", faults)
     whole, same = run(tree, tmp_path / "whole", [])
-    assert [line | MEASURED for line in lines] == [line | MEASURED for line in whole]
+    assert [line | MEASURED_AFTER_DEATHS for line in lines] == [line | MEASURED_AFTER_DEATHS for line in whole]
     assert weights == same
     killed = {
         kind: sum((fault.process == "rank") == (kind == "rank") for fault in faults) for kind in ("rank", "engine")
