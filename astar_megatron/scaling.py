@@ -52,9 +52,9 @@ def run(file: Path, runner: Runner = astar) -> int:
         for each in finished:  # first, so that what is written never loses a finished run
             progress.courses[each] = _course(progress, each)
         _write(progress)
-        left = _with_budgets(progress, configs)
-        for name, end in ends("train", {each.name: cfg for each, cfg in left.items()}):
-            _note(progress, next(each for each in left if each.name == name), end, screen)
+        left = {each.name: (each, cfg) for each, cfg in _with_budgets(progress, configs).items()}
+        for name, end in ends("train", {name: cfg for name, (_, cfg) in left.items()}):
+            _note(progress, left[name][0], end, screen)
     screen.say(study_files.as_markdown(progress))
     screen.say(f"scale.md, scale.csv and scale.json are in {study.folder}; next: astar scale fit {study.folder}")
     return 1 if progress.errors else 0

@@ -159,7 +159,7 @@ def refuse_queued(cfg: RunConfig, executor: Any) -> None:
     """Raise ConfigError where Slurm has one of the run's jobs already, or can't be asked."""
     tunnel = executor.tunnel
     names = [job.name for job in jobs_of(cfg, "")]
-    words = slurm.queued_command(names, tunnel.user or slurm.user())  # a LocalTunnel has no user
+    words = slurm.states_command(names, tunnel.user or slurm.user())  # a LocalTunnel has no user
     try:
         printed = tunnel.run(shlex.join(words)).stdout
     except _REFUSALS as error:
@@ -216,7 +216,7 @@ def look(cfg: RunConfig, names: Sequence[str], action: str) -> None:
     tunnel = experiment.jobs[0].executor.tunnel
     user = tunnel.user or slurm.user()  # a LocalTunnel has none
     if action == "cancel":
-        if queued := tunnel.run(shlex.join(slurm.queued_command(names, user))).stdout:
+        if queued := slurm.waiting(tunnel.run(shlex.join(slurm.states_command(names, user))).stdout):
             tunnel.run(shlex.join(slurm.cancel_command(queued)))
         print(slurm.cancelled(queued))
         commands = []

@@ -13,12 +13,6 @@ from astar_megatron.launch import checks, sbatch, slurm
 from astar_megatron.launch.stages import Job, jobs_of
 
 POLL_SECONDS = 15.0
-_DONE = "COMPLETED"
-# What a job is in before its end; a requeued one is in these too.
-_BEFORE_THE_END = (
-    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING"),
-    *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +47,17 @@ def ended(submissions: Mapping[str, Submission], poll_seconds: float = POLL_SECO
     """
     jobs = {key: submission.job for key, submission in submissions.items()}
     numbers: dict[str, str] = {}
-    queued = {name: number for number, (name, state) in _states(jobs).items() if state in _BEFORE_THE_END}
+    queued = {job.name: job.number for job in _known(jobs) if not job.has_ended}
     for key, job in jobs.items():
         numbers[key] = queued.get(job.name) or _submit(submissions[key])
         print(f"job {numbers[key]}: {job.name}, log in {submissions[key].log}")
     while numbers:
-        states = _states({key: jobs[key] for key in numbers})
+        known = {job.number: job for job in _known({key: jobs[key] for key in numbers})}
         for key, number in list(numbers.items()):
-            _, state = states.get(number, ("", "no longer known"))
-            if state not in _BEFORE_THE_END:
+            job = known.get(number)  # None: Slurm has forgotten it
+            if job is None or job.has_ended:
                 del numbers[key]
-                yield key, state == _DONE
+                yield key, job is not None and job.did_well
         if numbers:
             time.sleep(poll_seconds)
 
@@ -75,8 +69,7 @@ def _submit(submission: Submission) -> str:
     return sbatch.submit_job(submission.job, cfg, None)
 
 
-def _states(jobs: Mapping[str, Job]) -> dict[str, tuple[str, str]]:
-    """Return by number the names of a user's jobs that are called as these, and what they are in."""
-    printed = slurm.output_of(slurm.states_command([job.name for job in jobs.values()], slurm.user()))
-    lines = (line.split() for line in printed.splitlines())
-    return {number: (name, state) for number, name, state in lines}
+def _known(jobs: Mapping[str, Job]) -> list[slurm.QueuedJob]:
+    """Return what Slurm knows of a user's jobs that are called as these."""
+    names = [job.name for job in jobs.values()]
+    return slurm.jobs_in(slurm.output_of(slurm.states_command(names, slurm.user())))

@@ -71,7 +71,7 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
         print(f"\n# {script}, which each of them runs:\n{script.read_text(encoding='utf-8')}", end="")
         return
     names = [job.name for job in jobs]
-    slurm.refuse_queued(slurm.output_of(slurm.queued_command(names, slurm.user())))
+    slurm.refuse_queued(slurm.output_of(slurm.states_command(names, slurm.user())))
     numbers: list[str] = []
     try:
         for job in jobs:

@@ -9,17 +9,39 @@ import pwd
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from astar_megatron.config import ConfigError
 
 _SECONDS = 120  # within which Slurm answers
-_IN_THE_QUEUE = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING,REQUEUED,REQUEUE_HOLD,STOPPED"
+# What a job is in before its end; a requeued one is in these too.
+_BEFORE_THE_END = {
+    *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING"),
+    *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
+}
 # What a site or a user may set as a default for jobs: all other SBATCH_* would change what the batch script relies on.
 _DEFAULTS = {
     *("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION", "SBATCH_CLUSTERS", "SBATCH_TIMELIMIT"),
     *("SBATCH_CONSTRAINT", "SBATCH_EXCLUSIVE", "SBATCH_WCKEY", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_GPU"),
 }
 _CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}  # which one, and the right to ask it
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job as Slurm knows it."""
+
+    number: str
+    name: str
+    state: str
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in _BEFORE_THE_END
+
+    @property
+    def did_well(self) -> bool:
+        return self.state == "COMPLETED"
 
 
 def environment() -> dict[str, str]:
@@ -50,26 +72,26 @@ def states_command(names: Sequence[str], owner: str) -> list[str]:
     return ["squeue", *_by_names(names, owner), "--states=all", "--noheader", "--format=%i %j %T"]
 
 
-def queued_command(names: Sequence[str], owner: str) -> list[str]:
-    """Return what asks for those of them that wait, run or are about to end."""
-    return ["squeue", *_by_names(names, owner), f"--states={_IN_THE_QUEUE}", "--noheader", "--format=%i %j %T"]
+def jobs_in(printed: str) -> list[QueuedJob]:
+    """Return the jobs that `states_command` has printed."""
+    return [QueuedJob(*line.split()) for line in printed.splitlines()]
 
 
-def cancel_command(queued: str) -> list[str]:
-    """Return what cancels the jobs that `queued_command` has printed."""
-    return ["scancel", *(line.split()[0] for line in queued.splitlines())]
+def cancel_command(queued: Sequence[QueuedJob]) -> list[str]:
+    """Return what cancels jobs."""
+    return ["scancel", *(job.number for job in queued)]
 
 
-def cancel(names: Sequence[str]) -> str:
-    """Cancel the jobs by these names that wait or run; return what `queued_command` had printed of them."""
-    if queued := output_of(queued_command(names, user())):
+def cancel(names: Sequence[str]) -> list[QueuedJob]:
+    """Cancel the jobs by these names that have not ended, and return them."""
+    if queued := waiting(output_of(states_command(names, user()))):
         output_of(cancel_command(queued))
     return queued
 
 
-def cancelled(queued: str) -> str:
-    """Return in words what was cancelled: the jobs that `queued_command` had printed."""
-    jobs = (f"cancelled job {number}: {name}" for number, name, _ in map(str.split, queued.splitlines()))
+def cancelled(queued: Sequence[QueuedJob]) -> str:
+    """Return in words what was cancelled."""
+    jobs = (f"cancelled job {job.number}: {job.name}" for job in queued)
     return "\n".join(jobs) or "none of the run's jobs waits or runs"
 
 
@@ -77,13 +99,17 @@ def _by_names(names: Sequence[str], owner: str) -> tuple[str, str]:
     return f"--user={owner}", f"--name={','.join(names)}"
 
 
+def waiting(printed: str) -> list[QueuedJob]:
+    """Return those of the jobs that `states_command` has printed that have not ended."""
+    return [job for job in jobs_in(printed) if not job.has_ended]
+
+
 def refuse_queued(printed: str) -> None:
-    """Raise ConfigError where `queued_command` has printed a job: two would write into one run's folder."""
-    if lines := printed.split("\n")[0].split():
-        number, name, state = lines
+    """Raise ConfigError where `states_command` has printed a job before its end: two would write into one folder."""
+    for job in waiting(printed):
         raise ConfigError(
-            f"slurm: job {number}, {name}, is {state} already; cancel it (astar jobs cancel), wait for its end, or "
-            "take another run_dir"
+            f"slurm: job {job.number}, {job.name}, is {job.state} already; cancel it (astar jobs cancel), wait for its "
+            "end, or take another run_dir"
         )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from astar_megatron.run.laws import CONSTANT, LAWS, LEVEL, SIGMOID, Fit, Interval, Law, Points, fit
 
 NEEDED = 0.9
-LATER = 0.25  # of the largest compute
+EARLIER, LATER = 0.5, 0.25  # of the largest compute: up to there, and from there on
 _PARTS, _LEAST_PARTS = 10, 3
 _NO_CHANGE = "a constant fits as well, within the noise: more compute, more seeds or more prompts"
 
@@ -139,7 +139,10 @@ def _numbers(whole: Fit, points: Points) -> dict[str, Number]:
 def _of_parts(asymptote: Number, points: Points) -> Number:
     """The asymptote with an interval that holds those of parts of the curve too, or refused where these can't tell."""
     share = points.compute / points.compute.max()
-    parts = {f"up to {1 / 2:.0%} of the compute": share <= 1 / 2, f"from {LATER:.0%} of the compute on": share >= LATER}
+    parts = {
+        f"up to {EARLIER:.0%} of the compute": share <= EARLIER,
+        f"from {LATER:.0%} of the compute on": share >= LATER,
+    }
     for name, inside in parts.items():
         if asymptote.interval is None:
             return asymptote

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.files import without_nan, write_atomic
 
 _OF_A_STEP = f"eval_step_{8 * '[0-9]'}.json"
 _OF_A_FOLDER = "eval.json"
@@ -94,7 +94,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
 def write(run_dir: Path, name: str, evaluations: Sequence[Evaluation], weights: str | None) -> None:
     """Write `<run_dir>/<name>.json` and, the same as a table, `<name>.md`. Raises StorageError."""
     sets = [dataclasses.asdict(evaluation) for evaluation in evaluations]
-    text = json.dumps(_plain({"weights": weights, "sets": sets}), indent=1) + "\n"
+    text = json.dumps(without_nan({"weights": weights, "sets": sets}), indent=1) + "\n"
     write_atomic(run_dir / f"{name}.json", text.encode())
     write_atomic(run_dir / f"{name}.md", markdown(evaluations).encode())
 
@@ -141,12 +141,3 @@ def _read(path: Path) -> tuple[str | None, list[Evaluation]]:
 
 def _estimate(fields: Mapping[str, float | None]) -> Estimate:
     return Estimate(*(math.nan if fields[name] is None else float(fields[name] or 0) for name in ("mean", "error")))
-
-
-def _plain(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

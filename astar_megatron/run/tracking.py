@@ -4,7 +4,6 @@ On a terminal progress is drawn by rich; elsewhere it is plain lines.
 """
 
 import json
-import math
 import os
 import sys
 import threading
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.data.files import storage_error, without_nan, write_atomic
 from astar_megatron.types import Span, Worker, seconds_of
 
 METRICS_FILE = "metrics.jsonl"
@@ -193,7 +192,7 @@ class Tracker(Screen):
 def _append(path: Path, line: Mapping[str, Any]) -> None:
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(line)) + "\n")
+            file.write(json.dumps(without_nan(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -255,9 +254,3 @@ def plot_rewards(run_dir: str | Path, baseline: float | None = None) -> Path:
     figure.savefig(path)
     pyplot.close(figure)
     return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
