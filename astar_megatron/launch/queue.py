@@ -13,6 +13,7 @@ from astar_megatron.launch import checks, sbatch, slurm
 from astar_megatron.launch.stages import Job, jobs_of
 
 POLL_SECONDS = 15.0
+_MOST_FAILURES = 40  # to answer in a row, ten minutes: a controller that restarts is back before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ def check(cfg: RunConfig, stage: Stage) -> None:
 def ended(submissions: Mapping[str, Submission], poll_seconds: float = POLL_SECONDS) -> Iterator[tuple[str, bool]]:
     """Submit what is not in the queue; yield the key of each job when it has ended, and whether it did well.
 
-    Raises ConfigError where Slurm refuses one: those before it stay in the queue.
+    Raises ConfigError where Slurm refuses one, those before it stay in the queue, and where it answers no more.
     """
     jobs = {key: submission.job for key, submission in submissions.items()}
     numbers: dict[str, str] = {}
@@ -52,7 +53,7 @@ def ended(submissions: Mapping[str, Submission], poll_seconds: float = POLL_SECO
         numbers[key] = queued.get(job.name) or _submit(submissions[key])
         print(f"job {numbers[key]}: {job.name}, log in {submissions[key].log}")
     while numbers:
-        known = {job.number: job for job in _known({key: jobs[key] for key in numbers})}
+        known = {job.number: job for job in _answer({key: jobs[key] for key in numbers}, poll_seconds)}
         for key, number in list(numbers.items()):
             job = known.get(number)  # None: Slurm has forgotten it
             if job is None or job.has_ended:
@@ -73,3 +74,18 @@ def _known(jobs: Mapping[str, Job]) -> list[slurm.QueuedJob]:
     """Return what Slurm knows of a user's jobs that are called as these."""
     names = [job.name for job in jobs.values()]
     return slurm.jobs_in(slurm.output_of(slurm.states_command(names, slurm.user())))
+
+
+def _answer(jobs: Mapping[str, Job], poll_seconds: float) -> list[slurm.QueuedJob]:
+    """As `_known`, but asks again while Slurm does not answer."""
+    for num_failures in range(1, _MOST_FAILURES + 1):
+        try:
+            return _known(jobs)
+        except ConfigError as error:
+            if num_failures == _MOST_FAILURES:
+                takes_over = "the jobs go on without this command, which takes them over when run again"
+                raise ConfigError(f"{error}; {takes_over}") from None
+            if num_failures == 1:
+                print(f"{error}; the jobs go on, and Slurm is asked again every {poll_seconds:g} s")
+            time.sleep(poll_seconds)
+    raise AssertionError("the last failure is raised")

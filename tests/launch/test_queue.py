@@ -15,7 +15,8 @@ from astar_megatron.config import ConfigError
 from astar_megatron.launch import queue
 from astar_megatron.launch.queue import Submission, submission_of
 
-# sbatch gives the numbers 7, 8, ...; squeue prints the next of its answers.
+# sbatch gives the numbers 7, 8, ...; squeue prints the next of its answers, or fails where it is SILENCE.
+SILENCE = "slurm_load_jobs error: Unable to contact slurm controller"
 STAND_IN = """#!{python}
 import json, pathlib, sys
 folder, name = pathlib.Path("{folder}"), pathlib.Path(sys.argv[0]).name
@@ -29,6 +30,8 @@ else:
     answers = folder / "answers.json"
     first, *rest = json.loads(answers.read_text())
     answers.write_text(json.dumps(rest))
+    if first.startswith("slurm_load_jobs error"):
+        sys.exit(first)
     print(first, end="")
 """
 
@@ -99,6 +102,18 @@ def test_a_job_that_waits_or_runs_is_taken_over_and_one_that_has_ended_is_submit
 def test_a_job_that_slurm_has_forgotten_did_not_do_well(slurm: Slurm) -> None:
     slurm("", "7 {a} COMPLETED")
     assert dict(queue.ended(submissions(), 0.0)) == {"a": True, "b": False}
+
+
+def test_a_slurm_that_is_silent_for_a_while_is_asked_again(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm("", *[SILENCE] * 39, "7 {a} COMPLETED; 8 {b} RUNNING", SILENCE, "7 {a} COMPLETED; 8 {b} COMPLETED")
+    assert list(queue.ended(submissions(), 0.0)) == [("a", True), ("b", True)]
+    assert capsys.readouterr().out.count("controller; the jobs go on, and Slurm is asked again every 0 s") == 2
+
+
+def test_a_slurm_that_stays_silent_is_an_error_and_the_jobs_go_on(slurm: Slurm) -> None:
+    slurm("", *[SILENCE] * 40)
+    with pytest.raises(ConfigError, match="Unable to contact slurm controller; the jobs go on without this command"):
+        list(queue.ended(submissions(), 0.0))
 
 
 def test_what_could_not_be_submitted_is_refused_before(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
