@@ -116,10 +116,12 @@ def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> Non
     with fleet.generating(version, Clock()):
         evaluated = _evaluate(cfg, inputs, fleet, tracker, version, Clock(), is_due=is_due)
     record.dashboards.show_final(version, evaluated)
-    fleet.export(cfg.export_dir)
+    with tracker.waiting(f"exporting to {cfg.export_dir}"):
+        fleet.export(cfg.export_dir)
+        agreement = certify(cfg.export_dir, fleet.policy.logprobs)
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
-    tracker.say(f"exported to {cfg.export_dir}: {certify(cfg.export_dir, fleet.policy.logprobs)}{rounding}")
+    tracker.say(f"exported to {cfg.export_dir}: {agreement}{rounding}")
     training = Training.of_run(config.flat(cfg), version, tracker.run_dir)
     tracker.say(card.write(cfg.export_dir, training, tracker.run_dir))
 

@@ -9,17 +9,20 @@ from astar_megatron.run.tracking import METRICS_FILE, read_metrics
 
 
 def before_and_after(run_dir: Path, curve: Path, export_dir: Path) -> list[tuple[str, str]]:
-    """Return names and values; the run has been evaluated as eval_before and eval_after, and trained in between."""
+    """Return names and values of a finished run; of evaluations (`eval.interval`), the first and the last."""
     steps = read_metrics(run_dir)
+    seconds = [step["seconds"]["total"] - step["seconds"].get("eval", 0.0) for step in steps]
+    evaluations = sorted({path.name[: len("eval_step_00000000")] for path in run_dir.glob("eval_step_*.jsonl")})
+    ends = evaluations[:1] + evaluations[1:][-1:]
     first, last = steps[0], steps[-1]
     rewards = [f"{step['reward_mean']:.2f} (step {step['step']})" for step in (first, last)]
     return [
-        ("right answers, greedy", f"{_right(run_dir, 'eval_before')} -> {_right(run_dir, 'eval_after')}"),
+        *([("right answers, greedy", " -> ".join(_right(run_dir, name) for name in ends))] if ends else []),
         ("mean reward, sampled", " -> ".join(rewards)),
-        ("seconds a step", f"{sum(step['seconds']['total'] for step in steps) / len(steps):.1f}"),
+        ("seconds a step", f"{sum(seconds) / len(seconds):.1f}"),
         ("the rewards' curve", str(curve)),
         ("metrics, a line a step", str(run_dir / METRICS_FILE)),
-        ("every answer", f"{run_dir}/eval_before*.jsonl, {run_dir}/eval_after*.jsonl"),
+        *([("every answer", ", ".join(f"{run_dir}/{name}*.jsonl" for name in ends))] if ends else []),
         ("exported model", str(export_dir)),
     ]
 

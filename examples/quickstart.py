@@ -1,7 +1,8 @@
 """The whole of A*PO on a laptop: SmolLM2-135M learns one-digit additions (`make demo`).
 
-Prepares model and prompts, then stage 1, evaluation, stage 2, evaluation, export, and lets plain transformers answer
-with the export. Everything is real: Megatron-Core, vLLM and Ray, on CPU. Everything it writes lies under runs/.
+Prepares model and prompts, then stage 1, stage 2 with an evaluation before and after, export, and lets plain
+transformers answer with the export. Everything is real: Megatron-Core, vLLM and Ray, on CPU. Everything it writes
+lies under runs/.
 """
 
 import os
@@ -19,7 +20,6 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import jsonl, one_digit_additions, write_jsonl
 from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.run.evaluation import evaluate
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker, plot_rewards
@@ -44,9 +44,7 @@ def main(overrides: list[str]) -> None:
     with Fleet(cfg, inputs.model, tracker) as fleet:
         table = sweep(cfg, inputs, fleet.engines, tracker)
         show(table, tracker)
-        evaluate(cfg, inputs, fleet.engines, tracker, "eval_before")
         train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
-        evaluate(cfg, inputs, fleet.engines, tracker, "eval_after")
     plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
     with tracker.waiting("asking the export with plain transformers"):
         answers = [f"transformers with the export: {question} -> {answer(cfg, question)!r}" for question in QUESTIONS]

@@ -37,7 +37,8 @@ def ours(steps: int) -> dict[str, Any]:
     from astar_megatron.train import train
 
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, ExitStack() as stack:
-        cfg = config.load(ROOT / "configs/demo.yaml", [f"run_dir={folder}", f"train.num_steps={steps}"])
+        overrides = [f"run_dir={folder}", f"train.num_steps={steps}", "eval.interval=null"]
+        cfg = config.load(ROOT / "configs/demo.yaml", overrides)
         tracker, start = Tracker(cfg.run_dir), time.perf_counter()
         inputs = prepare(cfg)
         fleet = stack.enter_context(Fleet(cfg, inputs.model, tracker))

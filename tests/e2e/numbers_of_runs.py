@@ -105,6 +105,7 @@ def demo_tree(folder: Path) -> dict[str, Any]:
         "model": {"path": str(folder / "model")},
         "data": {"path": str(folder / "prompts.jsonl")},
         "train": {"num_steps": 3},
+        "eval": {"interval": None},
         "cluster": {"threads": 2},
     }
     return merged(tree, changes)

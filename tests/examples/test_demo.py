@@ -37,5 +37,5 @@ def test_the_demo_learns_in_bfloat16(tmp_path: Path) -> None:
     assert steps[0]["reward_mean"] < 0.3
     assert steps[-1]["reward_mean"] >= 0.8
     assert steps[1]["changed_weights"] > 0.01
-    scores = [json.loads(line) for line in (run_dir / "eval_after.jsonl").read_text().splitlines()]
+    scores = [json.loads(line) for line in (run_dir / f"eval_step_{len(steps):08d}.jsonl").read_text().splitlines()]
     assert sum(score["reward"] for score in scores) / len(scores) > 0.8

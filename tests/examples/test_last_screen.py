@@ -25,10 +25,12 @@ def run_folder(folder: Path) -> Path:
     """A run of three steps, evaluated before and after."""
     tracker = Tracker(folder)
     for step, reward in enumerate((0.125, 0.5, 0.875)):
-        tracker.log({"step": step, "reward_mean": reward, "seconds": {"total": 10.0 + step}})
-    for name, rewards in (("eval_before", [1.0, 0.0, 0.0, None]), ("eval_after", [1.0, 1.0, 0.5, 1.0])):
+        evaluation = {} if step else {"eval": 3.0}
+        seconds = {"total": 10.0 + step + evaluation.get("eval", 0.0), **evaluation}
+        tracker.log({"step": step, "reward_mean": reward, "seconds": seconds})
+    for step, rewards in ((0, [1.0, 0.0, 0.0, None]), (2, [0.0, 0.0]), (3, [1.0, 1.0, 0.5, 1.0])):
         rows = [{"sample": "greedy", "reward": reward} for reward in rewards] + [{"sample": 0, "reward": 1.0}]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"eval_step_{step:08d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -41,7 +43,7 @@ def test_the_last_screen_shows_before_and_after_and_where_everything_lies(last_s
         "seconds a step": "11.0",
         "the rewards' curve": f"{run}/reward.png",
         "metrics, a line a step": f"{run}/metrics.jsonl",
-        "every answer": f"{run}/eval_before*.jsonl, {run}/eval_after*.jsonl",
+        "every answer": f"{run}/eval_step_00000000*.jsonl, {run}/eval_step_00000003*.jsonl",
         "exported model": f"{run}/hf",
     }
 
