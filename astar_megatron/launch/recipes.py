@@ -29,7 +29,8 @@ def experiment(
     if isinstance(executor, nemo.SetByHand):
         executor = executor.over(nemo.slurm_executor(cfg.slurm, title(cfg)))
     if isinstance(executor, run.SlurmExecutor) and not ctx.dryrun:
-        checks.of_inputs(cfg, [job.stage for job in jobs_of(cfg, config, overrides)])
+        if executor.container_image is None:  # the command line may name one
+            checks.of_inputs(cfg, [job.stage for job in jobs_of(cfg, config, overrides)])
         nemo.refuse_queued(cfg, executor)
     nemo.clean_environment(executor)
     with run.Experiment(title(cfg)) as stages:
