@@ -171,7 +171,8 @@ def launch(
     overrides: Overrides = None,
 ) -> None:
     """Submit a run's stages as jobs, each after the one before it; the section slurm of the file says how."""
-    flags = {"backend": backend, "nodes": nodes, "gpus_per_node": gpus_per_node, "stages": stages and f"[{stages}]"}
+    listed = None if stages is None else f"[{stages}]"
+    flags = {"backend": backend, "nodes": nodes, "gpus_per_node": gpus_per_node, "stages": listed}
     sets = [*(overrides or ()), *(f"slurm.{key}={value}" for key, value in flags.items() if value is not None)]
     cfg = config.load(config_file, sets)
     raise typer.Exit(import_program("launch.program").launch(cfg, config_file, sets, dry_run=dry_run))

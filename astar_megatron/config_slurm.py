@@ -31,13 +31,17 @@ _OWN_FLAGS: dict[str, str | None] = {
     **{"partition": "slurm.partition", "time": "slurm.time", "container-image": "slurm.image"},
     **dict.fromkeys(("job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue")),
     **dict.fromkeys(("no-requeue", "array", "wait", "wrap", "parsable", "quiet", "test-only", "chdir", "help")),
+    "clusters": None,  # others would be asked for the jobs
 }
+_WATCHED_FLAGS = (*_OWN_FLAGS, "export", "signal")
 
 
 def _variable(value: str) -> str:
     if not re.match(r"[A-Z_][A-Z0-9_]*=", value):
         raise ValueError(f"slurm.env: expected NAME=value with NAME in capitals, got {value!r:.200}")
     name, _, text = value.partition("=")
+    if name.startswith("ASTAR_") and not text:
+        raise ValueError(f"slurm.env: {value:.200}: empty; leave it out for its default")
     if key := _BY_KEYS.get(name.removeprefix("ASTAR_")):
         raise ValueError(f"slurm.env: {value:.200}: slurm.{key} sets that variable; use the key")
     if name in _NUMBERS:
@@ -51,6 +55,9 @@ def _flag(value: str) -> str:
     if not re.fullmatch(r"--[a-z][a-z-]+(=.+)?", value):
         raise ValueError(f"slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got {value!r:.200}")
     name, _, text = value.removeprefix("--").partition("=")
+    longer = [flag for flag in _WATCHED_FLAGS if flag.startswith(name)]
+    if longer and name not in (*longer, "gpus"):  # which is another flag
+        raise ValueError(f"slurm.flags: {value:.200}: sbatch takes it for --{longer[0]}; write flags in full")
     if name.startswith("export"):
         raise ValueError(f"slurm.flags: {value:.200}: jobs get the whole environment; add variables by slurm.env")
     if name in _OWN_FLAGS:
@@ -100,7 +107,7 @@ class SlurmConfig(Section):
 
     backend: Backend | None = None
     """What submits, for `astar train` outside a job too; `local`: stages run here. Null: sbatch, and training runs."""
-    stages: list[Stage] | None = None
+    stages: list[Stage] | None = Field(default=None, min_length=1)
     """Each a job that begins when the one before it has succeeded; null: all but export, and sweep where it is read."""
     nodes: int = Field(default=1, ge=1, le=65536)
     """[nodes] Of training; sweep and evaluation get those that the engines need, export one. Spare ones come on top."""

@@ -44,7 +44,7 @@ ROOMS = {
     "cli_options": set(),
     "cli_data": {"cli_options", "config"},
     "cli_convert": {"cli_options"},
-    "launch": {"cluster", "config"},  # of cluster what is pure: it has neither torch nor Ray where it runs
+    "launch": {"cluster", "data", "config"},  # of them what is pure: it has neither torch nor Ray where it runs
 }
 PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "fit"),

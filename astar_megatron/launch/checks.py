@@ -1,11 +1,14 @@
 """What can be known to fail before anything is submitted: each as one ConfigError that says what to change."""
 
+import glob
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
-from astar_megatron.config import ConfigError, RunConfig, SlurmConfig
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage
 from astar_megatron.launch.sbatch import logs_folder
 
 _IN_MEMORY = {"tmpfs", "ramfs"}
@@ -13,11 +16,38 @@ _ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # of one machine,
 
 
 def of_environment() -> None:
-    """Refuse variables of the batch script that are exported here: they would reach jobs past what is checked."""
+    """Refuse variables of the batch script that are exported here: they would reach jobs past what is checked.
+
+    And one that tells sbatch alone of a cluster.
+    """
     if exported := sorted(name for name in os.environ if name.startswith("ASTAR_")):
         raise ConfigError(
             f"{exported[0]}: exported in this shell, and a job would take it instead of what the run's file says; "
             f"unset it, and put it into the section slurm, as slurm.env=[{exported[0]}=...] or the key for it"
+        )
+    if "SBATCH_CLUSTERS" in os.environ:
+        raise ConfigError("SBATCH_CLUSTERS: only sbatch reads it; unset it, and export SLURM_CLUSTERS, which all do")
+
+
+def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
+    """Refuse stages whose files are not here: they would fail as they begin."""
+    if cfg.slurm.image or cfg.slurm.ssh:  # what a container or another machine sees is not known here
+        return
+    if {"sweep", "train"} & {*stages}:
+        _there("data.path", Path(cfg.data.path))
+    if {*stages} - {"export"}:
+        _there("model.path", Path(cfg.model.path, "config.json"))
+        _there("data.eval_path", Path(cfg.data.eval_path or os.devnull))
+    for stage, folder in (("eval", cfg.export_dir), ("export", Path(cfg.run_dir))):
+        if stage in stages and "train" not in stages and not folder.is_dir():
+            raise ConfigError(f"slurm.stages: {stage} without train, and {folder} is not there; add train")
+
+
+def _there(key: str, file: Path) -> None:
+    if not file.exists():
+        raise ConfigError(
+            f"{key}: {file} is not here; name what is, or run sbatch slurm/train.sbatch yourself where only the nodes "
+            "have it"
         )
 
 
@@ -27,6 +57,8 @@ def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
         if value is not None:
             raise ConfigError(f"slurm.{key}: {value}, which only nemo-run knows; set slurm.backend=nemo-run")
     _image(cfg)
+    if cfg.image and cfg.backend == "local":
+        raise ConfigError(f"slurm.image: {cfg.image}, but local has no containers; set slurm.image=null, or sbatch")
     if dry_run:
         return
     if cfg.backend != "local" and shutil.which("sbatch") is None:
@@ -47,18 +79,21 @@ def of_nemo_run(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mou
     """Check what an experiment of nemo-run needs; `mounts` is the kernel's list of file systems."""
     if cfg.slurm.packager == "git":
         _committed(config_file)
+    elif cfg.slurm.packager is not None and not glob.glob(cfg.slurm.packager):  # noqa: PTH207 (takes full paths)
+        raise ConfigError(f"slurm.packager: no file here matches {cfg.slurm.packager}; name a pattern that some do")
+    home = os.environ.get("NEMORUN_HOME")
+    if home and not re.fullmatch(r"/[\w./-]*", home):
+        raise ConfigError(
+            f"NEMORUN_HOME: {home!r}: nemo-run's scripts take a full path of letters, digits and . _ - / alone; set it "
+            "to such a one"
+        )
     if cfg.slurm.ssh is not None:  # what lies over there is not known here
         return
     _image(cfg.slurm)
-    home = os.environ.get("NEMORUN_HOME")
     if not home:
         raise ConfigError(
             "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder that all nodes share, as in "
             "export NEMORUN_HOME=$PWD/runs/nemo"
-        )
-    if any(character.isspace() for character in home):
-        raise ConfigError(
-            f"NEMORUN_HOME: {home!r} has a space, which nemo-run's scripts don't stand; set it to another"
         )
     own, shared = (file_system(Path(path), mounts) for path in (home, cfg.run_dir))
     if own in _IN_MEMORY or (own in _ON_DISK and shared != own):
@@ -80,6 +115,8 @@ def file_system(path: Path, mounts: Path) -> str:
 
 
 def _image(cfg: SlurmConfig) -> None:
+    if cfg.mounts and not cfg.image:
+        raise ConfigError(f"slurm.mounts: {cfg.mounts[0]}, but no container would see it; set slurm.image")
     if cfg.image and cfg.image.startswith(("/", "./")) and not Path(cfg.image).is_file():
         raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
 

@@ -21,7 +21,7 @@ from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissing
 from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
 from astar_megatron.launch import sbatch, scripts, slurm
-from astar_megatron.launch.stages import Job, jobs_of, title
+from astar_megatron.launch.stages import Job, jobs_of, names, title
 
 _REFUSALS = (OSError, SSHException, UnexpectedExit, AssertionError)  # of nemo-run, and of what it asks
 
@@ -158,8 +158,7 @@ def submit(cfg: RunConfig, config_file: str, overrides: Sequence[str], *, dry_ru
 def refuse_queued(cfg: RunConfig, executor: Any) -> None:
     """Raise ConfigError where Slurm has one of the run's jobs already, or can't be asked."""
     tunnel = executor.tunnel
-    names = [job.name for job in jobs_of(cfg, "")]
-    words = slurm.states_command(names, tunnel.user or slurm.user())  # a LocalTunnel has no user
+    words = slurm.states_command(names(cfg), tunnel.user or slurm.user())  # a LocalTunnel has no user
     try:
         printed = tunnel.run(shlex.join(words)).stdout
     except _REFUSALS as error:
@@ -172,10 +171,9 @@ def clean_environment(executor: Any) -> None:
 
     And have jobs get the rest, although a site has set SBATCH_EXPORT=NONE.
     """
-    kept = slurm.environment() | {"SBATCH_EXPORT": "ALL"}
-    fields = {"SBATCH_ACCOUNT": "account", "SBATCH_PARTITION": "partition", "SBATCH_TIMELIMIT": "time"}
-    dropped = {name for name, field in fields.items() if getattr(executor, field, None)}
-    for name in {name for name in os.environ if name not in kept} | dropped & {*os.environ}:
+    named = vars(executor) | (getattr(executor, "additional_parameters", None) or {})
+    kept = slurm.environment([name.replace("_", "-") for name, value in named.items() if value])
+    for name in os.environ.keys() - kept.keys():
         del os.environ[name]
     os.environ["SBATCH_EXPORT"] = "ALL"
 
@@ -201,7 +199,7 @@ def _reason(error: BaseException) -> str:
     return f"{result.command}: {result.stderr.strip()}" if result is not None else f"{type(error).__name__}: {error}"
 
 
-def look(cfg: RunConfig, names: Sequence[str], action: str) -> None:
+def look(cfg: RunConfig, action: str) -> None:
     """Print the status or the logs of the run's newest experiment, or cancel its jobs.
 
     Slurm is asked by the jobs' names: nemo-run's own status asks its accounting, which not every cluster has.
@@ -216,12 +214,12 @@ def look(cfg: RunConfig, names: Sequence[str], action: str) -> None:
     tunnel = experiment.jobs[0].executor.tunnel
     user = tunnel.user or slurm.user()  # a LocalTunnel has none
     if action == "cancel":
-        if queued := slurm.waiting(tunnel.run(shlex.join(slurm.states_command(names, user))).stdout):
+        if queued := slurm.waiting(tunnel.run(shlex.join(slurm.states_command(names(cfg), user))).stdout):
             tunnel.run(shlex.join(slurm.cancel_command(queued)))
         print(slurm.cancelled(queued))
         commands = []
     elif action == "status":
-        commands = [shlex.join(slurm.status_command(names, user))]
+        commands = [shlex.join(slurm.status_command(names(cfg), user))]
     else:
         folders = [f"{shlex.quote(tunnel.job_dir)}/{job.id}" for job in experiment.jobs]
         tail = f"tail -n {sbatch.SHOWN_LINES}"

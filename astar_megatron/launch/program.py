@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.config import STAGES, ConfigError, RunConfig, SlurmConfig
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig
 from astar_megatron.launch import checks, sbatch
-from astar_megatron.launch.stages import jobs_of, title
+from astar_megatron.launch.stages import jobs_of, names
 
 _ACTIONS = ("status", "logs", "cancel")
 
@@ -22,6 +22,8 @@ def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_r
     """Submit the stages, or print what would be; return the exit status. Nothing is submitted where one is refused."""
     checks.of_environment()
     jobs = jobs_of(cfg, str(config_file), overrides)
+    if not dry_run:
+        checks.of_inputs(cfg, [job.stage for job in jobs])
     if cfg.slurm.backend == "nemo-run":
         checks.of_nemo_run(cfg, str(config_file))
         _nemo().submit(cfg, str(config_file), overrides, dry_run=dry_run)
@@ -29,7 +31,7 @@ def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_r
     checks.of_sbatch(cfg.slurm, dry_run=dry_run)
     if cfg.slurm.backend == "local":
         return sbatch.run_here(jobs, cfg.slurm, dry_run=dry_run)
-    sbatch.submit(jobs, cfg.slurm, dry_run=dry_run)
+    sbatch.submit(jobs, cfg.slurm, names(cfg), dry_run=dry_run)
     return 0
 
 
@@ -37,17 +39,16 @@ def look(cfg: RunConfig, action: str) -> None:
     """Print the status or the logs of the run's jobs, or cancel them."""
     if action not in _ACTIONS:
         raise ConfigError(f"astar jobs {action}: expected status, logs or cancel")
-    names = [f"{title(cfg)}-{stage}" for stage in STAGES]
     if cfg.slurm.backend == "local":
         raise ConfigError("slurm.backend: local runs in the terminal that started it; there are no jobs")
     if cfg.slurm.backend == "nemo-run":
-        _nemo().look(cfg, names, action)
+        _nemo().look(cfg, action)
     elif action == "logs":
-        sbatch.logs(names, cfg.slurm)
+        sbatch.logs(names(cfg), cfg.slurm)
     elif action == "status":
-        sbatch.status(names)
+        sbatch.status(names(cfg))
     else:
-        sbatch.cancel(names)
+        sbatch.cancel(names(cfg))
 
 
 def _nemo() -> Any:

@@ -10,7 +10,7 @@ import nemo_run as run  # pyright: ignore[reportMissingImports]
 
 from astar_megatron.config import load
 from astar_megatron.launch import checks, nemo
-from astar_megatron.launch.stages import title
+from astar_megatron.launch.stages import jobs_of, title
 
 
 @run.cli.entrypoint(namespace="astar", type="experiment")
@@ -24,12 +24,14 @@ def experiment(
     checks.of_environment()
     cfg = load(config, overrides)
     executor = ctx.executor or nemo.SetByHand(account=None)
+    if isinstance(executor, run.SlurmExecutor):  # before anything is written
+        checks.of_nemo_run(cfg, config)
     if isinstance(executor, nemo.SetByHand):
         executor = executor.over(nemo.slurm_executor(cfg.slurm, title(cfg)))
-    if isinstance(executor, run.SlurmExecutor):
-        checks.of_nemo_run(cfg, config)
-        if not ctx.dryrun:
-            nemo.refuse_queued(cfg, executor)
+    if isinstance(executor, run.SlurmExecutor) and not ctx.dryrun:
+        if executor.container_image is None:  # the command line may name one
+            checks.of_inputs(cfg, [job.stage for job in jobs_of(cfg, config, overrides)])
+        nemo.refuse_queued(cfg, executor)
     nemo.clean_environment(executor)
     with run.Experiment(title(cfg)) as stages:
         nemo.add_stages(stages, config, executor, overrides, python)

@@ -5,7 +5,6 @@ Jobs are known by their names, so nothing has to be kept: `status` and `cancel` 
 
 import contextlib
 import importlib.util
-import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from astar_megatron.launch import scripts, slurm
 from astar_megatron.launch.stages import Job
 
 SHOWN_LINES = 40
+_STACK = ("torch", "megatron", "vllm")  # of an environment that trains; Ray is in that of nemo-run too
 
 
 def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
@@ -28,8 +28,8 @@ def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
         "ASTAR_MOUNTS": ",".join(cfg.mounts),
         "ASTAR_SETUP": cfg.setup,
     }
-    if cfg.image is None and importlib.util.find_spec("ray"):  # it can run what it launches, and may be on no PATH
-        chosen["ASTAR_PYTHON"] = sys.executable
+    if cfg.image is None and all(map(importlib.util.find_spec, _STACK)):  # it can run what it launches
+        chosen["ASTAR_PYTHON"] = sys.executable  # and may be on no PATH
     own = cfg.variables
     if "ASTAR_LOGS" in own:
         own["ASTAR_LOGS"] = f"{own['ASTAR_LOGS']}/{job.name}"  # stages don't write into each other's files
@@ -59,10 +59,11 @@ def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
     return ["sbatch", "--parsable", *words, *cfg.flags, str(scripts.path("train.sbatch")), job.config_file, *job.words]
 
 
-def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
+def submit(jobs: Sequence[Job], cfg: SlurmConfig, names: Sequence[str], *, dry_run: bool) -> None:
     """Submit all the jobs in their order, or none, and say their numbers.
 
-    A dry run prints the commands and their batch script. Raises ConfigError where Slurm refuses, or has one already.
+    A dry run prints the commands and their batch script. Raises ConfigError where Slurm refuses, or has a job by one of
+    `names`, those of all stages of the run.
     """
     if dry_run:
         for before, job in zip((None, *jobs), jobs, strict=False):
@@ -70,7 +71,6 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> None:
         script = scripts.path("train.sbatch")
         print(f"\n# {script}, which each of them runs:\n{script.read_text(encoding='utf-8')}", end="")
         return
-    names = [job.name for job in jobs]
     slurm.refuse_queued(slurm.output_of(slurm.states_command(names, slurm.user())))
     numbers: list[str] = []
     try:
@@ -96,7 +96,7 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
         words = ["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words]
         if dry_run:
             print(_shown(chosen, words))
-        elif status := subprocess.run(words, env=os.environ | chosen, check=False).returncode:
+        elif status := subprocess.run(words, env=slurm.environment() | chosen, check=False).returncode:
             print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
             return status
     return 0
@@ -117,7 +117,7 @@ def logs(names: Sequence[str], cfg: SlurmConfig) -> None:
     folder = logs_folder(cfg)
     newest = {name: max(folder.glob(f"{name}-*.log"), key=_written, default=None) for name in names}
     if not any(newest.values()):
-        print(f"no job of the run has a log in {folder} yet")
+        print(f"no job of the run has a log in {folder} yet; those of nemo-run: --set slurm.backend=nemo-run")
     for name, own in newest.items():
         if own is None:
             continue

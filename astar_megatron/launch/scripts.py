@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from astar_megatron.data.files import make_folder, write_atomic
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What nemo-run fills in before the body. Its job folder is called /nemo_run where it says what to run.
 _HEAD = """
@@ -54,6 +56,6 @@ def write_ray_template(folder: Path) -> Path:
     text = "\n".join([shebang, *flags]) + _HEAD + "{% raw %}" + body + "\n{% endraw %}\n"
     file = folder / f"train-{hashlib.sha256(text.encode()).hexdigest()[:12]}.sub.j2"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        make_folder(folder)
+        write_atomic(file, text.encode())
     return file

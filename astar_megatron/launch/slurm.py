@@ -7,6 +7,7 @@ a job that was submitted inside another job, or under a name that nobody knows, 
 import os
 import pwd
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,20 @@ _BEFORE_THE_END = {
     *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "STOPPED", "RESIZING", "SIGNALING"),
     *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "STAGE_OUT"),
 }
-# What a site or a user may set as a default for jobs: all other SBATCH_* would change what the batch script relies on.
+# What a site or a user may set as a default for jobs, and the flags of sbatch that say otherwise. All other SBATCH_*
+# would change what the batch script relies on.
+_MEMORY = ("mem", "mem-per-gpu", "mem-per-cpu")
 _DEFAULTS = {
-    *("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS", "SBATCH_RESERVATION", "SBATCH_CLUSTERS", "SBATCH_TIMELIMIT"),
-    *("SBATCH_CONSTRAINT", "SBATCH_EXCLUSIVE", "SBATCH_WCKEY", "SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_GPU"),
+    "SBATCH_ACCOUNT": ("account",),
+    "SBATCH_PARTITION": ("partition",),
+    "SBATCH_QOS": ("qos",),
+    "SBATCH_RESERVATION": ("reservation",),
+    "SBATCH_TIMELIMIT": ("time",),
+    "SBATCH_CONSTRAINT": ("constraint",),
+    "SBATCH_EXCLUSIVE": ("exclusive",),
+    "SBATCH_WCKEY": ("wckey",),
+    "SBATCH_MEM_PER_NODE": _MEMORY,
+    "SBATCH_MEM_PER_GPU": _MEMORY,
 }
 _CLUSTER = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"}  # which one, and the right to ask it
 
@@ -44,14 +55,14 @@ class QueuedJob:
         return self.state == "COMPLETED"
 
 
-def environment() -> dict[str, str]:
-    """Return this process's environment without what Slurm's commands must not read from it."""
+def environment(flags: Sequence[str] = ()) -> dict[str, str]:
+    """Return this process's environment without what Slurm's commands must not read from it.
+
+    `flags` are those of sbatch that stand in a batch script, where variables for the same would win over them.
+    """
     dropped = ("SBATCH_", "SLURM_", "SQUEUE_", "SCANCEL_", "SRUN_")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _DEFAULTS | _CLUSTER or not name.startswith(dropped)
-    }
+    kept = {name for name, said_by in _DEFAULTS.items() if not {*said_by} & {*flags}} | _CLUSTER
+    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(dropped)}
 
 
 def user() -> str:
@@ -117,7 +128,9 @@ def output_of(words: Sequence[str], variables: Mapping[str, str] | None = None) 
     """Return what a command of Slurm prints, with more variables. Raises ConfigError with its words if it refuses."""
     own = environment() | dict(variables or {})
     try:
-        done = subprocess.run(words, env=own, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        program = shutil.which(words[0]) or words[0]  # by this process's PATH: `variables` may have that of the jobs
+        command = [program, *words[1:]]
+        done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except FileNotFoundError:
         raise ConfigError(f"{words[0]}: not here; run this on a login node") from None
     except subprocess.TimeoutExpired:

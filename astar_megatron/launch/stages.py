@@ -67,6 +67,11 @@ def title(cfg: RunConfig) -> str:
     return f"{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
+def names(cfg: RunConfig) -> list[str]:
+    """Return the names of the run's jobs, of all stages."""
+    return [f"{title(cfg)}-{stage}" for stage in STAGES]
+
+
 def _usual(cfg: RunConfig) -> list[Stage]:
     sweeps = cfg.reads_stage_1 or cfg.filter != FilterConfig()
     return ["sweep", "train", "eval"] if sweeps else ["train", "eval"]

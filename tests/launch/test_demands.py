@@ -61,5 +61,12 @@ def test_every_sbatch_command_of_the_guides_suits_its_configuration(page: str, l
     check_job(load(ROOT / after[config], sets), program, nodes(count, int(flags.get("--gpus-per-node", 0))), 0)
 
 
+def test_no_job_of_the_guides_waits_for_ever_or_for_every_task_of_an_array() -> None:
+    waiting = [line for _, line in COMMANDS if "--dependency" in line]
+    assert len(waiting) == 2
+    for line in waiting:
+        assert "--dependency=afterany:$sweep " in line or "--kill-on-invalid-dep=yes " in line, line
+
+
 def test_the_guides_have_such_commands() -> None:
     assert len(COMMANDS) >= 6

@@ -57,6 +57,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     (work / "run.yaml").write_text(SMALL)
+    (work / "some" / "model").mkdir(parents=True)
+    for file in ("some.jsonl", "some/model/config.json"):
+        (work / file).touch()
     monkeypatch.chdir(work)
     return work
 
@@ -85,7 +88,7 @@ def test_every_configuration_is_accepted(path: Path, folder: Path, astar: Astar)
     assert [f"--job-name={name}-{stage} " in out for stage in ("sweep", "train", "eval", "export")] == [
         *(True, True, True, False)
     ]
-    assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"] and not calls(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["run.yaml", "some", "some.jsonl"] and not calls(folder)
 
 
 def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar: Astar) -> None:
@@ -105,11 +108,22 @@ def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar
     assert (folder / "logs").is_dir()  # Slurm does not make it
 
 
-def test_jobs_get_the_python_that_launches_them_unless_a_container_has_its_own(folder: Path, astar: Astar) -> None:
+def test_jobs_get_the_python_that_launches_them_unless_a_container_has_its_own_or_it_can_not_train(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
     assert json.loads(calls(folder)[-1][-1])["ASTAR_PYTHON"] == sys.executable
     assert astar("launch", "--config", "run.yaml", "--stages", "train", "--set", "slurm.image=a/b:1")[0] == 0
     assert "ASTAR_PYTHON" not in json.loads(calls(folder)[-1][-1])
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as in nemo-run's environment, which has Ray
+    assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
+    assert "ASTAR_PYTHON" not in json.loads(calls(folder)[-1][-1])
+
+
+def test_sbatch_is_that_of_the_launchers_path_whatever_the_jobs_get(folder: Path, astar: Astar) -> None:
+    env = "slurm.env=['PATH=/opt/venv/bin:/bin']"
+    status, _, error = astar("launch", "--config", "run.yaml", "--stages", "train", "--set", env)
+    assert (status, error, len(calls(folder))) == (0, "", 1)
 
 
 def test_the_section_says_all_that_flags_can(folder: Path, astar: Astar) -> None:
@@ -225,6 +239,7 @@ def test_train_runs_in_a_job_and_wherever_the_section_does_not_submit(
     folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "run.yaml").write_text(f"{SMALL}slurm: {{backend: sbatch}}\n")
+    shutil.rmtree(folder / "some")
     for words, job in (((), "7"), (("--set", "slurm.backend=local"), ""), (("--set", "slurm.backend=null"), "")):
         monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         status, _, error = astar("train", "--config", "run.yaml", *words)
@@ -261,6 +276,24 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--nodes 4 --set parallel.data=8", "slurm.nodes: 4, of which 2 would have nothing to do: 8 policy ranks and"),
         ("--set slurm.env=[ASTAR_LOGS=file/logs]", "file/logs: can't write logs there: Not a directory"),
         ("--set slurm.image=./none.sqsh", "slurm.image: ./none.sqsh: no such file"),
+        ("--set slurm.image=a/b:1 --backend local", "slurm.image: a/b:1, but local has no containers"),
+        ("--set slurm.mounts=[/data:/data]", "slurm.mounts: /data:/data, but no container would see it"),
+        ("--set data.path=/nope.jsonl", "data.path: /nope.jsonl is not here; name what is"),
+        ("--set data.eval_path=nope.jsonl", "data.eval_path: nope.jsonl is not here"),
+        ("--set model.path=some", "model.path: some/config.json is not here"),
+        ("--set model.path=/no/model --stages eval", "model.path: /no/model/config.json is not here"),
+        ("--set model.path=/no/model --backend local", "model.path: /no/model/config.json is not here"),
+        ("--stages eval", "slurm.stages: eval without train, and runs/my run/hf is not there; add train"),
+        ("--stages export", "slurm.stages: export without train, and runs/my run is not there; add train"),
+        ("--stages=", "slurm.stages: list should have at least 1 item"),
+        ("--set slurm.stages=[]", "slurm.stages: list should have at least 1 item"),
+        ("--set slurm.env=[ASTAR_LOGS=]", "slurm.env: ASTAR_LOGS=: empty; leave it out for its default"),
+        ("--set slurm.flags=[--clusters=b]", "slurm.flags: --clusters=b: leave it out: launching"),
+        ("--set slurm.flags=[--arr=0-3]", "slurm.flags: --arr=0-3: sbatch takes it for --array; write flags in full"),
+        ("--set slurm.flags=[--depend=afterok:1]", "--depend=afterok:1: sbatch takes it for --dependency"),
+        ("--set slurm.flags=[--sig=B:TERM@60]", "--sig=B:TERM@60: sbatch takes it for --signal"),
+        ("--set slurm.flags=[--exp=NONE]", "--exp=NONE: sbatch takes it for --export"),
+        ("--set slurm.packager=no/*.py --backend nemo-run", "slurm.packager: no file here matches no/*.py; name a"),
         ("--set slurm.ssh=me@host:/jobs", "slurm.ssh: me@host:/jobs, which only nemo-run knows"),
         ("--set slurm.packager=git", "slurm.packager: git, which only nemo-run knows"),
         ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder, got 'host'"),
@@ -293,6 +326,14 @@ def test_what_is_exported_in_the_shell_does_not_reach_jobs_past_the_checks(
             assert status == 2 and error.startswith(f"astar: {name}: exported in this shell"), error
         monkeypatch.delenv(name)
     assert calls(folder) == []
+
+
+def test_a_cluster_that_only_sbatch_would_be_told_of_is_refused(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_CLUSTERS", "b")
+    status, _, error = astar("launch", "--config", "run.yaml")
+    assert (status, calls(folder)) == (2, []) and error.startswith("astar: SBATCH_CLUSTERS: only sbatch reads it")
 
 
 def test_without_slurm_or_nemo_run_the_message_says_what_to_do(
@@ -373,18 +414,26 @@ def test_who_is_asked_for_and_what_is_submitted_do_not_hang_on_variables_of_slur
     monkeypatch.setenv("LOGNAME", "somebody")
     environment = slurm.environment()
     assert not environment.keys() & {*decided} and {*kept} <= environment.keys()
+    assert "SBATCH_ACCOUNT" not in slurm.environment(["account"])
     assert slurm.user() == pwd.getpwuid(os.getuid()).pw_name
     assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
     assert f"--user={slurm.user()}" in all_calls(folder)[0]
 
 
 def test_a_run_that_is_in_the_queue_is_not_submitted_again(folder: Path, astar: Astar) -> None:
-    (folder.parent / "tools" / "queue").write_text(f"66 {named(folder)}-train PENDING\n")
-    status, out, error = astar("launch", "--config", "run.yaml")
-    assert (status, out, calls(folder)) == (2, "", [])
-    assert f"job 66, {named(folder)}-train, is PENDING already; cancel it" in error
-    ((*asked, _),) = all_calls(folder)
-    assert f"--name={','.join(f'{named(folder)}-{stage}' for stage in ('sweep', 'train', 'eval'))}" in asked
+    """Nor are other stages of it, which would not wait for that one."""
+    (folder.parent / "tools" / "queue").write_text(f"66 {named(folder)}-train RUNNING\n")
+    (folder / "runs" / "my run" / "hf").mkdir(parents=True)
+    for stages in ("train", "eval,export"):
+        status, out, error = astar("launch", "--config", "run.yaml", "--stages", stages)
+        assert (status, out, calls(folder)) == (2, "", [])
+        assert f"job 66, {named(folder)}-train, is RUNNING already; cancel it" in error
+    (*asked, _), _ = all_calls(folder)
+    assert f"--name={','.join(f'{named(folder)}-{stage}' for stage in ('sweep', 'train', 'eval', 'export'))}" in asked
+
+
+def test_without_a_log_it_is_said_where_those_of_another_backend_are(folder: Path, astar: Astar) -> None:
+    assert "those of nemo-run: --set slurm.backend=nemo-run" in astar("jobs", "logs", "--config", "run.yaml")[1]
 
 
 def test_logs_are_the_ends_of_the_newest_of_each_stage(folder: Path, astar: Astar) -> None:
@@ -409,9 +458,9 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
     python.chmod(0o700)
     words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
     command = [sys.executable, "-m", "astar_megatron.cli", "launch", *words, "--set", "data.suffix=' x'"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    job = {"SLURM_JOB_ID": "5", "SLURMD_NODENAME": "node1"}  # in one too
     done = subprocess.run(
-        command, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        command, env=os.environ | job | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 7
     assert done.stdout.splitlines() == [
@@ -452,10 +501,27 @@ def test_the_template_is_the_body_after_what_nemo_run_fills_in(tmp_path: Path) -
     assert [again] == list((tmp_path / "templates").iterdir())
 
 
+def test_a_template_that_could_not_be_written_is_not_there(tmp_path: Path) -> None:
+    """A limit of a file's size stands for a full disk."""
+    program = (
+        "import resource, signal, pathlib\nfrom astar_megatron.launch import scripts\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "scripts.write_ray_template(pathlib.Path('templates'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "StorageError" in done.stderr and list((tmp_path / "templates").iterdir()) == []
+
+
 @pytest.mark.parametrize("is_shipped", [False, True])
 def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path, is_shipped: bool) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$ASTAR_IMAGE" "$ASTAR_MOUNTS" "$@"\n')
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$image" "$ASTAR_MOUNTS" "$@"\n')
     python.chmod(0o700)
     code = tmp_path / "job" / "code"
     code.mkdir(parents=True)
@@ -464,6 +530,7 @@ def test_the_template_runs_the_command_with_code_that_was_shipped(tmp_path: Path
         (code / "run.yaml").touch()
     words = "--set 'data.suffix=a  b' --set 'data.suffix=\" `x` $HOME'"
     script = rendered(tmp_path, f"python -m astar_megatron.cli eval --config run.yaml {words}")
+    script = script.replace('\nmain "$@"', '\nimage=$ASTAR_IMAGE ASTAR_IMAGE=\nexport image\nmain "$@"')  # no job's
     environment = {"PATH": os.environ["PATH"], "ASTAR_PYTHON": str(python)}  # no job of Slurm's
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -489,9 +556,12 @@ def test_the_home_of_nemo_run_must_be_shared(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("NEMORUN_HOME", "/shared/nemo")
     checks.of_nemo_run(cfg, "run.yaml", mounts)
     checks.of_nemo_run(run_config(run_dir="/runs/x"), "run.yaml", mounts)
-    monkeypatch.setenv("NEMORUN_HOME", "/shared/my nemo")
-    with pytest.raises(ConfigError, match=r"NEMORUN_HOME: '/shared/my nemo' has a space"):
-        checks.of_nemo_run(cfg, "run.yaml", mounts)
+    elsewhere = run_config(run_dir="/shared/runs/x", slurm={"ssh": "me@host:/jobs"})
+    for home in ("/shared/my nemo", "/shared/n'q", "/shared/n$q", "relative/nemo"):
+        monkeypatch.setenv("NEMORUN_HOME", home)
+        for own in (cfg, elsewhere):
+            with pytest.raises(ConfigError, match=f"NEMORUN_HOME: {re.escape(repr(home))}: nemo-run's scripts take a"):
+                checks.of_nemo_run(own, "run.yaml", mounts)
     monkeypatch.setenv("NEMORUN_HOME", f"{mounts}/nemo")
     with pytest.raises(ConfigError, match=rf"{mounts} is no folder that you may write to"):
         checks.of_nemo_run(run_config(run_dir=str(tmp_path)), "run.yaml", mounts)

@@ -28,15 +28,19 @@ type Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a program of nemo-run's environment in `tmp_path`, and gives all that it prints."""
     if (nemorun := shutil.which("nemorun")) is None:
         pytest.skip("no nemorun on PATH: pip install '.[launch]' in an environment of its own")
     (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "some" / "model").mkdir(parents=True)
+    for file in ("some.jsonl", "some/model/config.json"):
+        (tmp_path / file).touch()
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\n')
     python.chmod(0o700)
-    variables = {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo"), "COLUMNS": "300"}
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    variables = {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
 
     def run(program: str, *words: str) -> str:
         command = [str(Path(nemorun).parent / program), *words]
@@ -95,16 +99,29 @@ def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -
             run("nemorun", "astar", "experiment", *words, "overrides=['slurm.stages=[train]']")
 
 
+def test_nothing_is_written_where_the_home_of_nemo_run_is_not_set(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEMORUN_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(AssertionError, match="NEMORUN_HOME: not set; jobs read and write below it"):
+        run("nemorun", "astar", "experiment", "config=run.yaml", "--dryrun", "--yes")
+    assert list(tmp_path.glob("home/.nemo_run/astar")) == []
+
+
 def test_jobs_get_the_environment_whatever_the_site_has_set_but_for_what_wins_over_their_scripts(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tools").mkdir()
-    for name, text in (("sbatch", 'echo "$SBATCH_EXPORT $SBATCH_JOB_NAME $MINE" >>exports; echo 70'), ("squeue", "")):
+    names = ("EXPORT", "JOB_NAME", "QOS", "MEM_PER_NODE", "PARTITION", "RESERVATION")
+    shown = " ".join([*(f"$SBATCH_{name}" for name in names), "$MINE"])
+    for name, text in (("sbatch", f'echo "{shown}" >>exports; echo 70'), ("squeue", "")):
         (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "tools" / name).chmod(0o700)
     monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
-    for name, value in (("SBATCH_EXPORT", "NONE"), ("SBATCH_JOB_NAME", "other"), ("MINE", "own")):
-        monkeypatch.setenv(name, value)
+    for name in names:
+        monkeypatch.setenv(f"SBATCH_{name}", "other")
+    monkeypatch.setenv("MINE", "own")
     run(
         "python",
         "-m",
@@ -116,8 +133,12 @@ def test_jobs_get_the_environment_whatever_the_site_has_set_but_for_what_wins_ov
         "run.yaml",
         "--stages",
         "train",
+        "--set",
+        "slurm.flags=[--qos=high, --mem-per-gpu=4G]",
+        "--set",
+        "slurm.partition=big",
     )
-    assert (tmp_path / "exports").read_text() == "ALL  own\n"
+    assert (tmp_path / "exports").read_text() == "ALL     other own\n"
 
 
 def test_the_experiment_of_the_guide_runs(run: Run, tmp_path: Path) -> None:

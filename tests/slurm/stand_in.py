@@ -28,6 +28,7 @@ def value(words: list[str], flag: str) -> str:
 
 
 def token() -> str:
+    assert not {"RAY_AUTH_TOKEN", "RAY_ADDRESS"} & os.environ.keys()  # which Ray would take instead
     file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     assert os.environ["RAY_AUTH_MODE"] == "token" and file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700

@@ -21,8 +21,9 @@ RUN = """{{
 "run_dir": "runs/mine", "model": {{"path": "m"}}, "reward": {{"name": "last_number"}},
 "data": {{
   "path": "d", "prompt_field": print(WORDS), "answer_field": print(len(JOINED)),
-  "suffix": str("train" in WORDS and "seed=3" in WORDS and exit(3)),
-  "eval_path": str("seed=4" in WORDS and __import__("signal").pause())}},
+  "suffix": str("train" in WORDS and "seed=3" in WORDS and exit(3)
+    or "seed=4" in WORDS and __import__("signal").pause())
+}},
 "slurm": {{"nodes": 2, "gpus_per_node": 0, "backend": "{backend}", "env": ["ASTAR_PYTHON={python}"]}}
 }}
 """
@@ -45,6 +46,9 @@ def astar(request: pytest.FixtureRequest, slurm: Slurm, tmp_path: Path) -> Astar
             pytest.skip("no nemorun on PATH: pip install '.[launch]' in an environment of its own")
         python = str(Path(nemorun).parent / "python")
     (tmp_path / "run.yaml").write_text(RUN.format(backend=request.param, python=STAND_IN))
+    (tmp_path / "m").mkdir()
+    for file in ("d", "m/config.json"):
+        (tmp_path / file).touch()
     environment = {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo")}
 
     def run(*words: str) -> str:
@@ -114,10 +118,10 @@ def test_jobs_that_wait_and_run_are_cancelled(slurm: Slurm, astar: Astar) -> Non
 
 
 def test_a_dry_run_prints_the_batch_script_and_changes_nothing(slurm: Slurm, astar: Astar, tmp_path: Path) -> None:
-    before = slurm.run("squeue", "--states=all")
+    before, files = slurm.run("squeue", "--states=all"), sorted(tmp_path.iterdir())
     out = astar("launch", "--config", "run.yaml", "--dry-run")
     assert len(re.findall(r"--job-name=mine-\w{8}-train", out)) == 1 and "afterok" in out and "start_nodes" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+    assert sorted(tmp_path.iterdir()) == files
     assert slurm.run("squeue", "--states=all") == before
 
 

@@ -216,11 +216,23 @@ INHERITED = {
     "SLURM_GPUS": "1",
     "SLURM_GPUS_PER_NODE": "1",
     "SLURM_GPUS_PER_TASK": "1",
+    "SLURM_MEM_PER_CPU": "100",
+    "SLURM_MEM_PER_NODE": "200",
+    "SLURM_MEM_PER_GPU": "300",
+    "SLURM_CPUS_PER_GPU": "4",
+    "SLURM_CPUS_PER_TASK": "99",
+    "SLURM_NTASKS_PER_GPU": "1",
+    "SLURM_TRES_PER_TASK": "cpu:99",
+    "SLURM_HINT": "nomultithread",
+    "SLURM_THREADS_PER_CORE": "1",
+    "SLURM_DISTRIBUTION": "plane",
     "SRUN_CPUS_PER_TASK": "2",
     "SLURM_WORKING_DIR": "/",
     "SLURM_REMOTE_CWD": "/",
     "CDPATH": ".",
     "SECONDS": "500",
+    "RAY_AUTH_TOKEN": "of-all-jobs",
+    "RAY_ADDRESS": "10.99.0.1:6379",
     "ASTAR_SETUP": "cd /",  # not inherited, and moves nothing either
 }
 
@@ -228,11 +240,44 @@ INHERITED = {
 def test_what_the_job_that_submits_hands_on_changes_nothing(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
-    job = submit("import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ)", env=INHERITED)
+    program = "import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ)"
+    job = submit(program, "-N2", "--mem=500", env=INHERITED)
     assert slurm.wait(job) == "COMPLETED", output(tmp_path, job)
     log = tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log"
     assert log.read_text() == f"{tmp_path} False\n"
     assert slurm.left_behind(job) == []
+
+
+@pytest.mark.parametrize(("line", "status"), [("cd /no/such", 1), ("exit 3", 3)])
+def test_a_setup_that_fails_is_named_and_ends_the_job(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, line: str, status: int
+) -> None:
+    job = submit("", env={"ASTAR_SETUP": line})
+    assert slurm.wait(job) == "FAILED"
+    assert f"node1: ASTAR_SETUP={line}: ended with status {status}\n" in output(tmp_path, job)
+    assert slurm.left_behind(job) == []
+
+
+def test_a_start_that_takes_too_long_names_the_variable_and_begins_with_srun(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", "sleep 6"), ("scontrol", 'sleep 4; exec /usr/bin/scontrol "$@"')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = submit("", env={"PATH": path, "ASTAR_START_SECONDS": "3"})
+    assert slurm.wait(job) == "FAILED"
+    assert "srun did not start Ray on node1 node2 in 3 s (ASTAR_START_SECONDS); give it more" in output(tmp_path, job)
+
+
+def test_an_allocation_is_used_by_srun_and_refused_beside_its_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("print(sorted(JOINED))")
+    command = f"bash {TRAIN} program.py 2>beside; srun -N1 -n1 bash {TRAIN} program.py"
+    slurm.run("salloc", "-N2", "bash", "-c", command, cwd=tmp_path, env=STAND_IN)
+    assert re.search(r"of job \d+, but on none of its nodes; submit the script", (tmp_path / "beside").read_text())
+    (log,) = tmp_path.glob("logs/slurm-*/driver-*-0.log")
+    assert log.read_text() == "['node1', 'node2']\n"
 
 
 SRUN = """#!/bin/sh
@@ -282,7 +327,7 @@ BAD_INPUT = {
     "more spares than nodes": (
         "program.py",
         {"ASTAR_SPARE_NODES": "2"},
-        "ASTAR_SPARE_NODES=2 of 2 nodes leave none for the run; ask for more nodes",
+        "ASTAR_SPARE_NODES=2 of 2 nodes leave none for the run; ask for more",
     ),
     "no command": (
         "program.py",
@@ -349,6 +394,20 @@ def test_a_job_that_is_always_asked_to_end_before_its_program_begins_is_not_requ
     assert slurm.wait(job) == "FAILED"
     assert "not requeued: this time and the time before it was asked to end before the program" in output(tmp_path, job)
     assert slurm.left_behind(job) == []
+
+
+def test_outside_a_job_containers_and_a_setup_that_fails_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    for name, value, status, message in (
+        ("ASTAR_IMAGE", "a/b:1", 2, "ASTAR_IMAGE=a/b:1: only jobs have containers; leave it out"),
+        ("ASTAR_SETUP", "exit 3", 3, "ASTAR_SETUP=exit 3: ended with status 3"),
+        ("ASTAR_SETUP", "false", 1, "ASTAR_SETUP=false: ended with status 1"),
+    ):
+        own = environment | {"ASTAR_PYTHON": "/bin/true", name: value}
+        command = ["bash", TRAIN, "c.yaml"]
+        done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (status, "") and done.stderr.endswith(f" astar: {message}\n")
 
 
 @pytest.mark.parametrize(("script", "program"), [(TRAIN, "eval"), (SWEEP, "sweep")])
