@@ -26,6 +26,7 @@ _KILLED = re.compile(
     rf"|^{_NO_WORD}$"
 )
 _ENDED_BY_RAY = re.compile(r"Failed to register worker to Raylet|Failed to connect to GCS within \d+ seconds")
+_LOST_RAYLET = "Raylet is terminated."  # in the output of the driver, followed by the tail of the raylet's log
 _LEFT = re.compile(r"died unexpectedly \(exit code: |^[\w ]+ ended with exit status [1-9]")
 # Errors that only point to another, or that follow from it.
 _SECONDARY = re.compile(
@@ -83,8 +84,14 @@ def core_end(message: str) -> str | None:
 
 
 def ended_by_ray(status: int, output: str) -> bool:
-    """Say whether Ray itself ended the driver, as its raylet or Ray's head had died; it says so in the last line."""
-    return status == 1 and _ENDED_BY_RAY.search(output.rstrip().rpartition("\n")[2]) is not None
+    """Say whether Ray itself ended the driver, as its raylet or Ray's head had died.
+
+    It says so in the last line, or no more than that the raylet has ended, and the driver leaves no word of its own.
+    """
+    last_line = output.rstrip().rpartition("\n")[2]
+    has_own_word = last_line.startswith("astar: ") or _ERROR.search(last_line) is not None
+    has_lost_raylet = _LOST_RAYLET in output and not has_own_word
+    return status == 1 and (has_lost_raylet or _ENDED_BY_RAY.search(last_line) is not None)
 
 
 def was_killed(cause: str) -> bool:

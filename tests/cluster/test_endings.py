@@ -48,6 +48,14 @@ def test_that_ray_ended_the_driver_stands_in_the_last_line() -> None:
     assert not endings.ended_by_ray(0, words) and not endings.ended_by_ray(1, f"{words}\nastar: no such file")
 
 
+def test_a_driver_that_ends_without_a_word_once_its_raylet_has_was_ended_by_ray() -> None:
+    words = "step 2\n\x1b[33m(raylet)\x1b[0m Raylet is terminated. Its log:\n  [I 77] idle.\n\n  reward: r\n"
+    assert endings.ended_by_ray(1, words) and not endings.ended_by_ray(2, words)
+    assert not endings.ended_by_ray(1, f"{words}astar: runs/x: no space left")
+    assert not endings.ended_by_ray(1, f"{words}Traceback (most recent call last):\n  f()\nKeyError: 'a'\n")
+    assert not endings.ended_by_ray(1, "step 2\n")
+
+
 def test_the_last_of_several_errors_counts() -> None:
     assert endings.last_error("KeyError: 'a'\nduring that:\n\x1b[31mtorch.OutOfMemoryError: b\x1b[0m\nmore") == (
         "torch.OutOfMemoryError: b"

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """`signal` to the actor of the first engine, to vLLM's core in it, or to the only rank, in the given step."""
+    """`signal` to the actor of the first engine that runs, to vLLM's core in it, or to the only rank, in a step."""
 
     step: int
     moment: str  # update, generation, training
@@ -95,7 +95,7 @@ def pid_of(fleet: Fleet, fault: Fault) -> int:
 
 def has_come(fleet: Fleet, run_dir: str, fault: Fault, versions: list[int | None]) -> bool:
     """Whether a fault's moment is now; `versions` are those that have been looked at: what engines and policy had."""
-    if len(read_metrics(run_dir)) < fault.step or 0 not in fleet.engines.serving():
+    if len(read_metrics(run_dir)) < fault.step or not fleet.engines.serving():
         return False
     versions.append(fleet._published)
     return {

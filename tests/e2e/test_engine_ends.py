@@ -62,8 +62,8 @@ def test_a_killed_process_of_an_engine_is_named_and_leaves_no_shared_memory(
         names = set(session.shared_files(os.getpid())) - before
         assert any(name.startswith("sem.astar-") for name in names)
         kill_and_draw(engines, cfg, killed)
-    line = caplog.messages[0]
-    assert line.startswith("engine 0: ") and words in line and line.endswith("; it is being replaced")
+    line = next(message for message in caplog.messages if message.startswith("engine 0: "))
+    assert words in line and line.endswith("; it is being replaced")
     assert not names & {path.name for path in Path("/dev/shm").iterdir()}
 
 
