@@ -166,10 +166,10 @@ def test_a_bundle_holds_what_there_is_without_secrets(tmp_path: Path, monkeypatc
     (folder / "bad_batches" / "step_00000007").mkdir(parents=True)
     (folder / "bad_batches" / "step_00000007" / "batch.json").write_text("{}")
     samples.write_jsonl(folder / "metrics.jsonl", [{"step": step} for step in range(50)])
-    logs = tmp_path / "tmp" / "astar-12345678" / "session_1" / "logs"
+    logs = tmp_path / "tmp" / "astar-12345678" / "r" / "session_1" / "logs"
     logs.mkdir(parents=True)
-    logs.parents[1].chmod(0o700)
-    (logs.parents[1] / "lock").write_text("4711")
+    logs.parents[2].chmod(0o700)
+    (logs.parents[2] / "lock").write_text("4711")
     (tmp_path / "private").write_text("not of the run")
     (logs / "linked.out").symlink_to(tmp_path / "private")
     (logs / "worker-1.err").write_text("x" * 300_000 + "RuntimeError: planted-secret-1")

@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray._common import utils as ray_utils
 from ray._private import ray_constants, services, state
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
@@ -97,7 +96,6 @@ class Cluster:
         # machine's own address, and servers with that one listen on all interfaces.
         ray_constants.ENABLE_RAY_CLUSTER = False
         services.ConsolePopen = _OwnGroup
-        ray_utils.try_make_directory_shared = lambda path: None  # it opens the session's folder to everyone
         os.environ.pop("RAY_AUTH_MODE", None)  # of the user's other clusters; without it Ray asks for a token here
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
         try:
@@ -107,7 +105,7 @@ class Cluster:
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     _node_ip_address=LOOPBACK,
-                    _temp_dir=str(self._folder.path),
+                    _temp_dir=str(self._folder.ray),
                     **_QUIET,
                 )
         except SystemExit:  # of the handler of SIGTERM that Ray puts there first of all

@@ -31,7 +31,8 @@ PREFIX = "astar-"
 LOCK = "lock"  # held while the run lives: numbers of processes mean nothing to a container; it holds the driver's
 _SHARED_FILES = "shared_files"  # a name a line
 SHARED_MEMORY = Path("/dev/shm")
-_LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678")  # bytes of a folder in which the session's folder can lie
+_RAY = "r"
+_LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678/{_RAY}")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
 _START_SECONDS = 10.0  # within which a run that has made its lock also holds it
 
@@ -45,6 +46,8 @@ class SessionFolder:
         if reason:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
+        self.ray = self.path / _RAY  # Ray opens it to everyone, and nobody else gets as far
+        self.ray.mkdir()
         # Of the run's processes: Megatron's checkpoints make folders and sockets there, and a killed one leaves them.
         self.environment = {"TMPDIR": str(self.path)}
         self._lock = exclusive(self.path / LOCK, "this run")
@@ -104,14 +107,14 @@ def care(folder: Path) -> None:
 
 def write_stacks(folder: Path) -> None:
     """Write the stacks of a session's processes among its logs."""
-    for logs in folder.glob("session_[0-9]*/logs"):
+    for logs in (folder / _RAY).glob("session_[0-9]*/logs"):
         session_stacks.write(logs, caretaker.writers(folder))
 
 
 def log_folder(driver: int) -> Path | None:
     """Return where the logs of the newest session of a driver lie, by its process number; None where none is left."""
     folders = [folder for folder in _session_folders() if _driver_of(folder) == driver]
-    logs = [path for folder in folders for path in folder.glob("session_[0-9]*/logs")]
+    logs = [path for folder in folders for path in (folder / _RAY).glob("session_[0-9]*/logs")]
     return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -231,11 +234,12 @@ def _remove_shared(names: Iterable[str]) -> None:
 
 def _remove_all_but_logs(folder: Path) -> None:
     """Leave the logs and the lock, by whose age they go; nothing where there are no logs."""
-    if not any(folder.glob("session_*/logs")):
+    ray = folder / _RAY
+    if not any(ray.glob("session_*/logs")):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    kept = {path for logs in folder.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / LOCK}
-    for path in (*folder.glob("session_*/*"), *folder.iterdir()):
+    kept = {path for logs in ray.glob("session_*/logs") for path in (logs, logs.parent)} | {folder / LOCK, ray}
+    for path in (*ray.glob("session_*/*"), *ray.iterdir(), *folder.iterdir()):
         if path in kept:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,8 @@ class Worker:
     def obey(self, order: str) -> str:
         if order == "hang":
             time.sleep(600)
+        if order == "folder":
+            return os.environ["TMPDIR"]
         if order == "pid":
             return str(os.getpid())
         if order == "start":
@@ -87,6 +90,11 @@ def workers(cluster: Cluster) -> list[Any]:
 
 def test_results_come_in_the_order_of_the_calls(cluster: Cluster, workers: list[Any]) -> None:
     assert cluster.wait("work", [w.obey.remote(str(i)) for i, w in enumerate(workers)], 60) == ["0", "1"]
+
+
+def test_nobody_else_can_enter_the_sessions_folder(cluster: Cluster, workers: list[Any]) -> None:
+    (folder,) = cluster.wait("work", [workers[0].obey.remote("folder")], 60)
+    assert stat.S_IMODE(Path(folder).stat().st_mode) == 0o700
 
 
 def test_what_lies_where_a_run_is_started_takes_no_modules_place_in_its_workers(

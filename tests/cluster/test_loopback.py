@@ -65,7 +65,7 @@ def test_a_local_session_listens_on_loopback_only_and_sigterm_leaves_nothing_of_
     while (left := {pid for pid in pids if alive(pid)}) and time.monotonic() < until:
         time.sleep(0.1)
     assert not left
-    assert not list(Path("/tmp").glob(f"astar-*/session_*_{driver.pid}"))
+    assert not list(Path("/tmp").glob(f"astar-*/r/session_*_{driver.pid}"))
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_local_session_has_no_dashboard_shows_its_token_to_nobody_and_admits_n
             assert samples.output_of(STRANGER, address, RAY_AUTH_MODE="disabled") == "refused\n"
             assert samples.output_of(STRANGER, address, RAY_AUTH_TOKEN=TOKEN[::-1], **with_token) == "refused\n"
             assert samples.output_of(STRANGER, address, RAY_AUTH_TOKEN=TOKEN, **with_token) == "True\n"
-            (session,) = Path("/tmp").glob(f"astar-*/session_*_{driver.pid}")
+            (session,) = Path("/tmp").glob(f"astar-*/r/session_*_{driver.pid}")
             commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in members(driver.pid)]
             files = [path.read_bytes() for path in session.parent.rglob("*") if path.is_file()]
             assert len(commands) >= 4 and len(files) >= 4
@@ -130,7 +130,8 @@ def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_a
             time.sleep(0.1)
         assert sleepers <= pids and not left
         (folder,) = Path(temporary).iterdir()
-        assert {path.name for path in folder.iterdir()} == {"lock", "session_latest", session_of(folder).name}
+        assert {path.name for path in folder.iterdir()} == {"lock", "r"}
+        assert {path.name for path in (folder / "r").iterdir()} == {"session_latest", session_of(folder).name}
         assert {path.name for path in session_of(folder).iterdir()} == {"logs"}
         assert "by faulthandler" in (session_of(folder) / "logs" / "stacks.txt").read_text()
         (output,) = [path for path in session_of(folder).glob("logs/worker-*.err") if "in hang" in path.read_text()]
@@ -142,7 +143,7 @@ def path_without(program: str) -> str:
 
 
 def session_of(folder: Path) -> Path:
-    (path,) = folder.glob("session_[0-9]*")
+    (path,) = folder.glob("r/session_[0-9]*")
     return path
 
 

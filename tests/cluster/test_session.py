@@ -33,15 +33,16 @@ def test_the_folder_is_private_and_short_and_goes_with_the_run() -> None:
 
 def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
     with pytest.raises(ClusterError), SessionFolder() as folder:
-        logs = folder.path / "session_1" / "logs"
+        logs = folder.ray / "session_1" / "logs"
         logs.mkdir(parents=True)
         (logs / "worker.err").touch()
-        (folder.path / "session_1" / "sockets").mkdir()
-        (folder.path / "session_latest").symlink_to("session_1")
-        (folder.path / "ray_current_cluster").touch()
+        (folder.ray / "session_1" / "sockets").mkdir()
+        (folder.ray / "session_latest").symlink_to("session_1")
+        (folder.ray / "ray_current_cluster").touch()
         raise ClusterError("an engine did not start")
     left = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*")}
-    assert left == {"lock", "session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
+    of_ray = {"session_1", "session_1/logs", "session_1/logs/worker.err", "session_latest"}
+    assert left == {"lock", "r", *(f"r/{name}" for name in of_ray)}
     age(folder.path, days=2)
     session.remove_left_behind()
     assert not folder.path.exists()
@@ -73,8 +74,8 @@ with SessionFolder() as folder:
                               start_new_session=True)
     name = holder.stdout.readline().decode().strip()
     folder.remember(os.getpid())
-    (folder.path / "session_1" / "logs").mkdir(parents=True)
-    output = (folder.path / "session_1" / "logs" / "worker-1.out").open("w")
+    (folder.ray / "session_1" / "logs").mkdir(parents=True)
+    output = (folder.ray / "session_1" / "logs" / "worker-1.out").open("w")
     worker = subprocess.Popen(["sleep", "600"], stdout=output, start_new_session=True)
     print(holder.pid, folder.path, name, folder._caretaker.pid, worker.pid, flush=True)
     input()
@@ -151,8 +152,8 @@ def test_what_a_killed_driver_had_started_ends_and_of_its_folder_the_logs_stay(n
     assert not Path(f"/proc/{worker}/exe").exists()
     assert not (SHARED_MEMORY / f"sem.{name}").exists()
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    assert left == {"lock", "session_1", "session_1/logs", "session_1/logs/worker-1.out"}
-    assert session.log_folder(process.pid) == folder / "session_1" / "logs"
+    assert left == {"lock", "r", "r/session_1", "r/session_1/logs", "r/session_1/logs/worker-1.out"}
+    assert session.log_folder(process.pid) == folder / "r" / "session_1" / "logs"
     age(folder, days=2)
     session.remove_left_behind()
 
@@ -179,12 +180,12 @@ def test_what_lies_in_another_user_s_folder_is_not_believed(tmp_path: Path, monk
     mine = SHARED_MEMORY / f"test-{os.getpid()}"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = tmp_path / "astar-12345678"
-    (folder / "session_1" / "logs").mkdir(parents=True)
+    (folder / "r" / "session_1" / "logs").mkdir(parents=True)
     folder.chmod(0o700)
     (folder / "lock").write_text(str(os.getpid()))
     (folder / "shared_files").write_text(mine.name)
     age(folder, days=2)
-    assert session.log_folder(os.getpid()) == folder / "session_1" / "logs"
+    assert session.log_folder(os.getpid()) == folder / "r" / "session_1" / "logs"
     mine.write_bytes(b"in use")
     try:
         os.chown(folder, 65534, -1)
@@ -208,7 +209,7 @@ def place(temporary: Path) -> list[str]:
 def test_a_long_temporary_folder_is_left_for_a_usual_one_and_that_is_said(tmp_path: Path) -> None:
     long = tmp_path / ("d" * 100)
     long.mkdir()
-    assert place(long) == ["/tmp", f"{long} is too long for the names of Ray's sockets (28 bytes)"]
+    assert place(long) == ["/tmp", f"{long} is too long for the names of Ray's sockets (26 bytes)"]
     assert place(Path("/var/tmp")) == ["/var/tmp", "None"]
 
 

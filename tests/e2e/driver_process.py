@@ -81,10 +81,10 @@ class Driver:
         return status
 
     def _left(self) -> list[str]:
-        logs = {path for folder in self.temporary.glob("astar-*/session_*/logs") for path in folder.rglob("*")}
-        above = {parent for path in logs for parent in path.parents} | set(self.temporary.glob("astar-*/session_*"))
-        above |= {folder / "lock" for folder in self.temporary.glob("astar-*")} | set(self.temporary.glob("astar-*/"))
-        above |= set(self.temporary.glob("astar-*/session_*/logs"))
+        logs = {path for folder in self.temporary.glob("astar-*/r/session_*/logs") for path in folder.rglob("*")}
+        above = {parent for path in logs for parent in path.parents}
+        for pattern in ("astar-*", "astar-*/lock", "astar-*/r", "astar-*/r/session_*", "astar-*/r/session_*/logs"):
+            above |= set(self.temporary.glob(pattern))
         above |= set(self.temporary.glob("torchinductor_*"))  # a cache of torch's, which it keeps for the next process
         living = {int(path.name) for path in Path("/proc").glob("[0-9]*")}
         shared = shared_memory() - self._shared - set(session.shared_files_of(living))  # a living run's are its own

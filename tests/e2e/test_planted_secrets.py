@@ -103,7 +103,7 @@ def test_a_run_tells_no_secret_runs_no_code_of_its_model_listens_on_loopback_and
     assert f"PATH={os.environ['PATH']}"[:100] in reason
     assert reason in (tmp_path / "output_1").read_text()
     wanted = [run / "hf/conversion.json", *run.glob("checkpoints/*/progress.json"), *run.glob("v_star/**/*.parquet")]
-    logs = [path for path in temporary.glob("astar-*/session_*/logs/**/*") if path.is_file()]
+    logs = [path for path in temporary.glob("astar-*/r/session_*/logs/**/*") if path.is_file()]
     assert len(wanted) >= 3 and all(path.stat().st_size for path in wanted)
     assert any("raylet" in path.name for path in logs) and any("worker" in path.name for path in logs)
 
