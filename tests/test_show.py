@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -200,6 +201,28 @@ def test_runs_with_nothing_to_draw_have_a_page_that_says_so(browser: Browser, tm
     show.main(without, None)
     seen = browser.see(without / show.PAGE_FILE)
     assert "keeps no rollouts" in seen.texts["count"][0] and "Reward" in seen.texts["h3"]
+
+
+@in_a_browser
+def test_curves_that_differ_by_rounding_or_are_huge_are_drawn_with_all_that_follows(
+    browser: Browser, tmp_path: Path
+) -> None:
+    ends = {
+        "value_mean": (0.6814488519636533, 0.6814488519636535),  # of one table in the step's order
+        "entropy": (1e15, 1e15 + 0.125),
+        "lr": (1e-6, math.nextafter(1e-6, 1)),
+        "kl_token": (0.0, 5e-324),
+        "grad_norm": (-1.7e308, 1.7e308),
+        "engine_gap": (1e308, 1e308),
+        "residual_std": (0.0, 0.0),
+    }
+    run = shown_run.write_run(tmp_path / "run", steps=6)
+    lines = [line | {key: pair[line["step"] % 2] for key, pair in ends.items()} for line in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    show.main(run, None)
+    seen = browser.see(run / show.PAGE_FILE)
+    assert seen.texts["count"] == ["48 of 48 rollouts match"] and seen.texts["lane"]
+    assert {"Value", "Entropy a token", "Learning rate", "Gradient's norm"} <= set(seen.texts["h3"])
 
 
 @in_a_browser
