@@ -273,6 +273,45 @@ def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> N
     assert (first.name, first.points.run.tolist(), second.points.run.tolist()) == ("a", [0, 1], [0, 0])
 
 
+def test_a_comparisons_curves_stay_apart_under_a_name(tmp_path: Path) -> None:
+    columns = {"method": list("ab"), "seed": [0, 0], "spent_flops": [3, 4], "reward_mean": [0, 1]}
+    for number in range(2):
+        write_csv(tmp_path / f"{number}.csv", columns)
+    curves = read_curves([f"mine={tmp_path / '0.csv'}", f"mine={tmp_path / '1.csv'}"])
+    assert [(curve.name, curve.points.run.tolist()) for curve in curves] == [("mine: a", [0, 1]), ("mine: b", [0, 1])]
+
+
+def test_tables_are_one_curve_only_where_they_are_given_one_name(tmp_path: Path) -> None:
+    tables, runs = [], []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tables.append(write_csv(tmp_path / folder / "log.csv", {"num_tokens": [1], "reward": [0.1]}))
+        Tracker(tmp_path / folder / "run").log(metrics(1))
+        runs.append(str(tmp_path / folder / "run"))
+    comparisons = [
+        write_csv(tmp_path / f"{number}.csv", {"method": ["a"], "seed": [0], "spent_flops": [1], "reward_mean": [1]})
+        for number in range(2)
+    ]
+    words = r"both have a curve '\w+'; give them names, as A=\S+ and B=\S+, or one name"
+    for one, other in (tables, runs, comparisons, (f"log={tables[0]}", tables[1]), (f"a={tables[0]}", comparisons[0])):
+        with pytest.raises(ValueError, match=words):
+            read_curves([one, other])
+    assert [curve.name for curve in read_curves([f"x={tables[0]}", tables[1]])] == ["x", "log"]
+    (curve,) = read_curves([f"x={tables[0]}", f"x={tables[1]}"])
+    assert curve.points.run.tolist() == [0, 1]
+
+
+def test_a_table_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    columns = {"method": ["a"], "seed": [0], "spent_flops": [1], "reward_mean": [1]}
+    path = write_csv(tmp_path / "compare.csv", columns)
+    (tmp_path / "link.csv").symlink_to(path)
+    for other in (path, str(tmp_path), str(tmp_path / "link.csv"), f"{tmp_path}/../{tmp_path.name}/compare.csv"):
+        with pytest.raises(ValueError, match=r"the same table as .*; give it once"):
+            read_curves([f"x={path}", f"x={other}"])
+    with pytest.raises(ValueError, match="the same table"):
+        read_curves([path] * 2)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

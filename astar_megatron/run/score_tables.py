@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,34 @@ def read_curves(
 ) -> list[Curve]:
     """Return the curves of files and run folders; those that are given as NAME=PATH with one NAME are one curve.
 
-    `compute` and `score` name columns, instead of those that are known. Raises ValueError where a table has none.
+    Of a table that has several, as a study's or a comparison's, each is "NAME: curve". `compute` and `score` name
+    columns, instead of those that are known. Raises ValueError where a table has none, is given twice, or has a curve
+    of the name of another's.
     """
     parts: dict[str, list[tuple[Columns, list[float], list[float]]]] = {}
+    origins: dict[str, tuple[str | None, Path]] = {}
+    for name, path in _distinct(sources):
+        for curve, columns, rows in _tables(path, name, compute, score, per_row=per_row):
+            other_name, other = origins.setdefault(curve, (name, path))
+            if path != other and (name is None or name != other_name):
+                raise ValueError(
+                    f"{other} and {path} both have a curve {curve!r}; give them names, as A={other} and B={path}, or "
+                    "one name, if they are runs of one curve"
+                )
+            parts.setdefault(curve, []).append((columns, *_numbers(rows, columns, path)))
+    return [_joined(name, runs) for name, runs in parts.items()]
+
+
+def _distinct(sources: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
+    """Yield the name, None without, and the path of each source. Raises ValueError where two are one table."""
+    files: dict[Path, str] = {}
     for source in sources:
         name, path = _named(source)
-        for own_name, columns, rows in _tables(path, compute, score, per_row=per_row):
-            parts.setdefault(name or own_name, []).append((columns, *_numbers(rows, columns, path)))
-    return [_joined(name, runs) for name, runs in parts.items()]
+        file = _file(path).resolve()
+        if file in files:
+            raise ValueError(f"{source}: the same table as {files[file]}, its points would count twice; give it once")
+        files[file] = source
+        yield name, path
 
 
 def _named(source: str) -> tuple[str | None, Path]:
@@ -95,25 +115,28 @@ def _joined(name: str, runs: Sequence[tuple[Columns, Sequence[float], Sequence[f
 
 
 def _tables(
-    path: Path, compute: str | None, score: str | None, *, per_row: bool
+    path: Path, name: str | None, compute: str | None, score: str | None, *, per_row: bool
 ) -> list[tuple[str, Columns, Sequence[Row]]]:
-    """The runs of a source: the name of the curve, the columns to read, the rows."""
+    """The runs of a source: the name of the curve, the columns to read, the rows.
+
+    A table that says itself which curves it has keeps them apart under a given name.
+    """
     rows = _rows(path)
     names = list(dict.fromkeys(key for row in rows for key in row))
     if chart := [match for name in names if (match := _CHART.fullmatch(name)) and not match["bound"]]:
         axis = compute or next(name for name in names if not _CHART.fullmatch(name))
         return [
-            (match["run"], Columns(compute=axis, score=score or match["metric"], per_row=per_row), own)
+            (name or match["run"], Columns(compute=axis, score=score or match["metric"], per_row=per_row), own)
             for match in chart
             if score in (None, match["metric"]) and (own := _of_chart(rows, axis, match, score))
         ]
     columns = _columns(path, names, compute, score, per_row=per_row)
     if columns.curve is None:
-        return [(path.name if path.is_dir() else path.stem, columns, rows)]
+        return [(name or (path.name or path.resolve().name if path.is_dir() else path.stem), columns, rows)]
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         runs.setdefault((str(row.get(columns.curve)), str(row.get(columns.run or columns.curve))), []).append(row)
-    return [(curve, columns, own) for (curve, _), own in runs.items()]
+    return [(f"{name}: {curve}" if name else curve, columns, own) for (curve, _), own in runs.items()]
 
 
 def _of_chart(rows: Sequence[Row], axis: str, match: re.Match[str], score: str | None) -> list[Row]:
@@ -146,12 +169,17 @@ def _asked(kind: Columns, compute: str | None, score: str | None) -> tuple[str, 
     return compute or kind.compute, score or kind.score
 
 
+def _file(path: Path) -> Path:
+    """The file that is read of a source."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in ("scale.csv", "compare.csv") if (path / name).exists()), path / METRICS_FILE)
+
+
 def _rows(path: Path) -> Sequence[Row]:
-    if path.is_dir():
-        for name in ("scale.csv", "compare.csv"):
-            if (path / name).exists():
-                return _rows(path / name)
-        return _of_run(path)
+    folder, path = path, _file(path)
+    if folder.is_dir() and path.name == METRICS_FILE:
+        return _of_run(folder)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
