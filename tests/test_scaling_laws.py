@@ -236,6 +236,40 @@ def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path
     assert curve.points.compute.tolist() == [1, 8]
 
 
+@pytest.mark.parametrize("names", [("perf/total_num_tokens", "critic/score/mean"), ("cost", "val")])
+@pytest.mark.parametrize("steps", ["training/global_step", "step", "Step", "_step"])
+def test_compute_of_single_rows_is_added_up_only_in_the_order_of_steps_each_once(
+    steps: str, names: tuple[str, str], tmp_path: Path
+) -> None:
+    for order in ([1, 0], [0, 1, 1, 2], [0, 1, 2, 1, 2, 3]):
+        columns = {steps: order, names[0]: [5] * len(order), names[1]: [0.1] * len(order)}
+        path = write_csv(tmp_path / "x.csv", columns)
+        with pytest.raises(ValueError, match=r"x\.csv, row \d: .* in order of their steps, each once"):
+            read_curves([path], *names, per_row=names[0] == "cost")
+
+
+def test_a_score_whose_row_lacks_its_own_compute_is_refused_but_for_the_untrained_models(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"step": [0, 1, 2], "cost": ["", 5, 5], "val": [0.1, 0.2, 0.3]}
+    (curve,) = read_curves([write_csv(tmp_path / "x.csv", columns)], "cost", "val", per_row=True)
+    assert curve.points.compute.tolist() == [0, 5, 10]
+    for lacking in ({"step": [1, 2, 3]}, {"cost": ["", "", 5]}, {"cost": [5, "", 5]}, {"cost": [5, 5, "NaN"]}):
+        path = write_csv(tmp_path / "x.csv", columns | lacking)
+        with pytest.raises(ValueError, match=r"x\.csv, row \d: has val, but no cost, which is added up"):
+            read_curves([path], "cost", "val", per_row=True)
+
+
+def test_steps_that_a_table_of_verl_leaves_out_have_spent_too(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"perf/total_num_tokens": [5] * 3, "critic/score/mean": [0.1] * 3}
+    for steps in ([0, 10, 20], [1, 2, 4], [41, 42, 43]):
+        path = write_csv(tmp_path / "x.csv", columns | {"_step": steps})
+        for named in ((None, None), tuple(columns)):
+            with pytest.raises(ValueError, match=r"of steps before it is missing; export every step"):
+                read_curves([path], *named)
+    evaluated = write_csv(tmp_path / "x.csv", {"step": [0, 50, 200], "cost": [1, 50, 150], "val": [0.1] * 3})
+    (curve,) = read_curves([evaluated], "cost", "val", per_row=True)  # a row has what was spent since the one before
+    assert curve.points.compute.tolist() == [1, 51, 201]
+
+
 def test_a_chart_of_wandb_has_a_curve_a_run(tmp_path: Path) -> None:
     columns = {
         "num_tokens": [1, 2],

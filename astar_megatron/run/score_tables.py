@@ -27,7 +27,7 @@ type Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Which columns are read. `per_row`: the compute is a row's own, and is added up."""
+    """Which columns are read. `per_row`: the compute is a row's own, and is added up; of a known trainer a step's."""
 
     compute: str
     score: str
@@ -55,6 +55,8 @@ _KINDS = (
     Columns(compute="train/num_tokens", score="train/reward"),  # TRL, by W&B
     Columns(compute="num_tokens", score="reward"),  # TRL, its own
 )
+_OF_A_STEP = frozenset(kind.compute for kind in _KINDS if kind.per_row)
+_STEPS = ("training/global_step", "train/global_step", "global_step", "step", "Step", "_step")
 _CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 
 
@@ -154,12 +156,12 @@ def _columns(path: Path, names: Sequence[str], compute: str | None, score: str |
             f"columns by --compute and --score; it has {', '.join(sorted(names)[:30]) or 'none'}"
         )
     if known is None:
-        return Columns(compute=compute or "", score=score or "", per_row=per_row)
+        return Columns(compute=compute or "", score=score or "", per_row=per_row or compute in _OF_A_STEP)
     own_compute, own_score = _asked(known, compute, score)
     return Columns(
         compute=own_compute,
         score=own_score,
-        per_row=per_row or (known.per_row and own_compute == known.compute),
+        per_row=per_row or own_compute in _OF_A_STEP,
         curve=known.curve,
         run=known.run,
     )
@@ -210,6 +212,8 @@ def _of_run(path: Path) -> list[Row]:
 
 def _numbers(rows: Sequence[Row], columns: Columns, path: Path) -> tuple[list[float], list[float]]:
     """The compute and the score of the rows that have a score; the compute is that of the rows up to it."""
+    if columns.per_row:
+        _check_steps(rows, columns, path)
     compute, scores, total = [], [], 0.0
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
@@ -231,6 +235,37 @@ def _numbers(rows: Sequence[Row], columns: Columns, path: Path) -> tuple[list[fl
             f"{path}: no row has both {columns.compute} and {columns.score}; name others by --compute, --score"
         )
     return compute, scores
+
+
+def _check_steps(rows: Sequence[Row], columns: Columns, path: Path) -> None:
+    """Raise ValueError where rows, each with its own compute, don't add up to what their scores took.
+
+    A score in front of all compute, at step 0, is the untrained model's.
+    """
+    steps = next((name for name in _STEPS if any(row.get(name) not in (None, "") for row in rows)), "")
+    before = None
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, row {number}"
+        step = _number(row, steps, place)
+        if _number(row, columns.compute, place) is None:
+            if _number(row, columns.score, place) is not None and (number > 1 or step):
+                raise ValueError(
+                    f"{place}: has {columns.score}, but no {columns.compute}, which is added up over the rows; give it "
+                    "for each, or name by --compute a column that counts up"
+                )
+        elif step is not None:
+            if before is not None and step <= before:
+                raise ValueError(
+                    f"{place}: {steps} is {step:g} after {before:g}, and {columns.compute} is added up over the rows; "
+                    "give them in order of their steps, each once, as a resumed run has left them"
+                )
+            if columns.compute in _OF_A_STEP and step > (1 if before is None else before + 1):
+                raise ValueError(
+                    f"{place}: {steps} is {step:g} {'at first' if before is None else f'after {before:g}'}, and the "
+                    f"{columns.compute} of steps before it is missing; export every step from the first, or name by "
+                    "--compute a column that counts up"
+                )
+            before = step
 
 
 def _number(row: Row, name: str, place: str) -> float | None:
