@@ -286,6 +286,43 @@ def test_a_chart_of_wandb_has_a_curve_a_run(tmp_path: Path) -> None:
     assert joined.points.run.tolist() == [0, 1, 1]
 
 
+def test_a_table_with_a_dash_in_a_column_is_no_chart_where_it_has_what_is_read(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"time - seconds": [5, 6], "num_tokens": [1, 2], "reward": [0.1, 0.2]}
+    path = write_csv(tmp_path / "x.csv", columns)
+    (curve,) = read_curves([path])
+    assert (curve.name, curve.compute, curve.score, curve.points.compute.tolist()) == ("x", *list(columns)[1:], [1, 2])
+    (curve,) = read_curves([path], "time - seconds", "reward")
+    assert curve.points.compute.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "words"),
+    [
+        (["a - x", "b - y"], {}, "name its columns by --compute and --score; it has a - x, b - y"),
+        (["a", "b", "time - seconds"], {}, "name its columns by --compute and --score; it has a, b, time - seconds"),
+        (["Step", "a - x"], {"score": "nowhere"}, "no column nowhere"),
+        (["Step", "a - x"], {"compute": "nowhere"}, "no column nowhere"),
+        (["Step", "a - _step"], {}, "name its columns by --compute and --score"),
+        (["Step", "a - x"], {"per_row": True}, "can't be added up over a chart"),
+        (["perf/total_num_tokens", "a - x"], {}, "can't be added up over a chart"),
+    ],
+)
+def test_what_is_no_chart_or_lacks_what_is_read_is_refused(
+    names: list[str], asked: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "x.csv", {name: [1, 2] for name in names})
+    with pytest.raises(ValueError, match=r"x\.csv: ") as error:
+        read_curves([path], **asked)
+    assert words in str(error.value)
+
+
+def test_wandbs_own_metrics_in_a_chart_are_read_only_where_they_are_named(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", {"Step": [1, 2], "a - reward": [0.1, 0.2], "a - _runtime": [3, 4]})
+    for score, values in ((None, [0.1, 0.2]), ("_runtime", [3, 4])):
+        (curve,) = read_curves([path], score=score)
+        assert curve.points.score.tolist() == values
+
+
 def metrics(step: int) -> dict[str, Any]:
     return {"step": step, "reward_mean": 0.1 * step, "response_tokens": 10, "model_flops": 4.0, "generation_flops": 1.0}
 

@@ -125,14 +125,14 @@ def _tables(
     """
     rows = _rows(path)
     names = list(dict.fromkeys(key for row in rows for key in row))
-    if chart := [match for name in names if (match := _CHART.fullmatch(name)) and not match["bound"]]:
-        axis = compute or next(name for name in names if not _CHART.fullmatch(name))
-        return [
-            (name or match["run"], Columns(compute=axis, score=score or match["metric"], per_row=per_row), own)
-            for match in chart
-            if score in (None, match["metric"]) and (own := _of_chart(rows, axis, match, score))
-        ]
-    columns = _columns(path, names, compute, score, per_row=per_row)
+    columns = _columns(names, compute, score, per_row=per_row)
+    if columns is None:
+        runs_of_chart = _of_chart(rows, names, compute, score)
+        if not runs_of_chart:
+            raise _unknown(path, names, compute, score)
+        if per_row or runs_of_chart[0][1].compute in _OF_A_STEP:
+            raise ValueError(f"{path}: compute of single steps can't be added up over a chart; give a row a step")
+        return [(name or run, columns, own) for run, columns, own in runs_of_chart]
     if columns.curve is None:
         return [(name or (path.name or path.resolve().name if path.is_dir() else path.stem), columns, rows)]
     runs: dict[tuple[str, str], list[Row]] = {}
@@ -141,22 +141,34 @@ def _tables(
     return [(f"{name}: {curve}" if name else curve, columns, own) for (curve, _), own in runs.items()]
 
 
-def _of_chart(rows: Sequence[Row], axis: str, match: re.Match[str], score: str | None) -> list[Row]:
-    return [{axis: row.get(axis), score or match["metric"]: row.get(match[0])} for row in rows]
+def _of_chart(
+    rows: Sequence[Row], names: Sequence[str], compute: str | None, score: str | None
+) -> list[tuple[str, Columns, Sequence[Row]]]:
+    """The runs of a chart, none where the table is no chart: one column is its axis, all others are of runs.
+
+    Of W&B's own metrics, as `_step`, only the one that is named is read.
+    """
+    axes = [name for name in names if not _CHART.fullmatch(name)]
+    if len(axes) != 1 or compute not in (None, axes[0]):
+        return []
+    runs = []
+    for match in filter(None, map(_CHART.fullmatch, names)):
+        metric = match["metric"]
+        if not match["bound"] and (metric == score or (score is None and not metric.startswith("_"))):
+            own = [{axes[0]: row.get(axes[0]), metric: row.get(match[0])} for row in rows]
+            runs.append((match["run"], Columns(compute=axes[0], score=metric), own))
+    return runs
 
 
-def _columns(path: Path, names: Sequence[str], compute: str | None, score: str | None, *, per_row: bool) -> Columns:
+def _columns(names: Sequence[str], compute: str | None, score: str | None, *, per_row: bool) -> Columns | None:
+    """The columns that are named, the others those of a known trainer; None where the table lacks them."""
     known = next(
         (kind for kind in _KINDS if {*_asked(kind, compute, score), kind.curve, kind.run} <= {*names, None}), None
     )
-    if known is None and not (compute in names and score in names):
-        missing = ", ".join(name for name in (compute, score) if name is not None and name not in names)
-        raise ValueError(
-            f"{path}: {f'no column {missing}' if missing else 'not a table of a trainer that is known'}; name its "
-            f"columns by --compute and --score; it has {', '.join(sorted(names)[:30]) or 'none'}"
-        )
     if known is None:
-        return Columns(compute=compute or "", score=score or "", per_row=per_row or compute in _OF_A_STEP)
+        if compute is None or score is None or not {compute, score} <= {*names}:
+            return None
+        known = Columns(compute=compute, score=score)
     own_compute, own_score = _asked(known, compute, score)
     return Columns(
         compute=own_compute,
@@ -164,6 +176,14 @@ def _columns(path: Path, names: Sequence[str], compute: str | None, score: str |
         per_row=per_row or own_compute in _OF_A_STEP,
         curve=known.curve,
         run=known.run,
+    )
+
+
+def _unknown(path: Path, names: Sequence[str], compute: str | None, score: str | None) -> ValueError:
+    missing = ", ".join(name for name in (compute, score) if name is not None and name not in names)
+    return ValueError(
+        f"{path}: {f'no column {missing}' if missing else 'not a table of a trainer that is known'}; name its "
+        f"columns by --compute and --score; it has {', '.join(sorted(names)[:30]) or 'none'}"
     )
 
 
