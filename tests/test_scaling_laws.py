@@ -337,6 +337,22 @@ def test_a_runs_folder_has_rewards_by_flops_and_scores_of_the_weights_that_a_ste
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 20], [0.6, 0.6])
 
 
+def test_steps_of_a_run_that_lack_a_number_have_cost_what_they_say(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 0}',
+        '{"step": 1, "reward_mean": NaN, "model_flops": 4.0, "seconds": null, "response_tokens": null, "eval": null}',
+        '{"step": 2, "reward_mean": 0.5, "model_flops": 4.0, "generation_flops": null, "eval": {"a": {"greedy": 0.7}}}',
+        '{"step": 3, "eval": {"a": {"greedy": 0.7}, "b": {}, "c": null}}',  # the mean of other sets
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for score, points in ((None, ([8], [0.5])), ("score", ([4], [0.7]))):
+        (curve,) = read_curves([str(tmp_path)], score=score)
+        assert (curve.points.compute.tolist(), curve.points.score.tolist()) == points
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match="no row has both spent_flops and reward_mean"):
+        read_curves([str(tmp_path)])
+
+
 def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> None:
     columns = {"method": list("aabb"), "seed": [0, 1, 0, 0], "spent_flops": [3, 4, 5, 6], "reward_mean": [0, 1, 2, 3]}
     write_csv(tmp_path / "compare.csv", columns)

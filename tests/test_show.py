@@ -236,6 +236,35 @@ def test_ten_thousand_rollouts_are_filtered_and_paged(browser: Browser, tmp_path
 
 # --- without one
 
+LACKING = [
+    '{"step": 0, "version": 0}',
+    '{"step": 1, "reward_mean": NaN, "loss": 1e999, "seconds": null, "eval": {"a": {}, "b": null}, "timeline": []}',
+    '{"step": 2, "reward_mean": 0.5, "eval": null, "timeline": null, "seconds": {"total": null}}',
+    '{"step": 3, "eval": {"a": {"greedy": 0.25}}}',
+]
+
+
+@in_a_browser
+def test_lines_of_metrics_that_lack_something_have_a_page_of_the_rest(browser: Browser, tmp_path: Path) -> None:
+    run = shown_run.write_run(tmp_path / "run", steps=1)
+    (run / "metrics.jsonl").write_text("\n".join(LACKING) + "\n")
+    show.main(run, None)
+    data = data_of(run / show.PAGE_FILE)
+    assert [chart["curves"] for chart in data["curves"]] == [
+        {"a": [None, None, None, 0.25]},
+        {"reward_mean": [None, None, 0.5, None]},
+    ]
+    seen = browser.see(run / show.PAGE_FILE)
+    assert seen.texts["count"] == ["8 of 8 rollouts match"] and "No step of this run" in seen.texts["gantt"][0]
+
+
+def test_a_reward_that_is_no_number_fails_no_page(tmp_path: Path) -> None:
+    run, prompt = shown_run.write_run(tmp_path / "run", steps=1), Prompt(uid="u", token_ids=(1,), text="?", answer="!")
+    rollout_files.write(run / "rollouts" / "step_00000000.parquet", [samples.rollout(prompt, reward=math.nan)])
+    show.main(run, None)
+    (row,) = data_of(run / show.PAGE_FILE)["rollouts"]["rows"]
+    assert row["reward"] is None
+
 
 def rows_of(run: Path, step: int) -> list[rollout_files.Trained]:
     return list(rollout_files.read_step(run / "rollouts" / f"step_{step:08d}.parquet"))

@@ -20,7 +20,7 @@ import numpy as np
 
 from astar_megatron.run.laws import Points
 from astar_megatron.run.spending import Cost
-from astar_megatron.run.tracking import METRICS_FILE, read_metrics
+from astar_megatron.run.tracking import METRICS_FILE, greedy_scores, read_metrics
 
 type Row = Mapping[str, Any]
 
@@ -220,13 +220,13 @@ def _of_run(path: Path) -> list[Row]:
     if not lines:
         raise ValueError(f"{path}: no {METRICS_FILE} with steps, scale.csv or compare.csv there; give a run's folder")
     for line in lines:
-        scores = [scores["greedy"] for scores in line.get("eval", {}).values()]
+        scores = greedy_scores(line)
         before, spent = spent, spent + Cost.of_step(line)
         costs = {f"spent_{measure}": spent.by(measure) for measure in ("tokens", "flops", "seconds")}
-        rows.append(costs | {"reward_mean": line["reward_mean"]})
-        if scores:  # of the weights that the step begins with
+        rows.append(costs | {"reward_mean": line.get("reward_mean")})
+        if scores and len(scores) == len(line["eval"]):  # of the weights that the step begins with
             costs = {f"spent_{measure}": before.by(measure) for measure in ("tokens", "flops", "seconds")}
-            rows.append(costs | {"score": statistics.fmean(scores)})
+            rows.append(costs | {"score": statistics.fmean(scores.values())})
     return rows
 
 
