@@ -380,9 +380,15 @@ def test_tables_are_one_curve_only_where_they_are_given_one_name(tmp_path: Path)
         for number in range(2)
     ]
     words = r"both have a curve '\w+'; give them names, as A=\S+ and B=\S+, or one name"
-    for one, other in (tables, runs, comparisons, (f"log={tables[0]}", tables[1]), (f"a={tables[0]}", comparisons[0])):
+    for first, second in (
+        tables,
+        runs,
+        comparisons,
+        (f"log={tables[0]}", tables[1]),
+        (f"a={tables[0]}", comparisons[0]),
+    ):
         with pytest.raises(ValueError, match=words):
-            read_curves([one, other])
+            read_curves([first, second])
     assert [curve.name for curve in read_curves([f"x={tables[0]}", tables[1]])] == ["x", "log"]
     (curve,) = read_curves([f"x={tables[0]}", f"x={tables[1]}"])
     assert curve.points.run.tolist() == [0, 1]
@@ -410,6 +416,9 @@ def test_a_table_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         ("num_tokens,reward\n1,high\n", "row 1, reward: expected a number, got 'high'"),
         ("num_tokens,reward\n1,\n", "no row has both num_tokens and reward"),
         ("num_tokens,reward\n5,1\n3,1\n", "row 2: num_tokens falls from 5 to 3"),
+        ("num_tokens,reward\n1,1\n1e308,1\n", "row 2, num_tokens: expected a number up to 1e+100, got 1e+308"),
+        ("num_tokens,reward\n1,-1e202\n", "row 1, reward: expected a number up to 1e+100, got -1e+202"),
+        ("num_tokens,reward\n1,inf\n", "row 1, reward: expected a number up to 1e+100, got inf"),
         ("num_tokens,reward\n-5,1\n", "row 1: num_tokens is -5"),
         ("\0\xff", "expected a header and a row a step"),
     ],
@@ -419,6 +428,12 @@ def test_a_table_that_can_not_be_read_is_one_clear_error(text: str, words: str, 
     with pytest.raises(ValueError, match=r"x\.csv") as error:
         read_curves([str(tmp_path / "x.csv")])
     assert words in str(error.value)
+
+
+def test_an_integer_of_jsonl_that_no_float_holds_is_named_by_its_row_and_column(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"num_tokens": 1{"0" * 400}, "reward": 1}}')
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 1, num_tokens: expected a number, got 1000"):
+        read_curves([str(tmp_path / "x.jsonl")])
 
 
 def test_what_is_no_table_or_lacks_a_named_column_is_refused(tmp_path: Path) -> None:
@@ -461,3 +476,24 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
     text = capsys.readouterr().out
     assert "- young (reward by num_tokens)" in text and "asymptote: not known; the scores have not levelled off" in text
     assert (tmp_path / "out" / "fit.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("compute", "score"),
+    [
+        ([1.0], [1.0]),
+        ([0.0] * 12, [0.5] * 12),
+        ([1e98 * number for number in range(12)], [1e100] * 12),
+        (list(range(12)), [1e100, -1e100] * 6),
+    ],
+    ids=["a point", "no compute", "huge and level", "huge and rough"],
+)
+def test_whatever_is_read_is_fitted_or_refused_and_drawn_without_a_warning(
+    compute: list[float], score: list[float], tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "price_$_of_$.csv", {"num_tokens": compute, "reward": score})
+    whole = write_csv(tmp_path / "whole.csv", {"num_tokens": list(range(12)), "reward": [0.5, 0.6] * 6})
+    scale_fit([path, whole], tmp_path / "out", None, None, per_row=False, tolerance=0.05)
+    curve, _ = json.loads((tmp_path / "out" / "fit.json").read_text())["curves"]
+    assert curve["points"] == len(compute) and (tmp_path / "out" / "fit.png").exists()

@@ -57,6 +57,7 @@ _KINDS = (
 )
 _OF_A_STEP = frozenset(kind.compute for kind in _KINDS if kind.per_row)
 _STEPS = ("training/global_step", "train/global_step", "global_step", "step", "Step", "_step")
+_MOST = 1e100  # whose squares the fit can still add up
 _CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 
 
@@ -199,9 +200,9 @@ def _file(path: Path) -> Path:
 
 
 def _rows(path: Path) -> Sequence[Row]:
-    folder, path = path, _file(path)
-    if folder.is_dir() and path.name == METRICS_FILE:
-        return _of_run(folder)
+    if path.is_dir() and _file(path).name == METRICS_FILE:
+        return _of_run(path)
+    path = _file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
@@ -294,6 +295,10 @@ def _number(row: Row, name: str, place: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{place}, {name}: expected a number, got {value!r:.60}") from None
-    return number if math.isfinite(number) else None
+    if abs(number) > _MOST:
+        raise ValueError(
+            f"{place}, {name}: expected a number up to {_MOST:g}, got {number:g}; repair it, or count in another unit"
+        )
+    return None if math.isnan(number) else number
