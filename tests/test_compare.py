@@ -521,6 +521,13 @@ def test_the_final_score_is_the_mean_of_the_sets_of_the_last_evaluation(tmp_path
     assert result.spent == Cost(tokens=120, flops=1e10 + 2 * 1.25e9, seconds=2.0)
 
 
+@pytest.mark.parametrize("key", ["reward_mean", "truncated", "peak_memory_bytes"])
+def test_a_finished_run_whose_metrics_lack_a_number_is_named_with_a_remedy(key: str, tmp_path: Path) -> None:
+    Tracker(tmp_path).log(line(0) | {key: None})
+    with pytest.raises(ValueError, match=f"metrics of a finished run without {key}; remove the folder"):
+        comparison.result_of(Run("astar", 0), tmp_path, None)
+
+
 def test_a_band_has_mean_least_and_most_and_no_point_beyond_the_end_of_any_run() -> None:
     curves = [([0.0, 10.0], [0.0, 1.0]), ([2.0, 4.0, 6.0], [1.0, 1.0, 0.5])]
     x, mean, least, most = band(curves)

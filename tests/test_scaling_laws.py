@@ -236,6 +236,40 @@ def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path
     assert curve.points.compute.tolist() == [1, 8]
 
 
+@pytest.mark.parametrize("names", [("perf/total_num_tokens", "critic/score/mean"), ("cost", "val")])
+@pytest.mark.parametrize("steps", ["training/global_step", "step", "Step", "_step"])
+def test_compute_of_single_rows_is_added_up_only_in_the_order_of_steps_each_once(
+    steps: str, names: tuple[str, str], tmp_path: Path
+) -> None:
+    for order in ([1, 0], [0, 1, 1, 2], [0, 1, 2, 1, 2, 3]):
+        columns = {steps: order, names[0]: [5] * len(order), names[1]: [0.1] * len(order)}
+        path = write_csv(tmp_path / "x.csv", columns)
+        with pytest.raises(ValueError, match=r"x\.csv, row \d: .* in order of their steps, each once"):
+            read_curves([path], *names, per_row=names[0] == "cost")
+
+
+def test_a_score_whose_row_lacks_its_own_compute_is_refused_but_for_the_untrained_models(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"step": [0, 1, 2], "cost": ["", 5, 5], "val": [0.1, 0.2, 0.3]}
+    (curve,) = read_curves([write_csv(tmp_path / "x.csv", columns)], "cost", "val", per_row=True)
+    assert curve.points.compute.tolist() == [0, 5, 10]
+    for lacking in ({"step": [1, 2, 3]}, {"cost": ["", "", 5]}, {"cost": [5, "", 5]}, {"cost": [5, 5, "NaN"]}):
+        path = write_csv(tmp_path / "x.csv", columns | lacking)
+        with pytest.raises(ValueError, match=r"x\.csv, row \d: has val, but no cost, which is added up"):
+            read_curves([path], "cost", "val", per_row=True)
+
+
+def test_steps_that_a_table_of_verl_leaves_out_have_spent_too(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"perf/total_num_tokens": [5] * 3, "critic/score/mean": [0.1] * 3}
+    for steps in ([0, 10, 20], [1, 2, 4], [41, 42, 43]):
+        path = write_csv(tmp_path / "x.csv", columns | {"_step": steps})
+        for named in ((None, None), tuple(columns)):
+            with pytest.raises(ValueError, match=r"of steps before it is missing; export every step"):
+                read_curves([path], *named)
+    evaluated = write_csv(tmp_path / "x.csv", {"step": [0, 50, 200], "cost": [1, 50, 150], "val": [0.1] * 3})
+    (curve,) = read_curves([evaluated], "cost", "val", per_row=True)  # a row has what was spent since the one before
+    assert curve.points.compute.tolist() == [1, 51, 201]
+
+
 def test_a_chart_of_wandb_has_a_curve_a_run(tmp_path: Path) -> None:
     columns = {
         "num_tokens": [1, 2],
@@ -252,6 +286,43 @@ def test_a_chart_of_wandb_has_a_curve_a_run(tmp_path: Path) -> None:
     assert joined.points.run.tolist() == [0, 1, 1]
 
 
+def test_a_table_with_a_dash_in_a_column_is_no_chart_where_it_has_what_is_read(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"time - seconds": [5, 6], "num_tokens": [1, 2], "reward": [0.1, 0.2]}
+    path = write_csv(tmp_path / "x.csv", columns)
+    (curve,) = read_curves([path])
+    assert (curve.name, curve.compute, curve.score, curve.points.compute.tolist()) == ("x", *list(columns)[1:], [1, 2])
+    (curve,) = read_curves([path], "time - seconds", "reward")
+    assert curve.points.compute.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "words"),
+    [
+        (["a - x", "b - y"], {}, "name its columns by --compute and --score; it has a - x, b - y"),
+        (["a", "b", "time - seconds"], {}, "name its columns by --compute and --score; it has a, b, time - seconds"),
+        (["Step", "a - x"], {"score": "nowhere"}, "no column nowhere"),
+        (["Step", "a - x"], {"compute": "nowhere"}, "no column nowhere"),
+        (["Step", "a - _step"], {}, "name its columns by --compute and --score"),
+        (["Step", "a - x"], {"per_row": True}, "can't be added up over a chart"),
+        (["perf/total_num_tokens", "a - x"], {}, "can't be added up over a chart"),
+    ],
+)
+def test_what_is_no_chart_or_lacks_what_is_read_is_refused(
+    names: list[str], asked: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "x.csv", {name: [1, 2] for name in names})
+    with pytest.raises(ValueError, match=r"x\.csv: ") as error:
+        read_curves([path], **asked)
+    assert words in str(error.value)
+
+
+def test_wandbs_own_metrics_in_a_chart_are_read_only_where_they_are_named(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", {"Step": [1, 2], "a - reward": [0.1, 0.2], "a - _runtime": [3, 4]})
+    for score, values in ((None, [0.1, 0.2]), ("_runtime", [3, 4])):
+        (curve,) = read_curves([path], score=score)
+        assert curve.points.score.tolist() == values
+
+
 def metrics(step: int) -> dict[str, Any]:
     return {"step": step, "reward_mean": 0.1 * step, "response_tokens": 10, "model_flops": 4.0, "generation_flops": 1.0}
 
@@ -266,11 +337,72 @@ def test_a_runs_folder_has_rewards_by_flops_and_scores_of_the_weights_that_a_ste
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 20], [0.6, 0.6])
 
 
+def test_steps_of_a_run_that_lack_a_number_have_cost_what_they_say(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 0}',
+        '{"step": 1, "reward_mean": NaN, "model_flops": 4.0, "seconds": null, "response_tokens": null, "eval": null}',
+        '{"step": 2, "reward_mean": 0.5, "model_flops": 4.0, "generation_flops": null, "eval": {"a": {"greedy": 0.7}}}',
+        '{"step": 3, "eval": {"a": {"greedy": 0.7}, "b": {}, "c": null}}',  # the mean of other sets
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for score, points in ((None, ([8], [0.5])), ("score", ([4], [0.7]))):
+        (curve,) = read_curves([str(tmp_path)], score=score)
+        assert (curve.points.compute.tolist(), curve.points.score.tolist()) == points
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match="no row has both spent_flops and reward_mean"):
+        read_curves([str(tmp_path)])
+
+
 def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> None:
     columns = {"method": list("aabb"), "seed": [0, 1, 0, 0], "spent_flops": [3, 4, 5, 6], "reward_mean": [0, 1, 2, 3]}
     write_csv(tmp_path / "compare.csv", columns)
     first, second = read_curves([str(tmp_path)])
     assert (first.name, first.points.run.tolist(), second.points.run.tolist()) == ("a", [0, 1], [0, 0])
+
+
+def test_a_comparisons_curves_stay_apart_under_a_name(tmp_path: Path) -> None:
+    columns = {"method": list("ab"), "seed": [0, 0], "spent_flops": [3, 4], "reward_mean": [0, 1]}
+    for number in range(2):
+        write_csv(tmp_path / f"{number}.csv", columns)
+    curves = read_curves([f"mine={tmp_path / '0.csv'}", f"mine={tmp_path / '1.csv'}"])
+    assert [(curve.name, curve.points.run.tolist()) for curve in curves] == [("mine: a", [0, 1]), ("mine: b", [0, 1])]
+
+
+def test_tables_are_one_curve_only_where_they_are_given_one_name(tmp_path: Path) -> None:
+    tables, runs = [], []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        tables.append(write_csv(tmp_path / folder / "log.csv", {"num_tokens": [1], "reward": [0.1]}))
+        Tracker(tmp_path / folder / "run").log(metrics(1))
+        runs.append(str(tmp_path / folder / "run"))
+    comparisons = [
+        write_csv(tmp_path / f"{number}.csv", {"method": ["a"], "seed": [0], "spent_flops": [1], "reward_mean": [1]})
+        for number in range(2)
+    ]
+    words = r"both have a curve '\w+'; give them names, as A=\S+ and B=\S+, or one name"
+    for first, second in (
+        tables,
+        runs,
+        comparisons,
+        (f"log={tables[0]}", tables[1]),
+        (f"a={tables[0]}", comparisons[0]),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_curves([first, second])
+    assert [curve.name for curve in read_curves([f"x={tables[0]}", tables[1]])] == ["x", "log"]
+    (curve,) = read_curves([f"x={tables[0]}", f"x={tables[1]}"])
+    assert curve.points.run.tolist() == [0, 1]
+
+
+def test_a_table_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    columns = {"method": ["a"], "seed": [0], "spent_flops": [1], "reward_mean": [1]}
+    path = write_csv(tmp_path / "compare.csv", columns)
+    (tmp_path / "link.csv").symlink_to(path)
+    for other in (path, str(tmp_path), str(tmp_path / "link.csv"), f"{tmp_path}/../{tmp_path.name}/compare.csv"):
+        with pytest.raises(ValueError, match=r"the same table as .*; give it once"):
+            read_curves([f"x={path}", f"x={other}"])
+    with pytest.raises(ValueError, match="the same table"):
+        read_curves([path] * 2)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +416,9 @@ def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> N
         ("num_tokens,reward\n1,high\n", "row 1, reward: expected a number, got 'high'"),
         ("num_tokens,reward\n1,\n", "no row has both num_tokens and reward"),
         ("num_tokens,reward\n5,1\n3,1\n", "row 2: num_tokens falls from 5 to 3"),
+        ("num_tokens,reward\n1,1\n1e308,1\n", "row 2, num_tokens: expected a number up to 1e+100, got 1e+308"),
+        ("num_tokens,reward\n1,-1e202\n", "row 1, reward: expected a number up to 1e+100, got -1e+202"),
+        ("num_tokens,reward\n1,inf\n", "row 1, reward: expected a number up to 1e+100, got inf"),
         ("num_tokens,reward\n-5,1\n", "row 1: num_tokens is -5"),
         ("\0\xff", "expected a header and a row a step"),
     ],
@@ -293,6 +428,12 @@ def test_a_table_that_can_not_be_read_is_one_clear_error(text: str, words: str, 
     with pytest.raises(ValueError, match=r"x\.csv") as error:
         read_curves([str(tmp_path / "x.csv")])
     assert words in str(error.value)
+
+
+def test_an_integer_of_jsonl_that_no_float_holds_is_named_by_its_row_and_column(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"num_tokens": 1{"0" * 400}, "reward": 1}}')
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 1, num_tokens: expected a number, got 1000"):
+        read_curves([str(tmp_path / "x.jsonl")])
 
 
 def test_what_is_no_table_or_lacks_a_named_column_is_refused(tmp_path: Path) -> None:
@@ -335,3 +476,24 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
     text = capsys.readouterr().out
     assert "- young (reward by num_tokens)" in text and "asymptote: not known; the scores have not levelled off" in text
     assert (tmp_path / "out" / "fit.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("compute", "score"),
+    [
+        ([1.0], [1.0]),
+        ([0.0] * 12, [0.5] * 12),
+        ([1e98 * number for number in range(12)], [1e100] * 12),
+        (list(range(12)), [1e100, -1e100] * 6),
+    ],
+    ids=["a point", "no compute", "huge and level", "huge and rough"],
+)
+def test_whatever_is_read_is_fitted_or_refused_and_drawn_without_a_warning(
+    compute: list[float], score: list[float], tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "price_$_of_$.csv", {"num_tokens": compute, "reward": score})
+    whole = write_csv(tmp_path / "whole.csv", {"num_tokens": list(range(12)), "reward": [0.5, 0.6] * 6})
+    scale_fit([path, whole], tmp_path / "out", None, None, per_row=False, tolerance=0.05)
+    curve, _ = json.loads((tmp_path / "out" / "fit.json").read_text())["curves"]
+    assert curve["points"] == len(compute) and (tmp_path / "out" / "fit.png").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -203,6 +204,28 @@ def test_runs_with_nothing_to_draw_have_a_page_that_says_so(browser: Browser, tm
 
 
 @in_a_browser
+def test_curves_that_differ_by_rounding_or_are_huge_are_drawn_with_all_that_follows(
+    browser: Browser, tmp_path: Path
+) -> None:
+    ends = {
+        "value_mean": (0.6814488519636533, 0.6814488519636535),  # of one table in the step's order
+        "entropy": (1e15, 1e15 + 0.125),
+        "lr": (1e-6, math.nextafter(1e-6, 1)),
+        "kl_token": (0.0, 5e-324),
+        "grad_norm": (-1.7e308, 1.7e308),
+        "engine_gap": (1e308, 1e308),
+        "residual_std": (0.0, 0.0),
+    }
+    run = shown_run.write_run(tmp_path / "run", steps=6)
+    lines = [line | {key: pair[line["step"] % 2] for key, pair in ends.items()} for line in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    show.main(run, None)
+    seen = browser.see(run / show.PAGE_FILE)
+    assert seen.texts["count"] == ["48 of 48 rollouts match"] and seen.texts["lane"]
+    assert {"Value", "Entropy a token", "Learning rate", "Gradient's norm"} <= set(seen.texts["h3"])
+
+
+@in_a_browser
 @pytest.mark.slow
 def test_ten_thousand_rollouts_are_filtered_and_paged(browser: Browser, tmp_path: Path) -> None:
     run = shown_run.write_run(tmp_path / "large", steps=25, batch=400, words=90)
@@ -212,6 +235,35 @@ def test_ten_thousand_rollouts_are_filtered_and_paged(browser: Browser, tmp_path
 
 
 # --- without one
+
+LACKING = [
+    '{"step": 0, "version": 0}',
+    '{"step": 1, "reward_mean": NaN, "loss": 1e999, "seconds": null, "eval": {"a": {}, "b": null}, "timeline": []}',
+    '{"step": 2, "reward_mean": 0.5, "eval": null, "timeline": null, "seconds": {"total": null}}',
+    '{"step": 3, "eval": {"a": {"greedy": 0.25}}}',
+]
+
+
+@in_a_browser
+def test_lines_of_metrics_that_lack_something_have_a_page_of_the_rest(browser: Browser, tmp_path: Path) -> None:
+    run = shown_run.write_run(tmp_path / "run", steps=1)
+    (run / "metrics.jsonl").write_text("\n".join(LACKING) + "\n")
+    show.main(run, None)
+    data = data_of(run / show.PAGE_FILE)
+    assert [chart["curves"] for chart in data["curves"]] == [
+        {"a": [None, None, None, 0.25]},
+        {"reward_mean": [None, None, 0.5, None]},
+    ]
+    seen = browser.see(run / show.PAGE_FILE)
+    assert seen.texts["count"] == ["8 of 8 rollouts match"] and "No step of this run" in seen.texts["gantt"][0]
+
+
+def test_a_reward_that_is_no_number_fails_no_page(tmp_path: Path) -> None:
+    run, prompt = shown_run.write_run(tmp_path / "run", steps=1), Prompt(uid="u", token_ids=(1,), text="?", answer="!")
+    rollout_files.write(run / "rollouts" / "step_00000000.parquet", [samples.rollout(prompt, reward=math.nan)])
+    show.main(run, None)
+    (row,) = data_of(run / show.PAGE_FILE)["rollouts"]["rows"]
+    assert row["reward"] is None
 
 
 def rows_of(run: Path, step: int) -> list[rollout_files.Trained]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from astar_megatron.data.files import StorageError
 from astar_megatron.run.board import board_on
-from astar_megatron.run.tracking import Clock, Screen, Tracker
+from astar_megatron.run.tracking import Clock, Screen, Tracker, greedy_scores, read_metrics
 from astar_megatron.types import Span
 
 
@@ -139,3 +139,37 @@ def test_a_line_of_metrics_that_has_no_place_is_said_with_path_and_remedy(tmp_pa
         StorageError, match=r"metrics\.jsonl: can't write a line: Is a directory; choose another folder"
     ):
         tracker.log({"step": 0})
+
+
+def test_what_a_step_lacks_is_no_number_of_its_metrics(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 0, "eval": null, "seconds": null, "timeline": null, "reward_mean": null}',
+        '{"step": 1, "eval": {"a": {}, "b": null, "c": {"greedy": NaN}, "d": {"greedy": 0.5}}, "loss": 1e999}',
+        '{"step": 2, "peak_memory_bytes": [1, 2], "timeline": []}',
+        '{"step": 3, "eva',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    first, second, _ = read_metrics(tmp_path)
+    assert (greedy_scores(first), greedy_scores(second)) == ({}, {"d": 0.5})
+    assert second["eval"]["c"] == {"greedy": None} and second["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"step": 1, "eval": 5}', ", eval: .* got 5"),
+        ('{"step": 1, "eval": {"a": 0.5}}', ", eval: .* got 0.5"),
+        ('{"step": 1, "eval": {"a": {"greedy": "high"}}}', ", eval: .* got 'high'"),
+        ('{"step": 1, "seconds": [1]}', r", seconds: .* got \[1\]"),
+        ('{"step": 1, "seconds": {"total": "1"}}', ", seconds: .* got '1'"),
+        ('{"step": 1, "timeline": [["train", "driver", 1]]}', ", timeline: "),
+        ('{"step": 1, "reward_mean": "high"}', ", reward_mean: .* got 'high'"),
+        ('{"step": 1, "loss": {"a": 1}}', ", loss: "),
+        ('{"reward_mean": 1}', ", step: "),
+        ("[]", ": expected"),
+    ],
+)
+def test_metrics_that_no_run_writes_are_refused_with_file_line_and_key(line: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' + line)
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2{words}.*; repair or remove the file"):
+        read_metrics(tmp_path)

@@ -20,11 +20,12 @@ from astar_megatron import config
 from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
 from astar_megatron.run.spending import Cost, Measure
-from astar_megatron.run.tracking import read_metrics
+from astar_megatron.run.tracking import greedy_scores, read_metrics
 
 METHODS: tuple[str, ...] = get_args(MethodName.__value__)
 UNITS: dict[Measure, str] = {"tokens": "response tokens", "flops": "model FLOPs", "seconds": "seconds"}
 _MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  # as the keys of `budget`
+_NEEDED = ("reward_mean", "truncated", "peak_memory_bytes")  # of each line of metrics
 _NOT_COMMON = (
     *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
     *("cluster.", "supervise.", "checkpoint.", "tracking."),  # no result's
@@ -233,6 +234,12 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_refere
         raise ValueError(
             f"{run_dir}: a finished run without metrics; remove the folder, and the same command runs it again"
         )
+    lacking = [key for line in lines for key in _NEEDED if line.get(key) is None]
+    if lacking:
+        raise ValueError(
+            f"{run_dir}: metrics of a finished run without {lacking[0]}; remove the folder, and the same command runs "
+            "it again"
+        )
     spent = stage_1.known if stage_1 else Cost()
     steps = []
     for line in lines:
@@ -244,7 +251,7 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_refere
             kl_token=line.get("kl_token") if has_reference else None,
             entropy=line.get("entropy"),
             truncated=line["truncated"],
-            scores={name: scores["greedy"] for name, scores in line.get("eval", {}).items()},
+            scores=greedy_scores(line),
         )
         steps.append(step)
     return Result(

@@ -160,11 +160,14 @@ def plot(curves: Sequence[Curve], results: Sequence[Extrapolation], path: Path) 
             if law.early is not None:
                 axes.plot(grid, law.early.score(grid), "--", color=f"C{number}", linewidth=1, label=law.law)
         axes.plot(late.compute, late.score, "o", color="#000000", markersize=3.5, fillstyle="none")
-        margin = 0.1 * float(np.ptp(result.points.score)) + 0.01
-        axes.set(ylim=(result.points.score.min() - margin, result.points.score.max() + margin), xlabel=curve.compute)
-        axes.set_title(f"{result.name[:40]}: {result.verdict}", fontsize=8)
+        low, high = float(result.points.score.min()), float(result.points.score.max())
+        margin = 0.1 * (high - low) + 0.01 * max(1.0, abs(low), abs(high))
+        axes.set(ylim=(low - margin, high + margin))
+        axes.set_xlabel(curve.compute, parse_math=False)
+        axes.set_title(f"{result.name[:40]}: {result.verdict}", fontsize=8, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].legend(loc="lower right", frameon=False, fontsize=7)
+    if named := [axes for axes in panels.flat if axes.get_legend_handles_labels()[1]]:
+        named[0].legend(loc="lower right", frameon=False, fontsize=7)
     more = f"; {len(results) - len(drawn)} more curves are in fit.json" if len(results) > len(drawn) else ""
     figure.suptitle(
         f"dashed: fitted to the first half; grey: sigmoid of all, {LEVEL:.0%}; rings: means{more}", fontsize=8

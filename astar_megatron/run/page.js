@@ -61,16 +61,13 @@ function ticks(low, high, count = 4) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
-  const values = [];
-  for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-9; value += step) {
-    values.push(Math.abs(value) < step * 1e-9 ? 0 : value);
-  }
-  return values;
+  const first = Math.ceil(low / step), length = Math.min(count + 2, Math.floor(high / step + 1e-9) - first + 1);
+  return Array.from({ length }, (_, number) => (first + number) * step);  // so many, however small a step is beside them
 }
 
 function range(values) {
-  const low = Math.min(...values), high = Math.max(...values);
-  const margin = (high - low || Math.abs(high) || 1) * 0.06;
+  const low = Math.min(...values), high = Math.max(...values), size = Math.max(Math.abs(low), Math.abs(high));
+  const margin = 0.06 * (high - low > 1e-6 * size ? high - low : size || 1);  // what differs by rounding is level
   return [low - margin, high + margin];
 }
 

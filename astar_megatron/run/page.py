@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.data import rollout_files
+from astar_megatron.data.files import without_nan
 from astar_megatron.data.rollout_files import Trained
 from astar_megatron.run import panels
 
@@ -53,8 +54,8 @@ def page_of(
         "health": _charts(panels.HEALTH, drawn),
         "curves": [*_scores(drawn), *_charts(panels.CURVES, drawn)],
         "last": {key: value for key, value in (lines[-1] if lines else {}).items() if _is_number(value)},
-        "seconds": [line.get("seconds", {}) for line in drawn],
-        "timelines": {line["step"]: line["timeline"] for line in lines[-MOST_TIMELINES:] if "timeline" in line},
+        "seconds": [line.get("seconds") or {} for line in drawn],
+        "timelines": {line["step"]: line["timeline"] for line in lines[-MOST_TIMELINES:] if line.get("timeline")},
         "rollouts": rollouts,
         "all_rollouts": total,
     }
@@ -103,7 +104,7 @@ def _rows(
             rows.append(
                 {
                     "step": step,
-                    "reward": rollout.reward,
+                    "reward": without_nan(rollout.reward),
                     "truncated": rollout.truncated,
                     "sample": rollout.sample,
                     "version": rollout.first_version,

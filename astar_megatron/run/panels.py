@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+
+from astar_megatron.run.tracking import greedy_scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,5 +67,5 @@ def curves(panels: Sequence[Panel], lines: Sequence[Mapping[str, Any]]) -> Itera
 
 def scores(lines: Sequence[Mapping[str, Any]]) -> Curves:
     """Return the greedy score of each set of problems that was evaluated while training, as a curve."""
-    names = dict.fromkeys(name for line in lines for name in line.get("eval", {}))
-    return {name: [line.get("eval", {}).get(name, {}).get("greedy") for line in lines] for name in names}
+    evaluated = [greedy_scores(line) for line in lines]
+    return {name: [known.get(name) for known in evaluated] for name in dict.fromkeys(chain.from_iterable(evaluated))}

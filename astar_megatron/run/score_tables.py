@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ import numpy as np
 
 from astar_megatron.run.laws import Points
 from astar_megatron.run.spending import Cost
-from astar_megatron.run.tracking import METRICS_FILE, read_metrics
+from astar_megatron.run.tracking import METRICS_FILE, greedy_scores, read_metrics
 
 type Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """Which columns are read. `per_row`: the compute is a row's own, and is added up."""
+    """Which columns are read. `per_row`: the compute is a row's own, and is added up; of a known trainer a step's."""
 
     compute: str
     score: str
@@ -55,6 +55,9 @@ _KINDS = (
     Columns(compute="train/num_tokens", score="train/reward"),  # TRL, by W&B
     Columns(compute="num_tokens", score="reward"),  # TRL, its own
 )
+_OF_A_STEP = frozenset(kind.compute for kind in _KINDS if kind.per_row)
+_STEPS = ("training/global_step", "train/global_step", "global_step", "step", "Step", "_step")
+_MOST = 1e100  # whose squares the fit can still add up
 _CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 
 
@@ -63,14 +66,34 @@ def read_curves(
 ) -> list[Curve]:
     """Return the curves of files and run folders; those that are given as NAME=PATH with one NAME are one curve.
 
-    `compute` and `score` name columns, instead of those that are known. Raises ValueError where a table has none.
+    Of a table that has several, as a study's or a comparison's, each is "NAME: curve". `compute` and `score` name
+    columns, instead of those that are known. Raises ValueError where a table has none, is given twice, or has a curve
+    of the name of another's.
     """
     parts: dict[str, list[tuple[Columns, list[float], list[float]]]] = {}
+    origins: dict[str, tuple[str | None, Path]] = {}
+    for name, path in _distinct(sources):
+        for curve, columns, rows in _tables(path, name, compute, score, per_row=per_row):
+            other_name, other = origins.setdefault(curve, (name, path))
+            if path != other and (name is None or name != other_name):
+                raise ValueError(
+                    f"{other} and {path} both have a curve {curve!r}; give them names, as A={other} and B={path}, or "
+                    "one name, if they are runs of one curve"
+                )
+            parts.setdefault(curve, []).append((columns, *_numbers(rows, columns, path)))
+    return [_joined(name, runs) for name, runs in parts.items()]
+
+
+def _distinct(sources: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
+    """Yield the name, None without, and the path of each source. Raises ValueError where two are one table."""
+    files: dict[Path, str] = {}
     for source in sources:
         name, path = _named(source)
-        for own_name, columns, rows in _tables(path, compute, score, per_row=per_row):
-            parts.setdefault(name or own_name, []).append((columns, *_numbers(rows, columns, path)))
-    return [_joined(name, runs) for name, runs in parts.items()]
+        file = _file(path).resolve()
+        if file in files:
+            raise ValueError(f"{source}: the same table as {files[file]}, its points would count twice; give it once")
+        files[file] = source
+        yield name, path
 
 
 def _named(source: str) -> tuple[str | None, Path]:
@@ -95,50 +118,73 @@ def _joined(name: str, runs: Sequence[tuple[Columns, Sequence[float], Sequence[f
 
 
 def _tables(
-    path: Path, compute: str | None, score: str | None, *, per_row: bool
+    path: Path, name: str | None, compute: str | None, score: str | None, *, per_row: bool
 ) -> list[tuple[str, Columns, Sequence[Row]]]:
-    """The runs of a source: the name of the curve, the columns to read, the rows."""
+    """The runs of a source: the name of the curve, the columns to read, the rows.
+
+    A table that says itself which curves it has keeps them apart under a given name.
+    """
     rows = _rows(path)
     names = list(dict.fromkeys(key for row in rows for key in row))
-    if chart := [match for name in names if (match := _CHART.fullmatch(name)) and not match["bound"]]:
-        axis = compute or next(name for name in names if not _CHART.fullmatch(name))
-        return [
-            (match["run"], Columns(compute=axis, score=score or match["metric"], per_row=per_row), own)
-            for match in chart
-            if score in (None, match["metric"]) and (own := _of_chart(rows, axis, match, score))
-        ]
-    columns = _columns(path, names, compute, score, per_row=per_row)
+    columns = _columns(names, compute, score, per_row=per_row)
+    if columns is None:
+        runs_of_chart = _of_chart(rows, names, compute, score)
+        if not runs_of_chart:
+            raise _unknown(path, names, compute, score)
+        if per_row or runs_of_chart[0][1].compute in _OF_A_STEP:
+            raise ValueError(f"{path}: compute of single steps can't be added up over a chart; give a row a step")
+        return [(name or run, columns, own) for run, columns, own in runs_of_chart]
     if columns.curve is None:
-        return [(path.name if path.is_dir() else path.stem, columns, rows)]
+        return [(name or (path.name or path.resolve().name if path.is_dir() else path.stem), columns, rows)]
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         runs.setdefault((str(row.get(columns.curve)), str(row.get(columns.run or columns.curve))), []).append(row)
-    return [(curve, columns, own) for (curve, _), own in runs.items()]
+    return [(f"{name}: {curve}" if name else curve, columns, own) for (curve, _), own in runs.items()]
 
 
-def _of_chart(rows: Sequence[Row], axis: str, match: re.Match[str], score: str | None) -> list[Row]:
-    return [{axis: row.get(axis), score or match["metric"]: row.get(match[0])} for row in rows]
+def _of_chart(
+    rows: Sequence[Row], names: Sequence[str], compute: str | None, score: str | None
+) -> list[tuple[str, Columns, Sequence[Row]]]:
+    """The runs of a chart, none where the table is no chart: one column is its axis, all others are of runs.
+
+    Of W&B's own metrics, as `_step`, only the one that is named is read.
+    """
+    axes = [name for name in names if not _CHART.fullmatch(name)]
+    if len(axes) != 1 or compute not in (None, axes[0]):
+        return []
+    runs = []
+    for match in filter(None, map(_CHART.fullmatch, names)):
+        metric = match["metric"]
+        if not match["bound"] and (metric == score or (score is None and not metric.startswith("_"))):
+            own = [{axes[0]: row.get(axes[0]), metric: row.get(match[0])} for row in rows]
+            runs.append((match["run"], Columns(compute=axes[0], score=metric), own))
+    return runs
 
 
-def _columns(path: Path, names: Sequence[str], compute: str | None, score: str | None, *, per_row: bool) -> Columns:
+def _columns(names: Sequence[str], compute: str | None, score: str | None, *, per_row: bool) -> Columns | None:
+    """The columns that are named, the others those of a known trainer; None where the table lacks them."""
     known = next(
         (kind for kind in _KINDS if {*_asked(kind, compute, score), kind.curve, kind.run} <= {*names, None}), None
     )
-    if known is None and not (compute in names and score in names):
-        missing = ", ".join(name for name in (compute, score) if name is not None and name not in names)
-        raise ValueError(
-            f"{path}: {f'no column {missing}' if missing else 'not a table of a trainer that is known'}; name its "
-            f"columns by --compute and --score; it has {', '.join(sorted(names)[:30]) or 'none'}"
-        )
     if known is None:
-        return Columns(compute=compute or "", score=score or "", per_row=per_row)
+        if compute is None or score is None or not {compute, score} <= {*names}:
+            return None
+        known = Columns(compute=compute, score=score)
     own_compute, own_score = _asked(known, compute, score)
     return Columns(
         compute=own_compute,
         score=own_score,
-        per_row=per_row or (known.per_row and own_compute == known.compute),
+        per_row=per_row or own_compute in _OF_A_STEP,
         curve=known.curve,
         run=known.run,
+    )
+
+
+def _unknown(path: Path, names: Sequence[str], compute: str | None, score: str | None) -> ValueError:
+    missing = ", ".join(name for name in (compute, score) if name is not None and name not in names)
+    return ValueError(
+        f"{path}: {f'no column {missing}' if missing else 'not a table of a trainer that is known'}; name its "
+        f"columns by --compute and --score; it has {', '.join(sorted(names)[:30]) or 'none'}"
     )
 
 
@@ -146,12 +192,17 @@ def _asked(kind: Columns, compute: str | None, score: str | None) -> tuple[str, 
     return compute or kind.compute, score or kind.score
 
 
+def _file(path: Path) -> Path:
+    """The file that is read of a source."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in ("scale.csv", "compare.csv") if (path / name).exists()), path / METRICS_FILE)
+
+
 def _rows(path: Path) -> Sequence[Row]:
-    if path.is_dir():
-        for name in ("scale.csv", "compare.csv"):
-            if (path / name).exists():
-                return _rows(path / name)
+    if path.is_dir() and _file(path).name == METRICS_FILE:
         return _of_run(path)
+    path = _file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
@@ -170,18 +221,20 @@ def _of_run(path: Path) -> list[Row]:
     if not lines:
         raise ValueError(f"{path}: no {METRICS_FILE} with steps, scale.csv or compare.csv there; give a run's folder")
     for line in lines:
-        scores = [scores["greedy"] for scores in line.get("eval", {}).values()]
+        scores = greedy_scores(line)
         before, spent = spent, spent + Cost.of_step(line)
         costs = {f"spent_{measure}": spent.by(measure) for measure in ("tokens", "flops", "seconds")}
-        rows.append(costs | {"reward_mean": line["reward_mean"]})
-        if scores:  # of the weights that the step begins with
+        rows.append(costs | {"reward_mean": line.get("reward_mean")})
+        if scores and len(scores) == len(line["eval"]):  # of the weights that the step begins with
             costs = {f"spent_{measure}": before.by(measure) for measure in ("tokens", "flops", "seconds")}
-            rows.append(costs | {"score": statistics.fmean(scores)})
+            rows.append(costs | {"score": statistics.fmean(scores.values())})
     return rows
 
 
 def _numbers(rows: Sequence[Row], columns: Columns, path: Path) -> tuple[list[float], list[float]]:
     """The compute and the score of the rows that have a score; the compute is that of the rows up to it."""
+    if columns.per_row:
+        _check_steps(rows, columns, path)
     compute, scores, total = [], [], 0.0
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
@@ -205,12 +258,47 @@ def _numbers(rows: Sequence[Row], columns: Columns, path: Path) -> tuple[list[fl
     return compute, scores
 
 
+def _check_steps(rows: Sequence[Row], columns: Columns, path: Path) -> None:
+    """Raise ValueError where rows, each with its own compute, don't add up to what their scores took.
+
+    A score in front of all compute, at step 0, is the untrained model's.
+    """
+    steps = next((name for name in _STEPS if any(row.get(name) not in (None, "") for row in rows)), "")
+    before = None
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, row {number}"
+        step = _number(row, steps, place)
+        if _number(row, columns.compute, place) is None:
+            if _number(row, columns.score, place) is not None and (number > 1 or step):
+                raise ValueError(
+                    f"{place}: has {columns.score}, but no {columns.compute}, which is added up over the rows; give it "
+                    "for each, or name by --compute a column that counts up"
+                )
+        elif step is not None:
+            if before is not None and step <= before:
+                raise ValueError(
+                    f"{place}: {steps} is {step:g} after {before:g}, and {columns.compute} is added up over the rows; "
+                    "give them in order of their steps, each once, as a resumed run has left them"
+                )
+            if columns.compute in _OF_A_STEP and step > (1 if before is None else before + 1):
+                raise ValueError(
+                    f"{place}: {steps} is {step:g} {'at first' if before is None else f'after {before:g}'}, and the "
+                    f"{columns.compute} of steps before it is missing; export every step from the first, or name by "
+                    "--compute a column that counts up"
+                )
+            before = step
+
+
 def _number(row: Row, name: str, place: str) -> float | None:
     value = row.get(name)
     if value is None or value == "":
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{place}, {name}: expected a number, got {value!r:.60}") from None
-    return number if math.isfinite(number) else None
+    if abs(number) > _MOST:
+        raise ValueError(
+            f"{place}, {name}: expected a number up to {_MOST:g}, got {number:g}; repair it, or count in another unit"
+        )
+    return None if math.isnan(number) else number

@@ -33,11 +33,11 @@ class Cost:
     @classmethod
     def of_step(cls, line: Mapping[str, Any]) -> Self:
         """Return what the step of a line of metrics has cost; those of earlier versions lack some of it."""
-        seconds = line.get("seconds", {})
+        seconds = line.get("seconds") or {}
         return cls(
-            tokens=line.get("response_tokens", 0),
-            flops=line.get("model_flops", 0.0) + line.get("generation_flops", 0.0),
-            seconds=seconds.get("total", 0.0) - seconds.get("eval", 0.0),
+            tokens=line.get("response_tokens") or 0,
+            flops=(line.get("model_flops") or 0.0) + (line.get("generation_flops") or 0.0),
+            seconds=(seconds.get("total") or 0.0) - (seconds.get("eval") or 0.0),
         )
 
     def __add__(self, other: "Cost") -> "Cost":

@@ -4,6 +4,7 @@ On a terminal progress is drawn by rich; elsewhere it is plain lines.
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -199,26 +201,54 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         raise storage_error(f"{path}: can't write a line", error) from error
 
 
+class _Scores(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    greedy: float | None = None
+
+
+class _Line(BaseModel):
+    """What readers of a line of metrics rely on; a step may lack all but its number, and null is no number."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float | bool | list[Any] | None] = Field(init=False)  # type: ignore[misc]
+    step: int
+    seconds: dict[str, float | None] | None = None
+    eval: dict[str, _Scores | None] | None = None
+    timeline: list[tuple[str, str, float, float]] | None = None
+
+
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics; a last line that a crash cut is left out."""
+    """Return the lines of a run's metrics, null for NaN and the infinities; a last line that a crash cut is left out.
+
+    Raises ValueError, with file and line, for what a run does not write. `step` is in each line; others may lack.
+    """
     path, all_metrics = Path(run_dir) / METRICS_FILE, []
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: can't read the run's metrics: {error}; repair or remove it") from error
     for number, line in enumerate(lines, start=1):
+        place, got = f"{path}, line {number}", ""
         try:
-            metrics = json.loads(line)
+            metrics = without_nan(json.loads(line))
+            _Line.model_validate_json(line)
+        except ValidationError as error:
+            flaw = error.errors()[0]
+            place, got = ", ".join([place, *map(str, flaw["loc"][:1])]), f", got {flaw['input']!r:.60}"
         except (ValueError, RecursionError):
             if number == len(lines):
                 break
-            metrics = None
-        if not isinstance(metrics, dict) or not isinstance(metrics.get("step"), int):
-            raise ValueError(
-                f"{path}, line {number}: expected the metrics of a step as JSON; repair or remove the file"
-            )
-        all_metrics.append(metrics)
+        else:
+            all_metrics.append(metrics)
+            continue
+        raise ValueError(f"{place}: expected the metrics of a step as JSON{got}; repair or remove the file")
     return all_metrics
+
+
+def greedy_scores(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the greedy scores that a line of metrics has, by the set of problems that was evaluated."""
+    sets = line.get("eval") or {}
+    return {name: scores["greedy"] for name, scores in sets.items() if (scores or {}).get("greedy") is not None}
 
 
 def read_stage_1_seconds(run_dir: Path, table: Path, samples: int) -> float | None:
@@ -243,7 +273,12 @@ def plot_rewards(run_dir: str | Path, baseline: float | None = None) -> Path:
 
     lines = read_metrics(run_dir)
     figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=120)
-    axes.plot([line["step"] for line in lines], [line["reward_mean"] for line in lines], marker="o", color="#2a6f97")
+    axes.plot(
+        [line["step"] for line in lines],
+        [line.get("reward_mean", math.nan) for line in lines],
+        marker="o",
+        color="#2a6f97",
+    )
     if baseline is not None:
         axes.axhline(baseline, linestyle="--", color="#888888", label=f"reference, {baseline:.2f}")
         axes.legend(loc="lower right", frameon=False)
