@@ -105,6 +105,28 @@ def test_a_key_that_saves_memory_takes_from_its_part_alone(sections: dict[str, A
     assert {name for name in before if after.get(name, 0) != before[name]} == follows
 
 
+@pytest.mark.parametrize("gpu", [H100, None], ids=["gpu", "cores"])
+def test_a_pack_that_the_mini_batch_can_not_fill_is_planned_with_what_there_is(gpu: gpus.Gpu | None) -> None:
+    def activations(tokens: int, **parallel: int) -> int:
+        train = {"batch_size": 32, "mini_batch_size": 8, "micro_batch_tokens": tokens}
+        cfg = run_config(parallel=parallel, train=train, model={"dtype": "bfloat16"})
+        return capacity.processes(cfg, QWEN, gpu)[0].parts["activations"]
+
+    sequence = run_config().max_tokens
+    assert activations(8 * sequence) == activations(1 << 20) == 8 * activations(sequence)
+    assert activations(1 << 20, data=4) == activations(2 * sequence, data=4) == 2 * activations(sequence, data=4)
+    if gpu is not None:  # whose plan has stages
+        assert activations(sequence, pipeline=4) == activations(sequence)
+        assert activations(1 << 20, pipeline=4) == activations(4 * sequence, pipeline=4) == 2 * activations(sequence)
+
+
+def test_smaller_packs_that_are_offered_are_smaller_than_those_that_there_are() -> None:
+    key, cfg = "train.micro_batch_tokens", run_config(train={"batch_size": 24, "micro_batch_tokens": 1 << 20})
+    assert not forecast(cfg, QWEN, H100, None).fits
+    (size,) = (near.change[key] for near in nearest(cfg, QWEN, H100, None) if key in near.change)
+    assert cfg.max_tokens <= size <= 12 * cfg.max_tokens
+
+
 def test_an_engines_cache_is_what_its_share_leaves() -> None:
     cfg = run_config(rollout={"gpu_memory_utilization": 0.5})
     engine = capacity.processes(cfg, QWEN, H100)[-1]
@@ -203,7 +225,8 @@ def test_a_shared_gpus_refusal_is_that_of_the_run() -> None:
 
 
 def test_too_few_gpus_and_a_rank_that_is_too_large_are_both_named() -> None:
-    cfg = run_config(parallel={"data": 16}, train={"micro_batch_tokens": 65536}, slurm={"gpus_per_node": 4})
+    packs = {"batch_size": 1024, "micro_batch_tokens": 65536}
+    cfg = run_config(parallel={"data": 16}, train=packs, slurm={"gpus_per_node": 4})
     rank, gpus_there = forecast(cfg, QWEN, H100, None).problems
     assert rank.startswith("policy rank 0 to 15: ") and "one H100 has 79.6 GiB" in rank
     assert gpus_there.startswith("GPUs: data=16 makes 16 ranks")

@@ -4,8 +4,8 @@ An engine takes `rollout.gpu_memory_utilization` of each of its GPUs when it sta
 gives that back while the policy steps. A rank's allocator may then take what the processes' own contexts leave. Before
 engines wake it gives back what `train.offload` names, and what it keeps must fit beside an engine. What a rank takes
 about, with P its parameters (of the stage that has most), R replicas (of experts: R / expert), c bytes a number of the
-compute type, a micro-batch of T tokens (over tensor * context), L layers of hidden size H and MLP width F (of the
-experts a token goes to):
+compute type, a micro-batch of T tokens (over tensor * context; no more than the rank's part of a mini-batch), L layers
+of hidden size H and MLP width F (of the experts a token goes to):
 
     weights     c * P                kept while engines generate, and with `train.offload`
     gradients   4 * P                fp32; kept unless it is all
@@ -19,7 +19,8 @@ experts a token goes to):
 A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
 all.
 
-Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again.
+Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again, or less
+where the mini-batch has fewer.
 
 Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
 """
@@ -115,28 +116,44 @@ def shares_of(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
 
 def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBytes:
     """Return about how many bytes a rank of a pipeline stage takes; None: of that with most parameters."""
-    size, dims, parallel = number_bytes(cfg), model.dims, cfg.parallel
+    size, parallel = number_bytes(cfg), cfg.parallel
     stages = range(parallel.pipeline) if stage is None else (stage,)
     dense, experts = max((_parameters(parallel, model, stage) for stage in stages), key=sum)
     parameters = dense + experts
     learners = 1 if cfg.critic_lr is None else 2
     sharded = dense // parallel.replicas + experts * parallel.expert // parallel.replicas
     optimizer = 0 if cfg.optim.offload else (12 if size == 2 else 8) * sharded
-    width = dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
-    layer = 7 * dims.hidden_size + 3 * width  # numbers a token
-    kept = dims.num_layers * layer
-    if parallel.recompute == "full":
-        kept = dims.num_layers * dims.hidden_size + layer
-    tokens = max(cfg.train.micro_batch_tokens, cfg.max_tokens)
     return RankBytes(
         weights=size * parameters,
         gradients=learners * 4 * parameters,
         optimizer=learners * optimizer,
         reference=size * parameters if cfg.model.reference == "resident" else 0,
         critic=(learners - 1) * size * parameters,
-        activations=tokens * size * kept // (parallel.tensor * parallel.context),
+        activations=activation_bytes(cfg, model, hidden=7, width=3),
         head=HEAD_BYTES,
     )
+
+
+def micro_batch_tokens(cfg: RunConfig) -> int:
+    """Return T: `train.micro_batch_tokens`, at least one longest sequence, at most a rank's part of a mini-batch."""
+    return min(max(cfg.train.micro_batch_tokens, cfg.max_tokens), _mini_batch_tokens(cfg))
+
+
+def activation_bytes(cfg: RunConfig, model: Model, *, hidden: int, width: int) -> int:
+    """Return the bytes of activations of a rank whose layers keep `hidden` * H + `width` * F numbers a token."""
+    parallel, dims, tokens = cfg.parallel, model.dims, micro_batch_tokens(cfg)
+    width *= dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
+    layer = hidden * dims.hidden_size + width
+    under_way = min(parallel.pipeline * tokens, _mini_batch_tokens(cfg))  # of all micro-batches that a stage keeps
+    is_made_again = parallel.recompute == "full"
+    kept = under_way * dims.num_layers * (dims.hidden_size if is_made_again else layer) // parallel.pipeline
+    kept += tokens * layer if is_made_again else 0
+    return number_bytes(cfg) * kept // (parallel.tensor * parallel.context)
+
+
+def _mini_batch_tokens(cfg: RunConfig) -> int:
+    """That a rank has of an optimiser step, at most; no micro-batch has sequences of two."""
+    return cfg.mini_batch_size // cfg.parallel.data * cfg.max_tokens
 
 
 def _parameters(parallel: ParallelConfig, model: Model, stage: int) -> tuple[int, int]:
