@@ -86,6 +86,19 @@ def test_experts_that_ranks_share_take_less_of_each_and_their_optimiser_no_less(
     assert apart.optimizer == pytest.approx(alike.optimizer)
 
 
+@pytest.mark.parametrize("gpu", [H100, None], ids=["gpu", "cores"])
+def test_every_expert_that_a_token_goes_to_keeps_a_copy_of_its_input(gpu: gpus.Gpu | None) -> None:
+    def numbers(chosen: int) -> int:
+        model = model_from_config(EXPERTS.config | {"num_experts_per_tok": chosen})
+        cfg = run_config(model={"dtype": "bfloat16"})
+        numbers = capacity.processes(cfg, model, gpu)[0].parts["activations"] // 2
+        return numbers // accelerators.micro_batch_tokens(cfg) // model.num_layers
+
+    hidden, width = (7, 3) if gpu else (capacity.LOCAL_HIDDEN, capacity.LOCAL_WIDTH)
+    assert numbers(2) == (hidden + 1) * 1024 + 2 * width * 768
+    assert numbers(8) == (hidden + 7) * 1024 + 8 * width * 768
+
+
 @pytest.mark.parametrize(
     ("sections", "part"),
     [

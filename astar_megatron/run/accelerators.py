@@ -19,6 +19,8 @@ of hidden size H and MLP width F (of the experts a token goes to):
 A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
 all.
 
+Each of the k experts that a token goes to keeps its own copy of the token: (7 + k - 1) H in place of 7 H.
+
 Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again, or less
 where the mini-batch has fewer.
 
@@ -142,8 +144,10 @@ def micro_batch_tokens(cfg: RunConfig) -> int:
 def activation_bytes(cfg: RunConfig, model: Model, *, hidden: int, width: int) -> int:
     """Return the bytes of activations of a rank whose layers keep `hidden` * H + `width` * F numbers a token."""
     parallel, dims, tokens = cfg.parallel, model.dims, micro_batch_tokens(cfg)
-    width *= dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
-    layer = hidden * dims.hidden_size + width
+    layer = hidden * dims.hidden_size + width * dims.intermediate_size
+    if dims.num_experts:
+        chosen = dims.experts_per_token  # each with its copy of the input, for the gradient of its weights
+        layer = (hidden + chosen - 1) * dims.hidden_size + width * chosen * dims.moe_intermediate_size
     under_way = min(parallel.pipeline * tokens, _mini_batch_tokens(cfg))  # of all micro-batches that a stage keeps
     is_made_again = parallel.recompute == "full"
     kept = under_way * dims.num_layers * (dims.hidden_size if is_made_again else layer) // parallel.pipeline
@@ -152,7 +156,7 @@ def activation_bytes(cfg: RunConfig, model: Model, *, hidden: int, width: int) -
 
 
 def _mini_batch_tokens(cfg: RunConfig) -> int:
-    """That a rank has of an optimiser step, at most; no micro-batch has sequences of two."""
+    """That a rank has of an optimiser step, at most; no micro-batch is of two steps."""
     return cfg.mini_batch_size // cfg.parallel.data * cfg.max_tokens
 
 
