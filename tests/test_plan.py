@@ -237,6 +237,20 @@ def test_a_shared_gpus_refusal_is_that_of_the_run() -> None:
     assert problem == str(refusal.value)
 
 
+def test_on_shared_gpus_an_engine_that_does_not_fit_hides_no_rank_that_does_not() -> None:
+    cfg = run_config(
+        cluster={"share_gpus": True},
+        rollout={"gpu_memory_utilization": 0.02},
+        train={"batch_size": 512, "micro_batch_tokens": 65536},
+    )
+    worker, engine, rank = forecast(cfg, QWEN, H100, None).problems
+    assert worker.startswith("worker of an engine: ") and engine.startswith("rollout.gpu_memory_utilization: 0.02")
+    assert rank.startswith("memory of a shared GPU: a policy rank needs about 1") and "lower train.micro_batch" in rank
+    with pytest.raises(ValueError) as refusal:
+        accelerators.shares_of(cfg, QWEN, H100.memory_bytes)
+    assert str(refusal.value) == f"{engine}; and {rank}"
+
+
 def test_too_few_gpus_and_a_rank_that_is_too_large_are_both_named() -> None:
     packs = {"batch_size": 1024, "micro_batch_tokens": 65536}
     cfg = run_config(parallel={"data": 16}, train=packs, slurm={"gpus_per_node": 4})
@@ -298,6 +312,7 @@ def test_it_says_who_takes_how_much_and_what_fits_instead(run_file: Path, astar:
     assert status == 1
     assert re.search(r"policy rank 0: 6\d\.\d of 22\.5: weights 2\.9, gradients 5\.8, ", words)
     assert "does not fit: memory of a shared GPU: a policy rank needs" in words and "fits: --set " in words
+    assert "looking for what fits: " in words  # which may take half a minute
     status, words, _ = astar("plan", "--config", run_file)
     assert status == 0 and "driver and Ray" in words and "name one with --gpu" in words
 

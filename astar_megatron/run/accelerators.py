@@ -28,6 +28,7 @@ Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -103,17 +104,15 @@ def shares_of(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
 
     Raises ResourceError where a share is too small, naming the figures and what to change.
     """
-    rank = rank_bytes(cfg, model)
-    shares = Shares(
-        total=gpu_bytes,
-        engine=int(gpu_bytes * cfg.rollout.gpu_memory_utilization),
-        policy=gpu_bytes - CONTEXT_BYTES,
-        policy_needs=rank.most,
-        policy_keeps=rank.kept(cfg.train.offload),
-        engine_needs=engine_needs(cfg, model),
-    )
-    _check(shares, cfg)
+    shares = _shares(cfg, model, gpu_bytes)
+    if short := list(_shortages(shares, cfg)):
+        raise ResourceError("; and ".join(short))
     return shares
+
+
+def shortages(cfg: RunConfig, model: Model, gpu_bytes: int) -> list[str]:
+    """Return in words each share of such GPUs that is too small; `shares_of` raises where there are any. Pure."""
+    return list(_shortages(_shares(cfg, model, gpu_bytes), cfg))
 
 
 def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBytes:
@@ -190,21 +189,33 @@ def engine_needs(cfg: RunConfig, model: Model) -> int:
     return size * (model.num_parameters() + cache) // cfg.rollout.tensor
 
 
-def _check(shares: Shares, cfg: RunConfig) -> None:
+def _shares(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
+    rank = rank_bytes(cfg, model)
+    return Shares(
+        total=gpu_bytes,
+        engine=int(gpu_bytes * cfg.rollout.gpu_memory_utilization),
+        policy=gpu_bytes - CONTEXT_BYTES,
+        policy_needs=rank.most,
+        policy_keeps=rank.kept(cfg.train.offload),
+        engine_needs=engine_needs(cfg, model),
+    )
+
+
+def _shortages(shares: Shares, cfg: RunConfig) -> Iterator[str]:
     if shares.engine_needs > shares.engine:
-        raise ResourceError(
+        yield (
             f"rollout.gpu_memory_utilization: {cfg.rollout.gpu_memory_utilization} of a shared GPU's "
             f"{gib(shares.total)} are {gib(shares.engine)}, but an engine needs more than "
             f"{gib(shares.engine_needs)} (weights, the cache of one sequence); raise it, or take a smaller model"
         )
     if shares.policy_needs > shares.policy:
-        raise ResourceError(
+        yield (
             f"memory of a shared GPU: a policy rank needs about {gib(shares.policy_needs)} to step, and may take "
             f"{gib(max(0, shares.policy))} of {gib(shares.total)} while engines sleep; lower train.micro_batch_tokens, "
             "set parallel.recompute=full, model.reference=offload or optim.offload=true, or take more GPUs"
         )
     if shares.engine + shares.policy_keeps > shares.policy:
-        raise ResourceError(
+        yield (
             f"memory of a shared GPU: a policy rank keeps about {gib(shares.policy_keeps)} while the engine, with "
             f"{gib(shares.engine)} (rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization}), generates, "
             f"and both may take {gib(max(0, shares.policy))} of {gib(shares.total)}; set train.offload=optimizer or "
