@@ -4,6 +4,7 @@ It needs neither torch nor a GPU. `--json` prints the same figures, sizes in byt
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +30,10 @@ def main(cfg: RunConfig, gpu_name: str | None, *, as_json: bool) -> int:
     ahead, screen = forecast(cfg, model, gpu, num_prompts), Screen()
     if not as_json:
         _show(screen, cfg, ahead)
-    neighbours = [] if ahead.fits or gpu is None else nearest(cfg, model, gpu, num_prompts)  # seconds
+    neighbours: list[Neighbour] = []
+    if not ahead.fits and gpu is not None:
+        with nullcontext() if as_json else screen.waiting("looking for what fits"):
+            neighbours = nearest(cfg, model, gpu, num_prompts)  # up to half a minute
     if as_json:
         print(json.dumps(_fields(ahead, neighbours), indent=1))
     elif not ahead.fits:

@@ -11,8 +11,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-TOKENS = {"hf_planted_writer": "write", "hf_planted_reader": "read"}
-FORBIDDEN = "others/model"
+TOKENS = {
+    "hf_planted_writer": {"role": "write"},
+    "hf_planted_reader": {"role": "read"},
+    "hf_planted_scoped": {"role": "fineGrained"},
+}
+ORGS = [{"name": "team", "roleInOrg": "write"}, {"name": "full"}, {"name": "watched", "roleInOrg": "read"}]
+FORBIDDEN = "full/model"  # as all that is to be made there
 
 
 @dataclass
@@ -24,6 +29,8 @@ class FakeHub:
     private: set[str] = field(default_factory=set)
     commits: int = 0
     is_down: bool = False  # it then ends connections without an answer
+    scopes: list[dict[str, Any]] = field(default_factory=list)  # of the fine-grained token
+    account: Any = None  # what whoami answers, if not the token's
     objects: dict[str, bytes] = field(default_factory=dict)  # of LFS, by their SHA-256
 
     def answer(self, token: str, method: str, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
@@ -34,10 +41,10 @@ class FakeHub:
             return 200, {}, {}
         if token not in TOKENS:
             return 401, {"error": f"Invalid token {token}"}, {}
-        if FORBIDDEN in path or (path == "/api/repos/create" and json.loads(body)["organization"] == "others"):
+        if FORBIDDEN in path or (path == "/api/repos/create" and json.loads(body)["organization"] == "full"):
             return 403, {"error": f"You don't have the rights,\n\x1b[31m{token}"}, {}
         if path == "/api/whoami-v2":
-            return 200, {"name": "me", "auth": {"accessToken": {"role": TOKENS[token]}}}, {}
+            return 200, self._account(TOKENS[token]), {}
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
         if path == "/api/repos/create":
@@ -46,6 +53,13 @@ class FakeHub:
             return 200, {"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]}, {}
         name, verb = re.fullmatch(r"/api/models/([^/]+/[^/]+)/?([a-z]*).*", path).groups()  # pyright: ignore
         return self._of_repo(name, verb, body) if name in self.repos else (404, {}, {"X-Error-Code": "RepoNotFound"})
+
+    def _account(self, access: dict[str, Any]) -> Any:
+        if self.account is not None:
+            return self.account
+        if access["role"] == "fineGrained":
+            access = access | {"fineGrained": {"canReadGatedRepos": True, "global": [], "scoped": self.scopes}}
+        return {"name": "me", "orgs": ORGS, "auth": {"type": "access_token", "accessToken": access}}
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
         name = f"{asked['organization']}/{asked['name']}"

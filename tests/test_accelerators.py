@@ -57,6 +57,14 @@ def test_a_sequence_longer_than_a_micro_batch_counts_whole() -> None:
     assert accelerators.rank_bytes(cfg, QWEN2_1_5B) == accelerators.rank_bytes(same, QWEN2_1_5B)
 
 
+def test_a_run_is_not_refused_for_packs_that_its_mini_batch_can_not_fill() -> None:
+    train = {"batch_size": 8, "mini_batch_size": 8, "micro_batch_tokens": 65536, "offload": "optimizer"}
+    cfg = run_config(train=train, parallel={"data": 4}, rollout={"gpu_memory_utilization": 0.6})
+    accelerators.shares_of(cfg, QWEN2_1_5B, H100_BYTES)
+    same = run_config(train=train | {"micro_batch_tokens": 2 * cfg.max_tokens}, parallel={"data": 4})
+    assert accelerators.rank_bytes(cfg, QWEN2_1_5B) == accelerators.rank_bytes(same, QWEN2_1_5B)
+
+
 def test_what_is_kept_while_engines_generate_follows_the_key() -> None:
     parameters = QWEN2_1_5B.num_parameters()
     rank = accelerators.rank_bytes(run_config(objective={"name": "ppo"}), QWEN2_1_5B)

@@ -4,12 +4,14 @@ Nothing here reaches a network: W&B is offline or talks to a server made by hand
 """
 
 import json
+import re
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +47,8 @@ def line(step: int, *, reward: float = 0.5, evaluated: bool = False) -> dict[str
         "peak_memory_bytes": [5, 6],
         "seconds": {"total": 2.0, "policy": 1.0},
     }
-    return metrics | ({"eval": {"gsm8k": {"greedy": 0.25, "formatted": None}}} if evaluated else {})
+    scores = {"greedy": 0.25, "formatted": None, "avg@4": 0.125, "maj@4": 0.25, "pass@2": 0.5}
+    return metrics | ({"eval": {"gsm8k": scores}} if evaluated else {})
 
 
 def rollouts_of(step: int) -> list[Rollout]:
@@ -129,7 +132,8 @@ def test_wandb_has_one_history_of_a_run_that_went_back(tmp_path: Path, monkeypat
     history = [items(record.history.item) for record in records if record.HasField("history")]
     assert [row["step"] for row in history] == [row["_step"] for row in history] == [0, 1, 2, 3]
     assert [row["reward_mean"] for row in history] == [0.5, 0.5, 0.5, 0.875]
-    assert history[1]["eval/gsm8k/greedy"] == 0.25 and history[1]["seconds/total"] == 2.0
+    assert history[1]["eval/gsm8k/greedy"] == 0.25 and history[1]["eval/gsm8k/avg@4"] == 0.125
+    assert history[1]["seconds/total"] == 2.0
     assert history[0]["peak_memory_bytes/1"] == 6 and "mfu" not in history[0]
     starts = [record.run for record in records if record.HasField("run")]
     assert len({start.run_id for start in starts}) == 1
@@ -222,6 +226,46 @@ def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path
 # --- MLflow
 
 
+class FakeMlflow:
+    """The calls that are made of it; it refuses the names that mlflow 3 does."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[tuple[str, int], float] = {}
+
+    def set_tracking_uri(self, address: str) -> None: ...
+
+    def start_run(self, **kwargs: Any) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id="id"), data=SimpleNamespace(params={}))
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        self.check(params)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.check(metrics)
+        self.metrics |= {(name, step): value for name, value in metrics.items()}
+
+    def log_dict(self, content: Mapping[str, Any], path: str) -> None: ...
+
+    def end_run(self, status: str) -> None: ...
+
+    def check(self, names: Iterable[str]) -> None:
+        if refused := [name for name in names if not re.fullmatch(r"[/\w.\- ]*", name)]:
+            raise RuntimeError(f"Invalid value {refused} for parameter 'name'")
+
+
+def test_mlflow_takes_the_name_of_every_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow, words = FakeMlflow(), Words()
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    scores = {"avg@4": 0.125, "maj@4": 0.25, "pass@1": 0.5, "pass@4": 1.0, "own (new) [2]: right": 0.75}
+    with dashboards_of(run_of(tmp_path, mlflow="https://x"), 0, [], {}, words.say, close_seconds=300) as dashboards:
+        log(dashboards, line(0) | {"eval": {"gsm8k": scores}})
+        log(dashboards, line(1))
+    assert len(words) == 1, words[1:]
+    names = ("avg_at_4", "maj_at_4", "pass_at_1", "pass_at_4", "own _new_ _2__ right")
+    assert [mlflow.metrics[f"eval/gsm8k/{name}", 0] for name in names] == [*scores.values()]
+    assert mlflow.metrics["reward_mean", 1] == 0.5
+
+
 @pytest.mark.slow  # MLflow makes a database of dozens of migrations: 10 s, on a busy disk minutes
 def test_mlflow_has_one_history_of_a_run_that_went_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
@@ -232,6 +276,7 @@ def test_mlflow_has_one_history_of_a_run_that_went_back(tmp_path: Path, monkeypa
     (run,) = client.search_runs(["0"])
     rewards = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, "reward_mean")]
     assert rewards == [(0, 0.5), (1, 0.5), (2, 0.5), (3, 0.875)]
+    assert run.data.metrics["eval/gsm8k/avg_at_4"] == 0.125 and run.data.metrics["eval/gsm8k/pass_at_2"] == 0.5
     assert run.info.run_name == "run" and run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "1e-06" and run.data.metrics["final/gsm8k/greedy"] == 0.75
     rows = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/rollouts/step_00000003.json")["rows"]

@@ -21,7 +21,7 @@ from astar_megatron.run.hub import HubError
 from astar_megatron.run.provenance import Training
 from conversion import folders
 
-WRITER, READER = TOKENS
+WRITER, READER, SCOPED = TOKENS
 AGREES = {"max_difference": 1e-6, "limit": 1e-3, "tokens": 129, "against": "transformers 5, float32, CPU"}
 # Each line of stdin is a call: the token, and the words after `astar export`. A line of JSON answers it.
 PROGRAM = """
@@ -144,7 +144,7 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(export: Export, h
         (("--push-to-hub", "me/x"), "hf_planted_unknown", "answers 401: the token is refused: make a new one at"),
         (("--push-to-hub", "me/x"), READER, "the token may only read: make one that may write"),
         (("--push-to-hub", FORBIDDEN), WRITER, "answers 403 (You don't have the rights, [31m<token>): the token may"),
-        (("--push-to-hub", "others/new"), WRITER, "answers 403"),
+        (("--push-to-hub", "full/new"), WRITER, "answers 403"),
         (("--private",), WRITER, "--private: of the hub's repository; name it, as --push-to-hub ORG/NAME"),
     ]:
         assert expected in refusal(export(token, *words))
@@ -152,6 +152,63 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(export: Export, h
     words = "me/public is there already and public"
     assert words in refusal(export(WRITER, "--push-to-hub", "me/public", "--private"))
     assert "me/x" not in hub.repos and {**files_of(run_dir / "hf"), "README.md": b""} == {**before, "README.md": b""}
+
+
+@pytest.fixture
+def no_run(tmp_path: Path) -> Path:
+    """The configuration of a run that has made nothing: an export that begins fails for want of a checkpoint."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(samples.run_tree(run_dir=str(tmp_path))))
+    return tmp_path / "run.yaml"
+
+
+def test_a_token_that_may_not_write_there_is_refused_before_the_export(
+    export: Export, hub: FakeHub, no_run: Path
+) -> None:
+    def words_for(token: str, repo: str) -> str:
+        return refusal(export(token, "--push-to-hub", repo, config=no_run))
+
+    for repo in ("others/new", "watched/new"):
+        words = f"may not write to what is {repo[:-4]}'s: take another ORG (me, team, full), or another token"
+        assert words in words_for(WRITER, repo)
+    for repo in ("me/x", "Me/x", "team/x"):
+        assert "there is no checkpoint" in words_for(WRITER, repo)
+
+    read, write = ["repo.content.read"], ["repo.content.read", "repo.write"]
+    for kind, name, permissions, repo, may in [
+        ("user", "me", write, "me/x", True),
+        ("org", "team", write, "team/x", True),
+        ("model", "team/x", write, "team/x", True),
+        ("user", "me", read, "me/x", False),
+        ("user", "me", write, "team/x", False),
+        ("model", "team/y", write, "team/x", False),
+        ("dataset", "team/x", write, "team/x", False),
+    ]:
+        hub.scopes = [{"entity": {"_id": "1", "type": kind, "name": name}, "permissions": permissions}]
+        words = "there is no checkpoint" if may else "the fine-grained token may not write there: give it write access"
+        assert words in words_for(SCOPED, repo), (kind, name, permissions, repo)
+    hub.scopes = []
+    assert "the fine-grained token may not write there" in words_for(SCOPED, "me/x")
+
+
+@pytest.mark.parametrize(
+    ("account", "words"),
+    [
+        ({"name": "me", "auth": None}, "there is no checkpoint"),
+        ({"name": "me", "orgs": None, "auth": {"type": "oauth"}}, "there is no checkpoint"),
+        ({"name": "me", "auth": {"accessToken": {"role": "fineGrained"}}}, "there is no checkpoint"),
+        ({"name": "me", "orgs": 7, "auth": {"accessToken": 7}}, "there is no checkpoint"),
+        ({"name": "me", "orgs": ["team", None], "auth": []}, "there is no checkpoint"),
+        ([], "the answer to whoami has no account: is HF_ENDPOINT that of a hub?"),
+        ({"auth": {}}, "the answer to whoami has no account: is HF_ENDPOINT that of a hub?"),
+    ],
+)
+def test_an_account_of_another_form_gives_no_traceback(
+    account: Any, words: str, export: Export, hub: FakeHub, no_run: Path
+) -> None:
+    hub.account = account
+    answer = export(WRITER, "--push-to-hub", "me/x", config=no_run)
+    hub.account = None
+    assert words in refusal(answer)
 
 
 def test_an_export_that_is_not_sound_or_holds_others_files_is_not_sent(

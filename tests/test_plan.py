@@ -86,6 +86,19 @@ def test_experts_that_ranks_share_take_less_of_each_and_their_optimiser_no_less(
     assert apart.optimizer == pytest.approx(alike.optimizer)
 
 
+@pytest.mark.parametrize("gpu", [H100, None], ids=["gpu", "cores"])
+def test_every_expert_that_a_token_goes_to_keeps_a_copy_of_its_input(gpu: gpus.Gpu | None) -> None:
+    def numbers(chosen: int) -> int:
+        model = model_from_config(EXPERTS.config | {"num_experts_per_tok": chosen})
+        cfg = run_config(model={"dtype": "bfloat16"})
+        numbers = capacity.processes(cfg, model, gpu)[0].parts["activations"] // 2
+        return numbers // accelerators.micro_batch_tokens(cfg) // model.num_layers
+
+    hidden, width = (7, 3) if gpu else (capacity.LOCAL_HIDDEN, capacity.LOCAL_WIDTH)
+    assert numbers(2) == (hidden + 1) * 1024 + 2 * width * 768
+    assert numbers(8) == (hidden + 7) * 1024 + 8 * width * 768
+
+
 @pytest.mark.parametrize(
     ("sections", "part"),
     [
@@ -103,6 +116,28 @@ def test_a_key_that_saves_memory_takes_from_its_part_alone(sections: dict[str, A
     assert after.get(part, 0) < before[part]
     follows = {part, "reserve"} if part == "activations" else {part}
     assert {name for name in before if after.get(name, 0) != before[name]} == follows
+
+
+@pytest.mark.parametrize("gpu", [H100, None], ids=["gpu", "cores"])
+def test_a_pack_that_the_mini_batch_can_not_fill_is_planned_with_what_there_is(gpu: gpus.Gpu | None) -> None:
+    def activations(tokens: int, **parallel: int) -> int:
+        train = {"batch_size": 32, "mini_batch_size": 8, "micro_batch_tokens": tokens}
+        cfg = run_config(parallel=parallel, train=train, model={"dtype": "bfloat16"})
+        return capacity.processes(cfg, QWEN, gpu)[0].parts["activations"]
+
+    sequence = run_config().max_tokens
+    assert activations(8 * sequence) == activations(1 << 20) == 8 * activations(sequence)
+    assert activations(1 << 20, data=4) == activations(2 * sequence, data=4) == 2 * activations(sequence, data=4)
+    if gpu is not None:  # whose plan has stages
+        assert activations(sequence, pipeline=4) == activations(sequence)
+        assert activations(1 << 20, pipeline=4) == activations(4 * sequence, pipeline=4) == 2 * activations(sequence)
+
+
+def test_smaller_packs_that_are_offered_are_smaller_than_those_that_there_are() -> None:
+    key, cfg = "train.micro_batch_tokens", run_config(train={"batch_size": 24, "micro_batch_tokens": 1 << 20})
+    assert not forecast(cfg, QWEN, H100, None).fits
+    (size,) = (near.change[key] for near in nearest(cfg, QWEN, H100, None) if key in near.change)
+    assert cfg.max_tokens <= size <= 12 * cfg.max_tokens
 
 
 def test_an_engines_cache_is_what_its_share_leaves() -> None:
@@ -202,8 +237,23 @@ def test_a_shared_gpus_refusal_is_that_of_the_run() -> None:
     assert problem == str(refusal.value)
 
 
+def test_on_shared_gpus_an_engine_that_does_not_fit_hides_no_rank_that_does_not() -> None:
+    cfg = run_config(
+        cluster={"share_gpus": True},
+        rollout={"gpu_memory_utilization": 0.02},
+        train={"batch_size": 512, "micro_batch_tokens": 65536},
+    )
+    worker, engine, rank = forecast(cfg, QWEN, H100, None).problems
+    assert worker.startswith("worker of an engine: ") and engine.startswith("rollout.gpu_memory_utilization: 0.02")
+    assert rank.startswith("memory of a shared GPU: a policy rank needs about 1") and "lower train.micro_batch" in rank
+    with pytest.raises(ValueError) as refusal:
+        accelerators.shares_of(cfg, QWEN, H100.memory_bytes)
+    assert str(refusal.value) == f"{engine}; and {rank}"
+
+
 def test_too_few_gpus_and_a_rank_that_is_too_large_are_both_named() -> None:
-    cfg = run_config(parallel={"data": 16}, train={"micro_batch_tokens": 65536}, slurm={"gpus_per_node": 4})
+    packs = {"batch_size": 1024, "micro_batch_tokens": 65536}
+    cfg = run_config(parallel={"data": 16}, train=packs, slurm={"gpus_per_node": 4})
     rank, gpus_there = forecast(cfg, QWEN, H100, None).problems
     assert rank.startswith("policy rank 0 to 15: ") and "one H100 has 79.6 GiB" in rank
     assert gpus_there.startswith("GPUs: data=16 makes 16 ranks")
@@ -262,6 +312,7 @@ def test_it_says_who_takes_how_much_and_what_fits_instead(run_file: Path, astar:
     assert status == 1
     assert re.search(r"policy rank 0: 6\d\.\d of 22\.5: weights 2\.9, gradients 5\.8, ", words)
     assert "does not fit: memory of a shared GPU: a policy rank needs" in words and "fits: --set " in words
+    assert "looking for what fits: " in words  # which may take half a minute
     status, words, _ = astar("plan", "--config", run_file)
     assert status == 0 and "driver and Ray" in words and "name one with --gpu" in words
 

@@ -4,8 +4,8 @@ An engine takes `rollout.gpu_memory_utilization` of each of its GPUs when it sta
 gives that back while the policy steps. A rank's allocator may then take what the processes' own contexts leave. Before
 engines wake it gives back what `train.offload` names, and what it keeps must fit beside an engine. What a rank takes
 about, with P its parameters (of the stage that has most), R replicas (of experts: R / expert), c bytes a number of the
-compute type, a micro-batch of T tokens (over tensor * context), L layers of hidden size H and MLP width F (of the
-experts a token goes to):
+compute type, a micro-batch of T tokens (over tensor * context; no more than the rank's part of a mini-batch), L layers
+of hidden size H and MLP width F (of the experts a token goes to):
 
     weights     c * P                kept while engines generate, and with `train.offload`
     gradients   4 * P                fp32; kept unless it is all
@@ -19,12 +19,16 @@ experts a token goes to):
 A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
 all.
 
-Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again.
+Each of the k experts that a token goes to keeps its own copy of the token: (7 + k - 1) H in place of 7 H.
+
+Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again, or less
+where the mini-batch has fewer.
 
 Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -100,43 +104,59 @@ def shares_of(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
 
     Raises ResourceError where a share is too small, naming the figures and what to change.
     """
-    rank = rank_bytes(cfg, model)
-    shares = Shares(
-        total=gpu_bytes,
-        engine=int(gpu_bytes * cfg.rollout.gpu_memory_utilization),
-        policy=gpu_bytes - CONTEXT_BYTES,
-        policy_needs=rank.most,
-        policy_keeps=rank.kept(cfg.train.offload),
-        engine_needs=engine_needs(cfg, model),
-    )
-    _check(shares, cfg)
+    shares = _shares(cfg, model, gpu_bytes)
+    if short := list(_shortages(shares, cfg)):
+        raise ResourceError("; and ".join(short))
     return shares
+
+
+def shortages(cfg: RunConfig, model: Model, gpu_bytes: int) -> list[str]:
+    """Return in words each share of such GPUs that is too small; `shares_of` raises where there are any. Pure."""
+    return list(_shortages(_shares(cfg, model, gpu_bytes), cfg))
 
 
 def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBytes:
     """Return about how many bytes a rank of a pipeline stage takes; None: of that with most parameters."""
-    size, dims, parallel = number_bytes(cfg), model.dims, cfg.parallel
+    size, parallel = number_bytes(cfg), cfg.parallel
     stages = range(parallel.pipeline) if stage is None else (stage,)
     dense, experts = max((_parameters(parallel, model, stage) for stage in stages), key=sum)
     parameters = dense + experts
     learners = 1 if cfg.critic_lr is None else 2
     sharded = dense // parallel.replicas + experts * parallel.expert // parallel.replicas
     optimizer = 0 if cfg.optim.offload else (12 if size == 2 else 8) * sharded
-    width = dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
-    layer = 7 * dims.hidden_size + 3 * width  # numbers a token
-    kept = dims.num_layers * layer
-    if parallel.recompute == "full":
-        kept = dims.num_layers * dims.hidden_size + layer
-    tokens = max(cfg.train.micro_batch_tokens, cfg.max_tokens)
     return RankBytes(
         weights=size * parameters,
         gradients=learners * 4 * parameters,
         optimizer=learners * optimizer,
         reference=size * parameters if cfg.model.reference == "resident" else 0,
         critic=(learners - 1) * size * parameters,
-        activations=tokens * size * kept // (parallel.tensor * parallel.context),
+        activations=activation_bytes(cfg, model, hidden=7, width=3),
         head=HEAD_BYTES,
     )
+
+
+def micro_batch_tokens(cfg: RunConfig) -> int:
+    """Return T: `train.micro_batch_tokens`, at least one longest sequence, at most a rank's part of a mini-batch."""
+    return min(max(cfg.train.micro_batch_tokens, cfg.max_tokens), _mini_batch_tokens(cfg))
+
+
+def activation_bytes(cfg: RunConfig, model: Model, *, hidden: int, width: int) -> int:
+    """Return the bytes of activations of a rank whose layers keep `hidden` * H + `width` * F numbers a token."""
+    parallel, dims, tokens = cfg.parallel, model.dims, micro_batch_tokens(cfg)
+    layer = hidden * dims.hidden_size + width * dims.intermediate_size
+    if dims.num_experts:
+        chosen = dims.experts_per_token  # each with its copy of the input, for the gradient of its weights
+        layer = (hidden + chosen - 1) * dims.hidden_size + width * chosen * dims.moe_intermediate_size
+    under_way = min(parallel.pipeline * tokens, _mini_batch_tokens(cfg))  # of all micro-batches that a stage keeps
+    is_made_again = parallel.recompute == "full"
+    kept = under_way * dims.num_layers * (dims.hidden_size if is_made_again else layer) // parallel.pipeline
+    kept += tokens * layer if is_made_again else 0
+    return number_bytes(cfg) * kept // (parallel.tensor * parallel.context)
+
+
+def _mini_batch_tokens(cfg: RunConfig) -> int:
+    """That a rank has of an optimiser step, at most; no micro-batch is of two steps."""
+    return cfg.mini_batch_size // cfg.parallel.data * cfg.max_tokens
 
 
 def _parameters(parallel: ParallelConfig, model: Model, stage: int) -> tuple[int, int]:
@@ -169,21 +189,33 @@ def engine_needs(cfg: RunConfig, model: Model) -> int:
     return size * (model.num_parameters() + cache) // cfg.rollout.tensor
 
 
-def _check(shares: Shares, cfg: RunConfig) -> None:
+def _shares(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:
+    rank = rank_bytes(cfg, model)
+    return Shares(
+        total=gpu_bytes,
+        engine=int(gpu_bytes * cfg.rollout.gpu_memory_utilization),
+        policy=gpu_bytes - CONTEXT_BYTES,
+        policy_needs=rank.most,
+        policy_keeps=rank.kept(cfg.train.offload),
+        engine_needs=engine_needs(cfg, model),
+    )
+
+
+def _shortages(shares: Shares, cfg: RunConfig) -> Iterator[str]:
     if shares.engine_needs > shares.engine:
-        raise ResourceError(
+        yield (
             f"rollout.gpu_memory_utilization: {cfg.rollout.gpu_memory_utilization} of a shared GPU's "
             f"{gib(shares.total)} are {gib(shares.engine)}, but an engine needs more than "
             f"{gib(shares.engine_needs)} (weights, the cache of one sequence); raise it, or take a smaller model"
         )
     if shares.policy_needs > shares.policy:
-        raise ResourceError(
+        yield (
             f"memory of a shared GPU: a policy rank needs about {gib(shares.policy_needs)} to step, and may take "
             f"{gib(max(0, shares.policy))} of {gib(shares.total)} while engines sleep; lower train.micro_batch_tokens, "
             "set parallel.recompute=full, model.reference=offload or optim.offload=true, or take more GPUs"
         )
     if shares.engine + shares.policy_keeps > shares.policy:
-        raise ResourceError(
+        yield (
             f"memory of a shared GPU: a policy rank keeps about {gib(shares.policy_keeps)} while the engine, with "
             f"{gib(shares.engine)} (rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization}), generates, "
             f"and both may take {gib(max(0, shares.policy))} of {gib(shares.total)}; set train.offload=optimizer or "

@@ -25,7 +25,15 @@ from dataclasses import dataclass, replace
 
 from astar_megatron.config import RunConfig
 from astar_megatron.model.gpus import Gpu
-from astar_megatron.run.accelerators import CONTEXT_BYTES, RankBytes, number_bytes, rank_bytes, worker_bytes
+from astar_megatron.run.accelerators import (
+    CONTEXT_BYTES,
+    RankBytes,
+    activation_bytes,
+    micro_batch_tokens,
+    number_bytes,
+    rank_bytes,
+    worker_bytes,
+)
 from astar_megatron.run.resources import (
     DRIVER_BYTES,
     ENGINE_BYTES,
@@ -147,17 +155,11 @@ def _worker_parts(cfg: RunConfig, model: Model, gpu: Gpu) -> dict[str, int]:
 
 def _rank_on_cores(cfg: RunConfig, model: Model) -> Process:
     parallel, dims, size = cfg.parallel, model.dims, number_bytes(cfg)
-    tokens = max(min(cfg.train.micro_batch_tokens, cfg.mini_batch_size * cfg.max_tokens), cfg.max_tokens)
-    width = dims.moe_intermediate_size * dims.experts_per_token if dims.num_experts else dims.intermediate_size
-    layer = LOCAL_HIDDEN * dims.hidden_size + LOCAL_WIDTH * width
-    kept = dims.num_layers * layer
-    if parallel.recompute == "full":
-        kept = dims.num_layers * dims.hidden_size + layer
     vocabulary = dims.vocab_size // parallel.tensor
-    logits = min(LOCAL_LOGITS_BYTES, 4 * tokens * vocabulary)
+    logits = min(LOCAL_LOGITS_BYTES, 4 * micro_batch_tokens(cfg) * vocabulary)
     rank = replace(
         rank_bytes(cfg, model),
-        activations=tokens * size * kept // (parallel.tensor * parallel.context),
+        activations=activation_bytes(cfg, model, hidden=LOCAL_HIDDEN, width=LOCAL_WIDTH),
         head=logits + 4 * vocabulary * dims.hidden_size,
     )
     saved = checkpoint_bytes(cfg, model.num_parameters(), is_bfloat16=size == 2) // parallel.world_size

@@ -5,7 +5,7 @@ tables. Each library gets what it has a place for:
 
     wandb        values, histograms, tables; curves by step, rewards and scores by the tokens spent
     tensorboard  values, histograms, tables as text
-    mlflow       values as metrics, tables as JSON, the configuration as parameters and as JSON
+    mlflow       values as metrics (avg@4 as avg_at_4), tables as JSON, the configuration as parameters and as JSON
 
 What a library writes by itself lies in the run's folder, or where its address says. Leaves out when a step is logged,
 and what happens where a call fails: dashboards.py.
@@ -14,6 +14,7 @@ and what happens where a call fails: dashboards.py.
 import importlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -215,7 +216,7 @@ class MLflow:
 
     def log(self, entry: Entry) -> None:
         """See Library."""
-        self._library.log_metrics(dict(entry.values), step=entry.step)
+        self._library.log_metrics({mlflow_name(name): value for name, value in entry.values.items()}, step=entry.step)
         for name, table in entry.tables.items():
             rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
             self._library.log_dict({"rows": rows}, f"{name}/step_{entry.step:08d}.json")
@@ -223,6 +224,11 @@ class MLflow:
     def close(self, *, failed: bool) -> None:
         """See Library."""
         self._library.end_run("FAILED" if failed else "FINISHED")
+
+
+def mlflow_name(name: str) -> str:
+    """Return a metric's name with what MLflow refuses in one taken out: `avg@4` becomes `avg_at_4`."""
+    return re.sub(r"[^\w./ -]", "_", name.replace("@", "_at_"))
 
 
 def _module(name: str) -> Any:

@@ -17,7 +17,7 @@ from astar_megatron.model.gpus import Gpu
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.capacity import Cache, Process, cache, processes
 from astar_megatron.run.pace import StepSeconds, generation_seconds, step_seconds
-from astar_megatron.run.resources import Machine, ResourceError, gib
+from astar_megatron.run.resources import Machine, gib
 from conversion.families import Model
 
 _USUAL_GPUS = 8  # of a node
@@ -84,16 +84,13 @@ def problems_of(cfg: RunConfig, model: Model, gpu: Gpu, own: Sequence[Process]) 
     except PlacementError as error:
         return [*(_problem(each, gpu) for each in own if not each.fits), str(error)], None
     shared, problems = bool(placement.shared), list[str]()
-    if shared:  # then of ranks shares_of asks, beside engines
+    if shared:  # then ranks are among the shortages
         own = [each for each in own if each.limit_bytes != gpu.memory_bytes]
         if cfg.rollout.max_staleness:
             problems.append(
                 "rollout.max_staleness: engines that share GPUs with the policy can't draw ahead; set it to 0"
             )
-        try:
-            accelerators.shares_of(cfg, model, gpu.memory_bytes)
-        except ResourceError as error:
-            problems.append(str(error))
+        problems += accelerators.shortages(cfg, model, gpu.memory_bytes)
     return [*(_problem(each, gpu) for each in own if not each.fits), *problems], placement
 
 

@@ -5,10 +5,11 @@ token, nor what a server says without it being taken out.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -55,9 +56,7 @@ def destination(repo: str, *, private: bool) -> Destination:
         raise HubError("--push-to-hub: there is no token: set HF_TOKEN to one that may write, or run `hf auth login`")
     api = HfApi(token=token, library_name="astar-megatron")
     with _in_words(repo, api):
-        access = api.whoami().get("auth", {}).get("accessToken", {})
-        if access.get("role") == "read":
-            raise HubError("--push-to-hub: the token may only read: make one that may write, and set HF_TOKEN to it")
+        _check_account(repo, api)
         try:
             info = api.repo_info(repo)
         except RepositoryNotFoundError:
@@ -90,6 +89,56 @@ def push(folder: Path, to: Destination) -> str:
         operations = [*(CommitOperationAdd(path.name, path) for path in files), *map(CommitOperationDelete, old)]
         to.api.create_commit(to.repo, operations, commit_message="Export of astar-megatron")
     return f"{to.api.endpoint}/{to.repo}"
+
+
+def _check_account(repo: str, api: HfApi) -> None:
+    """Raise HubError where the hub's whoami tells that the token can't write to `repo`.
+
+    A fine-grained token has `scoped`: of users, organisations and repositories what it may do there. Any other may
+    write to the repositories of its account and of its account's organisations.
+    """
+    account, owner = api.whoami(), repo.partition("/")[0]
+    access = _part(account, "auth", "accessToken")
+    if access.get("role") == "read":
+        raise HubError("--push-to-hub: the token may only read: make one that may write, and set HF_TOKEN to it")
+    scopes = _part(access, "fineGrained").get("scoped")
+    if access.get("role") == "fineGrained" and isinstance(scopes, list):
+        if not any(_may_write(scope, repo) for scope in scopes):
+            raise HubError(
+                f"--push-to-hub {repo}: the fine-grained token may not write there: give it write access to the "
+                f"repositories of {owner}, or set HF_TOKEN to another"
+            )
+        return
+    writable = [_part(org) for org in _list(account, "orgs") if _part(org).get("roleInOrg") != "read"]
+    owners = [str(each["name"]) for each in (_part(account), *writable) if each.get("name")]
+    if not owners:
+        raise HubError(f"--push-to-hub {repo}: the answer to whoami has no account: is HF_ENDPOINT that of a hub?")
+    if owner.casefold() not in map(str.casefold, owners):
+        raise HubError(
+            f"--push-to-hub {repo}: the token's account may not write to what is {owner}'s: take another ORG"
+            f"{_shown(', '.join(owners), api)}, or another token"
+        )
+
+
+def _may_write(scope: object, repo: str) -> bool:
+    """Whether an entry of `scoped` is of the repository or its owner; a model's name may lack the owner."""
+    owner, _, name = repo.casefold().partition("/")
+    entity = _part(scope, "entity")
+    places = {"user": {owner}, "org": {owner}, "model": {repo.casefold(), name}}.get(str(entity.get("type")), set())
+    return str(entity.get("name")).casefold() in places and "repo.write" in _list(scope, "permissions")
+
+
+def _part(tree: object, *path: str) -> Mapping[str, Any]:
+    """What lies there in an answer of the hub; empty where there is none."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree if isinstance(tree, Mapping) else {}
+
+
+def _list(tree: object, name: str) -> Sequence[object]:
+    """What lies there as a list; empty where there is none."""
+    items = _part(tree).get(name)
+    return items if isinstance(items, list) else []
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.model.gpus import Gpu
+from astar_megatron.run.accelerators import micro_batch_tokens
 from astar_megatron.run.capacity import processes
 from astar_megatron.run.forecast import Forecast, forecast, gpus_of_a_node, problems_of
 from conversion.families import Model
@@ -79,7 +80,7 @@ def changed(cfg: RunConfig, change: Change) -> dict[str, Any]:
 
 def _changes(cfg: RunConfig) -> Iterator[Iterable[Change]]:
     """Of each kind the changes that there are."""
-    tokens, share = cfg.train.micro_batch_tokens, cfg.rollout.gpu_memory_utilization
+    tokens, share = micro_batch_tokens(cfg), cfg.rollout.gpu_memory_utilization
     smaller = (tokens // factor for factor in _FACTORS)
     yield ({"train.micro_batch_tokens": size} for size in smaller if size >= cfg.max_tokens)
     yield _other("parallel.recompute", cfg.parallel.recompute, ["full"])

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.training import check_before_stage_1
 
 TABLES = "tables"  # folder of those of stage 1
-_OWN_KEYS = ("run_dir", "seed", "budget", "eval.interval", "slurm.backend")  # the study's, or of all its runs
+_NAMED = {"run_dir": "out", "seed": "seeds"}  # keys of the study itself for these of a run
+_OWN_KEYS = (*_NAMED, "budget", "eval.interval", "slurm.backend")  # the study's, or of all its runs
 _LONGEST_NAME = 150  # of a folder
 
 
@@ -41,7 +42,7 @@ class StudyFile(Section):
     config: Name
     """Configuration of all runs."""
     set: dict[str, Any] = Field(default={})
-    """Keys of the configuration with their values."""
+    """Keys of the configuration with their values; `out` and `seeds` stand for `run_dir` and `seed`."""
     grid: list[dict[str, list[Any]]]
     """Grids: of each, every combination of the values of its keys is a cell."""
     budgets: list[str]
@@ -86,6 +87,8 @@ def read_study(file: Path) -> tuple[Study, dict[Run, RunConfig]]:
     budgets = _budgets(study.budgets)
     if not study.seeds or len({*study.seeds}) < len(study.seeds):
         raise ConfigError(f"seeds: expected one or more, each once, got {study.seeds}")
+    if own := _among(study.set, _NAMED):
+        raise ConfigError(f"set: {own[0]} can't be there; the study has its own key for it, {_NAMED[own[0]]}")
     tree = config.read(study.config)
     cells: dict[str, Mapping[str, Any]] = {}
     for point in _points(study.grid):
@@ -176,12 +179,29 @@ def _points(grids: Sequence[Mapping[str, Sequence[Any]]]) -> list[dict[str, Any]
     points = []
     for grid in grids:
         for key, values in grid.items():
-            if key.startswith(_OWN_KEYS) or not values:
+            own = [name for value in values for name in _among({key: value}, _OWN_KEYS)]
+            if not values or own:
+                key = own[0] if own else key
                 raise ConfigError(f"grid: {key} can't be there, or has no value; seeds and budgets have their own keys")
         points += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not points:
         raise ConfigError("grid: expected one grid or more, as in: - {optim.lr: [1e-6, 1e-5]}")
     return points
+
+
+def _among(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of the keys that the values set, also in a section that is given whole."""
+    tree = config.with_values({}, values)
+
+    def is_set(key: str) -> bool:
+        place: Any = tree
+        for part in key.split("."):
+            if not isinstance(place, Mapping) or part not in place:
+                return False
+            place = place[part]
+        return True
+
+    return [key for key in keys if is_set(key)]
 
 
 def _name(point: Mapping[str, Any]) -> str:
