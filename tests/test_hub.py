@@ -156,7 +156,7 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(export: Export, h
 
 @pytest.fixture
 def no_run(tmp_path: Path) -> Path:
-    """The configuration of a run that has made nothing, so that an export that begins fails for want of a checkpoint."""
+    """The configuration of a run that has made nothing: an export that begins fails for want of a checkpoint."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(samples.run_tree(run_dir=str(tmp_path))))
     return tmp_path / "run.yaml"
 
