@@ -78,14 +78,15 @@ def _known(jobs: Mapping[str, Job]) -> list[slurm.QueuedJob]:
 
 def _answer(jobs: Mapping[str, Job], poll_seconds: float) -> list[slurm.QueuedJob]:
     """As `_known`, but asks again while Slurm does not answer."""
-    for num_failures in range(1, _MOST_FAILURES + 1):
+    num_failures = 0
+    while True:
         try:
             return _known(jobs)
         except ConfigError as error:
+            num_failures += 1
             if num_failures == _MOST_FAILURES:
                 takes_over = "the jobs go on without this command, which takes them over when run again"
                 raise ConfigError(f"{error}; {takes_over}") from None
             if num_failures == 1:
                 print(f"{error}; the jobs go on, and Slurm is asked again every {poll_seconds:g} s")
             time.sleep(poll_seconds)
-    raise AssertionError("the last failure is raised")
