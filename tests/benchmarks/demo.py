@@ -3,16 +3,16 @@ r"""Stage 1 and a training step of the demo, beside TRL's A2PO trainer and besid
     make demo                                                                  # once: model and prompts
     .venv/bin/uv pip install --target runs/trl --no-deps trl==1.16.0 datasets==5.2.0 accelerate==1.15.0 \
         multiprocess==0.70.19 pandas==3.1.1 xxhash==4.1.0 dill==0.4.1          # the peer
-    .venv/bin/python tests/benchmarks/demo.py --trl runs/trl --steps 4 [--trl-steps 1]
+    .venv/bin/python tests/benchmarks/demo.py --trl runs/trl --steps 4
 
 All three do the same work: 64 prompts, 8 rollouts each in stage 1, at most 24 response tokens; one update of 64
-sequences a step. Nothing else should run meanwhile. Writes tests/benchmarks/results/demo.json.
+sequences a step. Each trainer computes in the type in which it learns: ours by `dtype: auto`, TRL's in float32. Nothing
+else should run meanwhile. Writes the entry of this kind of machine in tests/benchmarks/results/demo.json.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -46,7 +48,8 @@ def ours(steps: int) -> dict[str, Any]:
         sweep(cfg, inputs, fleet.engines, tracker)
         swept = time.perf_counter()
         train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
-        seconds = [line["seconds"] for line in read_metrics(folder)]
+        lines = read_metrics(folder)
+        seconds = [line["seconds"] for line in lines]
         parts = ("generate", "score", "reference", "policy", "publish")
         return {
             "dtype": fleet.policy.dtype,
@@ -56,6 +59,7 @@ def ours(steps: int) -> dict[str, Any]:
             "step_parts": {part: median(step[part] for step in seconds) for part in parts},
             "driver_share": median(1 - sum(step[part] for part in parts) / step["total"] for step in seconds),
             "steps": [step["total"] for step in seconds],
+            "rewards": [line["reward_mean"] for line in lines],
         }
 
 
@@ -65,7 +69,9 @@ def peer(trl: Path, steps: int) -> dict[str, Any]:
     done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     words = [line.split() for line in done.stdout.splitlines()]
     stage_1 = next(float(line[1]) for line in words if line[:1] == ["stage1"])
-    return {"dtype": "float32", "stage_1": stage_1, "step": median(float(n[2]) for n in words if n[:1] == ["step"])}
+    seconds = [float(line[2]) for line in words if line[:1] == ["step"]]
+    rewards = [float(line[2]) for line in words if line[:1] == ["reward"]]
+    return {"dtype": "float32", "stage_1": stage_1, "step": median(seconds), "steps": seconds, "rewards": rewards}
 
 
 def floor(dtype: str) -> dict[str, Any]:
@@ -86,12 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="folder with trl; none: the peer is left out")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--trl-steps", type=int, default=1)
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine(), "astar_megatron": ours(arguments.steps)}
+    report = {"astar_megatron": ours(arguments.steps)}
     write(report)
     if arguments.trl:
-        report["trl_a2po"] = peer(arguments.trl.resolve(), arguments.trl_steps)
+        report["trl_a2po"] = peer(arguments.trl.resolve(), arguments.steps)
         report["ratios"] = {key: report["trl_a2po"][key] / report["astar_megatron"][key] for key in ("stage_1", "step")}
         write(report)
     report["vllm_alone"] = floor(report["astar_megatron"]["dtype"])
@@ -99,17 +104,12 @@ def main() -> None:
     print(json.dumps(report, indent=1))
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{cpu} "]
-    return {"cores": os.cpu_count(), "flags": flags, "kind": platform.machine()}
-
-
 def write(report: dict[str, Any]) -> None:
-    """Keep what is measured so far: the parts take minutes each."""
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
+    """Keep what is measured so far, beside the entries of other kinds of machines: the parts take minutes each."""
+    file = HERE / "results" / "demo.json"
+    entries = json.loads(file.read_text()) if file.exists() else {}
+    kind = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {report['astar_megatron']['dtype']}"
+    file.write_text(json.dumps(entries | {kind: report}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,17 @@ def reward(completions: list[Any], truth: list[str], **_: Any) -> list[float]:
 
 
 class Clock(TrainerCallback):
-    """Prints how long each step took."""
+    """Prints how long each step took, and its mean reward."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         print(f"step {state.global_step} {time.perf_counter() - self.start:.1f}", flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        if "reward" in logs:
+            print(f"reward {state.global_step} {logs['reward']}", flush=True)
 
 
 def main(steps: int) -> None:
@@ -56,7 +60,7 @@ def main(steps: int) -> None:
         report_to=[],
         filter_all_incorrect=False,
         save_strategy="no",
-        logging_steps=1000,
+        logging_steps=1,
         bf16=False,
         lr_scheduler_type="constant",
         weight_decay=0.01,
