@@ -2,7 +2,7 @@
 
 One V* table serves all of them: it is filled first, by the seed of the configuration, where a method reads it and it
 lacks something. Run again it goes on: finished runs stay, others continue from their checkpoints. Once a run is written
-down as finished its checkpoints are removed; its export stays. What is compared: run/comparison.py.
+down as finished its checkpoints are removed; its export stays. What is compared: studies/comparison.py.
 """
 
 import shutil
@@ -11,15 +11,16 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import exclusive, make_folder
-from astar_megatron.run import comparison, comparison_files, resources
+from astar_megatron.run import resources
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.commands import Runner, astar, run_shown
-from astar_megatron.run.comparison import Result, Run
-from astar_megatron.run.comparison_files import STAGE_1, Comparison
-from astar_megatron.run.comparison_stage_1 import stage_1_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Screen
 from astar_megatron.run.training import check_before_stage_1
+from astar_megatron.studies import comparison, comparison_files
+from astar_megatron.studies.comparison import Result, Run
+from astar_megatron.studies.comparison_files import STAGE_1, Comparison
+from astar_megatron.studies.comparison_stage_1 import stage_1_of
 
 
 def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None, runner: Runner = astar) -> int:

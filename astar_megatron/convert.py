@@ -1,7 +1,7 @@
 """PROGRAM: model folders from one format into another, compared, and described; needs neither Ray nor engines."""
 
-from astar_megatron.run import conversions
-from astar_megatron.run.link_table import LINKS_SHOWN, size_text
+from astar_megatron.exports import conversions
+from astar_megatron.exports.link_table import LINKS_SHOWN, size_text
 from astar_megatron.run.tracking import Screen
 from conversion import folders, rewrite
 from conversion.ends import open_end

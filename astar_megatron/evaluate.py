@@ -12,11 +12,11 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import tokenizer_digest
-from astar_megatron.run import card
+from astar_megatron.exports import card
+from astar_megatron.exports.provenance import Training
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
-from astar_megatron.run.provenance import Training
 from astar_megatron.run.scores import weights_digest
 from astar_megatron.run.tracking import Tracker
 from conversion import hf, rewrite

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from astar_megatron.config import RunConfig
-from astar_megatron.run import card, certificate, checkpoints, conversions, hub
-from astar_megatron.run.provenance import Training
+from astar_megatron.exports import card, conversions, hub
+from astar_megatron.exports.provenance import Training
+from astar_megatron.run import certificate, checkpoints
 from astar_megatron.run.tracking import Screen
 from conversion.folders import read_record
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from astar_megatron.config import RunConfig
 from astar_megatron.model import gpus
-from astar_megatron.run.forecast import Forecast, count_prompts, forecast
-from astar_megatron.run.nearest import Neighbour, nearest
+from astar_megatron.planning.forecast import Forecast, count_prompts, forecast
+from astar_megatron.planning.nearest import Neighbour, nearest
 from astar_megatron.run.resources import GIB, gib, native_bfloat16
 from astar_megatron.run.tracking import Screen
 from conversion.families import read_model

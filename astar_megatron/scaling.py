@@ -2,7 +2,7 @@
 
 A study run again goes on: finished runs stay, others continue from their checkpoints, and cells and seeds that the file
 has got since are added. Once a run is written down as finished its checkpoints are removed; its export stays. What a
-study is: run/study.py; what its scores say: the program scaling_fit.
+study is: studies/study.py; what its scores say: the program scaling_fit.
 """
 
 import shutil
@@ -13,15 +13,15 @@ from astar_megatron.config import RunConfig, Stage
 from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.launch import queue
 from astar_megatron.launch.program import submits
-from astar_megatron.run import comparison, study_files
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.commands import End, Runner, astar, run_shown, written
-from astar_megatron.run.comparison import Run
-from astar_megatron.run.comparison_stage_1 import stage_1_of
 from astar_megatron.run.prepare import Inputs
-from astar_megatron.run.study import Score, checked_inputs, course_of, read_study, settings_of
-from astar_megatron.run.study_files import Progress
 from astar_megatron.run.tracking import Screen
+from astar_megatron.studies import comparison, study_files
+from astar_megatron.studies.comparison import Run
+from astar_megatron.studies.comparison_stage_1 import stage_1_of
+from astar_megatron.studies.study import Score, checked_inputs, course_of, read_study, settings_of
+from astar_megatron.studies.study_files import Progress
 
 # Runs a command for each of some configurations, by a name, and yields the name and how it ended.
 type Ends = Callable[[Stage, Mapping[str, RunConfig]], Iterator[tuple[str, End]]]

@@ -1,12 +1,12 @@
-"""PROGRAM: what scores by compute say: three laws, held against the second half. The laws: run/laws.py."""
+"""PROGRAM: what scores by compute say: three laws, held against the second half. The laws: studies/laws.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from astar_megatron.run import extrapolation_files
-from astar_megatron.run.extrapolation import extrapolate
-from astar_megatron.run.score_tables import read_curves
 from astar_megatron.run.tracking import Screen
+from astar_megatron.studies import extrapolation_files
+from astar_megatron.studies.extrapolation import extrapolate
+from astar_megatron.studies.score_tables import read_curves
 
 
 def fit(

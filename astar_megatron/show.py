@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from astar_megatron.data.files import write_atomic
-from astar_megatron.run.page import page_of
+from astar_megatron.pages.page import page_of
 from astar_megatron.run.tracking import METRICS_FILE, PLACEMENT_FILE, Screen, read_metrics
 
 PAGE_FILE = "show.html"

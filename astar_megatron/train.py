@@ -9,16 +9,16 @@ from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.signals import StepEnds
 from astar_megatron.config import RunConfig
 from astar_megatron.data.estimates import Estimates
+from astar_megatron.exports import card
+from astar_megatron.exports.provenance import Training
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
-from astar_megatron.run import card
 from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.garbage import collect_seldom
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.profiles import profiled
-from astar_megatron.run.provenance import Training
 from astar_megatron.run.record import Record, record_of
 from astar_megatron.run.steps import batch_of, health_of, step_options
 from astar_megatron.run.tracking import Clock, Tracker

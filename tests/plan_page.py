@@ -17,7 +17,8 @@ from samples import run_config
 
 from astar_megatron.config import RunConfig
 from astar_megatron.model import gpus
-from astar_megatron.run import accelerators, capacity, pace, resources
+from astar_megatron.planning import capacity, pace
+from astar_megatron.run import accelerators, resources
 from astar_megatron.run.resources import GIB
 from conversion.families import Model, model_from_config
 

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from astar_megatron import config
-from astar_megatron.run import card, scores
-from astar_megatron.run.provenance import Training
+from astar_megatron.exports import card
+from astar_megatron.exports.provenance import Training
+from astar_megatron.run import scores
 from astar_megatron.run.scores import Estimate, Evaluation
 from conversion import folders
 from conversion.folders import ModelFolderError

@@ -19,12 +19,12 @@ from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.model.flops import forward_flops
-from astar_megatron.run import comparison
-from astar_megatron.run.commands import End, astar, last_line
-from astar_megatron.run.comparison import Run, Stage1Cost
-from astar_megatron.run.curves import band
+from astar_megatron.run.commands import End, astar, last_heading, last_line
 from astar_megatron.run.spending import Cost, Spending, generation_flops
 from astar_megatron.run.tracking import Tracker, read_metrics
+from astar_megatron.studies import comparison
+from astar_megatron.studies.comparison import Run, Stage1Cost
+from astar_megatron.studies.curves import band
 from astar_megatron.types import Prompt
 from conversion.families import read_model
 
@@ -551,3 +551,10 @@ def test_a_command_runs_in_a_process_whose_last_line_tells_its_error(tmp_path: P
     assert last_line(tmp_path / "none") == ""
     log.write_text("x" * 20_000 + "\nlast\n \n")
     assert last_line(log) == "last"
+
+
+def test_what_a_run_is_at_is_the_last_line_of_its_log_that_is_no_row_of_a_table(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    assert last_heading(log) == ""
+    log.write_text("step 3\nevaluation after 4 steps:\n  problems: 52\n  reward: last_number\n\n")
+    assert last_heading(log) == "evaluation after 4 steps:"

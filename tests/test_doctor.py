@@ -16,8 +16,9 @@ from astar_megatron import doctor
 from astar_megatron.cluster import cluster
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.model.head import chunked
-from astar_megatron.run import capacity, resources
+from astar_megatron.planning import capacity
 from astar_megatron.run import machine as machine_report
+from astar_megatron.run import resources
 from astar_megatron.run.machine import Finding
 from astar_megatron.run.resources import GIB, Machine, ResourceError
 from conversion.transfer import buckets

@@ -16,9 +16,9 @@ from fake_hub import FORBIDDEN, TOKENS, FakeHub, fake_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from astar_megatron.run import hub as hub_module
-from astar_megatron.run.hub import HubError
-from astar_megatron.run.provenance import Training
+from astar_megatron.exports import hub as hub_module
+from astar_megatron.exports.hub import HubError
+from astar_megatron.exports.provenance import Training
 from conversion import folders
 
 WRITER, READER, SCOPED = TOKENS

@@ -19,9 +19,10 @@ from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.model import gpus
 from astar_megatron.model.layouts import LayoutError
-from astar_megatron.run import accelerators, capacity, pace
-from astar_megatron.run.forecast import count_prompts, forecast
-from astar_megatron.run.nearest import nearest
+from astar_megatron.planning import capacity, pace
+from astar_megatron.planning.forecast import count_prompts, forecast
+from astar_megatron.planning.nearest import nearest
+from astar_megatron.run import accelerators
 from astar_megatron.run.resources import GIB
 from conversion.families import model_from_config
 

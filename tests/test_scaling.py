@@ -16,10 +16,10 @@ from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.run.score_tables import read_curves
-from astar_megatron.run.study import read_study
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.scaling import run
+from astar_megatron.studies.score_tables import read_curves
+from astar_megatron.studies.study import read_study
 
 type Study = Callable[..., int]
 
@@ -277,8 +277,8 @@ def test_the_study_of_the_examples_is_one(tied_llama: Path, tmp_path: Path, monk
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree).replace("0.001", "1e-3"))
     monkeypatch.chdir(root)
     example, configs = read_study(tmp_path / "study.yaml")
-    assert len(example.cells) == 10 and len(configs) == 30
-    assert [budget.amount for budget in example.budgets] == pytest.approx([n * 5e12 for n in range(1, 9)])
+    assert len(example.cells) == 24 == len(configs)
+    assert [budget.amount for budget in example.budgets] == [7e12, 1.4e13, 2.8e13]
 
 
 # --- results

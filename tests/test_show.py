@@ -21,8 +21,8 @@ from PIL import Image
 
 from astar_megatron import show
 from astar_megatron.data import rollout_files
-from astar_megatron.run import panels
-from astar_megatron.run.page import aligned, page_of
+from astar_megatron.pages import panels
+from astar_megatron.pages.page import aligned, page_of
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.types import Prompt
 

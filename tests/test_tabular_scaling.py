@@ -7,8 +7,8 @@ import pytest
 import torch
 from benchmarks.tabular_scaling import BETAS2, coverage, measured, trained
 
-from astar_megatron.run.extrapolation import Extrapolation, extrapolate, sigmoid_numbers
-from astar_megatron.run.laws import CONSTANT, Points, fit
+from astar_megatron.studies.extrapolation import Extrapolation, extrapolate, sigmoid_numbers
+from astar_megatron.studies.laws import CONSTANT, Points, fit
 
 
 def fast_and_slow_part(seed: int) -> Points:

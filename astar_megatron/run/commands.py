@@ -44,12 +44,20 @@ class End:
 
 def last_line(log: Path) -> str:
     """Return the last line of a log that is not blank; "" without one."""
+    return next((line.strip() for line in _newest_first(log) if line.strip()), "")
+
+
+def last_heading(log: Path) -> str:
+    """Return the last line of a log that is no row of a table, which are indented; "" without one."""
+    return next((line for line in _newest_first(log) if line.strip() and not line[0].isspace()), "")
+
+
+def _newest_first(log: Path) -> list[str]:
     if not log.exists():
-        return ""
+        return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return file.read().decode(errors="replace").splitlines()[::-1]
 
 
 def written(cfg: RunConfig) -> tuple[Path, Path]:
@@ -69,9 +77,9 @@ def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
 
 
 def run_shown(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> End:
-    """Run a command as `run_command` does, and show how long it takes and the last line of its log."""
+    """Run a command as `run_command` does, and show how long it takes and where it is, by its log."""
     log = Path(cfg.run_dir) / LOG_FILE
-    with screen.waiting(f"{label}, log in {log}", lambda: last_line(log), _SECONDS_A_LINE):
+    with screen.waiting(f"{label}, log in {log}", lambda: last_heading(log), _SECONDS_A_LINE):
         return run_command(name, cfg, runner)
 
 

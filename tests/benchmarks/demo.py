@@ -13,6 +13,7 @@ else should run meanwhile. Writes the entry of this kind of machine in tests/ben
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, help="folder with trl; none: the peer is left out")
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
-    report = {"astar_megatron": ours(arguments.steps)}
+    report = {"machine": machine(), "astar_megatron": ours(arguments.steps)}
     write(report)
     if arguments.trl:
         report["trl_a2po"] = peer(arguments.trl.resolve(), arguments.steps)
@@ -102,6 +103,13 @@ def main() -> None:
     report["vllm_alone"] = floor(report["astar_megatron"]["dtype"])
     write(report)
     print(json.dumps(report, indent=1))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{cpu} "]
+    return {"cores": os.cpu_count(), "flags": flags, "kind": platform.machine()}
 
 
 def write(report: dict[str, Any]) -> None:

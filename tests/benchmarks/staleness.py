@@ -18,9 +18,9 @@ from typing import Any
 
 from astar_megatron import config
 from astar_megatron.run.commands import astar, run_command
-from astar_megatron.run.comparison import scores_of
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
+from astar_megatron.studies.comparison import scores_of
 
 RESULTS = Path(__file__).parent / "results"
 METHODS, STALENESS = ("astar", "oapl"), (1, 4, 16)

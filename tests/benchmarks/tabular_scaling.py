@@ -38,8 +38,8 @@ from astar_megatron.algorithm.astar import AstarLoss
 from astar_megatron.algorithm.objective import ResponseTokens
 from astar_megatron.algorithm.value import pass_rate_interval, v_star
 from astar_megatron.data.files import write_atomic
-from astar_megatron.run.extrapolation import extrapolate, sigmoid_numbers
-from astar_megatron.run.laws import CONSTANT, LEVEL, Points, fit
+from astar_megatron.studies.extrapolation import extrapolate, sigmoid_numbers
+from astar_megatron.studies.laws import CONSTANT, LEVEL, Points, fit
 
 PROMPTS, RESPONSES, SEEDS = 32, 8, 3
 BETA1, SAMPLES = 0.5, 8  # of stage 1

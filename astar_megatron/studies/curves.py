@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from astar_megatron.run.comparison import UNITS, Result
 from astar_megatron.run.spending import Measure
+from astar_megatron.studies.comparison import UNITS, Result
 
 _POINTS = 200  # of a curve
 _BAND = "line: mean over the seeds; band: the lowest to the highest; thin: each run"

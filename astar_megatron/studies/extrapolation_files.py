@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from astar_megatron.data.files import make_folder, write_atomic
-from astar_megatron.run.extrapolation import NEEDED, Extrapolation, LawResult, Number
-from astar_megatron.run.laws import LEVEL
-from astar_megatron.run.score_tables import Curve
+from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResult, Number
+from astar_megatron.studies.laws import LEVEL
+from astar_megatron.studies.score_tables import Curve
 
 _NUMBERS = ("asymptote", "exponent", "middle", "start")
 _COLUMNS = ("curve", "law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal")

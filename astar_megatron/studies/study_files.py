@@ -11,8 +11,8 @@ from typing import Any
 from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.data.files import write_atomic
 from astar_megatron.run import machine
-from astar_megatron.run.comparison import UNITS, Budget, Run, Stage1Cost
-from astar_megatron.run.study import Score, Study
+from astar_megatron.studies.comparison import UNITS, Budget, Run, Stage1Cost
+from astar_megatron.studies.study import Score, Study
 
 JSON_FILE = "scale.json"
 _COLUMNS = ("cell", "seed", "steps", "spent_tokens", "spent_flops", "spent_seconds", "reward_mean", "score")

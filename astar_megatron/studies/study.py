@@ -23,12 +23,12 @@ from pydantic import Field, ValidationError
 from astar_megatron import config
 from astar_megatron.config import BudgetConfig, ConfigError, Name, RunConfig, Section
 from astar_megatron.data.contract import contract_of
-from astar_megatron.run import comparison
-from astar_megatron.run.comparison import Budget, Run, Stage1Cost
-from astar_megatron.run.comparison_files import STAGE_1
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.training import check_before_stage_1
+from astar_megatron.studies import comparison
+from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
+from astar_megatron.studies.comparison_files import STAGE_1
 
 TABLES = "tables"  # folder of those of stage 1
 _NAMED = {"run_dir": "out", "seed": "seeds"}  # keys of the study itself for these of a run

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.allocation import run_samples
-from astar_megatron.run import comparison
 from astar_megatron.run.commands import End
-from astar_megatron.run.comparison import Budget, Run, Stage1Cost
-from astar_megatron.run.comparison_files import STAGE_1
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import generation_flops
 from astar_megatron.run.tracking import read_stage_1_seconds
 from astar_megatron.run.training import asks_stage_1
+from astar_megatron.studies import comparison
+from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
+from astar_megatron.studies.comparison_files import STAGE_1
 
 
 def stage_1_of(

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from astar_megatron.run.laws import Points
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import METRICS_FILE, greedy_scores, read_metrics
+from astar_megatron.studies.laws import Points
 
 type Row = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from astar_megatron.run.laws import CONSTANT, LAWS, LEVEL, SIGMOID, Fit, Interval, Law, Points, fit
+from astar_megatron.studies.laws import CONSTANT, LAWS, LEVEL, SIGMOID, Fit, Interval, Law, Points, fit
 
 NEEDED = 0.9
 EARLIER, LATER = 0.5, 0.25  # of the largest compute: up to there, and from there on

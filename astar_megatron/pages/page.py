@@ -18,7 +18,7 @@ from typing import Any
 from astar_megatron.data import rollout_files
 from astar_megatron.data.files import without_nan
 from astar_megatron.data.rollout_files import Trained
-from astar_megatron.run import panels
+from astar_megatron.pages import panels
 
 MOST_ROLLOUTS, MOST_TOKENS = 10_000, 1_000_000  # in a page; more would make a browser slow
 MOST_TIMELINES = 500

@@ -27,8 +27,8 @@ from math import ceil
 from astar_megatron.config import RunConfig
 from astar_megatron.model.flops import drawing_flops, head_flops
 from astar_megatron.model.gpus import Gpu
+from astar_megatron.planning.capacity import cache
 from astar_megatron.run.accelerators import number_bytes, rank_bytes, worker_bytes
-from astar_megatron.run.capacity import cache
 from conversion.families import Model
 
 # Shares of the peak that products reach: layers of Qwen2.5-1.5B in packs of 16,384 tokens on one H200, forward and

@@ -13,9 +13,9 @@ from typing import Any
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.model.gpus import Gpu
+from astar_megatron.planning.capacity import processes
+from astar_megatron.planning.forecast import Forecast, forecast, gpus_of_a_node, problems_of
 from astar_megatron.run.accelerators import micro_batch_tokens
-from astar_megatron.run.capacity import processes
-from astar_megatron.run.forecast import Forecast, forecast, gpus_of_a_node, problems_of
 from conversion.families import Model
 
 _MOST_CHANGES, _MOST_SHOWN = 3, 3

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from astar_megatron.run import card
+from astar_megatron.exports import card
+from astar_megatron.exports.link_table import files_text, links, size_text
+from astar_megatron.exports.provenance import Training, run_dir_of
 from astar_megatron.run.certificate import certify_conversion
-from astar_megatron.run.link_table import files_text, links, size_text
-from astar_megatron.run.provenance import Training, run_dir_of
 from astar_megatron.run.tracking import Screen
 from conversion import folders, rewrite
 from conversion.ends import End, MegatronEnd, open_end

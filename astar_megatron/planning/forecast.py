@@ -14,9 +14,9 @@ from astar_megatron.config import ParallelConfig, RunConfig
 from astar_megatron.data.rows import Problems, read_rows
 from astar_megatron.model import layouts
 from astar_megatron.model.gpus import Gpu
+from astar_megatron.planning.capacity import Cache, Process, cache, processes
+from astar_megatron.planning.pace import StepSeconds, generation_seconds, step_seconds
 from astar_megatron.run import accelerators, resources
-from astar_megatron.run.capacity import Cache, Process, cache, processes
-from astar_megatron.run.pace import StepSeconds, generation_seconds, step_seconds
 from astar_megatron.run.resources import Machine, gib
 from conversion.families import Model
 

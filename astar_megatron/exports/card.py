@@ -15,8 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from astar_megatron.data.files import write_atomic
+from astar_megatron.exports.provenance import TRAINING, Training
 from astar_megatron.run import certificate, scores
-from astar_megatron.run.provenance import TRAINING, Training
 from astar_megatron.run.scores import Evaluation, Scored, markdown
 from conversion import folders
 

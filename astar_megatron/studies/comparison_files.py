@@ -10,8 +10,8 @@ from typing import Any
 
 from astar_megatron.data.files import storage_error, write_atomic
 from astar_megatron.run import machine
-from astar_megatron.run.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
-from astar_megatron.run.curves import plot
+from astar_megatron.studies.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
+from astar_megatron.studies.curves import plot
 
 JSON_FILE = "compare.json"
 STAGE_1 = "stage-1"  # folder of the sweep

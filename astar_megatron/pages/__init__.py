@@ -1,0 +1,1 @@
+"""A run to look at: one HTML page with its curves, timelines and rollouts."""
