@@ -6,7 +6,7 @@ from pathlib import Path
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import extrapolation_files
 from astar_megatron.studies.extrapolation import extrapolate
-from astar_megatron.studies.score_tables import read_curves
+from astar_megatron.studies.score_curves import read_curves
 
 
 def fit(

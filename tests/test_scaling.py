@@ -18,7 +18,7 @@ from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.scaling import run
-from astar_megatron.studies.score_tables import read_curves
+from astar_megatron.studies.score_curves import read_curves
 from astar_megatron.studies.study import read_study
 
 type Study = Callable[..., int]

@@ -14,7 +14,7 @@ from astar_megatron.run.tracking import Tracker
 from astar_megatron.scaling_fit import fit as scale_fit
 from astar_megatron.studies.extrapolation import Extrapolation, extrapolate
 from astar_megatron.studies.laws import CONSTANT, LOG_LINEAR, SIGMOID, Points, fit, student
-from astar_megatron.studies.score_tables import read_curves
+from astar_megatron.studies.score_curves import read_curves
 
 START, ASYMPTOTE, MIDDLE, EXPONENT = 0.2, 0.8, 0.25, 2.0
 

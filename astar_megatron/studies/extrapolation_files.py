@@ -13,7 +13,7 @@ import numpy as np
 from astar_megatron.data.files import make_folder, write_atomic
 from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResult, Number
 from astar_megatron.studies.laws import LEVEL
-from astar_megatron.studies.score_tables import Curve
+from astar_megatron.studies.score_curves import Curve
 
 _NUMBERS = ("asymptote", "exponent", "middle", "start")
 _COLUMNS = ("curve", "law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal")
