@@ -1,6 +1,5 @@
 """The example with one's own data and reward: its reward on all kinds of text, its data, its configuration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,27 @@ from astar_megatron import config
 from astar_megatron.algorithm import rewards
 
 ROOT = Path(__file__).resolve().parents[2]
-NAME = "examples.own_reward:total"
+NAME = "examples.own_reward:equation"
 
 
 @pytest.mark.parametrize(
     ("response", "reward"),
     [
-        ('{"total": 12}', 1.0),
-        ('2 times 6 is {"total": 11}, no: {"total": 12.0}. Done.', 1.0),
-        ('{"total": 11}', 0.1),
-        ('{"total": 12} {"total": 11}', 0.1),  # the last one counts
-        ('{"total": Infinity}', 0.1),
+        ("5 + 7 = 12", 1.0),
+        ("5 + 7 = 13, no: **5 + 7 = 12**. Done.", 1.0),
+        ("6 + 6 = 12", 1.0),  # it does not see the question
+        ("5 + 7 = 13", 0.1),
+        ("5 + 8 = 12", 0.1),  # the answer of an equation that is false
+        ("5 + 8 = 13", 0.1),  # true, and another problem's
+        ("5 + 7 = 12, and 5 + 7 = 11", 0.1),  # the last one counts
         ("12", 0.0),
         ("", 0.0),
-        ('{"total": "12"}', 0.0),
-        ('{"total": true}', 0.0),
-        ('{"sum": 12}', 0.0),
-        ('{"total": 12', 0.0),
-        ("{total: 12}", 0.0),
-        ('{"total": ' + "9" * 10_000 + "}", 0.0),
-        ('{"total": ' + "[" * 100_000 + "}", 0.0),
-        ("{" * 100_000, 0.0),
-        ('{"total": \x00\ud800}', 0.0),
+        ("5 + 7 =", 0.0),
+        ("5 - -7 = 12", 0.0),
+        ("5 + 7 = " + "9" * 10_000, 0.1),
+        ("9" * 100_000 + " + ", 0.0),
+        ("5 + " * 100_000, 0.0),
+        ("\u0665 + \u0667 = \x00\ud800", 0.0),
     ],
 )
 def test_its_reward_is_right_on_right_wrong_and_hostile_responses(
@@ -53,7 +51,7 @@ def test_its_data_is_accepted_and_its_configuration_loads(
     cfg = config.load(ROOT / "examples/own.yaml")
     assert cfg.reward.name == NAME and len(rows) == cfg.train.batch_size
     assert rows == samples.read_jsonl(source)
-    right = json.dumps({"total": int(rows[0]["answer"])})
+    right = f"0 + {rows[0]['answer']} = {rows[0]['answer']}"
     assert rewards.judge(rewards.get(NAME), right, rows[0]["answer"]) == (1.0, "")
 
 
