@@ -476,6 +476,16 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
     text = capsys.readouterr().out
     assert "- young (reward by num_tokens)" in text and "asymptote: not known; the scores have not levelled off" in text
     assert (tmp_path / "out" / "fit.png").read_bytes()[:4] == b"\x89PNG"
+    near = sum(
+        abs(late[law["law"]] - late["score"]) <= 0.05
+        for curve in tree["curves"]
+        for law in curve["laws"]
+        if law["law"] == curve["best_law"]
+        for late in curve["late_means"]
+    )
+    verdicts = [curve["verdict"] for curve in tree["curves"]]
+    assert f"Of 2 curves {verdicts.count('extrapolates')} can be extrapolated" in text
+    assert f"{near} of 20 later means are within 0.05 of the nearest law." in text
 
 
 @pytest.mark.filterwarnings("error")

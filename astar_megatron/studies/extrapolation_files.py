@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,25 @@ def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], toler
         f"and exponent: of the sigmoid fitted to all points, with their {LEVEL:.0%} intervals.",
         "",
     ]
+    if len(results) > 1:
+        lines += [_all_together(results, tolerance), ""]
     for curve, result in zip(curves, results, strict=True):
         lines.append(f"- {result.name} ({curve.score} by {curve.compute}): {result.verdict}. {result.reason}.")
         named = ((name, number.refusal) for name, number in result.laws[0].numbers.items())
         lines += [f"  - {name}: not known; {refusal}." for name, refusal in named if refusal]
         lines += [f"  - not fitted: {law.refusal}." for law in result.laws if law.refusal]
     return "\n".join(lines) + "\n"
+
+
+def _all_together(results: Sequence[Extrapolation], tolerance: float) -> str:
+    best = [(result.best, len(result.late.rows())) for result in results if result.best]
+    near, means = sum(round((law.share or 0.0) * count) for law, count in best), sum(count for _, count in best)
+    verdicts = Counter(result.verdict for result in results)
+    extrapolates, does_not, untold = (verdicts[name] for name in ("extrapolates", "does not", "can't be told"))
+    return (
+        f"Of {len(results)} curves {extrapolates} can be extrapolated, {does_not} can't be, and of {untold} it can't "
+        f"be told. {near} of {means} later means are within {tolerance:g} of the nearest law."
+    )
 
 
 def _shown(number: Number | None) -> str:
