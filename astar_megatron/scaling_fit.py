@@ -1,5 +1,6 @@
 """PROGRAM: what scores by compute say: three laws, held against the second half. The laws: studies/laws.py."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ def fit(
     sources: Sequence[str], out: Path, compute: str | None, score: str | None, *, per_row: bool, tolerance: float
 ) -> None:
     """Fit the laws to runs and tables, and write what they say to `out`."""
+    if not math.isfinite(tolerance):
+        raise ValueError(f"--tolerance: expected a number of 0 or more, got {tolerance}")
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
     results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]
     extrapolation_files.write(out, curves, results, tolerance)

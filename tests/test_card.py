@@ -110,6 +110,11 @@ def test_no_path_secret_or_account_goes_into_a_card(
         assert not [part for part in (str(tmp_path), "private", SECRET, "hush", "~") if part in words]
 
 
+def test_a_slash_in_the_prompts_suffix_makes_it_no_path(export: Path, settings: dict[str, Any]) -> None:
+    card.write(export, Training.of_run(settings | {"data.suffix": "/no_think"}, 5, None), None)
+    assert '| `data.suffix` | `"/no_think"` |' in text(export)
+
+
 @pytest.mark.parametrize(
     ("folder", "name"), [("models--Org--Base-1B/snapshots/0a1b", "Org/Base-1B"), ("a b", None), ("x/..", None)]
 )

@@ -93,8 +93,26 @@ def test_without_noise_the_numbers_are_the_true_ones() -> None:
     asymptote, start = whole.coefficient(1)[0], whole.coefficient(0)[0]
     exponent, middle = math.exp(whole.shape("row")[0]), math.exp(whole.shape("column")[0] + whole.centre)
     assert [asymptote, start, exponent, middle] == pytest.approx([ASYMPTOTE, START, EXPONENT, MIDDLE], rel=1e-3)
-    loss = fit(LOG_LINEAR, study(0, lambda compute: 1 - 0.3 * compute**-0.4, responses=10**12, end=50.0, steps=40))
-    assert loss.shape("column")[0] == pytest.approx(0.4, rel=1e-3)
+
+
+@pytest.mark.parametrize("exponent", [0.05, 0.4, 0.5, 0.73, 2.9])
+@pytest.mark.parametrize("steps", [7, 40, 61])
+def test_the_exponent_of_a_power_law_is_the_true_one_wherever_it_lies(exponent: float, steps: int) -> None:
+    points = study(0, lambda compute: 1 - 0.3 * compute**-exponent, responses=10**12, end=50.0, steps=steps)
+    loss = fit(LOG_LINEAR, points)
+    assert loss.shape("column")[0] == pytest.approx(exponent, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fit_is_the_least_squares_where_runs_lie_apart_and_steps_move_together(seed: int) -> None:
+    points = study(seed, steps=40, apart=0.02, together=0.8, responses=4096)
+    whole = fit(SIGMOID, points)
+    least = float(((points.score - whole.score(points.compute)) ** 2).sum())
+    random = np.random.default_rng(seed)
+    for row, column in random.normal((whole.row[-1], whole.column[-1]), 0.01, size=(200, 2)):
+        basis = SIGMOID.basis(np.log(points.compute) - whole.centre, np.array([row]), np.array([column]))[0]
+        residuals = points.score - basis @ np.linalg.lstsq(basis, points.score, rcond=None)[0]
+        assert least <= float((residuals**2).sum()) * (1 + 1e-6)
 
 
 def test_the_fit_does_not_depend_on_the_unit_of_compute() -> None:
@@ -168,7 +186,31 @@ def test_an_asymptote_beyond_the_data_is_refused() -> None:
 def test_scores_that_do_not_change_have_neither_asymptote_nor_exponent() -> None:
     result = extrapolate("x", study(0, lambda c: np.full(len(c), 0.5), responses=4096), 0.02)
     assert {"asymptote", "exponent"} <= set(refusals(result))
-    assert result.best is not None and result.verdict == "extrapolates"  # as a constant
+    assert result.verdict == "extrapolates"
+    level = extrapolate("x", study(0, lambda c: np.full(len(c), 0.5), responses=10**20), 0.02)
+    assert level.best is not None and level.best.law == "constant"
+
+
+@pytest.mark.parametrize("rows", [20, 40, 60, 100, 110])
+def test_the_parts_of_evenly_spaced_scores_are_equal(rows: int) -> None:
+    compute = np.arange(1, rows + 1) * 1000.0
+    late = extrapolate("x", Points(compute, sigmoid(compute / compute[-1]), np.zeros(rows, int)), 0.02).late
+    assert len(late.count) == 10 and np.ptp(late.count) <= (rows % 20 != 0)
+
+
+def test_runs_that_lie_apart_leave_the_shape_as_known_as_a_run_and_the_asymptote_by_their_mean() -> None:
+    widths = []
+    for seed in range(10):
+        points = study(seed, steps=40, apart=0.01, responses=10**5)
+        numbers = extrapolate("x", points, 0.02).laws[0].numbers
+        alone = fit(SIGMOID, points.where(points.run == 0))
+        together = fit(SIGMOID, points)
+        assert numbers["asymptote"].interval is not None and numbers["exponent"].interval is not None
+        widths.append(np.ptp(together.shape("row")[1]) / np.ptp(alone.shape("row")[1]))
+        level = np.std([points.score[points.run == run].mean() for run in range(3)], ddof=1) / math.sqrt(3)
+        low, high = together.coefficient(1)[1]
+        assert (high - low) / 2 >= 1.9 * level
+    assert np.median(widths) < 1
 
 
 def test_a_sudden_rise_has_no_exponent() -> None:
@@ -436,6 +478,33 @@ def test_an_integer_of_jsonl_that_no_float_holds_is_named_by_its_row_and_column(
         read_curves([str(tmp_path / "x.jsonl")])
 
 
+def test_a_text_with_a_line_separator_in_it_ends_no_line_of_jsonl(tmp_path: Path) -> None:
+    line = {"num_tokens": 1, "reward": 0.5, "text": "a\u2028b\u2029c\x85d"}
+    (tmp_path / "x.JSONL").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_curves([str(tmp_path / "x.JSONL")])[0].points.score.tolist() == [0.5]
+
+
+def test_the_state_that_trl_leaves_is_a_table(tmp_path: Path) -> None:
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": [{"num_tokens": 9, "reward": 0.5}, {"train_runtime": 3.0}]}))
+    assert read_curves([str(state)])[0].points.compute.tolist() == [9]
+    for other in ("{}", "[]", "3", '{"log_history": {}}', '{"log_history": [1]}'):
+        state.write_text(other)
+        with pytest.raises(ValueError, match=r"trainer_state\.json: expected a"):
+            read_curves([str(state)])
+
+
+def test_columns_of_one_name_and_names_that_cant_be_printed_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("num_tokens,reward,reward\n1,2,3\n")
+    with pytest.raises(ValueError, match="more than one column reward"):
+        read_curves([str(tmp_path / "x.csv")])
+    path = write_csv(tmp_path / "y.csv", {"num_tokens": [1], "reward": [1]})
+    with pytest.raises(ValueError, match=r"can't print the curve's name 'a\\x1b\[31m'"):
+        read_curves([f"a\x1b[31m={path}"])
+    with pytest.raises(ValueError, match="--tolerance: expected a number of 0 or more, got inf"):
+        scale_fit([path], tmp_path, None, None, per_row=False, tolerance=math.inf)
+
+
 def test_what_is_no_table_or_lacks_a_named_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't read the table"):
         read_curves([str(tmp_path / "none.csv")])
@@ -463,6 +532,7 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
         columns = {"num_tokens": points.compute.tolist(), "reward": points.score.tolist()}
         write_csv(tmp_path / f"{name}.csv", columns)
     sources = [str(tmp_path / "whole.csv"), str(tmp_path / "young.csv")]
+    unfitted = write_csv(tmp_path / "few | early.csv", {"num_tokens": list(range(10, 21)), "reward": [0.5] * 11})
     scale_fit(sources, tmp_path / "out", None, None, per_row=False, tolerance=0.05)
     tree = json.loads((tmp_path / "out" / "fit.json").read_text())
     whole, young = tree["curves"]
@@ -476,6 +546,8 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
     text = capsys.readouterr().out
     assert "- young (reward by num_tokens)" in text and "asymptote: not known; the scores have not levelled off" in text
     assert (tmp_path / "out" / "fit.png").read_bytes()[:4] == b"\x89PNG"
+    scale_fit([*sources, unfitted], tmp_path / "out", None, None, per_row=False, tolerance=0.05)
+    tree, text = json.loads((tmp_path / "out" / "fit.json").read_text()), capsys.readouterr().out
     near = sum(
         abs(late[law["law"]] - late["score"]) <= 0.05
         for curve in tree["curves"]
@@ -484,8 +556,9 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
         for late in curve["late_means"]
     )
     verdicts = [curve["verdict"] for curve in tree["curves"]]
-    assert f"Of 2 curves {verdicts.count('extrapolates')} can be extrapolated" in text
-    assert f"{near} of 20 later means are within 0.05 of the nearest law." in text
+    assert verdicts[2] == "can't be told" and len(tree["curves"][2]["late_means"]) == 10
+    assert f"Of 3 curves {verdicts.count('extrapolates')} can be extrapolated" in text
+    assert f"{near} of 30 later means are within 0.05 of the nearest law." in text
 
 
 @pytest.mark.filterwarnings("error")

@@ -33,6 +33,7 @@ _NOT_TOLD = (
     *("train.grace_seconds", "rollout.heartbeat_seconds"),
 )
 _FILES = ("data.path", "data.eval_path")
+_TEXTS = ("data.suffix",)  # part of the prompt, word for word: a slash in it makes it no path
 _CACHED = "models--"  # how the hub's cache begins the name of a model's folder: models--ORG--NAME
 
 
@@ -122,7 +123,7 @@ def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
         value = list(value) if isinstance(value, tuple) else value
         if value != (list(default) if isinstance(default, tuple) else default):
             told[key] = Path(value).name if key in _FILES and isinstance(value, str) else value
-    return {key: _without_places(value) for key, value in told.items()}
+    return {key: value if key in _TEXTS else _without_places(value) for key, value in told.items()}
 
 
 def _without_places(value: Any) -> Any:

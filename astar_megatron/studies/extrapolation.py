@@ -82,7 +82,8 @@ def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
     split = float(points.compute.max(initial=0.0)) / 2
     late = _late(points, split)
     laws = [_result(law, points, points.where(points.compute <= split), late, tolerance) for law in LAWS]
-    best = min((law for law in laws if law.error is not None), key=lambda law: law.error or 0.0, default=None)
+    fitted = (law for law in laws if law.error is not None)  # of equals that with the fewest numbers, the last
+    best = min(reversed(list(fitted)), key=lambda law: round(law.error or 0.0, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
     return Extrapolation(
         name=name, points=points, split=split, late=late, laws=laws, best=best, verdict=verdict, reason=reason
@@ -168,7 +169,8 @@ def _of_part(points: Points, span: float) -> Number:
 
 
 def _late(points: Points, split: float) -> Late:
-    part = np.maximum(0, np.ceil((points.compute / (split or 1.0) - 1) * _PARTS))  # 0: of the first half
+    place = np.round((points.compute / (split or 1.0) - 1) * _PARTS, 9)  # a bound belongs to the part below it
+    part = np.maximum(0, np.ceil(place))  # 0: of the first half
     parts = [part == number for number in range(1, _PARTS + 1) if (part == number).any()]
     return Late(
         compute=np.array([points.compute[inside].mean() for inside in parts]),
@@ -212,12 +214,14 @@ def _verdict(
         return "extrapolates", words
     noise = _noise(late)
     if noise > tolerance:
-        return "does not", f"{words}; they are known to ± {noise:.3g} only: more seeds or more prompts"
-    return "does not", f"{words}: its error is {best.error:.3g}, and that of the means ± {noise:.3g}"
+        return "does not", f"{words}; from one to the next they move by ± {noise:.3g}: more seeds or more prompts"
+    return "does not", f"{words}: its error is {best.error:.3g}; from one to the next they move by ± {noise:.3g}"
 
 
 def _noise(late: Late) -> float:
     """Half of the 95 % interval of a late mean, by how far each lies from the middle of its two neighbours.
+
+    What all of them share, as that a score is of these problems and no others, is not in it.
 
     Half of these distances are below 0.6745 sqrt(6) / 2 standard errors, whatever law the means follow.
     """

@@ -68,7 +68,7 @@ def _law(law: LawResult) -> dict[str, Any]:
         "late_error": law.error,
         "late_share": law.share,
         "sigma": law.whole and law.whole.sigma,
-        "dependence": law.whole and law.whole.dependence,
+        "dependence": law.whole and law.whole.spread.dependence,
         "numbers": {
             name: {"value": number.value, "interval": _ends(number), "refusal": number.refusal}
             for name, number in law.numbers.items()
@@ -113,9 +113,8 @@ def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], toler
         error = "" if result.best is None else f"{result.best.error:.3g}"
         cells = (_shown(numbers.get("asymptote")), _shown(numbers.get("exponent")))
         nearest = result.best.law if result.best else ""
-        lines.append(
-            f"| {result.name} | {len(result.points)} | {result.verdict} | {nearest} | {error} | {' | '.join(cells)} |"
-        )
+        name, cells = result.name.replace("|", "&#124;"), (error, *cells)
+        lines.append(f"| {name} | {len(result.points)} | {result.verdict} | {nearest} | {' | '.join(cells)} |")
     lines += [
         "",
         "Fitted to the points up to half of the largest compute, compared with the means of ten equal parts of the "
@@ -134,8 +133,8 @@ def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], toler
 
 
 def _all_together(results: Sequence[Extrapolation], tolerance: float) -> str:
-    best = [(result.best, len(result.late.rows())) for result in results if result.best]
-    near, means = sum(round((law.share or 0.0) * count) for law, count in best), sum(count for _, count in best)
+    counts = [(result.best, len(result.late.rows())) for result in results]  # without a law none is near
+    near, means = sum(round(((law and law.share) or 0.0) * count) for law, count in counts), sum(n for _, n in counts)
     verdicts = Counter(result.verdict for result in results)
     extrapolates, does_not, untold = (verdicts[name] for name in ("extrapolates", "does not", "can't be told"))
     return (

@@ -5,16 +5,20 @@
 - constant: R = A
 
 Each is linear in some numbers (R_0 and A; e^E; A) once its shape (ln B and ln C_mid; k) is given. So the sum of squares
-is computed on a grid of shapes, made finer where it is small: no start values, no local minimum, the same result each
-time. An interval holds every value that some shape reaches with a sum of squares below min (1 + d t^2 / (n - p)), for p
-numbers and n points, with t Student's quantile of n / d - p. d, at least 1, says that points of a run move together: it
-is 1 + twice the sum of the autocorrelations of the residuals within runs.
+is computed on a grid of shapes, made finer around its least: no start values, the same result each time.
+
+An interval holds every value that some shape reaches with a sum of squares below min + W d t^2 / (n - q), for n points
+and q numbers, those of the law and the levels of the runs but one. W is the sum of squares within runs: of the best
+shape's residuals less the mean of their run. t is Student's quantile of n / d - q. d, at least 1, says that points of a
+run move together: it is 1 + twice the sum of the autocorrelations within runs. Runs differ in level, by more than their
+points explain: the variance of their mean is added to that of an asymptote, or of the curve, and the freedom of t is
+Satterthwaite's.
 
 Leaves out what is concluded from a fit, or refused: extrapolation.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -24,7 +28,8 @@ LEVEL = 0.95
 _EXPONENTS = (math.log(0.1), math.log(20.0))  # of the sigmoid, which is a step from there on
 _FAR = (math.log(30.0), math.log(1000.0))  # C_mid: so far below the least compute, and above the most
 _CELLS = 31  # of the grid along each axis
-_ZOOMS = (False, False, True, False, True, False)  # how often it is made finer, and whether along both axes
+_TO_LEAST = (False, False, True, False) * 4  # how often it is made finer, and whether along both axes: for the least,
+_TO_LIMIT = (False, False, True, False, True, False)  # and for all that is within the limit
 _TINY = 1e-9  # of the number of points: where a shape does not tell two coefficients apart, any will do
 
 type Interval = tuple[float, float]  # an end is infinite where the points set none
@@ -63,31 +68,46 @@ class Law:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How far points lie around the best curve, and runs from each other."""
+
+    room: float  # by how much a sum of squares may be above the least, within LEVEL
+    freedom: float  # of the points within runs
+    between: float  # variance of the mean of the runs' levels, less what their points explain; 0 of a single run
+    runs: int
+    dependence: float  # d
+
+    def wider(self, value: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Return ends, [2] or [2, n], that allow for runs too, of those that points within runs set around a value."""
+        if not self.between:
+            return ends
+        points = (ends - value) ** 2 / float(student(self.freedom)) ** 2
+        freedom = (points + self.between) ** 2 / (points**2 / self.freedom + self.between**2 / (self.runs - 1))
+        reach = student(freedom) * np.sqrt(points + self.between)
+        return np.stack([value - reach[0], value + reach[1]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """A law fitted to points: shapes [G] around the best, each with its sum of squares and its coefficients [G, m]."""
+    """A law fitted to points: shapes [G] around the best, which is the last, with what goes with each."""
 
     law: Law
     centre: float  # what is subtracted from ln C
     row: np.ndarray
     column: np.ndarray
-    squares: np.ndarray
-    coefficients: np.ndarray
+    squares: np.ndarray  # [G]
+    coefficients: np.ndarray  # [G, m]
     inverse: np.ndarray  # [G, m, m], of basis^T basis
     limit: float  # of the sum of squares, within LEVEL
+    spread: Spread
     around: np.ndarray  # [G] bool: within the limit, or a cell beside one that is
     sigma: float  # of a point around the curve
-    dependence: float  # d
     row_ends: Interval
     column_ends: Interval
 
-    @property
-    def best(self) -> int:
-        return int(self.squares.argmin())
-
     def score(self, compute: np.ndarray) -> np.ndarray:
         """Return the best curve [n] at compute [n]."""
-        best = np.array([self.best])
-        return self._scored((self._basis(compute, best) @ self.coefficients[best][..., None])[0, :, 0])
+        return self._scored(self._best(compute))
 
     def band(self, compute: np.ndarray) -> np.ndarray:
         """Return [2, n], between what the curve lies at compute [n]; a point around it does not."""
@@ -99,15 +119,16 @@ class Fit:
             reach = np.sqrt(room * np.einsum("gnm,gmk,gnk->gn", basis, self.inverse[inside], basis))
             least = np.minimum(least, (value - reach).min(0, initial=np.inf))
             most = np.maximum(most, (value + reach).max(0, initial=-np.inf))
-        return np.sort(self._scored(np.stack([least, most])), axis=0)
+        return np.sort(self._scored(self.spread.wider(self._best(compute), np.stack([least, most]))), axis=0)
 
     def coefficient(self, index: int) -> tuple[float, Interval]:
         """Return a coefficient of the best curve, and its interval."""
         inside = self.squares <= self.limit
         value = self.coefficients[inside, index]
         reach = np.sqrt((self.limit - self.squares[inside]) * self.inverse[inside, index, index])
-        ends = float((value - reach).min()), float((value + reach).max())
-        return float(self.coefficients[self.best, index]), ends
+        best = self.coefficients[-1, index]
+        low, high = self.spread.wider(best, np.array([(value - reach).min(), (value + reach).max()]))
+        return float(best), (float(low), float(high))
 
     def shape(self, axis: str) -> tuple[float, Interval]:
         """Return the best "row" or "column", and its interval, rounded up to cells; an end of the grid is infinite."""
@@ -115,7 +136,11 @@ class Fit:
         slack = 1e-6 * (high - low)
         ends = float(values[self.around].min()), float(values[self.around].max())
         least, most = -math.inf if ends[0] <= low + slack else ends[0], math.inf if ends[1] >= high - slack else ends[1]
-        return float(values[self.best]), (least, most)
+        return float(values[-1]), (least, most)
+
+    def _best(self, compute: np.ndarray) -> np.ndarray:
+        best = np.array([-1])
+        return (self._basis(compute, best) @ self.coefficients[best][..., None])[0, :, 0]
 
     def _basis(self, compute: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         return self.law.basis(_log(compute) - self.centre, self.row[chosen], self.column[chosen])
@@ -166,27 +191,46 @@ def fit(law: Law, points: Points) -> Fit:
             "values of compute above 0; give more points"
         )
     centre = float(finite.mean())
+    axes = np.linspace(*law.rows, 1 if law.rows[0] == law.rows[1] else _CELLS)
     column_ends = law.columns(float(finite.min()) - centre, float(finite.max()) - centre)
-    row, low, high = np.linspace(*law.rows, 1 if law.rows[0] == law.rows[1] else _CELLS), *column_ends
-    for both in _ZOOMS:
-        row, low, high = _closer(_looked(law, log_compute - centre, points, row, low, high), both=both)
-    grid = _looked(law, log_compute - centre, points, row, low, high)
-    size = grid.squares.size
+
+    def zoomed(zooms: Iterable[bool], limit: float, least: float) -> _Grid:
+        grid = _looked(law, log_compute - centre, points, axes, *column_ends)
+        for both in zooms:
+            grid = _looked(law, log_compute - centre, points, *_closer(grid, limit, least, both=both))
+        return grid
+
+    best = zoomed(_TO_LEAST, -math.inf, math.nan).least()
+    spread = _spread(best.residuals, points, law.numbers)
+    grid = zoomed(_TO_LIMIT, best.squares + spread.room, best.row)
+    inside = grid.squares <= best.squares + spread.room
     return Fit(
         law=law,
         centre=centre,
-        row=np.repeat(grid.row, _CELLS),
-        column=grid.column.ravel(),
-        squares=grid.squares.ravel(),
-        coefficients=grid.coefficients.reshape(size, -1),
-        inverse=grid.inverse.reshape(size, *grid.inverse.shape[2:]),
-        limit=grid.limit,
-        around=_around(grid.squares <= grid.limit).ravel(),
-        sigma=math.sqrt(float(grid.squares.min()) / (len(points) - law.numbers)),
-        dependence=grid.dependence,
+        row=np.append(np.repeat(grid.row, _CELLS), best.row),
+        column=np.append(grid.column, best.column),
+        squares=np.append(grid.squares, best.squares),
+        coefficients=np.append(grid.coefficients.reshape(inside.size, -1), best.coefficients[None], axis=0),
+        inverse=np.append(grid.inverse.reshape(inside.size, *best.inverse.shape), best.inverse[None], axis=0),
+        limit=best.squares + spread.room,
+        spread=spread,
+        around=np.append(_around(inside), True),
+        sigma=math.sqrt(best.squares / (len(points) - law.numbers)),
         row_ends=law.rows,
         column_ends=column_ends,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """A shape with its sum of squares, coefficients [m], their inverse [m, m] as in Fit, and its residuals [n]."""
+
+    row: float
+    column: float
+    squares: float
+    coefficients: np.ndarray
+    inverse: np.ndarray
+    residuals: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +242,18 @@ class _Grid:
     squares: np.ndarray
     coefficients: np.ndarray
     inverse: np.ndarray
-    limit: float
-    dependence: float
+    residuals: np.ndarray  # [n], of the least
+
+    def least(self) -> _Shape:
+        best = np.unravel_index(self.squares.argmin(), self.squares.shape)
+        return _Shape(
+            row=float(self.row[best[0]]),
+            column=float(self.column[best]),
+            squares=float(self.squares[best]),
+            coefficients=self.coefficients[best],
+            inverse=self.inverse[best],
+            residuals=self.residuals,
+        )
 
 
 def _looked(
@@ -224,25 +278,25 @@ def _looked(
     squares, coefficients, inverse = (np.stack(parts) for parts in zip(*solved, strict=True))
     best = np.unravel_index(squares.argmin(), squares.shape)
     curve = law.basis(log_compute, row[best[0]][None], column[best][None])[0] @ coefficients[best]
-    dependence = _dependence(target - curve, points)
     return _Grid(
         row=row,
         column=column,
         squares=squares,
         coefficients=coefficients,
         inverse=inverse,
-        limit=float(squares.min()) * (1 + _room(len(score), law.numbers, dependence)),
-        dependence=dependence,
+        residuals=target - curve,
     )
 
 
-def _closer(grid: _Grid, *, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _closer(grid: _Grid, limit: float, least: float, *, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, and the ends of the columns [R] of each, that hold what is within the limit, a cell around it.
 
-    Of a row without any it is the least. Rows are cut only where `both`: when their own least is known, as what is
-    within the limit can be far narrower than a cell.
+    Of a row without any it is its least; of rows without any it is that of the grid, and the row `least` is held too
+    unless it is nan. Rows are cut only where `both`: when their own least is known, as what is within the limit can be
+    far narrower than a cell.
     """
-    row, inside = grid.row, grid.squares <= grid.limit
+    row, inside = grid.row, grid.squares <= limit
+    inside[np.unravel_index(grid.squares.argmin(), inside.shape)] = True
     rows = np.flatnonzero(inside.any(1))
     inside[np.arange(len(row)), grid.squares.argmin(1)] = True
     first = np.maximum(0, inside.argmax(1) - 1)
@@ -250,7 +304,8 @@ def _closer(grid: _Grid, *, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndar
     low, high = grid.column[np.arange(len(row)), first], grid.column[np.arange(len(row)), last]
     if not both or len(row) == 1:
         return row, low, high
-    closer = np.linspace(row[max(0, rows[0] - 1)], row[min(len(row) - 1, rows[-1] + 1)], len(row))
+    ends = np.fmin(row[max(0, rows[0] - 1)], least), np.fmax(row[min(len(row) - 1, rows[-1] + 1)], least)
+    closer = np.linspace(*ends, len(row))
     above = np.minimum(np.maximum(1, np.searchsorted(row, closer)), len(row) - 1)  # the old row that follows
     return closer, np.minimum(low[above - 1], low[above]), np.maximum(high[above - 1], high[above])
 
@@ -263,6 +318,28 @@ def _around(inside: np.ndarray) -> np.ndarray:
     around[:, 1:] |= inside[:, :-1]
     around[:, :-1] |= inside[:, 1:]
     return around
+
+
+def _spread(residuals: np.ndarray, points: Points, numbers: int) -> Spread:
+    """Of residuals [n]. Runs with fewer points than numbers can't tell their level: all points count as one run's."""
+    names, run = np.unique(points.run, return_inverse=True)
+    if len(points) < len(names) * (numbers + 1):
+        names, run = names[:1], np.zeros(len(points), int)
+    runs = len(names)
+    level = np.bincount(run, residuals) / np.bincount(run)
+    within = residuals - (level[run] if runs > 1 else 0.0)
+    dependence = _dependence(within, Points(points.compute, points.score, run))
+    numbers += runs - 1
+    freedom = max(1.0, len(points) / dependence - numbers)
+    variance = dependence * float((within**2).sum()) / (len(points) - numbers)
+    explained = variance / len(points)
+    return Spread(
+        room=variance * float(student(freedom)) ** 2,
+        freedom=freedom,
+        between=max(0.0, float(np.var(level, ddof=1)) / runs - explained) if runs > 1 else 0.0,
+        runs=runs,
+        dependence=dependence,
+    )
 
 
 def _dependence(residuals: np.ndarray, points: Points) -> float:
@@ -282,28 +359,22 @@ def _dependence(residuals: np.ndarray, points: Points) -> float:
     return dependence
 
 
-def _room(points: int, numbers: int, dependence: float) -> float:
-    """By what share of its minimum the sum of squares may be larger."""
-    return dependence * student(max(1.0, points / dependence - numbers)) ** 2 / (points - numbers)
-
-
-def student(freedom: float) -> float:
+def student(freedom: np.ndarray | float) -> np.ndarray:
     """Return t so that Student's t with so many degrees of freedom lies within -t and t in LEVEL of cases.
 
-    The series is that of Abramowitz and Stegun, 26.7.5.
+    The series is that of Abramowitz and Stegun, 26.7.5. Below 3, where it is poor, that of 1 or 2: these are exact.
     """
-    if freedom < 3:  # where the series is poor: exact at 1 and 2
-        chance = 1 - LEVEL
-        exact = 1 / math.tan(chance * math.pi / 2), math.sqrt(2 / (chance * (2 - chance)) - 2)
-        return exact[0] if freedom < 2 else exact[1]
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    chance, z = 1 - LEVEL, NormalDist().inv_cdf((1 + LEVEL) / 2)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    freedom = np.maximum(1.0, freedom)
+    series = z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    exact = 1 / math.tan(chance * math.pi / 2), math.sqrt(2 / (chance * (2 - chance)) - 2)
+    return np.where(freedom < 2, exact[0], np.where(freedom < 3, exact[1], series))
 
 
 def _log(compute: np.ndarray) -> np.ndarray:

@@ -35,6 +35,8 @@ def read_curves(
     origins: dict[str, tuple[str | None, Path]] = {}
     for name, path in _distinct(sources):
         for run in runs_of_table(path, name, compute, score, per_row=per_row):
+            if not run.curve.isprintable():
+                raise ValueError(f"{path}: can't print the curve's name {run.curve!r}; give another, as NAME={path}")
             other_name, other = origins.setdefault(run.curve, (name, path))
             if path != other and (name is None or name != other_name):
                 raise ValueError(

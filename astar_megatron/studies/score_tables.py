@@ -31,15 +31,30 @@ def read_rows(path: Path) -> Sequence[Row]:
     path = table_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey="(more)"))
+        match path.suffix.lower():
+            case ".jsonl":
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            case ".json":  # trainer_state.json, as transformers' trainers and TRL's leave it
+                rows = json.loads(text)["log_history"]
+            case _:
+                rows = _of_csv(text)
+    except (LookupError, TypeError):
+        raise ValueError(
+            f"{path}: expected a trainer_state.json, with log_history; give that, a CSV or a JSONL"
+        ) from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: can't read the table: {error}; give a CSV, a JSONL or a run's folder") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a header and a row a step, or a JSON object a line; it has none")
     return rows
+
+
+def _of_csv(text: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
+    names = reader.fieldnames or []
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"it has more than one column {', '.join(sorted(twice))}")
+    return list(reader)
 
 
 def _of_run(path: Path) -> list[Row]:
