@@ -25,26 +25,21 @@ _FLOCK = "hhqqi4x"  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
 def create(path: Path, num_bytes: int) -> int:
-    """A descriptor of a new file of this size, mode 0600, its memory reserved. Replaces what no one holds."""
-    try:
-        stale = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        pass
-    else:
-        try:
-            if _is_held(stale, CREATOR):
-                raise FileExistsError(f"{path} is in use by another sender: give each run a folder of its own")
-            path.unlink()
-        finally:
-            os.close(stale)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """A descriptor of a new file of this size, mode 0600, its memory reserved. Replaces what no one holds.
+
+    It has its name when it is `finished`: who opens it before that would read what is not there yet.
+    """
+    unfinished = _unfinished(path)
+    _remove_stale(path)
+    _remove_stale(unfinished)
+    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         _hold(descriptor, CREATOR)
         # Without the reservation a full /dev/shm shows as a SIGBUS in the middle of a pack.
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
         os.close(descriptor)
-        path.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         if error.errno != errno.ENOSPC:
             raise
         free = os.statvfs(path.parent)
@@ -54,6 +49,28 @@ def create(path: Path, num_bytes: int) -> int:
             f"{free.f_bavail * free.f_frsize} free; enlarge it (docker: --shm-size) or give another folder",
         ) from error
     return descriptor
+
+
+def finished(path: Path) -> None:
+    """Give a created file its name."""
+    _unfinished(path).rename(path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.new")
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        stale = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if _is_held(stale, CREATOR):
+            raise FileExistsError(f"{path} is in use by another sender: give each run a folder of its own")
+        path.unlink()
+    finally:
+        os.close(stale)
 
 
 class MappedFile:

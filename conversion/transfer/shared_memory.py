@@ -28,7 +28,7 @@ from torch import Tensor
 from conversion.plan import WeightPlan
 from conversion.transfer import TransferError, placed, view
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
-from conversion.transfer.mapped_file import CREATOR, IN_THE_FILE, LINE_BYTES, MappedFile, Slots, create
+from conversion.transfer.mapped_file import CREATOR, IN_THE_FILE, LINE_BYTES, MappedFile, Slots, create, finished
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0
@@ -78,7 +78,8 @@ class SharedMemorySender:
             for slot, bucket in zip(self._schedule.slots(), sources, strict=True)
         ]
         self._serial, self._began = 0, 0.0
-        self._file.write(_FINGERPRINT, self._schedule.fingerprint(str(dtype)))  # last: the file is whole
+        self._file.write(_FINGERPRINT, self._schedule.fingerprint(str(dtype)))
+        finished(self._path)
 
     def send(self, version: int = 0) -> None:
         """Packs bucket after bucket, cast to the wire's dtype; returns when the last is packed. TransferError."""
@@ -234,7 +235,7 @@ class _Link:
         self.done = True
 
     def is_there(self) -> bool:
-        """Whether the source has made its file."""
+        """Whether the source has made its file, whole."""
         return self._path.exists()
 
     def open(self) -> None:

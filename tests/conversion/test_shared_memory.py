@@ -18,6 +18,8 @@ from transfer_process import BUCKET_BYTES, PLAN
 from conversion.plan import WeightPlan, plan
 from conversion.tiles import Tile
 from conversion.transfer import TransferError
+from conversion.transfer.buckets import Schedule
+from conversion.transfer.mapped_file import MappedFile, Slots
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender, weight_file
 from conversion.verify import Holdings, Verifier, held_parts, sent_parts
 
@@ -258,6 +260,34 @@ def test_a_live_senders_file_is_not_taken_and_a_dead_ones_is(
     with pytest.raises(TransferError, match="20 bytes"):
         opened(SharedMemoryReceiver, SMALL, target()).receive()
     opened(SharedMemorySender, SMALL, TENSORS)
+
+
+class Halfway(Slots):
+    """Slots at whose making, when the file is reserved and not whole, something else happens."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self._meanwhile = meanwhile
+
+    def create(self, file: MappedFile, order: Schedule, num_receivers: int) -> Tensor:
+        self._meanwhile()
+        return super().create(file, order, num_receivers)
+
+
+def test_a_receiver_that_comes_while_the_file_is_made_does_not_see_it_yet(opened: Opened, tmp_path: Path) -> None:
+    receiver, seen = opened(SharedMemoryReceiver, SMALL, target()), []
+
+    def comes() -> None:
+        receiver.come()
+        seen.append([path.name for path in tmp_path.iterdir()])
+        with pytest.raises(FileExistsError, match="in use by another sender"):
+            SharedMemorySender(SMALL, 0, TENSORS, tmp_path)
+
+    sender = opened(SharedMemorySender, SMALL, TENSORS, slots=Halfway(comes))
+    assert len(seen[0]) == 1 and seen[0] != [weight_file(tmp_path, 0).name]
+    receiver.come()
+    sender.send()
+    receiver.receive()
+    assert [path.name for path in tmp_path.iterdir()] == [weight_file(tmp_path, 0).name]
 
 
 def test_a_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
