@@ -82,8 +82,8 @@ def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
     split = float(points.compute.max(initial=0.0)) / 2
     late = _late(points, split)
     laws = [_result(law, points, points.where(points.compute <= split), late, tolerance) for law in LAWS]
-    fitted = (law for law in laws if law.error is not None)  # of equals that with the fewest numbers, the last
-    best = min(reversed(list(fitted)), key=lambda law: round(law.error or 0.0, 6), default=None)
+    fitted = (law for law in reversed(laws) if law.error is not None)  # of equals the first: the fewest numbers
+    best = min(fitted, key=lambda law: round(law.error or 0.0, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
     return Extrapolation(
         name=name, points=points, split=split, late=late, laws=laws, best=best, verdict=verdict, reason=reason
@@ -221,9 +221,8 @@ def _verdict(
 def _noise(late: Late) -> float:
     """Half of the 95 % interval of a late mean, by how far each lies from the middle of its two neighbours.
 
-    What all of them share, as that a score is of these problems and no others, is not in it.
-
-    Half of these distances are below 0.6745 sqrt(6) / 2 standard errors, whatever law the means follow.
+    Half of these distances are below 0.6745 sqrt(6) / 2 standard errors, whatever law the means follow. What all means
+    share, as that a score is of these problems and no others, is not in it.
     """
     distance = np.abs(late.score[1:-1] - (late.score[:-2] + late.score[2:]) / 2)
     error = float(np.median(distance)) / (NormalDist().inv_cdf(0.75) * math.sqrt(1.5))

@@ -133,13 +133,14 @@ def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], toler
 
 
 def _all_together(results: Sequence[Extrapolation], tolerance: float) -> str:
-    counts = [(result.best, len(result.late.rows())) for result in results]  # without a law none is near
-    near, means = sum(round(((law and law.share) or 0.0) * count) for law, count in counts), sum(n for _, n in counts)
+    means = [len(result.late.score) for result in results]
+    shares = [(result.best and result.best.share) or 0.0 for result in results]  # without a law no mean is near
+    near = sum(round(share * count) for share, count in zip(shares, means, strict=True))
     verdicts = Counter(result.verdict for result in results)
     extrapolates, does_not, untold = (verdicts[name] for name in ("extrapolates", "does not", "can't be told"))
     return (
         f"Of {len(results)} curves {extrapolates} can be extrapolated, {does_not} can't be, and of {untold} it can't "
-        f"be told. {near} of {means} later means are within {tolerance:g} of the nearest law."
+        f"be told. {near} of {sum(means)} later means are within {tolerance:g} of the nearest law."
     )
 
 

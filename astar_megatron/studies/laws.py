@@ -28,8 +28,8 @@ LEVEL = 0.95
 _EXPONENTS = (math.log(0.1), math.log(20.0))  # of the sigmoid, which is a step from there on
 _FAR = (math.log(30.0), math.log(1000.0))  # C_mid: so far below the least compute, and above the most
 _CELLS = 31  # of the grid along each axis
-_TO_LEAST = (False, False, True, False) * 4  # how often it is made finer, and whether along both axes: for the least,
-_TO_LIMIT = (False, False, True, False, True, False)  # and for all that is within the limit
+# How often the grid is made finer, around its least and around all within the limit, and whether along both axes.
+_TO_LEAST, _TO_LIMIT = (False, False, True, False) * 4, (False, False, True, False, True, False)
 _TINY = 1e-9  # of the number of points: where a shape does not tell two coefficients apart, any will do
 
 type Interval = tuple[float, float]  # an end is infinite where the points set none
@@ -78,7 +78,7 @@ class Spread:
     dependence: float  # d
 
     def wider(self, value: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Return ends, [2] or [2, n], that allow for runs too, of those that points within runs set around a value."""
+        """Return ends around a value, [2] or [2, n], that allow for what runs differ by; `ends` are without it."""
         if not self.between:
             return ends
         points = (ends - value) ** 2 / float(student(self.freedom)) ** 2
@@ -191,17 +191,20 @@ def fit(law: Law, points: Points) -> Fit:
             "values of compute above 0; give more points"
         )
     centre = float(finite.mean())
-    axes = np.linspace(*law.rows, 1 if law.rows[0] == law.rows[1] else _CELLS)
+    log_compute -= centre
+    target = 1 - points.score if law.is_loss else points.score
+    rows = np.linspace(*law.rows, 1 if law.rows[0] == law.rows[1] else _CELLS)
     column_ends = law.columns(float(finite.min()) - centre, float(finite.max()) - centre)
 
     def zoomed(zooms: Iterable[bool], limit: float, least: float) -> _Grid:
-        grid = _looked(law, log_compute - centre, points, axes, *column_ends)
+        grid = _looked(law, log_compute, target, rows, *column_ends)
         for both in zooms:
-            grid = _looked(law, log_compute - centre, points, *_closer(grid, limit, least, both=both))
+            grid = _looked(law, log_compute, target, *_closer(grid, limit, least, both=both))
         return grid
 
     best = zoomed(_TO_LEAST, -math.inf, math.nan).least()
-    spread = _spread(best.residuals, points, law.numbers)
+    curve = law.basis(log_compute, np.array([best.row]), np.array([best.column]))[0] @ best.coefficients
+    spread = _spread(target - curve, points, law.numbers)
     grid = zoomed(_TO_LIMIT, best.squares + spread.room, best.row)
     inside = grid.squares <= best.squares + spread.room
     return Fit(
@@ -223,14 +226,13 @@ def fit(law: Law, points: Points) -> Fit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shape:
-    """A shape with its sum of squares, coefficients [m], their inverse [m, m] as in Fit, and its residuals [n]."""
+    """A shape with its sum of squares, its coefficients [m] and inverse [m, m] as in Fit."""
 
     row: float
     column: float
     squares: float
     coefficients: np.ndarray
     inverse: np.ndarray
-    residuals: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +244,6 @@ class _Grid:
     squares: np.ndarray
     coefficients: np.ndarray
     inverse: np.ndarray
-    residuals: np.ndarray  # [n], of the least
 
     def least(self) -> _Shape:
         best = np.unravel_index(self.squares.argmin(), self.squares.shape)
@@ -252,40 +253,29 @@ class _Grid:
             squares=float(self.squares[best]),
             coefficients=self.coefficients[best],
             inverse=self.inverse[best],
-            residuals=self.residuals,
         )
 
 
 def _looked(
     law: Law,
     log_compute: np.ndarray,
-    points: Points,
+    target: np.ndarray,
     row: np.ndarray,
     low: np.ndarray | float,
     high: np.ndarray | float,
 ) -> _Grid:
     """The grid of rows, and of columns from `low` to `high`, for all rows or each; row by row, to save memory."""
     column = np.linspace(low, high, _CELLS, axis=-1) + np.zeros((len(row), 1))
-    score, solved = points.score, []
-    target = 1 - score if law.is_loss else score
+    solved = []
     for at, columns in zip(row, column, strict=True):
         basis = law.basis(log_compute, np.full(len(columns), at), columns)
         products = np.einsum("snm,snk->smk", basis, basis)
-        inverse = np.linalg.inv(products + _TINY * len(score) * np.eye(basis.shape[-1]))
+        inverse = np.linalg.inv(products + _TINY * len(target) * np.eye(basis.shape[-1]))
         coefficients = np.einsum("smk,snk,n->sm", inverse, basis, target)
         residuals = target - np.einsum("snm,sm->sn", basis, coefficients)
         solved.append(((residuals**2).sum(1), coefficients, inverse))
     squares, coefficients, inverse = (np.stack(parts) for parts in zip(*solved, strict=True))
-    best = np.unravel_index(squares.argmin(), squares.shape)
-    curve = law.basis(log_compute, row[best[0]][None], column[best][None])[0] @ coefficients[best]
-    return _Grid(
-        row=row,
-        column=column,
-        squares=squares,
-        coefficients=coefficients,
-        inverse=inverse,
-        residuals=target - curve,
-    )
+    return _Grid(row=row, column=column, squares=squares, coefficients=coefficients, inverse=inverse)
 
 
 def _closer(grid: _Grid, limit: float, least: float, *, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

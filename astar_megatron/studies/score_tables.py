@@ -53,7 +53,7 @@ def _of_csv(text: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
     names = reader.fieldnames or []
     if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"it has more than one column {', '.join(sorted(twice))}")
+        raise ValueError(f"it has more than one column {', '.join(sorted(twice))}: rename all but one")
     return list(reader)
 
 
