@@ -332,7 +332,7 @@ def leave_out_unreadable() -> list[str]:
 
 
 def environment(
-    *, gpus: Sequence[str], threads: int, tensor: int, kv_cache_gib: int, socket_folder: str | None
+    rollout: RolloutConfig, *, gpus: Sequence[str], threads: int, socket_folder: str | None
 ) -> dict[str, str]:
     """Return the environment variables that vLLM reads before it is imported.
 
@@ -346,12 +346,15 @@ def environment(
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
     if gpus:
         return common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-    if tensor == 1:
+    if rollout.graphs != "compiled":
+        # Else the first draw with log-probs waits five seconds for a compiler, for tokens' ranks, which nobody reads.
+        common |= {"TORCH_COMPILE_DISABLE": "1"}
+    if rollout.tensor == 1:
         # One process for engine core and worker: two would wait for each other by spinning, on the worker's cores.
         common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    bind = "nobind" if tensor == 1 else "|".join(str(worker) for worker in range(tensor))
+    bind = "nobind" if rollout.tensor == 1 else "|".join(str(worker) for worker in range(rollout.tensor))
     return common | {
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(rollout.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": bind,
         "OMP_NUM_THREADS": str(threads),
         # Threads that spin while the other side computes slow both three-fold.

@@ -18,7 +18,6 @@ import ray
 from astar_megatron.cluster.calls import Call, answers_of
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
-from astar_megatron.cluster.placement import Seat
 from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.engine_actor import EngineActor, phase
@@ -75,7 +74,10 @@ class EnginePool:
         )
         self._seats = cluster.reservation.placement.engines
         threads = cluster.threads(self._seats, rollout.tensor)
-        self._environments = [_environment(cluster, rollout, seat, threads) for seat in self._seats]
+        self._environments = [
+            environment(rollout, gpus=seat.gpus, threads=threads, socket_folder=cluster.socket_folder)
+            for seat in self._seats
+        ]
         self.bring = lambda member: self.serve([member])
         self._num_replaced = 0
         self._name, self._starts = uuid.uuid4().hex[:8], itertools.count()  # a session may have several pools
@@ -373,13 +375,3 @@ class EnginePool:
         heard = Call.of(call)
         method = getattr(member.actor, heard.method).options(num_returns=num_returns)
         return method.remote(*heard.arguments)
-
-
-def _environment(cluster: Cluster, rollout: RolloutConfig, seat: Seat, threads: int) -> dict[str, str]:
-    return environment(
-        gpus=seat.gpus,
-        threads=threads,
-        tensor=rollout.tensor,
-        kv_cache_gib=rollout.kv_cache_gib,
-        socket_folder=cluster.socket_folder,
-    )

@@ -3,11 +3,12 @@ r"""Stage 1 and a training step of the demo, beside TRL's A2PO trainer and besid
     make demo                                                                  # once: model and prompts
     .venv/bin/uv pip install --target runs/trl --no-deps trl==1.16.0 datasets==5.2.0 accelerate==1.15.0 \
         multiprocess==0.70.19 pandas==3.1.1 xxhash==4.1.0 dill==0.4.1          # the peer
-    .venv/bin/python tests/benchmarks/demo.py --trl runs/trl --steps 4
+    .venv/bin/python tests/benchmarks/demo.py --trl runs/trl
 
 All three do the same work: 64 prompts, 8 rollouts each in stage 1, at most 24 response tokens; one update of 64
-sequences a step. Each trainer computes in the type in which it learns: ours by `dtype: auto`, TRL's in float32. Nothing
-else should run meanwhile. Writes the entry of this kind of machine in tests/benchmarks/results/demo.json.
+sequences a step, for the demo's 12 steps. Each trainer computes in the type in which it learns: ours by `dtype: auto`,
+TRL's in float32. Nothing else should run meanwhile. Writes the entry of this kind of machine in
+tests/benchmarks/results/demo.json.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def floor(dtype: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", type=Path, help="folder with trl; none: the peer is left out")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
     report = {"machine": machine(), "astar_megatron": ours(arguments.steps)}
     write(report)

@@ -21,6 +21,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "TORCH_COMPILE_DISABLE": "1",
 }
 if sys.argv[1] == "1":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

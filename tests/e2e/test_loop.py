@@ -50,6 +50,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     kind: str, run_tree: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("CXX", "/no/compiler")  # nothing is compiled: torch would take seconds, and need one
     tree = run_tree(request.getfixturevalue(kind)) | {"cluster": {"share_gpus": kind == "untied_qwen2"}}
     cfg = config.validate(tree)
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
