@@ -82,6 +82,7 @@ def install() -> None:
     _patch_moe()  # 4
     repair_optimizer_state()  # 5
     _patch_uneven_parts()  # 6
+    _patch_lone_replica()  # 7
 
 
 def _patch_torch_cuda() -> None:
@@ -164,6 +165,24 @@ def _patch_uneven_parts() -> None:
         return reduce_scatter(torch.cat(parts), group)[: input_split_sizes[group.rank()]]
 
     module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gather_parts, reduce_scatter_parts
+
+
+def _patch_lone_replica() -> None:
+    """Part 7: over one replica NCCL reduces and gathers in place; gloo copies all gradients and weights, every step."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def in_place(collective: Any) -> Any:
+        def run(output: torch.Tensor, source: torch.Tensor, *, group: Any, async_op: bool, **options: Any) -> Any:
+            is_done = output.data_ptr() == source.data_ptr() and output.numel() == source.numel()
+            if is_done and not async_op:
+                return None
+            return collective(output, source, group=group, async_op=async_op, **options)
+
+        return run
+
+    module: Any = param_and_grad_buffer
+    module.dist_reduce_scatter_func = in_place(module.dist_reduce_scatter_func)
+    module.dist_all_gather_func = in_place(module.dist_all_gather_func)
 
 
 def repair_optimizer_state() -> None:

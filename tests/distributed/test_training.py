@@ -205,6 +205,15 @@ def test_a_policy_that_is_not_the_reference_is_compared_with_it_from_the_start(r
     assert trained.stats[0].logratio_max > 1e-3
 
 
+# Megatron's sums of gradients and its weights from where they were updated.
+OVER_REPLICAS = {"c10d::reduce_scatter_tensor_coalesced_", "c10d::allgather_into_tensor_coalesced_"}
+
+
+def names_in(trace: Path) -> set[str]:
+    with gzip.open(trace) as file:
+        return {event.get("name", "") for event in json.load(file)["traceEvents"]}
+
+
 def test_a_profiled_step_computes_the_numbers_of_one_that_is_not(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
     """On each rank; and its trace shows what a profiler of a GPU shows."""
     plain = Run(str(tied_llama), [batch(1), batch(2, version=1)], axes={"data": 2}, mini_batch_size=4)
@@ -216,9 +225,13 @@ def test_a_profiled_step_computes_the_numbers_of_one_that_is_not(ranks: Any, tie
     traces = sorted((tmp_path / "profiles").iterdir())
     assert [path.name for path in traces] == [f"step_0000000{n}_rank_{rank}.json.gz" for n in (0, 1) for rank in (0, 1)]
     for path in traces:
-        with gzip.open(path) as file:
-            names = {event.get("name") for event in json.load(file)["traceEvents"]}
-        assert {"astar reference", "astar policy", "astar optimizer", "aten::mm"} <= names
+        assert {"astar reference", "astar policy", "astar optimizer", "aten::mm", *OVER_REPLICAS} <= names_in(path)
+
+
+def test_a_replica_alone_copies_neither_gradients_nor_weights(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
+    train(ranks, Run(str(tied_llama), [batch(1)], mini_batch_size=4, profiles=str(tmp_path)))
+    names = names_in(tmp_path / "step_00000000_rank_0.json.gz")
+    assert "astar optimizer" in names and not names & OVER_REPLICAS
 
 
 def test_statistics_are_those_of_the_whole_batch_on_any_ranks(ranks: Any, untied_qwen2: Path) -> None:
