@@ -60,9 +60,9 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """The vLLM pool: `num_engines` engines of `tensor` workers each."""
 
-    num_engines: int = Field(default=1, ge=1)
+    num_engines: int = Field(default=1, ge=1, le=4096)
     """[engines] Engines, which share the responses to draw."""
-    tensor: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1, le=4096)
     """[workers] Workers of an engine, which share each matrix."""
     max_num_seqs: int = Field(default=256, ge=1, le=4096)
     """[sequences] Sequences that an engine decodes at once."""

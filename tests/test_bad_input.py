@@ -96,6 +96,7 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("optim.learning_rate=1", "optim.learning_rate: no such key; the nearest is optim.lr", "optim has lr, min_lr"),
     ("optim.weight_decays=0.1", "optim.weight_decays: no such key", "the nearest is optim.weight_decay;"),
     ("sampling.temprature=1.0", "sampling.temprature: no such key", "the nearest is sampling.temperature;"),
+    ("rollout.num_engines=1000000", "rollout.num_engines: ", "less than or equal to 4096, got 1000000"),
     ("rollouts.num_engines=2", "rollouts: no such key", "the nearest is rollout.num_engines"),
     ("train.lr=1e-6", "train.lr: no such key", "the nearest is optim.lr;"),
     ("data.reward=math", "data.reward: no such key", "the nearest is reward.name;"),

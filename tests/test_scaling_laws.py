@@ -463,6 +463,7 @@ def test_a_table_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         ("num_tokens,reward\n1,inf\n", "row 1, reward: expected a number up to 1e+100, got inf"),
         ("num_tokens,reward\n-5,1\n", "row 1: num_tokens is -5"),
         ("\0\xff", "expected a header and a row a step"),
+        ("num_tokens,reward\n1,2,\n1,1000,0.5\n", "row 2 has more cells than the header has columns"),
     ],
 )
 def test_a_table_that_can_not_be_read_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
@@ -482,6 +483,24 @@ def test_a_text_with_a_line_separator_in_it_ends_no_line_of_jsonl(tmp_path: Path
     line = {"num_tokens": 1, "reward": 0.5, "text": "a\u2028b\u2029c\x85d"}
     (tmp_path / "x.JSONL").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_curves([str(tmp_path / "x.JSONL")])[0].points.score.tolist() == [0.5]
+
+
+def test_a_table_that_is_read_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    path = write_csv(tmp_path / "fit.csv", {"num_tokens": [*range(1, 21)], "reward": [*range(20)]})
+    before = (tmp_path / "fit.csv").read_bytes()
+    for source in (path, f"a={path}", str(tmp_path / "link" / "fit.csv")):
+        with pytest.raises(ValueError, match=r"--out .*fit\.csv is read, and would be written over"):
+            scale_fit([source], tmp_path, None, None, per_row=False, tolerance=0.02)
+    assert (tmp_path / "fit.csv").read_bytes() == before and not (tmp_path / "fit.md").exists()
+
+
+def test_which_law_is_nearest_does_not_depend_on_the_unit_of_the_scores() -> None:
+    compute = np.arange(1.0, 61.0)
+    score = 0.8 / (1 + (12 / compute) ** 2) + 0.002 * np.sin(17 * compute)
+    runs = np.zeros(60, dtype=int)
+    best = [extrapolate("x", Points(compute, score * unit, runs), 0.02 * unit).best for unit in (1e-9, 1.0, 1e6)]
+    assert [law and law.law for law in best] == ["sigmoid"] * 3
 
 
 def test_the_state_that_trl_leaves_is_a_table(tmp_path: Path) -> None:
@@ -511,7 +530,7 @@ def test_what_is_no_table_or_lacks_a_named_column_is_refused(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
         read_curves([str(tmp_path)])
     (tmp_path / "x.jsonl").write_text('{"num_tokens": 1, "reward": 2}\nno\n')
-    with pytest.raises(ValueError, match="can't read the table"):
+    with pytest.raises(ValueError, match=r"can't read the table: line 2, character 1: .*; mend it, or give a CSV"):
         read_curves([str(tmp_path / "x.jsonl")])
     (tmp_path / "x.jsonl").write_text('{"num_tokens": 1, "reward": 2}\n')
     with pytest.raises(ValueError, match="no column nowhere"):

@@ -236,6 +236,21 @@ def test_ten_thousand_rollouts_are_filtered_and_paged(browser: Browser, tmp_path
 
 # --- without one
 
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "notes.txt", "rollouts", "show.html"])
+def test_a_page_takes_the_place_of_nothing_but_a_page(name: str, tmp_path: Path) -> None:
+    run = shown_run.write_run(tmp_path / "run", steps=1)
+    (run / "notes.txt").write_text("mine")
+    if name == "show.html":
+        (run / name).write_text("<p>mine</p>")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="is there and is no page of `astar show`"):
+        show.main(run, run / name)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    show.main(run, tmp_path / "new.html")
+    show.main(run, tmp_path / "new.html")
+
+
 LACKING = [
     '{"step": 0, "version": 0}',
     '{"step": 1, "reward_mean": NaN, "loss": 1e999, "seconds": null, "eval": {"a": {}, "b": null}, "timeline": []}',

@@ -83,7 +83,8 @@ def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
     late = _late(points, split)
     laws = [_result(law, points, points.where(points.compute <= split), late, tolerance) for law in LAWS]
     fitted = (law for law in reversed(laws) if law.error is not None)  # of equals the first: the fewest numbers
-    best = min(fitted, key=lambda law: round(law.error or 0.0, 6), default=None)
+    unit = _unit(points.score)
+    best = min(fitted, key=lambda law: round((law.error or 0.0) / unit, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
     return Extrapolation(
         name=name, points=points, split=split, late=late, laws=laws, best=best, verdict=verdict, reason=reason
@@ -166,6 +167,13 @@ def _of_part(points: Points, span: float) -> Number:
         value, interval = constant.coefficient(0)
         return Number(value=value, interval=interval)
     return sigmoid_numbers(whole, constant, span)["asymptote"]
+
+
+def _unit(score: np.ndarray) -> float:
+    """Return what errors are compared in: how far scores span, or how large they are where they do not change."""
+    most = float(np.abs(score).max(initial=0.0))
+    span = float(np.ptp(score)) if len(score) else 0.0
+    return span if span > 1e-7 * most else most or 1.0
 
 
 def _late(points: Points, split: float) -> Late:

@@ -16,6 +16,7 @@ from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResul
 from astar_megatron.studies.laws import LEVEL
 from astar_megatron.studies.score_curves import Curve
 
+FILES = ("fit.json", "fit.csv", "fit.md", "fit.png")
 _NUMBERS = ("asymptote", "exponent", "middle", "start")
 _COLUMNS = ("curve", "law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal")
 _PANELS, _MOST_PANELS = 3, 60  # in a row of the picture, and in all

@@ -47,6 +47,11 @@ def read_curves(
     return [_joined(name, runs) for name, runs in parts.items()]
 
 
+def files_of(sources: Sequence[str]) -> list[Path]:
+    """Return the file that is read of each source."""
+    return [table_file(_named(source)[1]) for source in sources]
+
+
 def _distinct(sources: Sequence[str]) -> Iterator[tuple[str | None, Path]]:
     """Yield the name, None without, and the path of each source. Raises ValueError where two are one table."""
     files: dict[Path, str] = {}

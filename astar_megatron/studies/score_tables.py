@@ -12,6 +12,7 @@ from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import METRICS_FILE, greedy_scores, read_metrics
 
 type Row = Mapping[str, Any]
+_MORE = "(more)"  # cells without a column
 
 
 def table_file(path: Path) -> Path:
@@ -33,7 +34,7 @@ def read_rows(path: Path) -> Sequence[Row]:
         text = path.read_text(encoding="utf-8-sig")
         match path.suffix.lower():
             case ".jsonl":
-                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+                rows = _of_jsonl(text)
             case ".json":  # trainer_state.json, as transformers' trainers and TRL's leave it
                 rows = json.loads(text)["log_history"]
             case _:
@@ -43,18 +44,34 @@ def read_rows(path: Path) -> Sequence[Row]:
             f"{path}: expected a trainer_state.json, with log_history; give that, a CSV or a JSONL"
         ) from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: can't read the table: {error}; give a CSV, a JSONL or a run's folder") from None
+        raise ValueError(
+            f"{path}: can't read the table: {error}; mend it, or give a CSV, a JSONL or a run's folder"
+        ) from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a header and a row a step, or a JSON object a line; it has none")
     return rows
 
 
+def _of_jsonl(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, character {error.colno}: {error.msg}") from None
+    return rows
+
+
 def _of_csv(text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more)")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_MORE)
     names = reader.fieldnames or []
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"it has more than one column {', '.join(sorted(twice))}: rename all but one")
-    return list(reader)
+    rows = list(reader)
+    for number, row in enumerate(rows, 1):
+        if any(row.pop(_MORE, ())):
+            raise ValueError(f"row {number} has more cells than the header has columns; whose they are can't be told")
+    return rows
 
 
 def _of_run(path: Path) -> list[Row]:
