@@ -185,10 +185,11 @@ def fit(law: Law, points: Points) -> Fit:
             raise ValueError(f"{law.name}: reads 1 - score as a loss, but a score is {points.score.max():.6g}")
     log_compute = _log(points.compute)
     finite = log_compute[np.isfinite(log_compute)]
-    if len(points) < law.numbers + 2 or len(np.unique(finite)) < min(2, law.numbers):
+    values, least = len(np.unique(finite)), min(2, law.numbers)
+    if len(points) < law.numbers + 2 or values < least:
         raise ValueError(
-            f"{law.name}: {law.numbers} numbers can't be fitted to {len(points)} points at {len(np.unique(finite))} "
-            "values of compute above 0; give more points"
+            f"{law.name}: can't be fitted to {len(points)} points at {values} values of compute above 0; "
+            f"give at least {law.numbers + 2} points, at {least} or more such values"
         )
     centre = float(finite.mean())
     log_compute -= centre
