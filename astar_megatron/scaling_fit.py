@@ -7,7 +7,6 @@ from pathlib import Path
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import extrapolation_files
 from astar_megatron.studies.extrapolation import extrapolate
-from astar_megatron.studies.extrapolation_files import FILES
 from astar_megatron.studies.score_curves import files_of, read_curves
 
 
@@ -17,7 +16,8 @@ def fit(
     """Fit the laws to runs and tables, and write what they say to `out`."""
     if not math.isfinite(tolerance):
         raise ValueError(f"--tolerance: expected a number of 0 or more, got {tolerance}")
-    if read := {path.resolve() for path in files_of(sources)} & {(out / name).resolve() for name in FILES}:
+    written = {(out / name).resolve() for name in extrapolation_files.FILES}
+    if read := {path.resolve() for path in files_of(sources)} & written:
         raise ValueError(f"--out {out}: {read.pop()} is read, and would be written over; give another folder")
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
     results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]

@@ -24,13 +24,13 @@ _DRAWN = 200  # points of a line
 
 
 def write(folder: Path, curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> None:
-    """Write all files, each whole."""
+    """Write all FILES, each whole."""
     make_folder(folder)
-    tree = as_json(curves, results, tolerance)
-    write_atomic(folder / "fit.json", (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
-    write_atomic(folder / "fit.csv", as_csv(results).encode())
-    write_atomic(folder / "fit.md", as_markdown(curves, results, tolerance).encode())
-    plot(curves, results, folder / "fit.png")
+    tree, (whole, table, words, picture) = as_json(curves, results, tolerance), (folder / name for name in FILES)
+    write_atomic(whole, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(table, as_csv(results).encode())
+    write_atomic(words, as_markdown(curves, results, tolerance).encode())
+    plot(curves, results, picture)
 
 
 def as_json(curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> dict[str, Any]:
