@@ -61,7 +61,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
     objective = objective_of(cfg, inputs, estimates)
     prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
-    with fleet.training():  # where both sides share memory the policy has all of its own
+    with fleet.training(Clock()):  # where both sides share memory the policy has all of its own
         first = checkpoints.resume(fleet.policy, prompts, objective, tracker.say)
     with (
         record_of(cfg, inputs.model, tracker, first, estimates, fleet.engines.detokenize) as record,
@@ -89,7 +89,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
             profile = profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say)
-            with clock.span("train"), fleet.training(), profile:
+            with fleet.training(clock), clock.span("train"), profile:
                 stats = fleet.policy.step(batch, objective.loss, options)
                 clock.note_ended(stats.spans)
             health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
@@ -97,7 +97,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             clock.note("generate", "engines", source.busy())
             clock.note("checkpoint", "driver", saves.waits())
             seconds = {"checkpoint": 0.0, **clock.stop(), "engines_idle": source.idle_seconds()}
-            record.add(rollouts, batch, stats, health, seconds, evaluated | clock.timeline() | fleet.replaced())
+            record.add(rollouts, batch, stats, health, seconds, evaluated | clock.timeline() | fleet.measured())
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
                 saves.begin(step + 1, batches, objective)
                 if ends.asked:

@@ -19,7 +19,9 @@ from astar_megatron.types import Prompt, Rollout, Span, StepStats
 
 # What no two runs agree on, of a line of metrics: `line | MEASURED` has the rest. And the same where an engine died in
 # one of them: its log-probs are of other batches then.
-MEASURED = dict.fromkeys(("seconds", "timeline", "tokens_per_second", "peak_memory_bytes"))
+MEASURED = dict.fromkeys(
+    ("seconds", "timeline", "tokens_per_second", "peak_memory_bytes", "kept_bytes", "returned_bytes")
+)
 MEASURED_AFTER_DEATHS = MEASURED | dict.fromkeys(("engines_replaced", "engine_gap"))
 
 CONTRACT = Contract(

@@ -108,3 +108,33 @@ def test_generation_is_measured_without_a_gpu_too(tmp_path: Path) -> None:
     assert [row["kind"] for row in rows] == ["plain", "seeds", "seeds and log-probs", "seeds and log-probs"]
     assert [row["who"] for row in rows] == [*["bare vLLM, runner V1"] * 3, "the pool"]
     assert all(row["tokens/s"] > 0 and row["ms a decode step"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_turns_are_measured_without_a_gpu_too(tmp_path: Path) -> None:
+    for package in ("vllm", "ray", "megatron", "transformers"):
+        pytest.importorskip(package)
+    report = tmp_path / "sharing.json"
+    small = ["--shape", "tiny", "--steps", "2", "--json", str(report)]
+    done = run([sys.executable, "tests/benchmarks/gpu_sharing.py", *small], tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(report.read_text())
+    parts = ("wake weights, s", "wake keys and values, s", "sleep, s", "publish, s")
+    assert row["steps"] == 2 and 0 < sum(row[part] for part in parts) <= 2 * row["their largest, s"]
+    assert row["returned_bytes, least"] == row["returned_bytes, most"] > 0 == row["kept_bytes, most"]
+
+
+def test_turns_that_take_too_long_or_give_less_back_are_named(tmp_path: Path) -> None:
+    sound = {"kept_bytes, least": 7, "kept_bytes, most": 64 << 20, "turns and publish, s": 0.8}
+    sound |= {"returned_bytes, least": 128 << 20, "returned_bytes, most": 128 << 20}
+    changes = ({}, {"turns and publish, s": 0.81}, {"kept_bytes, most": (64 << 20) + 8}, {"returned_bytes, least": 8})
+    rows = [sound | change for change in changes]
+    code = f"import gpu_sharing, json; print(json.dumps([gpu_sharing.faults(row, '1.5b') for row in {rows!r}]))"
+    done = run([sys.executable, "-c", code], tmp_path, "")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        [],
+        ["turn and publish take 0.81 s, expected 0.8 at most"],
+        ["kept_bytes go from 7 to 67108872, expected the same"],
+        ["returned_bytes go from 8 to 134217728, expected the same"],
+    ]

@@ -212,7 +212,7 @@ def test_the_system_page_explains_every_key_of_a_line_of_metrics() -> None:
         names = re.findall(r"`(\w+)`", cell)
         stem = names[0].rpartition("_")[0]
         explained |= {stem + name if name.startswith("_") else name for name in names}
-    of_the_loop = {"eval", "generation_flops", "engines_replaced", "timeline"}
+    of_the_loop = {"eval", "generation_flops", "engines_replaced", "timeline", "kept_bytes", "returned_bytes"}
     assert explained == test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS | of_the_loop
 
 

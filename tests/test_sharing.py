@@ -103,8 +103,10 @@ def test_an_engine_that_is_being_replaced_gives_nothing_back(sides: Sides) -> No
     own.begin_publishing()
     own.begin_generating()
     del sides.returned[1]
+    assert own.measured() == {"kept_bytes": [3 * GIB, 4 * GIB], "returned_bytes": [7 * GIB, 8 * GIB, 9 * GIB]}
     own.begin_training()
     assert sides.done[-2:] == ["sleep", "resume"]
+    assert own.measured()["returned_bytes"] == [7 * GIB, None, 9 * GIB]
 
 
 def test_an_engine_that_was_replaced_before_it_ever_slept_is_measured_from_then_on(sides: Sides) -> None:

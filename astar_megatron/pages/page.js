@@ -21,7 +21,7 @@ function drawn(name, attributes, text) {
 }
 
 function colour(index) {
-  return `var(--c${index % 10})`;
+  return `var(--c${index % 11})`;
 }
 
 function square(fill) {
@@ -156,7 +156,7 @@ function charts(section, panels) {
 // --- timeline
 
 const LANES = { driver: "the run is at", engines: "engines busy", ranks: "ranks busy" };
-const PARTS = ["generate", "policy", "publish", "reference", "eval", "score", "checkpoint", "train", "critic", "drain"];
+const PARTS = ["generate", "policy", "publish", "reference", "eval", "score", "checkpoint", "train", "critic", "drain", "turns"];
 
 function partColour(name) {
   return colour(PARTS.includes(name) ? PARTS.indexOf(name) : 7);

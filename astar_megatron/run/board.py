@@ -16,6 +16,7 @@ _NUMBERS = ("reward_mean", "loss", "slope", "r_squared", "flat_groups", "lograti
 _SECONDS = ("generate", "publish", "reference", "policy", "total")
 _WORDS = {
     "drain": "waiting for the responses on their way",
+    "turns": "policy and engines change places",
     "publish": "weights go to the engines",
     "eval": "evaluation",
     "generate": "waiting for the engines",

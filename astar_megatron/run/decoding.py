@@ -59,20 +59,20 @@ class DecodePath:
         self._sampling = SamplingConfig(max_response_tokens=min(_TOKENS, max_tokens - length))
         self._seen: dict[int, _Seen] = {}  # by engine
         self._num_replaced = 0
-        self._is_proved = False
+        self.is_proved = False
 
     def forget(self, engine: int) -> None:
         """Hear that another engine has this index now."""
         self._num_replaced += 1
         self._seen.pop(engine, None)
-        self._is_proved = False
+        self.is_proved = False
 
     def look(self, engines: Engines, policy: Policy, version: int, weights: Hashable) -> str:
         """Ask the engines, which all have `version` of the policy, until all are proved; return in words that they are.
 
         `weights` differ where what was published differs. Raises StaleEngine.
         """
-        if self._is_proved:
+        if self.is_proved:
             return ""
         num_replaced = self._num_replaced
         answers = {index: self._greedy(engines, index) for index in engines.serving()}
@@ -83,7 +83,7 @@ class DecodePath:
         have_followed = len(given) == len(engines) and all(self._seen[index].has_followed for index in given)
         if not have_followed or num_replaced != self._num_replaced:
             return ""
-        self._is_proved = True
+        self.is_proved = True
         return (
             f"engines compute with the weights of version {version}: greedy tokens within {largest:.1e} nats of the "
             "policy, and others than before"

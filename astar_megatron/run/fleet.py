@@ -112,35 +112,40 @@ class Fleet:
         with ExitStack() as stack:
             with clock.span("drain"):
                 stack.enter_context(drained())
-            with clock.span("publish", "ranks", "engines"):
-                weights = self._publish(version)
-                if words := self._decode_path.look(self.engines, self.policy, version, weights):
-                    self._tracker.say(words)
+            weights = self._publish(version, clock)
+            if not self._decode_path.is_proved:
+                with clock.span("publish", "ranks", "engines"):
+                    if words := self._decode_path.look(self.engines, self.policy, version, weights):
+                        self._tracker.say(words)
         yield
 
-    def _publish(self, version: int) -> Hashable:
+    def _publish(self, version: int, clock: Clock) -> Hashable:
         """Returns what differs where the weights do."""
         with self._moving:
             if self._turns:
-                self._turns.begin_publishing()
-            if self._weights is None:
-                self._weights = self._open()
-            self._weights.publish(version)
+                with clock.span("turns", "ranks", "engines"):
+                    self._turns.begin_publishing()
+            with clock.span("publish", "ranks", "engines"):
+                if self._weights is None:
+                    self._weights = self._open()
+                self._weights.publish(version)
             self._published = version
             if self._turns:
-                self._turns.begin_generating()
+                with clock.span("turns", "engines"):
+                    self._turns.begin_generating()
                 self.engines.let_start()
             return self._weights.sent
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self, clock: Clock) -> Iterator[None]:
         """The policy may step. Engines that share its memory sleep, until they generate again."""
         if self._turns:
             self.engines.hold_back()
         with self._moving:
             self._published = None
             if self._turns:
-                self._turns.begin_training()
+                with clock.span("turns", "ranks", "engines"):
+                    self._turns.begin_training()
         yield
 
     def heal(self, engine: Member) -> None:
@@ -178,9 +183,9 @@ class Fleet:
             restart()
             self.engines.go_on()
 
-    def replaced(self) -> dict[str, int]:
-        """Return how many engines have been replaced since the last call, as the step's metrics have it."""
-        return {"engines_replaced": self.engines.num_replaced()}
+    def measured(self) -> dict[str, object]:
+        """Return what a step's metrics say: engines replaced since the last call; shared memory, if any."""
+        return {"engines_replaced": self.engines.num_replaced(), **(self._turns.measured() if self._turns else {})}
 
     def export(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder. Raises WeightMismatch if its files are not what the ranks hold."""

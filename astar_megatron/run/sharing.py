@@ -55,6 +55,8 @@ class Turns:
         self._engines_sleep, self._weights_wake, self._policy_rests = True, False, False
         self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
         self._first_returned = dict(returned)
+        self._kept: Sequence[int] = ()
+        self._returned = dict(returned)
         say(f"shared memory: engines give back {' '.join(map(gib, returned.values()))}")
 
     def begin_publishing(self) -> None:
@@ -91,8 +93,16 @@ class Turns:
         self._policy.restart()
         self._policy_rests = False
 
+    def measured(self) -> dict[str, object]:
+        """Return what a step's metrics say of memory: bytes that ranks kept and engines gave back, in their last turn.
+
+        Each is a list, by rank or by index of the engine; an engine that was just being replaced gave nothing (None).
+        """
+        returned = [self._returned.get(engine) for engine in sorted(self._first_returned)]
+        return {"kept_bytes": list(self._kept), "returned_bytes": returned}
+
     def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:
-        kept = [bytes_kept for _, bytes_kept in given]
+        kept = self._kept = [bytes_kept for _, bytes_kept in given]
         if not self._first_kept:
             self._first_kept = kept
             released = " ".join(gib(bytes_released) for bytes_released, _ in given)
@@ -110,6 +120,7 @@ class Turns:
                 )
 
     def _check_engines(self, returned: Mapping[int, int]) -> None:
+        self._returned = dict(returned)
         for engine, now in returned.items():
             first = self._first_returned.setdefault(engine, now)  # it may have been replaced before it ever slept
             if now < first - GROWTH_BYTES:

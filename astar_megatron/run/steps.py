@@ -105,7 +105,8 @@ def staleness(version: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
 def line_of(metrics: dict[str, object], num_steps: int) -> str:
     """Return what the screen says of a step."""
     seconds: dict[str, float] = metrics["seconds"]  # type: ignore[assignment]
-    spans = " ".join(f"{name} {seconds[name]:.1f}" for name in ("generate", "reference", "policy", "publish"))
+    names = ("generate", "reference", "policy", "turns", "publish")  # turns: where GPUs are shared
+    spans = " ".join(f"{name} {seconds[name]:.1f}" for name in names if name in seconds)
     return (
         f"step {metrics['step']:>3} of 0..{num_steps - 1}  reward {metrics['reward_mean']:.3f}  "
         f"loss {metrics['loss']:.4f}  log-ratio {metrics['logratio_mean']:+.2f}  {seconds['total']:.1f} s ({spans})"

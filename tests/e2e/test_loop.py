@@ -139,6 +139,10 @@ def test_policy_and_engines_that_share_memory_compute_what_they_do_apart(
     apart = metrics("apart")
     shared = metrics("shared", cluster={"share_gpus": True}, train=tree["train"] | {"offload": offload})
     assert [line | samples.MEASURED for line in shared] == [line | samples.MEASURED for line in apart]
+    assert all(line["seconds"]["turns"] > 0 and line["kept_bytes"] == [0] for line in shared)
+    (returned,) = {tuple(line["returned_bytes"]) for line in shared}
+    assert len(returned) == 1 and returned[0] > 0
+    assert not any("turns" in line["seconds"] or "kept_bytes" in line for line in apart)
 
 
 @pytest.mark.slow
