@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from astar_megatron.model import optimizer_state
 from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.reference import Reference
@@ -24,7 +25,6 @@ from astar_megatron.model.saving import Saving
 from conversion.torch_dist import CheckpointReader
 
 PROGRESS_FILE = "progress.json"
-_SHARDING = "fully_reshardable"
 _COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no copies
 
 
@@ -43,7 +43,6 @@ def begin_save(
     """
     for inner in _inner_optimizers(optimizer, critic):
         _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
-        _leave_gaps_between_buckets(inner)
     state = _state(chunks, optimizer, schedule, loading=False) | _critic_state(critic, loading=False)
     with reference.on_device():
         return Saving(folder, state | (_reference_state(reference) if reference.is_copy else {}), thread)
@@ -64,7 +63,6 @@ def load(
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
     for inner in _inner_optimizers(optimizer, critic):
         _fill_adam_state(inner.optimizer, step=1.0)
-        _leave_gaps_between_buckets(inner)
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
@@ -95,10 +93,14 @@ def load(
 
 
 def _load_model(chunks: Sequence[Any], optimizer: Any, schedule: Any, loaded: dict[str, Any]) -> None:
+    inner = optimizer.chained_optimizers
+    pieces = [part.pop("param_state") for part in _of_each(inner, loaded["optimizer"])]
     _take_groups_of(optimizer, loaded)
     for name, chunk in zip(_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])
+    for chained, loaded_pieces in zip(inner, pieces, strict=True):
+        optimizer_state.take(chained, loaded_pieces)
     schedule.load_state_dict(loaded["schedule"])
 
 
@@ -135,9 +137,9 @@ def _take_groups_of(optimizer: Any, loaded: dict[str, Any]) -> None:
     """
     saved, inner = loaded["optimizer"], optimizer.chained_optimizers
     step = _saved_step(saved)
-    parts = [saved] if len(inner) == 1 else [saved[index] for index in range(len(inner))]
+    parts = _of_each(inner, saved)
     for chained, part in zip(inner, parts, strict=True):
-        part |= chained.state_dict() | {"param_state_sharding_type": _SHARDING}
+        part |= chained.state_dict()
         for group in part["optimizer"]["param_groups"]:
             group["step"] = step
     loaded["optimizer"] = saved if len(inner) == 1 else dict(enumerate(parts))
@@ -161,13 +163,8 @@ def _names(chunks: Sequence[Any]) -> list[str]:
 
 
 def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: bool) -> dict[str, Any]:
-    """Return the sharded state. megatron's default optimizer sharding raises with gloo and torch's AdamW."""
-    metadata = {
-        "distrib_optim_sharding_type": _SHARDING,
-        "chained_optim_avoid_prefix": True,  # names that do not say which optimizer had a parameter
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    """Return the sharded state."""
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     parts = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     model = dict(zip(_names(chunks), parts, strict=True))
     tensor, pipeline = (
@@ -176,9 +173,7 @@ def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: boo
     )
     return {
         **model,
-        "optimizer": optimizer.sharded_state_dict(
-            parts[0] if len(parts) == 1 else model, is_loading=loading, metadata=metadata
-        ),
+        "optimizer": _optimizer_state(optimizer, model, loading=loading),
         "schedule": schedule.state_dict(),
         "random": ShardedObject(
             "random",
@@ -190,39 +185,26 @@ def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: boo
     }
 
 
+def _optimizer_state(optimizer: Any, model: dict[str, Any], *, loading: bool) -> dict[Any, Any]:
+    """Return the sharded state of the optimizer of a `model`'s chunks; where it is a chain, of each by its number."""
+    inner, states = optimizer.chained_optimizers, []
+    if len(inner) > 1:
+        optimizer._synchronize_steps()
+    for chained in inner:
+        if loading:
+            chained.load_state_dict(chained.state_dict())  # tensors of a state are there, of whatever content
+        pieces = (optimizer_state.empty if loading else optimizer_state.sharded)(chained, model)
+        states.append(chained.state_dict() | {"param_state": pieces})
+    return states[0] if len(states) == 1 else dict(enumerate(states))
+
+
+def _of_each(inner: Sequence[Any], state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """Return the parts of what `_optimizer_state` returned, an optimizer of the chain each."""
+    return [state] if len(inner) == 1 else [state[index] for index in range(len(inner))]
+
+
 def _tracker() -> Any:
     return get_cuda_rng_tracker()
-
-
-def _leave_gaps_between_buckets(inner: Any) -> None:
-    """Let a distributed optimizer find the state of every parameter; megatron-core 0.19 does in the first bucket only.
-
-    It gathers the buckets of a buffer without the padding between them, and looks parameters up where they lie with it:
-    a tied head, a bucket by itself, moves all others of its stage where its size is no multiple of 128.
-    """
-    if hasattr(inner, "_astar_gathers"):
-        return
-    inner._astar_gathers = inner.get_parameter_state_dp_zero
-
-    def gathered(*arguments: Any, **options: Any) -> Any:
-        state = inner._astar_gathers(*arguments, **options)
-        for index, buffer in enumerate(inner.buffers if state else ()):
-            for of_dtype in state[index].values():
-                for key, dense in of_dtype.items():
-                    if isinstance(dense, torch.Tensor):
-                        of_dtype[key] = _spread(dense, buffer)
-        return state
-
-    inner.get_parameter_state_dp_zero = gathered
-
-
-def _spread(dense: Any, buffer: Any) -> torch.Tensor:
-    """Return the buckets of `dense`, which lie end to end, where `buffer` has them."""
-    spread, taken = dense.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = dense[taken : taken + bucket.numel_unpadded]
-        taken += bucket.numel_unpadded
-    return spread
 
 
 def _fill_adam_state(adam: Any, step: float) -> None:

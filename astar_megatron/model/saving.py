@@ -16,10 +16,12 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
 from astar_megatron.data.files import storage_error
 from astar_megatron.data.manifest import FileDigest, digest_of
@@ -49,12 +51,15 @@ class Saving:
 
     def __init__(self, folder: Path, state: dict[str, Any], thread: Executor) -> None:
         self._folder, self._plan = folder, _Plan()
+        tensors, _ = extract_sharded_tensors_and_factories(state)
+        storages = {entry.data.untyped_storage().data_ptr() for entry in nested_values(tensors)}
         dist_checkpointing.save(state, str(folder), self._plan, async_sharded_save=True, async_strategy="mcore")
         self._buckets = self._plan.writer.write_buckets
         _check_room(folder, self._buckets)
-        for _, _, (_, tensors) in self._buckets:
-            for index, (item, tensor) in enumerate(tensors):  # each by itself: some are Megatron's copies, freed here
-                tensors[index] = item, tensor.to("cpu", copy=True)
+        for _, _, (_, written) in self._buckets:
+            for index, (item, tensor) in enumerate(written):
+                if tensor.device.type != "cpu" or tensor.untyped_storage().data_ptr() in storages:
+                    written[index] = item, tensor.to("cpu", copy=True)  # others are copies that Megatron has made
         self._writing: Future[tuple[list[Any], dict[str, FileDigest]]] = thread.submit(self._write)
 
     def state(self) -> SaveState:

@@ -86,7 +86,7 @@ def publish(name: str, gpus: int) -> dict[str, Any]:
         "sent_bytes": max(sent.values()),
         "taken_bytes": max(taken.values()),
         "all_bytes": sum(sent.values()),
-        "writers": cells,
+        "cells": cells,
         "plan_seconds": round(seconds, 2),
     }
 
@@ -250,24 +250,25 @@ def _publish(results: dict[str, Any]) -> Iterator[str]:
 def _checkpoints(results: dict[str, Any]) -> Iterator[str]:
     yield "## A checkpoint\n"
     yield f"{SAVED_BYTES} bytes a parameter: weights in bfloat16, master weights and two moments in float32."
-    yield "The first replica writes: the optimiser's shards of the others are gathered on its ranks. Seconds are the"
-    yield f"larger of bytes a writer at {WRITER / 1e9:.0f} GB/s and of all bytes at {FILE_SYSTEM / 1e9:.0f} GB/s;"
+    yield "Every rank writes what it has of the optimiser; the first replica's write the weights too. Seconds are the"
+    yield f"larger of bytes one of these at {WRITER / 1e9:.0f} GB/s and of all bytes at {FILE_SYSTEM / 1e9:.0f} GB/s;"
     yield "training goes on meanwhile."
     yield ""
     rows = []
     for name, by_gpus in results["publish"].items():
-        of = list(by_gpus.values())[-1]
-        num_bytes = SAVED_BYTES * of["parameters"]
-        a_writer = num_bytes / of["writers"]
-        seconds = max(a_writer / WRITER, num_bytes / FILE_SYSTEM)
-        rows.append((name, _gb(num_bytes), of["writers"], _gb(a_writer), _seconds(seconds)))
-    yield from _table(["model, at any number of GPUs", "GB", "ranks that write", "GB each", "s"], rows)
+        for gpus, of in by_gpus.items():
+            parameters = of["parameters"]
+            most = parameters * (WIRE_BYTES / of["cells"] + (SAVED_BYTES - WIRE_BYTES) / of["ranks"])
+            seconds = max(most / WRITER, SAVED_BYTES * parameters / FILE_SYSTEM)
+            saved = (_gb(SAVED_BYTES * parameters), f"{of['ranks']:,}", _gb(most), _seconds(seconds))
+            rows.append((f"{name}, {int(gpus):,}", *saved))
+    yield from _table(["model, GPUs", "GB", "ranks that write", "GB of one, at most", "s"], rows)
 
 
 def _files(results: dict[str, Any]) -> Iterator[str]:
     files, of_model = results["calls"]["files"], results["publish"]["7B"]
     yield "## Files\n"
-    yield "The 7B model. A checkpoint: a file a rank that writes, and 9 more. A step: one of rollouts, of which"
+    yield "The 7B model. A checkpoint: a file a rank, and 9 more. A step: one of rollouts, of which"
     yield f"`rollout.keep` are kept, and a line of metrics. Ray's sessions: {files['session']} files a node and"
     yield f"{files['actor']:g} an actor, on local disks."
     yield ""
@@ -276,7 +277,7 @@ def _files(results: dict[str, Any]) -> Iterator[str]:
         of, nodes = of_model[str(gpus)], gpus // GPUS_A_NODE
         actors = of["ranks"] + of["engines"]
         session = nodes * files["session"] + actors * files["actor"]
-        rows.append((f"{gpus:,}", of["writers"] + 9, 1, f"{session:,.0f}", f"{session / nodes:,.0f}"))
+        rows.append((f"{gpus:,}", f"{of['ranks'] + 9:,}", 1, f"{session:,.0f}", f"{session / nodes:,.0f}"))
     yield from _table(["GPUs", "a checkpoint", "a step", "Ray's sessions", "on a node"], rows)
 
 

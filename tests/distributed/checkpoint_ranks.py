@@ -1,6 +1,7 @@
 """What rank processes do with distributed checkpoints, in layouts that training has no configuration for."""
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ranks import join
@@ -82,3 +83,57 @@ def damaged_export(pipe: Any, rank: int, port: int | None, *, source: str, layou
             return f"{len(check_export(weight_plan, tensors, torch.float32, 4, written))} digests"
         except WeightMismatch as error:
             return f"{error.tensor}, row {error.row}"
+
+
+def optimizer_states(pipe: Any, rank: int, port: int | None, *, job: Any, batch: Any, folder: str, writer: str) -> int:
+    """Let ours ("ours") or Megatron ("Megatron") write the optimiser's state after a step, and the other read it.
+
+    Returns how many tensors of the state that lie on this rank differ then.
+    """
+    import ranks as work
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from astar_megatron.model import optimizer_state
+
+    with work.started(pipe, rank, port, job) as policy:
+        policy.step(batch, job.loss, work._options(job, len(batch)))
+        (chunk,), inner = policy._chunks, policy._optimizer.chained_optimizers
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        model = chunk.sharded_state_dict(metadata=metadata)
+        states = [
+            optimizer._get_main_param_and_optimizer_states(parameter)
+            for optimizer in inner
+            for parameter in optimizer.model_param_gbuf_map
+        ]
+        tensors = [state[name] for state in states for name in ("param", "exp_avg", "exp_avg_sq")]
+        wanted = [tensor.clone() for tensor in tensors]
+        if rank == 0:
+            Path(folder).mkdir()
+        work.all_here()
+
+        def by_megatron(*, is_loading: bool) -> dict[int, Any]:
+            arguments = {"is_loading": is_loading, "metadata": metadata}
+            return {place: optimizer.sharded_state_dict(model, **arguments) for place, optimizer in enumerate(inner)}
+
+        def by_us(make: Any) -> dict[int, Any]:
+            return {place: make(optimizer, model) for place, optimizer in enumerate(inner)}
+
+        state = by_us(optimizer_state.sharded) if writer == "ours" else by_megatron(is_loading=False)
+        dist_checkpointing.save(state, folder)
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.zero_()
+        if writer == "ours":
+            loaded = dist_checkpointing.load(by_megatron(is_loading=True), folder)
+            for place, optimizer in enumerate(inner):
+                optimizer.load_parameter_state_from_fully_reshardable(loaded[place]["param_state"])
+        else:
+            loaded = dist_checkpointing.load(by_us(optimizer_state.empty), folder)
+            for place, optimizer in enumerate(inner):
+                optimizer_state.take(optimizer, loaded[place])
+        return sum(not torch.equal(tensor, other) for tensor, other in zip(tensors, wanted, strict=True))
