@@ -12,10 +12,6 @@ pytest.importorskip("megatron")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astar_megatron.model import backend
-
-backend.choose()  # megatron asks for it before it is imported
-
 from astar_megatron.model.optimizer_state import Box, boxes
 
 
