@@ -19,8 +19,12 @@ def fit(
     written = {(out / name).resolve() for name in extrapolation_files.FILES}
     if read := {path.resolve() for path in files_of(sources)} & written:
         raise ValueError(f"--out {out}: {read.pop()} is read, and would be written over; give another folder")
+    if folders := [path for path in written if path.is_dir()]:
+        raise ValueError(f"--out {out}: {folders[0].name} is a folder there; give another, or remove it")
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
-    results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]
+    count = sum(len(curve.points) for curve in curves)
+    with screen.waiting(f"fitting {count:,} points of {len(curves)} curve{'s' * (len(curves) != 1)}"):
+        results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]
     extrapolation_files.write(out, curves, results, tolerance)
     screen.say(extrapolation_files.as_markdown(curves, results, tolerance))
     screen.say(f"fit.md, fit.csv, fit.json and fit.png are in {out}")

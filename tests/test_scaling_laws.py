@@ -495,6 +495,14 @@ def test_a_table_that_is_read_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "fit.csv").read_bytes() == before and not (tmp_path / "fit.md").exists()
 
 
+def test_a_folder_in_the_place_of_a_result_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", {"num_tokens": [*range(1, 21)], "reward": [*range(20)]})
+    (tmp_path / "out" / "fit.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"--out .*out: fit\.png is a folder there; give another, or remove it"):
+        scale_fit([path], tmp_path / "out", None, None, per_row=False, tolerance=0.02)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["fit.png"]
+
+
 def test_which_law_is_nearest_does_not_depend_on_the_unit_of_the_scores() -> None:
     compute = np.arange(1.0, 61.0)
     score = 0.8 / (1 + (12 / compute) ** 2) + 0.002 * np.sin(17 * compute)

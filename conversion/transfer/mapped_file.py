@@ -11,6 +11,8 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,11 +32,12 @@ def create(path: Path, num_bytes: int) -> int:
     It has its name when it is `finished`: who opens it before that would read what is not there yet.
     """
     unfinished = _unfinished(path)
-    _remove_stale(path)
-    _remove_stale(unfinished)
-    descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    with _alone_in(path.parent):
+        _remove_stale(unfinished)  # first: it may get its name meanwhile
+        _remove_stale(path)
+        descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         _hold(descriptor, CREATOR)
+    try:
         # Without the reservation a full /dev/shm shows as a SIGBUS in the middle of a pack.
         os.posix_fallocate(descriptor, 0, num_bytes)
     except OSError as error:
@@ -58,6 +61,17 @@ def finished(path: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other creator is between its look at a folder and its lock on a new file there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_stale(path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from conversion.plan import WeightPlan, plan
 from conversion.tiles import Tile
 from conversion.transfer import TransferError
 from conversion.transfer.buckets import Schedule
-from conversion.transfer.mapped_file import MappedFile, Slots
+from conversion.transfer.mapped_file import MappedFile, Slots, create
 from conversion.transfer.shared_memory import SharedMemoryReceiver, SharedMemorySender, weight_file
 from conversion.verify import Holdings, Verifier, held_parts, sent_parts
 
@@ -260,6 +262,24 @@ def test_a_live_senders_file_is_not_taken_and_a_dead_ones_is(
     with pytest.raises(TransferError, match="20 bytes"):
         opened(SharedMemoryReceiver, SMALL, target()).receive()
     opened(SharedMemorySender, SMALL, TENSORS)
+
+
+def test_of_senders_that_come_at_once_one_gets_the_name(tmp_path: Path) -> None:
+    """With a barrier they look for the file of a dead one, and make theirs, within the same moment."""
+    barrier, num_senders = threading.Barrier(4), 4
+
+    def comes(_: int) -> int | None:
+        barrier.wait()
+        try:
+            descriptor = create(weight_file(tmp_path, 0), 64)
+        except FileExistsError:
+            return None
+        return descriptor
+
+    with ThreadPoolExecutor(num_senders) as threads:
+        for _ in range(200):
+            (descriptor,) = filter(None, threads.map(comes, range(num_senders)))
+            os.close(descriptor)
 
 
 class Halfway(Slots):
