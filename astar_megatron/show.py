@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from astar_megatron.data.files import write_atomic
-from astar_megatron.pages.page import page_of
+from astar_megatron.pages.page import is_page, page_of
 from astar_megatron.run.tracking import METRICS_FILE, PLACEMENT_FILE, Screen, read_metrics
 
 PAGE_FILE = "show.html"
-_BEGINS = b"<!doctype html>"
 
 
 def main(run_dir: Path, out: Path | None) -> None:
@@ -21,7 +20,7 @@ def main(run_dir: Path, out: Path | None) -> None:
             f"RUN: {run_dir} is no folder of a run, it has no {METRICS_FILE}; name the run_dir of an `astar train`"
         )
     file = out or run_dir / PAGE_FILE
-    if file.exists() and not _is_page(file):
+    if file.exists() and not is_page(file):
         raise ValueError(
             f"{file} is there and is no page of `astar show`, which would take its place; name another file by --out"
         )
@@ -31,10 +30,3 @@ def main(run_dir: Path, out: Path | None) -> None:
     left = page.all_rollouts - page.rollouts
     rollouts = f"{page.rollouts} rollouts" + f", {left} more are left out" * bool(left)
     Screen().say(f"{file}: {page.steps} steps, {rollouts}; {len(text) / 1e6:.1f} MB, open it in a browser")
-
-
-def _is_page(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as opened:
-        return opened.read(len(_BEGINS)) == _BEGINS

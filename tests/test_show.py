@@ -242,7 +242,7 @@ def test_a_page_takes_the_place_of_nothing_but_a_page(name: str, tmp_path: Path)
     run = shown_run.write_run(tmp_path / "run", steps=1)
     (run / "notes.txt").write_text("mine")
     if name == "show.html":
-        (run / name).write_text("<p>mine</p>")
+        (run / name).write_text('<!doctype html>\n<html lang="en">\n<p>mine</p>')
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="is there and is no page of `astar show`"):
         show.main(run, run / name)

@@ -23,6 +23,7 @@ from astar_megatron.pages import panels
 MOST_ROLLOUTS, MOST_TOKENS = 10_000, 1_000_000  # in a page; more would make a browser slow
 MOST_TIMELINES = 500
 _MOST_CURVE_POINTS = 2_000
+_TEMPLATE = Path(__file__).with_suffix(".html")
 _LEAST_PART = 4  # characters that a token may be, where alone it decodes to nothing readable
 
 
@@ -62,6 +63,15 @@ def page_of(
     title = f"{data['run']}: {len(lines)} steps"
     text = _filled(title, json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     return Page(text=text, steps=len(lines), rollouts=len(rollouts["rows"]), all_rollouts=total)
+
+
+def is_page(file: Path) -> bool:
+    """Return whether a file begins as every page does, down to its policy."""
+    begins = _TEMPLATE.read_bytes().partition(b"{{")[0]
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(begins)) == begins
 
 
 def _charts(group: Sequence[panels.Panel], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -154,7 +164,7 @@ def _filled(title: str, data: str) -> str:
         "script": script,
         "data": re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", data),  # no tag can begin in it
     }
-    template = here.with_suffix(".html").read_text(encoding="utf-8")
+    template = _TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
