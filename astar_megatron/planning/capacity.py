@@ -14,7 +14,7 @@ Without a GPU a process's resident memory is planned at its peak, in the first c
 with the activations of Megatron's local layers, which are not fused, and
 
     head        logits of 160 MiB at most, fp32 (model/head/chunked.py), and the gradient of its weights
-    saving      SAVED_COPIES of a checkpoint's part
+    saving      SAVED_SHARE of a checkpoint's part
     process     Python, torch, Megatron or vLLM, Ray, as measured (run/resources.py)
 
 Leaves out: libraries' workspaces of large models, what a user's reward takes.
@@ -52,9 +52,9 @@ WORK_BYTES = 2 * GIB  # of an engine: a prefill's activations, sampled logits, c
 # three products that have H, q, k, v and output of attention, padded (5 H); the MLP's two halves, silu and product.
 LOCAL_HIDDEN, LOCAL_WIDTH = 14, 4
 LOCAL_LOGITS_BYTES = 160 << 20  # as in model/head/chunked.py, which needs torch to import
-# Megatron's, which gathers a sharded optimiser, and that of model/saving.py. malloc keeps both, and with the next
-# checkpoint a part of one more: in the runs of tests/plan_page.py they are 1.7 to 2.8 in the end.
-SAVED_COPIES = 2.2
+# Made between two steps, where malloc has the room of activations: 0.3 to 0.9 came on top in the runs of
+# tests/plan_page.py. A disk so slow that the next step finds the copy there makes it 1.
+SAVED_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +167,7 @@ def _rank_on_cores(cfg: RunConfig, model: Model) -> Process:
     saved = checkpoint_bytes(cfg, model.num_parameters(), is_bfloat16=size == 2) // parallel.world_size
     own = {
         "buckets": _buckets(cfg, rank),
-        "saving": int(SAVED_COPIES * saved),
+        "saving": int(SAVED_SHARE * saved),
         "process": RANK_BYTES,
     }
     return Process(name="policy rank", count=parallel.world_size, parts=_parts(rank) | own)
