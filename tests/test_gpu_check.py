@@ -119,7 +119,7 @@ def test_turns_are_measured_without_a_gpu_too(tmp_path: Path) -> None:
     done = run([sys.executable, "tests/benchmarks/gpu_sharing.py", *small], tmp_path, "")
     assert done.returncode == 0, done.stderr
     row = json.loads(report.read_text())
-    parts = ("wake weights, s", "wake keys and values, s", "sleep, s", "publish, s")
+    parts = ("to publish, s", "to generate, s", "to train, s", "publish, s")
     assert row["steps"] == 2 and 0 < sum(row[part] for part in parts) <= 2 * row["their largest, s"]
     assert row["returned_bytes, least"] == row["returned_bytes, most"] > 0 == row["kept_bytes, most"]
 

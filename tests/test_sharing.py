@@ -16,6 +16,9 @@ class Sides:
         self.done: list[str] = []
         self.kept, self.returned = [3 * GIB, 4 * GIB], {0: 7 * GIB, 1: 8 * GIB, 2: 9 * GIB}
 
+    def __len__(self) -> int:
+        return 3
+
     def release(self, offload: Any) -> list[tuple[int, int]]:
         self.done.append(f"release {offload}")
         return [(5 * GIB, kept) for kept in self.kept]
@@ -112,6 +115,7 @@ def test_an_engine_that_is_being_replaced_gives_nothing_back(sides: Sides) -> No
 def test_an_engine_that_was_replaced_before_it_ever_slept_is_measured_from_then_on(sides: Sides) -> None:
     del sides.returned[1]
     own = turns(sides)
+    assert own.measured() == {"kept_bytes": [], "returned_bytes": [7 * GIB, None, 9 * GIB]}
     sides.returned[1] = 8 * GIB
     a_step(own)
     a_step(own)

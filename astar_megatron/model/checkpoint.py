@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
@@ -66,20 +67,9 @@ def load(
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
-    read_no_code()
-    try:
-        CheckpointReader(
-            folder
-        )  # its index is a pickle, which torch would run: this reads it as plain data, or refuses
-        with reference.on_device():
-            state |= _reference_state(reference) if saved.get(_COPIED) else {}
-            loaded: Any = dist_checkpointing.load(state, str(folder))
-    # torch and megatron raise a dozen kinds for files that are cut or missing, one of them no Exception
-    except (Exception, CheckpointException) as error:
-        raise ValueError(
-            f"{folder}: can't be read, a file of it is damaged or missing ({type(error).__name__}: {error!s:.300}); "
-            f"write the name of another step_* folder into {folder.parent / 'latest'} and run the same command again"
-        ) from error
+    with reference.on_device():
+        state |= _reference_state(reference) if saved.get(_COPIED) else {}
+        loaded = _read(folder, state)
     if saved.get(_COPIED):
         with reference.changing():
             for name, chunk in zip(_names(reference.chunks), reference.chunks, strict=True):
@@ -92,9 +82,31 @@ def load(
         _tracker().set_states(loaded["random"]["tracker"])
 
 
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint has for a sharded state; ValueError on all ranks where one can't read its part."""
+    read_no_code()
+    problem, cause = "", None
+    loaded: Any = {}
+    try:
+        # The index is a pickle, which torch would run: this reads it as plain data, or refuses.
+        CheckpointReader(folder)
+        loaded = dist_checkpointing.load(state, str(folder))
+    # torch and megatron raise a dozen kinds for files that are cut or missing, one of them no Exception
+    except (Exception, CheckpointException) as error:
+        problem, cause = f"{type(error).__name__}: {error!s:.300}", error
+    problems = [problem] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)  # each rank reads other parts of the files
+    if problem := next(filter(None, problems), ""):
+        raise ValueError(
+            f"{folder}: can't be read, a file of it is damaged or missing ({problem}); write the name of another "
+            f"step_* folder into {folder.parent / 'latest'} and run the same command again"
+        ) from cause
+    return loaded
+
+
 def _load_model(chunks: Sequence[Any], optimizer: Any, schedule: Any, loaded: dict[str, Any]) -> None:
     inner = optimizer.chained_optimizers
-    pieces = [part.pop("param_state") for part in _of_each(inner, loaded["optimizer"])]
+    pieces = [part.pop("param_state", {}) for part in _of_each(inner, loaded["optimizer"])]
     _take_groups_of(optimizer, loaded)
     for name, chunk in zip(_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])

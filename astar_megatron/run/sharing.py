@@ -31,6 +31,8 @@ class Policy(Protocol):
 class Engines(Protocol):
     """What the turns need of engines; see EnginePool."""
 
+    def __len__(self) -> int: ...
+
     def sleep(self) -> dict[int, int]: ...
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None: ...
@@ -98,7 +100,7 @@ class Turns:
 
         Each is a list, by rank or by index of the engine; an engine that was just being replaced gave nothing (None).
         """
-        returned = [self._returned.get(engine) for engine in sorted(self._first_returned)]
+        returned = [self._returned.get(engine) for engine in range(len(self._engines))]
         return {"kept_bytes": list(self._kept), "returned_bytes": returned}
 
     def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:

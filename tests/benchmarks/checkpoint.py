@@ -6,7 +6,8 @@ One rank, and two that share the optimiser (`data: 2`), in bfloat16 over gloo, s
 and way, as memory that was freed is not always given back.
 `begin` is how long training waits for a save, `write` what a thread does after that beside it, `load` the way back;
 `save_gib` and `load_gib` are what the ranks' processes take on top, at their peak and together. Seconds are those of
-the slowest rank, and medians; `ratio` is Megatron's over ours.
+the slowest rank, and medians; `ratio` is Megatron's over ours. Megatron's is as it comes, and warns: where a tied head
+is a bucket by itself it leaves the padding between buckets out, and has the rest of a stage in wrong places.
 """
 
 import argparse

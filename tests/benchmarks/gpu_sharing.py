@@ -5,8 +5,10 @@
 `astar train` with Qwen2.5-1.5B's shape, random weights and `cluster.share_gpus: true`; steps are small (16 responses of
 64 tokens), for only the turns and the publish are looked at. Between two steps the engine sleeps, the policy steps and
 gives back, the engine wakes to its weights, gets them with the whole check, and wakes to keys and values. The first
-step is not counted: it opens the way for the weights. It ends with status 1 where a turn with its publish takes longer
-than 0.8 s, or bytes differ by more than 64 MiB. `--shape tiny` runs on a CPU, to see that this program does.
+step is not counted: it opens the way for the weights. `to publish` is the policy's release and the engine's wake to its
+weights, `to generate` its wake to keys and values, `to train` its sleep and what the policy takes again. It ends with
+status 1 where all three and the publish take longer than 0.8 s (the median), or bytes differ by more than 64 MiB.
+`--shape tiny` runs on a CPU, to see that this program does.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from astar_megatron.run.tracking import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 0.8  # of a turn with its publish, on an H100 or H200 at 1.5B
 MOST_BYTES = 64 << 20  # by which what a side gives back may differ
-PARTS = ("wake weights", "wake keys and values", "sleep")  # the driver's spans named `turns` of a step, in their order
+PARTS = ("to publish", "to generate", "to train")  # the driver's spans named `turns` of a step, in their order
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
 REWARD = "def reward(response, answer):\n    return float(len(response) % 2)  # so that there is something to learn\n"
 
@@ -102,7 +104,7 @@ def figures(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "turns and publish, s": round(median(sums), 3),
         "their largest, s": round(max(sums), 3),
         **{
-            f"{name}, {word}": bound(line[name][0] for line in lines)
+            f"{name}, {word}": bound(size for line in lines for size in line[name] if size is not None)
             for name in ("kept_bytes", "returned_bytes")
             for word, bound in (("least", min), ("most", max))
         },

@@ -116,11 +116,11 @@ def optimizer_states(pipe: Any, rank: int, port: int | None, *, job: Any, batch:
             Path(folder).mkdir()
         work.all_here()
 
-        def by_megatron(*, is_loading: bool) -> dict[int, Any]:
+        def by_megatron(*, is_loading: bool) -> Any:
             arguments = {"is_loading": is_loading, "metadata": metadata}
             return {place: optimizer.sharded_state_dict(model, **arguments) for place, optimizer in enumerate(inner)}
 
-        def by_us(make: Any) -> dict[int, Any]:
+        def by_us(make: Any) -> Any:
             return {place: make(optimizer, model) for place, optimizer in enumerate(inner)}
 
         state = by_us(optimizer_state.sharded) if writer == "ours" else by_megatron(is_loading=False)
@@ -129,11 +129,11 @@ def optimizer_states(pipe: Any, rank: int, port: int | None, *, job: Any, batch:
             for tensor in tensors:
                 tensor.zero_()
         if writer == "ours":
-            loaded = dist_checkpointing.load(by_megatron(is_loading=True), folder)
+            loaded: Any = dist_checkpointing.load(by_megatron(is_loading=True), folder)
             for place, optimizer in enumerate(inner):
                 optimizer.load_parameter_state_from_fully_reshardable(loaded[place]["param_state"])
         else:
-            loaded = dist_checkpointing.load(by_us(optimizer_state.empty), folder)
+            loaded: Any = dist_checkpointing.load(by_us(optimizer_state.empty), folder)
             for place, optimizer in enumerate(inner):
                 optimizer_state.take(optimizer, loaded[place])
         return sum(not torch.equal(tensor, other) for tensor, other in zip(tensors, wanted, strict=True))

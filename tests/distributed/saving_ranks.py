@@ -90,6 +90,33 @@ def loaded(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) -> 
         return state_of(policy)
 
 
+def refused(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) -> str:
+    """Return why a checkpoint after one batch can't be loaded, or nothing."""
+    with work.started(pipe, rank, port, job) as policy:
+        try:
+            policy.load(folder, 1)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def loaded_without_a_piece(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) -> str:
+    """Load a checkpoint after one batch where rank 1 has no part of any parameter; return the digest of the rest.
+
+    So it is with an optimizer of few parameters over many data-parallel ranks.
+    """
+    with work.started(pipe, rank, port, job) as policy:
+        if rank == 1:
+            for optimizer in policy._optimizer.chained_optimizers:
+                optimizer.model_param_gbuf_map = {}
+                for of_dtype in optimizer.gbuf_ranges:
+                    for buckets in of_dtype.values():
+                        for bucket in buckets:
+                            bucket["param_map"].clear()
+        policy.load(folder, 1)
+        return state_of(policy)
+
+
 def state_of(policy: Any) -> str:
     """Return digests of weights, optimiser and schedule, and of the reference."""
     reference = hashlib.sha256()

@@ -96,7 +96,7 @@ def test_each_reads_the_state_of_the_optimizer_that_the_other_wrote(
     writer: str,
     kind: str,
     dtype: str,
-    layout: dict[str, int],
+    layout: dict[str, Any],
     ranks: Any,
     tmp_path: Path,
     request: pytest.FixtureRequest,

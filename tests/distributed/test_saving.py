@@ -74,3 +74,23 @@ def test_a_write_that_is_cut_is_named(ranks: Any, untied_qwen2: Path, tmp_path: 
         work.without_room, 1, job=Job(str(untied_qwen2)), batch=batch(1), folder=str(folder), limit_bytes=50_000
     )
     assert problem.startswith(f"{folder}: can't be written: File too large; free some space") and before == after
+
+
+def test_where_one_rank_cannot_read_its_part_all_refuse(ranks: Any, untied_qwen2: Path, tmp_path: Path) -> None:
+    job, folder = Job(str(untied_qwen2), data=2), tmp_path / "saved"
+    arguments = {"job": job, "folder": str(folder)}
+    ranks.run(work.written_late, 2, batches=[batch(0)], fill="", **arguments)
+    assert ranks.run(work.refused, 2, **arguments) == ["", ""]
+    for name in ("__0_0.distcp", "__1_0.distcp"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        first, second = ranks.run(work.refused, 2, **arguments)
+        assert first == second and first.startswith(f"{folder}: can't be read, a file of it is damaged or missing (")
+        (folder / name).write_bytes(whole)
+
+
+def test_a_rank_that_has_no_part_of_the_optimizers_state_loads(ranks: Any, untied_qwen2: Path, tmp_path: Path) -> None:
+    job, folder = Job(str(untied_qwen2), data=2), str(tmp_path / "saved")
+    ((digests, _), _) = ranks.run(work.written_late, 2, job=job, batches=[batch(0)], folder=folder, fill="")
+    digest, _ = ranks.run(work.loaded_without_a_piece, 2, job=job, folder=folder)
+    assert digest == digests[0]
