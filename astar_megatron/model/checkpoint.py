@@ -26,6 +26,7 @@ from astar_megatron.model.saving import Saving
 from conversion.torch_dist import CheckpointReader
 
 PROGRESS_FILE = "progress.json"
+_PLAIN = (bool, int, float, str, list, tuple, type(None))  # what is kept of an optimizer's groups
 _COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no copies
 
 
@@ -207,6 +208,10 @@ def _optimizer_state(optimizer: Any, model: dict[str, Any], *, loading: bool) ->
             chained.load_state_dict(chained.state_dict())  # tensors of a state are there, of whatever content
         pieces = (optimizer_state.empty if loading else optimizer_state.sharded)(chained, model)
         states.append(chained.state_dict() | {"param_state": pieces})
+        for group in states[-1]["optimizer"]["param_groups"]:
+            # With optim.offload classes stand there too, as Python's code, which a load would refuse.
+            for name in [name for name, value in group.items() if not isinstance(value, _PLAIN)]:
+                del group[name]
     return states[0] if len(states) == 1 else dict(enumerate(states))
 
 

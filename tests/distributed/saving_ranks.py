@@ -100,6 +100,19 @@ def refused(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) ->
         return ""
 
 
+def saved_with_a_class(pipe: Any, rank: int, port: int | None, *, job: Any, batch: Any, folder: str) -> str:
+    """Save after a step of an optimizer in whose groups a class stands, as with `optim.offload`; return the digest."""
+    import torch
+
+    with work.started(pipe, rank, port, job) as policy:
+        policy.step(batch, job.loss, work._options(job, len(batch)))
+        for optimizer in policy._optimizer.chained_optimizers:
+            for group in optimizer.optimizer.param_groups:
+                group["cpu_optimizer_cls"] = torch.optim.AdamW
+        assert not ended(policy, folder, begun(policy, folder))
+        return state_of(policy)
+
+
 def loaded_without_a_piece(pipe: Any, rank: int, port: int | None, *, job: Any, folder: str) -> str:
     """Load a checkpoint after one batch where rank 1 has no part of any parameter; return the digest of the rest.
 

@@ -94,3 +94,10 @@ def test_a_rank_that_has_no_part_of_the_optimizers_state_loads(ranks: Any, untie
     ((digests, _), _) = ranks.run(work.written_late, 2, job=job, batches=[batch(0)], folder=folder, fill="")
     digest, _ = ranks.run(work.loaded_without_a_piece, 2, job=job, folder=folder)
     assert digest == digests[0]
+
+
+def test_a_class_in_an_optimizers_groups_is_not_written(ranks: Any, untied_qwen2: Path, tmp_path: Path) -> None:
+    """Megatron's optimizer of `optim.offload` has some; a load, which runs no code, refuses them."""
+    job, folder = Job(str(untied_qwen2), data=2), str(tmp_path / "saved")
+    digests = ranks.run(work.saved_with_a_class, 2, job=job, batch=batch(0), folder=folder)
+    assert ranks.run(work.loaded, 2, job=job, folder=folder) == digests
