@@ -40,7 +40,7 @@ DTYPES = ["float32", "bfloat16"]
 
 
 @contextmanager
-def policy(folder: Path, dtype: str, **more: Any) -> Iterator[Any]:
+def policy(folder: Path, dtype: str, *, offload: bool = False, **more: Any) -> Iterator[Any]:
     """A started PolicyRank on the only GPU."""
     pytest.importorskip("megatron")
     from astar_megatron.model.policy import PolicyRank  # takes seconds, and no machine without a GPU gets here
@@ -50,7 +50,7 @@ def policy(folder: Path, dtype: str, **more: Any) -> Iterator[Any]:
         model_path=str(folder),
         dtype=dtype,
         parallel=ParallelConfig(),
-        optim=OptimConfig(lr=1e-3, clip_grad=0.0, weight_decay=0.1),
+        optim=OptimConfig(lr=1e-3, clip_grad=0.0, weight_decay=0.1, offload=offload),
         seed=0,
         **more,
     )
@@ -147,10 +147,10 @@ def test_gradient_on_the_gpu_equals_the_formula_on_the_cpu(
         assert (gradients[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_checkpoint_and_export_on_the_gpu(dtype: str, tied_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "offload"), [*((dtype, False) for dtype in DTYPES), ("bfloat16", True)])
+def test_checkpoint_and_export_on_the_gpu(dtype: str, offload: bool, tied_llama: Path, tmp_path: Path) -> None:
     batches = [batch(10 + version, version=version) for version in range(3)]
-    with policy(tied_llama, dtype) as rank:
+    with policy(tied_llama, dtype, offload=offload) as rank:
         rank.export(str(tmp_path / "start"), str(tmp_path))
         step(rank, batches[0])
         save_checkpoint(rank, str(tmp_path / "step_00000001"))
@@ -160,7 +160,7 @@ def test_checkpoint_and_export_on_the_gpu(dtype: str, tied_llama: Path, tmp_path
     assert start.keys() == source.keys()
     for name, weight in source.items():
         assert torch.equal(start[name], weight.to(getattr(torch, dtype))), name
-    with policy(tied_llama, dtype) as rank:
+    with policy(tied_llama, dtype, offload=offload) as rank:
         rank.load(str(tmp_path / "step_00000001"), 1)
         for name, weight in rank.weights().items():
             assert torch.equal(weight, saved[name]), name
