@@ -17,7 +17,8 @@ class Without:
         self.finder = finder
 
     def find_spec(self, name, *more):
-        return None if name.partition(".")[0] in os.environ["MISSING"].split() else self.finder.find_spec(name, *more)
+        # A reward's process has no such variable, and lacks nothing.
+        return None if name.partition(".")[0] in os.environ.get("MISSING", "").split() else self.finder.find_spec(name, *more)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
