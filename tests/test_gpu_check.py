@@ -17,8 +17,8 @@ class Without:
         self.finder = finder
 
     def find_spec(self, name, *more):
-        # A reward's process has no such variable, and lacks nothing.
-        return None if name.partition(".")[0] in os.environ.get("MISSING", "").split() else self.finder.find_spec(name, *more)
+        missing = os.environ.get("MISSING", "").split()  # a reward's process has no such variable, and lacks nothing
+        return None if name.partition(".")[0] in missing else self.finder.find_spec(name, *more)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
