@@ -41,7 +41,7 @@ def empty(optimizer: Any, model_state: Mapping[str, Any]) -> dict[int, dict[str,
 
     def states(parameter: Any) -> dict[str, Tensor]:
         piece = _piece(optimizer, parameter)
-        return {name: torch.empty(piece.stop - piece.start) for name in ("param", *optimizer.optimizer_state_keys)}
+        return {name: torch.empty(piece.stop - piece.start) for name in _names(optimizer)}
 
     return _boxes_of_all(optimizer, model_state, states)
 
@@ -103,12 +103,11 @@ def _boxes(entry: _Entry, name: str, tensor: Tensor, piece: slice) -> Iterator[S
     """Yield the boxes of `tensor`, the elements `piece` of a parameter that the model stores as `entry` says."""
     for part, begin in _parts(entry):
         start, stop = max(piece.start, begin), min(piece.stop, begin + prod(part.local_shape))
-        at = start - piece.start
+        at, prepended = start - piece.start, part.prepend_axis_num
+        base = part.global_offset[prepended:]
+        pipeline, tensor_parallel, _ = part.replica_id  # type: ignore[misc]
         for box in boxes(part.local_shape, start - begin, stop - begin):
-            prepended, count = part.prepend_axis_num, prod(box.shape)
-            base = part.global_offset[prepended:]
-            pipeline, tensor_parallel, _ = part.replica_id  # type: ignore[misc]
-            shape = (*[1] * prepended, *box.shape)
+            shape, count = (*[1] * prepended, *box.shape), prod(box.shape)
             yield dataclasses.replace(
                 part,
                 key=f"optimizer.state.{name}.{part.key}",
@@ -141,8 +140,11 @@ def _parts(entry: _Entry) -> Iterator[tuple[ShardedTensor, int]]:
 def _states(optimizer: Any, parameter: Any) -> dict[str, Tensor]:
     """Return this rank's piece of the master weights ("param") and of each of Adam's moments: flat, float32."""
     states = optimizer._get_main_param_and_optimizer_states(parameter)
-    names = ("param", *optimizer.optimizer_state_keys)
-    return {name: states[name].detach().float().flatten() for name in names}
+    return {name: states[name].detach().float().flatten() for name in _names(optimizer)}
+
+
+def _names(optimizer: Any) -> tuple[str, ...]:
+    return "param", *optimizer.optimizer_state_keys
 
 
 def _piece(optimizer: Any, parameter: Any) -> slice:
