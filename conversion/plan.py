@@ -7,8 +7,9 @@ the bytes spread over the replicas. Every target tile is covered exactly once, o
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from conversion.tiles import Span, Tile
 
@@ -68,19 +69,34 @@ class Copy:
     rectangle: Rectangle
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightPlan:
     """All copies, in the order of the target's tiles."""
 
     copies: tuple[Copy, ...]
 
-    def from_rank(self, rank: int) -> tuple[Copy, ...]:
+    def from_rank(self, rank: int) -> Sequence[Copy]:
         """The copies that read from this source rank."""
-        return tuple(copy for copy in self.copies if copy.source.rank == rank)
+        return self._by_source.get(rank, ())
 
-    def to_rank(self, rank: int) -> tuple[Copy, ...]:
+    def to_rank(self, rank: int) -> Sequence[Copy]:
         """The copies that write to this target rank."""
-        return tuple(copy for copy in self.copies if copy.target.rank == rank)
+        return self._by_target.get(rank, ())
+
+    @cached_property
+    def _by_source(self) -> dict[int, list[Copy]]:
+        return _grouped(self.copies, lambda copy: copy.source.rank)
+
+    @cached_property
+    def _by_target(self) -> dict[int, list[Copy]]:
+        return _grouped(self.copies, lambda copy: copy.target.rank)
+
+
+def _grouped(copies: Iterable[Copy], rank: Callable[[Copy], int]) -> dict[int, list[Copy]]:
+    groups: defaultdict[int, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        groups[rank(copy)].append(copy)
+    return dict(groups)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def table(**contract: Any) -> Break:
 
 
 def checkpoint(**progress: Any) -> Break:
-    """A table, and what the driver reads of a checkpoint after 7 steps, but for the fields that are named."""
+    """A table, metrics, and what the driver reads of a checkpoint after 7 steps, but for the fields that are named."""
 
     def broken(house: House) -> None:
         cfg = config.load(house / "run.yaml")
@@ -150,8 +150,13 @@ def checkpoint(**progress: Any) -> Break:
         fields = {"step": 7, "prompts": order.state(), "contract": contract_of(cfg).fields()}
         write(PROGRESS, json.dumps(fields | {"settings": config.flat(cfg)} | progress))(house)
         write(LATEST, "step_00000007")(house)
+        write("run/metrics.jsonl", steps(7))(house)
 
     return after(table(), broken)
+
+
+def steps(number: int) -> str:
+    return "".join(f'{{"step": {step}}}\n' for step in range(number))
 
 
 PROGRESS, LATEST = "run/checkpoints/step_00000007/progress.json", "run/checkpoints/latest"

@@ -348,7 +348,6 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / "__1_0.distcp").write_text(""), "__1_0.distcp has 0 bytes instead of 17"),
     (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     (lambda folder: (folder / "in_flight.parquet").unlink(), "in_flight.parquet is missing"),
-    (lambda folder: (folder / "__2_0.distcp").write_text("of 4 ranks"), "__2_0.distcp is not in manifest.json"),
     (half_copied, "manifest.json is missing"),
     (lambda folder: (folder / "manifest.json").write_text('{"fi'), "manifest.json can't be read"),
     (lambda folder: (folder / "manifest.json").write_text('{"files": [1]}'), "manifest.json can't be read"),
@@ -380,6 +379,26 @@ def test_damage_is_named_with_the_checkpoint_that_is_whole(
     assert policy.loaded == "step_00000020 at 20"
 
 
+def test_files_that_are_not_of_a_checkpoint_are_to_be_moved_away(tmp_path: Path) -> None:
+    folder = damaged(tmp_path)
+    for name in ("__2_0.distcp", ".DS_Store"):
+        (folder / name).write_text("of 4 ranks")
+    words = (
+        r"step_00000030 is whole, but holds files that are not in manifest\.json: \.DS_Store, __2_0\.distcp; move them"
+    )
+    with pytest.raises(DamagedCheckpointError, match=words):
+        checkpoints_of(tmp_path).verify()
+
+
+def test_a_run_whose_latest_is_gone_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    folder = damaged(tmp_path)
+    (folder.parent / "latest").unlink()
+    folder.rename(folder.with_name("step_00000030.incomplete"))
+    checkpoints_of(tmp_path).verify()
+    policy = FakePolicy()
+    assert checkpoints_of(tmp_path).resume(cast(PolicyGroup, policy), stream(), FIXED, print) == 20
+
+
 @pytest.mark.parametrize(
     ("text", "name"),
     [(b"step_00000040", "'step_00000040'"), (b"", "''"), (b"\xff", "'\ufffd'"), (b".", "'.'")],
@@ -402,7 +421,7 @@ def test_the_remedy_is_the_newest_before_it_that_is_whole_and_starting_over_with
         checkpoints_of(tmp_path).verify()
     flip(folder.with_name("step_00000010"), "__0_0.distcp")
     with pytest.raises(
-        DamagedCheckpointError, match=r"no other checkpoint there is whole: remove .*/checkpoints to st"
+        DamagedCheckpointError, match=r"no other checkpoint there is whole: choose a new run_dir to start"
     ):
         checkpoints_of(tmp_path).verify()
 

@@ -58,7 +58,7 @@ def path() -> DecodePath:
     return DecodePath(131, 64)
 
 
-@pytest.mark.parametrize(("dtype", "gap"), [("float32", 5e-4), ("bfloat16", 0.4)])
+@pytest.mark.parametrize(("dtype", "gap"), [("float32", 5e-3), ("bfloat16", 0.4)])
 def test_what_a_type_rounds_is_no_fault(dtype: str, gap: float, engines: Following, path: DecodePath) -> None:
     policy = Policy(dtype, gap)
     assert look(path, engines, policy, 0) == ""
@@ -69,7 +69,7 @@ def test_what_a_type_rounds_is_no_fault(dtype: str, gap: float, engines: Followi
     assert look(path, engines, policy, 5) == "" and len(engines.asked) == 6  # nobody is asked again
 
 
-@pytest.mark.parametrize(("dtype", "gap"), [("float32", 5e-3), ("bfloat16", -1.5), ("bfloat16", math.nan)])
+@pytest.mark.parametrize(("dtype", "gap"), [("float32", 5e-2), ("bfloat16", -1.5), ("bfloat16", math.nan)])
 def test_a_decode_path_of_other_weights_is_named(dtype: str, gap: float, engines: Following, path: DecodePath) -> None:
     words = (
         "weights of version 4: engine 2 holds them bit by bit, but does not compute with them: log-probs of 7 greedy"
@@ -140,6 +140,6 @@ def test_an_engine_that_is_not_there_is_looked_at_another_time(engines: Followin
     engines.end(1)
     assert look(path, engines, Policy("float32", 5e-4), 4) == ""
     with pytest.raises(StaleEngine, match="engine 2 holds them"):
-        look(path, engines, Policy("float32", 5e-3), 5)
+        look(path, engines, Policy("float32", 5e-2), 5)
     engines.join(1)
     assert look(path, engines, Policy("float32", 5e-4), 6)

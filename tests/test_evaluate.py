@@ -48,7 +48,7 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
         for sample, text in enumerate(row)
     ]
     score = summary(eval_set, greedy, sampled)
-    assert (score.prompts, score.num_samples, score.reward_mean) == (3, 4, pytest.approx(1 / 3))
+    assert (score.prompts, score.num_samples, score.greedy.mean) == (3, 4, pytest.approx(1 / 3))
     assert score.greedy.error == pytest.approx(1 / 3)  # of 1, 0, 0: sqrt((4/9 + 1/9 + 1/9) / 2 / 3)
     means = {name: estimate.mean for name, estimate in score.sampled.items()}
     assert means == {

@@ -30,17 +30,17 @@ class Divergence:
     logratio_p50: float
     logratio_p95: float
     logratio_max: float  # of |D|: exactly 0 before the first optimiser step
-    kl_sequence: float  # nats a response, on-policy
-    kl_token: float  # nats a response token, on-policy
-    entropy: float  # nats a response token, on-policy
+    # of the first mini-batch, whose weights drew it; where rollouts lag, earlier ones did, and these are biased
+    kl_sequence: float  # nats a response
+    kl_token: float  # nats a response token
+    entropy: float  # nats a response token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regression:
-    """Least squares y ~ intercept + slope * x. NaN where undefined: slope of a constant x, R^2 of it too."""
+    """Least squares y ~ slope * x + a constant. NaN where undefined: slope of a constant x, R^2 of it too."""
 
     slope: float
-    intercept: float
     r_squared: float
 
 
@@ -54,14 +54,12 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> Regression:
     x, y = x.detach().to(torch.float64), y.detach().to(torch.float64)
     dx, dy = x - x.mean(), y - y.mean()
     if not bool((x != x[0]).any()):
-        return Regression(slope=float("nan"), intercept=float("nan"), r_squared=float("nan"))
+        return Regression(slope=float("nan"), r_squared=float("nan"))
     if not bool((y != y[0]).any()):
-        return Regression(slope=0.0, intercept=float(y[0]), r_squared=0.0)
+        return Regression(slope=0.0, r_squared=0.0)
     slope = (dx * dy).sum() / dx.square().sum()
     r_squared = (dx * dy).sum().square() / (dx.square().sum() * dy.square().sum())
-    return Regression(
-        slope=float(slope), intercept=float(y.mean() - slope * x.mean()), r_squared=float(r_squared.clamp(max=1.0))
-    )
+    return Regression(slope=float(slope), r_squared=float(r_squared.clamp(max=1.0)))
 
 
 def drift(

@@ -61,9 +61,11 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1,
     if not lengths:
         return []
     # A longer sequence fills its micro-batch and no more, so it counts as max_tokens here; of two above half, each
-    # needs its own.
+    # needs its own; none has room for more than so many of the shortest.
     filled = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)  # rounded up
-    at_least = max(at_least, filled, sum(2 * length > max_tokens for length in lengths))
+    shortest = min(lengths)
+    most = max(1, max_tokens // shortest) if shortest else len(lengths)
+    at_least = max(at_least, filled, sum(2 * length > max_tokens for length in lengths), -(-len(lengths) // most))
     first = -(-at_least // multiple_of) * multiple_of  # the least multiple that is not below at_least
     for number in range(first, len(lengths) + 1, multiple_of):
         parts = _balance(lengths, number, capacity=len(lengths))

@@ -27,6 +27,7 @@ class LiveVStar:
     ) -> None:
         self._first, self._samples, self._beta1, self._decay = v_star, samples, beta1, decay
         self._refreshed: dict[str, tuple[float, float]] = {}  # uid -> V*, count
+        self._first_digest = ""  # once it was asked for
 
     def __getitem__(self, uid: str) -> float:
         return self._refreshed[uid][0] if uid in self._refreshed else self._first[uid]
@@ -82,5 +83,7 @@ class LiveVStar:
 
     def _digest(self) -> str:
         """Of V* of stage 1, but for what machines differ in, and the samples behind it."""
-        rows = sorted((uid, f"{value:.6f}", self._samples[uid]) for uid, value in self._first.items())
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        if not self._first_digest:
+            rows = sorted((uid, f"{value:.6f}", self._samples[uid]) for uid, value in self._first.items())
+            self._first_digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return self._first_digest

@@ -47,9 +47,9 @@ def write_manifest(folder: Path, known: Mapping[str, FileDigest]) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """Return in words, by file, where `folder` does not fit its manifest, which must be there; [] for a whole one.
+    """Return in words which files of `folder` are not as its manifest, which must be there, says; [] for a whole one.
 
-    All files are read, several side by side.
+    All files are read, several side by side. Others that lie there are not looked at.
     """
     try:
         wanted = {
@@ -60,9 +60,13 @@ def problems(folder: Path) -> list[str]:
         return [f"{MANIFEST_FILE} can't be read ({type(error).__name__}: {error})"]
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         by_file = threads.map(lambda name: _problem(folder / name, name, wanted[name]), sorted(wanted))
-        return [problem for problem in by_file if problem] + [
-            f"{name} is not in {MANIFEST_FILE}" for name in _names(folder) if name not in wanted
-        ]
+        return [problem for problem in by_file if problem]
+
+
+def strangers(folder: Path) -> list[str]:
+    """Return the files of a whole folder that are not in its manifest."""
+    known = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    return [name for name in _names(folder) if name not in known]
 
 
 def _names(folder: Path) -> list[str]:

@@ -13,7 +13,9 @@ h heads, g key-value heads, d head size.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,27 +74,35 @@ class PackedAttention(MegatronModule):
         return out.reshape(out.size(0), 1, -1)
 
     def _with_prefix(self, streams: list[Tensor], num_prefix: int, lengths: tuple[int, ...]) -> Tensor:
-        heads = [stream[:num_prefix] for stream in streams]
-        tails = [stream[num_prefix:] for stream in streams]
-        prefix = self._attend([head.unsqueeze(0) for head in heads], causal=True).squeeze(0)  # [P, h, d]
-        pad = _Padding(lengths, tails[0].device)
-        query, key, value = (pad.spread(tail) for tail in tails)  # [B, S, ., d]
-        batch = query.size(0)
+        query, key, value = (stream[:num_prefix].unsqueeze(0) for stream in streams)  # [1, P, ., d]
+        prefix = self._attend([query, key, value], causal=True).squeeze(0)  # [P, h, d]
+        own = [stream[num_prefix:] for stream in streams]
+        return torch.cat((prefix, self._each(own, lengths, partial(self._after_prefix, key, value))))
+
+    def _after_prefix(self, prefix_key: Tensor, prefix_value: Tensor, own: list[Tensor]) -> Tensor:
+        """Return [B, S, h, d] of own parts [B, S, ., d] that follow a prefix [1, P, g, d]."""
+        query, key, value = own
+        batch, size, num_prefix = *query.shape[:2], prefix_key.size(1)
         key, value = (
-            torch.cat((head.unsqueeze(0).expand(batch, -1, -1, -1), own), dim=1)
-            for head, own in zip(heads[1:], (key, value), strict=True)
+            torch.cat((head.expand(batch, -1, -1, -1), tail), dim=1)
+            for head, tail in ((prefix_key, key), (prefix_value, value))
         )  # [B, P + S, g, d]
-        size = query.size(1)
         # [S, P + S]: row i sees the whole prefix and own tokens up to itself
         mask = torch.ones(size, num_prefix + size, dtype=torch.bool, device=query.device).tril(num_prefix)
-        return torch.cat((prefix, pad.gather(self._attend([query, key, value], mask=mask))))
+        return self._attend([query, key, value], mask=mask)
 
     def _own_parts(self, streams: list[Tensor], lengths: tuple[int, ...]) -> Tensor:
-        if len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths):
+        return self._each(streams, lengths, partial(self._attend, causal=True))
+
+    def _each(
+        self, streams: list[Tensor], lengths: tuple[int, ...], attend: Callable[[list[Tensor]], Tensor]
+    ) -> Tensor:
+        """Return what `attend` makes of [B, S, ., d] for all sequences at once, or one by one where padding is much."""
+        if _pads_little(lengths):
             pad = _Padding(lengths, streams[0].device)
-            return pad.gather(self._attend([pad.spread(stream) for stream in streams], causal=True))
+            return pad.gather(attend([pad.spread(stream) for stream in streams]))
         parts = zip(*(stream.split(lengths) for stream in streams), strict=True)
-        return torch.cat([self._attend([x.unsqueeze(0) for x in part], causal=True).squeeze(0) for part in parts])
+        return torch.cat([attend([x.unsqueeze(0) for x in part]).squeeze(0) for part in parts])
 
     def _over_context(self, streams: list[Tensor], packed: PackedSequences) -> Tensor:
         query, key, value = streams
@@ -105,7 +115,7 @@ class PackedAttention(MegatronModule):
         """Return [t, h, d] for this rank's part of the queries and all keys and values [T, g, d], in order."""
         lengths, num_ranks = packed.lengths, len(key) // max(1, len(query))
         shares = tuple(length // num_ranks for length in lengths)  # of each sequence here: all are padded to divide
-        if len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths):
+        if _pads_little(lengths):
             pad, wide = _Padding(shares, query.device), _Padding(lengths, query.device)
             mask = _not_later(pad.spread(packed.position_ids), wide.shape[1]).unsqueeze(1)  # [B, 1, s, S]
             return pad.gather(self._attend([pad.spread(query), wide.spread(key), wide.spread(value)], mask=mask))
@@ -131,6 +141,10 @@ class PackedAttention(MegatronModule):
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         return {}
+
+
+def _pads_little(lengths: tuple[int, ...]) -> bool:
+    return len(lengths) * max(lengths) <= _MAX_PADDING * sum(lengths)
 
 
 def _not_later(positions: Tensor, size: int) -> Tensor:

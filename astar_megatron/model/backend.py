@@ -211,6 +211,11 @@ def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> Non
             "model.reference=offload: without a GPU there is no second memory to move the reference to; "
             "set model.reference=resident"
         )
+    if optim.offload and model.dtype == "float32":
+        raise ValueError(
+            "optim.offload with model.dtype=float32: Megatron's offloaded optimiser can't load a checkpoint of float32 "
+            "weights; set model.dtype=bfloat16, or optim.offload=false"
+        )
     if optim.offload and not engine:
         raise ValueError(
             "optim.offload: Megatron keeps optimiser states in host memory only beside a GPU and with Transformer "

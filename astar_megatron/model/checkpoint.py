@@ -43,8 +43,6 @@ def begin_save(
 
     `chunks` are this rank's of the model. The reference is in it where it is a copy of the policy. Raises StorageError.
     """
-    for inner in _inner_optimizers(optimizer, critic):
-        _fill_adam_state(inner.optimizer, step=0.0)  # where every step so far was left out: what it begins with
     state = _state(chunks, optimizer, schedule, loading=False) | _critic_state(critic, loading=False)
     with reference.on_device():
         return Saving(folder, state | (_reference_state(reference) if reference.is_copy else {}), thread)
@@ -63,8 +61,6 @@ def load(
     In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
     """
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    for inner in _inner_optimizers(optimizer, critic):
-        _fill_adam_state(inner.optimizer, step=1.0)
     state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
@@ -117,10 +113,6 @@ def _load_model(chunks: Sequence[Any], optimizer: Any, schedule: Any, loaded: di
     schedule.load_state_dict(loaded["schedule"])
 
 
-def _inner_optimizers(optimizer: Any, critic: Critic | None) -> list[Any]:
-    return [*optimizer.chained_optimizers, *(critic.optimizer.chained_optimizers if critic is not None else ())]
-
-
 def _critic_state(critic: Critic | None, *, loading: bool) -> dict[str, Any]:
     """Return the sharded state of the critic, under names of its own."""
     if critic is None:
@@ -161,7 +153,7 @@ def _take_groups_of(optimizer: Any, loaded: dict[str, Any]) -> None:
 def _saved_step(saved: dict[Any, Any]) -> float:
     """Return how many steps an optimizer had taken; each of its groups, at whatever depth, says so."""
     groups = saved["optimizer"]["param_groups"] if "optimizer" in saved else saved[0]["optimizer"]["param_groups"]
-    return max(group["step"] for group in groups if "step" in group)
+    return max((group["step"] for group in groups if "step" in group), default=0)
 
 
 def _layout() -> dict[str, int]:
@@ -222,17 +214,3 @@ def _of_each(inner: Sequence[Any], state: dict[Any, Any]) -> list[dict[Any, Any]
 
 def _tracker() -> Any:
     return get_cuda_rng_tracker()
-
-
-def _fill_adam_state(adam: Any, step: float) -> None:
-    """Give a fresh torch AdamW its state: megatron's state_dict() asserts that every parameter has a `step`."""
-    if not isinstance(adam, torch.optim.AdamW):  # Transformer Engine's and apex's count steps elsewhere
-        return
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if not adam.state[parameter]:
-                adam.state[parameter] = {
-                    "step": torch.tensor(step),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }

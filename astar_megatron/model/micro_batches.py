@@ -57,11 +57,9 @@ class GroupColumns:
         places = torch.arange(sum(lengths)).split(lengths)
         self._places = [torch.cat([places[i] for i in indices]) for indices, _ in group]
         self._of_sequences = {name: column.to(device) for name, column in batch.columns.items()}
+        of_tokens = {name: column.split(lengths) for name, column in batch.token_columns.items()}
         self._of_packs = [
-            {
-                name: torch.cat([column.split(lengths)[i] for i in indices]).to(device)
-                for name, column in batch.token_columns.items()
-            }
+            {name: torch.cat([parts[i] for i in indices]).to(device) for name, parts in of_tokens.items()}
             for indices, _ in group
         ]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from astar_megatron.config import OptimConfig
@@ -18,11 +19,11 @@ _STYLES = {"constant": "constant", "cosine": "cosine", "wsd": "WSD"}
 
 
 def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype, *, overlap: bool) -> Any:
-    """Return Megatron's optimizer of the DistributedDataParallel `modules`; collective over all ranks.
+    """Return Megatron's optimizer of the DistributedDataParallel `modules`, with its state; collective over all ranks.
 
     `overlap` says that they gather weights while others are computed.
     """
-    return get_megatron_optimizer(
+    optimizer: Any = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -43,6 +44,29 @@ def make_optimizer(modules: list[Any], optim: OptimConfig, dtype: torch.dtype, *
         modules,
         use_gloo_process_groups=False,
     )
+    for inner in optimizer.chained_optimizers:
+        if inner.optimizer is not None:  # a rank may have no parameters of a kind
+            _fill_state(inner.optimizer)
+    return optimizer
+
+
+def _fill_state(adam: Any) -> None:
+    """Give a fresh Adam the moments that its first step would make, all 0.
+
+    So a rank holds from the beginning what it will hold, and can be saved and loaded before it has taken a step.
+    """
+    is_hybrid = isinstance(adam, HybridDeviceOptimizer)
+    for sub_optimizer in adam.sub_optimizers if is_hybrid else [adam]:
+        # Transformer Engine's counts steps in its groups, torch's beside the moments.
+        counts_here = isinstance(sub_optimizer, torch.optim.Adam)
+        for group in sub_optimizer.param_groups:
+            for parameter in group["params"]:
+                state = sub_optimizer.state[parameter]
+                if counts_here:
+                    state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    if is_hybrid:
+        adam._sync_sub_optimizers_state_to_hdo()
 
 
 def make_schedule(optimizer: Any, optim: OptimConfig, num_steps: int) -> OptimizerParamScheduler:

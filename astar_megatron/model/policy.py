@@ -249,10 +249,6 @@ class PolicyRank:
         """Return this rank's parameters, current and uncopied."""
         return {name: parameter.data for name, parameter in named_parameters(self._chunks).items()}
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Return this rank's accumulated float32 gradients, uncopied."""
-        return {name: parameter.main_grad for name, parameter in named_parameters(self._chunks).items()}  # type: ignore[attr-defined]
-
     def place(self) -> Place:
         """Return where this rank's weights are."""
         return here(self.backend.device)

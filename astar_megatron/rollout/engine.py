@@ -70,9 +70,12 @@ class Engine:
         """Load the model; returns when the engine can generate: which environment variables it left out, and why."""
         left_out = leave_out_unreadable()
         from vllm import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(self._options)))
+        arguments = AsyncEngineArgs(**engine_arguments(self._options))
+        # As many tokens a pass as vLLM's offline engine takes, 16,384 on an H100; AsyncLLM's own default is 2,048.
+        self._llm = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         manager = self._llm.engine_core.resources.engine_manager
         threading.Thread(target=_tell_ends, args=(list(manager.processes),), daemon=True).start()
         return left_out

@@ -27,7 +27,7 @@ MAX_WEIGHT_BYTES = 8 * 10**9  # the program's process holds transformers' copy; 
 _LENGTHS = (5, 23, 41, 64)
 # Nats that two right programs may differ by on one token, with the same weights in the compute type of the export.
 # transformers in bfloat16 is 0.42 away from itself in float32 for SmolLM2-135M, and 1.8 with one gate and up swapped.
-LOGPROB_LIMITS = {"float32": 1e-3, "bfloat16": 1.0}
+_LIMITS = {"float32": 1e-3, "bfloat16": 1.0}
 
 _USUAL_LOGIT = 32.0  # rounding grows with the logits: one of 173 was 0.003 nats from itself, by two ways of attention
 
@@ -161,7 +161,7 @@ def _compared(folder: Path, logprobs: LogProbs, dtype: str) -> dict[str, Any]:
     used = str(model.dtype).removeprefix("torch.")
     comparison: dict[str, Any] = {
         "max_difference": None if not_finite else float((theirs - ours).abs().max()),
-        "limit": LOGPROB_LIMITS[used] * max(1.0, largest / _USUAL_LOGIT if math.isfinite(largest) else 0.0),
+        "limit": _LIMITS[used] * max(1.0, largest / _USUAL_LOGIT if math.isfinite(largest) else 0.0),
         "tokens": len(ours),
         "against": f"transformers {importlib.metadata.version('transformers')}, {used}, CPU",
     }

@@ -5,7 +5,7 @@ them.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import CheckpointConfig
 from astar_megatron.data import rollout_files
 from astar_megatron.data.contract import Contract, ContractError
-from astar_megatron.data.manifest import MANIFEST_FILE, problems
+from astar_megatron.data.manifest import MANIFEST_FILE, problems, strangers
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run.saving import FOLDERS, IN_FLIGHT_FILE, LATEST_FILE, PROGRESS_FILE, Saves
@@ -49,9 +49,15 @@ class Checkpoints:
     def verify(self) -> None:
         """Read all files of the newest checkpoint; DamagedCheckpointError where one is not as it was written."""
         folder = self.latest
-        if folder is not None and (faults := _faults(folder)):
-            more = f", and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-            raise _error(self._folder, f"{folder} is damaged: {', '.join(faults[:_NAMED])}{more}", folder.name)
+        if folder is None:
+            return
+        if faults := _faults(folder):
+            raise _error(self._folder, f"{folder} is damaged: {_listed(faults)}", folder.name)
+        if others := strangers(folder) if (folder / MANIFEST_FILE).exists() else []:
+            raise DamagedCheckpointError(
+                f"{folder} is whole, but holds files that are not in {MANIFEST_FILE}: {_listed(others)}; move them "
+                "away and run the same command again"
+            )
 
     @property
     def unverified(self) -> str:
@@ -157,17 +163,20 @@ def newest(run_dir: Path) -> Path:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None. Raises DamagedCheckpointError where it is not there."""
+    """Return the checkpoint that `latest` names, or None. Raises DamagedCheckpointError where it is not there.
+
+    Where there is no `latest` it is the last folder, each of which was whole before it got its name.
+    """
     checkpoints = run_dir / CHECKPOINTS_FOLDER
     pointer = checkpoints / LATEST_FILE
     try:
         name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
     except FileNotFoundError:
-        return None
+        return max(checkpoints.glob(FOLDERS), default=None)
     except OSError as error:
         raise ValueError(
-            f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; remove {checkpoints} to "
-            "start over, or choose a new run_dir"
+            f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; mend that, or choose "
+            "a new run_dir to start over"
         ) from error
     folder = checkpoints / name
     if not name or not (folder / PROGRESS_FILE).is_file():
@@ -183,10 +192,15 @@ def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
     others = [path for path in others if path.name < bad] or others
     whole = next((path.name for path in others if not _faults(path)), None)
     if whole is None:
-        remedy = f"no other checkpoint there is whole: remove {checkpoints} to start over"
+        remedy = "no other checkpoint there is whole: choose a new run_dir to start over"
     else:
         remedy = f"{whole} is whole: write its name into {pointer} and run the same command again"
     return DamagedCheckpointError(f"{culprit}; {remedy}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _faults(folder: Path) -> list[str]:

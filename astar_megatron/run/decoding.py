@@ -12,9 +12,12 @@ from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import SamplingConfig
 from astar_megatron.rollout.engine import Response
 from astar_megatron.rollout.source import Engines
-from astar_megatron.run.certificate import LOGPROB_LIMITS, fixed_sequences
+from astar_megatron.run.certificate import fixed_sequences
 from astar_megatron.types import Prompt, Request
 
+# Nats that two right programs may differ by on one greedy token. Of float32 ten times what an export's certificate
+# allows, which scales its limit by the largest logit: that is not known here.
+_LIMITS = {"float32": 1e-2, "bfloat16": 1.0}
 _TOKENS = 16  # of the prompt at most, and of the response
 _POLL_SECONDS = 1.0
 _MOST_REPEATS = 3  # of an answer: one small step of a small model may leave the log-probs as they were
@@ -94,7 +97,7 @@ class DecodePath:
         prompt = self._prompt.token_ids
         sequences = [prompt + answer.token_ids for answer in answers.values()]
         scores = policy.logprobs(sequences, [len(prompt)] * len(answers))
-        limit, largest = LOGPROB_LIMITS[policy.dtype], 0.0
+        limit, largest = _LIMITS[policy.dtype], 0.0
         for (index, answer), expected in zip(answers.items(), scores, strict=True):
             gaps = [abs(own - other) for own, other in zip(answer.token_logprobs, expected, strict=True)]
             largest = max(largest, *gaps)

@@ -1,8 +1,6 @@
-"""PROGRAM: the run's evaluation prompts, or named benchmarks, with the pool, sampling and reward rules of training.
+"""An evaluation: the responses of engines that are there to each set of problems, their scores, and the files of these.
 
-Of every problem one greedy response (pass@1), and where the benchmark or `eval.num_samples` asks for n samples also
-avg@n, maj@n and pass@k (algorithm/estimators.py), each with its standard error over the problems. A response cut by the
-token limit is scored as it stands.
+evaluate.py says what is measured. Training evaluates through this too.
 """
 
 import json

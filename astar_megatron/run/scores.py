@@ -45,10 +45,6 @@ class Evaluation:
     truncated: float  # share of all responses that the token limit cut
     formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
 
-    @property
-    def reward_mean(self) -> float:
-        return self.greedy.mean
-
     def rows(self) -> list[tuple[str, str]]:
         """Return what there is to show, in per cent."""
         return [

@@ -60,11 +60,30 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
     objective = objective_of(cfg, inputs, estimates)
     done = checkpoints.restore(prompt_stream(cfg, inputs, estimates, objective), objective)
     checkpoints.in_flight(inputs.prompts)
+    _check_metrics(cfg, done)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
             f"{done} steps; raise it, choose a new run_dir, or write the name of an earlier step_* folder into "
             f"{cfg.run_dir}/checkpoints/latest"
+        )
+
+
+def _check_metrics(cfg: RunConfig, done: int) -> None:
+    """Raise ValueError where metrics and checkpoints can't be of one run: to go on would lose some of it."""
+    path = Path(cfg.run_dir) / METRICS_FILE
+    steps = [line["step"] for line in read_metrics(cfg.run_dir)]
+    if (before := sum(step < done for step in steps)) < done:
+        raise ValueError(
+            f"{path}: it has {before} of the {done} steps that are behind the newest checkpoint, and what they cost is "
+            f"part of the run; put the file there as it was, or write the name of an earlier step_* folder into "
+            f"{cfg.run_dir}/checkpoints/latest"
+        )
+    # A run that ended before its first checkpoint was whole has fewer: the second waits for the first.
+    if not done and len(steps) > 2 * cfg.checkpoint.interval:
+        raise ValueError(
+            f"{path}: it has {len(steps)} steps, but there is no checkpoint to go on from, and to start over would "
+            "remove them; choose a new run_dir, or move what is in this one away"
         )
 
 

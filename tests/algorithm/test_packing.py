@@ -142,6 +142,7 @@ def test_micro_batches_are_few_and_balanced() -> None:
     assert max(tokens) - min(tokens) <= 100
     assert tokens == sorted(tokens, reverse=True)
     assert len(micro_batches(lengths, 3100, multiple_of=4)) == 12
+    assert [len(part) for part in micro_batches([100] * 50, 290)] == [2] * 25
 
 
 def test_a_sequence_longer_than_the_limit_goes_alone() -> None:

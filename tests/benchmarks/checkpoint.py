@@ -105,7 +105,6 @@ def one_rank(rank: int, ranks: int, way: str, model: str, folder: str, pipe: Any
     from torch import distributed as dist
 
     from astar_megatron.config import OptimConfig, ParallelConfig
-    from astar_megatron.model import checkpoint
     from astar_megatron.model.policy import PolicyRank
 
     policy = PolicyRank(
@@ -120,8 +119,6 @@ def one_rank(rank: int, ranks: int, way: str, model: str, folder: str, pipe: Any
     if rank == 0:
         pipe.send(policy.listen("127.0.0.1"))
     policy.start("127.0.0.1", pipe.recv())
-    for optimizer in policy._optimizer.chained_optimizers:
-        checkpoint._fill_adam_state(optimizer.optimizer, step=1.0)
     assert parallel_state.get_data_parallel_world_size() == ranks
     dist.barrier()
     figures = save(policy, way, Path(folder), dist.barrier)

@@ -1,11 +1,12 @@
 """Generation by bare vLLM and by the pool, on the same requests: tokens a second and milliseconds a decode step.
 
-    PYTHONPATH=. python3 tests/benchmarks/gpu_generation.py [--graphs decode none compiled] [--json FILE]
+    PYTHONPATH=$PWD python3 tests/benchmarks/gpu_generation.py [--graphs decode none compiled] [--json FILE]
 
 256 requests of 1,024 tokens at Qwen2.5-1.5B's shape with random weights, on one GPU. Bare vLLM draws them plainly, with
 a seed each, and with a seed and log-probs each, under model runner V1 and V2, a process each; the pool draws them as
-training does. Each draws twice, and the second counts. `--shape tiny` runs on a CPU, to see that this program does; V2
-and decode graphs need a GPU.
+training does, with its head in float32. Each draws two sets of prompts, and the second counts. A row is printed, and
+written to FILE, when it is there; what failed is named in the end, with status 1. Each of `--graphs` may take ten
+minutes. `--shape tiny` runs on a CPU, to see that this program does; V2 and decode graphs need a GPU.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,11 @@ class Work:
     def max_tokens(self) -> int:
         return self.prompt_tokens + self.tokens
 
-    def prompts(self) -> list[list[int]]:
-        """Return prompts that share nothing."""
+    def prompts(self, turn: int) -> list[list[int]]:
+        """Return prompts that share nothing, with each other or those of another turn."""
         import torch
 
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(turn)
         return torch.randint(
             10, self.vocab_size - 10, (self.requests, self.prompt_tokens), generator=generator
         ).tolist()
@@ -69,8 +71,7 @@ def bare(work: Work) -> None:
     )
     ours = ("worker_extension_cls", "weight_transfer_config", "hf_overrides", "moe_backend")  # bare: without them
     llm = LLM(**{name: value for name, value in engine_arguments(options).items() if name not in ours})
-    prompts: Any = [{"prompt_token_ids": ids} for ids in work.prompts()]
-    for kind in KINDS:
+    for number, kind in enumerate(KINDS):
         more: dict[str, Any] = {"logprobs": 0} if "log-probs" in kind else {}
         sampling = [
             SamplingParams(
@@ -83,7 +84,7 @@ def bare(work: Work) -> None:
             for index in range(work.requests)
         ]
         for turn in range(2):
-            llm.reset_prefix_cache()
+            prompts: Any = [{"prompt_token_ids": ids} for ids in work.prompts(2 * number + turn)]
             start = time.perf_counter()
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
             if turn:
@@ -111,15 +112,16 @@ def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
     env = environment(rollout, gpus=gpus, threads=threads, socket_folder=None)
     env |= {"VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
     command = [sys.executable, __file__, "--bare", json.dumps({name: getattr(work, name) for name in Work.__slots__})]
-    done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"bare vLLM, model runner V{runner}, ended with {done.returncode}; its output is above")
-    for line in done.stdout.splitlines():
-        if line.startswith("bare "):
-            yield {"who": f"bare vLLM, runner V{runner}", "graphs": work.graphs} | json.loads(line[5:])
+    with subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("bare "):
+                yield {"who": f"bare vLLM, runner V{runner}", "graphs": work.graphs} | json.loads(line[5:])
+    if process.returncode:
+        raise RuntimeError(f"its process ended with {process.returncode}; what it said is above")
 
 
-def pool_row(work: Work) -> dict[str, Any]:
+def pool_rows(work: Work) -> Iterator[dict[str, Any]]:
     from astar_megatron.cluster.cluster import Cluster
     from astar_megatron.cluster.placement import place
     from astar_megatron.config import ClusterConfig, RewardConfig, RolloutConfig, SamplingConfig
@@ -128,8 +130,6 @@ def pool_row(work: Work) -> dict[str, Any]:
     from astar_megatron.types import Prompt, Request
 
     rollout = RolloutConfig(graphs=work.graphs, max_num_seqs=work.requests, gpu_memory_utilization=0.85)  # type: ignore[arg-type]
-    prompts = [Prompt(uid=str(i), token_ids=tuple(ids), text="", answer="0") for i, ids in enumerate(work.prompts())]
-    requests = [Request(prompt=prompt, sample=0, seed=index) for index, prompt in enumerate(prompts)]
     sampling, reward = SamplingConfig(max_response_tokens=work.tokens), RewardConfig(name="last_number")
     with Cluster(ClusterConfig(start_timeout_seconds=900)) as cluster:
         cluster.reserve(place(cluster.nodes.values(), None, rollout, share_gpus=False))
@@ -146,14 +146,19 @@ def pool_row(work: Work) -> dict[str, Any]:
         )
         pool.start()
         ready = time.perf_counter()
-        for _ in range(2):
+        for turn in range(2):
+            prompts = [
+                Prompt(uid=str(i), token_ids=tuple(ids), text="", answer="0")
+                for i, ids in enumerate(work.prompts(turn))
+            ]
+            requests = [Request(prompt=prompt, sample=0, seed=index) for index, prompt in enumerate(prompts)]
             with RolloutSource(pool, sampling, reward, Path(work.model).parent) as source:
                 first = time.perf_counter()
                 rollouts = source.ask(requests).rollouts()
                 seconds = time.perf_counter() - first
         pool.close()
     row = figures(KINDS[-1], seconds, [len(rollout.token_ids) for rollout in rollouts])
-    return {"who": "the pool", "graphs": work.graphs} | row | {"start, s": round(ready - start, 1)}
+    yield {"who": "the pool", "graphs": work.graphs} | row | {"start, s": round(ready - start, 1)}
 
 
 def main() -> None:
@@ -172,7 +177,9 @@ def main() -> None:
     import torch
     from gpu_models import SHAPES, write_model
 
-    rows = []
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
+    print(f"{arguments.requests} requests of {arguments.tokens} tokens, shape {arguments.shape}, {device}", flush=True)
+    rows, failures = [], []
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_model(Path(folder), arguments.shape))
         for graphs in arguments.graphs:
@@ -185,14 +192,25 @@ def main() -> None:
                 on_gpu=torch.cuda.is_available(),
                 graphs=graphs,
             )
-            rows += [row for runner in arguments.runners for row in bare_rows(work, runner)]
-            rows.append(pool_row(work))
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
-    print(f"{arguments.requests} requests of {arguments.tokens} tokens, shape {arguments.shape}, {device}")
-    for row in rows:
-        print("  ".join(f"{name} {figure}" for name, figure in row.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
+            for who, measure in draws(arguments.runners):
+                try:
+                    for row in measure(work):
+                        rows.append(row)
+                        print("  ".join(f"{name} {figure}" for name, figure in row.items()), flush=True)
+                        if arguments.json:
+                            text = json.dumps({"device": device, "rows": rows}, indent=1)
+                            arguments.json.write_text(text + "\n")
+                except Exception as error:  # vLLM and Ray raise of all kinds, and the others are still to be seen
+                    failures.append(f"{who}, graphs {graphs}: {type(error).__name__}: {error}")
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+def draws(runners: list[int]) -> Iterator[tuple[str, Callable[[Work], Iterator[dict[str, Any]]]]]:
+    """Yield who draws, and what yields their rows."""
+    for runner in runners:
+        yield f"bare vLLM, runner V{runner}", partial(bare_rows, runner=runner)
+    yield "the pool", pool_rows
 
 
 if __name__ == "__main__":

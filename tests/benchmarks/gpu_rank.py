@@ -54,6 +54,8 @@ def measured(shape: str, steps: int) -> dict[str, Any]:
             version=version,
         )
 
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # of the shape before
     options = StepOptions(temperature=1.0, mini_batch_size=count // 2, micro_batch_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
         rank = PolicyRank(

@@ -42,7 +42,8 @@ def start(role: str, route: Route, folder: Path, fate: str, device: str = "cpu")
     """The other end, in a process of its own; it says "ready" once it has its end."""
     (folder / "route.json").write_text(json.dumps(dataclasses.asdict(route)))
     command = [sys.executable, str(PROGRAM), role, str(folder / "route.json"), fate, device]
-    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[2]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(PROGRAM.parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

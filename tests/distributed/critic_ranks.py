@@ -64,8 +64,7 @@ def values_and_gradient(pipe: Any, rank: int, port: int | None, *, job: Any, bat
         gradient = mine.pop(name) if name else None
         if gradient is not None:
             gradient = gradient.tolist()
-        policy.gradients = lambda: mine
-        work.write_gradients(policy, folder)
+        work.write_gradients(policy, folder, mine)
         heads: list[Any] = [None] * policy.layout.world_size
         dist.all_gather_object(heads, gradient)
         return values.tolist(), [each for each in heads if each is not None]

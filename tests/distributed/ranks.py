@@ -147,17 +147,24 @@ def trained(
         return reports
 
 
-def write_gradients(policy: Any, folder: str) -> None:
-    """Write the gradients under HF names, in float32, to `folder`/model.safetensors; collective, rank 0 writes."""
+def write_gradients(policy: Any, folder: str, own: dict[str, Any] | None = None) -> None:
+    """Write the gradients under HF names, in float32, to `folder`/model.safetensors; collective, rank 0 writes.
+
+    `own` are this rank's, if not those of the policy's parameters.
+    """
     import torch
     import torch.distributed as dist
     from safetensors.torch import save_file
 
+    from astar_megatron.model.build import named_parameters
     from conversion.plan import plan
     from conversion.transfer import view
 
+    if own is None:
+        parameters: dict[str, Any] = dict(named_parameters(policy._chunks))
+        own = {name: parameter.main_grad for name, parameter in parameters.items()}
     everywhere: list[Any] = [None] * policy.layout.world_size
-    dist.all_gather_object(everywhere, {name: tensor.cpu() for name, tensor in policy.gradients().items()})
+    dist.all_gather_object(everywhere, {name: tensor.cpu() for name, tensor in own.items()})
     if policy.rank:
         return
     whole = {name: torch.zeros(shape) for name, shape in policy.model.parameters().items()}

@@ -93,7 +93,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     uids = [prompt.uid for prompt in inputs.prompts[:5]]
     assert [(row["uid"], row["sample"]) for row in rows[:5]] == [(uid, "greedy") for uid in uids]
     assert [(row["uid"], row["sample"]) for row in rows[5:]] == [(uid, sample) for uid in uids for sample in (0, 1)]
-    assert evaluated.reward_mean == pytest.approx(sum(row["reward"] for row in rows[:5]) / 5)
+    assert evaluated.greedy.mean == pytest.approx(sum(row["reward"] for row in rows[:5]) / 5)
     assert evaluated.sampled["avg@2"].mean == pytest.approx(sum(row["reward"] for row in rows[5:]) / 10)
     assert all(row["reward"] == length_reward(row["response"], "") for row in rows)
     last = (tracker.run_dir / "eval_step_00000003.jsonl").read_text()  # of the same weights, after the last publish

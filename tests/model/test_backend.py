@@ -23,6 +23,7 @@ CPU = Backend(name="cpu", collectives="gloo", uses_transformer_engine=False, has
         ({"reference": "offload"}, {}, 0, r"model\.reference=offload: .*set model\.reference=resident"),
         ({}, {"offload": True}, 0, r"optim\.offload: .*there is no GPU; set optim\.offload=false"),
         ({}, {"offload": True}, 1, r"optim\.offload: .*Transformer Engine is not installed"),
+        ({"dtype": "float32"}, {"offload": True}, 1, r"optim\.offload with model\.dtype=float32: .*=bfloat16, or"),
     ],
 )
 def test_what_needs_another_device_is_refused_by_key(

@@ -79,6 +79,14 @@ def test_a_shared_prefix_stays_whole_and_padding_goes_to_the_end() -> None:
     assert len(aligned.token_ids) == 32 and aligned.positions.tolist() == packed.target_positions.tolist()
 
 
+def attention_of_a_layer(kind: Any) -> Any:
+    """PackedAttention, or a kind of it, as a layer has it, but for what megatron's configuration sets."""
+    attention = kind.__new__(kind)
+    torch.nn.Module.__init__(attention)
+    attention.scale, attention.config = 0.3, SimpleNamespace()
+    return attention
+
+
 def test_each_rank_has_the_same_number_of_causal_pairs() -> None:
     packed = pack([list(range(1, 50))], [3], share_prefix=False)
     pairs = [int((rank_stream(packed, context=4, rank=rank).position_ids + 1).sum()) for rank in range(4)]
@@ -91,9 +99,7 @@ def test_attention_of_the_parts_is_attention_of_the_whole(lengths: tuple[int, ..
     from astar_megatron.model.attention import PackedAttention, PackedSequences
 
     packed = pack([list(range(1, length + 2)) for length in lengths], [1] * len(lengths), share_prefix=False)
-    attention: Any = PackedAttention.__new__(PackedAttention)
-    torch.nn.Module.__init__(attention)
-    attention.scale, attention.config = 0.3, SimpleNamespace()
+    attention = attention_of_a_layer(PackedAttention)
     streams = [rank_stream(packed, context=context, rank=rank) for rank in range(context)]
     total = sum(streams[0].lengths)
     generator = torch.Generator().manual_seed(2)
@@ -110,3 +116,37 @@ def test_attention_of_the_parts_is_attention_of_the_whole(lengths: tuple[int, ..
         mine = places[rank * size : (rank + 1) * size]
         parts.append(attention.own_queries(query[mine], key, value, own).flatten(1))
     torch.testing.assert_close(torch.cat(parts)[order], wanted.squeeze(1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(9, 7, 8), (3, 41, 0, 2, 5)], ids=["alike: padded", "ragged: one by one"])
+def test_a_shared_prefix_is_computed_once_and_seen_by_all(lengths: tuple[int, ...]) -> None:
+    from astar_megatron.model.attention import PackedAttention, PackedSequences
+
+    attention, num_prefix = attention_of_a_layer(PackedAttention), 4
+    generator = torch.Generator().manual_seed(3)
+    total = num_prefix + sum(lengths)
+    stream = [torch.randn(total, 1, heads, 5, generator=generator) for heads in (6, 2, 2)]
+    together = attention(*stream, packed_seq_params=PackedSequences(prefix_tokens=num_prefix, lengths=lengths))
+    for index, length in enumerate(lengths):
+        start = num_prefix + sum(lengths[:index])
+        rows = [*range(num_prefix), *range(start, start + length)]
+        whole = PackedSequences(lengths=(len(rows),))
+        alone = attention(*(x[rows] for x in stream), packed_seq_params=whole)
+        torch.testing.assert_close(together[rows], alone, atol=1e-6, rtol=1e-5)
+
+
+def test_one_long_sequence_does_not_pad_the_others() -> None:
+    from astar_megatron.model.attention import PackedAttention, PackedSequences
+
+    attended: list[int] = []
+
+    class Counted(PackedAttention):
+        def _attend(self, tensors: list[torch.Tensor], **options: Any) -> torch.Tensor:
+            attended.append(tensors[0].size(0) * tensors[0].size(1))
+            return super()._attend(tensors, **options)
+
+    lengths, num_prefix = (100, *[3] * 30), 4
+    stream = [torch.zeros(num_prefix + sum(lengths), 1, heads, 5) for heads in (6, 2, 2)]
+    attention = attention_of_a_layer(Counted)
+    attention(*stream, packed_seq_params=PackedSequences(prefix_tokens=num_prefix, lengths=lengths))
+    assert sum(attended) == num_prefix + sum(lengths)

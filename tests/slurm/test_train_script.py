@@ -403,6 +403,7 @@ def test_outside_a_job_containers_and_a_setup_that_fails_are_refused(tmp_path: P
         ("ASTAR_IMAGE", "a/b:1", 2, "ASTAR_IMAGE=a/b:1: only jobs have containers; leave it out"),
         ("ASTAR_SETUP", "exit 3", 3, "ASTAR_SETUP=exit 3: ended with status 3"),
         ("ASTAR_SETUP", "false", 1, "ASTAR_SETUP=false: ended with status 1"),
+        ("ASTAR_SETUP", "exit 0", 1, "ASTAR_SETUP=exit 0: ended with status 0"),
     ):
         own = environment | {"ASTAR_PYTHON": "/bin/true", name: value}
         command = ["bash", TRAIN, "c.yaml"]
