@@ -349,6 +349,8 @@ CHECKPOINTS: list[Row] = [
      "metrics.jsonl: it has 6 of the 7 steps", "put the file there as it was"),
     ("metrics: no checkpoint", after(table(), write("run/metrics.jsonl", steps(21))),
      "train --set checkpoint.interval=10", "metrics.jsonl: it has 21 steps, but there is no checkpoint", "new run_dir"),
+    ("metrics: of an end", after(table(), write("run/metrics.jsonl", steps(4)), write("run/hf/conversion.json", "{}")),
+     "train", "metrics.jsonl: it has 4 steps, but there is no checkpoint", "new run_dir"),
     ("metrics: a folder", after(table(), folder("run/metrics.jsonl")), "train", "metrics.jsonl: can't", "remove it"),
     ("export: a model", after(table(), copied("model", "run/hf")), "train", "it has no conversion.json",
      "another place"),

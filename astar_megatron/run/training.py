@@ -79,8 +79,9 @@ def _check_metrics(cfg: RunConfig, done: int) -> None:
             f"part of the run; put the file there as it was, or write the name of an earlier step_* folder into "
             f"{cfg.run_dir}/checkpoints/latest"
         )
-    # A run that ended before its first checkpoint was whole has fewer: the second waits for the first.
-    if not done and len(steps) > 2 * cfg.checkpoint.interval:
+    # A run that was killed before its first checkpoint was whole has no export, and few steps: a second waits for it.
+    has_ended = (cfg.export_dir / folders.RECORD).exists()
+    if not done and steps and (has_ended or len(steps) > 2 * cfg.checkpoint.interval):
         raise ValueError(
             f"{path}: it has {len(steps)} steps, but there is no checkpoint to go on from, and to start over would "
             "remove them; choose a new run_dir, or move what is in this one away"
