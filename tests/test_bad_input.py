@@ -324,7 +324,9 @@ CHECKPOINTS: list[Row] = [
      "header.json: not the header of a V* table", "restore it"),
     ("table: header of later", after(table(), changed("run/v_star/header.json", format=9)), "train",
      "has format 9", "use the version that wrote it"),
-    ("table: no header", after(table(), remove("run/v_star/header.json")), "sweep", "shards without header", "restore"),
+    *((f"table: no header, {command[:8]}", after(table(), remove("run/v_star/header.json")), command,
+       "V* shards without header", "restore")
+      for command in ("sweep", "train", "doctor", "compare --methods astar --budget tokens=9")),
     ("table: all left out", table(), "train --set filter.all_right=0", "filter: none of the 2", "raise filter"),
     ("table: in the model", None, "sweep --set sweep.table={house}/model", "sweep.table: ", "choose another place"),
     ("run_dir: in the model", None, "sweep --set run_dir={house}/model/run", "run_dir: ", "choose another place"),

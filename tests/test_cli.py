@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from astar_megatron import config, doctor
 from astar_megatron.data.contract import contract_of
+from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run import resources
 from conversion import rewrite
@@ -173,6 +174,22 @@ def test_doctor_says_of_a_run_what_training_would(command: Command, refused: Ref
     assert "temperature: this run has 1.0, the table 0.5" in refused("doctor")
     shutil.rmtree(cfg.table_dir)
     assert "GiB are free" in refused("doctor", "checkpoint.keep=1000000000")
+
+
+@pytest.mark.parametrize("name", ["train --dry-run", "doctor"])
+def test_what_only_looks_at_a_run_leaves_a_damaged_shard_and_says_so_once(
+    name: str, command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config.validate(tree)
+    table, prompts = VStarTable.create_or_open(cfg.table_dir, contract_of(cfg)), read_prompts(cfg.data, cfg.model.path)
+    for sample in range(cfg.sweep.num_samples):
+        table.append([samples.rollout(prompts[0], sample=sample)])
+    shard = min(cfg.table_dir.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    before = sorted(cfg.table_dir.iterdir())
+    assert command(name)[0] == 0
+    assert caplog.text.count(f"{shard}: damaged shard, its rows count as missing") == 1
+    assert sorted(cfg.table_dir.iterdir()) == before
 
 
 # --- astar convert

@@ -48,6 +48,19 @@ def test_inspect_shows_shares_quantiles_and_tokens_and_draws(
     assert (tmp_path / "v_star.png").stat().st_size > 5000
 
 
+def test_inspect_leaves_a_shard_as_it_is_whose_name_or_content_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        fill(tmp_path / "v_star", (0.0, 1.0))
+    first, second = sorted((tmp_path / "v_star").glob("shard-*"))
+    first = first.rename(first.with_stem(f"{first.stem} (1)"))
+    before = sorted((tmp_path / "v_star").iterdir())
+    assert "samples: 164 " in shown_of(tmp_path, capsys)
+    assert f"{first}: damaged shard, its rows count as missing" in caplog.text and second.name not in caplog.text
+    assert sorted((tmp_path / "v_star").iterdir()) == before
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("counts", "words"), [((1, 1), "unknown: it takes more"), ((1, 3), "(of 1 prompts; the others have one sample)")]

@@ -15,7 +15,7 @@ from astar_megatron.algorithm.methods import Stage1
 from astar_megatron.config import RunConfig, SweepConfig
 from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates
-from astar_megatron.data.v_star import VStarTable
+from astar_megatron.data.v_star import MissingTableError, VStarTable
 from astar_megatron.types import Prompt
 
 
@@ -68,9 +68,12 @@ def run_samples(
 ) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
     """Return the responses' tokens by (uid, sample) that the table has of what belongs to a run, and how many it lacks.
 
-    Makes the table where there is none. Raises ContractError.
+    Where there is no table it lacks all. Raises TableError, ContractError.
     """
-    table = VStarTable.create_or_open(cfg.table_dir, contract)
+    try:
+        table = VStarTable.open(cfg.table_dir, contract)
+    except MissingTableError:
+        return {}, cfg.sweep.num_samples * len(prompts)
     wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
     most = {prompt.uid: count for prompt, count in zip(prompts, wanted.tolist(), strict=True)}
     drawn = {(uid, sample): ids for uid, sample, ids in table.responses() if sample < most.get(uid, 0)}

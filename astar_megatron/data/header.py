@@ -26,7 +26,7 @@ def make_header(folder: Path, contract: Contract) -> None:
 def stored_contract(folder: Path) -> dict[str, Value]:
     """Return the fields of the contract that the table was made under.
 
-    Raises MissingTableError, TableError (newer format, not a header) and StorageError.
+    Raises MissingTableError, TableError (newer format, not a header, shards without one) and StorageError.
     """
     path = folder / "header.json"
     try:
@@ -35,6 +35,11 @@ def stored_contract(folder: Path) -> dict[str, Value]:
         if type(version) is not int or version < 1:  # True is an int too
             raise TypeError(f"format: got {version!r}, expected {FORMAT}")
     except FileNotFoundError:
+        if any(folder.glob("shard-*")):
+            raise TableError(
+                f"{folder}: V* shards without header.json, which says what they were made under; restore it from where "
+                "they come from, or choose another sweep.table"
+            ) from None
         raise MissingTableError(
             f"{folder}: no V* table here; run `astar sweep` with this configuration first"
         ) from None

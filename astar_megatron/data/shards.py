@@ -3,8 +3,8 @@
     shard-000001-<16 hex of SHA-256>.parquet    rows, one a sample
 
 A file appears whole (temporary file, fsync, rename) and its name carries the digest of its content, so a torn one is
-seen: it is set aside and its rows are missing again. Earlier versions wrote index-*.parquet beside: nothing reads them,
-they may be deleted.
+seen: its rows are missing. Who fills the table renames it to .damaged; who only reads leaves it, as it may still be
+being copied. Earlier versions wrote index-*.parquet beside: nothing reads them, they may be deleted.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from astar_megatron.types import Rollout
 COLUMNS = ("uid", "sample", "reward", "response_tokens")  # the small ones, which stay in memory
 
 _LOG = logging.getLogger(__name__)
+_WARNED: set[Path] = set()  # damaged shards that were named: a command may open a table more than once
 _SCHEMA = pa.schema(
     [
         pa.field("uid", pa.string(), nullable=False),
@@ -61,18 +62,26 @@ def write_rows(folder: Path, number: int, rows: pa.Table) -> str:
     return name
 
 
-def read_shard(path: Path, whole: bool) -> pa.Table | None:
-    """Return the small columns; None for a damaged shard, which is renamed away.
+def read_shard(path: Path, whole: bool, *, sets_aside: bool) -> pa.Table | None:
+    """Return the small columns; None for a damaged shard, which is renamed away where the caller `sets_aside` such.
 
     `whole` checks every byte first; otherwise only the pages that are read are (each has a checksum of its own).
     """
     columns, reason = _read(path, whole)
-    if columns is None:
+    if columns is None and sets_aside:
         _LOG.warning("%s: damaged shard set aside, its rows are missing again (%s)", path, reason)
         try:
             path.rename(path.with_suffix(".damaged"))
         except OSError as error:
             _LOG.warning("%s: could not be renamed (%s); ignored", path, error)
+    elif columns is None and path not in _WARNED:
+        _WARNED.add(path)
+        _LOG.warning(
+            "%s: damaged shard, its rows count as missing (%s); wait if it is still being copied, else `astar sweep` "
+            "sets it aside and draws them again",
+            path,
+            reason,
+        )
     return columns
 
 
@@ -80,7 +89,7 @@ def read_responses(path: Path) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     """Yield uid, sample and response tokens of each row. Raises TableError for a damaged shard."""
     columns, reason = _read(path, whole=False, names=("uid", "sample", "response"))
     if columns is None:
-        raise TableError(f"{path}: damaged ({reason}); open the V* table again, which sets it aside")
+        raise TableError(f"{path}: damaged ({reason}); restore it, or remove it and run `astar sweep` again")
     for uid, sample, response in zip(*(column.to_pylist() for column in columns.columns), strict=True):
         yield uid, sample, tuple(response)
 

@@ -54,40 +54,49 @@ class TableSummary:
 class VStarTable:
     """The samples of one folder, made under one contract. Open it with `open` or `create_or_open`."""
 
-    def __init__(self, folder: Path, contract: Contract | None) -> None:
-        self.folder, self._contract = folder, contract
+    def __init__(self, folder: Path, contract: Contract | None, *, to_fill: bool) -> None:
+        self.folder, self._contract, self._to_fill = folder, contract, to_fill
         self._uids: dict[str, int] = {}  # uid -> index, in order of appearance
         self._old = np.empty(0, _ROW)  # sorted by prompt, then sample, each once
         self._starts = np.zeros(1, np.int64)  # where in _old the rows of a prompt begin
         self._new: list[np.ndarray] = []  # of _ROW, in order of appearance
         self._shards: set[str] = set()  # names of those read or written
+        self._damaged: set[str] = set()  # names of those of them that could not be read
         self._next_shard = 1
 
     @classmethod
     def create_or_open(cls, folder: str | Path, contract: Contract) -> Self:
-        """Return the table at `folder`, made empty where there is none. Raises StorageError and what `open` raises."""
+        """Return the table at `folder` to fill it, made empty where there is none. A damaged shard is set aside.
+
+        Raises StorageError and what `open` raises.
+        """
         folder = Path(folder)
         make_folder(folder)
-        if not (folder / "header.json").exists():
-            if any(folder.glob("shard-*")):
-                raise TableError(f"{folder}: shards without header.json; restore it or choose another sweep.table")
+        if not (folder / "header.json").exists() and not any(folder.glob("shard-*")):
             make_header(folder, contract)
-        return cls.open(folder, contract)
+        return cls.open(folder, contract, to_fill=True)
 
     @classmethod
-    def open(cls, folder: str | Path, contract: Contract | None, check_whole_bytes: int = 64 << 20) -> Self:
-        """Return the table at `folder`. A damaged shard is set aside with a warning: its rows are missing again.
+    def open(
+        cls,
+        folder: str | Path,
+        contract: Contract | None,
+        check_whole_bytes: int = 64 << 20,
+        *,
+        to_fill: bool = False,
+    ) -> Self:
+        """Return the table at `folder`. A damaged shard is named in a warning: its rows are missing again.
 
-        `contract` None takes any table, to look at it. One of more than `check_whole_bytes` has only the pages checked
-        that are read.
-        Raises MissingTableError, ContractError (field by field), TableError (newer format), StorageError.
+        Only `to_fill` it a damaged shard is renamed away, or anything else changed. `contract` None takes any table, to
+        look at it. One of more than `check_whole_bytes` has only the pages checked that are read.
+        Raises MissingTableError, ContractError (field by field), TableError (newer format, no header), StorageError.
         """
         folder = Path(folder)
         check_header(folder, contract)
-        if contract is not None:
+        if to_fill and contract is not None:
             with contextlib.suppress(StorageError):  # on a read-only file system the next job checks the rows again
                 complete_header(folder, contract)
-        table = cls(folder, contract)
+        table = cls(folder, contract, to_fill=to_fill)
         names = table._listed()
         whole = _no_more_than(check_whole_bytes, folder, names)
         for name in names:
@@ -176,7 +185,8 @@ class VStarTable:
     def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""
         for name in self._listed():
-            yield from read_responses(self.folder / name)
+            if name not in self._damaged:
+                yield from read_responses(self.folder / name)
 
     def rewards(self) -> dict[str, list[float]]:
         """Return the raw rewards by uid, in order of their sample index."""
@@ -224,7 +234,10 @@ class VStarTable:
 
     def _read(self, name: str, whole: bool) -> None:
         self._seen(name)
-        if (columns := read_shard(self.folder / name, whole)) is not None:
+        columns = read_shard(self.folder / name, whole, sets_aside=self._to_fill)
+        if columns is None:
+            self._damaged.add(name)
+        else:
             self._add(name, columns)
 
     def _add(self, name: str, columns: pa.Table) -> None:

@@ -1,5 +1,6 @@
 """What training begins with: what stage 1 says, the objective, the order of prompts, and where the run goes on from."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from astar_megatron import config
@@ -9,6 +10,7 @@ from astar_megatron.config import FilterConfig, RunConfig
 from astar_megatron.data import bad_batches, filters, rollout_files
 from astar_megatron.data.allocation import run_estimates, stage_1_of
 from astar_megatron.data.estimates import Estimates
+from astar_megatron.data.header import MissingTableError, check_header
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run import dashboard_libraries, dashboards, profiles, resources
@@ -91,8 +93,11 @@ def _check_metrics(cfg: RunConfig, done: int) -> None:
 def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
     """Raise ValueError for what of a training can be wrong before there is a table: it would cost a sweep.
 
-    The newest checkpoint is read whole.
+    The newest checkpoint is read whole, of a table that is there the header.
     """
+    if asks_stage_1(cfg):
+        with suppress(MissingTableError):
+            check_header(cfg.table_dir, inputs.contract)
     dashboard_libraries.check(cfg.tracking)
     checkpoints = checkpoints_of(cfg, inputs)
     checkpoints.verify()

@@ -138,12 +138,32 @@ def test_a_damaged_shard_is_set_aside_and_its_rows_are_missing_again(
     (second,) = tmp_path.glob("shard-000002-*")
     second.write_bytes(damage(second.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        table = VStarTable.open(tmp_path, CONTRACT, check_whole_bytes)
+        table = VStarTable.open(tmp_path, CONTRACT, check_whole_bytes, to_fill=True)
     assert "damaged shard set aside" in caplog.text and second.name in caplog.text
     assert table.missing(PROMPTS, 3) == [(prompt, 1) for prompt in PROMPTS]
     assert second.with_suffix(".damaged").exists() and not second.exists()
     table.append([scored(prompt, 1, _reward(i, 1)) for i, prompt in enumerate(PROMPTS)])
     assert VStarTable.open(tmp_path, CONTRACT).missing(PROMPTS, 3) == []
+
+
+@pytest.mark.parametrize("check_whole_bytes", [1 << 20, 0], ids=["whole", "by page"])
+def test_who_only_reads_warns_once_of_a_shard_that_is_still_being_copied_and_leaves_it(
+    tmp_path: Path, check_whole_bytes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    _fill(VStarTable.create_or_open(tmp_path, CONTRACT), PROMPTS, range(2))
+    (second,) = tmp_path.glob("shard-000002-*")
+    names, data = sorted(tmp_path.iterdir()), second.read_bytes()
+    with second.open("wb") as copy:
+        copy.write(data[:-100])
+        copy.flush()
+        for _ in range(2):
+            table = VStarTable.open(tmp_path, CONTRACT, check_whole_bytes)
+            assert table.missing(PROMPTS, 2) == [(prompt, 1) for prompt in PROMPTS]
+            assert [sample for _, sample, _ in table.responses()] == [0] * len(PROMPTS)
+        copy.write(data[-100:])
+    assert caplog.text.count(f"{second}: damaged shard, its rows count as missing") == len(caplog.records) == 1
+    assert sorted(tmp_path.iterdir()) == names
+    assert VStarTable.open(tmp_path, CONTRACT, check_whole_bytes).missing(PROMPTS, 2) == []
 
 
 def test_one_flipped_bit_anywhere_is_detected(tmp_path: Path) -> None:
@@ -179,8 +199,11 @@ def test_a_table_of_responses_without_special_tokens_fits_rewards_that_read_them
     earlier = VStarTable.create_or_open(tmp_path, CONTRACT)  # by a version that left special tokens out of the text
     earlier.append([scored(PROMPTS[0], 0, 1.0), dataclasses.replace(scored(PROMPTS[1], 0, 1.0), token_ids=())])
     now = dataclasses.replace(CONTRACT, kept_token_ids=(8, 9))
-    assert VStarTable.open(tmp_path, now).rewards() == {"uid-0": [1.0], "uid-1": [1.0]}
-    assert stored_contract(tmp_path) == now.fields()
+    header = stored_contract(tmp_path)
+    for opened in (VStarTable.open, VStarTable.create_or_open):
+        assert stored_contract(tmp_path) == header  # who only reads changes nothing
+        assert opened(tmp_path, now).rewards() == {"uid-0": [1.0], "uid-1": [1.0]}
+    assert stored_contract(tmp_path) == now.fields() != header
     with pytest.raises(ContractError, match="kept token ids: this run has none"):
         earlier.append([scored(PROMPTS[2], 0, 1.0)])  # while this version may draw for it
     VStarTable.open(tmp_path, now).append([scored(PROMPTS[2], 0, 1.0, tokens=5)])  # 8 and 9 are in it
@@ -230,8 +253,13 @@ def test_a_foreign_or_newer_header_is_refused(tmp_path: Path, header: str, messa
 def test_shards_without_a_header_are_not_adopted(tmp_path: Path) -> None:
     VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 0)])
     (tmp_path / "header.json").unlink()
-    with pytest.raises(TableError, match=r"shards without header\.json"):
-        VStarTable.create_or_open(tmp_path, CONTRACT)
+    for opened in (VStarTable.open, VStarTable.create_or_open):
+        with pytest.raises(
+            TableError, match=r"V\* shards without header\.json.*restore it.*or choose another"
+        ) as caught:
+            opened(tmp_path, CONTRACT)
+        assert not isinstance(caught.value, MissingTableError)  # which others take as: still to be swept
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
