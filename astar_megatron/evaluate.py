@@ -14,10 +14,10 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import tokenizer_digest
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
+from astar_megatron.run import scores
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
-from astar_megatron.run.scores import weights_digest
 from astar_megatron.run.tracking import Tracker
 from conversion import hf, rewrite
 from conversion.ends import End, open_end
@@ -36,11 +36,17 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     cfg = with_room(cfg)
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir)
-    with hugging_face(end, tracker) as folder, engines_of(cfg, tracker, str(folder)) as engines:
-        weights = weights_digest(read_record(folder))
-        show(str(path), evaluate(cfg, inputs, engines, tracker, "eval", weights), tracker)
+    with hugging_face(end, tracker) as folder:
+        weights = scores.weights_of(folder)
+        name = scores.name_of(weights)
+        scores.kept(tracker.run_dir, weights)  # damaged ones are refused before engines start
+        with engines_of(cfg, tracker, str(folder)) as engines:
+            evaluations = evaluate(cfg, inputs, engines, tracker, name)
+            scores.keep(tracker.run_dir, weights, evaluations)
+            show(str(path), evaluations, tracker)
+    tracker.say(f"scores and responses of these weights are in {tracker.run_dir / name}*")
     export = cfg.export_dir
-    if weights is not None and export.is_dir() and weights_digest(read_record(export)) == weights:
+    if export.is_dir() and scores.weights_digest(read_record(export)) == weights:
         tracker.say(card.write(export, Training.of_folder(export), Path(cfg.run_dir)))
 
 

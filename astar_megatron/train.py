@@ -13,6 +13,7 @@ from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
+from astar_megatron.run import scores
 from astar_megatron.run.certificate import certify
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import Fleet
@@ -134,6 +135,8 @@ def _evaluate(
     if not is_due and (interval is None or version % interval):
         return {}
     with clock.span("eval", "engines"):
-        evaluations = evaluate(cfg, inputs, fleet.engines, tracker, f"eval_step_{version:08d}")
+        name = f"eval_step_{version:08d}"
+        evaluations = evaluate(cfg, inputs, fleet.engines, tracker, name)
+        scores.write(tracker.run_dir, name, evaluations)
     show(f"the policy after {version} steps", evaluations, tracker)
     return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

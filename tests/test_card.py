@@ -1,6 +1,8 @@
 """The model card of an export: what it says, what it never says, and whose card it does not touch."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from astar_megatron import config
+from astar_megatron.data.files import without_nan
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
 from astar_megatron.run import scores
@@ -64,8 +67,10 @@ def text(folder: Path) -> str:
 
 def test_evaluations_come_back_from_their_files(tmp_path: Path) -> None:
     both = [evaluation(0.5), evaluation(0.25, "prompts")]
-    for name, weights in (("eval_step_00000000", None), ("eval_step_00000005", None), ("eval", "abc")):
-        scores.write(tmp_path, name, both, weights)
+    for name in ("eval_step_00000000", "eval_step_00000005"):
+        scores.write(tmp_path, name, both)
+    assert (tmp_path / "eval_step_00000005.md").read_text() == scores.markdown(both)
+    scores.keep(tmp_path, "abc", both)
     (tmp_path / "eval_step_00000009.json").write_text("{")  # of later steps, which are not asked for
     first, last = scores.scores_of(tmp_path, 7, None)
     assert (first.step, last.step) == (0, 5)
@@ -77,15 +82,75 @@ def test_evaluations_come_back_from_their_files(tmp_path: Path) -> None:
     assert [each.step for each in scores.scores_of(tmp_path, 9, None)] == [0]
 
 
+def means(evaluations: list[Evaluation]) -> dict[str, float]:
+    return {evaluation.name: evaluation.greedy.mean for evaluation in evaluations}
+
+
+def test_a_newer_evaluation_replaces_those_of_the_same_set_of_the_same_weights_alone(tmp_path: Path) -> None:
+    own, other = 64 * "a", 64 * "b"
+    scores.keep(tmp_path, own, [evaluation(0.5, "prompts"), evaluation(0.5)])
+    scores.keep(tmp_path, other, [evaluation(0.125, "prompts"), evaluation(0.125)])
+    scores.keep(tmp_path, own, [evaluation(0.75), evaluation(0.75, "math500")])
+    assert means(scores.kept(tmp_path, own)) == {"prompts": 0.5, "gsm8k": 0.75, "math500": 0.75}
+    assert means(scores.kept(tmp_path, other)) == {"prompts": 0.125, "gsm8k": 0.125}
+    table = (tmp_path / "eval_aaaaaaaaaaaa.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| prompts", "| gsm8k", "| math500"]
+    scores.write(tmp_path, "eval_step_00000007", [evaluation(0.25, "prompts"), evaluation(0.25, "amc23")])
+    (scored,) = scores.scores_of(tmp_path, 7, own)  # in training too: of the same weights
+    assert means(scored.evaluations) == {"prompts": 0.5, "amc23": 0.25, "gsm8k": 0.75, "math500": 0.75}
+    (tmp_path / "eval_aaaaaaaaaaaa_gsm8k.json").write_text("{")
+    with pytest.raises(ValueError, match=r"eval_aaaaaaaaaaaa_gsm8k\.json: no scores of an evaluation"):
+        scores.kept(tmp_path, own)
+    assert means(scores.kept(tmp_path, other)) == {"prompts": 0.125, "gsm8k": 0.125}
+
+
+def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -> None:
+    fields = [dataclasses.asdict(evaluation(0.5, name)) for name in ("prompts", "gsm8k")]
+    earlier = json.dumps(without_nan({"weights": 64 * "a", "sets": fields}))
+    (tmp_path / "eval.json").write_text(earlier)
+    scores.keep(tmp_path, 64 * "a", [evaluation(0.75)])
+    scores.keep(tmp_path, 64 * "b", [evaluation(0.125)])
+    assert means(scores.kept(tmp_path, 64 * "a")) == {"prompts": 0.5, "gsm8k": 0.75}
+    assert means(scores.kept(tmp_path, 64 * "b")) == {"gsm8k": 0.125}
+    assert (tmp_path / "eval.json").read_text() == earlier
+
+
+def test_weights_are_known_by_their_record_or_by_every_byte_of_their_files(tied_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tied_llama, tmp_path / "model")
+    (folder / "README.md").write_text("of no weight")
+    assert scores.weights_of(folder) == scores.weights_of(tied_llama)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-99] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert scores.weights_of(folder) != scores.weights_of(tied_llama)
+    (folder / folders.RECORD).write_text('{"digests": {"a": "b"}}')
+    assert scores.weights_of(folder) == scores.weights_digest({"digests": {"a": "b"}})
+
+
+def test_a_card_keeps_its_scores_when_another_set_or_model_is_evaluated(
+    export: Path, settings: dict[str, Any], tied_llama: Path
+) -> None:
+    run_dir = export.parent
+    scores.keep(run_dir, scores.weights_of(export), [evaluation(0.9438)])
+    scores.keep(run_dir, scores.weights_of(export), [evaluation(0.5, "math500")])
+    scores.keep(run_dir, scores.weights_of(tied_llama), [evaluation(0.25)])
+    card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
+    results: Any = ModelCard.load(export / "README.md").data
+    assert [(each.dataset_name, each.metric_value) for each in results.eval_results] == [
+        ("gsm8k", 94.38),
+        ("math500", 50.0),
+    ]
+
+
 def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settings: dict[str, Any]) -> None:
     run_dir = export.parent
     lines = [{"step": n, "spent_tokens": 100 * (n + 1), "model_flops": 2e9, "generation_flops": 1e9} for n in range(6)]
     samples.write_jsonl(run_dir / "metrics.jsonl", lines)
-    scores.write(run_dir, "eval_step_00000000", [evaluation(0.25)], None)
+    scores.write(run_dir, "eval_step_00000000", [evaluation(0.25)])
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     assert "None are recorded of these weights, those after 5 steps." in text(export)
     assert "model-index" not in ModelCard.load(export / "README.md").data.to_dict()
-    scores.write(run_dir, "eval", [evaluation(0.5)], scores.weights_digest(folders.read_record(export)))
+    scores.keep(run_dir, scores.weights_of(export), [evaluation(0.5)])
     card.write(export, Training.of_folder(export), run_dir)  # as `astar eval` and `astar export` do
     data: Any = ModelCard.load(export / "README.md").data
     assert (data.base_model, data.pipeline_tag, data.library_name) == (None, "text-generation", "transformers")

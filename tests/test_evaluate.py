@@ -150,8 +150,7 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
         "reward": 0.0,
         "truncated": False,
     }
-    table = (tracker.run_dir / "eval.md").read_text()
-    assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in table
+    assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in markdown([score])
 
 
 def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(

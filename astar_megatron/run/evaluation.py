@@ -14,30 +14,22 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.files import write_atomic
 from astar_megatron.rollout.requests import evaluation_requests
 from astar_megatron.rollout.source import Engines, RolloutSource
-from astar_megatron.run import scores
 from astar_megatron.run.prepare import EvalSet, Inputs
-from astar_megatron.run.scores import Estimate, Evaluation
+from astar_megatron.run.scores import Estimate, Evaluation, file_name
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
 
 
-def evaluate(
-    cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str, weights: str | None = None
-) -> list[Evaluation]:
-    """Evaluate what the engines hold. Responses go to `<run_dir>/<name>[_<set>].jsonl`, scores as `scores.write` says.
-
-    `weights` is the digest of a folder's weights, for those that no step names.
-    """
+def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> list[Evaluation]:
+    """Evaluate what the engines hold, and write the responses to `<run_dir>/<name>[_<set>].jsonl`."""
     evaluations = []
     for eval_set in inputs.eval_sets:
         with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
             greedy = _draw(cfg.seed, eval_set, source, tracker, name, num_samples=None)
             sampled = _draw(cfg.seed, eval_set, source, tracker, name, eval_set.num_samples)
-        file = name if eval_set.name == "prompts" else f"{name}_{eval_set.name}"
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
-        write_atomic(tracker.run_dir / f"{file}.jsonl", "".join(lines).encode())
+        write_atomic(tracker.run_dir / f"{file_name(name, eval_set.name)}.jsonl", "".join(lines).encode())
         evaluations.append(summary(eval_set, greedy, sampled))
-    scores.write(tracker.run_dir, name, evaluations, weights)
     return evaluations
 
 

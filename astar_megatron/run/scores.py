@@ -1,9 +1,10 @@
-"""What evaluations gave: their numbers, their table, and the file that keeps them, `<run_dir>/<name>.json`.
+"""What evaluations gave: their numbers, their tables, and the files that keep them.
 
     {"weights": "9f4c...", "sets": [{"name": "gsm8k", "greedy": {"mean": 0.71, "error": 0.012}, ...}]}
 
-`weights` says of which weights: `weights_digest` of the folder that was evaluated, null for those of a training, whose
-files have the step in their names.
+`<run_dir>/eval_step_<step>.json` has all sets of an evaluation in training; its `weights` is null. Of a folder each set
+has a file, and `weights_of` the folder is in its name and in it: eval_9f4c...json, eval_9f4c..._gsm8k.json. So a newer
+evaluation replaces those of the same set of the same weights alone, and several may run at once.
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.data.files import without_nan, write_atomic
+from astar_megatron.data.manifest import digest_of
+from conversion.folders import read_record
 
 _OF_A_STEP = f"eval_step_{8 * '[0-9]'}.json"
-_OF_A_FOLDER = "eval.json"
+_OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,40 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
-def write(run_dir: Path, name: str, evaluations: Sequence[Evaluation], weights: str | None) -> None:
-    """Write `<run_dir>/<name>.json` and, the same as a table, `<name>.md`. Raises StorageError."""
-    sets = [dataclasses.asdict(evaluation) for evaluation in evaluations]
-    text = json.dumps(without_nan({"weights": weights, "sets": sets}), indent=1) + "\n"
-    write_atomic(run_dir / f"{name}.json", text.encode())
+def name_of(weights: str) -> str:
+    """Return what the names of files begin with that are of an evaluation of these weights."""
+    return f"eval_{weights[:12]}"
+
+
+def file_name(name: str, set_name: str) -> str:
+    """Return the name, without its ending, of what one set has for itself."""
+    return name if set_name == "prompts" else f"{name}_{set_name}"
+
+
+def write(run_dir: Path, name: str, evaluations: Sequence[Evaluation]) -> None:
+    """Write the evaluations of a step as `<name>.json` and, the same as a table, `<name>.md`. Raises StorageError."""
+    _write(run_dir / f"{name}.json", None, evaluations)
     write_atomic(run_dir / f"{name}.md", markdown(evaluations).encode())
+
+
+def keep(run_dir: Path, weights: str, evaluations: Sequence[Evaluation]) -> None:
+    """Write evaluations of a folder, and a table of all that there are of its weights.
+
+    Raises StorageError, and ValueError for earlier ones that are damaged.
+    """
+    for evaluation in evaluations:
+        _write(run_dir / f"{file_name(name_of(weights), evaluation.name)}.json", weights, [evaluation])
+    write_atomic(run_dir / f"{name_of(weights)}.md", markdown(kept(run_dir, weights)).encode())
+
+
+def kept(run_dir: Path, weights: str) -> list[Evaluation]:
+    """Return the evaluations that there are of a folder's weights. Raises ValueError for a file that is damaged."""
+    by_set: dict[str, Evaluation] = {}
+    for path in [*run_dir.glob(_OF_ANY_FOLDER), *sorted(run_dir.glob(f"{name_of(weights)}*.json"))]:
+        evaluated, sets = _read(path)
+        if evaluated == weights:
+            by_set |= {evaluation.name: evaluation for evaluation in sets}
+    return list(by_set.values())
 
 
 def forget(run_dir: Path, first: int) -> None:
@@ -108,18 +139,25 @@ def weights_digest(record: Mapping[str, Any] | None) -> str | None:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
 
 
+def weights_of(folder: Path) -> str:
+    """Return a digest of the weights of a Hugging Face folder: that of its conversion.json, else of its files."""
+    if recorded := weights_digest(read_record(folder)):
+        return recorded
+    files = {path.name: digest_of(path).xxh3_128 for path in sorted(folder.glob("*.safetensors"))}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
 def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
     """Return what a run's folder says of the weights that training began with, and of those nearest to `step` steps.
 
-    The last are of `step` itself where training evaluated them, or `astar eval` a folder with these `weights`. Raises
-    ValueError for a file that is damaged.
+    The last are of `step` itself where training evaluated them, or `astar eval` a folder with these `weights`; of a set
+    that both did the folder's counts. Raises ValueError for a file that is damaged.
     """
     of_steps = sorted(path for path in run_dir.glob(_OF_A_STEP) if _step(path) <= step)
     scored = {_step(path): _read(path)[1] for path in {*of_steps[:1], *of_steps[-1:]}}
-    if weights is not None and (run_dir / _OF_A_FOLDER).is_file():
-        evaluated, sets = _read(run_dir / _OF_A_FOLDER)
-        if evaluated == weights:
-            scored[step] = sets
+    if weights is not None and (own := kept(run_dir, weights)):
+        by_set = {evaluation.name: evaluation for evaluation in [*scored.get(step, []), *own]}
+        scored[step] = list(by_set.values())
     return [Scored(step=number, evaluations=scored[number]) for number in sorted(scored)]
 
 
@@ -127,12 +165,18 @@ def _step(path: Path) -> int:
     return int(path.stem.rpartition("_")[2])
 
 
+def _write(path: Path, weights: str | None, evaluations: Sequence[Evaluation]) -> None:
+    sets = [dataclasses.asdict(evaluation) for evaluation in evaluations]
+    text = json.dumps(without_nan({"weights": weights, "sets": sets}), indent=1) + "\n"
+    write_atomic(path, text.encode())
+
+
 def _read(path: Path) -> tuple[str | None, list[Evaluation]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content["weights"], [Evaluation.of(fields) for fields in content["sets"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: no scores of an evaluation: {error!r}; remove it, or evaluate again") from error
+        raise ValueError(f"{path}: no scores of an evaluation: {error!r}; remove it, and evaluate again") from error
 
 
 def _estimate(fields: Mapping[str, float | None]) -> Estimate:
