@@ -1,10 +1,11 @@
 """astar: the command line. Each command names a program that is imported only when it runs, so help needs no torch."""
 
+import itertools
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,6 +15,7 @@ from astar_megatron.cli_data import data
 from astar_megatron.cli_options import Config, DryRun, Overrides, import_program
 from astar_megatron.cluster import signals
 from astar_megatron.cluster.errors import ActorLost, ClusterError
+from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logins
 from conversion.plan import WeightMismatch
 
 app = typer.Typer(
@@ -229,6 +231,15 @@ def _check_sets(arguments: list[str]) -> None:
             raise config.ConfigError(f"--set {setting} {more}: each key has its own: --set {setting} --set {more}")
 
 
+def _check_logins(arguments: list[str]) -> None:
+    """Raise ConfigError where a word of the command line has a login, before anything repeats it."""
+    for option, word in itertools.pairwise(arguments):
+        if has_login(word):
+            key = re.match(r"[\w.-]+(?==)", word)  # of --set KEY=, or --option=
+            name = key[0] if key else option if option.startswith("-") else "an argument"
+            raise config.ConfigError(f"{name}: {LOGIN_REFUSED}")
+
+
 def _words(error: Exception) -> str:
     """The message, without the number that the system has for it."""
     if isinstance(error, OSError) and error.strerror:
@@ -236,31 +247,34 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
+def _end(words: str, status: int) -> NoReturn:
+    """End with a message, in which no login is repeated."""
+    print(f"astar: {without_logins(words)}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends as one message and exit status 2, without a traceback."""
     signals.heed()
     try:
+        _check_logins(sys.argv)
         _check_sets(sys.argv)
         with signals.kept():
             app()
     except (ValueError, OSError) as error:
-        print(f"astar: {_words(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(_words(error), 2)
     except ModuleNotFoundError as error:
         extras = import_program("run.machine").extras_with(error.name or "")
         if not extras:
             raise
         names = " or ".join(f"astar-megatron[{extra}]" for extra in extras)
-        print(f"astar: this needs {error.name}, which is not installed: install {names}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"this needs {error.name}, which is not installed: install {names}", 2)
     except (ClusterError, WeightMismatch) as error:
-        print(f"astar: {error}", file=sys.stderr)
-        raise SystemExit(signals.LOST if isinstance(error, ActorLost) else 1) from None
+        _end(str(error), signals.LOST if isinstance(error, ActorLost) else 1)
     except RuntimeError as error:
         if not str(error).startswith("Symlink loop"):  # what Path.resolve raises before Python 3.13
             raise
-        print(f"astar: {error}: choose another path", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"{error}: choose another path", 2)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, Name, Seconds, Section, day, explain, nearest_divisor, read
-from astar_megatron.config_file import flat as flat
 from astar_megatron.config_file import with_values as with_values
 from astar_megatron.config_machine import (
     CheckpointConfig,
@@ -26,6 +25,7 @@ from astar_megatron.config_machine import Graphs as Graphs
 from astar_megatron.config_machine import Offload as Offload
 from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_machine import SuperviseConfig as SuperviseConfig
+from astar_megatron.config_machine import host_and_port as host_and_port
 from astar_megatron.config_methods import (
     ON_POLICY,
     AstarConfig,
@@ -330,6 +330,19 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         lines = [explain(problem, list(keys())) for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def flat(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Return every key path of a configuration with its value, for what is kept of a run.
+
+    Without the section slurm: it says how a run is started, and its `env` may hold what is nobody else's.
+    """
+    values: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if not isinstance(value, SlurmConfig):
+            values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+    return values
 
 
 def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type[Section]]:

@@ -14,18 +14,13 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logins
+
 _MOST_WHOLE = 10**15  # far from what 64 bits hold
 _LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
-_LOGIN = re.compile(r"://[^/\s]*@")  # of a URL: what stands there may be a password or a token
 
 
 def _as_it_stands(value: str) -> str:
-    if _LOGIN.search(value):
-        raise PydanticCustomError(
-            "login",
-            "a URL with a login, which logs and checkpoints would keep; leave out all between :// and @, and give the "
-            "password to the program that opens the URL",
-        )
     if value.startswith("~"):
         raise PydanticCustomError("home", "a path without ~, which only a shell replaces: write it out")
     return value
@@ -39,8 +34,21 @@ class Section(BaseModel):
     """Keys that belong together, with their values."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_login(cls, value: Any) -> Any:
+        """Refuse a login before anything else is said of the value."""
+        if any(isinstance(text, str) and has_login(text) for text in (value if isinstance(value, list) else [value])):
+            raise PydanticCustomError("login", LOGIN_REFUSED)
+        return value
 
     @field_validator("*")
     @classmethod
@@ -53,15 +61,6 @@ class Section(BaseModel):
         if isinstance(value, str) and "\0" in value:  # no file's name has it
             raise PydanticCustomError("text", "input should be text without NUL")
         return value
-
-
-def flat(section: Section, prefix: str = "") -> dict[str, Any]:
-    """Return every key path of a configuration with its value."""
-    values: dict[str, Any] = {}
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
-    return values
 
 
 class ConfigError(ValueError):
@@ -140,7 +139,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: can't read the configuration: {error.strerror}; name a YAML file") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML in UTF-8: {error}") from None
+        raise ConfigError(f"{path}: not readable as YAML in UTF-8: {_reason(error)}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not readable as YAML: brackets in brackets without end; repair the file") from None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -151,6 +150,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _reason(error: Exception) -> str:
+    """What a reader of YAML says, without the text around that place, which may be a part of a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        words = ", ".join(filter(None, (error.context, error.problem)))
+        return f"{words}, line {mark.line + 1}, column {mark.column + 1}"
+    return str(error)
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
@@ -159,8 +166,23 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         tree: Any = yaml.load(value, Loader=_Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {text:.200}: the value is not readable as YAML: {error}") from None
+        raise ConfigError(f"--set {text:.200}: the value is not readable as YAML: {_reason(error)}") from None
+    if _has_comment(value):
+        raise ConfigError(
+            f"--set {text:.200}: YAML takes # and what follows for a comment; put the text into quotes of its own, as "
+            """--set 'data.suffix=" ####"', or leave the comment out"""
+        )
     return _at(key.strip(), tree)
+
+
+def _has_comment(text: str) -> bool:
+    """Whether there is a comment between what YAML reads in a text."""
+    end = 0
+    for token in yaml.scan(text, Loader=_Loader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return False
 
 
 def _at(key: str, value: Any) -> dict[str, Any]:
@@ -201,7 +223,8 @@ _FORMER = {
 def explain(problem: Any, keys: Sequence[str]) -> str:
     """Return in a line what pydantic found wrong with a tree, and what would do; `keys` are all there are."""
     path = ".".join(str(part) for part in problem["loc"])
-    got = f", got {problem['input']!r:.200}" if problem["type"] not in ("missing", "value_error", "login") else ""
+    shown = problem["type"] not in ("missing", "value_error", "login")
+    got = f", got {without_logins(repr(problem['input'])):.200}" if shown else ""
     if path in _FORMER:
         return f"{path}: no such key any more; {_FORMER[path]}"
     if problem["type"] == "extra_forbidden":
@@ -209,7 +232,11 @@ def explain(problem: Any, keys: Sequence[str]) -> str:
         siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]
         known = f"; {section} has {', '.join(siblings)}" if section and siblings else ""
         below = next(iter(problem["input"]), "") if isinstance(problem["input"], dict) else ""
-        return f"{path}: no such key; the nearest is {_nearest_key(f'{path}.{below}' if below else path, keys)}{known}"
+        nearest = _nearest_key(f"{path}.{below}" if below else path, keys)
+        if "." in str(problem["loc"][-1]) and "." in nearest:  # as --set has it
+            above, _, leaf = nearest.rpartition(".")
+            return f"{path}: in a file keys are nested; write `{above}:` and, indented below it, `{leaf}:`"
+        return f"{path}: no such key; the nearest is {nearest}{known}"
     if problem["type"] == "missing":
         return f"{path}: this key is required"
     if problem["type"] == "model_type":

@@ -11,14 +11,16 @@ type Offload = Literal["none", "cache", "optimizer", "all"]
 type Graphs = Literal["none", "decode", "compiled"]
 
 
-def _host_and_port(value: str) -> str:
+def host_and_port(value: str) -> str:
+    """Return an address as it is. Raises ValueError where it is no host:port."""
     host, _, port = value.rpartition(":")
-    if not host or set(host) & set("/ \t\n") or port not in map(str, range(1, 1 << 16)):
-        raise ValueError(f"cluster.address: expected host:port, for example 10.0.0.1:6379, got {value!r:.200}")
+    if not host or set(host) & set("/@ \t\n") or port not in map(str, range(1, 1 << 16)):
+        got = "one with a login" if "@" in value else f"{value!r:.200}"
+        raise ValueError(f"cluster.address: expected host:port, for example 10.0.0.1:6379, got {got}")
     return value
 
 
-Address = Annotated[Name, AfterValidator(_host_and_port)]
+Address = Annotated[Name, AfterValidator(host_and_port)]
 
 
 class ParallelConfig(Section):

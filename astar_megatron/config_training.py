@@ -6,6 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from astar_megatron.config_file import Name, Seconds, Section
 from astar_megatron.config_machine import Offload
+from astar_megatron.config_secrets import LOGIN_REFUSED, has_login
 
 _MOST_AMOUNT = 1e30
 
@@ -90,6 +91,8 @@ class TrackingConfig(Section):
     def _addresses(self) -> Self:
         if self.wandb and not all(self.wandb.split("/", 1)):
             raise ValueError(f"tracking.wandb: expected project or entity/project, got {self.wandb!r}")
+        if self.mlflow and has_login("".join(self.mlflow.split())):  # a password may hold a blank
+            raise ValueError(f"tracking.mlflow: {LOGIN_REFUSED}")
         if self.mlflow and ("://" not in self.mlflow or self.mlflow.startswith("file:")):
             raise ValueError(
                 f"tracking.mlflow: expected the address of a server or a database, got {self.mlflow!r}; MLflow no "

@@ -12,7 +12,7 @@ from typing import Any
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
-from astar_megatron.data.benchmarks import BENCHMARKS, Benchmark
+from astar_megatron.data.benchmarks import BENCHMARKS, RENAME, Benchmark
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
 from astar_megatron.data.sources import refuse_other, rows_of
 from astar_megatron.run.tracking import Screen
@@ -59,16 +59,18 @@ def prepare(
     Of a data set that is known by its `kind` all but `split` and `drop` is known.
     """
     suffix = None
-    read: Callable[[Mapping[str, Any]], str] = answer_field(answer, "--answer-field")
+    read: Callable[[Mapping[str, Any]], str] = answer_field(answer, "set --answer-field")
+    remedy = "set --question-field"
     if known := _SOURCES.get(kind):
         source, subset, benchmark = source or known.hub, known.subset, known.benchmark
         question, read, suffix, reward = benchmark.question, benchmark.answer, benchmark.suffix, benchmark.reward
+        remedy = f"{RENAME}, or use astar data jsonl with --question-field and --answer-field"
     if source is None:
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
     problems = Problems(source)
     rows = rows_of(kind, source, subset, split, problems)
     total = len(rows) + problems.count
-    pairs = pairs_of(rows, question, read, problems, key="--question-field")
+    pairs = pairs_of(rows, question, read, problems, remedy=remedy)
     if reward:
         pairs = _readable(pairs, reward, problems)
     kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]

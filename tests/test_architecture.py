@@ -29,11 +29,12 @@ USUAL_FILES = {
 BESIDE_A_RUN = ("planning", "studies", "exports", "pages")  # a run knows none of them, and none knows another
 # Which rooms of astar_megatron a room may import. Programs (the other root modules) may import all.
 ROOMS = {
-    "config_file": set(),
+    "config_secrets": set(),
+    "config_file": {"config_secrets"},
     "config_machine": {"config_file"},
     "config_methods": {"config_file"},
     "config_slurm": {"config_file"},
-    "config_training": {"config_file", "config_machine"},
+    "config_training": {"config_secrets", "config_file", "config_machine"},
     "config": {"config_file", "config_machine", "config_methods", "config_slurm", "config_training"},
     "types": set(),
     "algorithm": {"config", "types"},
@@ -41,7 +42,7 @@ ROOMS = {
     "model": {"data", "algorithm", "config", "types"},
     "cluster": {"model", "data", "algorithm", "config", "types"},
     "rollout": {"cluster", "data", "algorithm", "config", "types"},
-    "run": {"rollout", "cluster", "model", "data", "algorithm", "config", "types"},
+    "run": {"rollout", "cluster", "model", "data", "algorithm", "config", "config_secrets", "types"},
     **{room: {"run", "cluster", "model", "data", "algorithm", "config", "types"} for room in BESIDE_A_RUN},
     "cli_options": set(),
     "cli_data": {"cli_options", "config"},
@@ -52,7 +53,15 @@ PROGRAMS = {
     *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "fit"),
     *("convert", "dataset", "export", "stage1_import", "inspection", "compare", "supervise", "preflight", "show"),
 }
-CONFIGURATION = {"config_file", "config_machine", "config_methods", "config_slurm", "config_training", "config"}
+CONFIGURATION = {
+    "config_secrets",
+    "config_file",
+    "config_machine",
+    "config_methods",
+    "config_slurm",
+    "config_training",
+    "config",
+}
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data", "launch"}  # rooms that know nothing of weights
 
 # Package -> the places that may import it.

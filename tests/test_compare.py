@@ -209,11 +209,12 @@ def test_all_runs_have_the_same_configuration_but_for_method_seed_folder_and_bud
         own = config.load(tmp_path / "out" / run.name / "run.json")
         flat[run] = config.flat(own)
         assert (own.objective.name, own.seed, own.run_dir) == (run.cell, run.seed, str(tmp_path / "out" / run.name))
+        assert own.slurm.backend == "local"
         assert own.budget.tokens == [100 - (STAGE_1_TOKENS if run.cell in READERS else 0)]
     differing = {key for values in flat.values() for key in values if values[key] != flat[Run("astar", 0)][key]}
     assert differing == {"objective.name", "seed", "run_dir", "budget.tokens"}
     changed = {key for key, value in config.flat(cfg).items() if flat[Run("astar", 0)][key] != value}
-    assert changed == {"run_dir", "seed", "sweep.table", "budget.tokens", "eval.interval", "slurm.backend"}
+    assert changed == {"run_dir", "seed", "sweep.table", "budget.tokens", "eval.interval"}
     assert flat[Run("astar", 0)]["sweep.table"] == str(cfg.table_dir)
 
 

@@ -1,11 +1,13 @@
 """The configuration: its frozen set of keys, and that what can't run is refused, by name, before anything starts."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from astar_megatron import config
 from astar_megatron.config import ConfigError, RunConfig
+from astar_megatron.run.bundle import settings_without_secrets
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 REQUIRED = "required"
@@ -227,10 +229,47 @@ def test_a_step_to_profile_is_one_of_the_runs_and_stands_once(tmp_path: Path) ->
 
 def test_a_url_with_a_password_is_refused_without_saying_it(tmp_path: Path) -> None:
     for key in ("data.path", "model.path", "cluster.address"):
-        for url in ("s3://me:hunter2@host/x.jsonl", "ray://hunter2@host:10001"):
+        for url in ("s3://me:hunter2@host/x.jsonl", "ray://hunter2@host:10001", "ray://me:p/hunter2@host:10001"):
             message = refusal(tmp_path, f"{key}={url}")
             assert message.startswith(f"{key}: a URL with a login") and "hunter2" not in message
+    for key, value in (
+        ("tracking.mlflow", "postgresql://me:p/hunter2@host/db"),
+        ("tracking.mlflow", "postgresql://me:p hunter2@host/db"),
+        ("tracking.mlflow", "mysql://host/db?user=me&password=hunter2"),
+        ("tracking.mlflow", "[postgresql://me:p/hunter2@host/db]"),
+        ("slurm.env", "[HTTPS_PROXY=socks5://me:hunter2@host]"),
+    ):
+        message = refusal(tmp_path, f"{key}={value}")
+        assert message.startswith(f"{key}: a URL with a login") and "hunter2" not in message
+    for url in (
+        "sqlite:///my runs/a@b.db",
+        "postgresql://host/db?sslmode=verify-full&sslkey=a.key",
+        "https://host:5000",
+    ):
+        assert load(tmp_path, f"tracking.mlflow={url}").tracking.mlflow == url
     assert load(tmp_path, "data.path=hf://datasets/x@main/y").run_dir
+
+
+def test_what_a_run_keeps_of_its_settings_says_nothing_of_how_it_is_started(tmp_path: Path) -> None:
+    cfg = load(tmp_path, "slurm.env=[MY_OWN=hunter2]", "slurm.setup=export MY_OWN=hunter2")
+    kept = {"progress.json": config.flat(cfg), "the bundle": settings_without_secrets(cfg)}
+    assert [name for name, values in kept.items() if "hunter2" in json.dumps(values)] == []
+    assert kept["progress.json"].keys() == {key for key in KEYS if not key.startswith("slurm.")}
+
+
+def test_a_key_with_dots_in_a_file_is_refused_with_how_it_is_written_there(tmp_path: Path) -> None:
+    for key in ("optim.lr", "optim.learning_rate"):
+        message = refusal(tmp_path, text=f"{SMALLEST}{key}: 1e-6\n")
+        assert message == f"{key}: in a file keys are nested; write `optim:` and, indented below it, `lr:`"
+
+
+def test_a_value_that_is_set_may_hold_what_begins_a_comment_in_quotes_or_within_a_word(tmp_path: Path) -> None:
+    assert load(tmp_path, 'data.suffix=" ####"').data.suffix == " ####"
+    assert load(tmp_path, "data.suffix=' # it''s'").data.suffix == " # it's"
+    assert load(tmp_path, "run_dir = runs/a#1 ").run_dir == "runs/a#1"
+    assert load(tmp_path, 'eval.benchmarks=["#1", a#b]', "eval.folder=x").eval.benchmarks == ["#1", "a#b"]
+    for value in ("runs/a #1", "#1", "'runs/a' #1", "[runs/a] #1", "|\n  runs/a\n#1"):
+        assert "YAML takes # and what follows for a comment" in refusal(tmp_path, f"run_dir={value}")
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

@@ -208,8 +208,14 @@ print(bundle.leave(cfg, "astar train", "step 49\\nplanted-secret-1 short", 4711)
         ("/usr/local/bin", "/usr/local/bin"),
         (r'{"token": "quo\"te\\d"}', '{"token": "<QUOTED_KEY>"}'),
         ("secret1 ghp_12345 basic dXNlcg==", "<DB_PASS> <GITHUB_PAT> <X_AUTH>"),
-        ("socks5://me:proxy-password@host:1 proxy-password", "socks5://<password>@host:1 <HTTPS_PROXY>"),
-        ("postgres://me:never-in-the-environment@db/x", "postgres://<password>@db/x"),
+        ("socks5://me:proxy-password@host:1 proxy-password", "socks5://<login>@host:1 <HTTPS_PROXY>"),
+        ("postgres://me:never-in-the-environment@db/x", "postgres://<login>@db/x"),
+        ("postgres://me:p/ss-never@db/x?a=b", "postgres://<login>@db/x?a=b"),
+        ("git+ssh://only-token@host only-token", "git+ssh://<login>@host <INDEX_URL>"),
+        ("mysql://db/x?user=me&password=never&sslkey=a.key", "mysql://db/x?user=me&password=<secret>&sslkey=a.key"),
+        ("me:never@host:6379 eyJhbGciOi my-db-pwd", "<login>@host:6379 <SLURM_JWT> <MYSQL_PWD>"),
+        ("in-the-query p/ss-in-env", "<DATABASE_URL> <TRACKING_URI>"),
+        ("hf://datasets/x@main/y docker:24@sha256:ab", "hf://datasets/x@main/y docker:24@sha256:ab"),
     ],
 )
 def test_secrets_are_taken_out_in_whatever_form_they_stand(text: str, expected: str) -> None:
@@ -222,6 +228,12 @@ def test_secrets_are_taken_out_in_whatever_form_they_stand(text: str, expected: 
         "GITHUB_PAT": "ghp_12345",
         "X_AUTH": "basic dXNlcg==",
         "HTTPS_PROXY": "socks5://me:proxy-password@host:1",
+        "INDEX_URL": "git+ssh://only-token@host/simple",
+        "SLURM_JWT": "eyJhbGciOi",
+        "MYSQL_PWD": "my-db-pwd",
+        "PWD": "/usr/local/bin",
+        "DATABASE_URL": "mysql://db/x?user=me&password=in-the-query",
+        "TRACKING_URI": "postgresql://me:p/ss-in-env@db/x",
     }
     assert bundle.without_secrets(text, environment) == expected
 

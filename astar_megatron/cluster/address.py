@@ -3,13 +3,12 @@
 import socket
 
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.config import host_and_port
 
 
 def knock(address: str) -> None:
-    """Raise ClusterError if nothing listens at host:port, or it is no such; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 65536):
-        raise ValueError(f"cluster.address: expected host:port, as 10.0.0.1:6379, got {address!r:.200}")
+    """Raise ClusterError if nothing listens at host:port, ValueError if it is none; Ray would try for minutes."""
+    host, _, port = host_and_port(address).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, UnicodeError) as error:  # the latter: no name that a host can have

@@ -22,6 +22,8 @@ SUFFIXES = {
     "math": " Let's think step by step and output the final answer within \\boxed{}.",
 }
 
+RENAME = "rename the field"  # no key and no option says where a benchmark has it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
@@ -37,7 +39,7 @@ class Benchmark:
 
 def gsm8k_answer(row: Mapping[str, Any]) -> str:
     """Return what follows "####" of a solution, without commas; an answer by itself as it is. Raises ValueError."""
-    number = text_of(row, "answer", "the fields", number=True).rpartition("####")[2].strip().replace(",", "")
+    number = text_of(row, "answer", RENAME, number=True).rpartition("####")[2].strip().replace(",", "")
     if not number:
         raise ValueError("field 'answer' ends in \"####\"; expected a number behind it")
     return number
@@ -46,8 +48,8 @@ def gsm8k_answer(row: Mapping[str, Any]) -> str:
 def math_answer(row: Mapping[str, Any]) -> str:
     """Return the field `answer`, else the last \\boxed{...} of the field `solution`. Raises ValueError."""
     if "answer" in row:
-        return text_of(row, "answer", "the fields", number=True)
-    boxed = last_boxed(text_of(row, "solution", "the fields"))
+        return text_of(row, "answer", RENAME, number=True)
+    boxed = last_boxed(text_of(row, "solution", RENAME))
     if boxed is None or not boxed.strip():
         raise ValueError("field 'solution' has no closed \\boxed{...}")
     return boxed
@@ -96,7 +98,7 @@ def read_benchmark(name: str, folder: str | Path) -> list[Pair]:
     if not source.is_file():
         raise PromptError(f"eval.folder: {name} is read from {benchmark.file}, which is not in {folder}")
     problems = Problems(source)
-    pairs = pairs_of(read_rows(source, problems), benchmark.question, benchmark.answer, problems)
+    pairs = pairs_of(read_rows(source, problems), benchmark.question, benchmark.answer, problems, remedy=RENAME)
     problems.refuse(len(pairs) + problems.count)
     return pairs
 

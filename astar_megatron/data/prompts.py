@@ -30,7 +30,13 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
     source = Path(path or cfg.path)
     problems = Problems(source)
     rows = read_rows(source, problems)
-    pairs = pairs_of(rows, cfg.prompt_field, answer_field(cfg.answer_field), problems)
+    pairs = pairs_of(
+        rows,
+        cfg.prompt_field,
+        answer_field(cfg.answer_field, "set data.answer_field"),
+        problems,
+        remedy="set data.prompt_field",
+    )
     problems.refuse(len(pairs) + problems.count)
     return list(usable_prompts(pairs, cfg, model_path, source).values())
 

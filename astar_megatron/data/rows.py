@@ -108,38 +108,38 @@ def pairs_of(
     answer: Callable[[Mapping[str, Any]], str],
     problems: Problems,
     *,
-    key: str = "data.prompt_field",
+    remedy: str,
 ) -> list[Pair]:
     """Return question and answer of each row; one where either can't be read goes to `problems`.
 
-    `key` is what names the question's field.
+    `remedy` is what a user can do where the question has another field, as "set data.prompt_field".
     """
     pairs = []
     for row in rows:
         try:
-            question = text_of(row.fields, question_field, key)
+            question = text_of(row.fields, question_field, remedy)
             pairs.append(Pair(where=row.where, question=question, answer=answer(row.fields)))
         except ValueError as error:
             problems.add(row.where, str(error))
     return pairs
 
 
-def answer_field(name: str, key: str = "data.answer_field") -> Callable[[Mapping[str, Any]], str]:
-    """Return the function that takes a row's field `name`, text or number, as the answer."""
-    return lambda fields: text_of(fields, name, key, number=True)
+def answer_field(name: str, remedy: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return the function that takes a row's field `name`, text or number, as the answer; `remedy` as of `pairs_of`."""
+    return lambda fields: text_of(fields, name, remedy, number=True)
 
 
-def text_of(fields: Mapping[str, Any], name: str, key: str, *, number: bool = False) -> str:
+def text_of(fields: Mapping[str, Any], name: str, remedy: str, *, number: bool = False) -> str:
     """Return a field as text; a whole number without decimals, where `number` allows one. Raises ValueError."""
     if name not in fields:
-        raise ValueError(f"no field {name!r}, only {', '.join(map(repr, fields)) or 'none'}; set {key}")
+        raise ValueError(f"no field {name!r}, only {', '.join(map(repr, fields)) or 'none'}; {remedy}")
     value = fields[name]
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"field {name!r} is {value}, so it is missing; fill it or remove the line")
     if number and isinstance(value, int | float) and not isinstance(value, bool):
         value = _number_text(value)  # as good as its text
     if not isinstance(value, str):
-        raise ValueError(f"field {name!r} is {type(value).__name__}, expected text; repair it or set {key}")
+        raise ValueError(f"field {name!r} is {type(value).__name__}, expected text; repair it or {remedy}")
     if not value.strip():
         raise ValueError(f"field {name!r} is empty; fill it or remove the line")
     if not is_text(value):
@@ -225,7 +225,7 @@ def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
         data = file.read_bytes()
     except OSError as error:
         reason = f"can't read the prompts: {error.strerror}"
-        raise PromptError(f"{file}: {reason}; check data.path and data.eval_path") from error
+        raise PromptError(f"{file}: {reason}; check the path, of a run data.path or data.eval_path") from error
     rows = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{within}line {number}"

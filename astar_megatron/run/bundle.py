@@ -6,13 +6,12 @@
     config.json, versions.json, metrics.jsonl (the last lines)
     bad_batch/      the newest batch whose loss or gradient was not finite, if there is one
 
-What variables of the environment hold that are secrets by their names, and passwords in addresses, are taken out of all
+What variables of the environment hold that are secrets by their names, and logins in addresses, are taken out of all
 but bad_batch/.
 """
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 from astar_megatron.cluster import session
 from astar_megatron.cluster.session_stacks import STACKS_FILE
 from astar_megatron.config import RunConfig
+from astar_megatron.config_secrets import SECRET_NAME, secrets_of, without_logins
 from astar_megatron.data.files import make_folder, storage_error
 from astar_megatron.run import machine
 from astar_megatron.run.tracking import METRICS_FILE
@@ -29,8 +29,6 @@ from astar_megatron.run.tracking import METRICS_FILE
 _BAD_BATCHES = "bad_batches"  # data/bad_batches.py writes them, and imports torch
 _TAIL_BYTES = 256 << 10  # of a text
 _METRICS_LINES = 20
-_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|(^|_)PAT($|_)", re.IGNORECASE)
-_PASSWORD = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")  # of an address, such as a proxy's
 _SHORTEST_SECRET = 6  # characters: a shorter value stands in words that are none
 _LONGEST_SECRET = 8 << 10  # bytes: what is read beyond the tail, so that none is cut in two
 
@@ -67,8 +65,8 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
 
 
 def settings_without_secrets(cfg: RunConfig) -> dict[str, Any]:
-    """Return a configuration as a tree of plain values, without secrets of the environment."""
-    return values_without_secrets(cfg.model_dump())
+    """Return a configuration as a tree of plain values, without secrets of the environment and the section slurm."""
+    return values_without_secrets(cfg.model_dump(exclude={"slurm"}))
 
 
 def values_without_secrets(values: dict[str, Any]) -> dict[str, Any]:
@@ -77,17 +75,17 @@ def values_without_secrets(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
-    """Return a text with the name of its variable in place of each secret of the environment."""
+    """Return a text with the name of its variable in place of each secret of the environment, and without logins."""
     secrets = {}
     for name, value in environment.items():
-        if _SECRET.search(name):
+        if SECRET_NAME.search(name):
             secrets[value] = name
-        secrets |= dict.fromkeys(_PASSWORD.findall(value), name)
+        secrets |= dict.fromkeys(secrets_of(value), name)
     secrets = {value: name for value, name in secrets.items() if len(value) >= _SHORTEST_SECRET}
     secrets |= {json.dumps(value)[1:-1]: name for value, name in secrets.items()}  # as it stands in JSON
     for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
         text = text.replace(value, f"<{secrets[value]}>")
-    return _PASSWORD.sub("://<password>@", text)
+    return without_logins(text)
 
 
 def _ways(logs: Path | None) -> str:

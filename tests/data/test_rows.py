@@ -81,7 +81,7 @@ def test_all_problems_are_counted_and_the_first_five_named(tmp_path: Path, model
 )
 def test_a_number_is_as_good_an_answer_as_its_text(value: object, answer: str, tmp_path: Path) -> None:
     rows = read_rows(write_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}]), problems := Problems("x"))
-    (pair,) = pairs_of(rows, "q", answer_field("a"), problems)
+    (pair,) = pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
     assert pair.answer == answer
 
 
@@ -90,7 +90,7 @@ def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) ->
     write_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}])
     pq.write_table(pa.table({"q": ["text"], "a": pa.array([value], pa.float64())}), tmp_path / "x.parquet")
     rows = read_rows(tmp_path, problems := Problems("x"))
-    assert len(rows) == 2 and pairs_of(rows, "q", answer_field("a"), problems) == []
+    assert len(rows) == 2 and pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q") == []
     assert "2 of 2 rows" in (message := problems.message(2)) and message.count("so it is missing") == 2
 
 

@@ -1,0 +1,96 @@
+"""No message of the command line repeats a login, whatever it is given as: path, address, key or part of a file."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import samples
+import yaml
+
+from astar_megatron.config_secrets import has_login, without_logins
+
+SECRET = "S3cretPw"
+URLS = [
+    f"postgresql://me:p/{SECRET}@host/db",
+    f"s3://me:{SECRET}@host/x",
+    f"s3://{SECRET}@host/x",
+    f"mysql://host/db?user=me&password={SECRET}",
+]
+WITHOUT_SCHEME = f"me:{SECRET}@host:6379"
+WITH_CONFIG = ("eval", "export", "train")
+COMMANDS = [
+    "convert inspect URL",
+    "convert verify URL URL",
+    "convert hf-to-megatron URL out",
+    "eval --model URL",
+    "eval --model=URL",
+    "show URL",
+    "show run URL",
+    "data jsonl URL --out x",
+    "data hf URL --out x",
+    "scale fit URL",
+    "scale fit curve=URL",
+    "scale run URL",
+    "doctor --cluster URL",
+    "export --push-to-hub URL",
+    "train --config URL",
+    "train --set tracking.mlflow=URL",
+    "train --set tracking.mlflow=[URL]",
+    "train --set tracking.mlflow=[URL",
+    "train --set 'tracking.mlflow={a: URL}'",
+    "train --set cluster.address=URL",
+    "train --set slurm.env=[URL]",
+    "train --set URL",
+    "URL",
+]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(samples.run_tree(run_dir=str(tmp_path / "run"))))
+    return file
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_login_on_the_command_line_is_refused_and_not_repeated(command: str, run_file: Path, astar: Any) -> None:
+    for url in (*URLS, WITHOUT_SCHEME):
+        if url == WITHOUT_SCHEME and command in ("show run URL", "URL"):  # of which the parser of options speaks
+            continue
+        words = [word.replace("URL", url) for word in shlex.split(command)]
+        config = ["--config", run_file] if words[0] in WITH_CONFIG and "--config" not in words else []
+        status, out, error = astar(*words, *config)
+        assert status == 2 and error
+        assert SECRET not in out + error, words
+        assert url == WITHOUT_SCHEME or "a URL with a login" in error, words
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tracking: {mlflow: [URL]}",
+        "tracking: {mlflow: {a: 'URL'}}",
+        "tracking: {mlflow: 'URL', mlflow: 'URL'}",
+        "tracking: {mlflow: 'URL'",
+        "tracking: 'URL'",
+        "- 'URL'",
+        "base: 'URL'",
+        "model: {path: [{x: '" + 150 * "x" + "URL'}]}",
+        "cluster: {address: ['URL']}",
+        "slurm: {flags: ['URL']}",
+    ],
+)
+def test_a_login_in_a_file_is_not_repeated(text: str, tmp_path: Path, astar: Any) -> None:
+    for url in (*URLS, WITHOUT_SCHEME):
+        (tmp_path / "run.yaml").write_text(text.replace("URL", url))
+        for command in ("train --config", "scale run"):
+            status, out, error = astar(*command.split(), tmp_path / "run.yaml")
+            assert status == 2 and error and SECRET not in out + error
+
+
+@pytest.mark.parametrize(
+    "text", ["docker://nvcr.io:5000#nvidia/pytorch@sha256:ab", "docker://nvcr.io#nvidia/pytorch@sha256:ab"]
+)
+def test_a_digest_is_no_login(text: str) -> None:
+    assert not has_login(text) and without_logins(text) == text
