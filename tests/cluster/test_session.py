@@ -122,7 +122,8 @@ def test_a_tracker_gets_the_time_to_remove_what_a_killed_process_left(way: str, 
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as holder:
             assert holder.stdout is not None
             semaphore = SHARED_MEMORY / f"sem.{holder.stdout.readline().decode().strip()}"
-            processes = tree(holder.pid)
+            while not trackers(processes := tree(holder.pid)):  # it may not have its own name yet
+                time.sleep(0.01)
             (tracker,) = trackers(processes)
             os.kill(tracker, signal.SIGSTOP)  # as on a machine that is busy
             threading.Timer(1.0, os.kill, (tracker, signal.SIGCONT)).start()
