@@ -229,7 +229,7 @@ def test_a_step_to_profile_is_one_of_the_runs_and_stands_once(tmp_path: Path) ->
 
 def test_a_url_with_a_password_is_refused_without_saying_it(tmp_path: Path) -> None:
     for key in ("data.path", "model.path", "cluster.address"):
-        for url in ("s3://me:hunter2@host/x.jsonl", "ray://hunter2@host:10001", "ray://me:p/hunter2@host:10001"):
+        for url in ("s3://me:hunter2@host/x.jsonl", "ray://hunter2@host:10001", "mysql://me:p/hunter2@host:10001"):
             message = refusal(tmp_path, f"{key}={url}")
             assert message.startswith(f"{key}: a URL with a login") and "hunter2" not in message
     for key, value in (

@@ -271,7 +271,7 @@ def test_flags_of_a_cluster_and_its_address_are_checked(astar: Callable[..., tup
         ),
         (
             ("--cluster", "nohost", "--seconds", "0"),
-            "astar: cluster.address: expected host:port, as 10.0.0.1:6379, got",
+            "astar: cluster.address: expected host:port, for example 10.0.0.1:6379, got",
         ),
         (("--cluster", "host:99999", "--seconds", "0"), "astar: cluster.address: expected host:port"),
     ):

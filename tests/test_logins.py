@@ -9,6 +9,7 @@ import samples
 import yaml
 
 from astar_megatron.config_secrets import has_login, without_logins
+from astar_megatron.run import bundle
 
 SECRET = "S3cretPw"
 URLS = [
@@ -94,3 +95,23 @@ def test_a_login_in_a_file_is_not_repeated(text: str, tmp_path: Path, astar: Any
 )
 def test_a_digest_is_no_login(text: str) -> None:
     assert not has_login(text) and without_logins(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://x.org/?key=5. and ?sort_key=a&tokenizer=b&max_tokens=9&passages=3",
+        "hdfs://nn:8020/user/me@REALM/data",
+        "s3://bucket/user@x",
+        'Is it right?\nkey="yes" Think;answer_key=A',
+        "git@github.com:me/x.git",
+    ],
+)
+def test_what_only_looks_like_a_login_is_none(text: str) -> None:
+    assert not has_login(text)
+    assert bundle.values_without_secrets({"suffix": [text]}) == {"suffix": [text]}
+
+
+@pytest.mark.parametrize("address", ["me:{}@ml.example.org", "me:{}@host:/jobs", "me:{}@host:6379"])
+def test_a_login_without_a_scheme_is_not_repeated(address: str) -> None:
+    assert without_logins(f"got '{address.format(SECRET)}'").startswith("got '<login>@")

@@ -21,7 +21,7 @@ from typing import Any
 from astar_megatron.cluster import session
 from astar_megatron.cluster.session_stacks import STACKS_FILE
 from astar_megatron.config import RunConfig
-from astar_megatron.config_secrets import SECRET_NAME, secrets_of, without_logins
+from astar_megatron.config_secrets import SECRET_NAME, has_login, secrets_of, without_logins
 from astar_megatron.data.files import make_folder, storage_error
 from astar_megatron.run import machine
 from astar_megatron.run.tracking import METRICS_FILE
@@ -71,11 +71,24 @@ def settings_without_secrets(cfg: RunConfig) -> dict[str, Any]:
 
 def values_without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     """Return plain values as JSON has them, without secrets of the environment."""
-    return json.loads(without_secrets(json.dumps(values), os.environ))
+    return _cleaned(json.loads(json.dumps(values)))
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        text = _without_variables(value, os.environ)
+        return without_logins(text) if has_login(text) else text  # else it may be a prompt's, word for word
+    if isinstance(value, list):
+        return [_cleaned(each) for each in value]
+    return {name: _cleaned(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     """Return a text with the name of its variable in place of each secret of the environment, and without logins."""
+    return without_logins(_without_variables(text, environment))
+
+
+def _without_variables(text: str, environment: Mapping[str, str]) -> str:
     secrets = {}
     for name, value in environment.items():
         if SECRET_NAME.search(name):
@@ -85,7 +98,7 @@ def without_secrets(text: str, environment: Mapping[str, str]) -> str:
     secrets |= {json.dumps(value)[1:-1]: name for value, name in secrets.items()}  # as it stands in JSON
     for value in sorted(secrets, key=len, reverse=True):  # one may be part of another
         text = text.replace(value, f"<{secrets[value]}>")
-    return without_logins(text)
+    return text
 
 
 def _ways(logs: Path | None) -> str:

@@ -66,6 +66,11 @@ class Checkpoints:
             return ""
         return f"{self.latest} was written before checkpoints had a manifest: whether its files are whole is not known"
 
+    @property
+    def steps(self) -> int:
+        """The steps behind the newest checkpoint, 0 without one. Raises ContractError, ValueError as `restore` does."""
+        return self._progress(self.latest)["step"] if self.latest else 0
+
     def restore(self, prompts: _Prompts, objective: Objective) -> int:
         """Set prompt order and objective to the newest checkpoint's; return the steps behind it, 0 without one.
 
@@ -172,7 +177,7 @@ def latest(run_dir: Path) -> Path | None:
     try:
         name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
     except FileNotFoundError:
-        return max(checkpoints.glob(FOLDERS), default=None)
+        return max((path.parent for path in checkpoints.glob(f"{FOLDERS}/{PROGRESS_FILE}")), default=None)
     except OSError as error:
         raise ValueError(
             f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; mend that, or choose "

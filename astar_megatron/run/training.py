@@ -62,7 +62,6 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
     objective = objective_of(cfg, inputs, estimates)
     done = checkpoints.restore(prompt_stream(cfg, inputs, estimates, objective), objective)
     checkpoints.in_flight(inputs.prompts)
-    _check_metrics(cfg, done)
     if done > cfg.train.num_steps:
         raise ValueError(
             f"train.num_steps: {cfg.train.num_steps}, but the newest checkpoint of {cfg.run_dir} was written after "
@@ -72,21 +71,18 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
 
 
 def _check_metrics(cfg: RunConfig, done: int) -> None:
-    """Raise ValueError where metrics and checkpoints can't be of one run: to go on would lose some of it."""
+    """Raise ValueError where to go on after `done` steps would lose some of a run."""
     path = Path(cfg.run_dir) / METRICS_FILE
     steps = [line["step"] for line in read_metrics(cfg.run_dir)]
     if (before := sum(step < done for step in steps)) < done:
         raise ValueError(
             f"{path}: it has {before} of the {done} steps that are behind the newest checkpoint, and what they cost is "
-            f"part of the run; put the file there as it was, or write the name of an earlier step_* folder into "
-            f"{cfg.run_dir}/checkpoints/latest"
+            "part of the run; put the file there as it was, or choose a new run_dir"
         )
-    # A run that was killed before its first checkpoint was whole has no export, and few steps: a second waits for it.
-    has_ended = (cfg.export_dir / folders.RECORD).exists()
-    if not done and steps and (has_ended or len(steps) > 2 * cfg.checkpoint.interval):
+    if steps and not done and (cfg.export_dir / folders.RECORD).exists():
         raise ValueError(
-            f"{path}: it has {len(steps)} steps, but there is no checkpoint to go on from, and to start over would "
-            "remove them; choose a new run_dir, or move what is in this one away"
+            f"{path}: this run has ended after {len(steps)} steps, and there is no checkpoint to go on from; to start "
+            "over would remove what it found: choose a new run_dir, or move what is in this one away"
         )
 
 
@@ -102,6 +98,7 @@ def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
     checkpoints = checkpoints_of(cfg, inputs)
     checkpoints.verify()
     checkpoints.check_method()
+    _check_metrics(cfg, checkpoints.steps)
     if cfg.filter == FilterConfig():
         prompt_stream(cfg, inputs, None, objective_of(cfg, inputs, None))
     check_output(cfg, inputs)
