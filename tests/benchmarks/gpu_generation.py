@@ -177,7 +177,7 @@ def main() -> None:
     import torch
     from gpu_models import SHAPES, write_model
 
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
+    device = device_name() if torch.cuda.is_available() else "a CPU"
     print(f"{arguments.requests} requests of {arguments.tokens} tokens, shape {arguments.shape}, {device}", flush=True)
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -204,6 +204,12 @@ def main() -> None:
                     failures.append(f"{who}, graphs {graphs}: {type(error).__name__}: {error}")
     if failures:
         sys.exit("\n".join(failures))
+
+
+def device_name() -> str:
+    """Return the GPU's name, asked in a process of its own: whoever asks takes memory there."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def draws(runners: list[int]) -> Iterator[tuple[str, Callable[[Work], Iterator[dict[str, Any]]]]]:
