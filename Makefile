@@ -30,8 +30,8 @@ soak: setup
 	HF_HUB_OFFLINE=1 ASTAR_SOAK_SECONDS=1800 $(PYTHON) -m pytest -m slow tests/e2e/test_soak.py $(ARGS)
 
 # What only a GPU shows, with the python that has torch there; then the tables of the head (under 8 minutes so far) and of
-# a policy rank, which fails where a step is slower than its fusions make it. What lacks packages is skipped by name, and
-# what fails keeps the rest from nothing.
+# a policy rank, which fails where a step is slower than its fusions make it. What lacks packages is skipped by name;
+# the rest runs whatever fails.
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check: export PYTHONWARNINGS := ignore
 gpu-check:

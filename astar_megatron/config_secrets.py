@@ -13,8 +13,9 @@ SECRET_NAME = re.compile(
 )
 _AT = "@(?!sha256:)"  # but for the digest of a container image
 _DATABASES = r"(?:postgres(?:ql)?|mysql|mariadb|mssql|oracle)(?:\+\w{1,50})?"
-_IN_URL = re.compile(  # of a Path with one slash
-    rf"((?<=\w):/{{1,2}}(?=[^/\s]{{0,2000}}{_AT})|{_DATABASES}:/{{1,2}}(?=[^/\s:]{{0,200}}:))(\S{{0,2000}}){_AT}"
+_LOGINS = (  # of a Path too, which has one slash
+    re.compile(rf"({_DATABASES}:/{{1,2}})([^/\s:]{{0,200}}:\S{{0,2000}}){_AT}"),
+    re.compile(rf"(?<=\w)(:/{{1,2}})([^/\s]{{0,2000}}){_AT}"),
 )
 _URL = re.compile(r"""\w:/{1,2}[^\s"'<>\\]{1,4000}""")
 _NAMES = (
@@ -39,16 +40,18 @@ def has_login(text: str) -> bool:
 
 def without_logins(text: str) -> str:
     """Return a text with <login> and <secret> in place of the logins in it."""
-    text = _IN_URL.sub(r"\1<login>@", text)
+    for login in _LOGINS:
+        text = login.sub(r"\1<login>@", text)
     text = _URL.sub(lambda url: _IN_QUERY.sub(r"\1<secret>", url[0]), text)
     return _WITHOUT_SCHEME.sub("<login>@", text)
 
 
 def secrets_of(text: str) -> Iterator[str]:
     """Yield the passwords of the URLs in a text; where there is a user alone it is a token."""
-    for _, login in _IN_URL.findall(text):
-        user, _, password = login.partition(":")
-        yield password or user
+    for pattern in _LOGINS:
+        for _, login in pattern.findall(text):
+            user, _, password = login.partition(":")
+            yield password or user
     for url in _URL.findall(text):
         for _, value in _IN_QUERY.findall(url):
             yield value

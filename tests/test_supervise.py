@@ -215,6 +215,7 @@ print(bundle.leave(cfg, "astar train", "step 49\\nplanted-secret-1 short", 4711)
         ("mysql://db/x?user=me&password=never&sslkey=a.key", "mysql://db/x?user=me&password=<secret>&sslkey=a.key"),
         ("me:never@host:6379 eyJhbGciOi my-db-pwd", "<login>@host:6379 <SLURM_JWT> <MYSQL_PWD>"),
         ("in-the-query p/ss-in-env", "<DATABASE_URL> <TRACKING_URI>"),
+        ("before-another-at", "<MIRROR>"),
         ("hf://datasets/x@main/y docker:24@sha256:ab", "hf://datasets/x@main/y docker:24@sha256:ab"),
     ],
 )
@@ -234,6 +235,7 @@ def test_secrets_are_taken_out_in_whatever_form_they_stand(text: str, expected: 
         "PWD": "/usr/local/bin",
         "DATABASE_URL": "mysql://db/x?user=me&password=in-the-query",
         "TRACKING_URI": "postgresql://me:p/ss-in-env@db/x",
+        "MIRROR": "ftp://me:before-another-at@host/a@b",
     }
     assert bundle.without_secrets(text, environment) == expected
 
