@@ -41,9 +41,9 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
         name = scores.name_of(weights)
         scores.kept(tracker.run_dir, weights)  # damaged ones are refused before engines start
         with engines_of(cfg, tracker, str(folder)) as engines:
-            evaluations = evaluate(cfg, inputs, engines, tracker, name)
-            scores.keep(tracker.run_dir, weights, evaluations)
-            show(str(path), evaluations, tracker)
+            for evaluation in evaluate(cfg, inputs, engines, tracker, name):
+                scores.keep(tracker.run_dir, weights, evaluation)
+                show(str(path), [evaluation], tracker)
     tracker.say(f"scores and responses of these weights are in {tracker.run_dir / name}*")
     export = cfg.export_dir
     if export.is_dir() and scores.weights_digest(read_record(export)) == weights:

@@ -136,7 +136,7 @@ def _evaluate(
         return {}
     with clock.span("eval", "engines"):
         name = f"eval_step_{version:08d}"
-        evaluations = evaluate(cfg, inputs, fleet.engines, tracker, name)
+        evaluations = list(evaluate(cfg, inputs, fleet.engines, tracker, name))
         scores.write(tracker.run_dir, name, evaluations)
     show(f"the policy after {version} steps", evaluations, tracker)
     return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

@@ -70,7 +70,8 @@ def test_evaluations_come_back_from_their_files(tmp_path: Path) -> None:
     for name in ("eval_step_00000000", "eval_step_00000005"):
         scores.write(tmp_path, name, both)
     assert (tmp_path / "eval_step_00000005.md").read_text() == scores.markdown(both)
-    scores.keep(tmp_path, "abc", both)
+    for each in both:
+        scores.keep(tmp_path, "abc", each)
     (tmp_path / "eval_step_00000009.json").write_text("{")  # of later steps, which are not asked for
     first, last = scores.scores_of(tmp_path, 7, None)
     assert (first.step, last.step) == (0, 5)
@@ -88,9 +89,15 @@ def means(evaluations: list[Evaluation]) -> dict[str, float]:
 
 def test_a_newer_evaluation_replaces_those_of_the_same_set_of_the_same_weights_alone(tmp_path: Path) -> None:
     own, other = 64 * "a", 64 * "b"
-    scores.keep(tmp_path, own, [evaluation(0.5, "prompts"), evaluation(0.5)])
-    scores.keep(tmp_path, other, [evaluation(0.125, "prompts"), evaluation(0.125)])
-    scores.keep(tmp_path, own, [evaluation(0.75), evaluation(0.75, "math500")])
+    for weights, mean, name in [
+        (own, 0.5, "prompts"),
+        (own, 0.5, "gsm8k"),
+        (other, 0.125, "prompts"),
+        (other, 0.125, "gsm8k"),
+        (own, 0.75, "gsm8k"),
+        (own, 0.75, "math500"),
+    ]:
+        scores.keep(tmp_path, weights, evaluation(mean, name))
     assert means(scores.kept(tmp_path, own)) == {"prompts": 0.5, "gsm8k": 0.75, "math500": 0.75}
     assert means(scores.kept(tmp_path, other)) == {"prompts": 0.125, "gsm8k": 0.125}
     table = (tmp_path / "eval_aaaaaaaaaaaa.md").read_text()
@@ -108,8 +115,8 @@ def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -
     fields = [dataclasses.asdict(evaluation(0.5, name)) for name in ("prompts", "gsm8k")]
     earlier = json.dumps(without_nan({"weights": 64 * "a", "sets": fields}))
     (tmp_path / "eval.json").write_text(earlier)
-    scores.keep(tmp_path, 64 * "a", [evaluation(0.75)])
-    scores.keep(tmp_path, 64 * "b", [evaluation(0.125)])
+    scores.keep(tmp_path, 64 * "a", evaluation(0.75))
+    scores.keep(tmp_path, 64 * "b", evaluation(0.125))
     assert means(scores.kept(tmp_path, 64 * "a")) == {"prompts": 0.5, "gsm8k": 0.75}
     assert means(scores.kept(tmp_path, 64 * "b")) == {"gsm8k": 0.125}
     assert (tmp_path / "eval.json").read_text() == earlier
@@ -131,9 +138,9 @@ def test_a_card_keeps_its_scores_when_another_set_or_model_is_evaluated(
     export: Path, settings: dict[str, Any], tied_llama: Path
 ) -> None:
     run_dir = export.parent
-    scores.keep(run_dir, scores.weights_of(export), [evaluation(0.9438)])
-    scores.keep(run_dir, scores.weights_of(export), [evaluation(0.5, "math500")])
-    scores.keep(run_dir, scores.weights_of(tied_llama), [evaluation(0.25)])
+    scores.keep(run_dir, scores.weights_of(export), evaluation(0.9438))
+    scores.keep(run_dir, scores.weights_of(export), evaluation(0.5, "math500"))
+    scores.keep(run_dir, scores.weights_of(tied_llama), evaluation(0.25))
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     results: Any = ModelCard.load(export / "README.md").data
     assert [(each.dataset_name, each.metric_value) for each in results.eval_results] == [
@@ -150,7 +157,7 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     assert "None are recorded of these weights, those after 5 steps." in text(export)
     assert "model-index" not in ModelCard.load(export / "README.md").data.to_dict()
-    scores.keep(run_dir, scores.weights_of(export), [evaluation(0.5)])
+    scores.keep(run_dir, scores.weights_of(export), evaluation(0.5))
     card.write(export, Training.of_folder(export), run_dir)  # as `astar eval` and `astar export` do
     data: Any = ModelCard.load(export / "README.md").data
     assert (data.base_model, data.pipeline_tag, data.library_name) == (None, "text-generation", "transformers")

@@ -153,6 +153,24 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in markdown([score])
 
 
+def test_a_set_is_written_and_handed_on_before_the_next_is_asked(
+    run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    def answer(asked: Request) -> str:
+        if "How many?" in asked.prompt.text:
+            raise RuntimeError("the engines are gone")
+        return r"\boxed{0}"
+
+    samples.write_jsonl(tmp_path / "gsm8k_test.jsonl", [{"question": "How many?", "answer": "#### 7"}])
+    cfg = run(eval={"benchmarks": ["amc23", "gsm8k"], "num_samples": 1})
+    tracker = Tracker(cfg.run_dir, Console(quiet=True))
+    evaluations = evaluate(cfg, prepare(cfg, for_training=False), engines_that(answer), tracker, "eval")
+    assert next(evaluations).name == "amc23"
+    assert len(samples.read_jsonl(tracker.run_dir / "eval_amc23.jsonl")) == 2 * 3
+    with pytest.raises(RuntimeError, match="the engines are gone"):
+        next(evaluations)
+
+
 def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(
     run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
@@ -161,7 +179,7 @@ def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(
         samples.write_jsonl(tmp_path / "amc23.jsonl", changed(samples.read_jsonl(tmp_path / "amc23.jsonl")))
         cfg, engines = run(eval={"benchmarks": ["amc23"], "num_samples": 2}), engines_that(lambda asked: "")
         tracker = Tracker(cfg.run_dir, Console(quiet=True))
-        evaluate(cfg, prepare(cfg, for_training=False), engines, tracker, "eval")
+        list(evaluate(cfg, prepare(cfg, for_training=False), engines, tracker, "eval"))
         drawn.append({(request.prompt.uid, request.sample, request.seed) for _, request in engines.asked})
     assert len(drawn[1]) == 2 * 2 and drawn[1] < drawn[0]
 

@@ -7,7 +7,7 @@ XXH3-128 reads several GB/s a core. It finds what disks, copies and cut writes d
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,16 @@ def digest_of(path: Path) -> FileDigest:
     return FileDigest(num_bytes=num_bytes, xxh3_128=digest.hexdigest())
 
 
+def digests_of(folder: Path, names: Sequence[str]) -> dict[str, FileDigest]:
+    """Return size and digest of files of a folder, by their names; several are read side by side."""
+    with _threads() as threads:
+        return dict(zip(names, threads.map(lambda name: digest_of(folder / name), names), strict=True))
+
+
 def write_manifest(folder: Path, known: Mapping[str, FileDigest]) -> None:
     """Write the manifest of `folder`. Files in `known` are not read again. Raises StorageError."""
-    digests = {name: known.get(name) or digest_of(folder / name) for name in _names(folder)}
-    entries = {name: {"bytes": digest.num_bytes, "xxh3_128": digest.xxh3_128} for name, digest in digests.items()}
+    digests = {**known, **digests_of(folder, [name for name in _names(folder) if name not in known])}
+    entries = {name: {"bytes": each.num_bytes, "xxh3_128": each.xxh3_128} for name, each in sorted(digests.items())}
     write_atomic(folder / MANIFEST_FILE, (json.dumps({"files": entries}, indent=1) + "\n").encode())
 
 
@@ -58,7 +64,7 @@ def problems(folder: Path) -> list[str]:
         }
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         return [f"{MANIFEST_FILE} can't be read ({type(error).__name__}: {error})"]
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+    with _threads() as threads:
         by_file = threads.map(lambda name: _problem(folder / name, name, wanted[name]), sorted(wanted))
         return [problem for problem in by_file if problem]
 
@@ -72,6 +78,10 @@ def strangers(folder: Path) -> list[str]:
 def _names(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE)
     return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
 
 
 def _problem(path: Path, name: str, wanted: FileDigest) -> str | None:

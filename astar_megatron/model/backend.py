@@ -93,12 +93,17 @@ class Backend:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return torch.cuda.max_memory_allocated()
 
+    def wait(self) -> None:
+        """Return when the device has done all that it was given."""
+        if self.name == "cuda":
+            torch.cuda.synchronize()
+
     def release_cache(self) -> int:
         """Give memory that no tensor holds back to the device; return the bytes that this process still has of it."""
         if self.name == "cpu":
             return 0
         gc.collect()
-        torch.cuda.synchronize()
+        self.wait()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 

@@ -49,9 +49,10 @@ class StepRecord:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Note when the body ran."""
+        """Note when the body ran, with the work that it gave to the device."""
         start = time.perf_counter() - self._start
         yield
+        self._backend.wait()
         self._spans.append(Span(name=name, who="ranks", start=start, end=time.perf_counter() - self._start))
 
     def is_finite(self, indices: Sequence[int]) -> bool:

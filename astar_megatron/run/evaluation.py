@@ -6,7 +6,7 @@ evaluate.py says what is measured. Training evaluates through this too.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
@@ -20,17 +20,15 @@ from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
 
 
-def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> list[Evaluation]:
-    """Evaluate what the engines hold, and write the responses to `<run_dir>/<name>[_<set>].jsonl`."""
-    evaluations = []
+def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> Iterator[Evaluation]:
+    """Evaluate what the engines hold, set by set, and write the responses to `<run_dir>/<name>[_<set>].jsonl`."""
     for eval_set in inputs.eval_sets:
         with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
             greedy = _draw(cfg.seed, eval_set, source, tracker, name, num_samples=None)
             sampled = _draw(cfg.seed, eval_set, source, tracker, name, eval_set.num_samples)
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
         write_atomic(tracker.run_dir / f"{file_name(name, eval_set.name)}.jsonl", "".join(lines).encode())
-        evaluations.append(summary(eval_set, greedy, sampled))
-    return evaluations
+        yield summary(eval_set, greedy, sampled)
 
 
 def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:

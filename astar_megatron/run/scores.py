@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.data.files import without_nan, write_atomic
-from astar_megatron.data.manifest import digest_of
+from astar_megatron.data.manifest import digests_of
 from conversion.folders import read_record
 
 _OF_A_STEP = f"eval_step_{8 * '[0-9]'}.json"
@@ -106,13 +106,12 @@ def write(run_dir: Path, name: str, evaluations: Sequence[Evaluation]) -> None:
     write_atomic(run_dir / f"{name}.md", markdown(evaluations).encode())
 
 
-def keep(run_dir: Path, weights: str, evaluations: Sequence[Evaluation]) -> None:
-    """Write evaluations of a folder, and a table of all that there are of its weights.
+def keep(run_dir: Path, weights: str, evaluation: Evaluation) -> None:
+    """Write an evaluation of a folder, and a table of all that there are of its weights.
 
     Raises StorageError, and ValueError for earlier ones that are damaged.
     """
-    for evaluation in evaluations:
-        _write(run_dir / f"{file_name(name_of(weights), evaluation.name)}.json", weights, [evaluation])
+    _write(run_dir / f"{file_name(name_of(weights), evaluation.name)}.json", weights, [evaluation])
     write_atomic(run_dir / f"{name_of(weights)}.md", markdown(kept(run_dir, weights)).encode())
 
 
@@ -143,7 +142,8 @@ def weights_of(folder: Path) -> str:
     """Return a digest of the weights of a Hugging Face folder: that of its conversion.json, else of its files."""
     if recorded := weights_digest(read_record(folder)):
         return recorded
-    files = {path.name: digest_of(path).xxh3_128 for path in sorted(folder.glob("*.safetensors"))}
+    digests = digests_of(folder, sorted(path.name for path in folder.glob("*.safetensors")))
+    files = {name: digest.xxh3_128 for name, digest in digests.items()}
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
