@@ -135,8 +135,7 @@ def _evaluate(
     if not is_due and (interval is None or version % interval):
         return {}
     with clock.span("eval", "engines"):
-        name = f"eval_step_{version:08d}"
-        evaluations = list(evaluate(cfg, inputs, fleet.engines, tracker, name))
-        scores.write(tracker.run_dir, name, evaluations)
+        evaluations = list(evaluate(cfg, inputs, fleet.engines, tracker, scores.name_of_step(version)))
+        scores.write(tracker.run_dir, version, evaluations)
     show(f"the policy after {version} steps", evaluations, tracker)
     return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

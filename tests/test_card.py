@@ -17,25 +17,11 @@ from astar_megatron.data.files import without_nan
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
 from astar_megatron.run import scores
-from astar_megatron.run.scores import Estimate, Evaluation
+from astar_megatron.run.scores import Evaluation
 from conversion import folders
 from conversion.folders import ModelFolderError
 
 SECRET = "planted-secret-of-a-variable"
-
-
-def evaluation(mean: float, name: str = "gsm8k") -> Evaluation:
-    estimate = Estimate(mean, 0.0125)
-    return Evaluation(
-        name=name,
-        reward="gsm8k_strict",
-        prompts=1319,
-        num_samples=4,
-        greedy=estimate,
-        sampled={"avg@4": estimate, "pass@4": Estimate(1.0, float("nan"))},
-        truncated=0.25,
-        formatted=None,
-    )
 
 
 @pytest.fixture
@@ -66,9 +52,9 @@ def text(folder: Path) -> str:
 
 
 def test_evaluations_come_back_from_their_files(tmp_path: Path) -> None:
-    both = [evaluation(0.5), evaluation(0.25, "prompts")]
-    for name in ("eval_step_00000000", "eval_step_00000005"):
-        scores.write(tmp_path, name, both)
+    both = [samples.evaluation(0.5), samples.evaluation(0.25, "prompts")]
+    for step in (0, 5):
+        scores.write(tmp_path, step, both)
     assert (tmp_path / "eval_step_00000005.md").read_text() == scores.markdown(both)
     for each in both:
         scores.keep(tmp_path, "abc", each)
@@ -79,8 +65,13 @@ def test_evaluations_come_back_from_their_files(tmp_path: Path) -> None:
     assert [each.step for each in scores.scores_of(tmp_path, 7, "abc")] == [0, 5, 7]
     with pytest.raises(ValueError, match=r"eval_step_00000009.json: no scores of an evaluation: .*; remove it"):
         scores.scores_of(tmp_path, 9, None)
+    for step, ending in ((0, "_gsm8k.jsonl"), (5, ".jsonl"), (5, "_gsm8k.jsonl"), (9, ".md")):
+        (tmp_path / f"{scores.name_of_step(step)}{ending}").write_text("")
     scores.forget(tmp_path, 5)  # a run that begins anew at step 5
     assert [each.step for each in scores.scores_of(tmp_path, 9, None)] == [0]
+    of_steps = {path.name for path in tmp_path.glob("eval_step_*")}
+    assert of_steps == {f"eval_step_00000000{ending}" for ending in (".json", ".md", "_gsm8k.jsonl")}
+    assert (repr(scores.of_step(tmp_path, 0)), scores.of_step(tmp_path, 5)) == (repr(both), [])
 
 
 def means(evaluations: list[Evaluation]) -> dict[str, float]:
@@ -97,12 +88,12 @@ def test_a_newer_evaluation_replaces_those_of_the_same_set_of_the_same_weights_a
         (own, 0.75, "gsm8k"),
         (own, 0.75, "math500"),
     ]:
-        scores.keep(tmp_path, weights, evaluation(mean, name))
+        scores.keep(tmp_path, weights, samples.evaluation(mean, name))
     assert means(scores.kept(tmp_path, own)) == {"prompts": 0.5, "gsm8k": 0.75, "math500": 0.75}
     assert means(scores.kept(tmp_path, other)) == {"prompts": 0.125, "gsm8k": 0.125}
     table = (tmp_path / "eval_aaaaaaaaaaaa.md").read_text()
     assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| prompts", "| gsm8k", "| math500"]
-    scores.write(tmp_path, "eval_step_00000007", [evaluation(0.25, "prompts"), evaluation(0.25, "amc23")])
+    scores.write(tmp_path, 7, [samples.evaluation(0.25, "prompts"), samples.evaluation(0.25, "amc23")])
     (scored,) = scores.scores_of(tmp_path, 7, own)  # in training too: of the same weights
     assert means(scored.evaluations) == {"prompts": 0.5, "amc23": 0.25, "gsm8k": 0.75, "math500": 0.75}
     (tmp_path / "eval_aaaaaaaaaaaa_gsm8k.json").write_text("{")
@@ -112,11 +103,11 @@ def test_a_newer_evaluation_replaces_those_of_the_same_set_of_the_same_weights_a
 
 
 def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -> None:
-    fields = [dataclasses.asdict(evaluation(0.5, name)) for name in ("prompts", "gsm8k")]
+    fields = [dataclasses.asdict(samples.evaluation(0.5, name)) for name in ("prompts", "gsm8k")]
     earlier = json.dumps(without_nan({"weights": 64 * "a", "sets": fields}))
     (tmp_path / "eval.json").write_text(earlier)
-    scores.keep(tmp_path, 64 * "a", evaluation(0.75))
-    scores.keep(tmp_path, 64 * "b", evaluation(0.125))
+    scores.keep(tmp_path, 64 * "a", samples.evaluation(0.75))
+    scores.keep(tmp_path, 64 * "b", samples.evaluation(0.125))
     assert means(scores.kept(tmp_path, 64 * "a")) == {"prompts": 0.5, "gsm8k": 0.75}
     assert means(scores.kept(tmp_path, 64 * "b")) == {"gsm8k": 0.125}
     assert (tmp_path / "eval.json").read_text() == earlier
@@ -138,9 +129,9 @@ def test_a_card_keeps_its_scores_when_another_set_or_model_is_evaluated(
     export: Path, settings: dict[str, Any], tied_llama: Path
 ) -> None:
     run_dir = export.parent
-    scores.keep(run_dir, scores.weights_of(export), evaluation(0.9438))
-    scores.keep(run_dir, scores.weights_of(export), evaluation(0.5, "math500"))
-    scores.keep(run_dir, scores.weights_of(tied_llama), evaluation(0.25))
+    scores.keep(run_dir, scores.weights_of(export), samples.evaluation(0.9438))
+    scores.keep(run_dir, scores.weights_of(export), samples.evaluation(0.5, "math500"))
+    scores.keep(run_dir, scores.weights_of(tied_llama), samples.evaluation(0.25))
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     results: Any = ModelCard.load(export / "README.md").data
     assert [(each.dataset_name, each.metric_value) for each in results.eval_results] == [
@@ -153,11 +144,11 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     run_dir = export.parent
     lines = [{"step": n, "spent_tokens": 100 * (n + 1), "model_flops": 2e9, "generation_flops": 1e9} for n in range(6)]
     samples.write_jsonl(run_dir / "metrics.jsonl", lines)
-    scores.write(run_dir, "eval_step_00000000", [evaluation(0.25)])
+    scores.write(run_dir, 0, [samples.evaluation(0.25)])
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     assert "None are recorded of these weights, those after 5 steps." in text(export)
     assert "model-index" not in ModelCard.load(export / "README.md").data.to_dict()
-    scores.keep(run_dir, scores.weights_of(export), evaluation(0.5))
+    scores.keep(run_dir, scores.weights_of(export), samples.evaluation(0.5))
     card.write(export, Training.of_folder(export), run_dir)  # as `astar eval` and `astar export` do
     data: Any = ModelCard.load(export / "README.md").data
     assert (data.base_model, data.pipeline_tag, data.library_name) == (None, "text-generation", "transformers")

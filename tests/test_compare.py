@@ -19,6 +19,7 @@ from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.model.flops import forward_flops
+from astar_megatron.run import scores
 from astar_megatron.run.commands import End, astar, last_heading, last_line
 from astar_megatron.run.spending import Cost, Spending, generation_flops
 from astar_megatron.run.tracking import Tracker, read_metrics
@@ -73,9 +74,7 @@ class Astar:
         tracker, tokens = Tracker(cfg.run_dir), TOKENS[cfg.objective.name]
         earlier = read_metrics(run_dir)
         spending = Spending(cfg.budget, cfg.train.num_steps, len(earlier), earlier)
-        score = (len(cfg.objective.name) + cfg.seed) / 16
-        rows = [{"sample": "greedy", "reward": score}, {"sample": "greedy", "reward": None}, {"sample": 0, "reward": 1}]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
+        score = (len(cfg.objective.name) + cfg.seed) / 32
         for step in spending.steps():
             if run_dir.name == self.fails and step == self.at_step:
                 log.open("a").write("astar: the engine has ended\n\n")
@@ -83,7 +82,7 @@ class Astar:
             spending.add(line(step, tokens))
             tracker.log(line(step, tokens))
             if spending.has_reached_a_part or spending.ends:
-                (run_dir / f"eval_step_{spending.done:08d}.jsonl").write_text(text)
+                scores.write(run_dir, spending.done, [samples.evaluation(score, "prompts")])
         (run_dir / "checkpoints").mkdir(exist_ok=True)
         return 0
 
@@ -332,7 +331,7 @@ def test_a_run_that_ends_well_without_its_evaluation_is_a_failed_one(compare: An
         def train(self, cfg: RunConfig, run_dir: Path, log: Path) -> int:
             status = super().train(cfg, run_dir, log)
             if run_dir.name == "grpo-0":
-                next(run_dir.glob("eval_step_*")).unlink()
+                next(run_dir.glob("eval_step_*.json")).unlink()
             return status
 
     assert compare(Silent(), "grpo,rebel", seeds="0") == 1
@@ -512,9 +511,8 @@ def test_the_final_score_is_the_mean_of_the_sets_of_the_last_evaluation(tmp_path
     tracker = Tracker(tmp_path)
     for step in (0, 1):
         tracker.log(line(step) | ({} if step else {"eval": {"a": {"greedy": 0.1}}}))
-    for name, reward in (("00000002_a", 0.5), ("00000002_b", 1.0), ("00000001_a", 0.0)):
-        row = json.dumps({"sample": "greedy", "reward": reward})
-        (tmp_path / f"eval_step_{name}.jsonl").write_text(row + "\n")
+    scores.write(tmp_path, 2, [samples.evaluation(0.5, "a"), samples.evaluation(1.0, "b")])
+    scores.write(tmp_path, 1, [samples.evaluation(0.0, "a")])
     stage_1 = Stage1Cost(tokens=100, flops=1e10, seconds=None)
     result = comparison.result_of(Run("astar", 0), tmp_path, stage_1)
     assert (result.scores, result.score) == ({"a": 0.5, "b": 1.0}, 0.75)

@@ -153,9 +153,7 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in markdown([score])
 
 
-def test_a_set_is_written_and_handed_on_before_the_next_is_asked(
-    run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_set_is_written_and_handed_on_before_the_next_is_asked(run: Callable[..., RunConfig], tmp_path: Path) -> None:
     def answer(asked: Request) -> str:
         if "How many?" in asked.prompt.text:
             raise RuntimeError("the engines are gone")

@@ -16,6 +16,7 @@ from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.run import scores
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.scaling import run
 from astar_megatron.studies.score_curves import read_curves
@@ -143,7 +144,7 @@ def test_several_grids_are_joined_and_a_cell_of_both_runs_once(study: Study, tmp
 def test_a_budget_that_stage_1_alone_uses_up_has_the_score_before_training(study: Study, tmp_path: Path) -> None:
     class Evaluates(Astar):
         def train(self, cfg: RunConfig, run_dir: Path, log: Path) -> int:
-            (run_dir / "eval_step_00000000.jsonl").write_text('{"sample": "greedy", "reward": 0.125}\n')
+            scores.write(run_dir, 0, [samples.evaluation(0.125)])
             return super().train(cfg, run_dir, log)
 
     runner = Evaluates()

@@ -20,7 +20,8 @@ from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.manifest import digests_of
 from conversion.folders import read_record
 
-_OF_A_STEP = f"eval_step_{8 * '[0-9]'}.json"
+_OF_A_STEP = "eval_step_"
+_STEP_FILES = f"{_OF_A_STEP}{8 * '[0-9]'}"
 _OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
 
 
@@ -100,10 +101,21 @@ def file_name(name: str, set_name: str) -> str:
     return name if set_name == "prompts" else f"{name}_{set_name}"
 
 
-def write(run_dir: Path, name: str, evaluations: Sequence[Evaluation]) -> None:
-    """Write the evaluations of a step as `<name>.json` and, the same as a table, `<name>.md`. Raises StorageError."""
-    _write(run_dir / f"{name}.json", None, evaluations)
-    write_atomic(run_dir / f"{name}.md", markdown(evaluations).encode())
+def name_of_step(step: int) -> str:
+    """Return what the names of files begin with that are of the evaluation in training after `step` steps."""
+    return f"{_OF_A_STEP}{step:08d}"
+
+
+def write(run_dir: Path, step: int, evaluations: Sequence[Evaluation]) -> None:
+    """Write the evaluations of a step, and the same as a table. Raises StorageError."""
+    _write(run_dir / f"{name_of_step(step)}.json", None, evaluations)
+    write_atomic(run_dir / f"{name_of_step(step)}.md", markdown(evaluations).encode())
+
+
+def of_step(run_dir: Path, step: int) -> list[Evaluation]:
+    """Return the evaluations in training after `step` steps; [] where there was none. Raises ValueError as `kept`."""
+    path = run_dir / f"{name_of_step(step)}.json"
+    return _read(path)[1] if path.exists() else []
 
 
 def keep(run_dir: Path, weights: str, evaluation: Evaluation) -> None:
@@ -126,8 +138,8 @@ def kept(run_dir: Path, weights: str) -> list[Evaluation]:
 
 
 def forget(run_dir: Path, first: int) -> None:
-    """Remove the scores of steps from `first` on, which a run that begins there may not evaluate again."""
-    for path in run_dir.glob(_OF_A_STEP):
+    """Remove scores and responses of steps from `first` on, which a run that begins there may not evaluate again."""
+    for path in run_dir.glob(f"{_STEP_FILES}*"):
         if _step(path) >= first:
             path.unlink()
 
@@ -153,7 +165,7 @@ def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
     The last are of `step` itself where training evaluated them, or `astar eval` a folder with these `weights`; of a set
     that both did the folder's counts. Raises ValueError for a file that is damaged.
     """
-    of_steps = sorted(path for path in run_dir.glob(_OF_A_STEP) if _step(path) <= step)
+    of_steps = sorted(path for path in run_dir.glob(f"{_STEP_FILES}.json") if _step(path) <= step)
     scored = {_step(path): _read(path)[1] for path in {*of_steps[:1], *of_steps[-1:]}}
     if weights is not None and (own := kept(run_dir, weights)):
         by_set = {evaluation.name: evaluation for evaluation in [*scored.get(step, []), *own]}
@@ -162,7 +174,7 @@ def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
 
 
 def _step(path: Path) -> int:
-    return int(path.stem.rpartition("_")[2])
+    return int(path.name.removeprefix(_OF_A_STEP)[:8])
 
 
 def _write(path: Path, weights: str | None, evaluations: Sequence[Evaluation]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from astar_megatron import config
 from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
+from astar_megatron.run import scores
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import greedy_scores, read_metrics
 
@@ -257,7 +258,7 @@ def result_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None, *, has_refere
     return Result(
         run=run,
         steps=tuple(steps),
-        scores=scores_of(run_dir, steps[-1].step + 1),
+        scores=_last_scores(run_dir, steps[-1].step + 1),
         peak_memory_bytes=max(size for line in lines for size in line["peak_memory_bytes"]),
     )
 
@@ -287,19 +288,18 @@ def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def scores_of(run_dir: Path, version: int) -> dict[str, float]:
-    """Return the greedy scores by set of the weights after so many steps; see run/evaluation.py.
+def greedy_scores_of(run_dir: Path, steps: int) -> dict[str, float]:
+    """Return the greedy scores by set of the weights after so many steps; {} where the run did not evaluate them.
 
-    Raises ValueError where the run has not evaluated them.
+    Raises ValueError for a file that is damaged.
     """
-    stem = f"eval_step_{version:08d}"
-    scores = {}
-    for path in sorted(run_dir.glob(f"{stem}*.jsonl")):
-        rows: Sequence[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        name = path.stem.removeprefix(stem).removeprefix("_") or "prompts"
-        scores[name] = statistics.fmean(row["reward"] or 0.0 for row in rows if row["sample"] == "greedy")
-    if not scores:
+    return {evaluation.name: evaluation.greedy.mean for evaluation in scores.of_step(run_dir, steps)}
+
+
+def _last_scores(run_dir: Path, steps: int) -> dict[str, float]:
+    if not (of_sets := greedy_scores_of(run_dir, steps)):
         raise ValueError(
-            f"{run_dir}: no {stem}*.jsonl of the last weights; remove the folder, and the same command runs it again"
+            f"{run_dir}: no {scores.name_of_step(steps)}.json of the last weights; remove the folder, and the same "
+            "command runs it again"
         )
-    return scores
+    return of_sets

@@ -154,14 +154,8 @@ def course_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> list[Score
 
 
 def _score(run_dir: Path, steps: int) -> float | None:
-    if not _is_evaluated(run_dir, steps):
-        return None
-    scores = comparison.scores_of(run_dir, steps)
-    return sum(scores.values()) / len(scores)
-
-
-def _is_evaluated(run_dir: Path, steps: int) -> bool:
-    return any(run_dir.glob(f"eval_step_{steps:08d}*.jsonl"))
+    scores = comparison.greedy_scores_of(run_dir, steps)
+    return sum(scores.values()) / len(scores) if scores else None
 
 
 def _budgets(texts: Sequence[str]) -> list[Budget]:
