@@ -47,7 +47,7 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
         configs = {run: comparison.with_budget(own, [limit], stage_1.get(run.cell)) for run, own in runnable.items()}
         known = Comparison(settings=settings, budget=limit, runs=runs, stage_1=stage_1, results={}, errors=errors)
         for run in finished:  # first, asked for or not, so that what is written never loses a finished run
-            known.results[run] = _result(known, run, folder)
+            known.results[run] = _result(known, run, configs[run], folder)
         _write(known, folder)
         for method, reason in failures.items():
             screen.say(f"{method}: {reason}")
@@ -70,16 +70,17 @@ def _train(
     try:
         if end.status:
             raise ValueError(end.error)
-        known.results[run] = _result(known, run, folder)
+        known.results[run] = _result(known, run, cfg, folder)
     except ValueError as error:
         known.errors[run] = str(error)
         screen.say(f"{label} failed: {error}")
     _write(known, folder)
 
 
-def _result(known: Comparison, run: Run, folder: Path) -> Result:
-    copies = run.cell == "oapl" and known.settings["oapl.refresh_steps"] is not None
-    return comparison.result_of(run, folder / run.name, known.stage_1.get(run.cell), has_reference=not copies)
+def _result(known: Comparison, run: Run, cfg: RunConfig, folder: Path) -> Result:
+    return comparison.result_of(
+        run, folder / run.name, known.stage_1.get(run.cell), has_reference=not cfg.copies_reference
+    )
 
 
 def _write(known: Comparison, folder: Path) -> None:

@@ -44,6 +44,11 @@ from astar_megatron.config_slurm import Stage as Stage
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 from astar_megatron.config_training import TrackingConfig as TrackingConfig
 
+# Keys, and beginnings of keys, that change no number of a run.
+NO_RESULTS = (
+    *("cluster.", "supervise.", "checkpoint.", "tracking."),
+    *("train.grace_seconds", "train.micro_batch_tokens", "train.profile_steps", "rollout.heartbeat_seconds"),
+)
 _IMPORTANCE_CAP = 2.0  # of A*PO, where engines draw ahead
 Day = Annotated[str, BeforeValidator(day)]
 type Dtype = Literal["auto", "bfloat16", "float32"]
@@ -286,10 +291,11 @@ class RunConfig(Section):
         return self.objective.name == "oapl" and self.oapl.refresh_steps is not None
 
     @property
-    def reads_stage_1(self) -> bool:
-        """Whether the method takes something of the V* table."""
+    def asks_stage_1(self) -> bool:
+        """Whether the method, or the filter, takes something of the V* table."""
         name = self.objective.name
-        return name in ("astar", "spo") or (name == "oapl" and self.oapl.value == "table")
+        is_read = name in ("astar", "spo") or (name == "oapl" and self.oapl.value == "table")
+        return is_read or self.filter != FilterConfig()
 
     @property
     def beta1(self) -> float:

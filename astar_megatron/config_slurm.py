@@ -16,7 +16,12 @@ STAGES: tuple[Stage, ...] = ("sweep", "train", "eval", "export")
 
 
 # Variables of slurm/train.sbatch that keys set, and those that are numbers with the least and the most.
-_BY_KEYS = {"PROGRAM": "stages", "IMAGE": "image", "MOUNTS": "mounts", "SETUP": "setup"}
+_BY_KEYS = {
+    "ASTAR_PROGRAM": "stages",
+    "ASTAR_IMAGE": "image",
+    "ASTAR_MOUNTS": "mounts",
+    "ASTAR_SETUP": "setup",
+}
 _NUMBERS = {
     "ASTAR_PORT": (1024, 65535 - 63),  # the first of 64
     "ASTAR_START_SECONDS": (1, 99_999),
@@ -42,7 +47,7 @@ def _variable(value: str) -> str:
     name, _, text = value.partition("=")
     if name.startswith("ASTAR_") and not text:
         raise ValueError(f"slurm.env: {value:.200}: empty; leave it out for its default")
-    if key := _BY_KEYS.get(name.removeprefix("ASTAR_")):
+    if key := _BY_KEYS.get(name):
         raise ValueError(f"slurm.env: {value:.200}: slurm.{key} sets that variable; use the key")
     if name in _NUMBERS:
         least, most = _NUMBERS[name]

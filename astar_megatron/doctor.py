@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from astar_megatron.run.machine import Finding, report
 
@@ -30,8 +31,8 @@ def show(findings: Iterable[Finding], console: Console) -> None:
     table.add_column("found", overflow="fold")
     table.add_column("what to do", overflow="fold")
     for finding in findings:
-        level = f"[{colours[finding.level]}]{finding.level}[/]"
-        table.add_row(level, finding.subject, finding.state, finding.remedy)
+        level = Text(finding.level, style=colours[finding.level])
+        table.add_row(level, *map(Text, (finding.subject, finding.state, finding.remedy)))
     console.print(table)
 
 

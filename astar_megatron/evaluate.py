@@ -20,7 +20,7 @@ from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
 from astar_megatron.run.tracking import Tracker
 from conversion import hf, rewrite
-from conversion.ends import End, open_end
+from conversion.ends import End, MegatronEnd, open_end
 from conversion.folders import read_record
 
 
@@ -53,7 +53,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
 @contextmanager
 def hugging_face(end: End, tracker: Tracker) -> Iterator[Path]:
     """The Hugging Face folder of `end`; of a checkpoint of Megatron a copy in that format, for as long."""
-    if end.kind != "Megatron":
+    if end.kind != MegatronEnd.kind:
         yield end.path
         return
     with tempfile.TemporaryDirectory(dir=tracker.run_dir, prefix="eval_") as temporary:

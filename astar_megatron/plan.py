@@ -100,4 +100,4 @@ def _cost(cfg: RunConfig, ahead: Forecast) -> str:
     words = f"{ahead.where}; {cfg.train.num_steps} steps: at most {ahead.training_hours:.1f} GPU hours"
     if ahead.stage_1_hours is not None:
         return f"{words}, and {ahead.stage_1_hours:.1f} for stage 1"
-    return f"{words}; stage 1 not counted: {cfg.data.path} is not there yet" if cfg.reads_stage_1 else words
+    return f"{words}; stage 1 not counted: {cfg.data.path} is not there yet" if cfg.asks_stage_1 else words

@@ -14,7 +14,7 @@ from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.launch import queue
 from astar_megatron.launch.program import submits
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
-from astar_megatron.run.commands import End, Runner, astar, run_shown, written
+from astar_megatron.run.commands import CommandEnd, Runner, astar, run_shown, written
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import comparison, study_files
@@ -24,7 +24,7 @@ from astar_megatron.studies.study import Score, checked_inputs, course_of, read_
 from astar_megatron.studies.study_files import Progress
 
 # Runs a command for each of some configurations, by a name, and yields the name and how it ended.
-type Ends = Callable[[Stage, Mapping[str, RunConfig]], Iterator[tuple[str, End]]]
+type Ends = Callable[[Stage, Mapping[str, RunConfig]], Iterator[tuple[str, CommandEnd]]]
 
 
 def run(file: Path, runner: Runner = astar) -> int:
@@ -104,7 +104,7 @@ def _with_budgets(progress: Progress, configs: Mapping[Run, RunConfig]) -> dict[
 def _here(screen: Screen, runner: Runner) -> Ends:
     """One after the other on this machine."""
 
-    def ends(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, End]]:
+    def ends(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, CommandEnd]]:
         for number, (name, cfg) in enumerate(configs.items(), 1):
             label = f"{name}, run {number} of {len(configs)}" if stage == "train" else name
             yield name, run_shown(stage, cfg, label, screen, runner)
@@ -112,14 +112,14 @@ def _here(screen: Screen, runner: Runner) -> Ends:
     return ends
 
 
-def _as_jobs(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, End]]:
+def _as_jobs(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, CommandEnd]]:
     """All at once as jobs of Slurm's, in the order in which they end."""
     submissions = {name: queue.submission_of(cfg, stage, *written(cfg)) for name, cfg in configs.items()}
     for name, did_well in queue.ended(submissions):
-        yield name, End(status=0 if did_well else 1, log=submissions[name].log)
+        yield name, CommandEnd(status=0 if did_well else 1, log=submissions[name].log)
 
 
-def _note(progress: Progress, run: Run, end: End, screen: Screen) -> None:
+def _note(progress: Progress, run: Run, end: CommandEnd, screen: Screen) -> None:
     """Write what is known when a run has ended."""
     try:
         if end.status:

@@ -30,7 +30,7 @@ _BY_USER = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class ChildEnd:
     """How a child ended: its status as `subprocess` has it, its process number, the end of its output."""
 
     status: int
@@ -58,11 +58,11 @@ def main(cfg: RunConfig, words: Sequence[str]) -> int:
 
 def supervise(
     cfg: RunConfig,
-    run: Callable[[], End],
+    run: Callable[[], ChildEnd],
     is_stopped: Callable[[], bool],
     screen: Screen,
     now: Callable[[], float] = time.monotonic,
-) -> tuple[End, str]:
+) -> tuple[ChildEnd, str]:
     """Call `run` until it ends for good; return that end, and why it was not run again if a bundle is due ("": none).
 
     `is_stopped` says whether somebody has asked for the end.
@@ -107,7 +107,7 @@ class Child:
             raise SystemExit(RESUME)
         self._process.send_signal(number)
 
-    def run(self) -> End:
+    def run(self) -> ChildEnd:
         """Start it and wait for its end, and for that of all that it had started; its output is shown."""
         process = commands.start(self._words, subprocess.PIPE, own_group=True)  # each signal reaches it once, from here
         assert process.stdout is not None
@@ -119,7 +119,7 @@ class Child:
         status = process.wait()
         reader.join(_CARE_SECONDS)
         self._process = None
-        return End(status=status, pid=process.pid, output=output.decode(errors="replace"))
+        return ChildEnd(status=status, pid=process.pid, output=output.decode(errors="replace"))
 
 
 def _show(descriptor: int, output: bytearray) -> None:

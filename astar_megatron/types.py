@@ -136,10 +136,10 @@ def seconds_of(spans: Iterable[Span]) -> dict[str, float]:
 class StepStats:
     """What one training step did, over its B sequences.
 
-    `spans` hold reference (its forward) and policy (forward, backward, optimiser), from the beginning of the ranks'
-    step; tokens_per_second and mfu are of their sum. `logprobs` and `reference_logprobs` are the sums over each
-    response (nats), `losses` those of sequences. `token_logprobs` and `reference_token_logprobs` are of each token
-    (nats, float32), response after response, as their mini-batch was trained on them.
+    `spans` hold reference (its forward), policy (forward, backward, optimiser) and critic, if there is one, from the
+    beginning of the ranks' step; tokens_per_second and mfu are of their sum. `logprobs` and `reference_logprobs` are
+    the sums over each response (nats), `losses` those of sequences. `token_logprobs` and `reference_token_logprobs` are
+    of each token (nats, float32), response after response, as their mini-batch was trained on them.
     """
 
     loss: float

@@ -1,6 +1,7 @@
 """What the demo shows in the end: what training changed, read from the run's folder, and what to look at next."""
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,32 @@ def next_commands(config_file: str, overrides: Sequence[str], num_steps: int) ->
     lines = [f".venv/bin/astar {shlex.join(words)}" for words, _ in commands]
     width = max(map(len, lines))
     return [f"{line:<{width}}     # {meaning}" for line, (_, meaning) in zip(lines, commands, strict=True)]
+
+
+def plot_rewards(run_dir: Path, baseline: float) -> Path:
+    """Draw mean reward by step to `<run_dir>/reward.png` and return its path; `baseline` is the reference's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(run_dir)
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=120)
+    axes.plot(
+        [line["step"] for line in lines],
+        [line.get("reward_mean", math.nan) for line in lines],
+        marker="o",
+        color="#2a6f97",
+    )
+    axes.axhline(baseline, linestyle="--", color="#888888", label=f"reference, {baseline:.2f}")
+    axes.legend(loc="lower right", frameon=False)
+    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path = run_dir / "reward.png"
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
 
 
 def _right(run_dir: Path, name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from last_screen import before_and_after, next_commands
+from last_screen import before_and_after, next_commands, plot_rewards
 from smollm2 import ensure_model
 
 from astar_megatron import config
@@ -22,7 +22,7 @@ from astar_megatron.data.chat import tokenizer
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import prepare
-from astar_megatron.run.tracking import Tracker, plot_rewards
+from astar_megatron.run.tracking import Tracker
 from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
 from astar_megatron.sweep import show, sweep
 from astar_megatron.train import train
@@ -45,7 +45,7 @@ def main(overrides: list[str]) -> None:
         table = sweep(cfg, inputs, fleet.engines, tracker)
         show(table, tracker)
         train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
-    plot = plot_rewards(cfg.run_dir, baseline=table.summary().mean_reward)
+    plot = plot_rewards(tracker.run_dir, baseline=table.summary().mean_reward)
     with tracker.waiting("asking the export with plain transformers"):
         answers = [f"transformers with the export: {question} -> {answer(cfg, question)!r}" for question in QUESTIONS]
     for line in answers:

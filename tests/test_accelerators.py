@@ -117,7 +117,14 @@ def test_ranks_that_share_a_model_and_workers_that_share_an_engine_need_less() -
     )
     weights = 6 * own + 12 * (own // 4) + 2 * own  # with gradients; Adam over 4 replicas; reference
     assert accelerators.rank_bytes(cfg, QWEN2_1_5B).most == weights + 2 * tokens * kept // 4 + HEAD_BYTES
-    assert accelerators.engine_needs(cfg, QWEN2_1_5B) == accelerators.engine_needs(run_config(), QWEN2_1_5B) // 2
+
+
+def test_workers_of_an_engine_share_heads_and_beyond_the_heads_there_are_each_has_one() -> None:
+    for tensor, heads in ((1, 2), (2, 1), (4, 1)):
+        cfg = run_config(rollout={"tensor": tensor})
+        cache = 2 * 28 * heads * 128 * cfg.max_tokens
+        weights = sum(map(math.prod, QWEN2_1_5B.vllm_shapes(tensor, 0).values()))
+        assert accelerators.engine_needs(cfg, QWEN2_1_5B) == 2 * (weights + cache)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_qwen2.5_*.yaml")), ids=lambda path: path.stem)

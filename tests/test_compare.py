@@ -20,7 +20,7 @@ from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.run import scores
-from astar_megatron.run.commands import End, astar, last_heading, last_line
+from astar_megatron.run.commands import CommandEnd, astar, last_heading, last_line
 from astar_megatron.run.spending import Cost, Spending, generation_flops
 from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.studies import comparison
@@ -546,7 +546,9 @@ def test_a_command_runs_in_a_process_whose_last_line_tells_its_error(tmp_path: P
     log = tmp_path / "log.txt"
     status = astar("train", tmp_path / "nowhere.json", log)
     assert status == 2
-    assert End(status=status, log=log).error.startswith(f"astar: {tmp_path}/nowhere.json: no such configuration file")
+    assert CommandEnd(status=status, log=log).error.startswith(
+        f"astar: {tmp_path}/nowhere.json: no such configuration file"
+    )
     assert last_line(tmp_path / "none") == ""
     log.write_text("x" * 20_000 + "\nlast\n \n")
     assert last_line(log) == "last"

@@ -271,7 +271,10 @@ def test_stage_1_costs_by_the_prompts_that_there_are(tmp_path: Path) -> None:
     assert count_prompts(cfg) == 6
     hours = [forecast(cfg, QWEN, H100, number).stage_1_hours for number in (None, 6_000, 12_000)]
     assert hours[0] is None and hours[1] and hours[2] == pytest.approx(2 * hours[1], rel=0.05)
-    assert forecast(run_config(objective={"name": "grpo"}), QWEN, H100, 6).stage_1_hours is None
+    grpo = run_config(objective={"name": "grpo"})
+    assert forecast(grpo, QWEN, H100, 6).stage_1_hours is None
+    filtered = run_config(objective={"name": "grpo"}, filter={"all_right": 0.0})
+    assert forecast(filtered, QWEN, H100, 6_000).stage_1_hours == hours[1]
     (tmp_path / "p.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="1 of 1 rows can't be used"):
         count_prompts(cfg)

@@ -17,21 +17,21 @@ from astar_megatron.cluster.signals import LOST, RESUME
 from astar_megatron.config import RunConfig
 from astar_megatron.run import bundle
 from astar_megatron.run.tracking import Screen
-from astar_megatron.supervise import End, supervise
+from astar_megatron.supervise import ChildEnd, supervise
 
 KILLED = -signal.SIGKILL
 
 
-def runs(cfg: RunConfig, *ends: tuple[int, int]) -> Callable[[], End]:
+def runs(cfg: RunConfig, *ends: tuple[int, int]) -> Callable[[], ChildEnd]:
     """A fake of a child: each call ends with the next status and has done so many steps by then."""
     waiting: Iterator[tuple[int, int]] = iter(ends)
 
-    def run() -> End:
+    def run() -> ChildEnd:
         status, steps = next(waiting)
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         samples.write_jsonl(folder / "metrics.jsonl", [{"step": step} for step in range(steps)])
-        return End(status=status)
+        return ChildEnd(status=status)
 
     return run
 
@@ -54,8 +54,8 @@ def test_what_chance_has_ended_is_started_again(status: int, tmp_path: Path) -> 
 
 def test_a_driver_that_ray_itself_ended_is_started_again(tmp_path: Path) -> None:
     cfg = samples.run_config(run_dir=str(tmp_path))
-    ends = iter([End(status=1, output="E 5] Failed to connect to GCS within 60 seconds."), End(status=0)])
-    assert supervise(cfg, lambda: next(ends), lambda: False, Screen()) == (End(status=0), "")
+    ends = iter([ChildEnd(status=1, output="E 5] Failed to connect to GCS within 60 seconds."), ChildEnd(status=0)])
+    assert supervise(cfg, lambda: next(ends), lambda: False, Screen()) == (ChildEnd(status=0), "")
 
 
 @pytest.mark.parametrize("status", [2, 130])
@@ -67,13 +67,13 @@ def test_what_ends_a_run_that_had_begun_leaves_a_bundle(tmp_path: Path) -> None:
     """Too many steps that were not finite, a full disk: refused, but not before anything started."""
     cfg = samples.run_config(run_dir=str(tmp_path))
 
-    def run() -> End:
+    def run() -> ChildEnd:
         (tmp_path / "placement.json").write_text("{}")
-        return End(status=2)
+        return ChildEnd(status=2)
 
     end, reason = supervise(cfg, run, lambda: False, Screen())
     assert (end.status, reason) == (2, "a restart does not mend that")
-    assert supervise(cfg, lambda: End(status=2), lambda: False, Screen()) == (End(status=2), "")
+    assert supervise(cfg, lambda: ChildEnd(status=2), lambda: False, Screen()) == (ChildEnd(status=2), "")
 
 
 def test_an_error_of_the_program_is_not_but_leaves_a_bundle(tmp_path: Path) -> None:

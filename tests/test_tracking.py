@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from astar_megatron.data.files import StorageError
+from astar_megatron.doctor import show
 from astar_megatron.run.board import board_on
+from astar_megatron.run.machine import Finding
 from astar_megatron.run.tracking import Clock, Screen, Tracker, greedy_scores, read_metrics
 from astar_megatron.types import Span
 
@@ -46,6 +48,20 @@ def test_a_short_wait_leaves_one_line_and_a_failed_one_none(terminal: bool) -> N
         raise ValueError("broken")
     assert "again: " not in text.getvalue()
     assert threading.active_count() == 1 or not any("watch" in thread.name for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_square_brackets_of_a_users_names_are_shown_as_they_are(terminal: bool) -> None:
+    text, name = io.StringIO(), "runs/[v2]/[/a]/[bold]x"
+    console = Console(file=text, force_terminal=terminal, width=400, color_system=None)
+    screen = Screen(console)
+    screen.say(name)
+    screen.table(f"evaluation of {name}", [(f"name {name}", f"value {name}")])
+    with screen.progress(f"rows of {name}", 1) as advance:
+        advance(1)
+    show([Finding(f"subject {name}", "ok", name, name)], console)
+    for label in ("", "evaluation of ", "name ", "value ", "rows of ", "subject "):
+        assert label + name in text.getvalue()
 
 
 TALKS = """

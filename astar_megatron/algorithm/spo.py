@@ -30,7 +30,7 @@ from astar_megatron.types import Rollout
 _LEAST_DEVIATION = 1e-6  # added: a batch whose advantages are equal has advantages of 0, not NaN
 
 
-class Tracker:
+class ValueTracker:
     """The value of each prompt. `mean_reward` is that of stage 1's samples by uid; 1/2 for a prompt without any."""
 
     def __init__(self, cfg: SpoConfig, mean_reward: Mapping[str, float]) -> None:
@@ -69,10 +69,10 @@ def _success(reward: float) -> float:
 
 
 class Spo(Objective):
-    """See objective.Objective. `mean_reward` as in Tracker."""
+    """See objective.Objective. `mean_reward` as in ValueTracker."""
 
     def __init__(self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float]) -> None:
-        self._cfg, self._mean, self._tracker = cfg, mean, Tracker(cfg, mean_reward)
+        self._cfg, self._mean, self._tracker = cfg, mean, ValueTracker(cfg, mean_reward)
         self.loss: ClippedLoss = clipped_loss(cfg)
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:

@@ -27,7 +27,7 @@ _START_SECONDS = 120.0  # each node imports torch
 _SECONDS = 60.0  # for two nodes to meet and measure
 
 
-class End:
+class LinkEnd:
     """An actor: one end of a link."""
 
     def __init__(self, collective: str) -> None:
@@ -122,4 +122,4 @@ def _is_address(answer: str) -> bool:
 def _end(node: Joined, collective: str) -> Any:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1 if collective == "nccl" else 0}
     options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return ray.remote(**options)(End).remote(collective)
+    return ray.remote(**options)(LinkEnd).remote(collective)

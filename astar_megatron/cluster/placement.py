@@ -146,11 +146,21 @@ def place(
     nodes = tuple(nodes)
     demand, sizes = _demand(parallel, rollout), [node.num_gpus for node in nodes]
     if not any(sizes):
+        _check_ahead(parallel, rollout, is_shared=share_gpus is True)
         return _on_cores(nodes, demand)
     for is_shared in _ways(share_gpus):
         if counts := _fit(sizes, demand, is_shared):
+            _check_ahead(parallel, rollout, is_shared=is_shared)
             return _seated(nodes, demand, counts, is_shared)
     raise PlacementError(_refusal(sizes, parallel, rollout, share_gpus, parts))
+
+
+def _check_ahead(parallel: ParallelConfig | None, rollout: RolloutConfig, *, is_shared: bool) -> None:
+    if parallel and rollout.max_staleness and is_shared:
+        raise PlacementError(
+            f"rollout.max_staleness: {rollout.max_staleness}, but engines that share GPUs with the policy sleep while "
+            "it trains and can't draw ahead; set it to 0, or cluster.share_gpus=false and enough GPUs for both"
+        )
 
 
 def _demand(parallel: ParallelConfig | None, rollout: RolloutConfig) -> _Demand:

@@ -12,8 +12,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from astar_megatron.cluster.actors import task_on
 from astar_megatron.cluster.address import knock
 from astar_megatron.cluster.errors import ClusterError
 
@@ -74,7 +74,7 @@ def ask_all[T](nodes: Mapping[str, Joined], seconds: float, function: Callable[.
     """Return by name what a function answers in a process on each node, all at once; a string: why it did not."""
     references = {}
     for name, node in nodes.items():
-        references[name] = _task(node, function).remote(*arguments)
+        references[name] = task_on(node.id, function).remote(*arguments)
     return answers(references, seconds)
 
 
@@ -104,7 +104,7 @@ def _clock(name: str, node: Joined) -> Clock | str:
     best: Clock | None = None
     for _ in range(_CLOCK_TRIES):
         before = time.time()
-        there = answers({name: _task(node, _now).remote()}, _CLOCK_SECONDS)[name]
+        there = answers({name: task_on(node.id, _now).remote()}, _CLOCK_SECONDS)[name]
         after = time.time()
         if isinstance(there, str):
             return there
@@ -116,8 +116,3 @@ def _clock(name: str, node: Joined) -> Clock | str:
 
 def _now() -> float:
     return time.time()  # Ray takes no function that is not Python's
-
-
-def _task(node: Joined, function: Callable[..., Any]) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)

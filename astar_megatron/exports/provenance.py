@@ -19,18 +19,17 @@ from astar_megatron import config
 from astar_megatron.algorithm.methods import PAPERS
 from astar_megatron.run import machine
 from astar_megatron.run.bundle import values_without_secrets
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.saving import PROGRESS_FILE
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
 from conversion.folders import read_record
 
 TRAINING = "training"  # of conversion.json
-_CHECKPOINTS = "checkpoints"  # of a run's folder
 # Keys and sections that change no result, and what says where something lies.
 _NOT_TOLD = (
     *("run_dir", "sweep.table", "eval.folder", "model.path"),
-    *("cluster.", "supervise.", "checkpoint.", "tracking.", "slurm."),
-    *("train.grace_seconds", "rollout.heartbeat_seconds"),
+    *config.NO_RESULTS,
 )
 _FILES = ("data.path", "data.eval_path")
 _TEXTS = ("data.suffix",)  # part of the prompt, word for word: a slash in it makes it no path
@@ -106,7 +105,7 @@ class Training:
 def run_dir_of(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint lies in; None for one that was moved."""
     folder = checkpoint.resolve().parent
-    return folder.parent if folder.name == _CHECKPOINTS else None
+    return folder.parent if folder.name == CHECKPOINTS_FOLDER else None
 
 
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:

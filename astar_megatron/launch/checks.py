@@ -33,11 +33,14 @@ def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
     """Refuse stages whose files are not here: they would fail as they begin."""
     if cfg.slurm.image or cfg.slurm.ssh:  # what a container or another machine sees is not known here
         return
-    if {"sweep", "train"} & {*stages}:
-        _there("data.path", Path(cfg.data.path))
     if {*stages} - {"export"}:
         _there("model.path", Path(cfg.model.path, "config.json"))
-        _there("data.eval_path", Path(cfg.data.eval_path or os.devnull))
+        if {*stages} & {"sweep", "train"} or not cfg.eval.benchmarks:
+            _there("data.path", Path(cfg.data.path))
+        if cfg.eval.benchmarks and cfg.eval.folder:
+            _there("eval.folder", Path(cfg.eval.folder))
+        elif cfg.data.eval_path:
+            _there("data.eval_path", Path(cfg.data.eval_path))
     for stage, folder in (("eval", cfg.export_dir), ("export", Path(cfg.run_dir))):
         if stage in stages and "train" not in stages and not folder.is_dir():
             raise ConfigError(f"slurm.stages: {stage} without train, and {folder} is not there; add train")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from astar_megatron.cluster.demands import key_for_gpus, num_used
 from astar_megatron.cluster.placement import Node, Placement, place
-from astar_megatron.config import STAGES, ConfigError, FilterConfig, RunConfig, Stage
+from astar_megatron.config import STAGES, ConfigError, RunConfig, Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +73,7 @@ def names(cfg: RunConfig) -> list[str]:
 
 
 def _usual(cfg: RunConfig) -> list[Stage]:
-    sweeps = cfg.reads_stage_1 or cfg.filter != FilterConfig()
-    return ["sweep", "train", "eval"] if sweeps else ["train", "eval"]
+    return ["sweep", "train", "eval"] if cfg.asks_stage_1 else ["train", "eval"]
 
 
 def _placement(cfg: RunConfig, stage: Stage) -> Placement:

@@ -211,14 +211,12 @@ class PolicyRank:
         """Make the reference a copy of the policy as it is."""
         self._reference.copy(self.weights())
 
-    def logprobs(
-        self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], temperature: float = 1.0
-    ) -> list[list[float]] | None:
+    def logprobs(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[list[float]] | None:
         """Return each response token's log-prob under the policy (nats), on the last stage; collective."""
         packed = packed_for(token_ids, prompt_tokens, self.layout, self.backend)
         packs = [packed] * (self.layout.pipeline if self.layout.virtual > 1 else 1)
         scores = run_scoring(
-            self._modules, packs, vocab_size=self.model.vocab_size, temperature=temperature, backend=self.backend
+            self._modules, packs, vocab_size=self.model.vocab_size, temperature=1.0, backend=self.backend
         )
         return packed.by_sequence(scores[0]) if scores else None
 

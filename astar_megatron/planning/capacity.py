@@ -32,6 +32,7 @@ from astar_megatron.run.accelerators import (
     micro_batch_tokens,
     number_bytes,
     rank_bytes,
+    token_bytes,
     worker_bytes,
 )
 from astar_megatron.run.resources import (
@@ -109,10 +110,8 @@ def processes(cfg: RunConfig, model: Model, gpu: Gpu | None) -> list[Process]:
 
 def cache(cfg: RunConfig, model: Model, gpu: Gpu) -> Cache:
     """Return the room for keys and values of an engine's worker; none where the rest of it does not fit."""
-    heads = max(1, model.dims.num_kv_heads // cfg.rollout.tensor)
-    token = 2 * model.dims.num_layers * heads * model.dims.head_dim * number_bytes(cfg)
     others = worker_bytes(cfg, model) + WORK_BYTES
-    return Cache(num_bytes=max(0, _share(cfg, gpu) - others), token_bytes=token)
+    return Cache(num_bytes=max(0, _share(cfg, gpu) - others), token_bytes=token_bytes(cfg, model))
 
 
 def _rank(cfg: RunConfig, model: Model, gpu: Gpu, stage: int) -> Process:

@@ -86,10 +86,6 @@ def problems_of(cfg: RunConfig, model: Model, gpu: Gpu, own: Sequence[Process]) 
     shared, problems = bool(placement.shared), list[str]()
     if shared:  # then ranks are among the shortages
         own = [each for each in own if each.limit_bytes != gpu.memory_bytes]
-        if cfg.rollout.max_staleness:
-            problems.append(
-                "rollout.max_staleness: engines that share GPUs with the policy can't draw ahead; set it to 0"
-            )
         problems += accelerators.shortages(cfg, model, gpu.memory_bytes)
     return [*(_problem(each, gpu) for each in own if not each.fits), *problems], placement
 
@@ -144,7 +140,7 @@ def _cautions(cfg: RunConfig, model: Model, gpu: Gpu) -> Iterator[str]:
 
 def _stage_1_hours(cfg: RunConfig, model: Model, gpu: Gpu, num_prompts: int | None) -> float | None:
     """Of an empty table; the engines' GPUs alone."""
-    if num_prompts is None or not cfg.reads_stage_1:
+    if num_prompts is None or not cfg.asks_stage_1:
         return None
     extra = ceil(cfg.sweep.extra_tokens / cfg.sampling.max_response_tokens)
     responses = num_prompts * cfg.sweep.num_samples + extra

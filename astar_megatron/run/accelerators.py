@@ -182,11 +182,15 @@ def _worker_parameters(config: str, tensor: int) -> int:
     return sum(map(prod, model_from_config(json.loads(config)).vllm_shapes(tensor, 0).values()))
 
 
+def token_bytes(cfg: RunConfig, model: Model) -> int:
+    """Return the bytes of a token's keys and values in an engine's worker; beyond the heads there are, each has one."""
+    heads = max(1, model.dims.num_kv_heads // cfg.rollout.tensor)
+    return 2 * model.dims.num_layers * heads * model.dims.head_dim * number_bytes(cfg)
+
+
 def engine_needs(cfg: RunConfig, model: Model) -> int:
     """Return the bytes without which no worker can start: weights, keys and values of one longest sequence."""
-    size, dims = number_bytes(cfg), model.dims
-    cache = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * cfg.max_tokens
-    return size * (model.num_parameters() + cache) // cfg.rollout.tensor
+    return worker_bytes(cfg, model) + token_bytes(cfg, model) * cfg.max_tokens
 
 
 def _shares(cfg: RunConfig, model: Model, gpu_bytes: int) -> Shares:

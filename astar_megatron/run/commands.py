@@ -30,7 +30,7 @@ type Runner = Callable[[str, Path, Path], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class CommandEnd:
     """How a command ended."""
 
     status: int
@@ -70,13 +70,13 @@ def written(cfg: RunConfig) -> tuple[Path, Path]:
     return file, folder / LOG_FILE
 
 
-def run_command(name: str, cfg: RunConfig, runner: Runner) -> End:
+def run_command(name: str, cfg: RunConfig, runner: Runner) -> CommandEnd:
     """Run a command in `cfg.run_dir`, where `run.json` will be the configuration, and wait for its end."""
     file, log = written(cfg)
-    return End(status=runner(name, file, log), log=log)
+    return CommandEnd(status=runner(name, file, log), log=log)
 
 
-def run_shown(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> End:
+def run_shown(name: str, cfg: RunConfig, label: str, screen: Screen, runner: Runner) -> CommandEnd:
     """Run a command as `run_command` does, and show how long it takes and where it is, by its log."""
     log = Path(cfg.run_dir) / LOG_FILE
     with screen.waiting(f"{label}, log in {log}", lambda: last_heading(log), _SECONDS_A_LINE):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.cluster import address
-from astar_megatron.cluster.placement import Node, Placement, PlacementError, place
+from astar_megatron.cluster.placement import Node, Placement, place
 from astar_megatron.config import ParallelConfig, RewardConfig, RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
@@ -155,13 +155,7 @@ def placement_of(cfg: RunConfig, nodes: Iterable[Node], *, with_policy: bool = T
     def parts() -> Iterable[ParallelConfig]:
         return layouts.parts(cfg.parallel, read_model(cfg.model.path), sequences=cfg.mini_batch_size)
 
-    placement = place(nodes, cfg.parallel if with_policy else None, cfg.rollout, cfg.cluster.share_gpus, parts)
-    if with_policy and cfg.rollout.max_staleness and (placement.shared or cfg.cluster.share_gpus):
-        raise PlacementError(
-            f"rollout.max_staleness: {cfg.rollout.max_staleness}, but engines that share GPUs with the policy sleep "
-            "while it trains and can't draw ahead; set it to 0, or cluster.share_gpus=false and enough GPUs for both"
-        )
-    return placement
+    return place(nodes, cfg.parallel if with_policy else None, cfg.rollout, cfg.cluster.share_gpus, parts)
 
 
 def check_here(cfg: RunConfig, *, with_policy: bool = True) -> tuple[Placement, Shares | None] | None:

@@ -4,7 +4,6 @@ On a terminal progress is drawn by rich; elsewhere it is plain lines.
 """
 
 import json
-import math
 import os
 import sys
 import threading
@@ -104,7 +103,7 @@ class Screen:
             yield advance
             self.say(f"{label}: {total} in {time.perf_counter() - start:.1f} s")
             return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=self.console, transient=False) as bar:
             task = bar.add_task(label, total=total)
             yield lambda count: bar.update(task, advance=count)
@@ -147,11 +146,11 @@ class Screen:
             for name, value in rows:
                 self.say(f"  {name}: {value}")
             return
-        table = Table(title=title, show_header=False, title_justify="left")
+        table = Table(title=Text(title), show_header=False, title_justify="left")  # of strings it takes [] for markup
         table.add_column()
         table.add_column(overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self.console.print(table)
 
 
@@ -262,30 +261,3 @@ def read_stage_1_seconds(run_dir: Path, table: Path, samples: int) -> float | No
             lines.append(json.loads(text))
     lines = [line for line in lines if line["table"] == str(table)]
     return sum(line["seconds"] for line in lines) if sum(line["samples"] for line in lines) == samples else None
-
-
-def plot_rewards(run_dir: str | Path, baseline: float | None = None) -> Path:
-    """Draw mean reward by step to `<run_dir>/reward.png` and return its path; `baseline` is the reference's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = read_metrics(run_dir)
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), dpi=120)
-    axes.plot(
-        [line["step"] for line in lines],
-        [line.get("reward_mean", math.nan) for line in lines],
-        marker="o",
-        color="#2a6f97",
-    )
-    if baseline is not None:
-        axes.axhline(baseline, linestyle="--", color="#888888", label=f"reference, {baseline:.2f}")
-        axes.legend(loc="lower right", frameon=False)
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path = Path(run_dir) / "reward.png"
-    figure.savefig(path)
-    pyplot.close(figure)
-    return path

@@ -25,12 +25,7 @@ def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates | None:
 
     Raises MissingTableError, ContractError.
     """
-    return run_estimates(cfg, inputs.contract, inputs.prompts) if asks_stage_1(cfg) else None
-
-
-def asks_stage_1(cfg: RunConfig) -> bool:
-    """Return whether the run's method or filter takes something of stage 1."""
-    return cfg.reads_stage_1 or cfg.filter != FilterConfig()
+    return run_estimates(cfg, inputs.contract, inputs.prompts) if cfg.asks_stage_1 else None
 
 
 def objective_of(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> Objective:
@@ -91,7 +86,7 @@ def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
 
     The newest checkpoint is read whole, of a table that is there the header.
     """
-    if asks_stage_1(cfg):
+    if cfg.asks_stage_1:
         with suppress(MissingTableError):
             check_header(cfg.table_dir, inputs.contract)
     dashboard_libraries.check(cfg.tracking)

@@ -29,8 +29,7 @@ _MOST: dict[Measure, float] = {"tokens": 1e15, "flops": 1e30, "seconds": 1e30}  
 _NEEDED = ("reward_mean", "truncated", "peak_memory_bytes")  # of each line of metrics
 _NOT_COMMON = (
     *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
-    *("cluster.", "supervise.", "checkpoint.", "tracking."),  # no result's
-    *("train.grace_seconds", "train.micro_batch_tokens", "train.profile_steps", "rollout.heartbeat_seconds"),
+    *config.NO_RESULTS,
 )
 
 

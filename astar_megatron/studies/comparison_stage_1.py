@@ -5,11 +5,10 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.allocation import run_samples
-from astar_megatron.run.commands import End
+from astar_megatron.run.commands import CommandEnd
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import generation_flops
 from astar_megatron.run.tracking import read_stage_1_seconds
-from astar_megatron.run.training import asks_stage_1
 from astar_megatron.studies import comparison
 from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
 from astar_megatron.studies.comparison_files import STAGE_1
@@ -21,7 +20,7 @@ def stage_1_of(
     limit: Budget,
     inputs: Inputs,
     folder: Path,
-    sweep: Callable[[RunConfig], End],
+    sweep: Callable[[RunConfig], CommandEnd],
 ) -> tuple[dict[str, Stage1Cost], dict[str, str]]:
     """Fill the V* table as each method reads it, and return by method what that cost, or why it could not be filled.
 
@@ -29,7 +28,7 @@ def stage_1_of(
     budget can't be kept.
     """
     costs, failures = {}, {}
-    for method, cfg in {run.cell: cfg for run, cfg in configs.items() if asks_stage_1(cfg)}.items():
+    for method, cfg in {run.cell: cfg for run, cfg in configs.items() if cfg.asks_stage_1}.items():
         drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
         if lacking and failures:  # of the same table
             failures[method] = next(iter(failures.values()))

@@ -14,7 +14,7 @@ from astar_megatron.algorithm.grpo import Grpo
 from astar_megatron.algorithm.methods import Stage1, objective_of
 from astar_megatron.algorithm.oapl import Oapl
 from astar_megatron.algorithm.rebel import Rebel
-from astar_megatron.algorithm.spo import Spo, Tracker
+from astar_megatron.algorithm.spo import Spo, ValueTracker
 from astar_megatron.config import GrpoConfig, OaplConfig, RebelConfig, RunConfig, SpoConfig
 from astar_megatron.types import Prompt, Rollout
 
@@ -104,7 +104,7 @@ def test_oapl_renews_its_reference_after_as_many_steps_as_asked_for() -> None:
 
 
 def test_spo_starts_from_stage_1_and_forgets_the_faster_the_more_the_policy_moves() -> None:
-    tracker = Tracker(SpoConfig(), {"a": 0.25})
+    tracker = ValueTracker(SpoConfig(), {"a": 0.25})
     assert tracker["a"] == 0.25 and tracker["b"] == 0.5
     tracker.add("a", 1.0, 0.0)  # not moved: 0.96 of 2 and 6
     assert tracker["a"] == pytest.approx((0.96 * 2 + 1) / (0.96 * 8 + 1))
@@ -114,7 +114,7 @@ def test_spo_starts_from_stage_1_and_forgets_the_faster_the_more_the_policy_move
     tracker.add("b", 1.0, 0.06 / 8)  # an eighth of a half-life: between the two
     decay = 2 ** (-1 / 8)
     assert 0.875 < decay < 0.96 and tracker["b"] == pytest.approx((4 * decay + 1) / (8 * decay + 1))
-    again = Tracker(SpoConfig(), {"a": 0.25})
+    again = ValueTracker(SpoConfig(), {"a": 0.25})
     again.restore(tracker.state())
     assert [again[uid] for uid in "abc"] == [tracker[uid] for uid in "abc"]
 

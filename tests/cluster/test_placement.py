@@ -214,6 +214,16 @@ def test_what_does_not_fit_is_refused_once_with_the_numbers_and_the_nearest_that
         placed(*arguments)
 
 
+@pytest.mark.parametrize(("sizes", "share"), [((4,), True), ((3,), None), ((0, 0), True)])
+def test_engines_that_share_gpus_draw_nothing_ahead(sizes: tuple[int, ...], share: bool | None) -> None:
+    for ahead, parallel in ((0, ParallelConfig(data=2)), (2, None)):
+        assert place(nodes(*sizes), parallel, RolloutConfig(num_engines=2, max_staleness=ahead), share).engines
+    with pytest.raises(
+        PlacementError, match=r"rollout\.max_staleness: 2, but engines .* sleep .*; set it to 0, or clu"
+    ):
+        place(nodes(*sizes), ParallelConfig(data=2), RolloutConfig(num_engines=2, max_staleness=2), share)
+
+
 def test_what_is_proposed_fits() -> None:
     with pytest.raises(PlacementError, match=r"rollout\.num_engines=2 rollout\.tensor=2 beside these ranks"):
         placed((8,), {"data": 4}, (3, 2))

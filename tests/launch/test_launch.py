@@ -121,7 +121,7 @@ def test_jobs_get_the_python_that_launches_them_unless_a_container_has_its_own_o
 
 
 def test_sbatch_is_that_of_the_launchers_path_whatever_the_jobs_get(folder: Path, astar: Astar) -> None:
-    env = "slurm.env=['PATH=/opt/venv/bin:/bin']"
+    env = "slurm.env=['PATH=/opt/venv/bin:/bin', 'IMAGE=x.sqsh', 'PROGRAM=x']"  # of the user's own names
     status, _, error = astar("launch", "--config", "run.yaml", "--stages", "train", "--set", env)
     assert (status, error, len(calls(folder))) == (0, "", 1)
 
@@ -272,6 +272,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--gpus-per-node 0 --set cluster.share_gpus=true", "slurm.gpus_per_node: 0, but cluster.share_gpus=true is"),
         ("--gpus-per-node 0 --set rollout.graphs=decode", "slurm.gpus_per_node: 0, but rollout.graphs=decode is for"),
         ("--gpus-per-node 4 --set parallel.tensor=8", "parallel.tensor=8: a tensor-parallel group stays inside a node"),
+        ("--set rollout.max_staleness=1 --set cluster.share_gpus=true", "rollout.max_staleness: 1, but engines that"),
         ("--set parallel.data=32", "32 ranks, 1 engine of 1 worker take 1"),
         ("--nodes 4 --set parallel.data=8", "slurm.nodes: 4, of which 2 would have nothing to do: 8 policy ranks and"),
         ("--set slurm.env=[ASTAR_LOGS=file/logs]", "file/logs: can't write logs there: Not a directory"),
@@ -280,6 +281,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.mounts=[/data:/data]", "slurm.mounts: /data:/data, but no container would see it"),
         ("--set data.path=/nope.jsonl", "data.path: /nope.jsonl is not here; name what is"),
         ("--set data.eval_path=nope.jsonl", "data.eval_path: nope.jsonl is not here"),
+        ("--set eval.benchmarks=[amc23] --set eval.folder=/nope", "eval.folder: /nope is not here"),
         ("--set model.path=some", "model.path: some/config.json is not here"),
         ("--set model.path=/no/model --stages eval", "model.path: /no/model/config.json is not here"),
         ("--set model.path=/no/model --backend local", "model.path: /no/model/config.json is not here"),
