@@ -74,6 +74,14 @@ def test_what_is_kept_while_engines_generate_follows_the_key() -> None:
     assert rank.kept("all") == 2 * parameters
 
 
+def test_copies_of_weights_in_fp8_count_while_a_rank_steps_alone() -> None:
+    (plain, fp8) = (
+        accelerators.rank_bytes(run_config(model={"fp8": recipe}), QWEN2_1_5B) for recipe in (None, "tensorwise")
+    )
+    assert fp8.most - plain.most == 2 * QWEN2_1_5B.num_parameters()
+    assert fp8.kept("cache") == plain.kept("cache") and fp8.kept("none") == fp8.most
+
+
 def test_a_run_is_refused_one_byte_below_what_its_policy_needs() -> None:
     cfg = run_config(rollout={"gpu_memory_utilization": 0.1}, train={"offload": "all"})
     enough = accelerators.rank_bytes(cfg, QWEN2_1_5B).most + CONTEXT_BYTES

@@ -285,7 +285,8 @@ def test_a_small_model_several_gpus_and_an_unmeasured_kind_are_cautioned() -> No
     small = model_from_config(SHAPES["smollm2"])
     cfg = run_config(parallel={"data": 2}, model={"dtype": "float32"})
     words = " ".join(forecast(cfg, small, gpus.named("a100"), None).cautions)
-    assert all(word in words for word in ("launches", "data sheet", "no run on a A100", "float32"))
+    assert all(word in words for word in ("launches", "data sheet", "no run on a A100", "float32", "flash-attn"))
+    assert not any("flash-attn" in caution for caution in forecast(cfg, small, H100, None).cautions)
 
 
 # --- the command

@@ -23,7 +23,7 @@ _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}  # the variable may name an interface t
 _FLOAT32_ERROR = 1e-5  # of a product
 FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many tokens, or of fewer by recipe
 # Transformer Engine asks cuBLAS for TF32 whatever torch is told; this overrules it. A process that computes in float32
-# is started with it; `Backend.check_dtype` sees whether it helped.
+# is started with it; `Backend.check` sees whether it helped.
 FLOAT32_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
 _LOCAL = (
     "megatron's local layers and optimizer, and attention in torch (prefixes shared in a pack; context-parallel ranks "
@@ -42,7 +42,7 @@ _ENGINE = (
 # - cross_entropy_loss_fusion, defer_embedding_wgrad_compute: of megatron's output layer, whose product the head does.
 # - fused_residual_rmsnorm: of norms that stand alone, before experts only; dense layers have theirs inside the linears.
 # - use_te_activation_func: excludes bias_activation_fusion, and adds the biases in a pass of its own.
-# - moe_permute_fusion, moe_router_fusion: no model with experts has been run with Transformer Engine yet.
+# - moe_router_fusion: no model with experts has been run with Transformer Engine yet (moe_permute_fusion: build.py).
 # - use_transformer_engine_op_fuser: other modules with other names of their weights, for MXFP8 on Blackwell.
 # - tp_comm_overlap: its buffers have one size for the whole run, and no two packs have the same number of tokens; for
 #   the same reason there are no CUDA graphs of a step (cuda_graph_impl).
@@ -107,8 +107,29 @@ class Backend:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        """Raise ValueError where the layers multiply float32 in fewer bits than it has: tried here, not assumed."""
+    def unfused_attention(self, dtype: torch.dtype) -> str:
+        """Return in words why packs get none of Transformer Engine's fused attention kernels; "" where they get one."""
+        if not self.uses_transformer_engine:
+            return ""
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return unfused_attention(major + minor / 10, dtype, has_flash=find_spec("flash_attn") is not None)
+
+    def check(self, dtype: torch.dtype, *, context: int, has_experts: bool) -> None:
+        """Raise ValueError where the layers can't be those of a reference, or round float32.
+
+        Attention may not be split over `context` ranks; experts' sums may have no order; products may be made in fewer
+        bits than float32 has: tried here, not assumed.
+        """
+        if has_experts and self.name == "cuda" and not self.uses_transformer_engine:
+            raise ValueError(
+                "model.path: on a GPU a model with experts needs Transformer Engine, which sums what experts give in a "
+                "fixed order, and it is not installed; install the extra cuda"
+            )
+        if context > 1 and (reason := self.unfused_attention(dtype)):
+            raise ValueError(
+                f"parallel.context={context}: Transformer Engine splits attention in its fused kernels alone, and "
+                f"{reason}; set parallel.context=1"
+            )
         if dtype != torch.float32 or not self.uses_transformer_engine:
             return  # torch multiplies float32 in float32 unless it is told otherwise
         engine: Any = importlib.import_module("transformer_engine.pytorch")
@@ -179,6 +200,18 @@ def choose() -> Backend:
 def uses_transformer_engine(num_gpus: int) -> bool:
     """Say whether ranks with GPUs, on machines installed like this one, build Transformer Engine's layers."""
     return num_gpus > 0 and find_spec("transformer_engine") is not None
+
+
+def unfused_attention(capability: float, dtype: torch.dtype, *, has_flash: bool) -> str:
+    """Return why Transformer Engine has no fused attention kernel for packs (thd) of a type; "" where it has one."""
+    if dtype == torch.float32:
+        return "none of them takes float32"
+    if capability < gpus.FUSED_PACKS_CAPABILITY and not has_flash:
+        return (
+            f"its own takes packs from compute capability {gpus.FUSED_PACKS_CAPABILITY} on, this GPU has {capability}, "
+            "and flash-attn, which it takes else, is not installed"
+        )
+    return ""
 
 
 def product_error(linear: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> float:

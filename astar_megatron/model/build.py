@@ -73,6 +73,9 @@ def transformer_config(
         # Micro-batches differ in length; with that megatron demands the alltoall dispatcher, even without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        # Transformer Engine's kernel sums what experts give for a token in a fixed order. Megatron's own sum on a GPU
+        # takes any: policy and reference would differ at step 0.
+        moe_permute_fusion=backend.uses_transformer_engine and bool(model.dims.num_experts),
     )
 
 
@@ -95,7 +98,7 @@ def build(model: Model, layout: ParallelLayout, config: TransformerConfig, backe
     There are `layout.virtual` of them. Collective over the ranks of parallel_state: see `initialise`. ValueError where
     the device can't compute in the type of `config`.
     """
-    backend.check_dtype(config.params_dtype)
+    backend.check(config.params_dtype, context=layout.context, has_experts=bool(model.dims.num_experts))
     return [_chunk(model, layout, config, backend, chunk) for chunk in range(layout.virtual)]
 
 

@@ -15,6 +15,7 @@ class Gpu:
     """A kind of GPU; rates are a second."""
 
     name: str  # a part of the device's name, as torch has it
+    capability: float
     memory_bytes: int
     peak_flops: float  # dense bfloat16
     memory_rate: float  # bytes of its own memory
@@ -22,24 +23,27 @@ class Gpu:
     host_rate: float  # bytes to the host's memory
 
 
+# From which on Transformer Engine's own fused attention takes packs (thd); before it flash-attn's does.
+FUSED_PACKS_CAPABILITY = 9.0
+
 # Of a device the first whose name is a part of the device's.
 GPUS = (
-    Gpu("GB200", 189471 * _MIB, 2500e12, 8.0e12, 900e9, 450e9),
-    Gpu("B200", 183359 * _MIB, 2250e12, 8.0e12, 900e9, _GEN5),
-    Gpu("GH200", 97871 * _MIB, 989e12, 4.0e12, 450e9, 450e9),
-    Gpu("H200", 143771 * _MIB, 989e12, 4.8e12, 450e9, _GEN5),
-    Gpu("H20", 97871 * _MIB, 148e12, 4.0e12, 450e9, _GEN5),
-    Gpu("H100 PCIe", 81559 * _MIB, 756e12, 2.0e12, _GEN5, _GEN5),
-    Gpu("H100 NVL", 95830 * _MIB, 835e12, 3.9e12, 300e9, _GEN5),
-    Gpu("H100", 81559 * _MIB, 989e12, 3.35e12, 450e9, _GEN5),
-    Gpu("A100-SXM4-40GB", 40960 * _MIB, 312e12, 1.555e12, 300e9, _GEN4),
-    Gpu("A100", 81920 * _MIB, 312e12, 2.039e12, 300e9, _GEN4),
-    Gpu("A800", 81920 * _MIB, 312e12, 2.039e12, 200e9, _GEN4),
-    Gpu("A10G", 23028 * _MIB, 70e12, 0.6e12, _GEN4, _GEN4),
-    Gpu("A10", 23028 * _MIB, 125e12, 0.6e12, _GEN4, _GEN4),
-    Gpu("L40S", 46068 * _MIB, 362e12, 0.864e12, _GEN4, _GEN4),
-    Gpu("L40", 46068 * _MIB, 181e12, 0.864e12, _GEN4, _GEN4),
-    Gpu("L4", 23034 * _MIB, 121e12, 0.3e12, _GEN4, _GEN4),
+    Gpu("GB200", 10.0, 189471 * _MIB, 2500e12, 8.0e12, 900e9, 450e9),
+    Gpu("B200", 10.0, 183359 * _MIB, 2250e12, 8.0e12, 900e9, _GEN5),
+    Gpu("GH200", 9.0, 97871 * _MIB, 989e12, 4.0e12, 450e9, 450e9),
+    Gpu("H200", 9.0, 143771 * _MIB, 989e12, 4.8e12, 450e9, _GEN5),
+    Gpu("H20", 9.0, 97871 * _MIB, 148e12, 4.0e12, 450e9, _GEN5),
+    Gpu("H100 PCIe", 9.0, 81559 * _MIB, 756e12, 2.0e12, _GEN5, _GEN5),
+    Gpu("H100 NVL", 9.0, 95830 * _MIB, 835e12, 3.9e12, 300e9, _GEN5),
+    Gpu("H100", 9.0, 81559 * _MIB, 989e12, 3.35e12, 450e9, _GEN5),
+    Gpu("A100-SXM4-40GB", 8.0, 40960 * _MIB, 312e12, 1.555e12, 300e9, _GEN4),
+    Gpu("A100", 8.0, 81920 * _MIB, 312e12, 2.039e12, 300e9, _GEN4),
+    Gpu("A800", 8.0, 81920 * _MIB, 312e12, 2.039e12, 200e9, _GEN4),
+    Gpu("A10G", 8.6, 23028 * _MIB, 70e12, 0.6e12, _GEN4, _GEN4),
+    Gpu("A10", 8.6, 23028 * _MIB, 125e12, 0.6e12, _GEN4, _GEN4),
+    Gpu("L40S", 8.9, 46068 * _MIB, 362e12, 0.864e12, _GEN4, _GEN4),
+    Gpu("L40", 8.9, 46068 * _MIB, 181e12, 0.864e12, _GEN4, _GEN4),
+    Gpu("L4", 8.9, 23034 * _MIB, 121e12, 0.3e12, _GEN4, _GEN4),
 )
 
 

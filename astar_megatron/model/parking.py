@@ -76,6 +76,16 @@ def optimizer_tensors(optimizer: Any) -> Iterable[Tensor]:
                 yield from (value for value in (parameter.data, *state) if isinstance(value, Tensor) and value.dim())
 
 
+def forget_fp8_copies(modules: Iterable[torch.nn.Module]) -> None:
+    """Drop the copies of weights in FP8 that Transformer Engine's layers keep from one micro-batch to the next.
+
+    The first micro-batch of each step makes them again.
+    """
+    for module in modules:
+        for layer in module.modules():
+            getattr(layer, "_fp8_workspaces", {}).clear()
+
+
 def gradient_buffers(modules: Iterable[Any]) -> Iterable[Tensor]:
     """Yield the buffers under the main gradients of Megatron's data-parallel modules."""
     for module in modules:

@@ -41,7 +41,7 @@ from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
-from astar_megatron.model.parking import Parking, gradient_buffers, optimizer_tensors
+from astar_megatron.model.parking import Parking, forget_fp8_copies, gradient_buffers, optimizer_tensors
 from astar_megatron.model.profiles import write_trace
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
@@ -130,8 +130,10 @@ class PolicyRank:
         initialise(self.layout)
         tensor_parallel.model_parallel_cuda_manual_seed(self._seed + 1)
         self._build()
+        unfused = self.backend.unfused_attention(self._dtype)
+        attention = f"; attention is unfused, its memory by the square of the length: {unfused}" if unfused else ""
         dithered = "; master weights dithered within what rounds to bfloat16's" if self._dithers else ""
-        return f"{self.backend.describe()}; {describe(self._optimizer)}{dithered}"
+        return f"{self.backend.describe()}{attention}; {describe(self._optimizer)}{dithered}"
 
     def _build(self) -> None:
         config = transformer_config(
@@ -234,6 +236,8 @@ class PolicyRank:
                 released += self._parking.park(optimizer_tensors(optimizer))
             if offload == "all":
                 released += self._parking.drop(gradient_buffers(modules))
+            if offload != "none":
+                forget_fp8_copies(modules)
         if offload == "all":
             chunks = [*self._reference.chunks, *(self._critic.chunks if self._critic is not None else ())]
             released += self._parking.park(parameter.data for parameter in named_parameters(chunks).values())

@@ -13,6 +13,7 @@ from astar_megatron.algorithm.packing import PackedBatch
 from astar_megatron.model.backend import Backend
 from astar_megatron.model.build import build_copy, in_compute_type, named_parameters
 from astar_megatron.model.forward import run_own_scoring
+from astar_megatron.model.parking import forget_fp8_copies
 from conversion.families import Model
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
@@ -63,6 +64,7 @@ class Reference:
                 temperature=temperature,
                 backend=self._backend,
             )
+        forget_fp8_copies(self.chunks)
         return [pack_scores.logprobs for pack_scores in scores]
 
     def copy(self, weights: Mapping[str, Tensor]) -> None:

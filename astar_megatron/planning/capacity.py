@@ -132,7 +132,7 @@ def _rank(cfg: RunConfig, model: Model, gpu: Gpu, stage: int) -> Process:
 
 
 def _parts(rank: RankBytes) -> dict[str, int]:
-    names = ("weights", "gradients", "optimizer", "reference", "critic", "activations", "head")
+    names = ("weights", "gradients", "optimizer", "reference", "critic", "activations", "fp8", "head")
     return {name: size for name in names if (size := getattr(rank, name))}
 
 

@@ -13,7 +13,7 @@ from astar_megatron.cluster.placement import Node, Placement, PlacementError, pl
 from astar_megatron.config import ParallelConfig, RunConfig
 from astar_megatron.data.rows import Problems, read_rows
 from astar_megatron.model import layouts
-from astar_megatron.model.gpus import Gpu
+from astar_megatron.model.gpus import FUSED_PACKS_CAPABILITY, Gpu
 from astar_megatron.planning.capacity import Cache, Process, cache, processes
 from astar_megatron.planning.pace import StepSeconds, generation_seconds, step_seconds
 from astar_megatron.run import accelerators, resources
@@ -134,6 +134,11 @@ def _cautions(cfg: RunConfig, model: Model, gpu: Gpu) -> Iterator[str]:
         yield "peaks are those of bfloat16; float32 takes longer, many times where its products are exact"
     if cfg.parallel.world_size > 1 or cfg.rollout.tensor > 1:
         yield "what GPUs send each other is planned at the data sheet's rates; no run of several has been measured"
+    if gpu.capability < FUSED_PACKS_CAPABILITY:
+        yield (
+            f"Transformer Engine has no fused attention for packs on a {gpu.name}: without flash-attn, which it takes "
+            "then, attention needs memory by the square of the length, which is not counted"
+        )
     if gpu.name not in _MEASURED:
         yield f"no run on a {gpu.name} has been measured: shares of its peak are those of an H200"
 

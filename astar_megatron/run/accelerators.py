@@ -14,7 +14,8 @@ of hidden size H and MLP width F (of the experts a token goes to):
     reference   c * P                none with model.reference=offload; kept unless it is all
     activations T * L * c * (7 H + 3 F)    inputs of norms, products and attention; with parallel.recompute=full
                 T * c * (L * H + 7 H + 3 F)    the layers' inputs, and one layer's
-    head        2 GiB                kernels' workspaces, a group of logits; as activations kept if it is none
+    FP8 copies  2 * P                with model.fp8, of products' weights, by rows and by columns; kept if it is none
+    head        2 GiB                kernels' workspaces, a group of logits; kept if it is none, as activations are
 
 A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
 all.
@@ -53,11 +54,12 @@ class RankBytes:
     reference: int
     critic: int
     activations: int
+    fp8: int
     head: int
 
     @property
     def step(self) -> int:
-        return self.activations + self.head
+        return self.activations + self.fp8 + self.head
 
     @property
     def most(self) -> int:
@@ -131,6 +133,7 @@ def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBy
         reference=size * parameters if cfg.model.reference == "resident" else 0,
         critic=(learners - 1) * size * parameters,
         activations=activation_bytes(cfg, model, hidden=7, width=3),
+        fp8=learners * 2 * parameters if cfg.model.fp8 else 0,
         head=HEAD_BYTES,
     )
 

@@ -15,9 +15,11 @@ NCCL sees it at its deadline. Tested with gloo between processes of one machine,
 namespaces that share no memory; never run with NCCL.
 """
 
+import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -137,7 +139,23 @@ def _group(world: World, store: Any, number: int, timeout: timedelta, device: to
     torch.cuda.set_device(device)
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return ProcessGroupNCCL(store, number, world.size, options)
+    # Its watchdog would end this whole process, a policy rank or an engine, for a message that is late: each `wait` has
+    # the same deadline. With this it has none.
+    with _variable("TORCH_NCCL_BLOCKING_WAIT", "1"):
+        return ProcessGroupNCCL(store, number, world.size, options)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """The environment has this variable."""
+    before = os.environ.pop(name, None)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _own_address(world: World) -> str:

@@ -6,11 +6,13 @@ from typing import Any
 
 import parked
 import pytest
+import torch
 import training as work
 from test_layouts import batch
 from training import Run
 
 from astar_megatron.config import ParallelConfig
+from astar_megatron.model.parking import forget_fp8_copies
 
 CASES = [
     ({}, "float32", "all"),
@@ -20,6 +22,17 @@ CASES = [
     ({"tensor": 2, "pipeline": 2}, "bfloat16", "all"),
     ({"pipeline": 2, "virtual": 3}, "float32", "all"),
 ]
+
+
+def test_copies_in_fp8_that_layers_keep_are_dropped() -> None:
+    class Quantised(torch.nn.Linear):  # as Transformer Engine's layers, which keep a copy by a name
+        def __init__(self) -> None:
+            super().__init__(2, 3)
+            self._fp8_workspaces = {"weight": self.weight.detach().clone()}
+
+    layers = [Quantised(), Quantised()]
+    forget_fp8_copies([torch.nn.Sequential(layers[0], torch.nn.ReLU()), layers[1]])
+    assert [layer._fp8_workspaces for layer in layers] == [{}, {}]
 
 
 @pytest.mark.parametrize(("axes", "dtype", "offload"), CASES, ids=str)

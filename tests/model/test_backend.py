@@ -1,5 +1,10 @@
 """What a device can't do is refused in words, before a rank is started."""
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +14,16 @@ pytest.importorskip("yaml")
 from astar_megatron.config import ModelConfig, OptimConfig
 from astar_megatron.model import backend as backends
 from astar_megatron.model import gpus
-from astar_megatron.model.backend import Backend, check_features, check_float32, environment, product_error
+from astar_megatron.model.backend import (
+    Backend,
+    check_features,
+    check_float32,
+    environment,
+    product_error,
+    unfused_attention,
+)
+from conversion.families import read_model
+from conversion.tiles import ParallelLayout
 
 ENGINE = Backend(name="cuda", collectives="nccl", uses_transformer_engine=True, has_triton=True, reason="a GPU")
 CPU = Backend(name="cpu", collectives="gloo", uses_transformer_engine=False, has_triton=False, reason="no GPU")
@@ -92,6 +106,38 @@ def test_fusions_have_megatrons_names_and_none_is_on_without_transformer_engine(
     fused = {name for name in fields if "fus" in name and fields[name].default is True}
     assert not fused - {"mla_down_proj_fusion"}  # a new one that is on by itself would be news
     assert not any(value for name, value in CPU.transformer_options().items() if "fusion" in name)
+
+
+def test_packs_without_a_fused_attention_kernel_are_told_with_the_reason() -> None:
+    bfloat16 = torch.bfloat16
+    assert unfused_attention(9.0, bfloat16, has_flash=False) == unfused_attention(8.6, bfloat16, has_flash=True) == ""
+    assert "this GPU has 8.0, and flash-attn, which it takes else, is not" in unfused_attention(
+        8.0, bfloat16, has_flash=False
+    )
+    assert "float32" in unfused_attention(9.0, torch.float32, has_flash=True)
+    assert CPU.unfused_attention(torch.float32) == ""
+    CPU.check(torch.float32, context=2, has_experts=True)
+
+
+def test_a_gpus_experts_need_the_kernel_that_sums_in_order(tiny_family: Callable[..., Path], tied_llama: Path) -> None:
+    pytest.importorskip("megatron")
+    backends.choose()
+    from astar_megatron.model.build import transformer_config
+
+    class WithoutFusions(Backend):  # which megatron refuses first where Transformer Engine is not installed
+        def transformer_options(self, fp8: str | None = None) -> dict[str, Any]:
+            return CPU.transformer_options()
+
+    engine = WithoutFusions(**dataclasses.asdict(ENGINE))
+    own = dataclasses.replace(ENGINE, uses_transformer_engine=False)
+    with pytest.raises(ValueError, match=r"model\.path: on a GPU a model with experts needs Transformer Engine"):
+        own.check(torch.bfloat16, context=1, has_experts=True)
+    layout, experts = ParallelLayout(), read_model(tiny_family("qwen3_moe"))
+    assert not transformer_config(read_model(tied_llama), layout, torch.bfloat16, engine).moe_permute_fusion
+    assert not transformer_config(experts, layout, torch.bfloat16, CPU).moe_permute_fusion
+    if not backends.uses_transformer_engine(1):
+        with pytest.raises(ValueError, match="fused permutation"):  # megatron looks for Transformer Engine's
+            transformer_config(experts, layout, torch.bfloat16, engine)
 
 
 def in_ten_bits(weight: torch.Tensor) -> torch.nn.Linear:
