@@ -1,6 +1,7 @@
 """The identity of a reward: stable, different where the source is, and found without running a stranger's module."""
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def test_the_version_is_stable_and_follows_the_source(tmp_path: Path, monkeypatc
     assert before == rewards.version("my_rewards:reward")
     (tmp_path / "my_rewards.py").write_text("def reward(response, answer):\n    return 1\n")
     assert before != rewards.version("my_rewards:reward")
+
+
+def test_the_version_of_math_verify_is_ours_and_the_librarys() -> None:
+    pytest.importorskip("math_verify", reason="needs the package math-verify")
+    assert rewards.version("math_verify") == f"math_verify/2+{metadata.version('math-verify')}"
 
 
 @pytest.mark.parametrize("module", ["mine_alone", "mine_packed", "mine_packed.inner.rule"])

@@ -214,6 +214,26 @@ MATH_VERIFY = [
     (r"\boxed{5", "7", 0),
     ("", "5", 0),
     (r"\boxed{9^{9^{9^9}}}", "3", 0),  # the library gives up after its seconds
+    (r"\boxed{10^{10^{10}}}", r"10^{10^{10}}", 1),
+    (r"\boxed{9.1\times10^{-31}}", r"1.6\times 10^{-19}", 0),  # both are 0 to the library
+    (r"\boxed{\frac{1}{2^{99}}}", r"\frac{1}{2^{98}}", 0),
+    (r"\boxed{0.00000042}", "0.00000011", 0),
+    (r"\boxed{x = 0.0000004}", "0.0000001", 0),
+    (r"\boxed{2^{-99}}", r"\frac{1}{2^{99}}", 1),
+    (r"\boxed{\frac{16}{10^{20}}}", r"1.6\times 10^{-19}", 1),
+    (r"\boxed{\sin(\pi)}", "0", 1),
+    (r"\boxed{0.3333333}", r"\frac13", 1),
+    (r"\boxed{0.166667}", r"\frac16", 1),
+    (r"\boxed{50\%}", "0.5", 1),
+    (r"\boxed{50\%}", "50", 1),
+    (r"\boxed{5\%}", "0.05", 1),
+    (r"\boxed{\neq 5}", "5", 0),
+    ("so it is $\\not= 5$", "5", 0),
+    ("\\boxed{\N{NOT EQUAL TO} 5}", "5", 0),
+    (r"\boxed{\geq 5}", "5", 0),
+    (r"\boxed{\geq 5}", r"\leq 5", 0),
+    (r"\boxed{\ge 5}", r"\geq 5", 1),
+    (r"\boxed{\left[1,2\right]}", "[1,2]", 1),
 ]
 
 
@@ -440,6 +460,35 @@ def test_the_answer_that_a_reward_compares_can_be_extracted(name: str, response:
     assert extract(response) == answer
     assert extract("none") is None
     assert rewards.extractor("os.path:join") is None
+
+
+EQUALS = [  # texts of which math_verify makes one group
+    ("The answer is $1/2$.", "So it is 0.5", r"It is $\frac12$", r"\boxed{50\%}", r"\boxed{\frac{5}{10}}"),
+    (r"\boxed{1,000}", r"\boxed{1000.0}", r"\boxed{x = 1000}"),
+    (r"\boxed{\frac13}", r"\boxed{0.3333333}"),
+    (r"\boxed{2\sqrt2}", r"\boxed{\sqrt{8}}"),
+    (r"\boxed{1.6\times10^{-19}}", r"\boxed{\frac{16}{10^{20}}}"),
+    (r"\boxed{9.1\times10^{-31}}",),
+    (r"\boxed{1234567}",),
+    (r"\boxed{1234568}",),
+    (r"\boxed{" + "9" * 900 + "}",),
+    (r"\boxed{10^{900}}",),
+    (r"\boxed{\{1,2\}}", r"\boxed{\{2,1\}}"),
+    (r"\boxed{(1,2)}",),
+    (r"\boxed{5}", "it is 5"),
+    (r"\boxed{\neq 5}", r"\boxed{\ne 5}"),
+    (r"\boxed{\text{Paris}}",),
+]
+
+
+def test_the_vote_under_math_verify_is_by_value_boxed_or_not() -> None:
+    pytest.importorskip("math_verify", reason="needs the package math-verify")
+    extract = rewards.extractor("math_verify")
+    assert extract is not None
+    groups = [{extract(text) for text in texts} for texts in EQUALS]
+    assert all(len(group) == 1 and None not in group for group in groups)
+    assert len(set().union(*groups)) == len(EQUALS)
+    assert [extract(text) for text in ("none", "", r"\boxed{}", r"\boxed{" + "1" * 1001 + "}")] == [None] * 4
 
 
 def test_a_reward_is_found_by_name_or_by_import() -> None:
