@@ -56,17 +56,18 @@ def strict_answer(response: str) -> str | None:
 def gsm8k_flexible(response: str, answer: str) -> float:
     """Return 1.0 where the last number of `response` is the answer, else 0.0; `answer` as in gsm8k_strict.
 
-    The official rule's last `\\-?[0-9\\.\\,]+`, with three repairs: commas go ("1,000" is "1000"), TeX's too, and so
-    does the full stop that ends a sentence. Exact match of the text, so "42.0" is not "42".
+    The official rule's last `\\-?[0-9\\.\\,]+`, with four repairs: commas go ("1,000" is "1000"), TeX's too, so does the
+    full stop that ends a sentence, and numbers are equal by value: "$29.00" is "29".
     """
     golds = _golds(answer)
     return float(flexible_answer(response) in golds)
 
 
 def flexible_answer(response: str) -> str | None:
-    """Return what `gsm8k_flexible` compares; None also where that is no number ("1.2.3")."""
-    number = next((text for text in reversed(_OFFICIAL.findall(_plain(response))) if text.strip("-.,")), None)
-    return _number(_bare(number).rstrip(".")) if number is not None else None
+    """Return what `gsm8k_flexible` compares, in its shortest form; None also where that is no number ("1.2.3")."""
+    written = next((text for text in reversed(_OFFICIAL.findall(_plain(response))) if text.strip("-.,")), None)
+    number = _number(_bare(written).rstrip(".")) if written is not None else None
+    return _shortest(Decimal(number)) if number is not None else None
 
 
 def _golds(answer: str) -> set[str]:
