@@ -10,7 +10,13 @@ from astar_megatron.algorithm import rewards
 
 
 def test_the_version_is_stable_and_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raised = ("countdown/2", "gsm8k_flexible/4", "gsm8k_strict/2", "last_number/3")  # with what they score
+    raised = (
+        "boxed_integer/3",
+        "countdown/2",
+        "gsm8k_flexible/4",
+        "gsm8k_strict/2",
+        "last_number/3",
+    )  # with what they score
     assert tuple(rewards.version(name.partition("/")[0]) for name in raised) == raised
     imported = rewards.version("astar_megatron.algorithm.rewards.latex:math")
     assert imported.startswith("astar_megatron.algorithm.rewards.latex:math/sha256:")

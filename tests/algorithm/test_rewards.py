@@ -144,6 +144,44 @@ MATH = [
     (r"so \boxed{\frac{1}{2}} and then", r"\frac12", 1),  # cut by the limit after the box
 ]
 
+BOXED_25 = [  # response, whether it is 25 under boxed_integer
+    (r"\boxed{25}", 1),
+    (r"\boxed{025.0}", 1),
+    (r"\boxed{\textbf{25}}", 1),
+    (r"\boxed{\text{25}}", 1),
+    (r"\boxed{\mathbf{25}}", 1),
+    (r"\boxed{\mathrm{ 25 }}", 1),
+    (r"\boxed{\textbf{\text{25}}}", 1),
+    (r"\boxed{{25}}", 1),
+    (r"\boxed{25\,}", 1),
+    (r"\boxed{25\ }", 1),
+    (r"\boxed{m+n=25}", 1),
+    (r"\boxed{\textbf{m+n = 25}}", 1),
+    (r"\boxed{m+n=\mathbf{25}}", 1),
+    (r"\boxed{25}\boxed{}", 1),
+    (r"\boxed{25} and \boxed{ }", 1),
+    (r"\boxed{25 \text{ cm}}", 1),
+    (r"\boxed{250}", 0),
+    (r"\boxed{2+5}", 0),
+    (r"\boxed{\text{25 or 26}}", 0),
+    (r"\boxed{25 \text{or} 26}", 0),
+    (r"\boxed{25, 26}", 0),
+    (r"\boxed{{2}{5}}", 0),
+    (r"\boxed{2{5}}", 0),
+    (r"\boxed{2^{25}}", 0),
+    (r"\boxed{x_{25}}", 0),
+    (r"\boxed{m+n=26}", 0),
+    (r"\boxed{m=24=25}", 0),
+    (r"\boxed{m<=25}", 0),
+    (r"\boxed{m \not= 25}", 0),
+    (r"\boxed{m \neq 25}", 0),
+    (r"\boxed{25=m+n}", 0),
+    (r"\boxed{-25}", 0),
+    (r"\boxed{25}\boxed{26}", 0),
+    (r"\boxed{}", 0),
+    (r"\boxed{\text{}}", 0),
+]
+
 COUNTDOWN = [  # response, numbers, target, reward
     ("<answer>(44 - 19) + 35</answer>", [44, 19, 35], 60, 1),
     ("<answer>44+35-19</answer>", [44, 19, 35], 60, 1),
@@ -258,6 +296,11 @@ def test_math(response: str, answer: str, expected: float) -> None:
     assert rewards.get("math")(response, answer) == expected
 
 
+@pytest.mark.parametrize(("response", "expected"), BOXED_25)
+def test_an_integer_in_a_box_may_be_dressed(response: str, expected: float) -> None:
+    assert rewards.get("boxed_integer")(response, "25") == expected
+
+
 @pytest.mark.parametrize(("response", "numbers", "target", "expected"), COUNTDOWN)
 def test_countdown(response: str, numbers: list[int], target: int, expected: float) -> None:
     answer = f'{{"numbers": {numbers}, "target": {target}}}'
@@ -346,6 +389,10 @@ HUGE = {
     "sum": "<answer>" + "1+" * (MILLION // 2) + "1</answer>",
     "pairs": "<answer></answer>" * (MILLION // 17),
     "thousands": "1{,}234" * (MILLION // 7),
+    "braces": r"\boxed{" + "{" * (MILLION // 2) + "}" * (MILLION // 2) + "}",
+    "fonts": r"\boxed{" + r"\text{" * (MILLION // 6) + "}",
+    "empty boxes": r"\boxed{} " * (MILLION // 9),
+    "equations": r"\boxed{" + "m=" * (MILLION // 2) + "}",
     "thin spaces": "\\,\\!" * (MILLION // 4),
 }
 ANSWERS = {"countdown": '{"numbers": [44, 19, 35], "target": 60}'}

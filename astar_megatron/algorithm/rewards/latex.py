@@ -8,7 +8,8 @@ Math signs around the whole (`$27$`, `\\(27\\)`) go. And without a \\boxed the l
 finds it too, but takes only a \\boxed apart, so that \\fbox{5} is 0 there and 1 here. No end-of-text string is asked
 for. Linear in the response.
 
-`boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159.
+`boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159; braces, bold,
+`\\text`, thin spaces and the "m+n =" in front of it go. An empty box is no answer, so the one before it counts.
 """
 
 import re
@@ -20,6 +21,10 @@ _SHORT_ROOT = re.compile(r"\\sqrt([^{\[\\])")  # \sqrt3
 _AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read integers of more than 4300 digits
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
+_FONT = re.compile(r"\\(?:text|textbf|textrm|mathbf|mathrm|boldsymbol)(?=\{)")
+_SPACE = re.compile(r"\\(?:[,;:]|$)")  # the last of "25\ " without its blank
+_NO_EQUATION = re.compile(r"[<>!]|\\not")
+_EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
 
 
@@ -51,22 +56,30 @@ def boxed_integer(response: str, answer: str) -> float:
 
 
 def integer_in(response: str) -> str | None:
-    """Return what `boxed_integer` compares; None where the last \\boxed{...} is no integer."""
-    answer = boxed_answer(response)
-    return _integer(answer) if answer is not None else None
+    """Return what `boxed_integer` compares; None where the last \\boxed{...} that holds anything is no integer."""
+    boxed = last_boxed(_EMPTY_BOX.sub("", response))
+    return _integer(boxed) if boxed is not None else None
 
 
 def integer_of(answer: str) -> str:
     """Return an integer such as "025" or "27.0" in its shortest form. Raises ValueError."""
-    integer = _integer(normalised(answer))
+    integer = _integer(answer)
     if integer is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
     return integer
 
 
-def _integer(text: str) -> str | None:
-    match = _INTEGER.fullmatch(_THOUSANDS.sub("", text))
-    return str(int(match[1])) if match else None
+def _integer(latex: str) -> str | None:
+    """The integer that LaTeX writes, in its shortest form; None where it writes none."""
+    text = _without_braces(_SPACE.sub("", _FONT.sub("", _THOUSANDS.sub("", normalised(latex)))))
+    name, equals, value = text.partition("=")
+    match = _INTEGER.fullmatch(_without_braces(value if equals else name))
+    return str(int(match[1])) if match and not _NO_EQUATION.search(latex) else None
+
+
+def _without_braces(text: str) -> str:
+    around = min(len(text) - len(text.lstrip("{")), len(text) - len(text.rstrip("}")))
+    return text[around : len(text) - around]
 
 
 def last_boxed(text: str) -> str | None:
