@@ -97,8 +97,8 @@ class DataConfig(Section):
 class RewardConfig(Section):
     """One rule for stage 1, training and evaluation.
 
-    A response whose reward raises, takes too long or is no number from -1 to 1 is a failure: training and evaluation
-    count it as 0, a V* table does not take it.
+    A response whose reward raises, takes too long or is no number from -1 to 1 is a failure: evaluation counts it as 0,
+    training as the lowest reward of its step and at most 0, a V* table does not take it.
     """
 
     name: str

@@ -53,6 +53,7 @@ class Rollout:
     last_version: int
     tokens_by_version: tuple[int, ...] = ()  # drawn by each version from the first to the last; empty: all by the first
     reward: float | None = None
+    failure_score: float = 0.0  # what it counts where scoring failed
 
     @property
     def logprob(self) -> float:
@@ -66,8 +67,8 @@ class Rollout:
 
     @property
     def score(self) -> float:
-        """The reward as training and evaluation count it: 0 where scoring failed."""
-        return self.reward or 0.0
+        """The reward as training and evaluation count it, `failure_score` where scoring failed."""
+        return self.failure_score if self.reward is None else self.reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,7 +117,7 @@ class Objective(Protocol):
     loss: Loss
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
-        """Return what the loss needs of a batch; a rollout that could not be scored counts with a reward of 0."""
+        """Return what the loss needs of a batch; a rollout that could not be scored has its `score` all the same."""
         ...
 
     def metrics(

@@ -1,5 +1,6 @@
 """What training is fed with: a batch of rollouts a version of the policy."""
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,6 +62,9 @@ class TrainingRollouts:
     def take(self, version: int, span: Callable[[str], AbstractContextManager[None]]) -> list[Rollout]:
         """Return the scored batch that this version is trained on; the engines must have its weights.
 
+        A response that could not be scored counts as the lowest reward of the batch, and at most 0: a reward that fails
+        on it must not rank it above wrong ones, which may score less than 0.
+
         `span` times "generate" and "score", what generation did not hide. Raises what engines and reward raise.
         """
         with span("generate"):
@@ -69,7 +73,7 @@ class TrainingRollouts:
             batch = self._asked.popleft()
             batch.draw.wait_for_engines()
         with span("score"):
-            rollouts = batch.rollouts()
+            rollouts = _counted(batch.rollouts())
         first = min(rollout.first_version for rollout in rollouts)
         last = max(rollout.last_version for rollout in rollouts)
         if first < version - self._max_staleness or last > version:
@@ -102,3 +106,11 @@ class TrainingRollouts:
     def in_flight(self) -> list[Rollout]:
         """Return what has been drawn and scored of batches that were not taken; see `drawn`."""
         return [rollout for batch in self._asked for rollout in (*batch.drawn.values(), *batch.draw.finished())]
+
+
+def _counted(rollouts: list[Rollout]) -> list[Rollout]:
+    lowest = min((rollout.reward for rollout in rollouts if rollout.reward is not None), default=0.0)
+    return [
+        dataclasses.replace(rollout, failure_score=min(lowest, 0.0)) if rollout.reward is None else rollout
+        for rollout in rollouts
+    ]

@@ -1,5 +1,6 @@
 """Requests in, scored rollouts out, with engines made by hand; tests/e2e has real ones."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -263,6 +264,21 @@ def test_batches_are_asked_for_as_far_ahead_as_allowed_and_are_the_same(source_o
         wait_for(lambda num_asked=num_asked: len(ahead_pool.asked) == num_asked)
         assert ahead.state() == batches.state()  # so what was asked for ahead is asked for again after a resume
     assert [request.seed for _, request in ahead_pool.asked] == [request.seed for _, request in pool.asked]
+
+
+@pytest.mark.parametrize(
+    ("others", "counts"), [((-1.0, -0.5, 1.0), -1.0), ((0.0, 0.5, 1.0), 0.0), ((0.5, 1.0, 1.0), 0.0), ((), 0.0)]
+)
+def test_what_could_not_be_scored_counts_as_the_lowest_reward_of_its_step_and_at_most_0(
+    source_of: Any, others: tuple[float, ...], counts: float
+) -> None:
+    unscored = training(source_of(engines())).take(0, untimed)
+    rewards = [*others, *[None] * (len(unscored) - len(others))]
+    drawn = [dataclasses.replace(rollout, reward=reward) for rollout, reward in zip(unscored, rewards, strict=True)]
+    batch = training(source_of(engines()), drawn=drawn).take(0, untimed)
+    assert [rollout.score for rollout in batch] == [counts if reward is None else reward for reward in rewards]
+    assert [rollout.reward for rollout in batch] == rewards  # so that no value learns from it
+    assert {rollout.score for rollout in drawn if rollout.reward is None} == {0.0}  # as evaluation has them
 
 
 def test_a_resumed_run_asks_for_the_batches_that_were_not_taken(source_of: Any) -> None:
