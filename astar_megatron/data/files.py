@@ -62,7 +62,10 @@ def storage_error(problem: str, error: OSError) -> StorageError:
 
 @contextmanager
 def exclusive(path: Path, program: str) -> Iterator[None]:
-    """Hold a lock file while the block runs; a lock ends with its process. StorageError where `program` holds it."""
+    """Hold a lock file while the block runs; a lock ends with its process.
+
+    Raises StorageError where `program` holds it, and where the file system has no locks.
+    """
     try:
         file = path.open("a")
     except OSError as error:
@@ -72,6 +75,11 @@ def exclusive(path: Path, program: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(f"{path}: {program} is running; wait for its end or choose another run_dir") from None
+        except OSError as error:
+            raise StorageError(
+                f"{path}: can't lock it: {error.strerror}; have its file system mounted with locks that all nodes see "
+                "(Lustre: -o flock), or choose another run_dir"
+            ) from error
         yield
 
 

@@ -1,6 +1,8 @@
 """Files that are whole or absent, and the data that the project makes itself."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,27 @@ def test_the_one_digit_additions_are_all_64_and_right() -> None:
 def test_rows_are_written_one_a_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "new" / "data.jsonl", [{"question": "é?", "answer": "1"}, {"question": "b"}])
     assert read_jsonl(tmp_path / "new" / "data.jsonl") == [{"question": "é?", "answer": "1"}, {"question": "b"}]
+
+
+def test_a_file_system_without_locks_is_named_with_a_remedy(tmp_path: Path) -> None:
+    """As Lustre without -o flock: flock(2) is not there."""
+    program = f"""
+import fcntl, pathlib, sys, types
+
+def flock(file, how):
+    raise OSError(38, "Function not implemented")
+
+sys.modules["fcntl"] = types.SimpleNamespace(**vars(fcntl) | {{"flock": flock}})
+from astar_megatron.data.files import StorageError, exclusive
+try:
+    with exclusive(pathlib.Path({str(tmp_path / "run.lock")!r}), "another run"):
+        pass
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    words = "run.lock: can't lock it: Function not implemented; have its file system mounted with locks that all nodes"
+    assert words in done.stdout
 
 
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path: Path) -> None:
