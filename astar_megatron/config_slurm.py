@@ -65,7 +65,7 @@ def _flag(value: str) -> str:
         raise ValueError(f"slurm.flags: {value:.200}: sbatch takes it for --{longer[0]}; write flags in full")
     if name.startswith("export"):
         raise ValueError(f"slurm.flags: {value:.200}: jobs get the whole environment; add variables by slurm.env")
-    if name in _OWN_FLAGS:
+    if name in _OWN_FLAGS and not (name == "gpus-per-node" and re.fullmatch(r"[^:,\s]+:[1-9]\d*", text)):
         key = _OWN_FLAGS[name]
         remedy = f"set {key}" if key else "leave it out: launching sets it, or needs it otherwise"
         raise ValueError(f"slurm.flags: {value:.200}: {remedy}")
@@ -101,6 +101,15 @@ def _seconds(limit: str) -> float:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def _gpus(flag: str) -> list[int]:
+    """Return how many GPUs of each kind a node is to have by --gres or --gpus-per-node, such as gpu:h100:4."""
+    name, _, text = flag.partition("=")
+    kinds = [kind.split(":") for kind in text.split(",")]
+    return [
+        int(kind[-1]) if kind[-1].isdecimal() else 1 for kind in kinds if name == "--gpus-per-node" or kind[0] == "gpu"
+    ]
+
+
 Time = Annotated[Name, BeforeValidator(_minutes), AfterValidator(_limit)]
 Flag = Annotated[str, AfterValidator(_flag)]
 Variable = Annotated[str, AfterValidator(_variable)]
@@ -125,7 +134,7 @@ class SlurmConfig(Section):
     time: Time | None = None
     """Time limit of each job, as 60 (minutes) or 1-12:00:00; null: the partition's."""
     flags: list[Flag] = Field(default=[])
-    """More long flags of sbatch, as `--exclusive` and `--constraint=gpu`."""
+    """More long flags of sbatch, as `--exclusive`; `--gres=...` or `--gpus-per-node=TYPE:N` ask for the GPUs."""
     image: Name | None = None
     """Container image (pyxis); null: no container."""
     mounts: list[Name] = Field(default=[])
@@ -150,6 +159,21 @@ class SlurmConfig(Section):
                 "slurm.flags=['--signal=B:USR1@60']"
             )
         return self
+
+    @model_validator(mode="after")
+    def _gpus_as_planned(self) -> Self:
+        for flag in self.gpu_flags:
+            if (counts := _gpus(flag)) and sum(counts) != self.gpus_per_node:
+                raise ValueError(
+                    f"slurm.flags: {flag}, but slurm.gpus_per_node={self.gpus_per_node}, by which the run is planned; "
+                    "make both the same number"
+                )
+        return self
+
+    @property
+    def gpu_flags(self) -> list[str]:
+        """Those of `flags` that ask for GPUs in their own way, or for none."""
+        return [flag for flag in self.flags if flag.startswith(("--gres=", "--gpus-per-node="))]
 
     @property
     def variables(self) -> dict[str, str]:

@@ -92,7 +92,7 @@ def slurm_executor(cfg: SlurmConfig, title: str, home: Path | None = None) -> An
         partition=cfg.partition,
         time=cfg.time,
         nodes=cfg.nodes + cfg.spare_nodes,
-        gpus_per_node=cfg.gpus_per_node or None,
+        gpus_per_node=None if cfg.gpu_flags else cfg.gpus_per_node or None,
         job_name_prefix=f"{title}-",
         container_image=cfg.image,
         container_mounts=list(cfg.mounts),
@@ -122,8 +122,14 @@ def add_stages(
         if isinstance(own, run.SlurmExecutor):
             _check_holds(own, job)
             own.nodes, own.gpus_per_node = job.nodes, own.gpus_per_node if job.gpus_per_node else None
+            if job.stage == "export":
+                own.additional_parameters = _without_gpus(own.additional_parameters)
         last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
     return last
+
+
+def _without_gpus(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if name not in ("gres", "gpus-per-node")}
 
 
 def _check_holds(executor: Any, job: Job) -> None:

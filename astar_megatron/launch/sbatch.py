@@ -5,6 +5,7 @@ Jobs are known by their names, so nothing has to be kept: `status` and `cancel` 
 
 import contextlib
 import importlib.util
+import re
 import shlex
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
         "export": "ALL",  # what the script reads, although a site has set SBATCH_EXPORT=NONE
         "job-name": job.name,
         "nodes": job.nodes,
-        "gpus-per-node": job.gpus_per_node or None,
+        "gpus-per-node": None if cfg.gpu_flags else job.gpus_per_node or None,
         "account": cfg.account,
         "partition": cfg.partition,
         "time": cfg.time,
@@ -56,7 +57,8 @@ def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
         "kill-on-invalid-dep": "yes" if after else None,
     }
     words = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
-    return ["sbatch", "--parsable", *words, *cfg.flags, str(scripts.path("train.sbatch")), job.config_file, *job.words]
+    more = [flag for flag in cfg.flags if job.stage != "export" or flag not in cfg.gpu_flags]
+    return ["sbatch", "--parsable", *words, *more, str(scripts.path("train.sbatch")), job.config_file, *job.words]
 
 
 def submit(jobs: Sequence[Job], cfg: SlurmConfig, names: Sequence[str], *, dry_run: bool) -> None:
@@ -86,7 +88,11 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, names: Sequence[str], *, dry_r
 
 def submit_job(job: Job, cfg: SlurmConfig, after: str | None) -> str:
     """Return the number of a job that is submitted, after one that must have succeeded. Raises ConfigError."""
-    return slurm.output_of(command(job, cfg, after), variables(job, cfg)).strip().partition(";")[0]
+    printed = slurm.output_of(command(job, cfg, after), variables(job, cfg))
+    numbers = re.findall(r"^(\d+)(?:;.*)?$", printed, re.MULTILINE)  # sites have sbatch greet
+    if not numbers:
+        raise ConfigError(f"sbatch: no line that is the number of a job, for {job.name}: {printed.strip()!r:.500}")
+    return numbers[-1]
 
 
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:

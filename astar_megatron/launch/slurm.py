@@ -6,6 +6,7 @@ a job that was submitted inside another job, or under a name that nobody knows, 
 
 import os
 import pwd
+import re
 import shlex
 import shutil
 import subprocess
@@ -84,8 +85,8 @@ def states_command(names: Sequence[str], owner: str) -> list[str]:
 
 
 def jobs_in(printed: str) -> list[QueuedJob]:
-    """Return the jobs that `states_command` has printed."""
-    return [QueuedJob(*line.split()) for line in printed.splitlines()]
+    """Return the jobs that `states_command` has printed, whatever a site adds to that."""
+    return [QueuedJob(*words) for words in re.findall(r"^(\d\S*) (\S+) ([A-Z_]+)$", printed, re.MULTILINE)]
 
 
 def cancel_command(queued: Sequence[QueuedJob]) -> list[str]:

@@ -170,6 +170,28 @@ slurm:
     assert "--nodes=1" in export and not [word for word in export if word.startswith("--gpus")]
 
 
+@pytest.mark.parametrize("flag", ["--gpus-per-node=h100:8", "--gres=gpu:1g.5gb:8", "--gres=none"])
+def test_a_flag_that_asks_for_gpus_in_its_own_way_stands_in_place_of_the_key(
+    folder: Path, astar: Astar, flag: str
+) -> None:
+    words = ["--stages", "train,export", "--set", f"slurm.flags=['{flag}', --exclusive]"]
+    assert astar("launch", "--config", "run.yaml", *words)[0] == 0
+    train, export = ([word for word in call if word.startswith(("--g", "--exclusive"))] for call in calls(folder))
+    assert (train, export) == ([flag, "--exclusive"], ["--exclusive"])
+
+
+def test_numbers_are_read_between_a_sites_own_lines(folder: Path, astar: Astar) -> None:
+    tools, launch = folder.parent / "tools", ("launch", "--config", "run.yaml", "--stages", "train")
+    (tools / "sbatch").write_text("#!/bin/sh\necho 'Welcome to 2026\n71;big\nYour account is fine'\n")
+    assert astar(*launch)[1].startswith("job 71: ")
+    (tools / "queue").write_text(f"Welcome to 2026\n70 {named(folder)}-train PENDING\n")
+    assert f"slurm: job 70, {named(folder)}-train, is PENDING already" in astar(*launch)[2]
+    (tools / "queue").unlink()
+    (tools / "sbatch").write_text("#!/bin/sh\necho Welcome to 2026\n")
+    status, _, error = astar(*launch)
+    assert status == 2 and "no line that is the number of a job" in error and "'Welcome to 2026'" in error
+
+
 def test_flags_win_over_the_section(folder: Path, astar: Astar) -> None:
     words = ["--backend", "sbatch", "--nodes", "2", "--gpus-per-node", "1", "--stages", "train"]
     assert astar("launch", "--config", "run.yaml", *words, "--set", "slurm.nodes=5")[0] == 0
@@ -265,6 +287,12 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.flags=[--time=0-0:5]", "slurm.flags: --time=0-0:5: set slurm.time"),
         ("--set slurm.flags=[--dependency=singleton]", "slurm.flags: --dependency=singleton: leave it out: launching"),
         ("--set slurm.flags=[--signal=B:USR1@x]", "--signal=B:USR1@x: the batch script waits for --signal=B:USR1@<"),
+        ("--set slurm.flags=[--gpus-per-node=8]", "slurm.flags: --gpus-per-node=8: set slurm.gpus_per_node"),
+        (
+            "--set slurm.flags=[--gpus-per-node=h100:4]",
+            "slurm.flags: --gpus-per-node=h100:4, but slurm.gpus_per_node=8, by which the run is planned",
+        ),
+        ("--set slurm.flags=['--gres=gpu:a100:2,nvme:8']", "--gres=gpu:a100:2,nvme:8, but slurm.gpus_per_node=8"),
         ("--backend kubernetes", "slurm.backend: input should be 'sbatch', 'nemo-run' or 'local', got 'kubernetes'"),
         ("--stages train,deploy", "slurm.stages.1: input should be 'sweep', 'train', 'eval' or 'export', got 'deploy'"),
         ("--nodes 0", "slurm.nodes: input should be greater than or equal to 1, got 0"),

@@ -88,6 +88,15 @@ def test_the_command_line_of_nemo_run_sets_any_field_of_the_executor_of_the_file
     assert "start_nodes" in printed  # of slurm/train.sbatch
 
 
+def test_a_flag_that_asks_for_gpus_in_its_own_way_stands_in_place_of_the_key(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN + "slurm: {gpus_per_node: 4, flags: ['--gpus-per-node=h100:4']}\n")
+    words = ["--config", "run.yaml", "--stages", "train,export", "--backend", "nemo-run", "--dry-run"]
+    train, export = run("python", "-m", "astar_megatron.cli", "launch", *words).split("# export: begins when")
+    lines = [line for line in train.splitlines() if line.startswith("#SBATCH --g")]
+    assert lines == ["#SBATCH --gpus-per-node=h100:4"]
+    assert "#SBATCH --nodes=1\n" in export and "#SBATCH --g" not in export
+
+
 def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -> None:
     large = "parallel: {data: 8}\nrollout: {num_engines: 8}\nslurm: {nodes: 2, gpus_per_node: 8}\n"
     (tmp_path / "run.yaml").write_text(RUN + large)
