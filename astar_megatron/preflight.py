@@ -56,8 +56,9 @@ def main(
             cfg, program = planned
             there = [Node(address=name, num_gpus=node.num_gpus) for name, node in mine.items()]
             check_job(cfg, program, there, num_spare - absent_nodes)
+            print(f"run folder: {Path(cfg.run_dir).absolute()}")  # slurm/train.sbatch looks there for steps
         collective, reports = _reports(mine) if looks else ("", {})
-    faults = judge(names, reports) if looks else absent(names, mine)
+    faults = judge(names, reports, is_placed=planned is not None) if looks else absent(names, mine)
     result = verdict(faults, names, first, num_spare)
     show(names, collective, reports, faults, result)
     if file is not None:

@@ -18,6 +18,7 @@ FACTS = NodeFacts(
     versions={"ray": "2.60.0", "torch": "2.13.0"},
     gpus=("H100", "H100"),
     driver="570.1",
+    cores=16.0,
     disk_bytes=100 * GIB,
     shared_memory_bytes=100 * GIB,
     reads=True,
@@ -55,6 +56,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a package missing": (with_facts(versions={"torch": "2.13.0"}), "ray", "none, others 2.60.0"),
     "blind": (with_facts(reads=False), "shared folder", "does not see what another node writes"),
     "unseen": ({"written": False}, "shared folder", "what it writes is not seen by others"),
+    "fewer cores than GPUs": (
+        with_facts(cores=1.0),
+        "cores",
+        "1 for 2 GPUs; ask for more: sbatch --exclusive, or --cpus-per-task=2 or more",
+    ),
     "little disk": (with_facts(disk_bytes=GIB), "disk", "1.0 GiB free, 5.0 GiB wanted"),
     "little shared memory": (with_facts(shared_memory_bytes=0), "/dev/shm", "0.0 GiB free, 1.0 GiB wanted"),
     "ahead": (
@@ -83,6 +89,19 @@ def test_equal_nodes_have_no_faults() -> None:
     assert faults_where_c_is() == []
     alone = replace(GOOD, bandwidth=None)
     assert judge(["a"], {"a": alone}) == []
+
+
+def test_nodes_on_which_a_run_has_been_placed_may_differ_in_how_many_gpus_they_have() -> None:
+    fewer = replace(GOOD, joined=Joined(id="3", num_gpus=1), **with_facts(gpus=("H100",)))
+    none = replace(GOOD, joined=Joined(id="4", num_gpus=0), **with_facts(gpus=(), driver=""))
+    reports = {"a": GOOD, "b": fewer, "c": none}
+    assert judge(["a", "b", "c"], reports, is_placed=True) == []
+    other = replace(GOOD, **with_facts(gpus=("H100", "A100"), driver="550.2"))
+    faults = judge(["a", "b", "c", "d"], reports | {"d": other}, is_placed=True)
+    assert [(fault.node, fault.state) for fault in faults] == [
+        ("d", "H100, A100, others H100"),
+        ("d", "550.2, others 570.1"),
+    ]
 
 
 def test_a_node_that_has_not_joined_is_named() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from astar_megatron.cluster.cores import available_cores
 from astar_megatron.run import machine
 from astar_megatron.run.resources import free_bytes
 
@@ -21,6 +22,7 @@ _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheade
 class NodeFacts:
     """The facts. `versions` are packages' (machine.versions), `gpus` the models by name, `driver` the GPUs' driver.
 
+    `cores` are those that processes of the run may use there.
     `disk_bytes` and `shared_memory_bytes` are free in the folder for temporary files and in /dev/shm. `reads` says
     whether the node sees what the driver has written, and `wrote` names the file that it has written for the driver.
     """
@@ -28,6 +30,7 @@ class NodeFacts:
     versions: Mapping[str, str]
     gpus: tuple[str, ...]
     driver: str
+    cores: float
     disk_bytes: int
     shared_memory_bytes: int
     reads: bool
@@ -46,6 +49,7 @@ def measure(folder: str, mark: str) -> NodeFacts:
         versions=machine.versions(),
         gpus=tuple(line.partition(", ")[0] for line in lines),
         driver=lines[0].partition(", ")[2] if lines else "",
+        cores=available_cores(),
         disk_bytes=free_bytes(Path(tempfile.gettempdir())),
         shared_memory_bytes=free_bytes(Path("/dev/shm")),
         reads=appears(Path(folder), mark),

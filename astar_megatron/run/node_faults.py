@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from astar_megatron.cluster.placement import counted
 from astar_megatron.cluster.survey import Clock, Joined
 from astar_megatron.run.node_facts import NodeFacts
 from astar_megatron.run.resources import GIB, gib
@@ -51,13 +52,22 @@ class Verdict:
     refusal: str
 
 
-def judge(wanted: Sequence[str], reports: Mapping[str, Report]) -> list[Fault]:
-    """Return what is wrong with which node; `wanted` should have joined, `reports` has those that did."""
+def judge(wanted: Sequence[str], reports: Mapping[str, Report], *, is_placed: bool = False) -> list[Fault]:
+    """Return what is wrong with which node; `wanted` should have joined, `reports` has those that did.
+
+    `is_placed` says that a run has been seen to fit the nodes as they are, which may then differ in how many GPUs they
+    have; their kind and driver are compared where there are any.
+    """
     faults = [*absent(wanted, reports), *_of_each(reports)]
     facts = {name: report.facts for name, report in reports.items() if isinstance(report.facts, NodeFacts)}
-    faults += _unlike("GPUs that Ray has", {name: str(reports[name].joined.num_gpus) for name in reports})
-    faults += _unlike("GPUs", {name: _counted(node.gpus) for name, node in facts.items()})
-    faults += _unlike("GPU driver", {name: node.driver or "none" for name, node in facts.items()})
+    if is_placed:
+        kinds = {name: ", ".join(dict.fromkeys(node.gpus)) for name, node in facts.items() if node.gpus}
+        faults += _unlike("GPUs", kinds)
+        faults += _unlike("GPU driver", {name: facts[name].driver for name in kinds})
+    else:
+        faults += _unlike("GPUs that Ray has", {name: str(reports[name].joined.num_gpus) for name in reports})
+        faults += _unlike("GPUs", {name: _counted(node.gpus) for name, node in facts.items()})
+        faults += _unlike("GPU driver", {name: node.driver or "none" for name, node in facts.items()})
     packages = dict.fromkeys(package for node in facts.values() for package in node.versions)
     for package in packages:
         faults += _unlike(package, {name: node.versions.get(package, "none") for name, node in facts.items()})
@@ -95,6 +105,9 @@ def _of_each(reports: Mapping[str, Report]) -> list[Fault]:
                 "does not see what another node writes" if not facts.reads else "what it writes is not seen by others"
             )
             faults.append(Fault(node=name, check="shared folder", state=state))
+        if facts.cores < (gpus := report.joined.num_gpus):
+            ask = f"ask for more: sbatch --exclusive, or --cpus-per-task={gpus} or more"
+            faults.append(Fault(node=name, check="cores", state=f"{facts.cores:g} for {counted(gpus, 'GPU')}; {ask}"))
         for check, free, least in (
             ("disk", facts.disk_bytes, DISK_BYTES),
             ("/dev/shm", facts.shared_memory_bytes, SHARED_MEMORY_BYTES),

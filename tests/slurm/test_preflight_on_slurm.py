@@ -21,7 +21,7 @@ ray.init(address=sys.argv[1].partition("=")[2], log_to_driver=False)
 print("nodes", sorted(node["NodeName"] for node in ray.nodes() if node["Alive"]))' "$7"
 """
 RUN = '{"run_dir": "r", "model": {"path": "m"}, "data": {"path": "d"}, "reward": {"name": "last_number"}}'
-SMI = "#!/bin/sh\necho 'H100, 570.1'\n"
+SMI = '#!/bin/sh\necho "H100, $DRIVER"\n'
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,9 @@ def run(slurm: Slurm, tmp_path: Path) -> Callable[..., tuple[str, str, Path]]:
 
 
 def test_an_unlike_node_is_left_out_where_there_is_a_spare(run: Callable[..., tuple[str, str, Path]]) -> None:
-    setup = 'if [ "$SLURMD_NODENAME" = node2 ]; then PATH=$PWD:$PATH; fi'
+    setup = 'export PATH=$PWD:$PATH DRIVER=570.1; if [ "$SLURMD_NODENAME" = node2 ]; then DRIVER=550.2; fi'
     state, out, logs = run(ASTAR_SETUP=setup, ASTAR_SPARE_NODES="1")
-    assert "node2 is bad: GPUs: 1 H100, others none\n" in out
-    assert "node2 is bad: GPU driver: 570.1, others none\nleft out: node2\n1 of 2 nodes can be used\n" in out
+    assert "node2 is bad: GPU driver: 550.2, others 570.1\nleft out: node2\n1 of 2 nodes can be used\n" in out
     assert state == "COMPLETED", out
     assert "nodes ['node1']\n" in (logs / "driver-node1-0.log").read_text()
     measured = json.loads((logs / "preflight-0.json").read_text())
