@@ -87,6 +87,7 @@ def doctor(words: list[str]) -> None:
     while (missing := wanted - names(value(words, "--cluster"))) and time.monotonic() < until:
         time.sleep(0.1)
     bad = missing | wanted & set(os.environ.get("BAD", "").split())
+    print(f"run folder: {Path.cwd()}")
     enough = len(bad) <= int(value(words, "--spare"))
     for node in sorted(bad):
         print(f"left out: {node}" if enough else f"{node} is bad")

@@ -248,7 +248,17 @@ def test_what_the_job_that_submits_hands_on_changes_nothing(
     assert slurm.left_behind(job) == []
 
 
-@pytest.mark.parametrize(("line", "status"), [("cd /no/such", 1), ("exit 3", 3)])
+def test_what_a_setup_sets_of_the_shell_does_not_stay(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    line = "set -euf -o pipefail; shopt -s failglob; IFS=:"
+    job = submit("print(JOINED)", "-N1", env={"ASTAR_SETUP": line})
+    assert slurm.wait(job) == "COMPLETED"
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    assert (logs / "driver-node1-0.log").read_text() == "{'node1'}\n"
+    assert (logs / "ray-node1-0" / "raylet.out").exists()
+    assert slurm.left_behind(job) == []
+
+
+@pytest.mark.parametrize(("line", "status"), [("cd /no/such", 1), ("set -e; exit 3", 3)])
 def test_a_setup_that_fails_is_named_and_ends_the_job(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path, line: str, status: int
 ) -> None:
@@ -278,6 +288,62 @@ def test_an_allocation_is_used_by_srun_and_refused_beside_its_nodes(slurm: Slurm
     assert re.search(r"of job \d+, but on none of its nodes; submit the script", (tmp_path / "beside").read_text())
     (log,) = tmp_path.glob("logs/slurm-*/driver-*-0.log")
     assert log.read_text() == "['node1', 'node2']\n"
+
+
+def test_a_second_run_in_an_allocation_is_refused_and_the_first_goes_on(slurm: Slurm, tmp_path: Path) -> None:
+    program = "import time\nfrom pathlib import Path\nPath('begun').touch()\n"
+    (tmp_path / "program.py").write_text(
+        f"{program}while not Path('end').exists(): time.sleep(0.1)\nprint(sorted(JOINED))"
+    )
+    run = f"srun --overlap -N1 -n1 bash {TRAIN} program.py"
+    command = f"{run} & until [ -e begun ]; do sleep 0.1; done; {run} 2>beside; echo $? >status; touch end; wait $!"
+    slurm.run("salloc", "-N2", "bash", "-c", command, cwd=tmp_path, env=STAND_IN)
+    assert (tmp_path / "status").read_text() == "2\n"
+    words = r"another run of job \d+ is on this node, step 1; wait for its end, or take another allocation\n"
+    assert re.search(words, (tmp_path / "beside").read_text())
+    (log,) = tmp_path.glob("logs/slurm-*/driver-*-0.log")
+    assert log.read_text() == "['node1', 'node2']\n"
+
+
+# Slurm itself ends what has its time limit in 8 s.
+SCONTROL = """#!/bin/sh
+if [ "$1" != --oneliner ]; then exec REAL "$@"; fi
+REAL "$@" | sed "s/ EndTime=[^ ]*/ EndTime=$(date -d '+8 seconds' +%FT%T)/"
+"""
+
+
+def test_a_step_that_outlasts_the_notice_is_ended_in_time_for_the_job_to_be_requeued(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    program = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)))
+open("begun", "w").close()
+time.sleep(600)
+"""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(SCONTROL.replace("REAL", shutil.which("scontrol") or ""))
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    job = submit(program, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    wait_for(tmp_path / "begun")
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    until = time.monotonic() + SECONDS
+    while "requeued\n" not in (printed := output(tmp_path, job)):
+        assert time.monotonic() < until, printed
+        time.sleep(0.1)
+    assert printed.index("SIGUSR1: the program is asked to save") < printed.index("SIGUSR1 again: the program is asked")
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
+def test_the_jobs_network_is_that_of_the_interface_that_is_named(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("print(WORDS)", "-N1", env={"ASTAR_INTERFACE": "lo"})
+    assert slurm.wait(job) == "COMPLETED"
+    log = tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log"
+    assert "'cluster.address=127.0.0.1:" in log.read_text()
 
 
 SRUN = """#!/bin/sh
@@ -339,6 +405,7 @@ BAD_INPUT = {
     "no number": ("program.py", {"ASTAR_PORT": "x"}, "ASTAR_PORT=x: expected a whole number"),
     "octal": ("program.py", {"ASTAR_PORT": "08192"}, "ASTAR_PORT=08192: expected a whole number"),
     "logs that can't be written": ("program.py", {"ASTAR_LOGS": "program.py"}, "ASTAR_LOGS=program.py: can't write"),
+    "no interface": ("program.py", {"ASTAR_INTERFACE": "no0"}, "ASTAR_INTERFACE=no0: no IPv4 address here that other"),
     "no pyxis": ("program.py", {"ASTAR_IMAGE": "image.sqsh"}, "ASTAR_IMAGE: this Slurm has no pyxis; leave it out"),
 }
 

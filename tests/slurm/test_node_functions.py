@@ -1,0 +1,123 @@
+"""What single functions of slurm/train.sbatch do on a node whose /proc, names or network are not as usual."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TRAIN = Path(__file__).parents[2] / "slurm" / "train.sbatch"
+FUNCTIONS = TRAIN.read_text().removesuffix('main "$@"\n')
+# A step of another job by the same user, whose slurmstepd is root's; then that slurmstepd is killed.
+TWO_STEPS = """
+mount -t tmpfs -o mode=1777 tmpfs /tmp && mount -t proc -o hidepid={hidepid} proc /proc || exit 3
+ln -s "$(command -v bash)" /tmp/slurmstepd
+as_user() {{ setpriv --reuid 1234 --regid 1234 --clear-groups bash -c "$@"; }}
+export -f as_user
+/tmp/slurmstepd -c 'as_user "mkdir /tmp/step; exec 9>>/tmp/step/node; flock 9; touch /tmp/step/begun; sleep 100"; :' &
+until [ -e /tmp/step/begun ]; do sleep 0.1; done
+as_user "$FUNCTIONS"'is_abandoned /tmp/step; echo $?'
+kill -KILL $!
+until as_user "$FUNCTIONS"'is_abandoned /tmp/step'; do sleep 0.1; done
+echo abandoned
+"""
+
+
+@pytest.mark.parametrize("hidepid", [0, 1, 2])
+def test_a_step_whose_slurmstepd_is_hidden_is_alive_until_that_has_ended(hidepid: int) -> None:
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", TWO_STEPS.format(hidepid=hidepid)]
+    environment = os.environ | {"FUNCTIONS": FUNCTIONS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    if (done.returncode == 1 and "unshare failed" in done.stderr) or done.returncode == 3:
+        pytest.skip(f"this machine allows no namespaces: {done.stderr.strip()}")
+    assert done.stdout == "1\nabandoned\n", done.stderr
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Callable[..., str]:
+    """Return a function that runs a line of the script's shell and gives what it prints.
+
+    Its words name programs that stand in for others, each with its text.
+    """
+
+    def call(line: str, **programs: str) -> str:
+        for name, text in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "node1"}
+        (tmp_path / "functions.sh").write_text(FUNCTIONS)
+        command = ["bash", "-c", f". ./functions.sh\n{line}"]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        return done.stdout + done.stderr
+
+    return call
+
+
+NETWORKS = {
+    "its name's": ("10.0.0.1", "192.168.0.1", "10.0.0.1"),
+    "its name is loopback's": ("127.0.1.1", "169.254.3.4 fe80::1 10.0.0.2 192.168.0.1 ", "10.0.0.2"),
+    "it has none": ("127.0.1.1", "169.254.3.4 fe80::1", "ASTAR_INTERFACE=: no IPv4 address here that other nodes"),
+    "its name is unknown": ("", "10.0.0.3", "10.0.0.3"),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_node_is_reached_by_its_names_address_or_its_first_that_others_reach(
+    call: Callable[..., str], network: str
+) -> None:
+    by_name, own, wanted = NETWORKS[network]
+    line = 'own_address && echo "$address" || echo "$no_address"'
+    printed = call(line, getent=f"echo '{by_name}      STREAM node1'", hostname=f"echo '{own}'")
+    assert printed.startswith(wanted)
+
+
+# As at the end of a job.
+REQUEUES = """
+SLURM_JOB_ID=7 ASTAR_LOGS=. ASTAR_MAX_REQUEUES=3 ASTAR_ATTEMPT=9 begun=1 cancelled='' run_folder=.
+"""
+
+
+def test_only_own_requeues_count(call: Callable[..., str]) -> None:
+    printed = call(REQUEUES + "for _ in 1 2 3 4; do requeue 75; done; SLURM_JOB_ID=70; requeue 75", scontrol="")
+    lines = [line.partition("node1: ")[2] for line in printed.splitlines()]
+    assert lines[:3] == ["requeued"] * 3 and lines[4] == "requeued"
+    assert lines[3] == "not requeued: it has been 3 times (ASTAR_MAX_REQUEUES); the same sbatch command goes on"
+
+
+def test_a_run_that_loses_a_process_twice_without_a_step_between_is_not_requeued(call: Callable[..., str]) -> None:
+    step = "mkdir -p arm; echo step >>arm/metrics.jsonl"
+    printed = call(f"{REQUEUES}{step}; requeue 69; {step}; requeue 69; requeue 75; requeue 69; requeue 69", scontrol="")
+    printed += call(f"{REQUEUES}ASTAR_LOGS=arm run_folder=''; requeue 69; requeue 69", scontrol="")
+    lines = [line.partition("node1: ")[2].partition(":")[0] for line in printed.splitlines()]
+    assert lines == ["requeued", "requeued", "requeued", "not requeued", "not requeued", "requeued", "not requeued"]
+
+
+def test_what_is_not_requeued_says_why(call: Callable[..., str]) -> None:
+    assert "not requeued: it was cancelled, or came to its time limit" in call(f"{REQUEUES}cancelled=1 requeue 75")
+    assert call(f"{REQUEUES}cancelled=1; requeue 0; requeue 1") == ""
+
+
+def test_slurm_is_asked_again_until_it_answers(call: Callable[..., str]) -> None:
+    fails = "[ -e asked ] || { touch asked; echo no controller >&2; exit 1; }\necho JobId=7 Restarts=0"
+    assert (
+        call("SLURM_JOB_ID=7 cancelled=''; job_record ask_slurm", scontrol=fails, sleep="")
+        == "JobId=7 Restarts=0\nno controller\n"
+    )
+
+
+def test_a_node_without_the_interface_is_named(call: Callable[..., str]) -> None:
+    variables = "ASTAR_PYTHON=true ASTAR_ADDRESS=x:1 ASTAR_START_SECONDS=9 SLURM_NODEID=1 ASTAR_INTERFACE=ib9"
+    assert "node1: ASTAR_INTERFACE=ib9: no IPv4 address here that other" in call(f"{variables}; join_ray", ip="")
+
+
+def test_an_array_asks_again_where_its_script_lies(call: Callable[..., str], tmp_path: Path) -> None:
+    fails = f"[ -e asked ] || {{ touch asked; exit 1; }}\necho '   Command={tmp_path}/sweep.sbatch c.yaml'"
+    (tmp_path / "train.sbatch").write_text("echo $ASTAR_PROGRAM")
+    (tmp_path / "spool").mkdir()
+    shutil.copy(TRAIN.with_name("sweep.sbatch"), tmp_path / "spool" / "slurm_script")
+    line = "SLURM_JOB_ID=7 bash spool/slurm_script c.yaml"
+    assert call(line, scontrol=fails, sleep="").endswith("sweep\n")
