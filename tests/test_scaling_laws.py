@@ -177,6 +177,14 @@ def test_noise_above_the_tolerance_is_named_as_the_reason() -> None:
     assert result.verdict == "does not" and "more seeds or more prompts" in result.reason
 
 
+def test_scores_in_per_cent_are_told_with_the_unit_of_the_tolerance() -> None:
+    words = "scores look like per cent, --tolerance is in their unit"
+    points = study(0, sigmoid, responses=4096)
+    in_per_cent = Points(points.compute, 100 * points.score, points.run)
+    assert words in extrapolate("x", in_per_cent, 0.02).reason
+    assert words not in extrapolate("x", points, 0.02).reason
+
+
 def test_an_asymptote_beyond_the_data_is_refused() -> None:
     result = extrapolate("x", study(0, end=0.2), 0.02)
     assert "have not levelled off" in refusals(result)["asymptote"]

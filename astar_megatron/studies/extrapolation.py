@@ -86,6 +86,8 @@ def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
     unit = _unit(points.score)
     best = min(fitted, key=lambda law: round((law.error or 0.0) / unit, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
+    if points.score.max(initial=0.0) > 1:
+        reason += "; scores look like per cent, --tolerance is in their unit"
     return Extrapolation(
         name=name, points=points, split=split, late=late, laws=laws, best=best, verdict=verdict, reason=reason
     )
