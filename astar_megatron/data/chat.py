@@ -76,21 +76,22 @@ def no_row(model_path: str, token_id: int) -> str:
 def stop_token_ids(model_path: str) -> tuple[int, ...]:
     """Return the ids that end a response: the tokenizer's EOS, then those of generation_config.json that differ.
 
-    Raises TokenizerError, for an id that the model has no row for too.
+    Without that file those of config.json, as transformers has it. Raises TokenizerError, for an id that the model has
+    no row for too.
     """
-    ids = [_token_id(tokenizer(model_path).eos_token_id)]
-    file = Path(model_path) / "generation_config.json"
-    if file.is_file():
-        try:
-            more = json.loads(file.read_bytes()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise TokenizerError(f"{file}: not readable as a JSON object: {error}; repair or delete it") from error
-        ids += [_token_id(value) for value in (more if isinstance(more, list) else [more]) if value is not None]
     size = vocab_size(model_path)
+    file = Path(model_path) / "generation_config.json"
+    file = file if file.is_file() else Path(model_path) / "config.json"
+    try:
+        more = json.loads(file.read_bytes()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise TokenizerError(f"{file}: not readable as a JSON object: {error}; repair or delete it") from error
+    more = [value for value in (more if isinstance(more, list) else [more]) if value is not None]
+    ids = [_token_id(value, file.name) for value in (tokenizer(model_path).eos_token_id, *more)]
     if beyond := [token_id for token_id in ids if token_id >= size]:
         raise TokenizerError(
             f"model.path: a response is to end at {no_row(model_path, beyond[0])}, or repair eos_token in "
-            "tokenizer_config.json and eos_token_id in generation_config.json"
+            f"tokenizer_config.json and eos_token_id in {file.name}"
         )
     return tuple(dict.fromkeys(ids))
 
@@ -174,6 +175,27 @@ def unstopped_turn(model_path: str, date: str | None) -> str | None:
     )
 
 
+def unbegun_answer(model_path: str, date: str | None) -> str | None:
+    """Return in words that prompts lack what the template writes before an answer; None where they have it.
+
+    None too where the template writes nothing there, can't format an answer, or changes its text.
+    """
+    chat = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    asked = _rendered(model_path, [chat[:1]], date, "a question", answer_follows=True)[0]
+    try:
+        bare, whole = _rendered(model_path, [chat[:1], chat], date, "an answer", answer_follows=False)
+    except TokenizerError:
+        return None
+    header, answer, _ = whole.removeprefix(asked).partition(_ANSWER)
+    if asked != bare or not whole.startswith(asked) or not answer or not header.strip():
+        return None
+    return (
+        f"model.path: the chat template of {model_path} takes no notice of add_generation_prompt: it writes "
+        f"{header!r} before an answer, and prompts end without it, so that the model has to write it. To begin the "
+        "answer, let chat_template.jinja of the folder write it where add_generation_prompt is true, before stage 1"
+    )
+
+
 def detokenizer(model_path: str) -> Callable[[Sequence[int]], str]:
     """Return the function from response tokens to the text that the reward reads: all but the token that ended it.
 
@@ -225,7 +247,7 @@ def _named(tok: "PreTrainedTokenizerBase", token_id: int) -> str:
     return str(token_id) if text is None else f"{text!r} ({token_id})"
 
 
-def _token_id(value: Any) -> int:
+def _token_id(value: Any, file_name: str) -> int:
     if type(value) is not int or value < 0:
-        raise TokenizerError(f"eos_token_id: expected a token id, got {value!r}; repair generation_config.json")
+        raise TokenizerError(f"eos_token_id: expected a token id, got {value!r}; repair {file_name}")
     return value

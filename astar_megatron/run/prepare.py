@@ -112,13 +112,14 @@ def _real(path: str | Path) -> Path:
 
 
 def _say_template(cfg: RunConfig, contract: Contract) -> None:
-    """Log what of the chat template no number shows: the day that it writes, and a turn's end that ends no response."""
+    """Log what of the chat template no number shows: its day, prompts that begin no answer, turns that end none."""
     if contract.date is not None:
         _LOG.warning("data.date: the chat template writes the day %s into each prompt of this run", contract.date)
     elif cfg.data.date is not None:
         _LOG.warning("data.date: %s has no effect: the chat template asks for no time", cfg.data.date)
-    if warning := chat.unstopped_turn(cfg.model.path, cfg.data.date):
-        _LOG.warning("%s", warning)
+    for problem in (chat.unbegun_answer, chat.unstopped_turn):
+        if warning := problem(cfg.model.path, cfg.data.date):
+            _LOG.warning("%s", warning)
 
 
 def with_room(cfg: RunConfig) -> RunConfig:

@@ -21,6 +21,7 @@ from astar_megatron.data.chat import (
     names_the_day,
     stop_token_ids,
     tokenizer,
+    unbegun_answer,
     unstopped_turn,
 )
 from astar_megatron.data.prompts import PromptError, read_prompts
@@ -137,6 +138,21 @@ def test_a_stop_token_without_a_row_is_refused(model_folder: MakeModel) -> None:
         stop_token_ids(unknown)
 
 
+@pytest.mark.parametrize("more", [258, [0, 258]])
+def test_without_a_generation_config_a_response_ends_where_the_models_config_says(
+    model_folder: MakeModel, more: Any
+) -> None:
+    model = model_folder()
+    _edit_config(model, eos_token_id=more)
+    assert stop_token_ids(model) == (0, 258)
+    _edit_config(model, eos_token_id="</s>")
+    with pytest.raises(TokenizerError, match=r"expected a token id, got '</s>'; repair config\.json"):
+        stop_token_ids(model)
+    with_file = model_folder(stop=[1])
+    _edit_config(with_file, eos_token_id=more)
+    assert stop_token_ids(with_file) == (0, 1)  # the file takes the config's place
+
+
 @pytest.mark.parametrize("config", ["{}", '{"vocab_size": "many"}', '{"vocab_size": true}'])
 def test_a_model_folder_that_does_not_say_how_many_tokens_it_has_is_refused(
     model_folder: MakeModel, config: str
@@ -188,6 +204,35 @@ def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(model_folder: M
 def test_a_template_that_marks_no_end_of_a_turn_is_not_accused(model_folder: MakeModel, template: str | None) -> None:
     model = model_folder() if template is None else model_folder(template=template)
     assert unstopped_turn(model, None) is None
+
+
+# --- the beginning of an answer
+
+
+WITHOUT_BEGINNING = CHATML.partition("{% if add")[0]
+
+
+def test_a_template_whose_prompts_begin_no_answer_is_told(model_folder: MakeModel) -> None:
+    warning = unbegun_answer(model_folder(template=WITHOUT_BEGINNING, special=CHATML_TOKENS), None)
+    assert warning is not None and "\n" not in warning
+    assert "takes no notice of add_generation_prompt" in warning
+    assert r"it writes '<|im_start|>assistant\n' before an answer" in warning
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}<a>",  # it begins an answer, whatever is asked
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}",  # nothing stands before an answer
+        "{% for m in messages %}{% if m['role'] == 'user' %}<u>{% endif %}{{ m['content'] }}"
+        "{% if m['role'] == 'user' %}<a>{% endif %}{% endfor %}",  # as Mistral's
+        "{{ messages[0]['content'] }}<a>",  # it never writes an answer
+        "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}<a>",
+    ],
+)
+def test_a_template_whose_prompts_begin_an_answer_is_not_accused(model_folder: MakeModel, template: str) -> None:
+    assert unbegun_answer(model_folder(template=template, special=CHATML_TOKENS), None) is None
 
 
 # --- control tokens in questions
