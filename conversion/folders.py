@@ -18,7 +18,7 @@ from typing import Any
 _LOG = logging.getLogger(__name__)
 
 RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,10 +26,12 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEMPLATES, _TEMPLATE = "additional_chat_templates", ".jinja"  # the folder of a tokenizer's named chat templates
 # Every other file that an export holds, of either kind.
 _EXPORTED = re.compile(
     r"conversion\.json|config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -61,7 +63,7 @@ def check_destination(folder: str | Path) -> None:
         raise ModelFolderError(f"{folder} is the current folder, which would be replaced: choose a folder in it")
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    if not (folder / RECORD).is_file() or any(path.is_dir() for path in folder.iterdir()):
+    if not (folder / RECORD).is_file() or any(path.is_dir() and path.name != _TEMPLATES for path in folder.iterdir()):
         raise ModelFolderError(
             f"{folder} exists and is no export of this project (it has no {RECORD}): choose another place, or remove "
             "it yourself"
@@ -77,9 +79,21 @@ def check_destination(folder: str | Path) -> None:
 
 def strangers(folder: Path) -> list[str]:
     """Return the names of the files of an export that are somebody's own, a card too that was changed by hand."""
-    names = sorted(path.name for path in folder.iterdir())
-    others = [name for name in names if name not in _COMPANIONS and not _EXPORTED.fullmatch(name)]
+    templates = folder / _TEMPLATES
+    beside = (path.name for path in folder.iterdir() if path != templates or not path.is_dir())
+    names = sorted([*beside, *(f"{_TEMPLATES}/{path.name}" for path in templates.glob("*"))])
+    others = [name for name in names if not _is_companion(name) and not _EXPORTED.fullmatch(name)]
     return [name for name in others if name != CARD or not is_sealed(folder / CARD)]
+
+
+def files(folder: Path) -> list[str]:
+    """Return the files of a folder and of those in it, by their paths in it, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _is_companion(name: str) -> bool:
+    parent, _, template = name.rpartition("/")
+    return name in COMPANIONS or (parent == _TEMPLATES and template.endswith(_TEMPLATE))
 
 
 def sealed(text: str) -> str:
@@ -195,9 +209,11 @@ def _remove_wrecks(folder: Path) -> None:
 
 
 def copy_companions(source_folder: Path, folder: Path) -> None:
-    """Copies what belongs to a model beside its weights and config.json: tokenizer, template, generation defaults."""
-    for name in _COMPANIONS:
+    """Copies what belongs to a model beside its weights and config.json: tokenizer, templates, generation defaults."""
+    named = (f"{_TEMPLATES}/{path.name}" for path in (source_folder / _TEMPLATES).glob(f"*{_TEMPLATE}"))
+    for name in (*COMPANIONS, *named):
         if (source_folder / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source_folder / name, folder / name)
 
 
@@ -242,7 +258,7 @@ def _swap(place: Path, folder: Path) -> None:
 
 def sync(folder: Path) -> None:
     """Wait until the files of a folder, and it itself, are on the disk."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         _sync(path)
 
 

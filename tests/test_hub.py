@@ -74,6 +74,8 @@ def write_run(run_dir: Path, model: Path, max_shard_bytes: float) -> None:
     fields = {name: getattr(training, name) for name in Training.__slots__}
     record = folders.read_record(run_dir / "hf") or {}
     folders.write_json(run_dir / "hf" / folders.RECORD, record | {"logprobs": AGREES, "training": fields})
+    (run_dir / "hf/additional_chat_templates").mkdir()
+    (run_dir / "hf/additional_chat_templates/tool_use.jinja").write_text("TOOLS {{ messages }}")
     (run_dir / "run.yaml").write_text(yaml.safe_dump(samples.run_tree(run_dir=str(run_dir))))
 
 
@@ -103,7 +105,7 @@ def online() -> dict[str, str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {name: (folder / name).read_bytes() for name in folders.files(folder)}
 
 
 def refusal(answer: tuple[int, str, str]) -> str:
@@ -123,6 +125,7 @@ def test_the_hub_has_the_bytes_of_the_folder_and_a_second_push_is_fine(
         arrived = dict(hub.repos["me/new"])
         del arrived[".gitattributes"]
         assert arrived == files_of(run_dir / "hf")
+    assert "additional_chat_templates/tool_use.jinja" in arrived
     assert "me/new" in hub.private and b"A\\*PO" in arrived["README.md"] and len(arrived) > 4
 
 

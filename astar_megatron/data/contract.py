@@ -20,7 +20,8 @@ from astar_megatron.data.chat import TokenizerError, stop_token_ids, tokenizer
 
 type Value = str | int | float | list[int]  # what a field is in JSON
 
-_TOKENIZER_FILES = (
+# All are copied to exports: conversion.folders.COMPANIONS.
+TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -137,7 +138,7 @@ def _model_digest(folder: Path) -> str:
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the tokenizer's files in a model folder. Raises TokenizerError without one."""
     digest = hashlib.sha256()
-    paths = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not paths:
         raise TokenizerError(f"model.path: no tokenizer file in {folder}; add the model's tokenizer.json")
     for path in paths:

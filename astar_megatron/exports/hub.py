@@ -81,12 +81,12 @@ def push(folder: Path, to: Destination) -> str:
         raise HubError(f"{folder} holds files that no export has: {', '.join(others)}: nothing is sent; move them away")
     if not sys.stderr.isatty():
         disable_progress_bars()
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = folders.files(folder)
     with _in_words(to.repo, to.api):
         to.api.create_repo(to.repo, private=to.private or None, exist_ok=True)
         there = [name for name in to.api.list_repo_files(to.repo) if name.endswith(_OF_WEIGHTS) and "/" not in name]
-        old = sorted(set(there).difference(path.name for path in files))
-        operations = [*(CommitOperationAdd(path.name, path) for path in files), *map(CommitOperationDelete, old)]
+        old = sorted(set(there).difference(files))
+        operations = [*(CommitOperationAdd(name, folder / name) for name in files), *map(CommitOperationDelete, old)]
         to.api.create_commit(to.repo, operations, commit_message="Export of astar-megatron")
     return f"{to.api.endpoint}/{to.repo}"
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import config, random_weights, write_folder
 from torch import Tensor
 
-from conversion import hf
+from conversion import folders, hf
 from conversion.families import Model, model_from_config
 from conversion.hf import ModelFolderError
 from conversion.plan import plan
@@ -66,6 +66,22 @@ def test_transformers_opens_an_export_in_the_dtype_it_was_written_in(source: Pat
     assert_same(dict(model.state_dict()), halves)
     assert (tmp_path / "export/chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "export/tokenizer.json").exists()
+
+
+def test_an_export_has_the_named_templates_and_every_file_of_a_tokenizer(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("TOOLS {{ messages }}")
+    (source / "vocab.txt").write_text("a\n")
+    export = tmp_path / "export"
+    for _ in range(2):  # the second takes the place of the first
+        write_export(export, WEIGHTS, source, max_shard_bytes=30_000)
+        assert (export / "additional_chat_templates/tool_use.jinja").read_text() == "TOOLS {{ messages }}"
+        assert (export / "vocab.txt").read_text() == "a\n"
+        assert folders.strangers(export) == []
+    assert {"vocab.txt", "additional_chat_templates/tool_use.jinja"} <= set(folders.files(export))
+    (export / "additional_chat_templates/notes.txt").write_text("mine")
+    with pytest.raises(folders.ModelFolderError, match=r"holds files that no export has: additional_chat_templates/no"):
+        folders.check_destination(export)
 
 
 def test_a_tied_head_is_not_written_and_an_old_one_not_read(tmp_path: Path) -> None:

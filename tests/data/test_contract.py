@@ -12,7 +12,8 @@ import pytest
 from samples import CONTRACT, run_config
 
 from astar_megatron.data.chat import TokenizerError
-from astar_megatron.data.contract import Contract, ContractError, contract_of
+from astar_megatron.data.contract import TOKENIZER_FILES, Contract, ContractError, contract_of
+from conversion.folders import COMPANIONS
 
 NAMES = ("this run", "the table")
 
@@ -34,6 +35,11 @@ def test_equal_runs_have_equal_contracts(model: str, tmp_path: Path) -> None:
     assert first.digest() == second.digest()
     assert first.difference(second) == []
     assert first.difference(json.loads(json.dumps(first.fields()))) == []
+
+
+def test_an_export_has_every_file_that_the_contract_reads() -> None:
+    """Else `astar eval` of a run's own export would have another contract."""
+    assert set(TOKENIZER_FILES) <= set(COMPANIONS)
 
 
 @pytest.mark.parametrize(
