@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,32 @@ def test_a_template_whose_end_of_a_turn_ends_no_response_is_told(model_folder: M
 def test_a_template_that_marks_no_end_of_a_turn_is_not_accused(model_folder: MakeModel, template: str | None) -> None:
     model = model_folder() if template is None else model_folder(template=template)
     assert unstopped_turn(model, None) is None
+
+
+# --- thinking, and a system message
+
+
+def test_the_guides_lines_for_thinking_and_a_system_message_do_what_it_says(model_folder: MakeModel) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "examples/OWN.md").read_text()
+    thinking, system = re.findall(r"'1i (.*)' chat_template\.jinja\n", guide)
+    begun = "<|im_start|>assistant\n"
+    as_qwen3 = CHATML.replace(  # which thinks unless it is told not to
+        begun,
+        begun + "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}"
+        "{%- endif %}",
+    )
+    model = model_folder(template=as_qwen3, special=CHATML_TOKENS)
+    question = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant"
+    (as_it_was,) = encode(model, ["2 + 2?"], None, "here")
+    assert tokenizer(model).decode(as_it_was).startswith(question) and "<think>" not in tokenizer(model).decode(
+        as_it_was
+    )
+    (Path(model) / "chat_template.jinja").write_text(f"{system}\n{thinking}\n{as_qwen3}")
+    tokenizer.cache_clear()
+    (asked,) = encode(model, ["2 + 2?"], None, "here")
+    text = tokenizer(model).decode(asked)
+    assert text.startswith("<|im_start|>system\nAnswer with one number.<|im_end|>\n" + question)
+    assert text.endswith("<think>\n\n</think>\n\n")
 
 
 # --- the beginning of an answer
