@@ -4,6 +4,7 @@ that the token limit cut, or that has no EOS, by what it holds."""
 import importlib.util
 import json
 import math as mathematics
+import signal
 from fractions import Fraction
 from typing import Any
 
@@ -542,6 +543,21 @@ def test_the_vote_under_math_verify_is_by_value_boxed_or_not() -> None:
     assert all(len(group) == 1 and None not in group for group in groups)
     assert len(set().union(*groups)) == len(EQUALS)
     assert [extract(text) for text in ("none", "", r"\boxed{}", r"\boxed{" + "1" * 1001 + "}")] == [None] * 4
+
+
+def test_the_vote_leaves_the_timer_of_a_runs_end_alone() -> None:
+    pytest.importorskip("math_verify", reason="needs the package math-verify")
+    extract = rewards.extractor("math_verify")
+    assert extract is not None
+    before = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, 600.0)  # cluster/signals.py ends a run by it
+    try:
+        assert extract(r"\boxed{\frac{2}{14}}") == "0.142857"
+        assert extract(r"\boxed{1000000!!}") == "factorial(factorial(1000000))"  # its value takes too long
+        assert signal.getsignal(signal.SIGALRM) is before
+    finally:
+        left, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
+    assert left > 0.0
 
 
 def test_a_reward_is_found_by_name_or_by_import() -> None:

@@ -53,6 +53,11 @@ def _ids(model: str, text: str) -> list[int]:
     return list(tokenizer(model)(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
+def _prompt(model: str, question: str) -> str:
+    (ids,) = encode(model, [question], None, "here")
+    return str(tokenizer(model).decode(list(ids)))
+
+
 # --- code of the folder's own
 
 
@@ -221,16 +226,13 @@ def test_the_guides_lines_for_thinking_and_a_system_message_do_what_it_says(mode
     )
     model = model_folder(template=as_qwen3, special=CHATML_TOKENS)
     question = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant"
-    (as_it_was,) = encode(model, ["2 + 2?"], None, "here")
-    assert tokenizer(model).decode(as_it_was).startswith(question) and "<think>" not in tokenizer(model).decode(
-        as_it_was
-    )
+    as_it_was = _prompt(model, "2 + 2?")
+    assert as_it_was.startswith(question) and "<think>" not in as_it_was
     (Path(model) / "chat_template.jinja").write_text(f"{system}\n{thinking}\n{as_qwen3}")
     tokenizer.cache_clear()
-    (asked,) = encode(model, ["2 + 2?"], None, "here")
-    text = tokenizer(model).decode(asked)
-    assert text.startswith("<|im_start|>system\nAnswer with one number.<|im_end|>\n" + question)
-    assert text.endswith("<think>\n\n</think>\n\n")
+    told = _prompt(model, "2 + 2?")
+    assert told.startswith("<|im_start|>system\nAnswer with one number.<|im_end|>\n" + question)
+    assert told.endswith("<think>\n\n</think>\n\n")
 
 
 # --- the beginning of an answer

@@ -6,7 +6,7 @@ seconds scores 0. The library measures them by SIGALRM, so this reward runs in t
 
 Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
 be equal to four digits too. And it reads past a sign in front, so that "\\neq 5" is 5: the answer must have such a sign
-too. Numbers within sets and tuples are compared as the library does.
+too. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
 """
 
 import functools
@@ -14,6 +14,7 @@ import importlib
 import itertools
 import logging
 import re
+import signal
 from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 from importlib import metadata
@@ -38,7 +39,8 @@ def math_verify(response: str, answer: str) -> float:
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     if gold is None or not gold.strip() or not (golds := library.parse(_boxed(gold), parsing_timeout=_SECONDS)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    guess = _read(response)
+    text = _answer_in(response)
+    guess = library.parse(text, parsing_timeout=_SECONDS) if text is not None else []
     right = any(_equal(library, *pair) for pair in itertools.product(golds, guess))
     return float(right and _sign(golds) == _sign(guess))
 
@@ -65,22 +67,13 @@ def _answer_in(response: str) -> str | None:
     return _boxed(boxed) if len(boxed) <= _LONGEST else None
 
 
-def _read(response: str) -> Sequence[Any]:
-    """What the library reads in a response: a sympy expression or none, and its text."""
-    text = _answer_in(response)
-    return _library().parse(text, parsing_timeout=_SECONDS) if text is not None else []
-
-
 def _equal(library: Any, gold: Any, guess: Any) -> bool:
     """Whether the library finds both equal, and the numbers that they are, if they are any, are not merely tiny."""
     if not library.verify(gold, guess, timeout_seconds=_SECONDS):
         return False
     if isinstance(gold, str) or gold == guess:
         return True
-    first, second = _limited(library, _value, gold), _limited(library, _value, guess)
-    if first is None or second is None or max(abs(first), abs(second)) >= 1:
-        return True
-    return bool(abs(first - second) <= _RELATIVE * max(abs(first), abs(second)))
+    return _limited(lambda: _are_close(gold, guess)) is not False
 
 
 def _sign(parsed: Sequence[Any]) -> str | None:
@@ -89,6 +82,14 @@ def _sign(parsed: Sequence[Any]) -> str | None:
     if match is None:
         return None
     return match[match.lastindex] if match.lastindex else "not"
+
+
+def _are_close(gold: Any, guess: Any) -> bool:
+    """Whether two expressions are no numbers below 1 that differ in their first digits."""
+    first, second = _value(gold), _value(guess)
+    if first is None or second is None or max(abs(first), abs(second)) >= 1:
+        return True
+    return bool(abs(first - second) <= _RELATIVE * max(abs(first), abs(second)))
 
 
 def _value(expression: Any) -> Any:
@@ -105,14 +106,13 @@ def _value(expression: Any) -> Any:
 
 @functools.lru_cache(maxsize=2**16)  # an evaluation asks three times for each response
 def _written(text: str) -> str | None:
-    library = _library()
-    parsed = library.parse(text, parsing_timeout=_SECONDS)
+    parsed = _limited(lambda: _library().parse(text, parsing_timeout=None))
     if not parsed:
         return None
     value, sign = parsed[0], _sign(parsed)
-    number = None if isinstance(value, str) else _limited(library, _value, value)
+    number = None if isinstance(value, str) else _limited(lambda: _value(value))
     is_exact = number is None or getattr(value, "is_Integer", False)
-    written = _limited(library, str, value) if is_exact else _rounded(Decimal(str(number)))
+    written = _limited(lambda: str(value)) if is_exact else _rounded(Decimal(str(number)))
     written = (written or "").strip()
     return f"{sign} {written}" if sign and written else written or None
 
@@ -123,12 +123,28 @@ def _rounded(number: Decimal) -> str:
     return f"{short:f}" if abs(short.adjusted()) < _DIGITS else str(short)
 
 
-def _limited[T](library: Any, function: Callable[[Any], T], argument: Any) -> T | None:
-    """What a function returns; None where it fails or takes too long."""
+def _limited[T](function: Callable[[], T]) -> T | None:
+    """What a function returns; None where it fails or computes too long.
+
+    By a timer of its own: an evaluation asks in the driver, where the library's SIGALRM is the end of a run's grace.
+    """
+    before = signal.signal(signal.SIGVTALRM, _stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
     try:
-        return library.utils.timeout(timeout_seconds=_SECONDS)(function)(argument)
-    except (Exception, library.errors.TimeoutException):  # sympy raises anything
+        return function()
+    except (Exception, _TooLong):  # sympy raises anything
         return None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+class _TooLong(BaseException):
+    """No Exception, which the library would take for one of its own."""
+
+
+def _stop(*_: object) -> None:
+    raise _TooLong
 
 
 def _boxed(latex: str) -> str:
