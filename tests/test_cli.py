@@ -108,6 +108,16 @@ def test_a_template_that_writes_the_day_is_refused_without_one_and_told_with_it(
     assert "ends a turn with '<user>' (3), but a response ends only at '</s>' (2)" in turn
 
 
+def test_a_template_whose_prompts_begin_no_answer_is_told(
+    command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (Path(tree["model"]["path"]) / "chat_template.jinja").write_text(template)
+    assert command("doctor")[0] == 0
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "takes no notice of add_generation_prompt: it writes '<assistant>' before an answer" in warning
+
+
 def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_out(
     refused: Refused, tree: Tree, caplog: pytest.LogCaptureFixture
 ) -> None:
