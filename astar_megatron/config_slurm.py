@@ -104,10 +104,9 @@ def _seconds(limit: str) -> float:
 def _gpus(flag: str) -> list[int]:
     """Return how many GPUs of each kind a node is to have by --gres or --gpus-per-node, such as gpu:h100:4."""
     name, _, text = flag.partition("=")
-    kinds = [kind.split(":") for kind in text.split(",")]
-    return [
-        int(kind[-1]) if kind[-1].isdecimal() else 1 for kind in kinds if name == "--gpus-per-node" or kind[0] == "gpu"
-    ]
+    kinds = [kind.removeprefix("gres/").removeprefix("gres:").split(":") for kind in text.split(",")]
+    counts = [kind[-1] for kind in kinds if name == "--gpus-per-node" or (name == "--gres" and kind[0] == "gpu")]
+    return [int(count) if count.isdecimal() else 1 for count in counts]
 
 
 Time = Annotated[Name, BeforeValidator(_minutes), AfterValidator(_limit)]
@@ -134,7 +133,7 @@ class SlurmConfig(Section):
     time: Time | None = None
     """Time limit of each job, as 60 (minutes) or 1-12:00:00; null: the partition's."""
     flags: list[Flag] = Field(default=[])
-    """More long flags of sbatch, as `--exclusive`; `--gres=...` or `--gpus-per-node=TYPE:N` ask for the GPUs."""
+    """More long flags of sbatch, as `--exclusive`; `--gres=gpu:...` or `--gpus-per-node=TYPE:N` ask for the GPUs."""
     image: Name | None = None
     """Container image (pyxis); null: no container."""
     mounts: list[Name] = Field(default=[])
@@ -163,7 +162,7 @@ class SlurmConfig(Section):
     @model_validator(mode="after")
     def _gpus_as_planned(self) -> Self:
         for flag in self.gpu_flags:
-            if (counts := _gpus(flag)) and sum(counts) != self.gpus_per_node:
+            if flag != "--gres=none" and sum(_gpus(flag)) != self.gpus_per_node:
                 raise ValueError(
                     f"slurm.flags: {flag}, but slurm.gpus_per_node={self.gpus_per_node}, by which the run is planned; "
                     "make both the same number"
@@ -173,7 +172,7 @@ class SlurmConfig(Section):
     @property
     def gpu_flags(self) -> list[str]:
         """Those of `flags` that ask for GPUs in their own way, or for none."""
-        return [flag for flag in self.flags if flag.startswith(("--gres=", "--gpus-per-node="))]
+        return [flag for flag in self.flags if flag == "--gres=none" or _gpus(flag)]
 
     @property
     def variables(self) -> dict[str, str]:

@@ -58,8 +58,14 @@ def main(
             check_job(cfg, program, there, num_spare - absent_nodes)
             print(f"run folder: {Path(cfg.run_dir).absolute()}")  # slurm/train.sbatch looks there for steps
         collective, reports = _reports(mine) if looks else ("", {})
-    faults = judge(names, reports, is_placed=planned is not None) if looks else absent(names, mine)
+    alike = planned is None or num_spare > 0
+    faults = judge(names, reports, are_alike=alike) if looks else absent(names, mine)
     result = verdict(faults, names, first, num_spare)
+    if planned is not None and result.left_out and not result.refusal:
+        rest = [
+            Node(address=name, num_gpus=node.num_gpus) for name, node in mine.items() if name not in result.left_out
+        ]
+        check_job(*planned, rest, num_spare - len(result.left_out))
     show(names, collective, reports, faults, result)
     if file is not None:
         reported = {name: asdict(report) for name, report in reports.items()}

@@ -91,13 +91,13 @@ def test_equal_nodes_have_no_faults() -> None:
     assert judge(["a"], {"a": alone}) == []
 
 
-def test_nodes_on_which_a_run_has_been_placed_may_differ_in_how_many_gpus_they_have() -> None:
+def test_nodes_without_spares_may_differ_in_how_many_gpus_they_have() -> None:
     fewer = replace(GOOD, joined=Joined(id="3", num_gpus=1), **with_facts(gpus=("H100",)))
     none = replace(GOOD, joined=Joined(id="4", num_gpus=0), **with_facts(gpus=(), driver=""))
     reports = {"a": GOOD, "b": fewer, "c": none}
-    assert judge(["a", "b", "c"], reports, is_placed=True) == []
+    assert judge(["a", "b", "c"], reports, are_alike=False) == []
     other = replace(GOOD, **with_facts(gpus=("H100", "A100"), driver="550.2"))
-    faults = judge(["a", "b", "c", "d"], reports | {"d": other}, is_placed=True)
+    faults = judge(["a", "b", "c", "d"], reports | {"d": other}, are_alike=False)
     assert [(fault.node, fault.state) for fault in faults] == [
         ("d", "H100, A100, others H100"),
         ("d", "550.2, others 570.1"),

@@ -123,13 +123,12 @@ def add_stages(
             _check_holds(own, job)
             own.nodes, own.gpus_per_node = job.nodes, own.gpus_per_node if job.gpus_per_node else None
             if job.stage == "export":
-                own.additional_parameters = _without_gpus(own.additional_parameters)
+                own.gres, parameters = None, own.additional_parameters or {}
+                own.additional_parameters = {
+                    name: value for name, value in parameters.items() if name not in ("gres", "gpus-per-node")
+                }
         last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
     return last
-
-
-def _without_gpus(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in parameters.items() if name not in ("gres", "gpus-per-node")}
 
 
 def _check_holds(executor: Any, job: Job) -> None:

@@ -52,15 +52,14 @@ class Verdict:
     refusal: str
 
 
-def judge(wanted: Sequence[str], reports: Mapping[str, Report], *, is_placed: bool = False) -> list[Fault]:
+def judge(wanted: Sequence[str], reports: Mapping[str, Report], *, are_alike: bool = True) -> list[Fault]:
     """Return what is wrong with which node; `wanted` should have joined, `reports` has those that did.
 
-    `is_placed` says that a run has been seen to fit the nodes as they are, which may then differ in how many GPUs they
-    have; their kind and driver are compared where there are any.
+    Nodes that are not alike may differ in how many GPUs they have: kind and driver are compared where there are any.
     """
     faults = [*absent(wanted, reports), *_of_each(reports)]
     facts = {name: report.facts for name, report in reports.items() if isinstance(report.facts, NodeFacts)}
-    if is_placed:
+    if not are_alike:
         kinds = {name: ", ".join(dict.fromkeys(node.gpus)) for name, node in facts.items() if node.gpus}
         faults += _unlike("GPUs", kinds)
         faults += _unlike("GPU driver", {name: facts[name].driver for name in kinds})
@@ -105,8 +104,9 @@ def _of_each(reports: Mapping[str, Report]) -> list[Fault]:
                 "does not see what another node writes" if not facts.reads else "what it writes is not seen by others"
             )
             faults.append(Fault(node=name, check="shared folder", state=state))
-        if facts.cores < (gpus := report.joined.num_gpus):
-            ask = f"ask for more: sbatch --exclusive, or --cpus-per-task={gpus} or more"
+        gpus = report.joined.num_gpus
+        if facts.cores < (least_cores := max(2, gpus) if gpus else 0):
+            ask = f"ask for more: sbatch --exclusive, or --cpus-per-task={least_cores} or more"
             faults.append(Fault(node=name, check="cores", state=f"{facts.cores:g} for {counted(gpus, 'GPU')}; {ask}"))
         for check, free, least in (
             ("disk", facts.disk_bytes, DISK_BYTES),

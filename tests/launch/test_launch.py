@@ -180,6 +180,13 @@ def test_a_flag_that_asks_for_gpus_in_its_own_way_stands_in_place_of_the_key(
     assert (train, export) == ([flag, "--exclusive"], ["--exclusive"])
 
 
+def test_flags_for_other_things_leave_the_gpus_alone(folder: Path, astar: Astar) -> None:
+    words = ["--stages", "train,export", "--set", "slurm.flags=['--gres=lustre:1,nvme:2']"]
+    assert astar("launch", "--config", "run.yaml", *words)[0] == 0
+    train, export = ([word for word in call if word.startswith("--g")] for call in calls(folder))
+    assert (train, export) == (["--gpus-per-node=8", "--gres=lustre:1,nvme:2"], ["--gres=lustre:1,nvme:2"])
+
+
 def test_numbers_are_read_between_a_sites_own_lines(folder: Path, astar: Astar) -> None:
     tools, launch = folder.parent / "tools", ("launch", "--config", "run.yaml", "--stages", "train")
     (tools / "sbatch").write_text("#!/bin/sh\necho 'Welcome to 2026\n71;big\nYour account is fine'\n")
@@ -293,6 +300,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
             "slurm.flags: --gpus-per-node=h100:4, but slurm.gpus_per_node=8, by which the run is planned",
         ),
         ("--set slurm.flags=['--gres=gpu:a100:2,nvme:8']", "--gres=gpu:a100:2,nvme:8, but slurm.gpus_per_node=8"),
+        ("--set slurm.flags=['--gres=gres/gpu:2']", "--gres=gres/gpu:2, but slurm.gpus_per_node=8"),
         ("--backend kubernetes", "slurm.backend: input should be 'sbatch', 'nemo-run' or 'local', got 'kubernetes'"),
         ("--stages train,deploy", "slurm.stages.1: input should be 'sweep', 'train', 'eval' or 'export', got 'deploy'"),
         ("--nodes 0", "slurm.nodes: input should be greater than or equal to 1, got 0"),

@@ -75,9 +75,10 @@ def test_a_node_is_reached_by_its_names_address_or_its_first_that_others_reach(
     assert printed.startswith(wanted)
 
 
+UNREACHED = "Unable to contact slurm controller (connect failure)"
 # As at the end of a job.
 REQUEUES = """
-SLURM_JOB_ID=7 ASTAR_LOGS=. ASTAR_MAX_REQUEUES=3 ASTAR_ATTEMPT=9 begun=1 cancelled='' run_folder=.
+SLURM_JOB_ID=7 ASTAR_LOGS=. ASTAR_MAX_REQUEUES=3 ASTAR_ATTEMPT=9 begun=1 cancelled='' run_folder=. refusal=''
 """
 
 
@@ -90,10 +91,18 @@ def test_only_own_requeues_count(call: Callable[..., str]) -> None:
 
 def test_a_run_that_loses_a_process_twice_without_a_step_between_is_not_requeued(call: Callable[..., str]) -> None:
     step = "mkdir -p arm; echo step >>arm/metrics.jsonl"
-    printed = call(f"{REQUEUES}{step}; requeue 69; {step}; requeue 69; requeue 75; requeue 69; requeue 69", scontrol="")
-    printed += call(f"{REQUEUES}ASTAR_LOGS=arm run_folder=''; requeue 69; requeue 69", scontrol="")
-    lines = [line.partition("node1: ")[2].partition(":")[0] for line in printed.splitlines()]
-    assert lines == ["requeued", "requeued", "requeued", "not requeued", "not requeued", "requeued", "not requeued"]
+    again = "sed -i 1d arm/metrics.jsonl; echo longer step >>arm/metrics.jsonl"  # one since the checkpoint
+
+    def ends(line: str) -> list[str]:
+        printed = call(f"rm -rf arm requeued; {REQUEUES}{line}", scontrol="")
+        return [line.partition("node1: ")[2].partition(":")[0] for line in printed.splitlines()]
+
+    assert ends(f"{step}; requeue 69; {step}; requeue 69") == ["requeued", "requeued"]
+    assert ends(f"{step}; requeue 69; {again}; requeue 69") == ["requeued", "not requeued"]
+    assert ends(f"{step}; requeue 75; requeue 69; requeue 69") == ["requeued", "requeued", "not requeued"]
+    assert ends(f"{step}; ln -sfn arm link; run_folder=link; requeue 69; {step}; requeue 69") == ["requeued"] * 2
+    for unseen in ("''", "/only/in/the/container"):
+        assert ends(f"run_folder={unseen}; requeue 69; requeue 69") == ["requeued", "requeued"]
 
 
 def test_what_is_not_requeued_says_why(call: Callable[..., str]) -> None:
@@ -102,16 +111,47 @@ def test_what_is_not_requeued_says_why(call: Callable[..., str]) -> None:
 
 
 def test_slurm_is_asked_again_until_it_answers(call: Callable[..., str]) -> None:
-    fails = "[ -e asked ] || { touch asked; echo no controller >&2; exit 1; }\necho JobId=7 Restarts=0"
-    assert (
-        call("SLURM_JOB_ID=7 cancelled=''; job_record ask_slurm", scontrol=fails, sleep="")
-        == "JobId=7 Restarts=0\nno controller\n"
-    )
+    fails = f"[ -e asked ] || {{ touch asked; echo '{UNREACHED}' >&2; exit 1; }}\necho JobId=7 Restarts=0"
+    printed = call("SLURM_JOB_ID=7 cancelled=''; job_record ask_slurm", scontrol=fails, sleep="")
+    assert printed.startswith("JobId=7 Restarts=0\n") and printed.endswith(f"node1: {UNREACHED}\n")
+
+
+def test_what_slurm_refuses_is_not_asked_again_and_not_told_as_requeued(call: Callable[..., str]) -> None:
+    refuses = "echo asked >>asked; echo Requested operation is presently disabled >&2; kill -TERM $PPID; exit 1"
+    printed = call(f"{REQUEUES}trap 'cancelled=1' TERM; requeue 75; wc -l <asked", scontrol=refuses, sleep="")
+    told = [line.partition("node1: ")[2] or line for line in printed.splitlines()]
+    assert sorted(told) == [
+        "1",
+        "Requested operation is presently disabled",
+        "it could not be requeued (the message is above); the same sbatch command goes on",
+    ]
+
+
+SECOND_SIGNALS = {  # EndTime of scontrol, 300 s from now as far as it says: seconds until the second signal
+    "$(date -d '+300 seconds' +%FT%T)": "270",
+    "$(date -d '+40 seconds' +%FT%T)": "20",
+    "$(date -d '-1 hours' +%FT%T)": "270",
+    "next week": "270",
+    "Unknown": "",
+}
+
+
+@pytest.mark.parametrize("end", SECOND_SIGNALS)
+def test_the_second_signal_comes_30_s_before_slurms_limit(call: Callable[..., str], end: str) -> None:
+    record = f'[ -z "${{SLURM_TIME_FORMAT:-}}" ] && echo "JobId=7 EndTime={end} Deadline=N/A"'
+    line = "SLURM_TIME_FORMAT=%s; export SLURM_TIME_FORMAT; . ./functions.sh; SLURM_JOB_ID=7; cancelled=''"
+    # `sleep` notes the time left and ends the loop, as the end of the script would
+    noted = 'kill() { [ -z "${at:-}" ] || echo $((at - now)) >left; return 1; }'
+    call(f"{line}; {noted}; ask_again; true", scontrol=record)
+    printed = call("cat left 2>/dev/null")
+    assert abs(int(printed or -99) - int(SECOND_SIGNALS[end] or -99)) <= 2
 
 
 def test_a_node_without_the_interface_is_named(call: Callable[..., str]) -> None:
     variables = "ASTAR_PYTHON=true ASTAR_ADDRESS=x:1 ASTAR_START_SECONDS=9 SLURM_NODEID=1 ASTAR_INTERFACE=ib9"
     assert "node1: ASTAR_INTERFACE=ib9: no IPv4 address here that other" in call(f"{variables}; join_ray", ip="")
+    without = "command() { return 1; }; ip() { return 127; }; ASTAR_INTERFACE=ib9; own_address || echo $no_address"
+    assert call(without).startswith("ASTAR_INTERFACE: the command ip is not here")
 
 
 def test_an_array_asks_again_where_its_script_lies(call: Callable[..., str], tmp_path: Path) -> None:
