@@ -82,7 +82,8 @@ def strangers(folder: Path) -> list[str]:
     templates = folder / _TEMPLATES
     beside = (path.name for path in folder.iterdir() if path != templates or not path.is_dir())
     names = sorted([*beside, *(f"{_TEMPLATES}/{path.name}" for path in templates.glob("*"))])
-    others = [name for name in names if not _is_companion(name) and not _EXPORTED.fullmatch(name)]
+    own = {name for name in names if _is_companion(name) or _EXPORTED.fullmatch(name)}
+    others = [name for name in names if name not in own or (folder / name).is_dir()]
     return [name for name in others if name != CARD or not is_sealed(folder / CARD)]
 
 

@@ -4,7 +4,6 @@ that the token limit cut, or that has no EOS, by what it holds."""
 import importlib.util
 import json
 import math as mathematics
-import signal
 from fractions import Fraction
 from typing import Any
 
@@ -156,6 +155,9 @@ BOXED_25 = [  # response, whether it is 25 under boxed_integer
     (r"\boxed{{25}}", 1),
     (r"\boxed{25\,}", 1),
     (r"\boxed{25\ }", 1),
+    (r"\boxed{\,25}", 1),
+    (r"\boxed{2\,5}", 0),
+    (r"\boxed{2\;5}", 0),
     (r"\boxed{m+n=25}", 1),
     (r"\boxed{\textbf{m+n = 25}}", 1),
     (r"\boxed{m+n=\mathbf{25}}", 1),
@@ -277,6 +279,18 @@ MATH_VERIFY = [
     (r"\boxed{\geq 5}", "5", 0),
     (r"\boxed{\geq 5}", r"\leq 5", 0),
     (r"\boxed{\ge 5}", r"\geq 5", 1),
+    (r"\boxed{\gt 5}", "5", 0),
+    (r"\boxed{\lt 5}", r"\gt 5", 0),
+    ("\\boxed{\N{GREATER-THAN OR EQUAL TO} 5}", "5", 0),
+    ("\\boxed{\N{GREATER-THAN OR EQUAL TO} 5}", r"\geqslant 5", 1),
+    (r"\boxed{{\neq 5}}", "5", 0),
+    (r"\boxed{\;\ge 5}", "5", 0),
+    (r"\boxed{\notin 5}", "5", 0),
+    (r"\boxed{< 5}", "5", 0),
+    (r"\boxed{0.001235}", r"\frac{1}{810}", 1),
+    (r"\boxed{\frac{1}{810}}", "0.001235", 1),
+    (r"\boxed{0.000495}", r"\frac{1}{2020}", 1),
+    (r"\boxed{10^{10^{100}}}", "7", 0),
     (r"\boxed{\left[1,2\right]}", "[1,2]", 1),
 ]
 
@@ -514,50 +528,6 @@ def test_the_answer_that_a_reward_compares_can_be_extracted(name: str, response:
     assert extract(response) == answer
     assert extract("none") is None
     assert rewards.extractor("os.path:join") is None
-
-
-EQUALS = [  # texts of which math_verify makes one group
-    ("The answer is $1/2$.", "So it is 0.5", r"It is $\frac12$", r"\boxed{50\%}", r"\boxed{\frac{5}{10}}"),
-    (r"\boxed{1,000}", r"\boxed{1000.0}", r"\boxed{x = 1000}"),
-    (r"\boxed{\frac13}", r"\boxed{0.3333333}"),
-    (r"\boxed{2\sqrt2}", r"\boxed{\sqrt{8}}"),
-    (r"\boxed{1.6\times10^{-19}}", r"\boxed{\frac{16}{10^{20}}}"),
-    (r"\boxed{9.1\times10^{-31}}",),
-    (r"\boxed{1234567}",),
-    (r"\boxed{1234568}",),
-    (r"\boxed{" + "9" * 900 + "}",),
-    (r"\boxed{10^{900}}",),
-    (r"\boxed{\{1,2\}}", r"\boxed{\{2,1\}}"),
-    (r"\boxed{(1,2)}",),
-    (r"\boxed{5}", "it is 5"),
-    (r"\boxed{\neq 5}", r"\boxed{\ne 5}"),
-    (r"\boxed{\text{Paris}}",),
-]
-
-
-def test_the_vote_under_math_verify_is_by_value_boxed_or_not() -> None:
-    pytest.importorskip("math_verify", reason="needs the package math-verify")
-    extract = rewards.extractor("math_verify")
-    assert extract is not None
-    groups = [{extract(text) for text in texts} for texts in EQUALS]
-    assert all(len(group) == 1 and None not in group for group in groups)
-    assert len(set().union(*groups)) == len(EQUALS)
-    assert [extract(text) for text in ("none", "", r"\boxed{}", r"\boxed{" + "1" * 1001 + "}")] == [None] * 4
-
-
-def test_the_vote_leaves_the_timer_of_a_runs_end_alone() -> None:
-    pytest.importorskip("math_verify", reason="needs the package math-verify")
-    extract = rewards.extractor("math_verify")
-    assert extract is not None
-    before = signal.getsignal(signal.SIGALRM)
-    signal.setitimer(signal.ITIMER_REAL, 600.0)  # cluster/signals.py ends a run by it
-    try:
-        assert extract(r"\boxed{\frac{2}{14}}") == "0.142857"
-        assert extract(r"\boxed{1000000!!}") == "factorial(factorial(1000000))"  # its value takes too long
-        assert signal.getsignal(signal.SIGALRM) is before
-    finally:
-        left, _ = signal.setitimer(signal.ITIMER_REAL, 0.0)
-    assert left > 0.0
 
 
 def test_a_reward_is_found_by_name_or_by_import() -> None:

@@ -80,7 +80,10 @@ def test_an_export_has_the_named_templates_and_every_file_of_a_tokenizer(source:
         assert folders.strangers(export) == []
     assert {"vocab.txt", "additional_chat_templates/tool_use.jinja"} <= set(folders.files(export))
     (export / "additional_chat_templates/notes.txt").write_text("mine")
-    with pytest.raises(folders.ModelFolderError, match=r"holds files that no export has: additional_chat_templates/no"):
+    (export / "additional_chat_templates/mine.jinja").mkdir()
+    own = [f"additional_chat_templates/{name}" for name in ("mine.jinja", "notes.txt")]
+    assert folders.strangers(export) == own
+    with pytest.raises(folders.ModelFolderError, match=f"holds files that no export has: {', '.join(own)}"):
         folders.check_destination(export)
 
 

@@ -29,7 +29,7 @@ from astar_megatron.algorithm.rewards.numbers import (
     strict_answer,
 )
 from astar_megatron.algorithm.rewards.tags import countdown, multiply, tagged_integer, tagged_value
-from astar_megatron.algorithm.rewards.verified import math_verify, verified_answer
+from astar_megatron.algorithm.rewards.verified import math_verify
 
 _PACKAGES = ("astar_megatron", "conversion")
 _PLACE = Path(__file__).resolve().parents[3]  # where they are
@@ -53,7 +53,7 @@ _NAMED: dict[str, _Named] = {
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
     "last_number": _Named(reward=last_number, version=3, extract=number_in),
     "math": _Named(reward=math, version=2, extract=boxed_answer),
-    "math_verify": _Named(reward=math_verify, version=2, extract=verified_answer),
+    "math_verify": _Named(reward=math_verify, version=2, extract=boxed_answer),
     "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
 }
 

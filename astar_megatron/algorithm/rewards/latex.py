@@ -22,7 +22,8 @@ _AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read integers of more than 4300 digits
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
 _FONT = re.compile(r"\\(?:text|textbf|textrm|mathbf|mathrm|boldsymbol)(?=\{)")
-_SPACE = re.compile(r"\\(?:[,;:]|$)")  # the last of "25\ " without its blank
+# None between digits: "2\,5" are two numbers. The last of "25\ " stands without its blank.
+_SPACE = re.compile(r"(?<![0-9])\\[,;:]|\\[,;:](?![0-9])|\\$")
 _NO_EQUATION = re.compile(r"[<>!]|\\not")
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")

@@ -5,18 +5,15 @@ the answer: 1/2, 0.5 and \\frac12 are equal, unlike under `math`. A response tha
 seconds scores 0. The library measures them by SIGALRM, so this reward runs in the main thread of a process.
 
 Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
-be equal to four digits too. And it reads past a sign in front, so that "\\neq 5" is 5: the answer must have such a sign
-too. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
+be equal to four digits too. And it reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
+have the same. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
 """
 
-import functools
 import importlib
 import itertools
 import logging
 import re
-import signal
-from collections.abc import Callable, Sequence
-from decimal import Context, Decimal
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -24,9 +21,12 @@ from astar_megatron.algorithm.rewards.latex import last_boxed
 
 _LONGEST = 1000  # characters of an answer; the library's regular expressions take minutes on long text
 _SECONDS = 3  # for reading an answer, for a comparison, and for a number
-_RELATIVE = 1e-4  # not less: 0.166667 is 1/6 by six decimals, and so it is here
+_RELATIVE = 5e-4  # as far as rounding to four digits moves a number
 _DIGITS = 30  # of a number's value
-_SIGN = re.compile(r"\s*(?:\\(?:neq?|not|(ge)q?|(ge)qslant|(le)q?|(le)qslant)(?![A-Za-z])|\N{NOT EQUAL TO})")
+_SIGN = re.compile(
+    r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
+)
+_SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
 
 
 def math_verify(response: str, answer: str) -> float:
@@ -39,18 +39,13 @@ def math_verify(response: str, answer: str) -> float:
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     if gold is None or not gold.strip() or not (golds := library.parse(_boxed(gold), parsing_timeout=_SECONDS)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    text = _answer_in(response)
-    guess = library.parse(text, parsing_timeout=_SECONDS) if text is not None else []
+    boxed = last_boxed(response)
+    text = response[-_LONGEST:] if boxed is None else _boxed(boxed)
+    if len(text) > _LONGEST + len(_boxed("")):
+        return 0.0
+    guess = library.parse(text, parsing_timeout=_SECONDS)
     right = any(_equal(library, *pair) for pair in itertools.product(golds, guess))
     return float(right and _sign(golds) == _sign(guess))
-
-
-def verified_answer(response: str) -> str | None:
-    """Return what `math_verify` compares: a number by its value, all else as the library writes what it read.
-
-    Values are equal where six decimals are, of numbers below 1 six digits. None where the library reads nothing.
-    """
-    return _written(text) if (text := _answer_in(response)) is not None else None
 
 
 def library_version() -> str:
@@ -59,29 +54,23 @@ def library_version() -> str:
     return metadata.version("math-verify")
 
 
-def _answer_in(response: str) -> str | None:
-    """The part of a response that the library is to read; None where it is too long."""
-    boxed = last_boxed(response)
-    if boxed is None:
-        return response[-_LONGEST:]
-    return _boxed(boxed) if len(boxed) <= _LONGEST else None
-
-
 def _equal(library: Any, gold: Any, guess: Any) -> bool:
     """Whether the library finds both equal, and the numbers that they are, if they are any, are not merely tiny."""
     if not library.verify(gold, guess, timeout_seconds=_SECONDS):
         return False
     if isinstance(gold, str) or gold == guess:
         return True
-    return _limited(lambda: _are_close(gold, guess)) is not False
+    try:
+        return bool(library.utils.timeout(timeout_seconds=_SECONDS)(_are_close)(gold, guess))
+    except (Exception, library.errors.TimeoutException):  # sympy raises anything
+        return True
 
 
 def _sign(parsed: Sequence[Any]) -> str | None:
-    """What stands before the text of an answer: "ge", "le" or "not"; None: it says a value."""
+    """The inequality that an answer begins with, by two letters, as ge; None: it says a value."""
     match = _SIGN.match(parsed[-1]) if parsed and isinstance(parsed[-1], str) else None
-    if match is None:
-        return None
-    return match[match.lastindex] if match.lastindex else "not"
+    sign = match and (match[1] or match[2])
+    return _SIGNS.get(sign, sign)[:2] if sign else None
 
 
 def _are_close(gold: Any, guess: Any) -> bool:
@@ -102,49 +91,6 @@ def _value(expression: Any) -> Any:
     if not isinstance(number, sympy.Float | sympy.Integer) or not number.is_finite:
         return None
     return sympy.Integer(0) if getattr(number, "_prec", 0) == 1 else number  # 1: no digit of it differs from 0
-
-
-@functools.lru_cache(maxsize=2**16)  # an evaluation asks three times for each response
-def _written(text: str) -> str | None:
-    parsed = _limited(lambda: _library().parse(text, parsing_timeout=None))
-    if not parsed:
-        return None
-    value, sign = parsed[0], _sign(parsed)
-    number = None if isinstance(value, str) else _limited(lambda: _value(value))
-    is_exact = number is None or getattr(value, "is_Integer", False)
-    written = _limited(lambda: str(value)) if is_exact else _rounded(Decimal(str(number)))
-    written = (written or "").strip()
-    return f"{sign} {written}" if sign and written else written or None
-
-
-def _rounded(number: Decimal) -> str:
-    digits = min(_DIGITS, 6 + max(0, number.adjusted() + 1))
-    short = Context(prec=digits).plus(number).normalize()
-    return f"{short:f}" if abs(short.adjusted()) < _DIGITS else str(short)
-
-
-def _limited[T](function: Callable[[], T]) -> T | None:
-    """What a function returns; None where it fails or computes too long.
-
-    By a timer of its own: an evaluation asks in the driver, where the library's SIGALRM is the end of a run's grace.
-    """
-    before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
-    try:
-        return function()
-    except (Exception, _TooLong):  # sympy raises anything
-        return None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        signal.signal(signal.SIGVTALRM, before)
-
-
-class _TooLong(BaseException):
-    """No Exception, which the library would take for one of its own."""
-
-
-def _stop(*_: object) -> None:
-    raise _TooLong
 
 
 def _boxed(latex: str) -> str:
