@@ -225,6 +225,11 @@ def test_settings_that_are_offered_fit_cheapest_first_and_change_no_more_than_ne
     assert all(len(near.change) == 1 for near in offered)
 
 
+def test_engines_that_draw_ahead_on_shared_gpus_are_offered_not_to() -> None:
+    cfg = run_config(cluster={"share_gpus": True}, objective={"name": "oapl"}, rollout={"max_staleness": 2})
+    assert nearest(cfg, QWEN, H100, None)[0].change == {"rollout.max_staleness": 0}
+
+
 def test_where_nothing_near_fits_nothing_is_offered() -> None:
     huge = model_from_config(SHAPES["7b"] | {"hidden_size": 28672, "intermediate_size": 151552})
     assert nearest(run_config(), huge, A10, None) == []

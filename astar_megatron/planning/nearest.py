@@ -1,7 +1,7 @@
 """The nearest settings with which a planned run fits its GPUs: the fewest changes, then the fewest GPU hours.
 
 Looked at are smaller forward passes, what can be computed again or lie in host memory, the engines' share and tensor
-axis, other layouts, GPUs for both sides, more nodes: one of these changed, else two, else three.
+axis, other layouts, GPUs for both sides, no drawing ahead, more nodes: one of these changed, else two, else three.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,6 +90,7 @@ def _changes(cfg: RunConfig) -> Iterator[Iterable[Change]]:
     yield ({"rollout.gpu_memory_utilization": new} for new in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8) if abs(new - share) > 0.05)
     yield _engines(cfg)
     yield _layouts(cfg)
+    yield _other("rollout.max_staleness", cfg.rollout.max_staleness, [0])
     yield _other("cluster.share_gpus", bool(cfg.cluster.share_gpus), [True])
     yield [{"slurm.nodes": _ENOUGH}]
 
