@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from astar_megatron.run import scores
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import METRICS_FILE, read_metrics
 
@@ -14,7 +15,8 @@ def before_and_after(run_dir: Path, curve: Path, export_dir: Path) -> list[tuple
     """Return names and values of a finished run; of evaluations (`eval.interval`), the first and the last."""
     steps = read_metrics(run_dir)
     seconds = [Cost.of_step(step).seconds for step in steps]
-    evaluations = sorted({path.name[: len("eval_step_00000000")] for path in run_dir.glob("eval_step_*.jsonl")})
+    length = len(scores.name_of_step(0))
+    evaluations = sorted({path.name[:length] for path in run_dir.glob("eval_step_*.jsonl")})
     ends = evaluations[:1] + evaluations[1:][-1:]
     first, last = steps[0], steps[-1]
     rewards = [f"{step['reward_mean']:.2f} (step {step['step']})" for step in (first, last)]
