@@ -117,7 +117,7 @@ class SamplingConfig(Section):
     temperature: float = Field(default=1.0, ge=0.01)  # vLLM would raise a lower one to 0.01 in silence
     """Divides the logits."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """[probability] Tokens are drawn from the likeliest that together have at least this; 1: from all."""
+    """[probability] Drawn are the likeliest tokens that together have at least this; below 1 for `astar eval` alone."""
     max_response_tokens: int = Field(default=1024, ge=1)
     """[tokens] A longer response is ended there, and scored as it stands."""
 
@@ -219,11 +219,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_staleness: {self.rollout.max_staleness}, but {self.objective.name} {reason}; set it to 0"
             )
-        if self.sampling.top_p < 1 and self.compares_with_engines:
-            raise ValueError(
-                f"sampling.top_p: {self.sampling.top_p}, but {self.objective.name} as configured compares the policy's "
-                "log-probs with the engines', which are after top-p: they would be of different policies; set it to 1"
-            )
         self._check_method()
         if self.optim.loss_scale == "pg" and self.objective.name not in ("astar", "oapl"):
             raise ValueError(
@@ -255,16 +250,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"spo.least_decay: {self.spo.least_decay} is above spo.most_decay {self.spo.most_decay}; lower it"
             )
-
-    @property
-    def compares_with_engines(self) -> bool:
-        """Whether the method reads the engines' log-probs as those of the policy that drew."""
-        return {
-            "astar": self.importance_cap is not None,
-            "oapl": self.oapl.refresh_steps is None,
-            "grpo": self.rollout.max_staleness > 0,
-            "ppo": self.rollout.max_staleness > 0,
-        }.get(self.objective.name, False)
 
     @property
     def importance_cap(self) -> float | None:
@@ -336,6 +321,16 @@ def validate(tree: Mapping[str, Any]) -> RunConfig:
     except ValidationError as error:
         lines = [explain(problem, list(keys())) for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+def check_drawn_whole(cfg: RunConfig) -> None:
+    """Raise ConfigError where stage 1 and training would draw from a part of the policy; evaluation may."""
+    if cfg.sampling.top_p < 1:
+        raise ConfigError(
+            f"sampling.top_p: {cfg.sampling.top_p}, but the loss is of the whole policy, as V* of the whole reference: "
+            "responses that are drawn from a part of it would bias its gradient; set it to 1 for stage 1 and training. "
+            "`astar eval` alone may have less"
+        )
 
 
 def flat(section: Section, prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """PROGRAM: `astar data import-stage1` makes prompts and a V* table of published stage-1 data of A*PO.
 
-Rewards are scored anew by the run's own rule, which its contract names.
+Rewards are scored anew by the run's own rule, which its contract names. The official code draws responses from the
+text of a question and its suffix, with no template around it: a model folder whose template writes more is refused.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from astar_megatron.data.files import make_folder
 from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import Problems, PromptError
 from astar_megatron.data.sources import refuse_other, rows_of
-from astar_megatron.data.stage1 import rollouts_of, stage1_rows
+from astar_megatron.data.stage1 import Stage1Row, rollouts_of, stage1_rows
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.tracking import Screen
@@ -29,14 +32,15 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
 
     Rewards are scored anew by the run's own rule, which its contract names, and compared with the published ones.
     """
-    if cfg.data.suffix:
-        raise PromptError("data.suffix: the published prompts hold their suffix already; set it to '' for this run")
     problems = Problems(source)
     rows = stage1_rows(rows_of("stage1", source, None, split, problems), problems)
     problems.refuse(len(rows) + problems.count)
+    rows = _without_suffix(rows, cfg.data.suffix, source)
     used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
     prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
-    refuse_other("data.path", Path(cfg.data.path), jsonl(_lines(cfg, prompts)))
+    lines = [{cfg.data.prompt_field: rows[i].pair.question, cfg.data.answer_field: rows[i].pair.answer} for i in used]
+    refuse_other("data.path", Path(cfg.data.path), jsonl(lines))
+    _check_bare(cfg.model.path, prompts)
     contract = contract_of(cfg)
     limit = cfg.sampling.max_response_tokens
     drawn = [
@@ -56,7 +60,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     pairs = zip(drawn, published, strict=True)
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
     if not Path(cfg.data.path).exists():
-        write_jsonl(cfg.data.path, _lines(cfg, prompts))
+        write_jsonl(cfg.data.path, lines)
     other, failed = _import(cfg, table, work)
     rows_shown = [
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
@@ -85,6 +89,30 @@ def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]
             table.append([rollout for rollout in scored if rollout.reward is not None])
             advance(len(part))
     return other, failed
+
+
+def _without_suffix(rows: Sequence[Stage1Row], suffix: str, source: str) -> list[Stage1Row]:
+    """The rows with their questions alone: the published ones have the suffix, which the run adds again."""
+    if other := [row.pair for row in rows if not row.pair.question.endswith(suffix)]:
+        raise PromptError(
+            f"data.suffix: {len(other)} of {len(rows)} prompts of {source} do not end with {suffix!r}; the first, "
+            f"{other[0].where}, ends with {other[0].question[-80:]!r}: set it to what all end with"
+        )
+    return [replace(row, pair=replace(row.pair, question=row.pair.question.removesuffix(suffix))) for row in rows]
+
+
+def _check_bare(model_path: str, prompts: Sequence[Prompt]) -> None:
+    """Raises PromptError where the model is asked something else than the text of each prompt."""
+    tok = chat.tokenizer(model_path)
+    for prompt in prompts:
+        bare = tuple(tok(prompt.text)["input_ids"])  # type: ignore[arg-type]
+        if prompt.token_ids != bare:
+            raise PromptError(
+                f"model.path: the published responses were drawn from the text of each prompt alone, but the chat "
+                f"template of {model_path} makes {tok.decode(list(prompt.token_ids))!r:.300} of {prompt.text!r:.80}: "
+                f"V* would be of other prompts than training's. Let chat_template.jinja of the folder be "
+                f"{chat.bare_template(model_path)}, for training too"
+            )
 
 
 def _check_lengths(cfg: RunConfig, drawn: list[Rollout], source: str) -> None:
@@ -119,7 +147,3 @@ def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str
             f"response_{rollout.sample} of {rollout.prompt.text!r:.80}: it holds another data set or a sweep's own; "
             "choose another sweep.table"
         )
-
-
-def _lines(cfg: RunConfig, prompts: list[Prompt]) -> list[dict[str, str]]:
-    return [{cfg.data.prompt_field: prompt.text, cfg.data.answer_field: prompt.answer} for prompt in prompts]

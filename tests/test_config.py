@@ -204,9 +204,9 @@ def test_the_papers_runs_have_the_papers_settings(path: Path) -> None:
     assert (cfg.sampling.temperature, cfg.sampling.top_p) == (1.0, 1.0)
     dataset, _, size = path.stem.removesuffix("_2x8").split("_")
     assert cfg.model.path == f"runs/models/qwen2.5-{size}"
-    assert (dataset, cfg.data.path, cfg.reward.name, cfg.train.num_steps) in [
-        ("gsm8k", "runs/data/gsm8k_train.jsonl", "gsm8k_strict", 730),
-        ("math", "runs/data/math_train.jsonl", "math", 733),
+    assert (dataset, cfg.data.path, cfg.data.long_prompts, cfg.reward.name, cfg.train.num_steps) in [
+        ("gsm8k", "runs/data/gsm8k_train.jsonl", "refuse", "gsm8k_strict", 730),
+        ("math", "runs/data/math_train.jsonl", "drop", "math", 733),
     ]
 
 

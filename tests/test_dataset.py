@@ -16,7 +16,7 @@ from samples import read_jsonl, write_jsonl
 
 from astar_megatron import config
 from astar_megatron.config import DataConfig, RunConfig
-from astar_megatron.data.chat import tokenizer
+from astar_megatron.data.chat import bare_template, tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.data.rows import hub_rows
@@ -133,9 +133,11 @@ def _stage1(**changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def stage1(tmp_path: Path, tied_llama: Path, data: Command) -> Command:
     """Return a function that imports stage-1 rows, or again those of before, into the run of tmp_path / "run.yaml"."""
+    model = shutil.copytree(tied_llama, tmp_path / "bare")
+    (model / "chat_template.jinja").write_text(bare_template(str(tied_llama)) + "\n")
     tree = samples.run_tree(
         run_dir=str(tmp_path / "run"),
-        model={"path": str(tied_llama)},
+        model={"path": str(model)},
         data={"path": str(tmp_path / "prompts" / "p.jsonl"), "max_prompt_tokens": 30},
         sampling={"max_response_tokens": 8},
     )
@@ -186,9 +188,9 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
 
 
 def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special_ones(
-    stage1: Command, cfg: RunConfig, tmp_path: Path, tied_llama: Path
+    stage1: Command, cfg: RunConfig, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tied_llama, tmp_path / "model")
+    model = shutil.copytree(cfg.model.path, tmp_path / "model")
     (model / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     row = _stage1(response_0="2<assistant>", response_1="3<user>2", eval_1=1.0)
     status, report, error = stage1(row, settings=[f"model.path={model}"])
@@ -198,9 +200,9 @@ def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special
 
 
 def test_an_imported_response_that_the_model_has_no_row_for_is_refused(
-    stage1: Command, tmp_path: Path, tied_llama: Path
+    stage1: Command, cfg: RunConfig, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tied_llama, tmp_path / "model")
+    model = shutil.copytree(cfg.model.path, tmp_path / "model")
     large = tokenizer(str(model))
     large.add_tokens([f"more{i}" for i in range(300)])
     large.save_pretrained(model)
@@ -208,6 +210,39 @@ def test_an_imported_response_that_the_model_has_no_row_for_is_refused(
     status, _, error = stage1(_stage1(response_1="more299"), settings=[f"model.path={model}"])
     assert status == 2 and "1 of 3 responses hold" in error and "vocab_size is 263" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_an_import_is_asked_with_the_run_s_suffix_and_evaluation_too(
+    stage1: Command, cfg: RunConfig, tmp_path: Path
+) -> None:
+    row, settings = _stage1(prompt=_user("What is 1 + 1? Go.")), ['data.suffix=" Go."']
+    status, _, error = stage1(row, settings=settings)
+    assert status == 0, error
+    assert read_jsonl(Path(cfg.data.path)) == [{"question": "What is 1 + 1?", "answer": "2"}]
+    run = config.load(tmp_path / "run.yaml", settings)
+    (prompt,) = read_prompts(run.data, run.model.path, run.data.path)  # as an evaluation reads its file
+    assert prompt.text == "What is 1 + 1? Go."
+    assert prompt.token_ids == tuple(tokenizer(run.model.path)("What is 1 + 1? Go.")["input_ids"])
+    assert list(VStarTable.open(run.table_dir, contract_of(run)).rewards()) == [prompt.uid]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ['data.suffix=" Go."'],
+            "1 of 1 prompts of {source} do not end with ' Go.'; the first, row 1, ends with 'Wh",
+        ),
+        (["model.path={chat}"], "drawn from the text of each prompt alone, but the chat template of {chat} makes '"),
+    ],
+)
+def test_an_import_of_prompts_that_the_run_would_not_ask_is_refused(
+    settings: list[str], message: str, stage1: Command, tmp_path: Path, tied_llama: Path
+) -> None:
+    names = {"chat": tied_llama, "source": tmp_path / "stage1.parquet"}
+    status, _, error = stage1(_stage1(), settings=[setting.format(**names) for setting in settings])
+    assert status == 2 and message.format(**names) in error.replace("\n", " ")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "prompts").exists()
 
 
 def test_other_responses_of_the_same_prompts_are_refused_and_nothing_is_written(

@@ -42,7 +42,8 @@ def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
         ) from error
     if not tok.chat_template:
         raise TokenizerError(
-            f"model.path: the tokenizer of {model_path} has no chat template; add chat_template.jinja to the folder"
+            f"model.path: the tokenizer of {model_path} has no chat template; add chat_template.jinja to the folder; "
+            f"{_bare_template(tok)} in it asks a base model with the text of a question alone"
         )
     if tok.eos_token_id is None:
         raise TokenizerError(
@@ -50,6 +51,16 @@ def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
             "set eos_token in tokenizer_config.json"
         )
     return tok
+
+
+def bare_template(model_path: str) -> str:
+    """Return the chat template that asks with the text of a question alone, as the tokenizer by itself reads it."""
+    return _bare_template(tokenizer(model_path))
+
+
+def _bare_template(tok: "PreTrainedTokenizerBase") -> str:
+    adds_bos = tok.bos_token_id is not None and tok("x")["input_ids"][:1] == [tok.bos_token_id]  # type: ignore[index]
+    return "{{ bos_token }}" * adds_bos + "{{ messages[0].content }}"
 
 
 def vocab_size(model_path: str) -> int:

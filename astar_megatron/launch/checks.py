@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage, check_drawn_whole
 from astar_megatron.launch.sbatch import logs_folder
 
 _IN_MEMORY = {"tmpfs", "ramfs"}
@@ -30,7 +30,9 @@ def of_environment() -> None:
 
 
 def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
-    """Refuse stages whose files are not here: they would fail as they begin."""
+    """Refuse stages whose files are not here, or that can't draw as configured: they would fail as they begin."""
+    if {*stages} & {"sweep", "train"}:
+        check_drawn_whole(cfg)
     if cfg.slurm.image or cfg.slurm.ssh:  # what a container or another machine sees is not known here
         return
     if {*stages} - {"export"}:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from astar_megatron.cluster import address
 from astar_megatron.cluster.placement import Node, Placement, place
-from astar_megatron.config import ParallelConfig, RewardConfig, RunConfig
+from astar_megatron.config import ParallelConfig, RewardConfig, RunConfig, check_drawn_whole
 from astar_megatron.data import chat
 from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_names, longest_prompt
 from astar_megatron.data.contract import Contract, contract_of
@@ -57,6 +57,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         num_accelerators = resources.measure().num_accelerators
         check_features(cfg.model, cfg.optim, num_accelerators)
         check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
+    if for_training:
+        check_drawn_whole(cfg)
     _check_apart(cfg, for_training=for_training)
     with naming("model.path"):
         model = read_model(cfg.model.path)

@@ -16,6 +16,7 @@ from astar_megatron.config import DataConfig
 from astar_megatron.data.benchmarks import benchmark_prompts
 from astar_megatron.data.chat import (
     TokenizerError,
+    bare_template,
     detokenizer,
     encode,
     kept_token_ids,
@@ -114,6 +115,28 @@ def test_a_prompt_has_the_day_of_its_configuration_a_benchmark_s_too(tmp_path: P
         assert [prompt.token_ids[: len(written)] for prompt in prompts] == [written] * 2
     with pytest.raises(TokenizerError, match=r"data\.date"):
         read_prompts(DataConfig(path=_file(tmp_path, "2 + 2?")), model)
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_bare_template_asks_with_what_the_tokenizer_makes_of_the_text_alone(
+    adds_bos: bool, model_folder: MakeModel
+) -> None:
+    from tokenizers import Tokenizer, processors
+
+    folder = Path(model_folder())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<u>"}))
+    if adds_bos:
+        inner = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        inner.post_processor = processors.TemplateProcessing(single="<u> $A", special_tokens=[("<u>", 1)])
+        inner.save(str(folder / "tokenizer.json"))
+    bare = bare_template(str(folder))
+    assert bare == "{{ bos_token }}" * adds_bos + "{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(bare + "\n")
+    tokenizer.cache_clear()
+    (ids,) = encode(str(folder), ["a b\n"], None, "here")
+    assert list(ids) == tokenizer(str(folder))("a b\n")["input_ids"]
+    assert (ids[0] == 1) == adds_bos
 
 
 # --- tokens without a row in the model

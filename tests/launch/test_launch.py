@@ -120,6 +120,17 @@ def test_jobs_get_the_python_that_launches_them_unless_a_container_has_its_own_o
     assert "ASTAR_PYTHON" not in json.loads(calls(folder)[-1][-1])
 
 
+def test_a_run_that_would_draw_from_a_part_of_the_policy_is_not_submitted_but_its_evaluation_is(
+    folder: Path, astar: Astar
+) -> None:
+    words = ("launch", "--config", "run.yaml", "--set", "sampling.top_p=0.9", "--stages")
+    for stage in ("sweep", "train"):
+        status, _, error = astar(*words, stage)
+        assert status == 2 and "sampling.top_p: 0.9" in error and calls(folder) == []
+    (folder / "runs/my run/hf").mkdir(parents=True)
+    assert astar(*words, "eval")[0] == 0 and len(calls(folder)) == 1
+
+
 def test_sbatch_is_that_of_the_launchers_path_whatever_the_jobs_get(folder: Path, astar: Astar) -> None:
     env = "slurm.env=['PATH=/opt/venv/bin:/bin', 'IMAGE=x.sqsh', 'PROGRAM=x']"  # of the user's own names
     status, _, error = astar("launch", "--config", "run.yaml", "--stages", "train", "--set", env)

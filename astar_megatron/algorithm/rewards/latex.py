@@ -9,10 +9,12 @@ finds it too, but takes only a \\boxed apart, so that \\fbox{5} is 0 there and 1
 for. Linear in the response.
 
 `boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159; braces, bold,
-`\\text`, thin spaces and the "m+n =" in front of it go. An empty box is no answer, so the one before it counts.
+`\\text`, thin spaces, a unit behind it and the "m+n =" in front of it go. "25 \\text{ or } 27" is no integer. An empty
+box is no answer, so the one before it counts.
 """
 
 import re
+from typing import NamedTuple
 
 _REMOVED = ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character counts as none
@@ -20,11 +22,16 @@ _SHORT_FRACTION = re.compile(r"\\frac([^{\\])(?:([^{\\])|(?=\{))")  # \frac12, \
 _SHORT_ROOT = re.compile(r"\\sqrt([^{\[\\])")  # \sqrt3
 _AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read integers of more than 4300 digits
-_THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,|\s)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
+_TWO_NUMBERS = re.compile(r"[0-9][\s,]+[0-9]")
 _FONT = re.compile(r"\\(?:text|textbf|textrm|mathbf|mathrm|boldsymbol)(?=\{)")
+_UNIT = re.compile(  # with its power
+    _FONT.pattern + r"\{(?![^{}]*\b(?:or|and)\b)(?:[^{}0-9\\]|\\ )*\}(?:\^(?:[0-9]|\{[0-9]\}))?[\s.$]*$"
+)
 # None between digits: "2\,5" are two numbers. The last of "25\ " stands without its blank.
 _SPACE = re.compile(r"(?<![0-9])\\[,;:]|\\[,;:](?![0-9])|\\$")
 _NO_EQUATION = re.compile(r"[<>!]|\\not")
+_COMMA = re.compile(r"[\s$]*(?:[,;]|\\text\{ ?(?:and|or) ?\}|and\b|or\b)[\s$]*(?:(?:and|or)\b[\s$]*)?")  # between boxes
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
 
@@ -72,10 +79,14 @@ def integer_of(answer: str) -> str:
 
 def _integer(latex: str) -> str | None:
     """The integer that LaTeX writes, in its shortest form; None where it writes none."""
-    text = _without_braces(_SPACE.sub("", _FONT.sub("", _THOUSANDS.sub("", normalised(latex)))))
+    text = _THOUSANDS.sub("", latex.replace("\\!", ""))
+    if _NO_EQUATION.search(text) or _TWO_NUMBERS.search(text):
+        return None
+    # Without fonts: of a \text{ the normal form would cut off all that follows.
+    text = _without_braces(_SPACE.sub("", normalised(_FONT.sub("", _UNIT.sub("", text)))))
     name, equals, value = text.partition("=")
     match = _INTEGER.fullmatch(_without_braces(value if equals else name))
-    return str(int(match[1])) if match and not _NO_EQUATION.search(latex) else None
+    return str(int(match[1])) if match else None
 
 
 def _without_braces(text: str) -> str:
@@ -88,21 +99,47 @@ def last_boxed(text: str) -> str | None:
 
     "\\boxed 5" without braces holds what follows up to the next "$".
     """
-    start = text.rfind("\\boxed")
-    name = "\\boxed" if start >= 0 else "\\fbox"
-    start = start if start >= 0 else text.rfind(name)
+    box = _last_box(text, len(text))
+    return box.content if box else None
+
+
+def last_boxes(text: str) -> list[str]:
+    """Return what `last_boxed` does, behind what the boxes hold that it ends a list of: "\\boxed{1} and \\boxed{2}"."""
+    contents: list[str] = []
+    end = len(text)
+    while (box := _last_box(text, end)) is not None and (not contents or _COMMA.fullmatch(text, box.end, end)):
+        contents.append(box.content)
+        end = box.start
+    return contents[::-1]
+
+
+class _Box(NamedTuple):
+    """Where a box begins and ends in a text."""
+
+    start: int
+    end: int
+    content: str
+
+
+def _last_box(text: str, end: int) -> _Box | None:
+    """The last box of text[:end]; None where that is not closed."""
+    name = "\\boxed"
+    if (start := text.rfind(name, 0, end)) < 0:
+        name = "\\fbox"
+        start = text.rfind(name, 0, end)
     if start < 0:
         return None
     inside = start + len(name)
-    while inside < len(text) and text[inside].isspace():
+    while inside < end and text[inside].isspace():
         inside += 1
-    if inside < len(text) and text[inside] != "{":
-        return text[inside:].partition("$")[0] if text[inside - 1].isspace() else None
+    if inside < end and text[inside] != "{":
+        content = text[inside:end].partition("$")[0]
+        return _Box(start, inside + len(content), content) if text[inside - 1].isspace() else None
     depth = 0
-    for brace in _BRACE.finditer(text, inside):
+    for brace in _BRACE.finditer(text, inside, end):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0 and brace[0] == "}":
-            return text[inside + 1 : brace.start()]
+            return _Box(start, brace.end(), text[inside + 1 : brace.start()])
     return None
 
 

@@ -1,8 +1,9 @@
 """The reward `math_verify`: answers compared as mathematics by the library math-verify (huggingface/Math-Verify).
 
-It reads the last \\boxed{...} of a response, else its last 1000 characters, and asks the library whether that equals
-the answer: 1/2, 0.5 and \\frac12 are equal, unlike under `math`. A response that the library can't judge within a few
-seconds scores 0. The library measures them by SIGALRM, so this reward runs in the main thread of a process.
+It reads the last \\boxed{...} of a response, with those that it ends a list of ("\\boxed{1} and \\boxed{2}"), else its
+last 1000 characters, and asks the library whether that equals the answer: 1/2, 0.5 and \\frac12 are equal, unlike under
+`math`. A response that the library can't judge within a few seconds scores 0. The library measures them by SIGALRM, so
+this reward runs in the main thread of a process.
 
 Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
 be equal to four digits too. And it reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from astar_megatron.algorithm.rewards.latex import last_boxed
+from astar_megatron.algorithm.rewards.latex import last_boxed, last_boxes
 
 _LONGEST = 1000  # characters of an answer; the library's regular expressions take minutes on long text
 _SECONDS = 3  # for reading an answer, for a comparison, and for a number
@@ -39,10 +40,10 @@ def math_verify(response: str, answer: str) -> float:
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     if gold is None or not gold.strip() or not (golds := library.parse(_boxed(gold), parsing_timeout=_SECONDS)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    boxed = last_boxed(response)
-    text = response[-_LONGEST:] if boxed is None else _boxed(boxed)
-    if len(text) > _LONGEST + len(_boxed("")):
+    boxes = last_boxes(response)
+    if sum(map(len, boxes)) > _LONGEST:
         return 0.0
+    text = ", ".join(map(_boxed, boxes)) or response[-_LONGEST:]
     guess = library.parse(text, parsing_timeout=_SECONDS)
     right = any(_equal(library, *pair) for pair in itertools.product(golds, guess))
     return float(right and _sign(golds) == _sign(guess))
