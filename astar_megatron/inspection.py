@@ -31,15 +31,8 @@ def main(cfg: RunConfig) -> None:
     tracker.table(
         f"V* table {table.folder}, beta1 = {cfg.beta1:g}",
         [
-            ("prompts", f"{summary.prompts}"),
-            ("samples", f"{summary.samples}"),
+            *summary.rows(),
             ("samples a prompt", ", ".join(f"{n}: {count} prompts" for n, count in zip(*samples, strict=True))),
-            ("mean reward", f"{summary.mean_reward:.3f}"),
-            ("all wrong / all right", f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts"),
-            (
-                "tokens spent",
-                f"{summary.response_tokens} of responses, {summary.response_tokens / summary.samples:.1f} each",
-            ),
         ],
     )
     made = stored_contract(table.folder)

@@ -65,10 +65,10 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
     rows_shown = [
         ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
         ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
-        ("responses", f"{len(work) - failed} imported, {len(drawn) - len(work)} were there"),
+        ("responses", f"{len(work)} imported, {len(drawn) - len(work)} were there"),
         ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
         ("responses a prompt", f"{min(counts)} to {max(counts)}"),
-        ("not scored", f"{failed}, which stay missing"),
+        ("not scored", f"{failed}, which count as the lowest reward, at most 0"),
         ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
     ]
@@ -86,7 +86,7 @@ def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]
             published = [value for _, value in part]
             failed += sum(rollout.reward is None for rollout in scored)
             other += sum(rollout.reward not in (None, value) for rollout, value in zip(scored, published, strict=True))
-            table.append([rollout for rollout in scored if rollout.reward is not None])
+            table.append(scored)
             advance(len(part))
     return other, failed
 

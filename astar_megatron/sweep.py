@@ -39,10 +39,7 @@ def main(cfg: RunConfig) -> None:
 
 
 def sweep(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker) -> VStarTable:
-    """Fill the run's V* table with engines that hold the reference, and return it.
-
-    It is whole but for the samples whose reward failed in this run, which the next run draws again.
-    """
+    """Fill the run's V* table with engines that hold the reference, and return it."""
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     with _leases(table) as leases:
         _fill(cfg, inputs, engines, tracker, table, leases)
@@ -56,20 +53,14 @@ def _leases(table: VStarTable) -> Leases:
 def _fill(
     cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, table: VStarTable, leases: Leases
 ) -> None:
-    """Draw this job's shares until the table lacks nothing, or only what could not be scored."""
+    """Draw this job's shares until the table lacks nothing."""
     is_said = False
-    failed: set[tuple[str, int]] = set()
     while True:
         wanted = samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)
-        share = Share(table, inputs.prompts, wanted, leases, failed)
+        share = Share(table, inputs.prompts, wanted, leases)
         if not share.lacking:
-            if lacking := int(table.lacking(inputs.prompts, wanted).sum()):
-                tracker.say(
-                    f"stage 1: {lacking} samples could not be scored and are not in the table (see "
-                    "reward_failures.jsonl); run `astar sweep` once more: it draws them again"
-                )
             return
-        if not _draw(cfg, inputs, engines, tracker, table, share, failed):
+        if not _draw(cfg, inputs, engines, tracker, table, share):
             if not is_said:
                 tracker.say(f"stage 1: waiting for other jobs, which draw {share.lacking} samples")
             is_said = True  # once: it is looked every few seconds
@@ -77,16 +68,8 @@ def _fill(
         table.refresh()
 
 
-def _draw(
-    cfg: RunConfig,
-    inputs: Inputs,
-    engines: Engines,
-    tracker: Tracker,
-    table: VStarTable,
-    share: Share,
-    failed: set[tuple[str, int]],
-) -> int:
-    """Draw this job's share, all it can get, and return how many rows that were; without a reward: to `failed`."""
+def _draw(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, table: VStarTable, share: Share) -> int:
+    """Draw this job's share, all it can get, and return how many rows that were."""
     taken = share.take()
     if (first := next(taken, None)) is None:
         return 0
@@ -97,15 +80,13 @@ def _draw(
 
     def append() -> None:
         nonlocal written
-        scored = [rollout for rollout in waiting if rollout.reward is not None]
-        table.append(scored, text=cfg.sweep.text)
-        failed.update((rollout.prompt.uid, rollout.sample) for rollout in waiting if rollout.reward is None)
+        table.append(waiting, text=cfg.sweep.text)
         share.appended(waiting)
-        waiting.clear()
         now = time.monotonic()
-        if scored:
-            tokens = sum(len(rollout.token_ids) for rollout in scored)
-            tracker.log_stage_1(table.folder, len(scored), tokens, now - written)
+        if waiting:
+            tokens = sum(len(rollout.token_ids) for rollout in waiting)
+            tracker.log_stage_1(table.folder, len(waiting), tokens, now - written)
+        waiting.clear()
         written = now
 
     progress = tracker.progress("stage 1, V* sweep", share.lacking)
@@ -124,14 +105,4 @@ def _draw(
 
 def show(table: VStarTable, tracker: Tracker) -> None:
     """Show what a table holds."""
-    summary = table.summary()
-    tracker.table(
-        f"V* table {table.folder}",
-        [
-            ("prompts", str(summary.prompts)),
-            ("samples", str(summary.samples)),
-            ("mean reward", f"{summary.mean_reward:.3f}"),
-            ("all wrong / all right", f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts"),
-            ("response tokens", str(summary.response_tokens)),
-        ],
-    )
+    tracker.table(f"V* table {table.folder}", table.summary().rows())

@@ -414,7 +414,7 @@ def test_seconds_of_a_table_that_others_filled_are_not_known(compare: Any, cfg: 
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(2, "stage 1 failed: astar: no memory (exit status 2"), (0, "8 samples could not be scored")]
+    ("status", "words"), [(2, "stage 1 failed: astar: no memory (exit status 2"), (0, "stage 1 left 8 samples undrawn")]
 )
 def test_a_stage_1_that_fails_or_stays_incomplete_loses_the_runs_that_read_it_alone(
     status: int, words: str, compare: Any, tmp_path: Path

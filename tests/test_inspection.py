@@ -43,7 +43,7 @@ def test_inspect_shows_shares_quantiles_and_tokens_and_draws(
     summary = VStarTable.open(tmp_path / "v_star", None).summary()
     assert "samples a prompt: 4: 39 prompts, 8: 1 prompts" in shown
     assert f"{summary.all_wrong:.1%} / {summary.all_right:.1%} of the prompts" in shown
-    assert f"tokens spent: {summary.response_tokens} of responses" in shown
+    assert f"response tokens: {summary.response_tokens}, " in shown
     assert "width of the 95 % interval: " in shown and "nan" not in shown
     assert (tmp_path / "v_star.png").stat().st_size > 5000
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -123,22 +124,29 @@ def test_a_job_ends_the_work_of_one_that_was_killed_beside_it(tmp_path: Path, st
     assert keys(tmp_path) == sorted(expected())
 
 
-def test_samples_that_could_not_be_scored_are_drawn_again_by_the_next_sweep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("lowest", "counted"), [(-0.5, -0.5), (0.125, 0.0)])
+def test_samples_that_could_not_be_scored_are_drawn_once_and_count_as_the_lowest_reward_at_most_0(
+    lowest: float, counted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    judge = tmp_path / "judge.py"
-    judge.write_text("def reward(response, answer):\n    return 0.25 if response != '3' else 1 / 0\n")
+    (tmp_path / "judge.py").write_text(
+        f"def reward(response, answer):\n    return {{'3': None, '2': {lowest}}}.get(response, 0.25)\n"
+    )
     run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
     failures = (tmp_path / "reward_failures.jsonl").read_text().splitlines()
     failed = {(row["uid"], row["sample"]) for row in map(json.loads, failures)}
     assert 0 < len(failed) == len(failures)  # each was tried once
-    assert set(keys(tmp_path)) == expected(40) - failed and {row["reward"] for row in rows(tmp_path)} == {0.25}
-    assert f"{len(failed)} samples could not be scored" in " ".join(capsys.readouterr().out.split())
-    judge.write_text("def reward(response, answer):\n    return 0.5\n")
-    run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
     assert keys(tmp_path) == sorted(expected(40))
-    assert "could not be scored" not in capsys.readouterr().out
+    assert {(row["uid"], row["sample"]) for row in rows(tmp_path) if math.isnan(row["reward"])} == failed
+    table = VStarTable.open(tmp_path / "v_star", CONTRACT)
+    estimates, rewards = table.estimate(0.5, PROMPTS[:40], 4), table.rewards()
+    assert np.isfinite(estimates.v_star).all() and estimates.least.min() == counted
+    assert {rewards[uid][sample] for uid, sample in failed} == {counted}
+    summary = table.summary()
+    assert summary.mean_reward == pytest.approx(np.mean([reward for of_uid in rewards.values() for reward in of_uid]))
+    assert dict(summary.rows())["not scored"].startswith(f"{len(failed)} samples, which count as the lowest reward")
+    run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
+    assert (tmp_path / "reward_failures.jsonl").read_text().splitlines() == failures
 
 
 def test_extra_tokens_go_where_the_interval_is_wide_and_not_beyond_the_budget(tmp_path: Path, start: Start) -> None:

@@ -28,7 +28,7 @@ _SCHEMA = pa.schema(
     [
         pa.field("uid", pa.string(), nullable=False),
         pa.field("sample", pa.uint32(), nullable=False),
-        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),  # NaN: the response could not be scored
         pa.field("response", pa.list_(pa.int32()), nullable=False),
         pa.field("response_tokens", pa.int32(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop: ended by itself; length: cut by the limit
@@ -46,7 +46,7 @@ class TableError(ValueError):
 def write_shard(folder: Path, number: int, rollouts: Sequence[Rollout], text: bool) -> tuple[str, pa.Table]:
     """Write scored rollouts as one shard and return its name and small columns; on disk on return.
 
-    Raises StorageError (nothing is left of the shard), TableError for values that don't fit or no finite reward.
+    Raises StorageError (nothing is left of the shard), TableError for values that don't fit or are not finite.
     """
     rows = _rows(rollouts, text)
     return write_rows(folder, number, rows), rows.select(list(COLUMNS))
@@ -134,17 +134,17 @@ def _read(path: Path, whole: bool, names: Sequence[str] = COLUMNS) -> tuple[pa.T
 
 def _rows(rollouts: Sequence[Rollout], text: bool) -> pa.Table:
     for rollout in rollouts:
-        if rollout.reward is None or not math.isfinite(rollout.reward):
+        if rollout.reward is not None and not math.isfinite(rollout.reward):
             raise TableError(
                 f"V* table: the reward of sample {rollout.sample} of prompt {rollout.prompt.uid} is "
-                f"{rollout.reward}; score rollouts before they are appended"
+                f"{rollout.reward}, expected a finite number, or None where it could not be scored"
             )
     try:
         return pa.table(
             {
                 "uid": [rollout.prompt.uid for rollout in rollouts],
                 "sample": [rollout.sample for rollout in rollouts],
-                "reward": [rollout.reward for rollout in rollouts],
+                "reward": [math.nan if rollout.reward is None else rollout.reward for rollout in rollouts],
                 "response": [rollout.token_ids for rollout in rollouts],
                 "response_tokens": [len(rollout.token_ids) for rollout in rollouts],
                 "finish_reason": ["length" if rollout.truncated else "stop" for rollout in rollouts],

@@ -5,7 +5,7 @@ reads what others have added, draws what is missing then, and gives the lease ba
 """
 
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,22 +18,11 @@ _ROWS_AT_ONCE = 256  # claimed together: one look at the lease folder and at the
 
 
 class Share:
-    """What of the samples below `wanted` ([P], of `prompts`) this job draws; none of `failed`, (uid, sample) each."""
+    """What of the samples below `wanted` ([P], of `prompts`) this job draws."""
 
-    def __init__(
-        self,
-        table: VStarTable,
-        prompts: Sequence[Prompt],
-        wanted: np.ndarray,
-        leases: Leases,
-        failed: Collection[tuple[str, int]] = (),
-    ) -> None:
-        self._table, self._leases, self._failed = table, leases, failed
+    def __init__(self, table: VStarTable, prompts: Sequence[Prompt], wanted: np.ndarray, leases: Leases) -> None:
+        self._table, self._leases = table, leases
         rows = table.lacking(prompts, wanted)
-        if failed:
-            uids = {uid for uid, _ in failed}
-            for i in [i for i, prompt in enumerate(prompts) if prompt.uid in uids]:
-                rows[i] = len(self._missing([prompts[i]], wanted[[i]]))
         self.lacking = int(rows.sum())
         self._buckets: dict[str, list[int]] = {}
         for i in np.flatnonzero(rows).tolist():
@@ -56,7 +45,7 @@ class Share:
         yield from self._claim(waiting)
 
     def appended(self, rollouts: Sequence[Rollout]) -> None:
-        """Hear what is on disk now, or failed; a bucket of which nothing else is to be drawn is given back."""
+        """Hear what is on disk now; a bucket of which nothing else is to be drawn is given back."""
         done = []
         for rollout in rollouts:
             name = _bucket(rollout.prompt)
@@ -70,15 +59,11 @@ class Share:
         self._table.refresh()  # after the claim: what the last holder appended is there now
         for name in claimed:
             place = self._buckets[name]
-            missing = self._missing([self._prompts[i] for i in place], self._wanted[place])
+            missing = self._table.missing([self._prompts[i] for i in place], self._wanted[place])
             self._left[name] = len(missing)
             if not missing:
                 self._leases.release([name])
             yield from missing
-
-    def _missing(self, prompts: Sequence[Prompt], wanted: np.ndarray) -> list[tuple[Prompt, int]]:
-        missing = self._table.missing(prompts, wanted)
-        return [(prompt, sample) for prompt, sample in missing if (prompt.uid, sample) not in self._failed]
 
 
 def _bucket(prompt: Prompt) -> str:

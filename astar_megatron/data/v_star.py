@@ -5,6 +5,8 @@
     <folder>/leases/           which job draws what; see leases.py
 
 A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole.
+The reward of a response that could not be scored is NaN, and counts as the lowest of the table, at most 0, as it does
+in training; else a reward that fails where it should be low would raise V*.
 V* itself is not stored: `estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686;
 algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB are checked against
 the shards' digests when opened; of a larger table only the pages that are read are checked.
@@ -49,6 +51,20 @@ class TableSummary:
     all_wrong: float  # share of prompts without a reward of 1: a part of it is for the form
     all_right: float  # share of prompts whose rewards are all >= 1
     response_tokens: int  # tokens spent
+    unscored: int  # samples that could not be scored
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what there is to show, names and words."""
+        each = f", {self.response_tokens / self.samples:.1f} each" if self.samples else ""
+        rows = [
+            ("prompts", f"{self.prompts}"),
+            ("samples", f"{self.samples}"),
+            ("mean reward", f"{self.mean_reward:.3f}"),
+            ("all wrong / all right", f"{self.all_wrong:.1%} / {self.all_right:.1%} of the prompts"),
+            ("response tokens", f"{self.response_tokens}{each}"),
+        ]
+        words = f"{self.unscored} samples, which count as the lowest reward, at most 0: see reward_failures.jsonl"
+        return rows + ([("not scored", words)] if self.unscored else [])
 
 
 class VStarTable:
@@ -113,8 +129,8 @@ class VStarTable:
         """Write scored rollouts as one shard, on disk on return. Of a (uid, sample) that comes twice one row counts.
 
         `text` keeps the responses' text beside their tokens. Costs the same whatever the table holds. Raises
-        StorageError (nothing of the shard is left, earlier ones are untouched), TableError for a rollout without a
-        finite reward, and ContractError where the folder has been deleted and made anew for another contract since the
+        StorageError (nothing of the shard is left, earlier ones are untouched), TableError for a reward that is not
+        finite, and ContractError where the folder has been deleted and made anew for another contract since the
         table was opened.
         """
         if rollouts:
@@ -180,7 +196,7 @@ class VStarTable:
                 f"{max(1, int(use[lacks].min()))} samples; "
                 "run `astar sweep` with this configuration: it draws what is missing"
             )
-        return estimate(names, rows["reward"], rows["tokens"], starts[index], use, beta1, level=level)
+        return estimate(names, _counted(rows["reward"]), rows["tokens"], starts[index], use, beta1, level=level)
 
     def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""
@@ -189,17 +205,18 @@ class VStarTable:
                 yield from read_responses(self.folder / name)
 
     def rewards(self) -> dict[str, list[float]]:
-        """Return the raw rewards by uid, in order of their sample index."""
+        """Return the rewards by uid, in order of their sample index."""
         rows, starts, counts = self._by_prompt()
+        rewards = _counted(rows["reward"])
         return {
-            uid: rows["reward"][start : start + count].tolist()
+            uid: rewards[start : start + count].tolist()
             for uid, start, count in zip(self._uids, starts, counts, strict=True)
         }
 
     def summary(self) -> TableSummary:
         """Return counts and shares of the whole table."""
         rows, _, counts = self._by_prompt()
-        num_prompts, reward = len(counts), np.ascontiguousarray(rows["reward"])
+        num_prompts, reward = len(counts), np.ascontiguousarray(_counted(rows["reward"]))
         some_right = np.bincount(rows["prompt"][reward >= 1], minlength=num_prompts) > 0
         some_wrong = np.bincount(rows["prompt"][reward < 1], minlength=num_prompts) > 0
         return TableSummary(
@@ -209,6 +226,7 @@ class VStarTable:
             all_wrong=float((~some_right).mean()) if num_prompts else math.nan,
             all_right=float((~some_wrong).mean()) if num_prompts else math.nan,
             response_tokens=int(rows["tokens"].sum(dtype=np.int64)),
+            unscored=int(np.isnan(rows["reward"]).sum()),
         )
 
     def _have(self, index: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -287,6 +305,15 @@ class VStarTable:
         """All rows, and for each prompt [P] where its rows start and how many they are."""
         self._merge()
         return self._old, self._starts[:-1], np.diff(self._starts)
+
+
+def _counted(rewards: np.ndarray) -> np.ndarray:
+    """[R], with what counts for responses that could not be scored."""
+    unscored = np.isnan(rewards)
+    if not unscored.any():
+        return rewards
+    lowest = min(0.0, rewards[~unscored].min(initial=0.0))
+    return np.where(unscored, lowest, rewards)
 
 
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:

@@ -40,10 +40,7 @@ def stage_1_of(
             if end.status:
                 failures[method] = f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn"
             elif lacking:
-                failures[method] = (
-                    f"stage 1: {lacking} samples could not be scored, see {folder / STAGE_1}/reward_failures.jsonl; "
-                    "run the same command again: it draws them anew"
-                )
+                failures[method] = f"stage 1 left {lacking} samples undrawn; run the same command again"
         if method not in failures:
             costs[method] = _cost(cfg, inputs, drawn, folder)
     return costs, failures

@@ -265,13 +265,12 @@ def test_shards_without_a_header_are_not_adopted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (scored(PROMPTS[0], 4, None), "sample 4 of prompt uid-0 is None"),
         (scored(PROMPTS[0], 4, math.nan), "sample 4 of prompt uid-0 is nan"),
         (scored(PROMPTS[0], 4, math.inf), "sample 4 of prompt uid-0 is inf"),
         (scored(PROMPTS[0], -1), "sample is uint32"),
         (dataclasses.replace(scored(PROMPTS[0], 0), seed=2**64), "seed is int64"),
     ],
-    ids=["no reward", "nan", "inf", "sample", "seed"],
+    ids=["nan", "inf", "sample", "seed"],
 )
 def test_a_rollout_with_a_value_that_no_row_may_have_is_refused(tmp_path: Path, wrong: Rollout, words: str) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
