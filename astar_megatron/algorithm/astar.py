@@ -9,8 +9,9 @@ Leaves out, because the method has none: critic, clip, group or advantage normal
 denominator, a KL or an entropy term.
 
 The loss is no metric: with beta1 != beta2 its target is unattainable, it stays near E(r - V*)^2. What does tell is
-whether beta2 * D (D = ln pi - ln pi_ref of a response) follows the advantage A = r - V*: at the optimum of the
-objective the slope of the one on the other is 1 and R^2 is 1; at step 0 both are 0.
+whether beta2 * D (D = ln pi - ln pi_ref of a response) follows the advantage A = r - V*. At step 0 slope and R^2 of the
+one on the other are 0. At the optimum of the objective both are 1 with beta1 = beta2; with the paper's betas beta2 * D
+is r - V at beta2 there, nearly 0 for each response, so that R^2 is still high and the slope near 0.
 
 Legend: B sequences of a step, b of them.
 """

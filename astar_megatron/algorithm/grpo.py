@@ -4,8 +4,9 @@
 
 the same for all tokens of response i, in the clipped policy gradient of clipped.py. The settings also make
 
-- DAPO (arXiv 2503.14476, equation 8): clip_high 0.28 above clip_low 0.2, kl_coef 0, loss `token`. Its filter of groups
-  that are all right or all wrong is `filter.all_right` and `filter.all_wrong` here, by stage 1;
+- DAPO's loss (arXiv 2503.14476, equation 8): clip_high 0.28 above clip_low 0.2, kl_coef 0, loss `token`. Instead of its
+  dynamic sampling, by the policy, of groups that are neither all right nor all wrong there are `filter.all_right` and
+  `filter.all_wrong`, by stage 1; its penalty of overlong responses is left out;
 - Dr. GRPO (arXiv 2503.20783, section 3): normalise false, kl_coef 0, loss `constant`.
 
 A group whose rewards are equal has no advantage and teaches nothing: `flat_groups` counts them.

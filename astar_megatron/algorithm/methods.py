@@ -49,7 +49,7 @@ def objective_of(cfg: RunConfig, stage_1: Stage1) -> Objective:
         case "ppo":
             return Ppo(cfg.ppo, _token_mean(cfg, cfg.ppo), old_from_engine=is_stale)
         case "spo":
-            return Spo(cfg.spo, _token_mean(cfg, cfg.spo), stage_1.mean_reward)
+            return Spo(cfg.spo, _token_mean(cfg, cfg.spo), stage_1.mean_reward, stage_1.samples)
 
 
 def _token_mean(cfg: RunConfig, method: Clipped) -> TokenMean:

@@ -1,17 +1,18 @@
 """SPO: one response a prompt against a value that is tracked over the steps (arXiv 2509.13232, sections 3.2 to 3.4).
 
-    value       v(x) = a / (a + b), a beta distribution's mean; from N samples of stage 1 a + b = 1 / (1 - least_decay)
+    value       v(x) = a / (a + b), a beta distribution's mean; at first (k + 1/2) / (N + 1) by k, the sum of the rewards
+                of N samples of stage 1, with a + b = 1 / (1 - least_decay)
     decay       d(x) = 2^(-D(x) / half_life), not below least_decay, not above most_decay
     on reward   a <- d(x) a + r,  b <- d(x) b + 1 - r          after the step that the reward was in
     advantage   A = (r - v(x) - mean) / standard deviation, both over the batch
     priority    sqrt(v(x) (1 - v(x))) + exploration
 
 A is that of all tokens of the response in the clipped policy gradient of clipped.py. D(x) is how far the policy has
-moved since the one that last drew for x. The paper leaves open how to measure it; here it is the change of the KL to
-the reference (nats a token, of a batch), which needs no forward pass of its own. For small moves it is of first order
-where KL(new || last) is of second, so it is the larger of the two, and noisy: the decay then is nearer to
-`least_decay`, and the tracker forgets sooner. Rewards are taken as the paper has them, between 0 and 1: lower ones
-count as 0.
+moved since the one that last drew for x. Here it is the change of the KL to the reference (nats a token, of a batch),
+which needs no forward pass of its own. The authors' recipe (verl-recipe, spo/) scores the last response to x again and
+takes the mean of |change of ln pi| over its tokens. That is larger, above all near the reference: with equal
+`half_life` the decay here is nearer to `most_decay`, so the tracker remembers more. Rewards are taken as the paper has
+them, between 0 and 1: lower ones count as 0.
 """
 
 import math
@@ -31,10 +32,10 @@ _LEAST_DEVIATION = 1e-6  # added: a batch whose advantages are equal has advanta
 
 
 class ValueTracker:
-    """The value of each prompt. `mean_reward` is that of stage 1's samples by uid; 1/2 for a prompt without any."""
+    """The value of each prompt. `mean_reward` is of its `samples` of stage 1, by uid; 1/2 for a prompt without any."""
 
-    def __init__(self, cfg: SpoConfig, mean_reward: Mapping[str, float]) -> None:
-        self._cfg, self._first = cfg, mean_reward
+    def __init__(self, cfg: SpoConfig, mean_reward: Mapping[str, float], samples: Mapping[str, int]) -> None:
+        self._cfg, self._mean_reward, self._samples = cfg, mean_reward, samples
         self._moved: dict[str, tuple[float, float, float]] = {}  # a, b, and the KL to the reference at that time
 
     def __getitem__(self, uid: str) -> float:
@@ -60,8 +61,9 @@ class ValueTracker:
     def _beta(self, uid: str) -> tuple[float, float, float]:
         if uid in self._moved:
             return self._moved[uid]
-        weight, mean = 1.0 / (1.0 - self._cfg.least_decay), min(max(self._first.get(uid, 0.5), 0.0), 1.0)
-        return weight * mean, weight * (1.0 - mean), 0.0
+        weight, count = 1.0 / (1.0 - self._cfg.least_decay), self._samples.get(uid, 0)
+        value = (_success(self._mean_reward.get(uid, 0.5)) * count + 0.5) / (count + 1)
+        return weight * value, weight * (1.0 - value), 0.0
 
 
 def _success(reward: float) -> float:
@@ -69,10 +71,12 @@ def _success(reward: float) -> float:
 
 
 class Spo(Objective):
-    """See objective.Objective. `mean_reward` as in ValueTracker."""
+    """See objective.Objective. `mean_reward` and `samples` as in ValueTracker."""
 
-    def __init__(self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float]) -> None:
-        self._cfg, self._mean, self._tracker = cfg, mean, ValueTracker(cfg, mean_reward)
+    def __init__(
+        self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float], samples: Mapping[str, int]
+    ) -> None:
+        self._cfg, self._mean, self._tracker = cfg, mean, ValueTracker(cfg, mean_reward, samples)
         self.loss: ClippedLoss = clipped_loss(cfg)
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:

@@ -104,32 +104,34 @@ def test_oapl_renews_its_reference_after_as_many_steps_as_asked_for() -> None:
 
 
 def test_spo_starts_from_stage_1_and_forgets_the_faster_the_more_the_policy_moves() -> None:
-    tracker = ValueTracker(SpoConfig(), {"a": 0.25})
-    assert tracker["a"] == 0.25 and tracker["b"] == 0.5
-    tracker.add("a", 1.0, 0.0)  # not moved: 0.96 of 2 and 6
-    assert tracker["a"] == pytest.approx((0.96 * 2 + 1) / (0.96 * 8 + 1))
-    a, b = 0.96 * 2 + 1, 0.96 * 6
+    stage_1 = {"a": 0.25}, {"a": 7}
+    tracker = ValueTracker(SpoConfig(), *stage_1)
+    assert tracker["a"] == (1.75 + 0.5) / 8 and tracker["b"] == 0.5
+    tracker.add("a", 1.0, 0.0)  # not moved: 0.96 of 2.25 and 5.75
+    assert tracker["a"] == pytest.approx((0.96 * 2.25 + 1) / (0.96 * 8 + 1))
+    a, b = 0.96 * 2.25 + 1, 0.96 * 5.75
     tracker.add("a", 0.0, 0.6)  # ten half-lives: the least decay
     assert tracker["a"] == pytest.approx(0.875 * a / (0.875 * (a + b) + 1))
     tracker.add("b", 1.0, 0.06 / 8)  # an eighth of a half-life: between the two
     decay = 2 ** (-1 / 8)
     assert 0.875 < decay < 0.96 and tracker["b"] == pytest.approx((4 * decay + 1) / (8 * decay + 1))
-    again = ValueTracker(SpoConfig(), {"a": 0.25})
+    again = ValueTracker(SpoConfig(), *stage_1)
     again.restore(tracker.state())
     assert [again[uid] for uid in "abc"] == [tracker[uid] for uid in "abc"]
 
 
 def test_spo_normalises_over_the_batch_learns_after_the_step_and_prefers_what_is_undecided() -> None:
-    objective = Spo(SpoConfig(), mean("token", 3), {"a": 0.5, "b": 0.0, "c": 1.0})
+    stage_1 = {"a": 0.5, "b": 0.0, "c": 1.0}, {"a": 4, "b": 4, "c": 4}  # values of 0.5, 0.1 and 0.9
+    objective = Spo(SpoConfig(), mean("token", 3), *stage_1)
     drawn = rollouts(1.0, None, 1.0)
-    advantage = objective.columns(drawn).sequences["advantage"]
-    assert advantage.tolist() == pytest.approx([math.sqrt(2), -math.sqrt(0.5), -math.sqrt(0.5)], abs=1e-4)
-    assert objective.priorities(["a", "b", "c"]) == pytest.approx([0.55, 0.05, 0.05])
+    advantage = objective.columns(drawn).sequences["advantage"]  # of 0.5, -0.1 and 0.1
+    assert advantage.tolist() == pytest.approx([1.33631, -1.06904, -0.26726], abs=1e-4)
+    assert objective.priorities(["a", "b", "c"]) == pytest.approx([0.55, 0.35, 0.35])
     health = objective.metrics(drawn, torch.zeros(3), torch.zeros(3), 3)
-    assert (health["value_mean"], health["value_error"]) == (0.5, pytest.approx(0.25 / 3))
+    assert (health["value_mean"], health["value_error"]) == (pytest.approx(0.5), pytest.approx(0.09))
     objective.learn(drawn, health)
-    assert objective.priorities(["b"]) == pytest.approx([0.05])  # what could not be scored says nothing
-    again = Spo(SpoConfig(), mean("token", 3), {"a": 0.5, "b": 0.0, "c": 1.0})
+    assert objective.priorities(["b"]) == pytest.approx([0.35])  # what could not be scored says nothing
+    again = Spo(SpoConfig(), mean("token", 3), *stage_1)
     again.restore(objective.state())
     assert again.priorities(["a"]) == objective.priorities(["a"]) != pytest.approx([0.55])
 
@@ -191,8 +193,8 @@ def test_what_has_no_part_in_a_run_is_not_refused(name: str, sections: dict[str,
 
 
 def test_a_negative_reward_counts_as_nothing_for_spo_in_the_advantage_too() -> None:
-    objective = Spo(SpoConfig(), mean("token", 3), {"a": 0.0, "b": 0.0, "c": 0.0})
+    objective = Spo(SpoConfig(), mean("token", 3), {}, {})  # values of 0.5
     drawn = rollouts(-1.0, 0.0, 1.0)
     advantage = objective.columns(drawn).sequences["advantage"]
     assert advantage[0] == advantage[1] < 0 < advantage[2]
-    assert objective.metrics(drawn, torch.zeros(3), torch.zeros(3), 3)["value_error"] == pytest.approx(1 / 3)
+    assert objective.metrics(drawn, torch.zeros(3), torch.zeros(3), 3)["value_error"] == pytest.approx(0.25)
