@@ -1,6 +1,6 @@
 """SPO: one response a prompt against a value that is tracked over the steps (arXiv 2509.13232, sections 3.2 to 3.4).
 
-    value       v(x) = a / (a + b), a beta distribution's mean; at first (k + 1/2) / (N + 1) by k, the sum of the rewards
+    value       v(x) = a / (a + b), a beta distribution's mean; at first (k + 1/2) / (N + 1) by k, the summed rewards
                 of N samples of stage 1, with a + b = 1 / (1 - least_decay)
     decay       d(x) = 2^(-D(x) / half_life), not below least_decay, not above most_decay
     on reward   a <- d(x) a + r,  b <- d(x) b + 1 - r          after the step that the reward was in
