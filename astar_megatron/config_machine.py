@@ -88,7 +88,7 @@ class RolloutConfig(Section):
 class ConversionConfig(Section):
     """How weights move from the policy to the engines."""
 
-    bucket_bytes: int = Field(default=64 << 20, ge=4096)
+    bucket_bytes: int = Field(default=64 << 20, ge=4096, le=256 << 20)  # of two on a shared GPU, see run/sharing.py
     """[bytes] Size of each of the two buckets through which a rank sends."""
 
 

@@ -71,6 +71,7 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("train.batch_size=1000000000000", "train.batch_size: ", "less than or equal to 1000000"),
     ("sweep.num_samples=1000000000000", "sweep.num_samples: ", "less than or equal to 100000"),
     ("rollout.max_num_seqs=5000", "rollout.max_num_seqs: ", "less than or equal to 4096"),
+    ("conversion.bucket_bytes=536870912", "conversion.bucket_bytes: ", "less than or equal to 268435456"),
     ("rollout.gpu_memory_utilization=1.0", "rollout.gpu_memory_utilization: ", "less than 1"),
     ("reward.timeout_seconds=1e7", "reward.timeout_seconds: ", "less than or equal to 1000000"),
     ("cluster.threads=100000", "cluster.threads: ", "less than or equal to 1024"),

@@ -15,7 +15,8 @@ from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import Offload
 from astar_megatron.run.resources import GIB, gib
 
-GROWTH_BYTES = GIB  # that a residue may grow by, over a whole run
+# That a residue may grow by, over a whole run: at the first publish by the two buckets of a rank, 256 MiB each at most.
+GROWTH_BYTES = GIB
 
 
 class Policy(Protocol):
