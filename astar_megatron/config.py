@@ -98,7 +98,7 @@ class RewardConfig(Section):
     """One rule for stage 1, training and evaluation.
 
     A response whose reward raises, takes too long or is no number from -1 to 1 is a failure: evaluation counts it as 0,
-    training as the lowest reward of its step and at most 0, stage 1 as the lowest of its table and at most 0.
+    training as the lowest reward of its step and at most 0, stage 1 as the lowest of its prompt and at most 0.
     """
 
     name: str

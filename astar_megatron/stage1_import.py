@@ -5,12 +5,11 @@ text of a question and its suffix, with no template around it: a model folder wh
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from astar_megatron.config import RunConfig
+from astar_megatron.config import RunConfig, check_drawn_whole
 from astar_megatron.data import chat
 from astar_megatron.data.arithmetic import jsonl, write_jsonl
 from astar_megatron.data.contract import contract_of
@@ -18,7 +17,7 @@ from astar_megatron.data.files import make_folder
 from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import Problems, PromptError
 from astar_megatron.data.sources import refuse_other, rows_of
-from astar_megatron.data.stage1 import Stage1Row, rollouts_of, stage1_rows
+from astar_megatron.data.stage1 import rollouts_of, stage1_rows, without_suffix
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.tracking import Screen
@@ -32,10 +31,11 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
 
     Rewards are scored anew by the run's own rule, which its contract names, and compared with the published ones.
     """
+    check_drawn_whole(cfg)
     problems = Problems(source)
     rows = stage1_rows(rows_of("stage1", source, None, split, problems), problems)
     problems.refuse(len(rows) + problems.count)
-    rows = _without_suffix(rows, cfg.data.suffix, source)
+    rows = without_suffix(rows, cfg.data.suffix, source)
     used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)
     prompts, counts = list(used.values()), [len(rows[i].responses) for i in used]
     lines = [{cfg.data.prompt_field: rows[i].pair.question, cfg.data.answer_field: rows[i].pair.answer} for i in used]
@@ -68,7 +68,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
         ("responses", f"{len(work)} imported, {len(drawn) - len(work)} were there"),
         ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
         ("responses a prompt", f"{min(counts)} to {max(counts)}"),
-        ("not scored", f"{failed}, which count as the lowest reward, at most 0"),
+        ("not scored", f"{failed}, which count as the lowest of their prompt, at most 0"),
         ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
     ]
@@ -89,16 +89,6 @@ def _import(cfg: RunConfig, table: VStarTable, work: list[tuple[Rollout, float]]
             table.append(scored)
             advance(len(part))
     return other, failed
-
-
-def _without_suffix(rows: Sequence[Stage1Row], suffix: str, source: str) -> list[Stage1Row]:
-    """The rows with their questions alone: the published ones have the suffix, which the run adds again."""
-    if other := [row.pair for row in rows if not row.pair.question.endswith(suffix)]:
-        raise PromptError(
-            f"data.suffix: {len(other)} of {len(rows)} prompts of {source} do not end with {suffix!r}; the first, "
-            f"{other[0].where}, ends with {other[0].question[-80:]!r}: set it to what all end with"
-        )
-    return [replace(row, pair=replace(row.pair, question=row.pair.question.removesuffix(suffix))) for row in rows]
 
 
 def _check_bare(model_path: str, prompts: Sequence[Prompt]) -> None:

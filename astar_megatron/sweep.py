@@ -1,19 +1,24 @@
 """Stage 1 of A*PO: N responses of the reference to every prompt, rewarded, into the V* table.
 
-Append-only and resumable: what the table holds is not drawn again, more samples buy only the difference. Any number of
-these may run at once on one table; a killed one loses at most the rows not yet appended, and the others draw these.
+Append-only and resumable: what the table holds is not drawn again, more samples buy only the difference, and what could
+not be scored is scored once more. Any number of these may run at once on one table; a killed one loses at most the rows
+not yet appended, and the others draw these.
 With `sweep.extra_tokens`, samples go on where V* is least known (data/allocation.py).
 """
 
+import math
 import time
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from astar_megatron.config import RunConfig
+from astar_megatron.data import chat
 from astar_megatron.data.allocation import samples_wanted
 from astar_megatron.data.leases import Leases
 from astar_megatron.data.share import Share
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.requests import stage_1_request
+from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.rollout.source import Engines, RolloutSource
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import Inputs, prepare
@@ -29,6 +34,8 @@ def main(cfg: RunConfig) -> None:
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
+    if table.unscored():
+        score_again(cfg, inputs, table, chat.detokenizer(cfg.model.path))
     if table.lacking(inputs.prompts, samples_wanted(table, inputs.prompts, cfg.sweep, cfg.beta1)).any():
         with (
             _leases(table) as leases,
@@ -36,6 +43,29 @@ def main(cfg: RunConfig) -> None:
         ):  # a read-only table is refused before engines
             _fill(cfg, inputs, engines, tracker, table, leases)
     show(table, tracker)
+
+
+def score_again(cfg: RunConfig, inputs: Inputs, table: VStarTable, detokenize: Callable[[Sequence[int]], str]) -> None:
+    """Score the responses that could not be scored: what the reward needs may be there again. Draws nothing."""
+    prompts, unscored = {prompt.uid: prompt for prompt in inputs.prompts}, table.unscored()
+    rollouts = [
+        Rollout(
+            prompt=prompts[uid],
+            sample=sample,
+            seed=stage_1_request(cfg.seed, prompts[uid], sample).seed,
+            token_ids=token_ids,
+            text=detokenize(token_ids),
+            truncated=token_ids[-1] not in inputs.contract.stop_token_ids,
+            token_logprobs=(math.nan,) * len(token_ids),
+            first_version=0,
+            last_version=0,
+        )
+        for uid, sample, token_ids in table.responses()
+        if (uid, sample) in unscored and uid in prompts
+    ]
+    with Scorer(cfg.reward.model_copy(update={"max_failures": len(rollouts)})) as scorer:
+        scored = [rollout for rollout in scorer.score(rollouts) if rollout.reward is not None]
+    table.append(scored, text=cfg.sweep.text)
 
 
 def sweep(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker) -> VStarTable:

@@ -34,14 +34,14 @@ def answer(prompt: Prompt, sample: int, seed: int) -> Rollout:
         sample=sample,
         seed=seed,
         token_ids=token_ids,
-        text=_text(token_ids),
+        text=text(token_ids),
         truncated=drawn.random() < 0.1,
         token_logprobs=(-0.5,) * len(token_ids),
         reward=None,
     )
 
 
-def _text(token_ids: Sequence[int]) -> str:
+def text(token_ids: Sequence[int]) -> str:
     return str(sum(token_ids) % 4)
 
 
@@ -50,8 +50,8 @@ def _answer(request: Request) -> Answer:
     return rollout.token_ids, rollout.truncated
 
 
-def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last_number", **settings: Any) -> None:
-    """Sweep `num_prompts` prompts into `folder`/v_star; `seconds` is the engine's pace, for 13 rows."""
+def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last_number", **settings: Any) -> Inputs:
+    """Sweep `num_prompts` prompts into `folder`/v_star and return them; `seconds` is the pace, of 13 rows."""
     sections = {"reward": {"name": reward}, "sweep": {"num_samples": 4} | settings, "rollout": {"max_num_seqs": 16}}
     cfg = samples.run_config(run_dir=folder, **sections)
     inputs = Inputs(
@@ -60,7 +60,8 @@ def run(folder: str, seconds: float, num_prompts: int = 300, reward: str = "last
         contract=CONTRACT,
         model=cast(Model, None),  # the fake has no use for it
     )
-    sweep(cfg, inputs, FakeEngines(_answer, _text, seconds=seconds), Tracker(folder))
+    sweep(cfg, inputs, FakeEngines(_answer, text, seconds=seconds), Tracker(folder))
+    return inputs
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

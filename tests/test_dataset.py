@@ -229,9 +229,10 @@ def test_an_import_is_asked_with_the_run_s_suffix_and_evaluation_too(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (['data.suffix=" Go."'], "1 of 1 prompts of {source} are no question with ' Go.' behind it; the first, row 1"),
         (
-            ['data.suffix=" Go."'],
-            "1 of 1 prompts of {source} do not end with ' Go.'; the first, row 1, ends with 'Wh",
+            ['data.suffix="What is 1 + 1?"'],
+            "1 of 1 prompts of {source} are no question with 'What is 1 + 1?' behind it",
         ),
         (["model.path={chat}"], "drawn from the text of each prompt alone, but the chat template of {chat} makes '"),
     ],

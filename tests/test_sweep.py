@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import random
 import signal
@@ -16,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sweep_jobs import CONTRACT, PROMPTS, answer, expected, rows, run
+from samples import run_config
+from sweep_jobs import CONTRACT, PROMPTS, answer, expected, rows, run, text
 
 from astar_megatron.config import SweepConfig
 from astar_megatron.data.allocation import samples_wanted, widest
 from astar_megatron.data.v_star import VStarTable
+from astar_megatron.sweep import score_again
 
 
 @dataclass
@@ -124,29 +125,42 @@ def test_a_job_ends_the_work_of_one_that_was_killed_beside_it(tmp_path: Path, st
     assert keys(tmp_path) == sorted(expected())
 
 
-@pytest.mark.parametrize(("lowest", "counted"), [(-0.5, -0.5), (0.125, 0.0)])
-def test_samples_that_could_not_be_scored_are_drawn_once_and_count_as_the_lowest_reward_at_most_0(
-    lowest: float, counted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_samples_that_could_not_be_scored_are_drawn_once_count_as_their_prompt_s_lowest_and_are_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "judge.py").write_text(
-        f"def reward(response, answer):\n    return {{'3': None, '2': {lowest}}}.get(response, 0.25)\n"
+        "import os\ndef reward(response, answer):\n"
+        f"    there = os.path.exists({str(tmp_path / 'there')!r})\n"
+        "    return {'3': 0.5 if there else None, '2': -0.5}.get(response, 0.25)\n"
     )
-    run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
+    inputs = run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
     failures = (tmp_path / "reward_failures.jsonl").read_text().splitlines()
     failed = {(row["uid"], row["sample"]) for row in map(json.loads, failures)}
     assert 0 < len(failed) == len(failures)  # each was tried once
     assert keys(tmp_path) == sorted(expected(40))
-    assert {(row["uid"], row["sample"]) for row in rows(tmp_path) if math.isnan(row["reward"])} == failed
     table = VStarTable.open(tmp_path / "v_star", CONTRACT)
-    estimates, rewards = table.estimate(0.5, PROMPTS[:40], 4), table.rewards()
-    assert np.isfinite(estimates.v_star).all() and estimates.least.min() == counted
-    assert {rewards[uid][sample] for uid, sample in failed} == {counted}
-    summary = table.summary()
-    assert summary.mean_reward == pytest.approx(np.mean([reward for of_uid in rewards.values() for reward in of_uid]))
-    assert dict(summary.rows())["not scored"].startswith(f"{len(failed)} samples, which count as the lowest reward")
+    assert table.unscored() == failed
+    estimates, rewards, summary = table.estimate(0.5, PROMPTS[:40], 4), table.rewards(), table.summary()
+    for place, uid in enumerate(estimates.uids):
+        known = [reward for sample, reward in enumerate(rewards[uid]) if (uid, sample) not in failed]
+        assert {rewards[uid][sample] for of, sample in failed if of == uid} <= {min([0.0, *known])}
+        assert estimates.mean[place] == pytest.approx(np.mean(rewards[uid]))
+        assert estimates.success[place] == pytest.approx(np.mean(np.maximum(rewards[uid], 0)))
+    assert summary.mean_reward == pytest.approx(np.mean(list(rewards.values())))
+    assert dict(summary.rows())["not scored"].startswith(f"{len(failed)} samples, which count as the lowest")
     run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
-    assert (tmp_path / "reward_failures.jsonl").read_text().splitlines() == failures
+    assert (tmp_path / "reward_failures.jsonl").read_text().splitlines() == failures  # nothing is drawn again
+    cfg = run_config(run_dir=str(tmp_path), reward={"name": "judge:reward"})
+    for there in (False, True):
+        if there:
+            (tmp_path / "there").touch()
+        table = VStarTable.create_or_open(tmp_path / "v_star", CONTRACT)
+        score_again(cfg, inputs, table, text)
+        table = VStarTable.open(tmp_path / "v_star", CONTRACT)
+        assert table.unscored() == (set() if there else failed)
+    rewards = table.rewards()
+    assert {rewards[uid][sample] for uid, sample in failed} == {0.5}
 
 
 def test_extra_tokens_go_where_the_interval_is_wide_and_not_beyond_the_budget(tmp_path: Path, start: Start) -> None:

@@ -31,7 +31,7 @@ class Stage1:
     v_star: Mapping[str, float] = field(default_factory=dict)  # at the method's beta1
     v_star_at_beta2: Mapping[str, float] = field(default_factory=dict)  # of A*PO
     samples: Mapping[str, int] = field(default_factory=dict)
-    mean_reward: Mapping[str, float] = field(default_factory=dict)
+    success: Mapping[str, float] = field(default_factory=dict)  # mean of the rewards, those below 0 taken as 0
 
 
 def objective_of(cfg: RunConfig, stage_1: Stage1) -> Objective:
@@ -49,7 +49,7 @@ def objective_of(cfg: RunConfig, stage_1: Stage1) -> Objective:
         case "ppo":
             return Ppo(cfg.ppo, _token_mean(cfg, cfg.ppo), old_from_engine=is_stale)
         case "spo":
-            return Spo(cfg.spo, _token_mean(cfg, cfg.spo), stage_1.mean_reward, stage_1.samples)
+            return Spo(cfg.spo, _token_mean(cfg, cfg.spo), stage_1.success, stage_1.samples)
 
 
 def _token_mean(cfg: RunConfig, method: Clipped) -> TokenMean:

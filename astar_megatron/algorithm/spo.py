@@ -1,7 +1,7 @@
 """SPO: one response a prompt against a value that is tracked over the steps (arXiv 2509.13232, sections 3.2 to 3.4).
 
     value       v(x) = a / (a + b), a beta distribution's mean; at first (k + 1/2) / (N + 1) by k, the summed rewards
-                of N samples of stage 1, with a + b = 1 / (1 - least_decay)
+                of N samples of stage 1, and a + b = 1 / (1 - least_decay)
     decay       d(x) = 2^(-D(x) / half_life), not below least_decay, not above most_decay
     on reward   a <- d(x) a + r,  b <- d(x) b + 1 - r          after the step that the reward was in
     advantage   A = (r - v(x) - mean) / standard deviation, both over the batch
@@ -32,10 +32,10 @@ _LEAST_DEVIATION = 1e-6  # added: a batch whose advantages are equal has advanta
 
 
 class ValueTracker:
-    """The value of each prompt. `mean_reward` is of its `samples` of stage 1, by uid; 1/2 for a prompt without any."""
+    """The value of each prompt. `success` is the mean of its `samples` of stage 1, by uid; without any it is 1/2."""
 
-    def __init__(self, cfg: SpoConfig, mean_reward: Mapping[str, float], samples: Mapping[str, int]) -> None:
-        self._cfg, self._mean_reward, self._samples = cfg, mean_reward, samples
+    def __init__(self, cfg: SpoConfig, success: Mapping[str, float], samples: Mapping[str, int]) -> None:
+        self._cfg, self._success, self._samples = cfg, success, samples
         self._moved: dict[str, tuple[float, float, float]] = {}  # a, b, and the KL to the reference at that time
 
     def __getitem__(self, uid: str) -> float:
@@ -62,7 +62,7 @@ class ValueTracker:
         if uid in self._moved:
             return self._moved[uid]
         weight, count = 1.0 / (1.0 - self._cfg.least_decay), self._samples.get(uid, 0)
-        value = (_success(self._mean_reward.get(uid, 0.5)) * count + 0.5) / (count + 1)
+        value = (self._success.get(uid, 0.5) * count + 0.5) / (count + 1)
         return weight * value, weight * (1.0 - value), 0.0
 
 
@@ -71,12 +71,12 @@ def _success(reward: float) -> float:
 
 
 class Spo(Objective):
-    """See objective.Objective. `mean_reward` and `samples` as in ValueTracker."""
+    """See objective.Objective. `success` and `samples` as in ValueTracker."""
 
     def __init__(
-        self, cfg: SpoConfig, mean: TokenMean, mean_reward: Mapping[str, float], samples: Mapping[str, int]
+        self, cfg: SpoConfig, mean: TokenMean, success: Mapping[str, float], samples: Mapping[str, int]
     ) -> None:
-        self._cfg, self._mean, self._tracker = cfg, mean, ValueTracker(cfg, mean_reward, samples)
+        self._cfg, self._mean, self._tracker = cfg, mean, ValueTracker(cfg, success, samples)
         self.loss: ClippedLoss = clipped_loss(cfg)
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:

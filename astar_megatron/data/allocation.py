@@ -92,5 +92,5 @@ def stage_1_of(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt], es
         v_star=estimates.by_uid(),
         v_star_at_beta2=at_beta2,
         samples=estimates.samples_by_uid(),
-        mean_reward=dict(zip(estimates.uids, estimates.mean.tolist(), strict=True)),
+        success=dict(zip(estimates.uids, estimates.success.tolist(), strict=True)),
     )

@@ -38,6 +38,7 @@ class Estimates:
     high: np.ndarray  # [P]
     samples: np.ndarray  # [P] int64, that count
     mean: np.ndarray  # [P] of the rewards
+    success: np.ndarray  # [P] mean of the rewards, those below 0 taken as 0
     least: np.ndarray  # [P] reward
     most: np.ndarray  # [P] reward
     tokens: np.ndarray  # [P] int64, of the responses that count
@@ -70,19 +71,23 @@ def estimate(
     *,
     level: float,
 ) -> Estimates:
-    """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1."""
+    """Return the estimates of prompts whose samples are rewards[starts[p] : starts[p] + counts[p]], counts >= 1.
+
+    NaN is the reward of a response that could not be scored: it counts as the lowest of its prompt's, at most 0.
+    """
     if not 0 < level < 1:
         raise ValueError(f"estimate: expected a level between 0 and 1, got {level}; 0.95 is usual")
     shape = len(uids)
     binary, low, high = np.empty(shape, bool), np.empty(shape), np.empty(shape)
-    floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "least", "most")}
+    floats = {name: np.empty(shape) for name in ("v_star", "error", "mean", "success", "least", "most")}
     spent = np.empty(shape, np.int64)
     for count, which in _of_equal_count(counts):  # [P, N] arrays
         rows = starts[which, None] + np.arange(count)
-        drawn = torch.from_numpy(rewards[rows])  # [P, N]
+        drawn = _counted(torch.from_numpy(rewards[rows]))  # [P, N]
         floats["v_star"][which] = value.v_star(drawn, beta1).numpy()
         floats["error"][which] = value.standard_error(drawn, beta1).numpy()
         floats["mean"][which] = drawn.mean(dim=-1).numpy()
+        floats["success"][which] = drawn.clamp(0, 1).mean(dim=-1).numpy()
         floats["least"][which] = drawn.amin(dim=-1).numpy()
         floats["most"][which] = drawn.amax(dim=-1).numpy()
         binary[which] = ((drawn == 0) | (drawn == 1)).all(dim=-1).numpy()
@@ -94,6 +99,12 @@ def estimate(
     equal = ~binary & (floats["least"] == floats["most"])
     low[equal], high[equal] = _interval_of_equals(floats["most"][equal], counts[equal], beta1, level)
     return Estimates(uids=list(uids), **floats, low=low, high=high, samples=np.array(counts, np.int64), tokens=spent)
+
+
+def _counted(drawn: torch.Tensor) -> torch.Tensor:
+    """[P, N], with what counts for responses that could not be scored."""
+    lowest = drawn.nan_to_num(0.0).amin(dim=-1, keepdim=True).clamp(max=0.0)
+    return torch.where(drawn.isnan(), lowest, drawn)
 
 
 def _of_equal_count(counts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -7,8 +7,8 @@ a problem: the official code would take V* = 0.
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from astar_megatron.data import chat
@@ -51,6 +51,18 @@ def stage1_rows(rows: list[Row], problems: Problems) -> list[Stage1Row]:
         except ValueError as error:
             problems.add(row.where, str(error))
     return parsed
+
+
+def without_suffix(rows: Sequence[Stage1Row], suffix: str, source: str) -> list[Stage1Row]:
+    """Return the rows with their questions alone; published ones have the suffix, which a run adds. PromptError."""
+    bare = [replace(row, pair=replace(row.pair, question=row.pair.question.removesuffix(suffix))) for row in rows]
+    pairs = [(row.pair, short.pair.question) for row, short in zip(rows, bare, strict=True)]
+    if other := [pair for pair, question in pairs if pair.question != question + suffix or not question.strip()]:
+        raise PromptError(
+            f"data.suffix: {len(other)} of {len(rows)} prompts of {source} are no question with {suffix!r} behind it; "
+            f"the first, {other[0].where}, ends with {other[0].question[-80:]!r}: set it to what all end with"
+        )
+    return bare
 
 
 def _read(row: Row, numbers: list[int]) -> Stage1Row:

@@ -5,8 +5,8 @@
     <folder>/leases/           which job draws what; see leases.py
 
 A row is one sample of one prompt: (uid, sample) -> reward, response tokens, seed, ... Shards only ever appear, whole.
-The reward of a response that could not be scored is NaN, and counts as the lowest of the table, at most 0, as it does
-in training; else a reward that fails where it should be low would raise V*.
+The reward of a response that could not be scored is NaN, and counts as the lowest of its prompt's, at most 0: else a
+reward that fails where it should be low would raise V*. A row of the same sample that has a reward takes its place.
 V* itself is not stored: `estimate` computes it from the raw rewards for any beta1 (arXiv 2505.20686;
 algorithm/value.py). A table is read by its small columns; the responses stay on disk. Up to 64 MiB are checked against
 the shards' digests when opened; of a larger table only the pages that are read are checked.
@@ -63,7 +63,7 @@ class TableSummary:
             ("all wrong / all right", f"{self.all_wrong:.1%} / {self.all_right:.1%} of the prompts"),
             ("response tokens", f"{self.response_tokens}{each}"),
         ]
-        words = f"{self.unscored} samples, which count as the lowest reward, at most 0: see reward_failures.jsonl"
+        words = f"{self.unscored} samples, which count as the lowest of their prompt; `astar sweep` tries them again"
         return rows + ([("not scored", words)] if self.unscored else [])
 
 
@@ -196,7 +196,7 @@ class VStarTable:
                 f"{max(1, int(use[lacks].min()))} samples; "
                 "run `astar sweep` with this configuration: it draws what is missing"
             )
-        return estimate(names, _counted(rows["reward"]), rows["tokens"], starts[index], use, beta1, level=level)
+        return estimate(names, rows["reward"], rows["tokens"], starts[index], use, beta1, level=level)
 
     def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
         """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""
@@ -204,10 +204,16 @@ class VStarTable:
             if name not in self._damaged:
                 yield from read_responses(self.folder / name)
 
+    def unscored(self) -> set[tuple[str, int]]:
+        """Return the (uid, sample) that could not be scored."""
+        rows, _, _ = self._by_prompt()
+        uids, unscored = list(self._uids), rows[np.isnan(rows["reward"])]
+        return {(uids[row["prompt"]], int(row["sample"])) for row in unscored}
+
     def rewards(self) -> dict[str, list[float]]:
         """Return the rewards by uid, in order of their sample index."""
         rows, starts, counts = self._by_prompt()
-        rewards = _counted(rows["reward"])
+        rewards = _counted(rows, len(counts))
         return {
             uid: rewards[start : start + count].tolist()
             for uid, start, count in zip(self._uids, starts, counts, strict=True)
@@ -216,7 +222,7 @@ class VStarTable:
     def summary(self) -> TableSummary:
         """Return counts and shares of the whole table."""
         rows, _, counts = self._by_prompt()
-        num_prompts, reward = len(counts), np.ascontiguousarray(_counted(rows["reward"]))
+        num_prompts, reward = len(counts), _counted(rows, len(counts))
         some_right = np.bincount(rows["prompt"][reward >= 1], minlength=num_prompts) > 0
         some_wrong = np.bincount(rows["prompt"][reward < 1], minlength=num_prompts) > 0
         return TableSummary(
@@ -278,7 +284,7 @@ class VStarTable:
         return rows
 
     def _merge(self) -> None:
-        """Sort the new rows in; of several rows of one (prompt, sample) the one of the smallest digest stays."""
+        """Sort the new rows in; of several of a (prompt, sample) with a reward that of the smallest digest stays."""
         if self._new:
             rows = np.concatenate([self._old, *self._new])
             self._old, self._new = np.empty(0, _ROW), []  # lets go of the parts, as large as they are together
@@ -290,7 +296,8 @@ class VStarTable:
                 if again.any():
                     several = np.flatnonzero(np.append(False, again) | np.append(again, False))
                     digests = np.array(self._digests(rows[several]))
-                    rows[several] = rows[several[np.lexsort((digests, key[several]))]]
+                    is_unscored = np.isnan(rows["reward"][several])
+                    rows[several] = rows[several[np.lexsort((digests, is_unscored, key[several]))]]
                     rows = rows[np.append(True, ~again)]
             self._old = rows
             self._starts = np.append(0, np.cumsum(np.bincount(rows["prompt"], minlength=len(self._uids))))
@@ -307,13 +314,15 @@ class VStarTable:
         return self._old, self._starts[:-1], np.diff(self._starts)
 
 
-def _counted(rewards: np.ndarray) -> np.ndarray:
-    """[R], with what counts for responses that could not be scored."""
-    unscored = np.isnan(rewards)
-    if not unscored.any():
-        return rewards
-    lowest = min(0.0, rewards[~unscored].min(initial=0.0))
-    return np.where(unscored, lowest, rewards)
+def _counted(rows: np.ndarray, num_prompts: int) -> np.ndarray:
+    """The rewards [R], with what counts for responses that could not be scored."""
+    reward = np.ascontiguousarray(rows["reward"])
+    unscored = np.isnan(reward)
+    if unscored.any():
+        lowest = np.zeros(num_prompts)
+        np.minimum.at(lowest, rows["prompt"][~unscored], reward[~unscored])
+        reward[unscored] = lowest[rows["prompt"][unscored]]
+    return reward
 
 
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:

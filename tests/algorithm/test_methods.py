@@ -136,7 +136,7 @@ def test_spo_normalises_over_the_batch_learns_after_the_step_and_prefers_what_is
     assert again.priorities(["a"]) == objective.priorities(["a"]) != pytest.approx([0.55])
 
 
-STAGE_1 = Stage1(v_star={"a": 0.4}, v_star_at_beta2={"a": 0.3}, samples={"a": 4}, mean_reward={"a": 0.2})
+STAGE_1 = Stage1(v_star={"a": 0.4}, v_star_at_beta2={"a": 0.3}, samples={"a": 4}, success={"a": 0.2})
 
 
 @pytest.mark.parametrize("name", ["astar", "oapl", "grpo", "rebel", "ppo", "spo"])

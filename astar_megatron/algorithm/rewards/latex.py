@@ -21,17 +21,21 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character counts as no
 _SHORT_FRACTION = re.compile(r"\\frac([^{\\])(?:([^{\\])|(?=\{))")  # \frac12, \frac1{72}
 _SHORT_ROOT = re.compile(r"\\sqrt([^{\[\\])")  # \sqrt3
 _AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+_LONGEST = 5000  # characters of an integer with all around it
 _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to read integers of more than 4300 digits
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,|\s)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
 _TWO_NUMBERS = re.compile(r"[0-9][\s,]+[0-9]")
 _FONT = re.compile(r"\\(?:text|textbf|textrm|mathbf|mathrm|boldsymbol)(?=\{)")
-_UNIT = re.compile(  # with its power
-    _FONT.pattern + r"\{(?![^{}]*\b(?:or|and)\b)(?:[^{}0-9\\]|\\ )*\}(?:\^(?:[0-9]|\{[0-9]\}))?[\s.$]*$"
+_UNIT = re.compile(  # "\text{ m}\cdot\text{s}^{-1}"; one letter in \mathrm is a constant
+    r"(?:(?:\\[,;: ]|[\s~/]|\\cdot)*(?:\\text(?:rm)?\{|\\mathrm\{(?=[^{}]{2}))(?:[^{}0-9\\]|\\[ %$,])*\}"
+    r"(?:\^(?:[0-9]|\{-?[0-9]\}))?)+[\s.?$]*$"
 )
 # None between digits: "2\,5" are two numbers. The last of "25\ " stands without its blank.
 _SPACE = re.compile(r"(?<![0-9])\\[,;:]|\\[,;:](?![0-9])|\\$")
 _NO_EQUATION = re.compile(r"[<>!]|\\not")
-_COMMA = re.compile(r"[\s$]*(?:[,;]|\\text\{ ?(?:and|or) ?\}|and\b|or\b)[\s$]*(?:(?:and|or)\b[\s$]*)?")  # between boxes
+_GAP = r"(?:[\s$*]|\\[()\[\],;: ]|\\q?quad(?![a-z]))*"
+_AND = r"(?:[,;]|\\text\{\s*,?\s*(?:and|or)\s*\}|\\lor(?![a-z])|\\vee(?![a-z])|(?:and|or)\b)"
+_COMMA = re.compile(f"{_GAP}{_AND}(?:{_GAP}{_AND})?{_GAP}")  # between boxes that are a list
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
 
@@ -54,6 +58,11 @@ def boxed_answer(response: str) -> str | None:
     return (normalised(boxed) or None) if boxed is not None else None
 
 
+def boxed_list(response: str) -> str | None:
+    """Return the last \\boxed{...} in normal form behind those that it ends a list of, with commas between."""
+    return ",".join(map(normalised, last_boxes(response))) or None
+
+
 def boxed_integer(response: str, answer: str) -> float:
     """Return 1.0 where the last \\boxed{...} of `response` is the integer `answer`, else 0.0.
 
@@ -64,9 +73,12 @@ def boxed_integer(response: str, answer: str) -> float:
 
 
 def integer_in(response: str) -> str | None:
-    """Return what `boxed_integer` compares; None where the last \\boxed{...} that holds anything is no integer."""
-    boxed = last_boxed(_EMPTY_BOX.sub("", response))
-    return _integer(boxed) if boxed is not None else None
+    """Return what `boxed_integer` compares; None where the last \\boxed{...} that holds anything is no integer.
+
+    None too where it ends a list of others.
+    """
+    integers = {_integer(boxed) for boxed in last_boxes(_EMPTY_BOX.sub("", response))}
+    return integers.pop() if len(integers) == 1 else None
 
 
 def integer_of(answer: str) -> str:
@@ -79,6 +91,8 @@ def integer_of(answer: str) -> str:
 
 def _integer(latex: str) -> str | None:
     """The integer that LaTeX writes, in its shortest form; None where it writes none."""
+    if len(latex) > _LONGEST:
+        return None
     text = _THOUSANDS.sub("", latex.replace("\\!", ""))
     if _NO_EQUATION.search(text) or _TWO_NUMBERS.search(text):
         return None
@@ -99,15 +113,15 @@ def last_boxed(text: str) -> str | None:
 
     "\\boxed 5" without braces holds what follows up to the next "$".
     """
-    box = _last_box(text, len(text))
+    box = _last_box(text, len(text), _name(text))
     return box.content if box else None
 
 
 def last_boxes(text: str) -> list[str]:
     """Return what `last_boxed` does, behind what the boxes hold that it ends a list of: "\\boxed{1} and \\boxed{2}"."""
     contents: list[str] = []
-    end = len(text)
-    while (box := _last_box(text, end)) is not None and (not contents or _COMMA.fullmatch(text, box.end, end)):
+    name, end = _name(text), len(text)
+    while (box := _last_box(text, end, name)) is not None and (not contents or _COMMA.fullmatch(text, box.end, end)):
         contents.append(box.content)
         end = box.start
     return contents[::-1]
@@ -121,13 +135,13 @@ class _Box(NamedTuple):
     content: str
 
 
-def _last_box(text: str, end: int) -> _Box | None:
+def _name(text: str) -> str:
+    return "\\boxed" if "\\boxed" in text else "\\fbox"
+
+
+def _last_box(text: str, end: int, name: str) -> _Box | None:
     """The last box of text[:end]; None where that is not closed."""
-    name = "\\boxed"
     if (start := text.rfind(name, 0, end)) < 0:
-        name = "\\fbox"
-        start = text.rfind(name, 0, end)
-    if start < 0:
         return None
     inside = start + len(name)
     while inside < end and text[inside].isspace():

@@ -2,8 +2,8 @@
 
 It reads the last \\boxed{...} of a response, with those that it ends a list of ("\\boxed{1} and \\boxed{2}"), else its
 last 1000 characters, and asks the library whether that equals the answer: 1/2, 0.5 and \\frac12 are equal, unlike under
-`math`. A response that the library can't judge within a few seconds scores 0. The library measures them by SIGALRM, so
-this reward runs in the main thread of a process.
+`math`. A list is right too where each part of it equals the answer. A response that the library can't judge within a
+few seconds scores 0. It measures them by SIGALRM, so this reward runs in the main thread of a process.
 
 Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
 be equal to four digits too. And it reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
@@ -40,19 +40,26 @@ def math_verify(response: str, answer: str) -> float:
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     if gold is None or not gold.strip() or not (golds := library.parse(_boxed(gold), parsing_timeout=_SECONDS)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    boxes = last_boxes(response)
-    if sum(map(len, boxes)) > _LONGEST:
+    boxes = [box for box in last_boxes(response) if box.strip()] or last_boxes(response)[-1:]
+    together = ", ".join(map(_boxed, boxes)) or response[-_LONGEST:]
+    if len(together) > 2 * _LONGEST:
         return 0.0
-    text = ", ".join(map(_boxed, boxes)) or response[-_LONGEST:]
-    guess = library.parse(text, parsing_timeout=_SECONDS)
-    right = any(_equal(library, *pair) for pair in itertools.product(golds, guess))
-    return float(right and _sign(golds) == _sign(guess))
+    is_right = _is(library, golds, together)
+    if not is_right and len(boxes) > 1:  # one answer in several forms
+        is_right = all(_is(library, golds, _boxed(box)) for box in boxes)
+    return float(is_right)
 
 
 def library_version() -> str:
     """Return the version of math-verify; its rules change with it. Raises ValueError."""
     _library()
     return metadata.version("math-verify")
+
+
+def _is(library: Any, golds: Sequence[Any], text: str) -> bool:
+    """Whether what the library reads in a text equals the answer, which it reads as `golds`."""
+    guess = library.parse(text, parsing_timeout=_SECONDS)
+    return _sign(golds) == _sign(guess) and any(_equal(library, *pair) for pair in itertools.product(golds, guess))
 
 
 def _equal(library: Any, gold: Any, guess: Any) -> bool:
