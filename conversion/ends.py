@@ -22,6 +22,10 @@ from conversion.torch_dist import CheckpointReader, Index
 _HEAD = "output_layer.weight"
 # Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under another name.
 _NORM, _ALSO_NORM = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+# What else a checkpoint holds is no part of the model: optimizer's states, and critic and reference under own prefixes.
+_OF_THE_MODEL, _STATE = ("decoder.", "embedding.", "output_layer."), "._extra_state"
+# Megatron-LM's make_vocab_size_divisible_by, unless it was set: times the tensor ranks, more padding has no vocabulary.
+_VOCABULARY_MULTIPLE = 128
 
 
 class End:
@@ -150,6 +154,7 @@ class MegatronEnd(End):
                 f"{self.path} holds {_HEAD}, a head of its own, but {self.companions / 'config.json'} ties it to the "
                 f"embedding: set tie_word_embeddings to false there{other}"
             )
+        stacks: dict[str, tuple[int, ...]] = {}  # how many layers, and experts, the model has in each tensor
         for name, shape in local_shapes(self.model).items():
             stored, planes = self._places[name]
             if stored not in self._shapes:
@@ -161,6 +166,38 @@ class MegatronEnd(End):
                 raise ValueError(f"{self.path}: {stored} is {stored_shape}, expected {shape} for each layer")
             if any(plane >= count for plane, count in zip(planes, stored_shape, strict=False)):
                 raise ValueError(f"{self.path}: {stored} is {stored_shape}, too few for {name}")
+            if padded:
+                self._check_padding(stored, shape[0])
+            most = stacks.get(stored, (0,) * len(planes))
+            stacks[stored] = tuple(max(count, plane + 1) for count, plane in zip(most, planes, strict=True))
+        self._check_nothing_more(stacks)
+
+    def _check_padding(self, stored: str, vocabulary: int) -> None:
+        """Refuses more rows than padding explains: a multiple of 128 times as many ranks as the rows are cut for."""
+        rows = self._shapes[stored][0]
+        cuts = {spans[0] for _, spans, _ in self._reader.chunks(stored)}
+        if rows - vocabulary >= _VOCABULARY_MULTIPLE * len(cuts):
+            raise ValueError(
+                f"{self.path}: {stored} has {rows:,} rows, more than padding makes of the vocab_size {vocabulary:,} of "
+                f"{self.companions / 'config.json'} (to a multiple of {_VOCABULARY_MULTIPLE * len(cuts):,}): take both "
+                f"from the same model, or set vocab_size to {rows} there to keep all rows"
+            )
+
+    def _check_nothing_more(self, stacks: dict[str, tuple[int, ...]]) -> None:
+        """Refuses what the model of the configuration does not have: it would be lost without a word."""
+        config = self.companions / "config.json"
+        for stored, stored_shape in self._shapes.items():
+            if stored.startswith(_OF_THE_MODEL) and not stored.endswith(_STATE) and stored not in stacks:
+                raise ValueError(
+                    f"{self.path} holds {stored}, which the model of {config} does not have: take both from the same "
+                    "model"
+                )
+            count = stacks.get(stored, ())
+            if stored_shape[: len(count)] != count:
+                raise ValueError(
+                    f"{self.path}: {stored} is {stored_shape}, more layers or experts than the {count} of the model of "
+                    f"{config}: take both from the same model"
+                )
 
     def layout(self) -> dict[str, int] | None:
         return super().layout() or _layout(self.path / "progress.json")  # of our conversion, or of a run

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,20 +19,14 @@ from typing import Any
 _LOG = logging.getLogger(__name__)
 
 RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+# Every file that a tokenizer of transformers is read from, SentencePiece's, Mistral's and tiktoken's own among them.
+_TOKENIZER = re.compile(
+    r"(tokenizer(\.[\d.]+)?|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json"
+    r"|(vocab|merges|dict)\.txt|.+\.(model(\.v\w+)?|tiktoken|spm|bpe|codes)"
 )
+_BESIDE = ("generation_config.json", "chat_template.jinja", "chat_template.json")
 _TEMPLATES, _TEMPLATE = "additional_chat_templates", ".jinja"  # the folder of a tokenizer's named chat templates
+_CACHED = "models--"  # how the hub's cache begins the name of a model's folder: models--ORG--NAME
 # Every other file that an export holds, of either kind.
 _EXPORTED = re.compile(
     r"conversion\.json|config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -61,6 +56,8 @@ def check_destination(folder: str | Path) -> None:
         raise _unwritable(folder, error) from error
     if folder.resolve() == Path.cwd():
         raise ModelFolderError(f"{folder} is the current folder, which would be replaced: choose a folder in it")
+    if not os.access(folder, os.W_OK, effective_ids=True):  # else it can't be moved out of the way
+        raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / RECORD).is_file() or any(path.is_dir() and path.name != _TEMPLATES for path in folder.iterdir()):
@@ -92,9 +89,41 @@ def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def model_name(folder: Path) -> str:
+    """Return the name of a model's folder: the hub's, ORG/NAME, where it lies in the hub's cache, else the folder's."""
+    folder = folder.resolve()
+    cached = [part.removeprefix(_CACHED) for part in folder.parts if part.startswith(_CACHED)]
+    return cached[-1].replace("--", "/", 1) if cached else folder.name
+
+
 def _is_companion(name: str) -> bool:
     parent, _, template = name.rpartition("/")
-    return name in COMPANIONS or (parent == _TEMPLATES and template.endswith(_TEMPLATE))
+    if parent:
+        return parent == _TEMPLATES and template.endswith(_TEMPLATE)
+    return name in _BESIDE or _TOKENIZER.fullmatch(name) is not None
+
+
+def companions(folder: Path) -> list[str]:
+    """Return what belongs to a model beside weights and config.json: tokenizer, templates, generation defaults, sorted.
+
+    ModelFolderError for a link to what is not there, as a copy of a part of the hub's cache has them.
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*"))}
+    own = {name: path for name, path in sorted(paths.items()) if _is_companion(name)}
+    for path in own.values():
+        if not path.exists():
+            raise ModelFolderError(f"{path} names {path.readlink()}, which is missing: copy it there too")
+    return [name for name, path in own.items() if path.is_file()]
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the files that a model's tokenizer is read from, sorted. ModelFolderError as `companions`."""
+    return [name for name in companions(folder) if _TOKENIZER.fullmatch(name)]
+
+
+def companion_bytes(folder: Path) -> int:
+    """Return the size of all `companions`. ModelFolderError as there."""
+    return sum((folder / name).stat().st_size for name in companions(folder))
 
 
 def sealed(text: str) -> str:
@@ -210,12 +239,17 @@ def _remove_wrecks(folder: Path) -> None:
 
 
 def copy_companions(source_folder: Path, folder: Path) -> None:
-    """Copies what belongs to a model beside its weights and config.json: tokenizer, templates, generation defaults."""
-    named = (f"{_TEMPLATES}/{path.name}" for path in (source_folder / _TEMPLATES).glob(f"*{_TEMPLATE}"))
-    for name in (*COMPANIONS, *named):
-        if (source_folder / name).is_file():
+    """Copies all `companions`. ModelFolderError as there; an OSError names the file that can't be read or written."""
+    for name in companions(source_folder):
+        try:
+            content = (source_folder / name).read_bytes()
+        except OSError as error:
+            raise OSError(error.errno, f"can't read {source_folder / name}: {error.strerror}") from error
+        try:
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source_folder / name, folder / name)
+            (folder / name).write_bytes(content)
+        except OSError as error:
+            raise _unwritable(folder / name, error) from error
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -248,6 +282,7 @@ def _swap(place: Path, folder: Path) -> None:
     old = place / _OLD
     try:
         if folder.exists():
+            (place / _NEW).chmod(stat.S_IMODE(folder.stat().st_mode))  # who keeps an export private goes on to
             folder.rename(old)
         (place / _NEW).rename(folder)
     except BaseException:

@@ -23,7 +23,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conversion.families import read_model
-from conversion.folders import RECORD, ModelFolderError, copy_companions, replacing, write_json
+from conversion.folders import (
+    RECORD,
+    ModelFolderError,
+    companion_bytes,
+    copy_companions,
+    model_name,
+    replacing,
+    write_json,
+)
 from conversion.mapping import PiecewiseFile, mapped
 from conversion.plan import WeightPlan
 from conversion.transfer import view
@@ -155,12 +163,12 @@ def writing(
     source_folder = Path(source_folder)
     model = read_model(source_folder)
     name_of_dtype = str(dtype).removeprefix("torch.")
-    with replacing(folder) as new:
+    with replacing(folder, companion_bytes(source_folder)) as new:
+        copy_companions(source_folder, new)
         tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
         config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
         write_json(new / "config.json", config | {"dtype": name_of_dtype})
-        copy_companions(source_folder, new)
-        record = {"source": source_folder.resolve().name, "dtype": name_of_dtype, "config": model.computation()}
+        record = {"source": model_name(source_folder), "dtype": name_of_dtype, "config": model.computation()}
         export = Export(new, tensors, record | {"digest_rule": DIGEST_RULE}, check(new, model.parameters()))
         yield export
         export.record.setdefault("logprobs", {"max_difference": None, "reason": "nobody has compared them yet"})

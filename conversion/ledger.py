@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conversion.ends import End
 from conversion.families import contrast
-from conversion.folders import RECORD, ModelFolderError, read_record
+from conversion.folders import RECORD, ModelFolderError, model_name, read_record
 from conversion.plan import Rectangle
 from conversion.tiles import Span
 from conversion.verify import DIGEST_RULE, digest
@@ -66,7 +66,7 @@ class Ledger:
         layout, like = self.end.layout(), self.end.companions
         return (
             {
-                "source": self.end.path.resolve().name,
+                "source": model_name(self.end.path),
                 "source_kind": self.end.kind,
                 "dtype": str(self.end.dtype).removeprefix("torch."),
                 "config": self.end.model.computation(),
@@ -75,7 +75,7 @@ class Ledger:
                 "logprobs": {"max_difference": None, "reason": "nobody has compared them yet: see digests"},
             }
             | ({} if layout is None else {"layout": layout})
-            | ({} if like == self.end.path else {"like": like.resolve().name})
+            | ({} if like == self.end.path else {"like": model_name(like)})
         )
 
 

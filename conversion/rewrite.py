@@ -51,7 +51,7 @@ class Preview:
     parameters: int
     copies: int
     num_bytes: int
-    written_bytes: int  # with the padding of the vocabulary and, of a distributed checkpoint, `CHUNK_BYTES` a chunk
+    written_bytes: int  # tokenizer, vocabulary's padding and `CHUNK_BYTES` a chunk of a distributed checkpoint included
     peak_bytes: int
     reads: dict[str, int]
     links: dict[tuple[str, str], int]
@@ -77,11 +77,12 @@ def preview(end: End, layout: ParallelLayout | None) -> Preview:
     for tile in end.tiles():
         reads[end.files[tile.rank]] += math.prod(b - a for a, b in (tile.rows, tile.cols or (0, 1))) * size
     num_bytes = model.num_parameters() * size
+    written_bytes = num_bytes if layout is None else _written_bytes(model, layout, end.dtype)
     return Preview(
         parameters=model.num_parameters(),
         copies=len(moves.copies),
         num_bytes=num_bytes,
-        written_bytes=num_bytes if layout is None else _written_bytes(model, layout, end.dtype),
+        written_bytes=written_bytes + folders.companion_bytes(end.companions),
         peak_bytes=min(5 * THREADS * PART_BYTES, 3 * num_bytes),  # measured: tests/benchmarks/convert.py
         reads=dict(reads),
         links=dict(links),
@@ -142,14 +143,15 @@ def write_megatron(
     check_record(end)
     ledger = Ledger(end)
     source = _Assembled(end, model, ledger, advance)
-    with folders.replacing(folder, _written_bytes(model, layout, end.dtype)) as new:
+    num_bytes = _written_bytes(model, layout, end.dtype) + folders.companion_bytes(end.companions)
+    with folders.replacing(folder, num_bytes) as new:
+        folders.copy_companions(end.companions, new)
         torch_dist.write(
             new, chunks(model, layout, end.dtype, part_bytes), source.read, end.dtype, _objects(model), THREADS
         )
         ledger.check()
         folders.write_json(new / "config.json", model.config)
         _check_written(MegatronEnd(new), end, advance)
-        folders.copy_companions(end.companions, new)
         folders.write_json(new / folders.RECORD, ledger.record() | {"layout": dataclasses.asdict(layout)})
 
 

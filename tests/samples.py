@@ -25,6 +25,12 @@ MEASURED = dict.fromkeys(
 )
 MEASURED_AFTER_DEATHS = MEASURED | dict.fromkeys(("engines_replaced", "engine_gap"))
 
+# Files that a tokenizer alone can be read from.
+TOKENIZERS_OWN = [
+    *("spiece.model", "sentencepiece.bpe.model", "tokenizer.model.v3", "tokenizer.4.40.0.json"),
+    *("tekken.json", "qwen.tiktoken", "tiktoken.model", "dict.txt", "bpe.codes"),
+]
+
 CONTRACT = Contract(
     model_digest="a" * 64,
     tokenizer_digest="b" * 64,

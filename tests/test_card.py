@@ -12,14 +12,16 @@ from exports import write_export
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from astar_megatron import config
+from astar_megatron import config, convert
 from astar_megatron.data.files import without_nan
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
 from astar_megatron.run import scores
 from astar_megatron.run.scores import Evaluation
-from conversion import folders
+from conversion import folders, rewrite
+from conversion.ends import open_end
 from conversion.folders import ModelFolderError
+from conversion.tiles import ParallelLayout
 
 SECRET = "planted-secret-of-a-variable"
 
@@ -236,6 +238,30 @@ def test_a_folder_without_a_run_gets_the_card_that_can_be_written(export: Path) 
     card.write(export, Training.of_folder(export), None)
     assert "# A conversion of " in text(export) and "## Certificate" in text(export)
     assert "base_model" not in ModelCard.load(export / "README.md").data.to_dict()
+
+
+def test_what_is_known_of_a_model_goes_through_every_conversion(
+    export: Path, settings: dict[str, Any], tied_llama: Path, tmp_path: Path
+) -> None:
+    (export / "README.md").write_text("---\nlicense: mit\n---\n")
+    for training in (None, Training.of_run(settings, 5, None)):
+        expected = {"licence": {"license": "mit"}} if training is None else {"training": dataclasses.asdict(training)}
+        if training is not None:
+            card.write(export, training, None)
+        convert.to_hf(str(export), str(tmp_path / "hf"), like=None, dry_run=False)
+        rewrite.write_megatron(open_end(tied_llama), tmp_path / "megatron", ParallelLayout())
+        record: Any = folders.read_record(tmp_path / "megatron")
+        folders.write_json(tmp_path / "megatron" / folders.RECORD, record | expected)
+        arguments: Any = {"like": None, "dry_run": False}
+        convert.to_megatron(str(tmp_path / "megatron"), str(tmp_path / "other"), ParallelLayout(tensor=2), **arguments)
+        for name in ("hf", "other"):
+            record = folders.read_record(tmp_path / name)
+            assert {key: record[key] for key in ("licence", "training") if key in record} == expected
+        title = "# A conversion of hf" if training is None else "# tiny-base, trained with"
+        assert title in text(tmp_path / "hf")
+        assert ModelCard.load(tmp_path / "hf" / "README.md").data.to_dict().get("license") == (
+            "mit" if training is None else None
+        )
 
 
 def test_words_of_an_error_stay_out_of_a_card() -> None:

@@ -17,20 +17,10 @@ from astar_megatron.algorithm import rewards
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.chat import TokenizerError, stop_token_ids, tokenizer
+from conversion.folders import tokenizer_files
 
 type Value = str | int | float | list[int]  # what a field is in JSON
 
-# All are copied to exports: conversion.folders.COMPANIONS.
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 # Fields that contracts of earlier versions lack, and what that means.
 _LATER = {"date": "nothing recorded", "kept_token_ids": "none: its rewards read text without special tokens"}
 _MOST_SHOWN = 8  # numbers of a list
@@ -136,14 +126,17 @@ def _model_digest(folder: Path) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """Return a digest of the tokenizer's files in a model folder. Raises TokenizerError without one."""
+    """Return a digest of the tokenizer's files in a model folder, all of which exports get.
+
+    Raises TokenizerError without one, ModelFolderError for a link to nothing.
+    """
     digest = hashlib.sha256()
-    paths = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not paths:
+    names = tokenizer_files(folder)
+    if not names:
         raise TokenizerError(f"model.path: no tokenizer file in {folder}; add the model's tokenizer.json")
-    for path in paths:
-        data = path.read_bytes()
-        digest.update(f"{path.name}\0{len(data)}\0".encode() + data)
+    for name in names:
+        data = (folder / name).read_bytes()
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()
 
 

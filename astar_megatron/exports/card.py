@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from astar_megatron.data.files import write_atomic
-from astar_megatron.exports.provenance import TRAINING, Training
+from astar_megatron.exports.provenance import TRAINING, Training, recorded_licence
 from astar_megatron.run import certificate, scores
 from astar_megatron.run.scores import Evaluation, Scored, markdown
 from conversion import folders
@@ -44,12 +44,13 @@ def write(folder: Path, training: Training | None, run_dir: Path | None) -> str:
 def text_of(record: Mapping[str, Any], training: Training | None, scored: Sequence[Scored]) -> str:
     """Return the card of an export with this conversion.json: YAML of the hub's, and sections."""
     about = _of_training(training, scored) if training else [f"# A conversion of {record.get('source')}\n"]
-    return "\n".join([f"---\n{_metadata(training, scored).to_yaml()}\n---\n", *about, *_certificate(record)])
+    return "\n".join([f"---\n{_metadata(record, training, scored).to_yaml()}\n---\n", *about, *_certificate(record)])
 
 
-def _metadata(training: Training | None, scored: Sequence[Scored]) -> ModelCardData:
+def _metadata(record: Mapping[str, Any], training: Training | None, scored: Sequence[Scored]) -> ModelCardData:
     usual: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if training is None:
+        usual |= recorded_licence(record)
         return ModelCardData(**usual, tags=["astar-megatron"])
     own = scored[-1].evaluations if _are_of_these(training, scored) else []
     if results := [_result(evaluation, training.settings) for evaluation in own]:

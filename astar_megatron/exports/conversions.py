@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from astar_megatron.data.files import write_atomic
 from astar_megatron.exports import card
 from astar_megatron.exports.link_table import files_text, links, size_text
-from astar_megatron.exports.provenance import Training, run_dir_of
+from astar_megatron.exports.provenance import Training, of_conversion, run_dir_of
 from astar_megatron.run.certificate import certify_conversion
 from astar_megatron.run.tracking import Screen
 from conversion import folders, rewrite
@@ -20,11 +22,11 @@ from conversion.tiles import ParallelLayout
 def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> None:
     """Write `source`, of either kind, as a Hugging Face folder with a card of what `source` says of its training."""
     end = opened(source, destination, like, dry_run)
-    training = Training.of_folder(end.path)
     parts = 2 * len(rewrite.hf_parts(end.model, end.dtype))  # written, and read back
     carry_out(end, None, destination, parts, dry_run, lambda it: rewrite.write_hf(end, destination, it))
     if not dry_run:
-        Screen().say(card.write(Path(destination), training, run_dir_of(end.path)))
+        written = Path(destination)
+        Screen().say(card.write(written, Training.of_folder(written), run_dir_of(end.path)))
 
 
 def opened(source: str, destination: str, like: str | None, dry_run: bool) -> End:
@@ -45,8 +47,11 @@ def carry_out(
     dry_run: bool,
     write: Callable[[Callable[[int], None]], None],
 ) -> None:
-    """Show what a conversion does and, but for a dry run, `write` it and compare what both formats compute."""
-    screen = Screen()
+    """Show what a conversion does and, but for a dry run, `write` it and compare what both formats compute.
+
+    Its conversion.json goes on to say how the source was trained, or its licence.
+    """
+    screen, origin = Screen(), of_conversion(end.path)
     preview = rewrite.preview(end, layout)
     allowance = "" if layout is None else f" (with {rewrite.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
@@ -66,8 +71,14 @@ def carry_out(
         # Parts are moved side by side, so one thread each.
         with _torch_threads(1), screen.progress("writing", parts) as advance:
             write(advance)
+        _record(Path(destination), origin)
         if (end.kind == MegatronEnd.kind) == (layout is None):  # else both are of one kind: see the digests
             screen.say(certify_conversion(end, Path(destination)))
+
+
+def _record(folder: Path, fields: dict[str, Any]) -> None:
+    record = folders.read_record(folder) or {}
+    write_atomic(folder / folders.RECORD, folders.json_text(record | fields).encode())
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.saving import PROGRESS_FILE
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
-from conversion.folders import read_record
+from conversion.folders import model_name, read_record
 
-TRAINING = "training"  # of conversion.json
+TRAINING, LICENCE = "training", "licence"  # of conversion.json
 # Keys and sections that change no result, and what says where something lies.
 _NOT_TOLD = (
     *("run_dir", "sweep.table", "eval.folder", "model.path"),
@@ -33,7 +33,7 @@ _NOT_TOLD = (
 )
 _FILES = ("data.path", "data.eval_path")
 _TEXTS = ("data.suffix",)  # part of the prompt, word for word: a slash in it makes it no path
-_CACHED = "models--"  # how the hub's cache begins the name of a model's folder: models--ORG--NAME
+_LICENCE = ("license", "license_name", "license_link")  # of a card of the hub's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +59,9 @@ class Training:
         is_whole = len(lines) == step > 0
         model_path = str(settings["model.path"])
         told: dict[str, Any] = {
-            "base": _name(model_path),
+            "base": model_name(Path(model_path)),
             "settings": _told(settings),
-            "licence": _licence(Path(model_path) / "README.md"),
+            "licence": licence_of(Path(model_path)),
         }
         return cls(
             **values_without_secrets(told),
@@ -102,6 +102,17 @@ class Training:
         return PAPERS[self.method][1] if self.method in PAPERS else ""
 
 
+def of_conversion(source: Path) -> dict[str, Any]:
+    """Return what conversion.json of a folder made of `source` says of its origin: its training, or else its licence.
+
+    Raises ValueError for damaged files.
+    """
+    if (training := Training.of_folder(source)) is not None:
+        return {TRAINING: dataclasses.asdict(training)}
+    licence = licence_of(source)
+    return {LICENCE: licence} if licence else {}
+
+
 def run_dir_of(checkpoint: Path) -> Path | None:
     """Return the folder of the run that a checkpoint lies in; None for one that was moved."""
     folder = checkpoint.resolve().parent
@@ -132,21 +143,29 @@ def _without_places(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and re.fullmatch(r"\S*/\S*|~\S*", value) else value
 
 
-def _name(path: str) -> str:
-    """The name of a model's folder: the hub's, ORG/NAME, where it lies in the hub's cache, else the folder's."""
-    folder = Path(path).resolve()
-    cached = [part.removeprefix(_CACHED) for part in folder.parts if part.startswith(_CACHED)]
-    return cached[-1].replace("--", "/", 1) if cached else folder.name
+def licence_of(folder: Path) -> dict[str, str]:
+    """Return what a model's own card, or else its conversion.json, says of its licence; nothing if neither can be read.
 
-
-def _licence(card: Path) -> dict[str, str]:
-    """What a model's own card says of its licence; nothing where it can't be read."""
+    The fields are the hub's: license, license_name, license_link.
+    """
+    card = folder / "README.md"
     try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+        if not card.is_file():
+            return recorded_licence(read_record(folder) or {})
+        data = ModelCard.load(card, ignore_metadata_errors=True).data
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
         return {}
-    fields = {name: getattr(data, name, None) for name in ("license", "license_name", "license_link")}
-    told = {name: value for name, value in fields.items() if isinstance(value, str) and len(value) < 200}
+    return _licence({name: getattr(data, name, None) for name in _LICENCE})
+
+
+def recorded_licence(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the licence that a conversion.json names, which is a conversion's alone; nothing if it names none."""
+    fields = record.get(LICENCE)
+    return _licence(fields) if isinstance(fields, dict) else {}
+
+
+def _licence(fields: Mapping[str, Any]) -> dict[str, str]:
+    told = {name: fields[name] for name in _LICENCE if isinstance(fields.get(name), str) and len(fields[name]) < 200}
     if not told.get("license_link", "https://").startswith("https://"):  # a file beside that card, which is not here
         del told["license_link"]
     return told

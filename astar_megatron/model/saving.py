@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-from astar_megatron.data.files import storage_error
+from astar_megatron.data.files import StorageError, storage_error
 from astar_megatron.data.manifest import FileDigest, digest_of
 from astar_megatron.types import SaveState
 from conversion import folders
@@ -86,6 +86,8 @@ class Saving:
                 folders.copy_companions(model_folder, self._folder)
             except OSError as error:
                 raise storage_error(f"{self._folder}: can't be written", error) from error
+            except folders.ModelFolderError as error:  # of the model's folder, which has changed since the run began
+                raise StorageError(f"{self._folder}: can't be written: {error}") from error
         return digests
 
     def _write(self) -> tuple[list[Any], dict[str, FileDigest]]:

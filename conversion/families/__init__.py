@@ -62,7 +62,14 @@ def model_from_config(config: Mapping[str, Any]) -> Model:
         family.architecture for family in FAMILIES if family.model_type == config.get("model_type")
     ]
     for family in FAMILIES:
-        if architectures == [family.architecture] and config.get("model_type", family.model_type) == family.model_type:
+        if architectures != [family.architecture]:
+            continue
+        if config.get("model_type") is None:
+            raise UnsupportedModelError(
+                f"{family.architecture}: model_type is missing, without which transformers does not open the folder: "
+                f'add "model_type": "{family.model_type}"'
+            )
+        if config["model_type"] == family.model_type:
             return model_of(family, config)
     for name in architectures:
         if name in REFUSED:

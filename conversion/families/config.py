@@ -32,20 +32,32 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
     "pruned_heads": (None, {}),
     "partial_rotary_factor": (1.0,),
+    "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (None,),
 }
+# Settings of generation that old versions of transformers wrote there: the pinned one drops them, whatever they say.
+GENERATION = (
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("length_penalty", "exponential_decay_length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "num_return_sequences"),
+    *("output_scores", "return_dict_in_generate"),
+)
 _HARMLESS = frozenset(
     {
         # names and bookkeeping
         *("architectures", "model_type", "transformers_version", "_name_or_path", "_model_name_or_path"),
         *("_commit_hash", "unsloth_fixed", "unsloth_version", "transformers.js_config"),
-        *("problem_type", "id2label", "label2id"),
+        *("problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "task_specific_params"),
         # how weights are stored, initialised or run; not what they compute
         *("dtype", "torch_dtype", "initializer_range", "use_cache", "attention_dropout", "torchscript"),
         *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "use_bfloat16"),
         *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "tf_legacy_loss"),
         # the tokenizer's
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id"),
-        *("mask_token_id", "decoder_start_token_id"),
+        *("mask_token_id", "decoder_start_token_id", "tokenizer_class", "prefix"),
+        *GENERATION,
         "layer_types",  # checked below
     }
 )
@@ -111,7 +123,9 @@ class Family:
         known = _HARMLESS | self.harmless | only.keys() | {*required, *self.explicit, *_OPTIONAL, *_ROPE}
         for key, value in config.items():
             if key not in known:
-                raise self._unsupported(f"{key}={value!r} is not modelled")
+                raise self._unsupported(
+                    f"{key}={value!r} is not modelled: remove the key if what the model computes does not depend on it"
+                )
             if key in only and not fields.is_one_of(value, only[key]):
                 raise self._unsupported(f"{key}={value!r} is not modelled, only {_listed(only[key])}")
         for key in required:

@@ -14,5 +14,5 @@ MISTRAL = Family(
     # HF's default for a missing num_key_value_heads is 8, whatever the number of heads.
     required=("num_key_value_heads",),
     explicit=("sliding_window",),
-    only={"sliding_window": (None,)},
+    only={"sliding_window": (None,), "attention_bias": (False,), "mlp_bias": (False,)},
 )

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, LLAMA3, config
+from transformers import AutoConfig
 
 from conversion.families import UnsupportedModelError, model_from_config, read_model
+from conversion.families.config import GENERATION
 
 ROPE = LLAMA3 | {"original_max_position_embeddings": 24}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
@@ -88,7 +90,8 @@ def test_whatever_a_field_holds_it_is_understood_or_named(data: st.DataObject, v
         ({"num_attention_heads": 10**9, "num_key_value_heads": 10**9, "head_dim": 2}, "times num_attention_heads="),
         ({"vocab_size": 2**41}, "vocab_size=2199023255552, expected a whole number"),
         ({"mlp_bias": 0}, "mlp_bias=0 is not modelled, only False"),
-        ({"auto_map": {"AutoConfig": "own.Config"}}, r"auto_map=.*own\.Config.* is not modelled"),
+        ({"auto_map": {"AutoConfig": "own.Config"}}, r"auto_map=.*own\.Config.* is not modelled: remove the key if"),
+        ({"model_type": None}, 'model_type is missing, .*: add "model_type": "llama"$'),
     ],
 )
 def test_what_has_no_meaning_or_two_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -96,6 +99,34 @@ def test_what_has_no_meaning_or_two_is_refused(changes: dict[str, Any], message:
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         read_model(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_configuration_without_its_kind_is_refused_as_by_transformers(family: str, tmp_path: Path) -> None:
+    small = config(family)
+    kind = small.pop("model_type")
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    with pytest.raises(UnsupportedModelError, match=f'add "model_type": "{kind}"'):
+        read_model(tmp_path)
+    with pytest.raises(ValueError, match="model_type"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_old_versions_wrote_for_generation_is_no_part_of_a_model(family: str, tmp_path: Path) -> None:
+    old = config(family, tokenizer_class="LlamaTokenizer", **dict.fromkeys(GENERATION, 0.5))
+    assert model_from_config(old).computation() == model_from_config(config(family)).computation()
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert [key for key in GENERATION if hasattr(read, key)] == []
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+def test_mistral_may_say_that_it_has_no_biases(key: str) -> None:
+    plain, without_biases = model_from_config(config("mistral")), model_from_config(config("mistral", **{key: False}))
+    assert without_biases.computation() == plain.computation()
+    with pytest.raises(UnsupportedModelError, match=f"{key}=True is not modelled, only False"):
+        model_from_config(config("mistral", **{key: True}))
 
 
 def test_the_same_said_twice_is_understood() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tiny_models import fits, layouts, models, random_weights, write_folder
 from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.families import Model
+from conversion.folders import ModelFolderError, companions
 from conversion.tiles import ParallelLayout
 from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
 from conversion.verify import tensor_digests
@@ -37,6 +39,37 @@ def test_there_and_back_is_bitwise_equal(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((tmp_path / "back" / "conversion.json").read_text())["source_kind"] == "Megatron"
+
+
+def test_every_file_of_a_tokenizer_goes_along(tied_llama: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tied_llama, tmp_path / "source")
+    for name in samples.TOKENIZERS_OWN:
+        (source / name).write_text(name)
+    rewrite.write_megatron(HuggingFaceEnd(source), tmp_path / "megatron", ParallelLayout())
+    rewrite.write_hf(open_end(tmp_path / "megatron"), tmp_path / "back")
+    rewrite.write_hf(open_end(tmp_path / "megatron"), tmp_path / "back")  # an export with them may be replaced
+    assert [(tmp_path / "back" / name).read_text() for name in samples.TOKENIZERS_OWN] == samples.TOKENIZERS_OWN
+    assert companions(tmp_path / "back") == companions(source)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json", "additional_chat_templates/tool.jinja"])
+def test_a_link_to_a_file_that_is_missing_is_refused_before_anything_is_written(
+    name: str, tied_llama: Path, tmp_path: Path
+) -> None:
+    """A copy of a part of the hub's cache has such links."""
+    source = shutil.copytree(tied_llama, tmp_path / "source")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to("../blobs/missing")
+    end = open_end(source)
+    for write in (
+        lambda: rewrite.write_hf(end, tmp_path / "out"),
+        lambda: rewrite.write_megatron(end, tmp_path / "out", ParallelLayout()),
+        lambda: rewrite.preview(end, None),
+    ):
+        with pytest.raises(ModelFolderError, match=f"{name} names ../blobs/missing, which is missing: copy it there"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -11,7 +11,7 @@ import torch
 from exports import write_export
 from safetensors.torch import load_file
 from samples import files_of_at_most
-from tiny_models import EXPERTS, config, write_folder
+from tiny_models import EXPERTS, config, random_weights, write_folder
 from torch import Tensor
 from transfer_process import memory_bytes
 
@@ -58,6 +58,21 @@ def test_a_disk_that_fills_up_leaves_nothing(source: Path, megatron: Path, tmp_p
         with pytest.raises(OSError, match="no room for the"):
             rewrite.write_hf(open_end(megatron), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_that_can_t_be_copied_is_told_before_the_weights_are_written(source: Path, tmp_path: Path) -> None:
+    (source / "vocab.txt").write_bytes(bytes(100_000))
+    end = open_end(source)
+    for write in (rewrite.write_hf, lambda end, to: rewrite.write_megatron(end, to, ONE)):
+        with files_of_at_most(80_000), pytest.raises(OSError, match=r"can't write .*out.*vocab\.txt: File too large"):
+            write(end, tmp_path / "out")
+    room = rewrite.preview(end, ONE).written_bytes, rewrite.preview(end, None).written_bytes
+    (source / "vocab.txt").write_bytes(b"")
+    assert (rewrite.preview(end, ONE).written_bytes, rewrite.preview(end, None).written_bytes) == (
+        room[0] - 100_000,
+        room[1] - 100_000,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -195,6 +210,40 @@ def test_unstacked_layers_and_the_other_norm_s_name_are_read(source: Path, tmp_p
         folder.mkdir()
         torch_dist.write(folder, parts, read, torch.float32, {})
         rewrite.compare(MegatronEnd(folder, like=source), end)
+
+
+@pytest.mark.parametrize(
+    ("more", "less", "named"),
+    [
+        (config("qwen2"), config(), r"holds decoder\.layers\.self_attention\.linear_qkv\.bias, which the model of"),
+        (config("qwen3"), config(head_dim=16), r"holds decoder\..*\.[qk]_layernorm\.weight, which the model of"),
+        (config(num_hidden_layers=5), config(), r"is \(5, .*, more layers or experts than the \(2,\) of the model of"),
+        (config(vocab_size=131 + 256), config(), r"has 388 rows, more than .* 131 of .* \(to a multiple of 256\)"),
+    ],
+    ids=["biases", "norms of heads", "layers", "tokens"],
+)
+def test_a_checkpoint_that_holds_more_than_the_model_is_no_checkpoint_of_it(
+    more: dict[str, object], less: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    """The rest would be lost, and verify would call what is left the same."""
+    model = model_from_config(more)
+    source = write_folder(tmp_path / "source", model, random_weights(model))
+    rewrite.write_megatron(open_end(source), tmp_path / "megatron", ParallelLayout(tensor=2))
+    for name in ("config.json", "conversion.json"):
+        (tmp_path / "megatron" / name).unlink()
+    assert MegatronEnd(tmp_path / "megatron", like=source).model == model
+    (source / "config.json").write_text(json.dumps(less))
+    with pytest.raises(ValueError, match=f"{named}.*: take both from the same model"):
+        MegatronEnd(tmp_path / "megatron", like=source)
+
+
+def test_a_vocabulary_padded_as_megatron_lm_does_is_one(tmp_path: Path) -> None:
+    model = model_from_config(config())
+    source = write_folder(tmp_path / "source", model, random_weights(model))
+    padded = ParallelLayout(tensor=2, vocabulary_multiple=128)
+    rewrite.write_megatron(open_end(source), tmp_path / "megatron", padded)
+    assert open_end(tmp_path / "megatron").notes()["vocabulary"] == "padded to 256"
+    rewrite.compare(open_end(tmp_path / "megatron"), open_end(source))
 
 
 def write_repeated(folder: Path, like: Path) -> None:

@@ -169,6 +169,9 @@ def test_an_export_says_which_folder_and_layout_it_came_from(
     record = read_record(tmp_path / "out") or {}
     assert record["source"] == "megatron"
     assert (record["layout"]["tensor"], record["layout"]["expert"]) == (2, 2)
+    cached = shutil.copytree(megatron, tmp_path / "models--Org--Base-1B" / "snapshots" / "0a1b")  # as the hub does
+    rewrite.write_hf(open_end(cached), tmp_path / "out")
+    assert (read_record(tmp_path / "out") or {})["source"] == "Org/Base-1B"
     (megatron / "conversion.json").unlink()  # a checkpoint of training says it elsewhere
     (megatron / "progress.json").write_text(json.dumps({"layout": {"tensor": 5}}))
     rewrite.write_hf(open_end(megatron), tmp_path / "out")

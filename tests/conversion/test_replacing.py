@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -117,6 +119,29 @@ def test_no_file_is_deleted_that_an_export_does_not_have(tmp_path: Path) -> None
     with pytest.raises(ModelFolderError, match=r"results\.csv"), replacing(tmp_path / "out"):
         (tmp_path / "out" / "results.csv").write_text("put there meanwhile")
     assert (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_new_export_is_for_whom_the_old_one_was(tmp_path: Path) -> None:
+    export(tmp_path / "out", "old")
+    for mode in (0o700, 0o2750):
+        (tmp_path / "out").chmod(mode)
+        export(tmp_path / "out", "new")
+        assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who may not write")
+def test_an_export_that_can_t_be_moved_away_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    export(tmp_path / "out", "old")
+    for path in tmp_path.parents:
+        if path.stat().st_mode & 0o055 != 0o055:
+            path.chmod(path.stat().st_mode | 0o055)
+    tmp_path.chmod(0o777)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match="out: Permission denied; choose another destination"):
+            check_destination(tmp_path / "out")
+    finally:
+        os.seteuid(0)
 
 
 def test_the_current_folder_is_no_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The contract: what changes it, what does not, and how a difference is told."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from samples import CONTRACT, run_config
+from samples import CONTRACT, TOKENIZERS_OWN, run_config
 
 from astar_megatron.data.chat import TokenizerError
-from astar_megatron.data.contract import TOKENIZER_FILES, Contract, ContractError, contract_of
-from conversion.folders import COMPANIONS
+from astar_megatron.data.contract import Contract, ContractError, contract_of, tokenizer_digest
+from conversion.folders import ModelFolderError
 
 NAMES = ("this run", "the table")
 
@@ -37,9 +38,30 @@ def test_equal_runs_have_equal_contracts(model: str, tmp_path: Path) -> None:
     assert first.difference(json.loads(json.dumps(first.fields()))) == []
 
 
-def test_an_export_has_every_file_that_the_contract_reads() -> None:
-    """Else `astar eval` of a run's own export would have another contract."""
-    assert set(TOKENIZER_FILES) <= set(COMPANIONS)
+def test_a_tokenizer_of_the_first_contracts_files_has_their_digest(tmp_path: Path) -> None:
+    """Else every V* table there is would be refused."""
+    names = ["added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"]
+    names += ["tokenizer_config.json", "vocab.json", "vocab.txt"]
+    digest = hashlib.sha256()
+    for name in names:
+        (tmp_path / name).write_text(f"of {name}")
+        digest.update(f"{name}\0{len(name) + 3}\0of {name}".encode())
+    for name in ("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "README.md"):
+        (tmp_path / name).write_text("no tokenizer's")
+    assert tokenizer_digest(tmp_path) == digest.hexdigest()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS_OWN)
+def test_a_tokenizer_s_file_of_any_kind_changes_the_digest(name: str, tmp_path: Path) -> None:
+    digests = set()
+    for text in ("one", "two"):
+        (tmp_path / name).write_text(text)
+        digests.add(tokenizer_digest(tmp_path))
+    assert len(digests) == 2
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("../blobs/missing")
+    with pytest.raises(ModelFolderError, match=r"names \.\./blobs/missing, which is missing: copy it there too"):
+        tokenizer_digest(tmp_path)
 
 
 @pytest.mark.parametrize(
