@@ -22,9 +22,14 @@ def fit(
     if folders := [path for path in written if path.is_dir()]:
         raise ValueError(f"--out {out}: {folders[0].name} is a folder there; give another, or remove it")
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
-    count = sum(len(curve.points) for curve in curves)
-    with screen.waiting(f"fitting {count:,} points of {len(curves)} curve{'s' * (len(curves) != 1)}"):
-        results = [extrapolate(curve.name, curve.points, tolerance) for curve in curves]
+    count, results = sum(len(curve.points) for curve in curves), []
+
+    def place() -> str:
+        return f"curve {min(len(results) + 1, len(curves))} of {len(curves)}"
+
+    with screen.waiting(f"fitting {count:,} points of {len(curves)} curve{'s' * (len(curves) != 1)}", place):
+        for curve in curves:
+            results.append(extrapolate(curve.name, curve.points, tolerance, curve.lost_at_end))
     extrapolation_files.write(out, curves, results, tolerance)
     screen.say(extrapolation_files.as_markdown(curves, results, tolerance))
     screen.say(f"fit.md, fit.csv, fit.json and fit.png are in {out}")

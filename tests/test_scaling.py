@@ -237,14 +237,15 @@ def test_other_held_out_problems_are_another_study(study: Study, tmp_path: Path)
         ({"set": {"run_dir": "/nowhere"}}, "set: run_dir can't be there; the study has its own key for it, out"),
         ({"grid": [{"optim.rate": [1]}]}, r"cell rate=1: optim\.rate: no such key; the nearest is "),
         ({"grid": [{"optim.lr": [-1.0]}]}, r"cell lr=-1\.0: optim\.lr"),
-        ({"grid": [{"data.path": ["a/x.jsonl", "b/x.jsonl"]}]}, r"would both be called path=x\.jsonl"),
+        ({"grid": [{"data.path": ["b x.jsonl", "b:x.jsonl"]}]}, r"would both be called path=b_x\.jsonl; rename a file"),
         ({"grid": [{"slurm.backend": ["local"]}]}, r"grid: slurm\.backend can't be there"),
         ({"set": {"slurm.backend": "nemo-run"}}, r"slurm\.backend: nemo-run submits one run; for many take sbatch or"),
         ({"budgets": []}, "budgets: expected rising amounts"),
         ({"budgets": ["tokens=9", "tokens=9"]}, "budgets: expected rising amounts"),
         ({"budgets": ["tokens=9", "flops=99"]}, "budgets: expected rising amounts"),
-        ({"budgets": ["seconds=9"]}, "budgets: expected rising amounts"),
-        ({"budgets": ["tokens"]}, "budgets: expected tokens=N"),
+        ({"budgets": ["seconds=9"]}, "budgets: expected tokens=N or flops=N with"),
+        ({"budgets": ["flops=-1"]}, "budgets: expected tokens=N or flops=N with"),
+        ({"budgets": ["tokens"]}, "budgets: expected tokens=N or flops=N with"),
         ({"seeds": [1, 1]}, "seeds: expected one or more, each once"),
         ({"sedes": [1]}, "sedes: no such key; the nearest is seeds"),
         ({"set": {"budget.tokens": 9}}, "budget: a study takes it from its own key budgets"),
@@ -269,6 +270,19 @@ def test_a_held_out_problem_that_is_trained_on_is_refused(study: Study, tmp_path
 def test_a_cell_whose_stage_1_costs_the_last_budget_is_refused(study: Study) -> None:
     with pytest.raises(ValueError, match="stage 1 alone, which astar reads, will cost 8 response tokens or more"):
         study(Astar(), budgets=["tokens=8"])
+
+
+def test_cells_of_paths_with_one_last_part_are_named_by_more_of_them(base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base, sort_keys=False))
+    file = {"config": str(tmp_path / "base.yaml"), "budgets": ["tokens=9"], "out": "out"}
+
+    def names(*paths: str) -> list[str]:
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(file | {"grid": [{"data.path": list(paths)}]}))
+        return list(read_study(tmp_path / "study.yaml")[0].cells)
+
+    assert names("a/hf", "a/other") == ["path=hf", "path=other"]
+    assert names("a/hf", "b/hf") == ["path=a_hf", "path=b_hf"]
+    assert names("x/a/hf", "y/a/hf", "z") == ["path=x_a_hf", "path=y_a_hf", "path=z"]
 
 
 def test_the_study_of_the_examples_is_one(tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from samples import evaluation
 
+from astar_megatron.run import scores
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.scaling_fit import fit as scale_fit
+from astar_megatron.studies import laws
+from astar_megatron.studies.comparison import Run
 from astar_megatron.studies.extrapolation import Extrapolation, extrapolate
 from astar_megatron.studies.laws import CONSTANT, LOG_LINEAR, SIGMOID, Points, fit, student
 from astar_megatron.studies.score_curves import read_curves
+from astar_megatron.studies.study import course_of
 
 START, ASYMPTOTE, MIDDLE, EXPONENT = 0.2, 0.8, 0.25, 2.0
 
@@ -80,8 +85,12 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         {"runs": 1, "steps": 60},
         {"together": 0.5, "steps": 40},
         {"apart": 0.01, "runs": 4, "steps": 40},
+        {"together": 0.8, "runs": 1, "steps": 60},
     ],
-    ids=["plain", "few points", "a single run", "steps that move together", "runs that differ"],
+    ids=[
+        *("plain", "few points", "a single run", "steps that move together", "runs that differ"),
+        "steps of a single run that move together",
+    ],
 )
 def test_95_per_cent_intervals_hold_the_truth_in_90_to_99_of_100_of_200_studies(options: dict[str, Any]) -> None:
     shares = coverage(200, **options)
@@ -113,6 +122,17 @@ def test_a_fit_is_the_least_squares_where_runs_lie_apart_and_steps_move_together
         basis = SIGMOID.basis(np.log(points.compute) - whole.centre, np.array([row]), np.array([column]))[0]
         residuals = points.score - basis @ np.linalg.lstsq(basis, points.score, rcond=None)[0]
         assert least <= float((residuals**2).sum()) * (1 + 1e-6)
+
+
+def test_a_grid_solved_at_once_and_row_by_row_is_the_same_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, fits = study(1), []
+    for many in (1, len(points) + 1):
+        monkeypatch.setattr(laws, "_MANY", many)
+        fits.append(fit(SIGMOID, points))
+    row_by_row, at_once = fits
+    assert at_once.squares == pytest.approx(row_by_row.squares, rel=1e-6)
+    assert at_once.shape("row")[1] == pytest.approx(row_by_row.shape("row")[1], rel=1e-5)
+    assert at_once.coefficient(1)[1] == pytest.approx(row_by_row.coefficient(1)[1], rel=1e-5)
 
 
 def test_the_fit_does_not_depend_on_the_unit_of_compute() -> None:
@@ -222,7 +242,7 @@ def test_runs_that_lie_apart_leave_the_shape_as_known_as_a_run_and_the_asymptote
 
 
 def test_a_sudden_rise_has_no_exponent() -> None:
-    result = extrapolate("x", study(0, lambda c: np.where(c < 0.3, 0.1, 0.8), responses=10**6), 0.02)
+    result = extrapolate("x", study(0, lambda c: np.where(c < 0.3, 0.1, 0.8), responses=10**6), 0.05)
     assert "sudden" in refusals(result)["exponent"] and "asymptote" not in refusals(result)
 
 
@@ -284,6 +304,49 @@ def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([1, 15], [0.1, 0.3])
     (curve,) = read_curves([path], "cost", "val")
     assert curve.points.compute.tolist() == [1, 8]
+
+
+def fitted(path: str, out: Path) -> tuple[dict[str, Any], str]:
+    """What `astar scale fit` writes of one curve, and what it says."""
+    scale_fit([path], out, None, None, per_row=False, tolerance=0.05)
+    (curve,) = json.loads((out / "fit.json").read_text())["curves"]
+    return curve, (out / "fit.md").read_text()
+
+
+@pytest.mark.parametrize("lost", [math.nan, None], ids=["nan", "null"])
+def test_a_curve_that_ends_in_lost_scores_does_not_extrapolate(lost: float | None, tmp_path: Path) -> None:
+    points = study(0, responses=4096, runs=1)
+    rows = [{"num_tokens": compute} for compute in points.compute.tolist()]
+    for ending, verdict in ((slice(0, 0), "extrapolates"), (slice(8, 10), "extrapolates"), (slice(18, 24), "can't be")):
+        for row, score in zip(rows, points.score.tolist(), strict=True):
+            row["reward"] = score
+        for row in rows[ending]:
+            row["reward"] = lost
+        (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        curve, text = fitted(str(tmp_path / "x.jsonl"), tmp_path / "out")
+        count, first = len(rows[ending]), rows[ending][0]["num_tokens"] if rows[ending] else None
+        assert curve["verdict"].startswith(verdict) and (curve["lost_rows"], curve["lost_from"]) == (count, first)
+        words = f"{count} of 24 rows have no score but nan or null, from num_tokens"
+        assert (words in text) == (count > 0)
+    assert "but it ends in 6 rows without a score" in text
+
+
+def test_rows_that_were_not_evaluated_are_not_lost_and_a_run_that_lost_all_has_no_points(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", {"num_tokens": [1, 2, 3, 4], "reward": [0.1, "", 0.2, ""]})
+    (curve,) = read_curves([path])
+    assert (list(curve.lost), curve.points.compute.tolist()) == ([], [1, 3])
+    path = write_csv(tmp_path / "x.csv", {"num_tokens": [1, 2], "reward": ["nan", "NaN"]})
+    curve, text = fitted(path, tmp_path / "out")
+    assert (curve["verdict"], curve["points"], curve["lost_at_end"]) == ("can't be told", 0, 2)
+    assert "can't be told. no row has a score." in text and "not fitted" not in text
+
+
+def test_a_runs_folder_that_lost_its_rewards_says_so(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run")
+    for step in range(4):
+        tracker.log(metrics(step) | ({"reward_mean": math.nan} if step > 1 else {}))
+    (curve,) = read_curves([str(tmp_path / "run")])
+    assert (curve.lost, curve.lost_at_end) == ([15, 20], 2)
 
 
 @pytest.mark.parametrize("names", [("perf/total_num_tokens", "critic/score/mean"), ("cost", "val")])
@@ -380,21 +443,36 @@ def metrics(step: int) -> dict[str, Any]:
 def test_a_runs_folder_has_rewards_by_flops_and_scores_of_the_weights_that_a_step_begins_with(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run")
     for step in range(3):
-        tracker.log(metrics(step) | ({} if step % 2 else {"eval": {"a": {"greedy": 0.5}, "b": {"greedy": 0.7}}}))
+        tracker.log(metrics(step))
+    for step in (0, 2):
+        scores.write(tmp_path / "run", step, [evaluation(0.5, "a"), evaluation(0.7, "b")])
     (curve,) = read_curves([str(tmp_path / "run")])
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([5, 10, 15], [0.0, 0.1, 0.2])
     (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens", "score")
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 20], [0.6, 0.6])
 
 
+def test_a_runs_folder_has_the_score_of_its_last_weights_as_a_study_has(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run")
+    for step in range(4):
+        tracker.log(metrics(step) | {"truncated": 0.0, "peak_memory_bytes": [0], "seconds": {}})
+    for step in (0, 2, 4):
+        scores.write(tmp_path / "run", step, [evaluation(0.1 * step)])
+    course = course_of(Run("x", 0), tmp_path / "run", None)
+    (curve,) = read_curves([str(tmp_path / "run")], score="score")
+    of_study = [(each.spent.flops, each.score) for each in course if each.score is not None]
+    assert list(zip(curve.points.compute, curve.points.score, strict=True)) == of_study
+    assert curve.points.compute.tolist() == [0, 10, 20]
+
+
 def test_steps_of_a_run_that_lack_a_number_have_cost_what_they_say(tmp_path: Path) -> None:
     lines = [
         '{"step": 0}',
-        '{"step": 1, "reward_mean": NaN, "model_flops": 4.0, "seconds": null, "response_tokens": null, "eval": null}',
-        '{"step": 2, "reward_mean": 0.5, "model_flops": 4.0, "generation_flops": null, "eval": {"a": {"greedy": 0.7}}}',
-        '{"step": 3, "eval": {"a": {"greedy": 0.7}, "b": {}, "c": null}}',  # the mean of other sets
+        '{"step": 1, "reward_mean": NaN, "model_flops": 4.0, "seconds": null, "response_tokens": null}',
+        '{"step": 2, "reward_mean": 0.5, "model_flops": 4.0, "generation_flops": null}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    scores.write(tmp_path, 2, [evaluation(0.7)])
     for score, points in ((None, ([8], [0.5])), ("score", ([4], [0.7]))):
         (curve,) = read_curves([str(tmp_path)], score=score)
         assert (curve.points.compute.tolist(), curve.points.score.tolist()) == points
@@ -455,6 +533,17 @@ def test_a_table_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         read_curves([path] * 2)
 
 
+def test_a_copy_of_a_table_is_refused_as_the_table_given_twice_is(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"num_tokens": [1, 2], "reward": [0.1, 0.2]}
+    first, second = (write_csv(tmp_path / f"{name}.csv", columns) for name in "ab")
+    with pytest.raises(ValueError, match=r"x: \S+b\.csv has the points of \S+a\.csv, all of which would count twice"):
+        read_curves([f"x={first}", f"x={second}"])
+    assert len(read_curves([first, second])) == 2
+    seeds = {"method": list("aaaa"), "seed": [0, 0, 1, 1], "spent_flops": [1, 2, 1, 2], "reward_mean": [0.0] * 4}
+    (curve,) = read_curves([write_csv(tmp_path / "compare.csv", seeds)])  # seeds that never learn may well be equal
+    assert len(curve.points) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -469,6 +558,7 @@ def test_a_table_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         ("num_tokens,reward\n1,1\n1e308,1\n", "row 2, num_tokens: expected a number up to 1e+100, got 1e+308"),
         ("num_tokens,reward\n1,-1e202\n", "row 1, reward: expected a number up to 1e+100, got -1e+202"),
         ("num_tokens,reward\n1,inf\n", "row 1, reward: expected a number up to 1e+100, got inf"),
+        ("num_tokens,reward\n1,1\n1,1\n", "row 2: num_tokens and reward are those of the point before, which would"),
         ("num_tokens,reward\n-5,1\n", "row 1: num_tokens is -5"),
         ("\0\xff", "expected a header and a row a step"),
         ("num_tokens,reward\n1,2,\n1,1000,0.5\n", "row 2 has more cells than the header has columns"),
@@ -541,8 +631,8 @@ def test_columns_of_one_name_and_names_that_cant_be_printed_are_refused(tmp_path
 
 
 def test_what_is_no_table_or_lacks_a_named_column_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="can't read the table"):
-        read_curves([str(tmp_path / "none.csv")])
+    with pytest.raises(ValueError, match=r"none\.csv: there is no such file or folder; give a CSV"):
+        read_curves([f"x={tmp_path / 'none.csv'}"])
     with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
         read_curves([str(tmp_path)])
     (tmp_path / "x.jsonl").write_text('{"num_tokens": 1, "reward": 2}\nno\n')
@@ -596,12 +686,38 @@ def test_the_files_say_the_same_and_what_is_not_known_is_empty(
     assert f"{near} of 30 later means are within 0.05 of the nearest law." in text
 
 
+@pytest.mark.parametrize("is_study", [True, False])
+def test_runs_that_failed_are_counted_and_a_curve_without_any_run_is_named(
+    is_study: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, curve = ("scale", "cell") if is_study else ("compare", "method")
+    columns = {"seed": [0] * 12, "spent_flops": list(range(12)), "reward_mean": [0.5] * 12}
+    write_csv(tmp_path / f"{name}.csv", {curve: ["astar"] * 12} | columns | {"score": [0.5, 0.6] * 6})
+    states = {"0": {"state": "finished"}, "1": {"state": "failed", "error": "x"}, "2": {"state": "waiting"}}
+    cells = ("astar", "grpo")
+    runs = [{"method": cell, "seed": int(seed)} | state for cell in cells for seed, state in states.items()]
+    tree = {"cells": {cell: {"runs": states} for cell in cells}} if is_study else {"runs": runs}
+    (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    scale_fit([str(tmp_path)], tmp_path / "out", None, None, per_row=False, tolerance=0.05)
+    curves = json.loads((tmp_path / "out" / "fit.json").read_text())["curves"]
+    assert [(each["name"], each["runs"], each["asked_runs"]) for each in curves] == [("astar", 1, 3), ("grpo", 0, 3)]
+    rows = list(csv.DictReader((tmp_path / "out" / "fit.csv").open()))
+    assert [(row["runs"], row["asked_runs"]) for row in rows] == [("1", "3")] * 3 + [("0", "3")] * 3
+    text = capsys.readouterr().out
+    assert (tmp_path / "out" / "fit.md").read_text() in text
+    assert "| grpo | 0 of 3 | 0 | can't be told |" in text
+    assert "1 of 3 runs have points; the others failed, or have not ended." in text
+    (tmp_path / f"{name}.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"{name}\.json: can't read which runs {name}\.csv was to have"):
+        read_curves([str(tmp_path)])
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("compute", "score"),
     [
         ([1.0], [1.0]),
-        ([0.0] * 12, [0.5] * 12),
+        ([0.0] * 12, [0.5, 0.6] * 6),
         ([1e98 * number for number in range(12)], [1e100] * 12),
         (list(range(12)), [1e100, -1e100] * 6),
     ],

@@ -35,6 +35,19 @@ def test_an_asymptote_that_parts_of_the_curve_contradict_is_refused_or_its_inter
     assert not any(low <= 0.8 <= high for low, high in map(of_all_points_alone, results))
 
 
+def test_a_saturating_exponential_that_the_sigmoid_misses_has_no_asymptote() -> None:
+    compute, random = np.linspace(1 / 40, 1.0, 40), np.random.default_rng(1)
+    truth = 0.8 - 0.7 * np.exp(-compute / 0.2)
+    score = truth + 0.003 * random.standard_normal((3, 40))
+    points = Points(np.tile(compute, 3), score.ravel(), np.repeat(np.arange(3), 40))
+    result = extrapolate("x", points, 0.02)
+    asymptote = result.laws[0].numbers["asymptote"]
+    assert result.verdict == "does not" and asymptote.interval is None
+    assert asymptote.refusal is not None and "misses the later means" in asymptote.refusal
+    assert of_all_points_alone(result)[0] > 0.8
+    assert extrapolate("x", points, 0.5).laws[0].numbers["asymptote"].interval is not None
+
+
 def test_tabular_policies_trained_with_a_wrong_v_star_stay_at_the_asymptote_and_long_studies_come_to_it() -> None:
     studies = trained(BETAS2[2], torch.arange(2, 48, 3))  # V* at beta1 = 0.5, of 8 samples
     assert float(studies.noise_floor.abs().max()) < 2e-3

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,12 @@ def of_step(run_dir: Path, step: int) -> list[Evaluation]:
     """Return the evaluations in training after `step` steps; [] where there was none. Raises ValueError as `kept`."""
     path = run_dir / f"{name_of_step(step)}.json"
     return _read(path)[1] if path.exists() else []
+
+
+def mean_of_step(run_dir: Path, step: int) -> float | None:
+    """Return the greedy score after `step` steps, the mean over the sets; None where there was no evaluation."""
+    evaluations = of_step(run_dir, step)
+    return statistics.fmean(evaluation.greedy.mean for evaluation in evaluations) if evaluations else None
 
 
 def keep(run_dir: Path, weights: str, evaluation: Evaluation) -> None:

@@ -122,19 +122,21 @@ class Summary:
     peak_memory_bytes: int
 
 
-def budget_of(text: str, name: str = "--budget") -> Budget:
-    """Return the budget of `tokens=N`, `flops=N` or `seconds=N`. Raises ValueError; `name` is where it stands."""
-    measure, _, number = text.partition("=")
+def budget_of(text: str, name: str = "--budget", measures: Iterable[Measure] = UNITS) -> Budget:
+    """Return the budget of a text as `tokens=N`, of a known measure. Raises ValueError; `name` is where it stands."""
+    given, _, number = text.partition("=")
+    known: dict[str, Measure] = {measure: measure for measure in measures}
+    measure = known.get(given)
     try:
         amount = float(number)
     except ValueError:
         amount = math.nan
-    if measure not in UNITS or not (0 < amount <= _MOST[measure]) or (measure == "tokens" and amount % 1):
+    if measure is None or not (0 < amount <= _MOST[measure]) or (measure == "tokens" and amount % 1):
         raise ValueError(
-            f"{name}: expected tokens=N, flops=N or seconds=N with N above 0 (tokens: a whole number up to "
-            f"1e15, else up to 1e30), got {text!r:.80}"
+            f"{name}: expected {' or '.join(f'{each}=N' for each in measures)} with N above 0 (tokens: a whole number "
+            f"up to 1e15, else up to 1e30), got {text!r:.80}"
         )
-    return Budget(measure=measure, amount=amount)  # type: ignore[arg-type]
+    return Budget(measure=measure, amount=amount)
 
 
 def runs_of(methods: str, seeds: str) -> list[Run]:

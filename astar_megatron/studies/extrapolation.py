@@ -7,7 +7,8 @@ are refused, in words, where the points can't tell them.
 
 Real curves are no sigmoids, and a profile likelihood believes the law. So the asymptote's interval also holds those of
 the first half and of the points from `LATER` of the compute on, where the rise does not set the law; it is refused
-where either of these can't tell it. Measured: tests/benchmarks/tabular_scaling.py.
+where either of these can't tell it, and where the sigmoid of the first half misses the second for no noise: then it is
+not the curve's law. Measured: tests/benchmarks/tabular_scaling.py.
 """
 
 import math
@@ -77,8 +78,8 @@ class Extrapolation:
     reason: str
 
 
-def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
-    """Fit all laws to a curve and judge them."""
+def extrapolate(name: str, points: Points, tolerance: float, lost_at_end: int = 0) -> Extrapolation:
+    """Fit all laws to a curve and judge them; of rows of lost scores after its last points nothing can be told."""
     split = float(points.compute.max(initial=0.0)) / 2
     late = _late(points, split)
     laws = [_result(law, points, points.where(points.compute <= split), late, tolerance) for law in LAWS]
@@ -86,6 +87,10 @@ def extrapolate(name: str, points: Points, tolerance: float) -> Extrapolation:
     unit = _unit(points.score)
     best = min(fitted, key=lambda law: round((law.error or 0.0) / unit, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
+    if not len(points):
+        reason = "no row has a score"
+    if lost_at_end and verdict == "extrapolates":
+        verdict, reason = "can't be told", f"{reason}, but it ends in {lost_at_end} rows without a score"
     if points.score.max(initial=0.0) > 1:
         reason += "; scores look like per cent, --tolerance is in their unit"
     return Extrapolation(
@@ -200,9 +205,15 @@ def _result(law: Law, points: Points, first_half: Points, late: Late, tolerance:
     except ValueError as reason:
         half = "" if whole is None else f", up to half of the compute, where there are {len(first_half)}"
         refusal = f"{reason}{half}"
+    numbers = _numbers(whole, points) if whole else {}
+    if law is SIGMOID and share is not None and _is_missed(share, late, tolerance) and not numbers["asymptote"].refusal:
+        words = (
+            f"fitted up to {EARLIER:.0%} of the compute the sigmoid misses the later means, by more than their noise"
+        )
+        numbers["asymptote"] = replace(numbers["asymptote"], interval=None, refusal=words)
     return LawResult(
         law=law.name,
-        numbers=_numbers(whole, points) if whole else {},
+        numbers=numbers,
         refusal=refusal,
         error=error,
         share=share,
@@ -223,9 +234,14 @@ def _verdict(
     if best.share >= NEEDED:
         return "extrapolates", words
     noise = _noise(late)
-    if noise > tolerance:
+    if not _is_missed(best.share, late, tolerance):
         return "does not", f"{words}; from one to the next they move by ± {noise:.3g}: more seeds or more prompts"
     return "does not", f"{words}: its error is {best.error:.3g}; from one to the next they move by ± {noise:.3g}"
+
+
+def _is_missed(share: float, late: Late, tolerance: float) -> bool:
+    """Whether a law misses the late means, and it is not for their noise, which is within the tolerance."""
+    return share < NEEDED and len(late.score) >= _LEAST_PARTS and _noise(late) <= tolerance
 
 
 def _noise(late: Late) -> float:

@@ -18,7 +18,10 @@ from astar_megatron.studies.score_curves import Curve
 
 FILES = ("fit.json", "fit.csv", "fit.md", "fit.png")
 _NUMBERS = ("asymptote", "exponent", "middle", "start")
-_COLUMNS = ("curve", "law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal")
+_COLUMNS = (
+    *("curve", "runs", "asked_runs", "lost_rows"),
+    *("law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal"),
+)
 _PANELS, _MOST_PANELS = 3, 60  # in a row of the picture, and in all
 _DRAWN = 200  # points of a line
 
@@ -28,7 +31,7 @@ def write(folder: Path, curves: Sequence[Curve], results: Sequence[Extrapolation
     make_folder(folder)
     tree, (whole, table, words, picture) = as_json(curves, results, tolerance), (folder / name for name in FILES)
     write_atomic(whole, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
-    write_atomic(table, as_csv(results).encode())
+    write_atomic(table, as_csv(curves, results).encode())
     write_atomic(words, as_markdown(curves, results, tolerance).encode())
     plot(curves, results, picture)
 
@@ -45,7 +48,11 @@ def as_json(curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance
                 "compute": curve.compute,
                 "score": curve.score,
                 "points": len(result.points),
-                "runs": len(np.unique(result.points.run)),
+                "runs": curve.runs,
+                "asked_runs": curve.asked_runs,
+                "lost_rows": len(curve.lost),
+                "lost_from": min(curve.lost, default=None),
+                "lost_at_end": curve.lost_at_end,
                 "fitted_up_to": result.split,
                 "verdict": result.verdict,
                 "reason": result.reason,
@@ -81,12 +88,13 @@ def _ends(number: Number) -> list[float | None] | None:
     return number.interval and [end if math.isfinite(end) else None for end in number.interval]
 
 
-def as_csv(results: Sequence[Extrapolation]) -> str:
+def as_csv(curves: Sequence[Curve], results: Sequence[Extrapolation]) -> str:
     """Return a line a curve and law, with the numbers that the points can tell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow((*_COLUMNS, *(name + end for name in _NUMBERS for end in ("", "_low", "_high"))))
-    for result in results:
+    for curve, result in zip(curves, results, strict=True):
+        own = (curve.name, curve.runs, curve.asked_runs, len(curve.lost))
         for law in result.laws:
             numbers: list[float | None] = []
             for name in _NUMBERS:
@@ -97,25 +105,26 @@ def as_csv(results: Sequence[Extrapolation]) -> str:
                     numbers += [number.value, *(_ends(number) or (None, None))]
             sigma = law.whole and law.whole.sigma
             is_best = result.best is law
-            writer.writerow(
-                (result.name, law.law, is_best, result.verdict, law.error, law.share, sigma, law.refusal, *numbers)
-            )
+            judged = (law.law, is_best, result.verdict, law.error, law.share, sigma, law.refusal)
+            writer.writerow((*own, *judged, *numbers))
     return text.getvalue()
 
 
 def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> str:
     """Return the verdicts as a table, and why."""
     lines = [
-        "| curve | points | verdict | nearest law | late error | asymptote | exponent |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| curve | runs | points | verdict | nearest law | late error | asymptote | exponent |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for result in results:
+    for curve, result in zip(curves, results, strict=True):
+        runs = f"{curve.runs} of {curve.asked_runs}" if curve.runs < curve.asked_runs else str(curve.runs)
         numbers = result.laws[0].numbers
         error = "" if result.best is None else f"{result.best.error:.3g}"
         cells = (_shown(numbers.get("asymptote")), _shown(numbers.get("exponent")))
         nearest = result.best.law if result.best else ""
-        name, cells = result.name.replace("|", "&#124;"), (error, *cells)
-        lines.append(f"| {name} | {len(result.points)} | {result.verdict} | {nearest} | {' | '.join(cells)} |")
+        name = result.name.replace("|", "&#124;")
+        cells = (name, runs, str(len(result.points)), result.verdict, nearest, error, *cells)
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "Fitted to the points up to half of the largest compute, compared with the means of ten equal parts of the "
@@ -127,10 +136,24 @@ def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], toler
         lines += [_all_together(results, tolerance), ""]
     for curve, result in zip(curves, results, strict=True):
         lines.append(f"- {result.name} ({curve.score} by {curve.compute}): {result.verdict}. {result.reason}.")
+        lines += [f"  - {words}." for words in _left_out(curve)]
         named = ((name, number.refusal) for name, number in result.laws[0].numbers.items())
         lines += [f"  - {name}: not known; {refusal}." for name, refusal in named if refusal]
-        lines += [f"  - not fitted: {law.refusal}." for law in result.laws if law.refusal]
+        lines += [f"  - not fitted: {law.refusal}." for law in result.laws if law.refusal and len(result.points)]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(curve: Curve) -> list[str]:
+    """What the points of a curve lack, in words."""
+    words = []
+    if curve.runs < curve.asked_runs:
+        words.append(f"{curve.runs} of {curve.asked_runs} runs have points; the others failed, or have not ended")
+    if curve.lost:
+        rows, first = len(curve.points) + len(curve.lost), min(curve.lost)
+        words.append(
+            f"{len(curve.lost)} of {rows} rows have no score but nan or null, from {curve.compute} {first:.3g} on"
+        )
+    return words
 
 
 def _all_together(results: Sequence[Extrapolation], tolerance: float) -> str:
@@ -158,10 +181,10 @@ def plot(curves: Sequence[Curve], results: Sequence[Extrapolation], path: Path) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawn = list(zip(curves, results, strict=True))[:_MOST_PANELS]
-    rows = -(-len(drawn) // _PANELS)
-    size = (4.4 * min(_PANELS, len(drawn)), 3.3 * rows + 0.4)
-    figure, panels = pyplot.subplots(rows, min(_PANELS, len(drawn)), figsize=size, dpi=120, squeeze=False)
+    drawn = [pair for pair in zip(curves, results, strict=True) if len(pair[0].points)][:_MOST_PANELS]
+    rows, in_a_row = max(1, -(-len(drawn) // _PANELS)), max(1, min(_PANELS, len(drawn)))
+    size = (4.4 * in_a_row, 3.3 * rows + 0.4)
+    figure, panels = pyplot.subplots(rows, in_a_row, figsize=size, dpi=120, squeeze=False)
     for axes in panels.flat[len(drawn) :]:
         axes.set_visible(False)
     for axes, (curve, result) in zip(panels.flat, drawn, strict=False):

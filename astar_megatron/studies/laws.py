@@ -10,9 +10,10 @@ is computed on a grid of shapes, made finer around its least: no start values, t
 An interval holds every value that some shape reaches with a sum of squares below min + W d t^2 / (n - q), for n points
 and q numbers, those of the law and the levels of the runs but one. W is the sum of squares within runs: of the best
 shape's residuals less the mean of their run. t is Student's quantile of n / d - q. d, at least 1, says that points of a
-run move together: it is 1 + twice the sum of the autocorrelations within runs. Runs differ in level, by more than their
-points explain: the variance of their mean is added to that of an asymptote, or of the curve, and the freedom of t is
-Satterthwaite's.
+run move together: it is 1 + twice the sum of the autocorrelations within runs, or, where that is more, (1 + r) / (1 -
+r), that of an autoregression with the first of them, r. A fit takes a part of r away: it gets (1 + q) (1 + r) / n. Runs
+differ in level, by more than their points explain: the variance of their mean is added to that of an asymptote, or of
+the curve, and the freedom of t is Satterthwaite's.
 
 Leaves out what is concluded from a fit, or refused: extrapolation.py.
 """
@@ -30,6 +31,8 @@ _FAR = (math.log(30.0), math.log(1000.0))  # C_mid: so far below the least compu
 _CELLS = 31  # of the grid along each axis
 # How often the grid is made finer, around its least and around all within the limit, and whether along both axes.
 _TO_LEAST, _TO_LIMIT = (False, False, True, False) * 4, (False, False, True, False, True, False)
+_MOST_TOGETHER = 0.95  # correlation of a point with the one before it that few points can tell from 1
+_MANY = 240  # points, from which on the rows of a grid are solved one by one: all at once are slower, and need memory
 _TINY = 1e-9  # of the number of points: where a shape does not tell two coefficients apart, any will do
 
 type Interval = tuple[float, float]  # an end is infinite where the points set none
@@ -114,9 +117,9 @@ class Fit:
         least, most = np.full(len(compute), np.inf), np.full(len(compute), -np.inf)
         for inside in np.array_split(np.flatnonzero(self.squares <= self.limit), _CELLS):  # memory
             basis = self._basis(compute, inside)
-            value = np.einsum("gnm,gm->gn", basis, self.coefficients[inside])
+            value = (basis @ self.coefficients[inside][..., None])[..., 0]
             room = (self.limit - self.squares[inside])[:, None]
-            reach = np.sqrt(room * np.einsum("gnm,gmk,gnk->gn", basis, self.inverse[inside], basis))
+            reach = np.sqrt(room * ((basis @ self.inverse[inside]) * basis).sum(-1))
             least = np.minimum(least, (value - reach).min(0, initial=np.inf))
             most = np.maximum(most, (value + reach).max(0, initial=-np.inf))
         return np.sort(self._scored(self.spread.wider(self._best(compute), np.stack([least, most]))), axis=0)
@@ -265,18 +268,28 @@ def _looked(
     low: np.ndarray | float,
     high: np.ndarray | float,
 ) -> _Grid:
-    """The grid of rows, and of columns from `low` to `high`, for all rows or each; row by row, to save memory."""
+    """The grid of rows, and of columns from `low` to `high`, for all rows or each; of many points row by row."""
     column = np.linspace(low, high, _CELLS, axis=-1) + np.zeros((len(row), 1))
-    solved = []
-    for at, columns in zip(row, column, strict=True):
-        basis = law.basis(log_compute, np.full(len(columns), at), columns)
-        products = np.einsum("snm,snk->smk", basis, basis)
-        inverse = np.linalg.inv(products + _TINY * len(target) * np.eye(basis.shape[-1]))
-        coefficients = np.einsum("smk,snk,n->sm", inverse, basis, target)
-        residuals = target - np.einsum("snm,sm->sn", basis, coefficients)
-        solved.append(((residuals**2).sum(1), coefficients, inverse))
-    squares, coefficients, inverse = (np.stack(parts) for parts in zip(*solved, strict=True))
+    parts = 1 if len(target) < _MANY else len(row)
+    solved = [
+        _solved(law, log_compute, target, *part)
+        for part in zip(np.array_split(row, parts), np.array_split(column, parts), strict=True)
+    ]
+    squares, coefficients, inverse = (np.concatenate(arrays) for arrays in zip(*solved, strict=True))
     return _Grid(row=row, column=column, squares=squares, coefficients=coefficients, inverse=inverse)
+
+
+def _solved(
+    law: Law, log_compute: np.ndarray, target: np.ndarray, row: np.ndarray, column: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums of squares [R, S], coefficients and inverses of the shapes of rows [R] and columns [R, S]."""
+    basis = law.basis(log_compute, np.repeat(row, column.shape[1]), column.ravel())
+    turned = basis.swapaxes(1, 2)
+    inverse = np.linalg.inv(turned @ basis + _TINY * len(target) * np.eye(basis.shape[-1]))
+    coefficients = inverse @ (turned @ target)[..., None]
+    residuals = target - (basis @ coefficients)[..., 0]
+    squares, grid = (residuals**2).sum(1), column.shape
+    return squares.reshape(grid), coefficients.reshape(*grid, -1), inverse.reshape(*grid, *inverse.shape[1:])
 
 
 def _closer(grid: _Grid, limit: float, least: float, *, both: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -319,8 +332,8 @@ def _spread(residuals: np.ndarray, points: Points, numbers: int) -> Spread:
     runs = len(names)
     level = np.bincount(run, residuals) / np.bincount(run)
     within = residuals - (level[run] if runs > 1 else 0.0)
-    dependence = _dependence(within, Points(points.compute, points.score, run))
     numbers += runs - 1
+    dependence = _dependence(within, Points(points.compute, points.score, run), numbers)
     freedom = max(1.0, len(points) / dependence - numbers)
     variance = dependence * float((within**2).sum()) / (len(points) - numbers)
     explained = variance / len(points)
@@ -333,11 +346,11 @@ def _spread(residuals: np.ndarray, points: Points, numbers: int) -> Spread:
     )
 
 
-def _dependence(residuals: np.ndarray, points: Points) -> float:
+def _dependence(residuals: np.ndarray, points: Points, numbers: int) -> float:
     """d: residuals [n] in order of compute within each run; autocorrelations count until the first that is noise."""
     order = np.lexsort((points.compute, points.run))
     residuals, run = residuals[order], points.run[order]
-    total, dependence = float((residuals**2).sum()), 1.0
+    total, dependence, of_autoregression = float((residuals**2).sum()), 1.0, 1.0
     for lag in range(1, len(residuals)):
         together = run[lag:] == run[:-lag]
         pairs = int(together.sum())
@@ -346,8 +359,11 @@ def _dependence(residuals: np.ndarray, points: Points) -> float:
         correlation = float((residuals[lag:] * residuals[:-lag])[together].sum()) / pairs / (total / len(residuals))
         if correlation < 2 / math.sqrt(pairs):
             break
+        if lag == 1:
+            first = min(_MOST_TOGETHER, correlation + (1 + numbers) * (1 + correlation) / len(residuals))
+            of_autoregression = (1 + first) / (1 - first)
         dependence += 2 * correlation * pairs / len(residuals)
-    return dependence
+    return max(dependence, of_autoregression)
 
 
 def student(freedom: np.ndarray | float) -> np.ndarray:

@@ -67,9 +67,12 @@ def runs_of_table(path: Path, name: str | None, compute: str | None, score: str 
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         runs.setdefault((str(row.get(columns.curve)), str(row.get(columns.run or columns.curve))), []).append(row)
-    return [
-        Run(curve=f"{name}: {curve}" if name else curve, columns=columns, rows=own) for (curve, _), own in runs.items()
-    ]
+    return [Run(curve=curve_name(name, curve), columns=columns, rows=own) for (curve, _), own in runs.items()]
+
+
+def curve_name(name: str | None, curve: str) -> str:
+    """Return what a curve of a table that has several is called, with the name that a user gives the table."""
+    return f"{name}: {curve}" if name else curve
 
 
 def _of_chart(rows: Sequence[Row], names: Sequence[str], compute: str | None, score: str | None) -> list[Run]:
@@ -84,7 +87,7 @@ def _of_chart(rows: Sequence[Row], names: Sequence[str], compute: str | None, sc
     for match in filter(None, map(_CHART.fullmatch, names)):
         metric = match["metric"]
         if not match["bound"] and (metric == score or (score is None and not metric.startswith("_"))):
-            own = [{axes[0]: row.get(axes[0]), metric: row.get(match[0])} for row in rows]
+            own = [{axes[0]: row.get(axes[0], ""), metric: row.get(match[0], "")} for row in rows]
             runs.append(Run(curve=match["run"], columns=Columns(compute=axes[0], score=metric), rows=own))
     return runs
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.studies.score_columns import OF_A_STEP, Columns
@@ -11,34 +12,55 @@ _STEPS = ("training/global_step", "train/global_step", "global_step", "step", "S
 _MOST = 1e100  # whose squares the fit can still add up
 
 
-def scores_over_compute(rows: Sequence[Row], columns: Columns, path: Path) -> tuple[list[float], list[float]]:
-    """Return the compute and the score of the rows that have a score; the compute is that of the rows up to it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Compute and score of the rows of a run that have one, and the compute of those whose score is lost."""
+
+    compute: Sequence[float]
+    score: Sequence[float]
+    lost: Sequence[float]  # of the rows whose score is nan or null; one without a score was not evaluated
+    lost_at_end: int  # of these, after the last score
+
+
+def scores_over_compute(rows: Sequence[Row], columns: Columns, path: Path) -> Scores:
+    """Return the scores of a run; the compute of each is that of the rows up to it.
 
     Raises ValueError, with file and row, where the compute falls, or can't be added up.
     """
     if columns.per_row:
         _check_steps(rows, columns, path)
-    compute, scores, total = [], [], 0.0
+    compute, scores, lost, lost_at_end, total = [], [], [], 0, 0.0
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
-        value, score = _number(row, columns.compute, place), _number(row, columns.score, place)
+        value, score = _known(row, columns.compute, place), _number(row, columns.score, place)
         if value is not None:
             if value < 0:
                 raise ValueError(f"{place}: {columns.compute} is {value:g}; compute is 0 or more")
             total = total + value if columns.per_row else value
-        if score is not None and (value is not None or columns.per_row):
+        if score is None or (value is None and not columns.per_row):
+            continue
+        if math.isnan(score):
+            lost.append(total)
+            lost_at_end += 1
+        else:
             if compute and total < compute[-1]:
                 raise ValueError(
                     f"{place}: {columns.compute} falls from {compute[-1]:.6g} to {total:.6g}; give the rows in order "
                     "of their steps, each once, a table a run; or --per-row, if the compute is a row's own"
                 )
+            if compute and not columns.per_row and (total, score) == (compute[-1], scores[-1]):
+                raise ValueError(
+                    f"{place}: {columns.compute} and {columns.score} are those of the point before, which would count "
+                    "twice; give each row once, and a table a run"
+                )
             compute.append(total)
             scores.append(score)
-    if not scores:
+            lost_at_end = 0
+    if not scores and not lost:
         raise ValueError(
             f"{path}: no row has both {columns.compute} and {columns.score}; name others by --compute, --score"
         )
-    return compute, scores
+    return Scores(compute=compute, score=scores, lost=lost, lost_at_end=lost_at_end)
 
 
 def _check_steps(rows: Sequence[Row], columns: Columns, path: Path) -> None:
@@ -50,9 +72,9 @@ def _check_steps(rows: Sequence[Row], columns: Columns, path: Path) -> None:
     before = None
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
-        step = _number(row, steps, place)
-        if _number(row, columns.compute, place) is None:
-            if _number(row, columns.score, place) is not None and (number > 1 or step):
+        step = _known(row, steps, place)
+        if _known(row, columns.compute, place) is None:
+            if _known(row, columns.score, place) is not None and (number > 1 or step):
                 raise ValueError(
                     f"{place}: has {columns.score}, but no {columns.compute}, which is added up over the rows; give it "
                     "for each, or name by --compute a column that counts up"
@@ -72,16 +94,23 @@ def _check_steps(rows: Sequence[Row], columns: Columns, path: Path) -> None:
             before = step
 
 
+def _known(row: Row, name: str, place: str) -> float | None:
+    """The number of a cell; None where it is empty or nan."""
+    number = _number(row, name, place)
+    return None if number is None or math.isnan(number) else number
+
+
 def _number(row: Row, name: str, place: str) -> float | None:
-    value = row.get(name)
-    if value is None or value == "":
+    """The number of a cell, nan where it is null; None where the cell is empty."""
+    value = row.get(name, "")
+    if value == "":
         return None
     try:
-        number = float(value)
+        number = math.nan if value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{place}, {name}: expected a number, got {value!r:.60}") from None
     if abs(number) > _MOST:
         raise ValueError(
             f"{place}, {name}: expected a number up to {_MOST:g}, got {number:g}; repair it, or count in another unit"
         )
-    return None if math.isnan(number) else number
+    return number

@@ -3,15 +3,17 @@
 import csv
 import io
 import json
-import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from astar_megatron.run import scores
 from astar_megatron.run.spending import Cost
-from astar_megatron.run.tracking import METRICS_FILE, greedy_scores, read_metrics
+from astar_megatron.run.tracking import METRICS_FILE, read_metrics
 
 type Row = Mapping[str, Any]
+_OF_SEVERAL = ("scale.csv", "compare.csv")  # runs, those that failed are in the .json beside it
 _MORE = "(more)"  # cells without a column
 
 
@@ -19,7 +21,27 @@ def table_file(path: Path) -> Path:
     """Return the file that is read of a source: of a folder the study's, the comparison's or the run's."""
     if not path.is_dir():
         return path
-    return next((path / name for name in ("scale.csv", "compare.csv") if (path / name).exists()), path / METRICS_FILE)
+    return next((path / name for name in _OF_SEVERAL if (path / name).exists()), path / METRICS_FILE)
+
+
+def asked_runs(path: Path) -> dict[str, int]:
+    """Return how many runs each curve of a study's or a comparison's table was to have; {} where nothing says so.
+
+    Raises ValueError for a damaged file.
+    """
+    table = table_file(path)
+    record = table.with_suffix(".json")
+    if table.name not in _OF_SEVERAL or not record.exists():
+        return {}
+    try:
+        tree = json.loads(record.read_text(encoding="utf-8"))
+        if "cells" in tree:
+            return {name: len(cell["runs"]) for name, cell in tree["cells"].items()}
+        return Counter(run["method"] for run in tree["runs"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{record}: can't read which runs {table.name} was to have: {error!r}; repair the file, or remove it"
+        ) from None
 
 
 def read_rows(path: Path) -> Sequence[Row]:
@@ -43,6 +65,8 @@ def read_rows(path: Path) -> Sequence[Row]:
         raise ValueError(
             f"{path}: expected a trainer_state.json, with log_history; give that, a CSV or a JSONL"
         ) from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file or folder; give a CSV, a JSONL or a run's folder") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"{path}: can't read the table: {error}; mend it, or give a CSV, a JSONL or a run's folder"
@@ -63,7 +87,7 @@ def _of_jsonl(text: str) -> list[Any]:
 
 
 def _of_csv(text: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_MORE)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_MORE, restval="")
     names = reader.fieldnames or []
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"it has more than one column {', '.join(sorted(twice))}: rename all but one")
@@ -75,15 +99,25 @@ def _of_csv(text: str) -> list[dict[str, Any]]:
 
 
 def _of_run(path: Path) -> list[Row]:
+    """What has been spent after each step with its reward, and what before it with the score of the weights then.
+
+    The scores are those that a study has too: also of the last weights, which no line of metrics has.
+    """
     lines, spent, rows = read_metrics(path), Cost(), []
     if not lines:
         raise ValueError(f"{path}: no {METRICS_FILE} with steps, scale.csv or compare.csv there; give a run's folder")
     for line in lines:
-        scores = greedy_scores(line)
-        before, spent = spent, spent + Cost.of_step(line)
-        costs = {f"spent_{measure}": spent.by(measure) for measure in ("tokens", "flops", "seconds")}
-        rows.append(costs | {"reward_mean": line.get("reward_mean")})
-        if scores and len(scores) == len(line["eval"]):  # of the weights that the step begins with
-            costs = {f"spent_{measure}": before.by(measure) for measure in ("tokens", "flops", "seconds")}
-            rows.append(costs | {"score": statistics.fmean(scores.values())})
-    return rows
+        rows += _score(path, line["step"], spent)
+        spent += Cost.of_step(line)
+        rows.append(_costs(spent) | {"reward_mean": line.get("reward_mean", "")})
+    return rows + _score(path, lines[-1]["step"] + 1, spent)
+
+
+def _score(path: Path, steps: int, spent: Cost) -> list[Row]:
+    """The row of an evaluation after so many steps; [] where there was none."""
+    score = scores.mean_of_step(path, steps)
+    return [] if score is None else [_costs(spent) | {"score": score}]
+
+
+def _costs(spent: Cost) -> dict[str, float]:
+    return {f"spent_{measure}": spent.by(measure) for measure in ("tokens", "flops", "seconds")}

@@ -23,8 +23,9 @@ from pydantic import Field, ValidationError
 from astar_megatron import config
 from astar_megatron.config import BudgetConfig, ConfigError, Name, RunConfig, Section
 from astar_megatron.data.contract import contract_of
+from astar_megatron.run import scores
 from astar_megatron.run.prepare import Inputs, prepare
-from astar_megatron.run.spending import Cost, Measure
+from astar_megatron.run.spending import Cost
 from astar_megatron.run.training import check_before_stage_1
 from astar_megatron.studies import comparison
 from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
@@ -90,11 +91,7 @@ def read_study(file: Path) -> tuple[Study, dict[Run, RunConfig]]:
     if own := _among(study.set, _NAMED):
         raise ConfigError(f"set: {own[0]} can't be there; the study has its own key for it, {_NAMED[own[0]]}")
     tree = config.read(study.config)
-    cells: dict[str, Mapping[str, Any]] = {}
-    for point in _points(study.grid):
-        name = _name(point)
-        if cells.setdefault(name, point) != point:
-            raise ConfigError(f"grid: {cells[name]} and {point} would both be called {name}; rename a file")
+    cells = _cells(_points(study.grid))
     configs = {
         Run(name, seed): _run_config(tree, study, Run(name, seed), point)
         for name, point in cells.items()
@@ -148,24 +145,16 @@ def course_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> list[Score
     course = [(0, stage_1.known if stage_1 else Cost(), None)]
     course += [(step.step + 1, step.spent, step.reward_mean) for step in steps]
     return [
-        Score(steps=number, spent=spent, reward_mean=reward, score=_score(run_dir, number))
+        Score(steps=number, spent=spent, reward_mean=reward, score=scores.mean_of_step(run_dir, number))
         for number, spent, reward in course
     ]
 
 
-def _score(run_dir: Path, steps: int) -> float | None:
-    scores = comparison.greedy_scores_of(run_dir, steps)
-    return sum(scores.values()) / len(scores) if scores else None
-
-
 def _budgets(texts: Sequence[str]) -> list[Budget]:
-    budgets = [comparison.budget_of(text, "budgets") for text in texts]
-    measures: set[Measure] = {budget.measure for budget in budgets}
+    budgets = [comparison.budget_of(text, "budgets", ("tokens", "flops")) for text in texts]
     amounts = [budget.amount for budget in budgets]
-    if len(measures) != 1 or "seconds" in measures or sorted({*amounts}) != amounts:
-        raise ConfigError(
-            f"budgets: expected rising amounts, all flops=N or all tokens=N (seconds are the machine's), got {texts}"
-        )
+    if len({budget.measure for budget in budgets}) != 1 or sorted({*amounts}) != amounts:
+        raise ConfigError(f"budgets: expected rising amounts, all flops=N or all tokens=N, got {texts}")
     return budgets
 
 
@@ -198,11 +187,27 @@ def _among(values: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     return [key for key in keys if is_set(key)]
 
 
-def _name(point: Mapping[str, Any]) -> str:
+def _cells(points: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The points by their cell's name, with as many of the last parts of paths as tell them all apart."""
+    texts = [value for point in points for value in point.values() if isinstance(value, str)]
+    both, deepest = [], max((len(Path(text).parts) for text in texts), default=1)
+    for parts in range(1, max(1, deepest) + 1):
+        cells: dict[str, Mapping[str, Any]] = {}
+        both = [
+            f"{cells[name]} and {point} would both be called {name}"
+            for point in points
+            if cells.setdefault(name := _name(point, parts), point) != point
+        ]
+        if not both:
+            return cells
+    raise ConfigError(f"grid: {both[0]}; rename a file or a folder")
+
+
+def _name(point: Mapping[str, Any], parts: int) -> str:
     """The cell's name, also of its folders: the last part of each key, or all of it where that is not enough."""
     short = [key.rpartition(".")[2] for key in point]
     keys = short if len({*short}) == len(short) else list(point)
-    values = (Path(value).name if isinstance(value, str) else value for value in point.values())
+    values = ("/".join(Path(value).parts[-parts:]) if isinstance(value, str) else value for value in point.values())
     name = ",".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
     return re.sub(r"[^\w.,=+-]", "_", name)[:_LONGEST_NAME] or "all"
 

@@ -20,7 +20,8 @@ By the sigmoid of all points alone, as `astar scale fit` first had it, the inter
 in 79 of 123, and those of 200 to 399 in 77 of 127. The rule that extrapolation.py has now was chosen on these 400, from
 fourteen; others that were tried: a law with an exponent more, a test of lack of fit, other parts of the curve. So the
 result is that of studies 400 to 599, which nothing was chosen on. It has the first rule's figures too. How the least is
-searched for, and what runs add by their levels, was mended later, for reasons that these studies had no part in.
+searched for, what runs add by their levels and steps by moving together, and that a sigmoid which misses the second
+half has no asymptote, was mended later, for reasons that these studies had no part in.
 """
 
 import argparse
