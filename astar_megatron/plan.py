@@ -11,7 +11,7 @@ from typing import Any
 from astar_megatron.config import RunConfig
 from astar_megatron.model import gpus
 from astar_megatron.planning.forecast import Forecast, count_prompts, forecast
-from astar_megatron.planning.nearest import Neighbour, nearest
+from astar_megatron.planning.nearest import MOST_CHANGES, Neighbour, nearest, tried
 from astar_megatron.run.resources import GIB, gib, native_bfloat16
 from astar_megatron.run.tracking import Screen
 from conversion.families import read_model
@@ -20,7 +20,7 @@ from conversion.families import read_model
 def main(cfg: RunConfig, gpu_name: str | None, *, as_json: bool) -> int:
     """Say what the run takes on this kind of GPU (None: on cores); returns 0 where it fits, else 1.
 
-    Raises ValueError where no GPU could run it: an unknown model, a layout that does not divide it.
+    Raises ValueError where no GPU could run it: an unknown model, a layout that does not divide it, longer sequences.
     """
     gpu = None if gpu_name is None else gpus.named(gpu_name)
     if gpu is None and cfg.model.dtype == "auto":  # as ranks would choose, here
@@ -37,7 +37,7 @@ def main(cfg: RunConfig, gpu_name: str | None, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(_fields(ahead, neighbours), indent=1))
     elif not ahead.fits:
-        _show_nearest(screen, neighbours)
+        _show_nearest(screen, cfg, neighbours)
     return 0 if ahead.fits else 1
 
 
@@ -46,7 +46,7 @@ def _fields(ahead: Forecast, neighbours: list[Neighbour]) -> dict[str, Any]:
     fields = asdict(ahead) | {"fits": ahead.fits, "seconds": ahead.seconds and ahead.seconds.parts()}
     fields["nearest"] = [
         {"change": dict(near.change), "step_seconds": near.forecast.seconds and near.forecast.seconds.total}
-        | {"num_gpus": near.forecast.num_gpus, "training_hours": near.forecast.training_hours}
+        | {key: getattr(near.forecast, key) for key in ("num_gpus", "training_hours", "training_clock_hours")}
         for near in neighbours
     ]
     return fields
@@ -69,13 +69,17 @@ def _show(screen: Screen, cfg: RunConfig, ahead: Forecast) -> None:
         screen.say(f"does not fit: {problem}")
 
 
-def _show_nearest(screen: Screen, neighbours: list[Neighbour]) -> None:
+def _show_nearest(screen: Screen, cfg: RunConfig, neighbours: list[Neighbour]) -> None:
     for near in neighbours:
-        assert near.forecast.seconds is not None
-        took = f"{near.forecast.seconds.total:.1f} s a step on {near.forecast.num_gpus} GPUs"
-        screen.say(f"fits: {near.describe()}: {took}, {near.forecast.training_hours:.1f} GPU hours")
+        ahead = near.forecast
+        assert ahead.seconds is not None
+        took = f"{ahead.seconds.total:.1f} s a step on {ahead.num_gpus} GPUs"
+        screen.say(f"fits: {near.describe()}: {took}, {_hours(ahead.training_hours, ahead.training_clock_hours)}")
     if not neighbours:
-        screen.say("nothing near fits: take a smaller model, GPUs with more memory, or change more than three settings")
+        screen.say(
+            f"nothing near fits: up to {MOST_CHANGES} changes at once were tried, of {', '.join(tried(cfg))}; take "
+            "GPUs with more memory, a smaller model, or change more of these at once"
+        )
 
 
 def _memory_rows(cfg: RunConfig, ahead: Forecast) -> list[tuple[str, str]]:
@@ -97,7 +101,12 @@ def _memory_rows(cfg: RunConfig, ahead: Forecast) -> list[tuple[str, str]]:
 
 
 def _cost(cfg: RunConfig, ahead: Forecast) -> str:
-    words = f"{ahead.where}; {cfg.train.num_steps} steps: at most {ahead.training_hours:.1f} GPU hours"
-    if ahead.stage_1_hours is not None:
-        return f"{words}, and {ahead.stage_1_hours:.1f} for stage 1"
+    training = _hours(ahead.training_hours, ahead.training_clock_hours)
+    words = f"{ahead.where}; {cfg.train.num_steps} steps: about {training}"
+    if ahead.stage_1_hours is not None and ahead.stage_1_clock_hours is not None:
+        return f"{words}; stage 1: about {_hours(ahead.stage_1_hours, ahead.stage_1_clock_hours)}"
     return f"{words}; stage 1 not counted: {cfg.data.path} is not there yet" if cfg.asks_stage_1 else words
+
+
+def _hours(of_gpus: float, clock: float) -> str:
+    return f"{of_gpus:.1f} GPU hours, {clock:.1f} by the clock"

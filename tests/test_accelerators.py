@@ -37,7 +37,7 @@ def test_the_policys_need_is_what_a_gpu_measured() -> None:
 def test_bytes_of_the_policy_are_the_formulas() -> None:
     parameters, tokens = QWEN2_1_5B.num_parameters(), 1 << 15
     cfg = run_config(train={"micro_batch_tokens": tokens})
-    kept = 28 * (7 * 1536 + 3 * 8960)
+    kept = 28 * (4 * 1536 + 2 * (12 + 2) * 128 + 3 * 8960)
     assert accelerators.rank_bytes(cfg, QWEN2_1_5B).most == 20 * parameters + 2 * tokens * kept + HEAD_BYTES
     critic = run_config(train={"micro_batch_tokens": tokens}, objective={"name": "ppo"})
     assert accelerators.rank_bytes(critic, QWEN2_1_5B).most == 38 * parameters + 2 * tokens * kept + HEAD_BYTES
@@ -47,8 +47,22 @@ def test_bytes_of_the_policy_are_the_formulas() -> None:
         model={"reference": "offload"},
         parallel={"recompute": "full"},
     )
-    kept = 28 * 1536 + 7 * 1536 + 3 * 8960
+    kept = 28 * 1536 + 4 * 1536 + 2 * (12 + 2) * 128 + 3 * 8960
     assert accelerators.rank_bytes(less, QWEN2_1_5B).most == 6 * parameters + 2 * tokens * kept + HEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "kept"),
+    [("1.5b", {"num_key_value_heads": 4}, 2 * 2), ("0.6b", {"num_attention_heads": 32}, 3 * 16)],
+    ids=["Qwen2.5", "Qwen3"],
+)
+def test_activations_of_attention_are_by_the_width_of_its_heads(shape: str, more: dict[str, int], kept: int) -> None:
+    def numbers(**sizes: int) -> float:
+        model, cfg = model_from_config(SHAPES[shape] | sizes), run_config()
+        activations = accelerators.rank_bytes(cfg, model).activations
+        return activations / 2 / accelerators.micro_batch_tokens(cfg) / model.num_layers
+
+    assert numbers(**more) - numbers() == kept * 128
 
 
 def test_a_sequence_longer_than_a_micro_batch_counts_whole() -> None:
@@ -119,12 +133,30 @@ def test_ranks_that_share_a_model_and_workers_that_share_an_engine_need_less() -
     tokens = 1 << 15
     parallel = {"tensor": 2, "pipeline": 2, "context": 2, "data": 2}
     cfg = run_config(train={"micro_batch_tokens": tokens}, parallel=parallel, rollout={"tensor": 2})
-    kept = 28 * (7 * 1536 + 3 * 8960)
+    kept = 28 * (4 * 1536 + 2 * (12 + 2) * 128 + 3 * 8960)
     own = sum(
         map(math.prod, QWEN2_1_5B.megatron_shapes(ParallelLayout(tensor=2, pipeline=2, context=2, data=2), 15).values())
     )
     weights = 6 * own + 12 * (own // 4) + 2 * own  # with gradients; Adam over 4 replicas; reference
     assert accelerators.rank_bytes(cfg, QWEN2_1_5B).most == weights + 2 * tokens * kept // 4 + HEAD_BYTES
+
+
+def activations(stage: int | None, batch_size: int = 64, **parallel: int) -> int:
+    train = {"batch_size": batch_size, "mini_batch_size": batch_size, "micro_batch_tokens": 1}
+    return accelerators.rank_bytes(run_config(train=train, parallel=parallel), QWEN2_1_5B, stage).activations
+
+
+@pytest.mark.parametrize("virtual", [1, 7])
+def test_a_stage_keeps_the_micro_batches_that_megatrons_schedule_has_under_way(virtual: int) -> None:
+    alone, sizes = activations(0), {"pipeline": 4, "virtual": virtual}
+    warm_ups = [3, 2, 1, 0] if virtual == 1 else [24 + 6, 24 + 4, 24 + 2, 24]  # before one is back
+    expected = [(warm_up + 1) / (4 * virtual) * alone for warm_up in warm_ups]
+    assert [activations(stage, **sizes) for stage in range(4)] == pytest.approx(expected)
+    assert expected[0] == pytest.approx((1 if virtual == 1 else 1 + 3 / 28) * alone)
+    assert activations(None, **sizes) == activations(0, **sizes)  # shared GPUs are judged by
+    assert activations(0, batch_size=4, **sizes) == alone  # no more than the mini-batch has
+    if virtual == 1:
+        assert activations(0, batch_size=2, **sizes) == activations(1, batch_size=2, **sizes) == alone // 2
 
 
 def test_workers_of_an_engine_share_heads_and_beyond_the_heads_there_are_each_has_one() -> None:

@@ -99,6 +99,23 @@ def test_with_accelerators_the_host_holds_processes_shared_memory_and_a_checkpoi
     assert need.memory_bytes == need.shared_bytes + need.processes_bytes + need.saving_bytes
 
 
+@pytest.mark.parametrize(
+    ("sections", "bytes_a_parameter"),
+    [
+        ({"optim": {"offload": True}}, 12),
+        ({"model": {"reference": "offload"}, "parallel": {"data": 2}}, 2 * 2),
+        ({"train": {"offload": "optimizer"}, "cluster": {"share_gpus": True}}, 12),
+        ({"train": {"offload": "all"}, "cluster": {"share_gpus": True}, "objective": {"name": "ppo"}}, 2 * 12 + 2 * 2),
+        ({"train": {"offload": "all"}, "optim": {"offload": True}, "cluster": {"share_gpus": True}}, 12 + 2),
+        ({"train": {"offload": "all"}, "parallel": {"data": 4}}, 12 + 4 * 2),  # 5 processes on 4: they share
+        ({"train": {"offload": "all"}}, 0),  # 2 on 4: no turns
+    ],
+    ids=str,
+)
+def test_what_keys_move_from_accelerators_the_host_holds(sections: dict[str, Any], bytes_a_parameter: int) -> None:
+    assert needs(machine(num_accelerators=4), **sections).policy_bytes == bytes_a_parameter * NUM_PARAMETERS
+
+
 def test_a_run_is_refused_one_byte_below_its_need_and_not_at_it() -> None:
     cfg = run_config()
     need = resources.needs(cfg, MODEL_BYTES, machine())

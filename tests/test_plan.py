@@ -15,18 +15,16 @@ from plan_page import Figure
 from samples import run_config
 from test_architecture import WITHOUT_A_LANE, python
 
-from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.model import gpus
 from astar_megatron.model.layouts import LayoutError
 from astar_megatron.planning import capacity, pace
 from astar_megatron.planning.forecast import count_prompts, forecast
-from astar_megatron.planning.nearest import nearest
 from astar_megatron.run import accelerators
 from astar_megatron.run.resources import GIB
 from conversion.families import model_from_config
 
-H100, A10 = gpus.named("H100"), gpus.named("A10")
+H100 = gpus.named("H100")
 QWEN = model_from_config(SHAPES["1.5b"])
 EXPERTS = model_from_config(
     SHAPES["0.6b"]
@@ -95,9 +93,11 @@ def test_every_expert_that_a_token_goes_to_keeps_a_copy_of_its_input(gpu: gpus.G
         numbers = capacity.processes(cfg, model, gpu)[0].parts["activations"] // 2
         return numbers // accelerators.micro_batch_tokens(cfg) // model.num_layers
 
-    hidden, width = (7, 3) if gpu else (capacity.LOCAL_HIDDEN, capacity.LOCAL_WIDTH)
-    assert numbers(2) == (hidden + 1) * 1024 + 2 * width * 768
-    assert numbers(8) == (hidden + 7) * 1024 + 8 * width * 768
+    local = capacity.LOCAL_HIDDEN, capacity.LOCAL_HEADS, capacity.LOCAL_WIDTH
+    hidden, heads, width = (4, 2, 3) if gpu else local
+    attention = (heads + 1) * (16 + 8) * 128  # Qwen3's, with norms of queries and keys
+    assert numbers(2) == attention + (hidden + 1) * 1024 + 2 * width * 768
+    assert numbers(8) == attention + (hidden + 7) * 1024 + 8 * width * 768
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,6 @@ def test_a_pack_that_the_mini_batch_can_not_fill_is_planned_with_what_there_is(g
     if gpu is not None:  # whose plan has stages
         assert activations(sequence, pipeline=4) == activations(sequence)
         assert activations(1 << 20, pipeline=4) == activations(4 * sequence, pipeline=4) == 2 * activations(sequence)
-
-
-def test_smaller_packs_that_are_offered_are_smaller_than_those_that_there_are() -> None:
-    key, cfg = "train.micro_batch_tokens", run_config(train={"batch_size": 24, "micro_batch_tokens": 1 << 20})
-    assert not forecast(cfg, QWEN, H100, None).fits
-    (size,) = (near.change[key] for near in nearest(cfg, QWEN, H100, None) if key in near.change)
-    assert cfg.max_tokens <= size <= 12 * cfg.max_tokens
 
 
 def test_an_engines_cache_is_what_its_share_leaves() -> None:
@@ -185,6 +178,17 @@ def test_workers_of_an_engine_wait_for_their_link_and_a_lone_worker_for_none() -
     assert seconds(slow, 2) > seconds(H100, 2) and seconds(slow, 1) == seconds(H100, 1)
 
 
+def test_the_last_wave_of_an_engine_takes_as_long_as_the_sequences_in_it() -> None:
+    cfg = run_config(rollout={"max_num_seqs": 64})
+
+    def seconds(responses: int) -> float:
+        return pace.generation_seconds(cfg, QWEN, H100, responses, num_prompts=8)
+
+    whole, more = seconds(128), [seconds(128 + rest) for rest in (1, 32, 63, 64)]
+    assert whole < more[0] < 1.3 * whole and more == sorted(more)
+    assert more[-1] - whole == pytest.approx(whole - seconds(64))
+
+
 def test_a_pipelines_bubble_shrinks_with_micro_batches_and_virtual_stages() -> None:
     def seconds(**parallel: int) -> float:
         return step(run_config(parallel={"pipeline": 4, **parallel}, train={"micro_batch_tokens": 16384})).policy
@@ -205,34 +209,6 @@ def test_replicas_on_several_nodes_wait_for_the_network() -> None:
 
 
 # --- what fits
-
-
-def test_settings_that_are_offered_fit_cheapest_first_and_change_no_more_than_needed() -> None:
-    cfg = run_config(train={"micro_batch_tokens": 32768}, cluster={"share_gpus": True})
-    assert not forecast(cfg, QWEN, H100, None).fits
-    offered = nearest(cfg, QWEN, H100, None)
-    assert 1 <= len(offered) <= 3
-    tree = cfg.model_dump()
-    for near in offered:
-        words = near.describe().replace("--set ", "").split()
-        changed = json.loads(json.dumps(tree))
-        for word in words:
-            key, _, value = word.partition("=")
-            section, name = key.split(".")
-            changed[section][name] = yaml.safe_load(value)
-        assert forecast(config.validate(changed), QWEN, H100, None).fits
-    assert [near.forecast.training_hours for near in offered] == sorted(n.forecast.training_hours for n in offered)
-    assert all(len(near.change) == 1 for near in offered)
-
-
-def test_engines_that_draw_ahead_on_shared_gpus_are_offered_not_to() -> None:
-    cfg = run_config(cluster={"share_gpus": True}, objective={"name": "oapl"}, rollout={"max_staleness": 2})
-    assert nearest(cfg, QWEN, H100, None)[0].change == {"rollout.max_staleness": 0}
-
-
-def test_where_nothing_near_fits_nothing_is_offered() -> None:
-    huge = model_from_config(SHAPES["7b"] | {"hidden_size": 28672, "intermediate_size": 151552})
-    assert nearest(run_config(), huge, A10, None) == []
 
 
 def test_a_shared_gpus_refusal_is_that_of_the_run() -> None:
@@ -270,6 +246,16 @@ def test_a_layout_that_does_not_divide_the_model_is_refused() -> None:
         forecast(run_config(parallel={"tensor": 5}), QWEN, H100, None)
 
 
+@pytest.mark.parametrize("gpu", [H100, None], ids=["gpu", "cores"])
+def test_more_tokens_than_the_model_has_positions_are_refused_as_by_the_run(gpu: gpus.Gpu | None) -> None:
+    longest = SHAPES["1.5b"]["max_position_embeddings"] - 256
+    data, model = {"max_prompt_tokens": 256}, {"dtype": "bfloat16"}
+    cfg = run_config(data=data, model=model, sampling={"max_response_tokens": longest + 1})
+    with pytest.raises(ValueError, match="max_response_tokens: 32769 exceeds the 32768 positions"):
+        forecast(cfg, QWEN, gpu, None)
+    forecast(run_config(data=data, model=model, sampling={"max_response_tokens": longest}), QWEN, gpu, None)
+
+
 def test_stage_1_costs_by_the_prompts_that_there_are(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "answer": "1"} for i in range(6)]
     cfg = run_config(data={"path": str(samples.write_jsonl(tmp_path / "p.jsonl", rows))})
@@ -283,6 +269,29 @@ def test_stage_1_costs_by_the_prompts_that_there_are(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="1 of 1 rows can't be used"):
         count_prompts(cfg)
+
+
+def test_gpu_hours_are_of_all_gpus_that_the_nodes_hold_and_the_clocks_of_none() -> None:
+    def hours(**slurm: Any) -> tuple[Any, ...]:
+        ahead = forecast(run_config(rollout={"num_engines": 6, "tensor": 2}, slurm=slurm), QWEN, H100, 7_000)
+        assert ahead.num_gpus == 13 and ahead.stage_1_hours and ahead.stage_1_clock_hours
+        clocks = ahead.training_clock_hours, ahead.stage_1_clock_hours
+        return ahead.training_hours / clocks[0], ahead.stage_1_hours / clocks[1], *clocks
+
+    *num_gpus, training, stage_1 = hours(nodes=4, gpus_per_node=4)
+    assert num_gpus == pytest.approx([16, 12])
+    assert hours(nodes=4, gpus_per_node=4, env=["ASTAR_SPARE_NODES=1"]) == pytest.approx((20, 16, training, stage_1))
+    assert hours(nodes=2, gpus_per_node=0) == pytest.approx((13, 12, training, stage_1))  # no nodes are asked for
+
+
+def test_host_memory_has_what_keys_move_there() -> None:
+    def host(**sections: Any) -> int:
+        return forecast(run_config(**sections), QWEN, H100, None).host_bytes
+
+    assert host(optim={"offload": True}) - host() == 12 * QWEN.num_parameters()
+    turns = {"cluster": {"share_gpus": True}}
+    assert host(train={"offload": "all"}, **turns) - host(**turns) == 14 * QWEN.num_parameters()
+    assert host(train={"offload": "all"}) == host()
 
 
 def test_a_small_model_several_gpus_and_an_unmeasured_kind_are_cautioned() -> None:
@@ -314,7 +323,8 @@ def test_it_needs_no_lane_and_its_json_adds_up(run_file: Path) -> None:
     assert sum(rank["parts"].values()) > 60 * GIB
     seconds = figures["seconds"]
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
-    assert figures["training_hours"] == pytest.approx(100 * sum(seconds.values()) * 2 / 3600)
+    assert figures["training_hours"] == pytest.approx(8 * figures["training_clock_hours"])
+    assert figures["training_clock_hours"] == pytest.approx(100 * sum(seconds.values()) / 3600)
 
 
 def test_it_says_who_takes_how_much_and_what_fits_instead(run_file: Path, astar: Any) -> None:
@@ -323,8 +333,18 @@ def test_it_says_who_takes_how_much_and_what_fits_instead(run_file: Path, astar:
     assert re.search(r"policy rank 0: 6\d\.\d of 22\.5: weights 2\.9, gradients 5\.8, ", words)
     assert "does not fit: memory of a shared GPU: a policy rank needs" in words and "fits: --set " in words
     assert "looking for what fits: " in words  # which may take half a minute
+    status, words, _ = astar("plan", "--config", run_file, "--gpu", "A100")
+    assert status == 0 and re.search(r"; 100 steps: about \d+\.\d GPU hours, \d+\.\d by the clock; stage 1 not ", words)
+    assert "no run on a A100 has been measured" in words and "at most" not in words
     status, words, _ = astar("plan", "--config", run_file)
     assert status == 0 and "driver and Ray" in words and "name one with --gpu" in words
+
+
+def test_where_nothing_near_fits_it_says_what_was_tried(run_file: Path, astar: Any) -> None:
+    (run_file.parent / "config.json").write_text(json.dumps(SHAPES["7b"] | {"num_hidden_layers": 512}), "utf-8")
+    status, words, _ = astar("plan", "--config", run_file, "--gpu", "A10", "--set", "slurm.gpus_per_node=2")
+    assert status == 1 and "nothing near fits: up to 3 changes at once were tried, of train.micro_batch" in words
+    assert all(key in words for key in ("parallel.pipeline", "rollout.num_engines", "slurm.nodes", "GPUs with"))
 
 
 def test_an_unknown_gpu_is_refused_with_the_names(run_file: Path) -> None:

@@ -26,6 +26,17 @@ def num_used(placement: Placement) -> int:
     return len({seat.node for seat in (*placement.ranks, *placement.engines)})
 
 
+def idle_nodes(cfg: RunConfig, placement: Placement) -> str:
+    """Return in words that some of `slurm.nodes` would have nothing to do in training; "" where each has."""
+    used = num_used(placement)
+    if used == cfg.slurm.nodes:
+        return ""
+    return (
+        f"slurm.nodes: {cfg.slurm.nodes}, of which {cfg.slurm.nodes - used} would have nothing to do: "
+        f"{placement.describe()}; take {used}, or raise rollout.num_engines or parallel.data"
+    )
+
+
 def check_job(cfg: RunConfig, program: str, nodes: Sequence[Node], num_spare: int) -> None:
     """Raise PlacementError where a command of astar, as `train`, does not fit a job's nodes, or leaves some idle.
 

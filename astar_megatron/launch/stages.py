@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from astar_megatron.cluster.demands import key_for_gpus, num_used
+from astar_megatron.cluster.demands import idle_nodes, key_for_gpus, num_used
 from astar_megatron.cluster.placement import Node, Placement, place
 from astar_megatron.config import STAGES, ConfigError, RunConfig, Stage
 
@@ -42,8 +42,8 @@ def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> 
     stages = sorted(set(cfg.slurm.stages or _usual(cfg)), key=STAGES.index)
     words = tuple(word for text in overrides if not text.startswith("slurm.") for word in ("--set", text))
     placements = {stage: _placement(cfg, stage) for stage in stages if stage != "export"}
-    if "train" in stages:
-        _check_used(cfg, placements["train"])
+    if "train" in stages and (problem := idle_nodes(cfg, placements["train"])):
+        raise ConfigError(problem)
     return [
         Job(
             stage=stage,
@@ -82,11 +82,3 @@ def _placement(cfg: RunConfig, stage: Stage) -> Placement:
         raise ConfigError(f"slurm.gpus_per_node: 0, but {key} is for GPUs; take 1 or more, or leave that key out")
     nodes = [Node(address=f"node {number}", num_gpus=size) for number in range(1, cfg.slurm.nodes + 1)]
     return place(nodes, cfg.parallel if stage == "train" else None, cfg.rollout, cfg.cluster.share_gpus)
-
-
-def _check_used(cfg: RunConfig, placement: Placement) -> None:
-    if (used := num_used(placement)) < cfg.slurm.nodes:
-        raise ConfigError(
-            f"slurm.nodes: {cfg.slurm.nodes}, of which {cfg.slurm.nodes - used} would have nothing to do: "
-            f"{placement.describe()}; take {used}, or raise rollout.num_engines or parallel.data"
-        )

@@ -236,8 +236,21 @@ def check_float32(error: float) -> None:
         )
 
 
-def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int) -> None:
-    """Raise ValueError for a setting that ranks on machines installed like this one could not honour."""
+def least_capability() -> float | None:
+    """Return the least compute capability of the GPUs that this process sees; None without any."""
+    if not torch.cuda.is_available():
+        return None
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return min(major + minor / 10 for major, minor in capabilities)
+
+
+def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int, capability: float | None = None) -> None:
+    """Raise ValueError for a setting that ranks on machines installed like this one could not honour.
+
+    `capability` is the least of the GPUs' compute capabilities, None where that is not known.
+    """
+    if capability is not None and (refused := gpus.refused_fp8(model.fp8, capability)):
+        raise ValueError(refused)
     engine = uses_transformer_engine(num_gpus)
     lacking = "Transformer Engine is not installed" if num_gpus else "there is no GPU"
     if model.fp8 and not engine:

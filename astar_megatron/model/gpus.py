@@ -5,6 +5,7 @@ speeds of links in one direction. Memory is what the driver reports for the card
 """
 
 from dataclasses import dataclass
+from math import inf
 
 _MIB = 1 << 20
 _GEN4, _GEN5 = 32e9, 64e9  # bytes a second of 16 lanes of PCIe
@@ -25,6 +26,9 @@ class Gpu:
 
 # From which on Transformer Engine's own fused attention takes packs (thd); before it flash-attn's does.
 FUSED_PACKS_CAPABILITY = 9.0
+# From which on, and before which, it computes by a recipe of FP8: "Datatype and hardware support matrix" of its pages
+# (nvidia.github.io/TransformerEngine/support_matrix.html).
+_FP8_CAPABILITIES = {"tensorwise": (8.9, inf), "blockwise": (9.0, inf), "mxfp8": (10.0, 12.0)}
 
 # Of a device the first whose name is a part of the device's.
 GPUS = (
@@ -57,3 +61,16 @@ def named(name: str) -> Gpu:
     if gpu := next((gpu for gpu in GPUS if gpu.name.lower() == name.lower()), None):
         return gpu
     raise ValueError(f"--gpu {name}: expected one of {', '.join(gpu.name for gpu in GPUS)}")
+
+
+def refused_fp8(recipe: str | None, capability: float) -> str:
+    """Return why a GPU of a compute capability has no such recipe of FP8 (`model.fp8`); "" where it has, or none is."""
+    taken = [name for name, (first, end) in _FP8_CAPABILITIES.items() if first <= capability < end]
+    if recipe is None or recipe in taken:
+        return ""
+    first, end = _FP8_CAPABILITIES[recipe]
+    before = "" if end == inf else f" and before {end}"
+    return (
+        f"model.fp8={recipe}: Transformer Engine computes in it from compute capability {first} on{before}, this GPU "
+        f"has {capability}; set model.fp8={' or '.join([*taken, 'null'])}"
+    )

@@ -1,4 +1,4 @@
-"""Which layouts of Megatron ranks a model and a mini-batch allow; others are refused by name.
+"""Which layouts of Megatron ranks, and which lengths, a model and a mini-batch allow; others are refused by name.
 
 Imports no Megatron. That the data axis divides the mini-batch is checked before (config.py).
 """
@@ -30,6 +30,16 @@ def check(parallel: ParallelConfig, model: Model, *, sequences: int) -> None:
             raise LayoutError(f"parallel: {problem}")
         part = next(parts(parallel, model, sequences=sequences))  # there is one: a single rank fits every model
         raise LayoutError(f"parallel: {problem}. Its largest part that fits: {part.describe()}")
+
+
+def check_lengths(model: Model, path: str, *, max_tokens: int) -> None:
+    """Raise ValueError where the model in `path` has fewer positions than prompt and response may take."""
+    limit = model.gpt_options()["max_sequence_length"]
+    if max_tokens > limit:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_response_tokens: {max_tokens} exceeds the {limit} positions "
+            f"of {path}; lower one of them"
+        )
 
 
 def parts(parallel: ParallelConfig, model: Model, *, sequences: int) -> Iterator[ParallelConfig]:

@@ -49,9 +49,10 @@ from conversion.families import Model
 # where tensors had 60.4 (Qwen2.5-1.5B, one H200).
 RESERVE_SHARE = 0.15
 WORK_BYTES = 2 * GIB  # of an engine: a prefill's activations, sampled logits, captured graphs; not measured
-# Numbers that a local layer keeps a token, in units of H and F: two norms in fp32 (3 H each in bfloat16), inputs of the
-# three products that have H, q, k, v and output of attention, padded (5 H); the MLP's two halves, silu and product.
-LOCAL_HIDDEN, LOCAL_WIDTH = 14, 4
+# Numbers that a local layer keeps a token, in units of H, Q and F (run/accelerators.py): two norms in fp32 (3 H each in
+# bfloat16), inputs of the three products that have H; queries, keys, values and what attention gives, as they are and
+# padded (4 Q); the MLP's two halves, silu and product.
+LOCAL_HIDDEN, LOCAL_HEADS, LOCAL_WIDTH = 9, 4, 4
 LOCAL_LOGITS_BYTES = 160 << 20  # as in model/head/chunked.py, which needs torch to import
 # Made between two steps, where malloc has the room of activations: 0.3 to 0.9 came on top in the runs of
 # tests/plan_page.py. A disk so slow that the next step finds the copy there makes it 1.
@@ -160,7 +161,7 @@ def _rank_on_cores(cfg: RunConfig, model: Model) -> Process:
     logits = min(LOCAL_LOGITS_BYTES, 4 * micro_batch_tokens(cfg) * vocabulary)
     rank = replace(
         rank_bytes(cfg, model),
-        activations=activation_bytes(cfg, model, hidden=LOCAL_HIDDEN, width=LOCAL_WIDTH),
+        activations=activation_bytes(cfg, model, hidden=LOCAL_HIDDEN, heads=LOCAL_HEADS, width=LOCAL_WIDTH),
         head=logits + 4 * vocabulary * dims.hidden_size,
     )
     saved = checkpoint_bytes(cfg, model.num_parameters(), is_bfloat16=size == 2) // parallel.world_size

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+from astar_megatron.cluster.demands import idle_nodes, num_used
 from astar_megatron.cluster.placement import Node, Placement, PlacementError, place
 from astar_megatron.config import ParallelConfig, RunConfig
 from astar_megatron.data.rows import Problems, read_rows
 from astar_megatron.model import layouts
-from astar_megatron.model.gpus import FUSED_PACKS_CAPABILITY, Gpu
+from astar_megatron.model.gpus import FUSED_PACKS_CAPABILITY, Gpu, refused_fp8
 from astar_megatron.planning.capacity import Cache, Process, cache, processes
 from astar_megatron.planning.pace import StepSeconds, generation_seconds, step_seconds
 from astar_megatron.run import accelerators, resources
@@ -37,8 +38,10 @@ class Forecast:
     cache: Cache | None = None
     sharing: str = ""  # in words, of GPUs that have both sides
     seconds: StepSeconds | None = None
-    training_hours: float = 0.0  # GPU hours
+    training_hours: float = 0.0  # GPU hours, of all GPUs that the nodes hold
+    training_clock_hours: float = 0.0
     stage_1_hours: float | None = None  # None: not known, or the run reads no table
+    stage_1_clock_hours: float | None = None
     cautions: tuple[str, ...] = ()  # where the seconds are known to be too few, or stand on nothing measured
 
     @property
@@ -49,8 +52,10 @@ class Forecast:
 def forecast(cfg: RunConfig, model: Model, gpu: Gpu | None, num_prompts: int | None) -> Forecast:
     """Return what a run takes on this kind of GPU, or on cores. Pure.
 
-    Raises ValueError for what no memory could mend: a layout that does not divide the model.
+    Raises ValueError for what no memory could mend: a layout that does not divide the model, more tokens than it has
+    positions.
     """
+    layouts.check_lengths(model, cfg.model.path, max_tokens=cfg.max_tokens)
     layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size)
     model.vllm_tiles(cfg.rollout.tensor)
     own = processes(cfg, model, gpu)
@@ -66,12 +71,17 @@ def forecast(cfg: RunConfig, model: Model, gpu: Gpu | None, num_prompts: int | N
         return Forecast(problems=problems, **fields)
     nodes = len({seat.node for seat in placement.ranks})
     seconds = step_seconds(cfg, model, gpu, shared=shared, num_nodes=nodes)
+    training_clock_hours = cfg.train.num_steps * seconds.total / 3600
+    stage_1_clock_hours = _stage_1_clock_hours(cfg, model, gpu, num_prompts)
+    engines = placement_of(cfg, model, with_policy=False)
     return Forecast(
         problems=[],
         sharing=accelerators.shares_of(cfg, model, gpu.memory_bytes).describe() if shared else "",
         seconds=seconds,
-        training_hours=cfg.train.num_steps * seconds.total * num_gpus / 3600,
-        stage_1_hours=_stage_1_hours(cfg, model, gpu, num_prompts),
+        training_hours=training_clock_hours * _num_held(cfg, placement),
+        training_clock_hours=training_clock_hours,
+        stage_1_hours=stage_1_clock_hours and stage_1_clock_hours * _num_held(cfg, engines),
+        stage_1_clock_hours=stage_1_clock_hours,
         cautions=tuple(_cautions(cfg, model, gpu)),
         **fields,
     )
@@ -79,15 +89,18 @@ def forecast(cfg: RunConfig, model: Model, gpu: Gpu | None, num_prompts: int | N
 
 def problems_of(cfg: RunConfig, model: Model, gpu: Gpu, own: Sequence[Process]) -> tuple[list[str], Placement | None]:
     """Return what does not fit, of the run's `own` processes, and where they would go if that fits."""
+    refused = [refused_fp8(cfg.model.fp8, gpu.capability)]
+    placement, shortages = None, list[str]()
     try:
         placement = placement_of(cfg, model)
+        refused.append(idle_nodes(cfg, placement))
+        if placement.shared:  # then ranks are among the shortages
+            own = [each for each in own if each.limit_bytes != gpu.memory_bytes]
+            shortages = accelerators.shortages(cfg, model, gpu.memory_bytes)
     except PlacementError as error:
-        return [*(_problem(each, gpu) for each in own if not each.fits), str(error)], None
-    shared, problems = bool(placement.shared), list[str]()
-    if shared:  # then ranks are among the shortages
-        own = [each for each in own if each.limit_bytes != gpu.memory_bytes]
-        problems += accelerators.shortages(cfg, model, gpu.memory_bytes)
-    return [*(_problem(each, gpu) for each in own if not each.fits), *problems], placement
+        refused.append(str(error))
+    large = [_problem(each, gpu) for each in own if not each.fits]
+    return [*large, *shortages, *filter(None, refused)], placement
 
 
 def count_prompts(cfg: RunConfig) -> int | None:
@@ -100,15 +113,15 @@ def count_prompts(cfg: RunConfig) -> int | None:
     return len(rows)
 
 
-def placement_of(cfg: RunConfig, model: Model) -> Placement:
-    """Return where ranks and engines go on the nodes of the section slurm. Raises PlacementError."""
+def placement_of(cfg: RunConfig, model: Model, *, with_policy: bool = True) -> Placement:
+    """Return where ranks, if asked for, and engines go on the nodes of the section slurm. Raises PlacementError."""
     size, numbers = gpus_of_a_node(cfg), range(1, cfg.slurm.nodes + 1)
     nodes = [Node(address=f"node {number}", num_gpus=size) for number in numbers]
 
     def parts() -> Iterable[ParallelConfig]:
         return layouts.parts(cfg.parallel, model, sequences=cfg.mini_batch_size)
 
-    return place(nodes, cfg.parallel, cfg.rollout, cfg.cluster.share_gpus, parts)
+    return place(nodes, cfg.parallel if with_policy else None, cfg.rollout, cfg.cluster.share_gpus, parts)
 
 
 def gpus_of_a_node(cfg: RunConfig) -> int:
@@ -143,11 +156,16 @@ def _cautions(cfg: RunConfig, model: Model, gpu: Gpu) -> Iterator[str]:
         yield f"no run on a {gpu.name} has been measured: shares of its peak are those of an H200"
 
 
-def _stage_1_hours(cfg: RunConfig, model: Model, gpu: Gpu, num_prompts: int | None) -> float | None:
-    """Of an empty table; the engines' GPUs alone."""
+def _num_held(cfg: RunConfig, placement: Placement) -> int:
+    """The GPUs of whole nodes, those in reserve too, as `astar launch` asks for them; else those with a process."""
+    of_nodes = (num_used(placement) + cfg.slurm.spare_nodes) * cfg.slurm.gpus_per_node
+    return of_nodes or sum(len(names) for names in placement.gpus().values())
+
+
+def _stage_1_clock_hours(cfg: RunConfig, model: Model, gpu: Gpu, num_prompts: int | None) -> float | None:
+    """Of an empty table."""
     if num_prompts is None or not cfg.asks_stage_1:
         return None
     extra = ceil(cfg.sweep.extra_tokens / cfg.sampling.max_response_tokens)
     responses = num_prompts * cfg.sweep.num_samples + extra
-    seconds = generation_seconds(cfg, model, gpu, responses, num_prompts)
-    return seconds * cfg.rollout.num_engines * cfg.rollout.tensor / 3600
+    return generation_seconds(cfg, model, gpu, responses, num_prompts) / 3600

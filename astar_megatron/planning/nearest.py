@@ -1,7 +1,9 @@
 """The nearest settings with which a planned run fits its GPUs: the fewest changes, then the fewest GPU hours.
 
-Looked at are smaller forward passes, what can be computed again or lie in host memory, the engines' share and tensor
-axis, other layouts, GPUs for both sides, no drawing ahead, more nodes: one of these changed, else two, else three.
+Looked at are smaller forward passes, what can be computed again or lie in host memory, no FP8, the engines' share and
+tensor axis, other layouts, of tensor and pipeline together too, GPUs for both sides, no drawing ahead, more nodes: one
+of these changed, else two, else three.
+Nodes that would have nothing to do are left out of each: no run may start on such.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +13,7 @@ from math import ceil
 from typing import Any
 
 from astar_megatron import config
+from astar_megatron.cluster.demands import num_used
 from astar_megatron.config import RunConfig
 from astar_megatron.model.gpus import Gpu
 from astar_megatron.planning.capacity import processes
@@ -18,7 +21,7 @@ from astar_megatron.planning.forecast import Forecast, forecast, gpus_of_a_node,
 from astar_megatron.run.accelerators import micro_batch_tokens
 from conversion.families import Model
 
-_MOST_CHANGES, _MOST_SHOWN = 3, 3
+MOST_CHANGES, _MOST_SHOWN = 3, 3
 _FACTORS = (2, 4, 8)
 _ENOUGH = -1  # nodes: as many as the other changes make necessary
 
@@ -39,13 +42,12 @@ class Neighbour:
 
 def nearest(cfg: RunConfig, model: Model, gpu: Gpu, num_prompts: int | None) -> list[Neighbour]:
     """Return up to three neighbours, the cheapest step first; none where up to three changes don't do. Pure."""
-    kinds = [list(kind) for kind in _changes(cfg)]
-    for count in range(1, _MOST_CHANGES + 1):
+    for choices in _choices(cfg):
         neighbours = [
-            Neighbour(change=change, forecast=ahead)
-            for chosen in combinations(kinds, count)
+            neighbour
+            for chosen in choices
             for picked in product(*chosen)
-            if (ahead := _forecast(changed(cfg, change := _joined(cfg, picked)), model, gpu, num_prompts))
+            if (neighbour := _neighbour(cfg, _joined(cfg, picked), model, gpu, num_prompts))
         ]
         if neighbours:
             best = {frozenset(near.change): near for near in sorted(neighbours, key=_cost, reverse=True)}
@@ -57,14 +59,21 @@ def _cost(neighbour: Neighbour) -> float:
     return neighbour.forecast.training_hours
 
 
-def _forecast(tree: Mapping[str, Any], model: Model, gpu: Gpu, num_prompts: int | None) -> Forecast | None:
+def _neighbour(cfg: RunConfig, change: Change, model: Model, gpu: Gpu, num_prompts: int | None) -> Neighbour | None:
     """None where the settings don't fit or can't be had, for whatever reason: another neighbour may do."""
     try:
-        cfg = config.validate(tree)
-        own = processes(cfg, model, gpu)
-        if not all(process.fits for process in own) or problems_of(cfg, model, gpu, own)[0]:
+        near = config.validate(changed(cfg, change))
+        own = processes(near, model, gpu)
+        if not all(process.fits for process in own):
             return None
-        return forecast(cfg, model, gpu, num_prompts)
+        problems, placement = problems_of(near, model, gpu, own)
+        if placement and (used := num_used(placement)) < near.slurm.nodes:
+            return _neighbour(cfg, {**change, "slurm.nodes": used}, model, gpu, num_prompts)
+        if problems:
+            return None
+        if near.slurm.nodes == cfg.slurm.nodes:
+            change = {key: value for key, value in change.items() if key != "slurm.nodes"}
+        return Neighbour(change=change, forecast=forecast(near, model, gpu, num_prompts))
     except ValueError:
         return None
 
@@ -78,18 +87,30 @@ def changed(cfg: RunConfig, change: Change) -> dict[str, Any]:
     return tree
 
 
+def _choices(cfg: RunConfig) -> Iterator[list[tuple[list[Change], ...]]]:
+    """Yield the kinds that may change at once, the fewest first: none, which leaves idle nodes out, to all three.
+
+    Of layouts one axis, and where no such change does two.
+    """
+    kinds, one_axis, two_axes = [list(kind) for kind in _changes(cfg)], list(_layouts(cfg)), list(_wider_layouts(cfg))
+    for count in range(MOST_CHANGES + 1):
+        yield list(combinations([*kinds, one_axis], count))
+        if count:
+            yield [(*chosen, two_axes) for chosen in combinations(kinds, count - 1)]
+
+
 def _changes(cfg: RunConfig) -> Iterator[Iterable[Change]]:
-    """Of each kind the changes that there are."""
+    """Of each kind the changes that there are, but for layouts."""
     tokens, share = micro_batch_tokens(cfg), cfg.rollout.gpu_memory_utilization
     smaller = (tokens // factor for factor in _FACTORS)
     yield ({"train.micro_batch_tokens": size} for size in smaller if size >= cfg.max_tokens)
     yield _other("parallel.recompute", cfg.parallel.recompute, ["full"])
+    yield _other("model.fp8", cfg.model.fp8, [None])
     yield _other("model.reference", cfg.model.reference, ["offload"])
     yield _other("optim.offload", cfg.optim.offload, [True])
     yield _other("train.offload", cfg.train.offload, ["optimizer", "all"])
     yield ({"rollout.gpu_memory_utilization": new} for new in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8) if abs(new - share) > 0.05)
     yield _engines(cfg)
-    yield _layouts(cfg)
     yield _other("rollout.max_staleness", cfg.rollout.max_staleness, [0])
     yield _other("cluster.share_gpus", bool(cfg.cluster.share_gpus), [True])
     yield [{"slurm.nodes": _ENOUGH}]
@@ -100,10 +121,11 @@ def _other(key: str, now: object, values: Iterable[object]) -> list[Change]:
 
 
 def _engines(cfg: RunConfig) -> Iterator[Change]:
-    """Engines of more workers, on as many GPUs where that goes."""
+    """Engines of more workers: on as many GPUs where that goes, and as many engines as all GPUs hold."""
     for factor in _FACTORS:
-        engines = max(1, cfg.rollout.num_engines // factor)
-        yield {"rollout.tensor": factor * cfg.rollout.tensor, "rollout.num_engines": engines}
+        workers, engines = factor * cfg.rollout.tensor, cfg.rollout.num_engines
+        for number in dict.fromkeys((max(1, engines // factor), max(1, min(engines, _num_gpus(cfg) // workers)))):
+            yield {"rollout.tensor": workers, "rollout.num_engines": number}
 
 
 def _layouts(cfg: RunConfig) -> Iterator[Change]:
@@ -120,6 +142,26 @@ def _layouts(cfg: RunConfig) -> Iterator[Change]:
     yield from ({"parallel.data": factor * parallel.data} for factor in _FACTORS)
 
 
+def _wider_layouts(cfg: RunConfig) -> Iterator[Change]:
+    """More ranks to a copy of the model by two axes, tensor inside a node and pipeline; as many copies as GPUs hold."""
+    parallel = cfg.parallel
+    for tensor, pipeline in product(_FACTORS, _FACTORS):
+        sizes = tensor * parallel.tensor, pipeline * parallel.pipeline
+        if sizes[0] <= gpus_of_a_node(cfg):
+            most = _num_gpus(cfg) // (sizes[0] * sizes[1] * parallel.context)
+            data = max((d for d in range(1, most + 1) if parallel.data % d == 0), default=1)
+            yield {"parallel.tensor": sizes[0], "parallel.pipeline": sizes[1], "parallel.data": data}
+
+
+def _num_gpus(cfg: RunConfig) -> int:
+    return cfg.slurm.nodes * gpus_of_a_node(cfg)
+
+
+def tried(cfg: RunConfig) -> list[str]:
+    """Return the keys that the neighbours of a run differ in."""
+    return list(dict.fromkeys(key for kind in (*_changes(cfg), _layouts(cfg)) for change in kind for key in change))
+
+
 def _joined(cfg: RunConfig, changes: Iterable[Change]) -> Change:
     """Return all of the changes, with as many nodes as both sides then need."""
     change = {key: value for part in changes for key, value in part.items()}
@@ -134,4 +176,4 @@ def _joined(cfg: RunConfig, changes: Iterable[Change]) -> Change:
 
 
 def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

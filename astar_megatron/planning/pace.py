@@ -10,8 +10,9 @@ forward pass (model/flops.py) of the sequences of a data rank, over the ranks th
                 the link of the replicas, which are sent meanwhile; and 30 bytes a parameter for the optimiser, or with
                 optim.offload a gradient and a weight over the link to the host
     critic      a forward pass for values and three to learn, without a head
-    generate    prompts: forward FLOPs as above; then for each token of a response the larger of (weights and keys and
-                values) / memory rate and FLOPs / peak, and DRAW_SECONDS a sequence
+    generate    prompts: forward FLOPs as above; then, in waves of as many sequences as an engine takes at once and one
+                of the rest, for each token of a response the larger of (weights and keys and values) / memory rate and
+                FLOPs / peak, and DRAW_SECONDS a sequence
     publish     bytes of the weights / (PUBLISH_RATE * the smaller number of senders and of an engine's workers)
     turns       TURN_SECONDS where both sides share GPUs, and what they move to the host and back
 
@@ -106,13 +107,19 @@ def generation_seconds(cfg: RunConfig, model: Model, gpu: Gpu, num_responses: in
     room = cache(cfg, model, gpu)
     at_once = max(1, min(own, cfg.rollout.max_num_seqs, room.num_tokens // mean_tokens))
     token_flops = (drawing_flops(model, prompt, [response]) - drawing_flops(model, prompt, [1])) / response
-    memory = (worker_bytes(cfg, model) + at_once * mean_tokens * room.token_bytes) / gpu.memory_rate
-    compute = at_once * token_flops / workers / gpu.peak_flops
-    hidden = at_once * model.hidden_size * number_bytes(cfg) * (workers - 1) / workers
-    sent = model.num_layers * 4 * hidden / gpu.link_rate  # two sums a layer, each there and back
-    token = max(memory, compute) + sent + at_once * DRAW_SECONDS
+
+    def token(sequences: int) -> float:
+        """Seconds in which each of these gets its next token."""
+        memory = (worker_bytes(cfg, model) + sequences * mean_tokens * room.token_bytes) / gpu.memory_rate
+        compute = sequences * token_flops / workers / gpu.peak_flops
+        hidden = sequences * model.hidden_size * number_bytes(cfg) * (workers - 1) / workers
+        sent = model.num_layers * 4 * hidden / gpu.link_rate  # two sums a layer, each there and back
+        return max(memory, compute) + sent + sequences * DRAW_SECONDS
+
+    waves, rest = divmod(own, at_once)
+    tokens = response * (waves * token(at_once) + (token(rest) if rest else 0.0))
     prefill = ceil(num_prompts / cfg.rollout.num_engines) * drawing_flops(model, prompt, [1])
-    return ceil(own / at_once) * response * token + prefill / workers / (LAYERS_SHARE * gpu.peak_flops)
+    return tokens + prefill / workers / (LAYERS_SHARE * gpu.peak_flops)
 
 
 def _forward(cfg: RunConfig, model: Model, gpu: Gpu, num_nodes: int) -> _Forward:

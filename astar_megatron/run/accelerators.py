@@ -5,27 +5,31 @@ gives that back while the policy steps. A rank's allocator may then take what th
 engines wake it gives back what `train.offload` names, and what it keeps must fit beside an engine. What a rank takes
 about, with P its parameters (of the stage that has most), R replicas (of experts: R / expert), c bytes a number of the
 compute type, a micro-batch of T tokens (over tensor * context; no more than the rank's part of a mini-batch), L layers
-of hidden size H and MLP width F (of the experts a token goes to):
+of hidden size H, MLP width F (of the experts a token goes to) and Q = (heads + key-value heads) * head_dim, which may
+be more than H:
 
     weights     c * P                kept while engines generate, and with `train.offload`
     gradients   4 * P                fp32; kept unless it is all
     optimiser   8 * P / R            Adam's two moments, and with c = 2 master weights, 4 * P / R; none with
                                      optim.offload; kept unless it is optimizer or all
     reference   c * P                none with model.reference=offload; kept unless it is all
-    activations T * L * c * (7 H + 3 F)    inputs of norms, products and attention; with parallel.recompute=full
-                T * c * (L * H + 7 H + 3 F)    the layers' inputs, and one layer's
+    activations T * L * c * (4 H + 2 Q + 3 F)  two norms' inputs and outputs; queries, keys, values and what attention
+                                     gives; the MLP's two halves and their product; with parallel.recompute=full
+                T * c * (L * H + 4 H + 2 Q + 3 F)  the layers' inputs, and one layer's
     FP8 copies  2 * P                with model.fp8, of products' weights, by rows and by columns; kept if it is none
     head        2 GiB                kernels' workspaces, a group of logits; kept if it is none, as activations are
 
 A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
 all.
 
-Each of the k experts that a token goes to keeps its own copy of the token: (7 + k - 1) H in place of 7 H.
+Each of the k experts that a token goes to keeps its own copy of the token: (4 + k - 1) H in place of 4 H. Where queries
+and keys have norms (Qwen3), these keep their inputs: 3 Q in place of 2 Q.
 
-Each stage of a pipeline keeps as many micro-batches as there are stages, of a part of the layers: T * L again, or less
-where the mini-batch has fewer.
+Of p stages each has L / p of the layers, of them stage s = 0, 1, ... keeps p - s micro-batches, the first T * L again.
+With parallel.virtual = v > 1 a stage has v parts of L / (p * v) layers and keeps (v - 1) * p + 2 * (p - s - 1) + 1 of
+their micro-batches, the first 1 + (p - 1) / (p * v) times T * L. Less where the mini-batch has fewer.
 
-Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 63.
+Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 62.
 """
 
 import json
@@ -118,7 +122,7 @@ def shortages(cfg: RunConfig, model: Model, gpu_bytes: int) -> list[str]:
 
 
 def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBytes:
-    """Return about how many bytes a rank of a pipeline stage takes; None: of that with most parameters."""
+    """Return about how many bytes a rank of a pipeline stage takes; None: the most of each part that any stage has."""
     size, parallel = number_bytes(cfg), cfg.parallel
     stages = range(parallel.pipeline) if stage is None else (stage,)
     dense, experts = max((_parameters(parallel, model, stage) for stage in stages), key=sum)
@@ -132,7 +136,7 @@ def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBy
         optimizer=learners * optimizer,
         reference=size * parameters if cfg.model.reference == "resident" else 0,
         critic=(learners - 1) * size * parameters,
-        activations=activation_bytes(cfg, model, hidden=7, width=3),
+        activations=activation_bytes(cfg, model, hidden=4, heads=2, width=3, stage=stage or 0),
         fp8=learners * 2 * parameters if cfg.model.fp8 else 0,
         head=HEAD_BYTES,
     )
@@ -143,18 +147,30 @@ def micro_batch_tokens(cfg: RunConfig) -> int:
     return min(max(cfg.train.micro_batch_tokens, cfg.max_tokens), _mini_batch_tokens(cfg))
 
 
-def activation_bytes(cfg: RunConfig, model: Model, *, hidden: int, width: int) -> int:
-    """Return the bytes of activations of a rank whose layers keep `hidden` * H + `width` * F numbers a token."""
+def activation_bytes(cfg: RunConfig, model: Model, *, hidden: int, heads: int, width: int, stage: int = 0) -> int:
+    """Return the bytes of activations of a stage's rank; the first stage keeps most.
+
+    Its layers keep `hidden` * H + `heads` * Q + `width` * F numbers a token.
+    """
     parallel, dims, tokens = cfg.parallel, model.dims, micro_batch_tokens(cfg)
     layer = hidden * dims.hidden_size + width * dims.intermediate_size
     if dims.num_experts:
         chosen = dims.experts_per_token  # each with its copy of the input, for the gradient of its weights
         layer = (hidden + chosen - 1) * dims.hidden_size + width * chosen * dims.moe_intermediate_size
-    under_way = min(parallel.pipeline * tokens, _mini_batch_tokens(cfg))  # of all micro-batches that a stage keeps
+    heads += 1 if model.transformer_config()["qk_layernorm"] else 0
+    layer += heads * (dims.num_heads + dims.num_kv_heads) * dims.head_dim
+    under_way = min(_parts_kept(parallel, stage) * tokens, parallel.virtual * _mini_batch_tokens(cfg))
     is_made_again = parallel.recompute == "full"
-    kept = under_way * dims.num_layers * (dims.hidden_size if is_made_again else layer) // parallel.pipeline
+    layers = dims.num_layers * (dims.hidden_size if is_made_again else layer)
+    kept = under_way * layers // (parallel.pipeline * parallel.virtual)
     kept += tokens * layer if is_made_again else 0
     return number_bytes(cfg) * kept // (parallel.tensor * parallel.context)
+
+
+def _parts_kept(parallel: ParallelConfig, stage: int) -> int:
+    """Of how many micro-batches a stage keeps activations at once, of one of its `virtual` parts each; by Megatron."""
+    after = parallel.pipeline - stage - 1
+    return after + 1 if parallel.virtual == 1 else (parallel.virtual - 1) * parallel.pipeline + 2 * after + 1
 
 
 def _mini_batch_tokens(cfg: RunConfig) -> int:

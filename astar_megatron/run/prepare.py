@@ -15,7 +15,7 @@ from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.model import layouts
-from astar_megatron.model.backend import check_features
+from astar_megatron.model.backend import check_features, least_capability
 from astar_megatron.rollout.engine import check_graphs
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import accelerators, resources
@@ -55,7 +55,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     """
     if cfg.cluster.address is None:  # else its machines are asked when it is joined
         num_accelerators = resources.measure().num_accelerators
-        check_features(cfg.model, cfg.optim, num_accelerators)
+        check_features(cfg.model, cfg.optim, num_accelerators, least_capability())
         check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
     if for_training:
         check_drawn_whole(cfg)
@@ -65,12 +65,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     with naming("rollout.tensor"):
         model.vllm_tiles(cfg.rollout.tensor)
     layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size)
-    limit = model.gpt_options()["max_sequence_length"]
-    if cfg.max_tokens > limit:
-        raise ValueError(
-            f"data.max_prompt_tokens + sampling.max_response_tokens: {cfg.max_tokens} exceeds the {limit} positions "
-            f"of {cfg.model.path}; lower one of them"
-        )
+    layouts.check_lengths(model, cfg.model.path, max_tokens=cfg.max_tokens)
     with naming("model.path"):
         hf.check_engines_read(cfg.model.path)
         hf.check(cfg.model.path, model.parameters())

@@ -13,7 +13,14 @@ replicas of the policy (context * data ranks, by expert ranks where these share 
                and 256 MiB for Ray's object store
     processes  the Python, torch, Megatron, vLLM and Ray of each process, as measured
 
-It is the least a run needs: activations come on top, and with accelerators policy and engines lie there.
+It is the least a run needs: activations come on top. With accelerators policy and engines lie there, but for what keys
+move here:
+
+    optim.offload              8 * P + 4 * P       moments and master weights
+    model.reference=offload    d * c * P
+    train.offload              on shared GPUs, while engines generate: if it is optimizer, moments and master weights;
+                               if all, these, the reference and a critic's weights
+
 Leaves out: the memory of accelerators and the time of a step, which are for `astar plan`.
 """
 
@@ -78,12 +85,22 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     ranks = cfg.parallel.world_size
     buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, EXPORT_BUCKET_BYTES)]
     return Needs(
-        policy_bytes=0 if accelerated else policy,
+        policy_bytes=_moved_bytes(cfg, machine, learning * optimizer, replicas * weights) if accelerated else policy,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
         saving_bytes=checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16),
         shared_bytes=sum(buckets) + OBJECT_STORE_BYTES,
         processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
     )
+
+
+def _moved_bytes(cfg: RunConfig, machine: Machine, optimizer: int, weights: int) -> int:
+    """What keys move from accelerators to the host, of so many bytes of optimisers and of all copies of a model."""
+    processes = cfg.parallel.world_size + cfg.rollout.num_engines * cfg.rollout.tensor
+    shared = cfg.cluster.share_gpus or (cfg.cluster.share_gpus is None and processes > machine.num_accelerators)
+    offload = cfg.train.offload if shared else "none"
+    copies = int(offload == "all" or cfg.model.reference == "offload")
+    copies += int(offload == "all" and cfg.critic_lr is not None)
+    return copies * weights + (optimizer if cfg.optim.offload or offload in ("optimizer", "all") else 0)
 
 
 def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) -> None:

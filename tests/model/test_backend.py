@@ -54,6 +54,30 @@ def test_what_every_device_does_is_let_through() -> None:
     check_features(ModelConfig(path="x", reference="offload"), OptimConfig(), num_gpus=1)
 
 
+@pytest.mark.parametrize(
+    ("capability", "recipes"),
+    [
+        (8.0, []),
+        (8.6, []),
+        (8.9, ["tensorwise"]),
+        (9.0, ["tensorwise", "blockwise"]),
+        (10.0, ["tensorwise", "blockwise", "mxfp8"]),
+        (12.0, ["tensorwise", "blockwise"]),
+    ],
+)
+def test_a_gpu_takes_the_recipes_of_fp8_that_transformer_engine_has_for_it(
+    capability: float, recipes: list[str]
+) -> None:
+    every = ("tensorwise", "blockwise", "mxfp8")
+    assert [recipe for recipe in every if not gpus.refused_fp8(recipe, capability)] == recipes
+    assert gpus.refused_fp8(None, capability) == ""
+    for recipe in {*every} - {*recipes}:
+        instead = " or ".join([*recipes, "null"])
+        wanted = rf"model\.fp8={recipe}: .* this GPU has {capability}; set model\.fp8={instead}$"
+        with pytest.raises(ValueError, match=wanted):
+            check_features(ModelConfig(path="x", fp8=recipe), OptimConfig(), 1, capability)  # type: ignore[arg-type]
+
+
 def test_a_cpu_states_no_peak_and_measures_its_process() -> None:
     assert CPU.peak_flops is None
     assert CPU.describe() == "no GPU; no MFU: the peak of this device is not known"
