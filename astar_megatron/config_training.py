@@ -1,5 +1,6 @@
 """The keys of stage 2: how long it trains, what it may cost, and the optimiser."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -9,6 +10,7 @@ from astar_megatron.config_machine import Offload
 from astar_megatron.config_secrets import LOGIN_REFUSED, has_login
 
 _MOST_AMOUNT = 1e30
+_WANDB_NAME = r"[^/\\#?%:]{1,128}"
 
 
 class TrainConfig(Section):
@@ -89,8 +91,11 @@ class TrackingConfig(Section):
 
     @model_validator(mode="after")
     def _addresses(self) -> Self:
-        if self.wandb and not all(self.wandb.split("/", 1)):
-            raise ValueError(f"tracking.wandb: expected project or entity/project, got {self.wandb!r}")
+        if self.wandb and not re.fullmatch(rf"({_WANDB_NAME}/)?{_WANDB_NAME}", self.wandb):
+            raise ValueError(
+                "tracking.wandb: expected project or entity/project, each of at most 128 characters and without "
+                rf"/ \ # ? % :, which W&B refuses, got {self.wandb!r}"
+            )
         if self.mlflow and has_login("".join(self.mlflow.split())):  # a password may hold a blank
             raise ValueError(f"tracking.mlflow: {LOGIN_REFUSED}")
         if self.mlflow and ("://" not in self.mlflow or self.mlflow.startswith("file:")):

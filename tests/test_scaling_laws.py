@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from samples import evaluation
 
 from astar_megatron.run import scores
@@ -731,3 +732,24 @@ def test_whatever_is_read_is_fitted_or_refused_and_drawn_without_a_warning(
     scale_fit([path, whole], tmp_path / "out", None, None, per_row=False, tolerance=0.05)
     curve, _ = json.loads((tmp_path / "out" / "fit.json").read_text())["curves"]
     assert curve["points"] == len(compute) and (tmp_path / "out" / "fit.png").exists()
+
+
+def test_panels_of_the_picture_have_whole_names_and_labels_and_no_title_lies_over_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    columns = {"num_tokens": list(range(12)), "reward": [0.5, 0.6] * 6}
+    names = ["optim.lr=1e-6,astar.beta2=0.001,train.batch_size=256," * 2 + f"seed={seed}" for seed in range(4)]
+    tables = [write_csv(folder / f"{name}.csv", columns) for name in names]
+    for count in (1, 4):
+        scale_fit(tables[:count], tmp_path / "out", None, None, per_row=False, tolerance=0.05)
+        figure = pyplot.gcf()
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        titles = [axes.get_title().replace("\n", "") for axes in shown]
+        assert [title.partition(": ")[0] for title in titles] == names[:count]
+        assert {(axes.get_xlabel(), axes.get_ylabel()) for axes in shown} == {("num_tokens", "reward")}
+        (heading,) = (text.get_window_extent() for text in figure.texts)
+        assert not any(axes.title.get_window_extent().overlaps(heading) for axes in shown)
+        assert heading.x0 >= 0 and heading.x1 <= figure.bbox.x1

@@ -21,7 +21,7 @@ from PIL import Image
 
 from astar_megatron import show
 from astar_megatron.data import rollout_files
-from astar_megatron.pages import panels
+from astar_megatron.pages import page, panels
 from astar_megatron.pages.page import aligned, page_of
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.types import Prompt
@@ -125,6 +125,16 @@ def test_a_browser_draws_curves_health_timeline_and_rollouts(shown: Path, browse
     assert "policy" in seen.texts["gantt"][0] and "engines idle" in seen.texts["timeline-words"][0]
     assert seen.texts["count"] == ["96 of 96 rollouts match"] and seen.texts["page"] == ["page 1 of 2"]
     assert seen.tags.count("details") == 50
+
+
+@in_a_browser
+def test_a_browser_tells_the_seconds_of_a_step_that_no_curve_draws(
+    run: Path, tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "_MOST_CURVE_POINTS", 6)
+    show.main(run, tmp_path / "x.html")
+    assert data_of(tmp_path / "x.html")["x"] == [1, 3, 5, 7, 9, 11]
+    assert "engines idle" in browser.see(tmp_path / "x.html", "reward>=0&timeline=10").texts["timeline-words"][0]
 
 
 @in_a_browser
@@ -290,7 +300,7 @@ def test_a_page_holds_what_the_run_wrote(run: Path, shown: Path) -> None:
     assert data["x"] == [line["step"] for line in lines] and data["all_rollouts"] == 96
     (reward,) = [chart for chart in data["curves"] if chart["title"] == "Reward"]
     assert reward["curves"] == {"reward_mean": [line["reward_mean"] for line in lines]}
-    assert data["timelines"]["11"] == lines[11]["timeline"]
+    assert data["timelines"]["11"] == {"spans": lines[11]["timeline"], "seconds": lines[11]["seconds"]}
     row, wanted = data["rollouts"]["rows"][-1], rows_of(run, 11)[-1]
     assert "".join(data["rollouts"]["pieces"][token] for token in row["tokens"]) == wanted.text
     assert data["rollouts"]["prompts"][row["prompt"]] == [wanted.prompt, wanted.answer]

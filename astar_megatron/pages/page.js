@@ -199,7 +199,7 @@ function gantt(spans) {
 }
 
 function timeline(step) {
-  const spans = data.timelines[step];
+  const { spans, seconds } = data.timelines[step];  // of every such step, also of one that no curve draws
   const sums = new Map();  // of the driver's parts and the ranks'
   for (const [name, worker, start, end] of spans) {
     if (worker === "driver" || !spans.some((span) => span[0] === name && span[1] === "driver")) {
@@ -209,8 +209,7 @@ function timeline(step) {
   const keys = element("div", { class: "keys" });
   for (const [name, sum] of sums) keys.append(element("span", {}, square(partColour(name)), name, element("b", {}, `${short(sum)} s`)));
   at("gantt").replaceChildren(gantt(spans), keys);
-  const place = data.x.indexOf(Number(step)), seconds = data.seconds[place];
-  const words = seconds && seconds.total !== undefined
+  const words = seconds.total !== undefined
     ? [`${short(seconds.total)} s`, `engines idle ${short(seconds.engines_idle)} s`, `ranks idle ${short(seconds.ranks_idle)} s`]
     : [];
   at("timeline-words").textContent = words.join(" · ");

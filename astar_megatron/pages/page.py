@@ -56,7 +56,11 @@ def page_of(
         "curves": [*_scores(drawn), *_charts(panels.CURVES, drawn)],
         "last": {key: value for key, value in (lines[-1] if lines else {}).items() if _is_number(value)},
         "seconds": [line.get("seconds") or {} for line in drawn],
-        "timelines": {line["step"]: line["timeline"] for line in lines[-MOST_TIMELINES:] if line.get("timeline")},
+        "timelines": {
+            line["step"]: {"spans": line["timeline"], "seconds": line.get("seconds") or {}}
+            for line in lines[-MOST_TIMELINES:]
+            if line.get("timeline")
+        },
         "rollouts": rollouts,
         "all_rollouts": total,
     }

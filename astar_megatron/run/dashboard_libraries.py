@@ -24,9 +24,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from astar_megatron.config import TrackingConfig
+from astar_megatron.data.files import without_nan
 
 CLOSE_SECONDS = 5.0  # of waiting for what is still on its way; a run that a signal ends has 10 for all that it ends
 _ANSWER_SECONDS = 30.0  # in which W&B must have begun the run
+_SPENT_BEFORE = "spent_tokens_before"  # in W&B: the tokens before the step, which its evaluation's weights have cost
 _MODULES = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard", "mlflow": "mlflow"}
 
 
@@ -106,9 +108,9 @@ def check(cfg: TrackingConfig) -> None:
 
 
 class Wandb:
-    """A run of a project, `project` or `entity/project`. Online it goes on under its id; offline a folder a start.
+    """A run of a project, `project` or `entity/project`, that goes on under its id.
 
-    `wandb sync` joins such folders by the id.
+    Each start writes a folder; `wandb sync` joins offline ones by the id.
     """
 
     name, rewinds = "wandb", False
@@ -130,28 +132,31 @@ class Wandb:
             allow_val_change=True,  # a run may go on with other settings
             dir=about.folder,
             mode="offline" if self._offline else "online",
-            resume=None if self._offline else "allow",
+            resume="allow",  # offline too: `wandb sync` then puts a folder's lines behind those that it has
             reinit="create_new",  # not the run of whoever calls us
             settings=self._library.Settings(
                 console="off",  # it would take over the output that progress is drawn on
                 disable_git=True,  # the address of a remote may hold a token
                 disable_code=True,
+                x_disable_meta=True,  # the command line may hold one too
                 init_timeout=_ANSWER_SECONDS,
                 finish_timeout=CLOSE_SECONDS,
                 quiet=True,
             ),
         )
         self._run.define_metric("step")
-        self._run.define_metric("spent_tokens")
         self._run.define_metric("*", step_metric="step")
-        for name in ("reward_mean", "eval/*"):
-            self._run.define_metric(name, step_metric="spent_tokens")
+        for name, axis in (("reward_mean", "spent_tokens"), ("eval/*", _SPENT_BEFORE)):
+            self._run.define_metric(axis)
+            self._run.define_metric(name, step_metric=axis)
         where = f"in {self._run.dir}; `wandb sync` uploads it" if self._offline else str(self._run.url)
         return run_id, where
 
     def log(self, entry: Entry) -> None:
         """See Library."""
         shown: dict[str, Any] = dict(entry.values)
+        if not entry.is_final:
+            shown[_SPENT_BEFORE] = shown["spent_tokens"] - shown["response_tokens"]
         shown |= {name: self._library.Histogram(list(values)) for name, values in entry.histograms.items()}
         shown |= {
             name: self._library.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
@@ -219,7 +224,7 @@ class MLflow:
         self._library.log_metrics({mlflow_name(name): value for name, value in entry.values.items()}, step=entry.step)
         for name, table in entry.tables.items():
             rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-            self._library.log_dict({"rows": rows}, f"{name}/step_{entry.step:08d}.json")
+            self._library.log_dict(without_nan({"rows": rows}), f"{name}/step_{entry.step:08d}.json")
 
     def close(self, *, failed: bool) -> None:
         """See Library."""

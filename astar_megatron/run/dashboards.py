@@ -87,8 +87,8 @@ class Dashboard:
 
     def _open(self) -> _Place:
         place = self._read()
-        if self._library.rewinds:
-            place = replace(place, next_step=min(place.next_step, self._first))
+        if self._library.rewinds:  # what it has of this step and later goes, a last evaluation too
+            place = replace(place, next_step=min(place.next_step, self._first), final=None)
         make_folder(self._about.folder)
         run_id, where = self._library.open(self._about, place.id, place.next_step)
         self._say(f"tracking.{self._library.name}: {where}")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _COLUMNS = (
 )
 _PANELS, _MOST_PANELS = 3, 60  # in a row of the picture, and in all
 _DRAWN = 200  # points of a line
+_LETTERS, _MOST_LINES = 56, 8  # of a title over one panel
 
 
 def write(folder: Path, curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> None:
@@ -182,12 +184,13 @@ def plot(curves: Sequence[Curve], results: Sequence[Extrapolation], path: Path) 
     from matplotlib import pyplot
 
     drawn = [pair for pair in zip(curves, results, strict=True) if len(pair[0].points)][:_MOST_PANELS]
+    titles = [_wrapped(f"{result.name}: {result.verdict}") for _, result in drawn]
     rows, in_a_row = max(1, -(-len(drawn) // _PANELS)), max(1, min(_PANELS, len(drawn)))
-    size = (4.4 * in_a_row, 3.3 * rows + 0.4)
-    figure, panels = pyplot.subplots(rows, in_a_row, figsize=size, dpi=120, squeeze=False)
+    size = (4.4 * in_a_row, (3.3 + 0.14 * max((title.count("\n") for title in titles), default=0)) * rows + 0.4)
+    figure, panels = pyplot.subplots(rows, in_a_row, figsize=size, dpi=120, squeeze=False, layout="constrained")
     for axes in panels.flat[len(drawn) :]:
         axes.set_visible(False)
-    for axes, (curve, result) in zip(panels.flat, drawn, strict=False):
+    for axes, title, (curve, result) in zip(panels.flat, titles, drawn, strict=False):
         compute, late = result.points.compute, result.late
         grid = np.linspace(max(compute.min(), compute.max() / _DRAWN), compute.max(), _DRAWN)
         axes.plot(compute, result.points.score, ".", color="#999999", markersize=3)
@@ -202,14 +205,18 @@ def plot(curves: Sequence[Curve], results: Sequence[Extrapolation], path: Path) 
         margin = 0.1 * (high - low) + 0.01 * max(1.0, abs(low), abs(high))
         axes.set(ylim=(low - margin, high + margin))
         axes.set_xlabel(curve.compute, parse_math=False)
-        axes.set_title(f"{result.name[:40]}: {result.verdict}", fontsize=8, parse_math=False)
+        axes.set_ylabel(curve.score, parse_math=False)
+        axes.set_title(title, fontsize=8, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
     if named := [axes for axes in panels.flat if axes.get_legend_handles_labels()[1]]:
         named[0].legend(loc="lower right", frameon=False, fontsize=7)
     more = f"; {len(results) - len(drawn)} more curves are in fit.json" if len(results) > len(drawn) else ""
-    figure.suptitle(
-        f"dashed: fitted to the first half; grey: sigmoid of all, {LEVEL:.0%}; rings: means{more}", fontsize=8
-    )
-    figure.tight_layout()
+    words = f"dashed: fitted to the first half; grey: sigmoid of all, {LEVEL:.0%}; rings: means{more}"
+    figure.suptitle(_wrapped(words, in_a_row), fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def _wrapped(text: str, panels: int = 1) -> str:
+    """The text in lines that are no wider than so many panels."""
+    return "\n".join(textwrap.wrap(text, _LETTERS * panels, max_lines=_MOST_LINES, break_on_hyphens=False))
