@@ -3,13 +3,19 @@
 `astar doctor --config` asks it, and `astar train --dry-run`.
 """
 
+import json
+
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RunConfig
+from astar_megatron.data import chat
 from astar_megatron.data.header import MissingTableError
 from astar_megatron.run import resources
 from astar_megatron.run.prepare import check_here, placement_of, prepare
 from astar_megatron.run.tracking import Screen
 from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
+from astar_megatron.types import Prompt
+
+_SHOWN = 600  # characters of a prompt, at either end
 
 
 def main(cfg: RunConfig) -> None:
@@ -41,6 +47,15 @@ def main(cfg: RunConfig) -> None:
             "of /dev/shm, activations on top"
         )
     screen.say(words)
+    screen.say(_as_read(inputs.prompts[0], cfg.model.path))
     screen.table(placement.describe(), placement.rows())
     if shares:
         screen.say(shares.describe())
+
+
+def _as_read(prompt: Prompt, model_path: str) -> str:
+    """A prompt as the model reads it, special tokens and line ends written out; the middle of a long one left out."""
+    text = chat.tokenizer(model_path).decode(list(prompt.token_ids), skip_special_tokens=False)
+    if len(text) > 2 * _SHOWN:
+        text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+    return f"the first prompt, {len(prompt.token_ids)} tokens: {json.dumps(text, ensure_ascii=False)}"

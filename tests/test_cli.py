@@ -186,6 +186,14 @@ def test_doctor_says_of_a_run_what_training_would(command: Command, refused: Ref
     assert "GiB are free" in refused("doctor", "checkpoint.keep=1000000000")
 
 
+def test_doctor_shows_the_first_prompt_as_the_model_reads_it(astar: Any, tree: Tree, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree | {"data": tree["data"] | {"suffix": "+2"}}))
+    status, out, _ = astar("doctor", "--config", tmp_path / "run.yaml")
+    (line,) = [line for line in out.splitlines() if line.startswith("the first prompt, ")]
+    assert status == 0
+    assert line == 'the first prompt, 18 tokens: "<user> W h a t   i s   1   +   1 ? + 2 <assistant>"'
+
+
 @pytest.mark.parametrize("name", ["train --dry-run", "doctor"])
 def test_what_only_looks_at_a_run_leaves_a_damaged_shard_and_says_so_once(
     name: str, command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
