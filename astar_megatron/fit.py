@@ -27,11 +27,12 @@ def main(cfg: RunConfig) -> None:
     here = check_here(cfg)
     check_before_stage_1(cfg, inputs)
     try:
-        done = "stage 1 is done" if stage_1(cfg, inputs) else f"{cfg.objective.name} needs no stage 1"
+        estimates = stage_1(cfg, inputs)
     except MissingTableError:
         done = "stage 1 is still to be done"
     else:
-        check_training(cfg, inputs)
+        check_training(cfg, inputs, estimates)
+        done = "stage 1 is done" if estimates else f"{cfg.objective.name} needs no stage 1"
     screen = Screen()
     if here:
         placement, shares = here

@@ -38,7 +38,7 @@ def main(cfg: RunConfig) -> None:
     inputs = prepare(cfg)
     check_before_stage_1(cfg, inputs)
     estimates = stage_1(cfg, inputs)
-    check_training(cfg, inputs)
+    check_training(cfg, inputs, estimates)
     tracker = Tracker(cfg.run_dir)
     collect_seldom()
     with Fleet(cfg, inputs.model, tracker) as fleet:
@@ -59,7 +59,7 @@ def train_whatever_dies(
 
 def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fleet, tracker: Tracker) -> None:
     """Train on what `stage_1` found and export; the engines keep the final weights."""
-    objective = objective_of(cfg, inputs, estimates)
+    objective = objective_of(cfg, estimates)
     prompts = prompt_stream(cfg, inputs, estimates, objective)
     checkpoints, options = checkpoints_of(cfg, inputs), step_options(cfg)
     with fleet.training(Clock()):  # where both sides share memory the policy has all of its own

@@ -7,6 +7,7 @@ lies under runs/.
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RunConfig
 from astar_megatron.data.arithmetic import jsonl, one_digit_additions, write_jsonl
 from astar_megatron.data.chat import tokenizer
-from astar_megatron.data.v_star import VStarTable
+from astar_megatron.data.v_star import MissingTableError, VStarTable
 from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker
@@ -40,7 +41,8 @@ def main(overrides: list[str]) -> None:
     inputs = prepare(cfg)
     VStarTable.create_or_open(cfg.table_dir, inputs.contract)  # a table of other settings is refused here
     check_before_stage_1(cfg, inputs)
-    check_training(cfg, inputs)
+    with suppress(MissingTableError):  # whose sweep is still to come
+        check_training(cfg, inputs, stage_1(cfg, inputs))
     with Fleet(cfg, inputs.model, tracker) as fleet:
         table = sweep(cfg, inputs, fleet.engines, tracker)
         show(table, tracker)

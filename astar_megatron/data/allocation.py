@@ -8,6 +8,7 @@ alone, so every job and every resumed sweep comes to the same answer, and traini
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,7 +61,10 @@ def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt])
     """Return V* of a run's prompts, from the samples that belong to it. Raises MissingTableError, ContractError."""
     table = VStarTable.open(cfg.table_dir, contract)
     wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
-    return table.estimate(cfg.beta1, prompts, wanted)
+    estimates = table.estimate(cfg.beta1, prompts, wanted)
+    if cfg.objective.name != "astar":
+        return estimates
+    return replace(estimates, at_beta2=table.estimate(cfg.astar.beta2, prompts, wanted).v_star)
 
 
 def run_samples(
@@ -80,17 +84,14 @@ def run_samples(
     return drawn, int(table.lacking(prompts, wanted).sum())
 
 
-def stage_1_of(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt], estimates: Estimates | None) -> Stage1:
+def stage_1_of(estimates: Estimates | None) -> Stage1:
     """Return what a method takes of the estimates of `run_estimates`; nothing of none."""
     if estimates is None:
         return Stage1()
-    at_beta2 = {}
-    if cfg.objective.name == "astar":
-        table = VStarTable.open(cfg.table_dir, contract)
-        at_beta2 = table.estimate(cfg.astar.beta2, prompts, estimates.samples).by_uid()
+    uids, at_beta2 = estimates.uids, estimates.at_beta2
     return Stage1(
         v_star=estimates.by_uid(),
-        v_star_at_beta2=at_beta2,
+        v_star_at_beta2={} if at_beta2 is None else dict(zip(uids, at_beta2.tolist(), strict=True)),
         samples=estimates.samples_by_uid(),
-        success=dict(zip(estimates.uids, estimates.success.tolist(), strict=True)),
+        success=dict(zip(uids, estimates.success.tolist(), strict=True)),
     )

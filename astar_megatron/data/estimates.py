@@ -42,6 +42,7 @@ class Estimates:
     least: np.ndarray  # [P] reward
     most: np.ndarray  # [P] reward
     tokens: np.ndarray  # [P] int64, of the responses that count
+    at_beta2: np.ndarray | None = None  # [P] V of the same samples with beta2 in beta1's place, for a method that asks
 
     @property
     def width(self) -> np.ndarray:

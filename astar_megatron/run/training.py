@@ -14,7 +14,7 @@ from astar_megatron.data.header import MissingTableError, check_header
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.run import dashboard_libraries, dashboards, profiles, resources
-from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER, Checkpoints
+from astar_megatron.run.checkpoints import Checkpoints
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import METRICS_FILE, PLACEMENT_FILE, read_metrics
 from conversion import folders
@@ -28,9 +28,9 @@ def stage_1(cfg: RunConfig, inputs: Inputs) -> Estimates | None:
     return run_estimates(cfg, inputs.contract, inputs.prompts) if cfg.asks_stage_1 else None
 
 
-def objective_of(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> Objective:
+def objective_of(cfg: RunConfig, estimates: Estimates | None) -> Objective:
     """Return the method, as it begins with what stage 1 found."""
-    return methods.objective_of(cfg, stage_1_of(cfg, inputs.contract, inputs.prompts, estimates))
+    return methods.objective_of(cfg, stage_1_of(estimates))
 
 
 def prompt_stream(
@@ -49,12 +49,26 @@ def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:
     return Checkpoints(Path(cfg.run_dir), cfg.checkpoint, inputs.contract, config.flat(cfg))
 
 
-def check_training(cfg: RunConfig, inputs: Inputs) -> None:
-    """Raise ValueError where training could not go on from what the run has written, or not export in the end."""
+def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError for what of a training can be wrong before there is a table: it would cost a sweep."""
+    if cfg.asks_stage_1:  # of a table that is there the header
+        with suppress(MissingTableError):
+            check_header(cfg.table_dir, inputs.contract)
+    dashboard_libraries.check(cfg.tracking)
     checkpoints = checkpoints_of(cfg, inputs)
-    is_asked = cfg.filter != FilterConfig() or checkpoints.latest is not None  # else its table may not be there yet
-    estimates = stage_1(cfg, inputs) if is_asked else None
-    objective = objective_of(cfg, inputs, estimates)
+    checkpoints.verify()  # reads the newest whole
+    checkpoints.check_method()
+    _check_metrics(cfg, checkpoints.steps)
+    if cfg.filter == FilterConfig():  # else which prompts there are is known after stage 1
+        prompt_stream(cfg, inputs, None, objective_of(cfg, None))
+    _check_kinds(Path(cfg.run_dir))
+    folders.check_destination(cfg.export_dir)
+    resources.check_disk(cfg, inputs.model.num_parameters())
+
+
+def check_training(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> None:
+    """Raise ValueError where training can't go on from the newest checkpoint; after `check_before_stage_1`."""
+    checkpoints, objective = checkpoints_of(cfg, inputs), objective_of(cfg, estimates)
     done = checkpoints.restore(prompt_stream(cfg, inputs, estimates, objective), objective)
     checkpoints.in_flight(inputs.prompts)
     if done > cfg.train.num_steps:
@@ -63,6 +77,18 @@ def check_training(cfg: RunConfig, inputs: Inputs) -> None:
             f"{done} steps; raise it, choose a new run_dir, or write the name of an earlier step_* folder into "
             f"{cfg.run_dir}/checkpoints/latest"
         )
+
+
+def _check_kinds(run_dir: Path) -> None:
+    """Raise ValueError where a file lies in the place of a folder of the run's, or a folder in that of a file.
+
+    Checkpoints and metrics have been read by then.
+    """
+    for name in (rollout_files.FOLDER, bad_batches.FOLDER, dashboards.FOLDER, profiles.FOLDER):
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise ValueError(f"run_dir: {run_dir / name} is no folder; move it away, or choose another run_dir")
+    if (run_dir / PLACEMENT_FILE).is_dir():
+        raise ValueError(f"run_dir: {run_dir / PLACEMENT_FILE} is a folder; move it away, or choose another run_dir")
 
 
 def _check_metrics(cfg: RunConfig, done: int) -> None:
@@ -79,39 +105,3 @@ def _check_metrics(cfg: RunConfig, done: int) -> None:
             f"{path}: this run has ended after {len(steps)} steps, and there is no checkpoint to go on from; to start "
             "over would remove what it found: choose a new run_dir, or move what is in this one away"
         )
-
-
-def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
-    """Raise ValueError for what of a training can be wrong before there is a table: it would cost a sweep.
-
-    The newest checkpoint is read whole, of a table that is there the header.
-    """
-    if cfg.asks_stage_1:
-        with suppress(MissingTableError):
-            check_header(cfg.table_dir, inputs.contract)
-    dashboard_libraries.check(cfg.tracking)
-    checkpoints = checkpoints_of(cfg, inputs)
-    checkpoints.verify()
-    checkpoints.check_method()
-    _check_metrics(cfg, checkpoints.steps)
-    if cfg.filter == FilterConfig():
-        prompt_stream(cfg, inputs, None, objective_of(cfg, inputs, None))
-    check_output(cfg, inputs)
-
-
-def _check_kinds(run_dir: Path) -> None:
-    """Raise ValueError where a file lies in the place of a folder of the run's, or a folder in that of a file."""
-    for name in (rollout_files.FOLDER, bad_batches.FOLDER, dashboards.FOLDER, profiles.FOLDER, CHECKPOINTS_FOLDER):
-        if (run_dir / name).exists() and not (run_dir / name).is_dir():
-            raise ValueError(f"run_dir: {run_dir / name} is no folder; move it away, or choose another run_dir")
-    for name in (METRICS_FILE, PLACEMENT_FILE):
-        if (run_dir / name).is_dir():
-            raise ValueError(f"run_dir: {run_dir / name} is a folder; move it away, or choose another run_dir")
-
-
-def check_output(cfg: RunConfig, inputs: Inputs) -> None:
-    """Raise ValueError where what a run writes has no place."""
-    read_metrics(cfg.run_dir)  # damaged ones are refused here
-    _check_kinds(Path(cfg.run_dir))
-    folders.check_destination(cfg.export_dir)
-    resources.check_disk(cfg, inputs.model.num_parameters())

@@ -33,7 +33,7 @@ def test_responses_depend_on_their_seed_and_the_versions_they_met_not_on_who_ask
     tree["sampling"], tree["rollout"] = {"max_response_tokens": 60}, {"num_engines": 2, "max_num_seqs": 5}
     cfg = config.validate(tree | {"optim": {"lr": 1e-3}})
     inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
-    objective = objective_of(cfg, inputs, None)
+    objective = objective_of(cfg, None)
     met_one = met_two = 0
     with Fleet(cfg, inputs.model, tracker) as fleet:
         with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
