@@ -93,7 +93,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
             with fleet.training(clock), clock.span("train"), profile:
                 stats = fleet.policy.step(batch, objective.loss, options)
                 clock.note_ended(stats.spans)
-            health = health_of(objective, rollouts, stats, step, options.mini_batch_size)
+            health = health_of(objective, rollouts, batch, stats, options.mini_batch_size)
             objective.learn(rollouts, health)
             clock.note("generate", "engines", source.busy())
             clock.note("checkpoint", "driver", saves.waits())

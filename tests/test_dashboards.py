@@ -66,7 +66,8 @@ def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path
     cfg, tracker = run_of(tmp_path, tensorboard=True), Tracker(tmp_path / "run", Console(quiet=True))
     rollouts, stats = rollouts_of(0)[:1], replace(samples.STATS, skipped=())
     objective = Astar(AstarConfig(), LiveVStar({"u": 0.5}, {"u": 4}, 0.5, None))
-    batch, health = batch_of(rollouts, objective, 0), health_of(objective, rollouts, stats, 0, 1)
+    batch = batch_of(rollouts, objective, 0)
+    health = health_of(objective, rollouts, batch, stats, 1)
     evaluated = {"eval": {"prompts": {"greedy": 0.5}}}
     seconds = {"generate": 1.5, "reference": 1.5, "policy": 1.5, "publish": 1.5, "total": 1.5}
     with record_of(cfg, read_model(tied_llama), tracker, 0, None, str) as record:

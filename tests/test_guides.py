@@ -260,7 +260,7 @@ def test_the_method_of_the_page_is_an_objective(tmp_path: Path, monkeypatch: pyt
     assert losses.tolist() == [2.25, -1.75]  # -(1 - 0.25) * -3, -(0 - 0.25) * -7
     assert logprobs.grad is not None and logprobs.grad.tolist() == [-0.75, -0.75, 0.25, 0.25]
     stats = samples.STATS
-    health = steps.health_of(objective, drawn[:1], stats, 0, 1)
+    health = steps.health_of(objective, drawn[:1], batch, stats, 1)
     line = steps.metrics_of(0, drawn[:1], health, stats, 4, dict.fromkeys(("generate", "publish", "total"), 1.0))
     assert "log-ratio +1.00" in steps.line_of(line, 1)
     objective.learn(drawn, health)

@@ -38,7 +38,7 @@ OBJECTIVE = Astar(AstarConfig(), LiveVStar({"a": 0.5}, {"a": 4}, 0.5, None))
 
 
 def test_the_keys_of_a_line_of_metrics_are_frozen() -> None:
-    health = steps.health_of(OBJECTIVE, [ROLLOUT], STATS, 3, 1)
+    health = steps.health_of(OBJECTIVE, [ROLLOUT], steps.batch_of([ROLLOUT], OBJECTIVE, 3), STATS, 1)
     line = steps.metrics_of(3, [ROLLOUT], health, STATS, 70, {"total": 2.0})
     assert set(line) == KEYS
     assert (line["spent_tokens"], line["v_star_shift"]) == (70, 0.0)
@@ -70,7 +70,8 @@ def test_the_age_of_rollouts_is_counted_by_response_and_by_token() -> None:
     across = dataclasses.replace(ROLLOUT, first_version=1, last_version=3, tokens_by_version=(1, 0, 1))
     assert steps.staleness(3, [ROLLOUT, across]) == {"staleness_mean": 1.0, "staleness_max": 2, "older_tokens": 0.25}
     assert steps.staleness(5, [ROLLOUT, across])["older_tokens"] == 1.0
-    assert math.isnan(steps.health_of(OBJECTIVE, [across], STATS, 3, 1)["engine_gap"])  # other weights drew
+    batch = steps.batch_of([across], OBJECTIVE, 3)
+    assert math.isnan(steps.health_of(OBJECTIVE, [across], batch, STATS, 1)["engine_gap"])  # other weights drew
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:

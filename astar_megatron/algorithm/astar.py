@@ -54,6 +54,18 @@ def astar_loss(logprob: Tensor, reference_logprob: Tensor, advantage: Tensor, be
     return residual(logprob, reference_logprob, advantage, beta2).square()
 
 
+def fit_of(logprob: Tensor, reference_logprob: Tensor, advantage: Tensor, beta2: float) -> dict[str, float]:
+    """Return mean and deviation of the `residual`, and the line of beta2 * ln(pi / pi_ref) on the advantage."""
+    error = residual(logprob, reference_logprob, advantage, beta2)
+    line = regression(advantage, beta2 * (logprob - reference_logprob))
+    return {
+        "residual_mean": float(error.mean()),
+        "residual_std": float(error.std(correction=0)),
+        "slope": line.slope,
+        "r_squared": line.r_squared,
+    }
+
+
 def importance_weight(logprob_train: Tensor, logprob_rollout: Tensor, cap: float) -> Tensor:
     """Return min(cap, pi_train / pi_rollout) of whole sequences, [B], detached: it weighs the squared loss.
 
@@ -127,27 +139,25 @@ class Astar(Objective):
         return Columns(sequences={name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()})
 
     def metrics(
-        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Tensor],
+        logprobs: Tensor,
+        reference_logprobs: Tensor,
+        on_policy: int,
     ) -> dict[str, float]:
-        """Return `metrics.drift`, the residual's mean and deviation, the line of beta2 * D on A, and `unstable_share`.
+        """Return `metrics.drift`, `fit_of` and `unstable_share`.
 
-        That is the share of prompts whose V* lies above V at beta2. Over samples of the reference the regression has
-        a fixed point that D returns to only where V* lies below (arXiv 2605.28150). V falls in beta, so with
+        The last is the share of prompts whose V* lies above V at beta2. Over samples of the reference the regression
+        has a fixed point that D returns to only where V* lies below (arXiv 2605.28150). V falls in beta, so with
         beta1 > beta2 it does, but for a V* that was refreshed.
         """
-        columns = self.columns(rollouts).sequences
-        advantage = columns["reward"] - columns["v_star"]
-        error = residual(logprobs, reference_logprobs, advantage, self.loss.beta2)
-        line = regression(advantage, self.loss.beta2 * (logprobs - reference_logprobs).double())
         return {
             "v_star_mean": sum(columns["v_star"].tolist()) / len(rollouts),
             "unstable_share": self._unstable_share(rollouts),
             "v_star_shift": self._v_star.shift(rollout.prompt.uid for rollout in rollouts),
             **drift(rollouts, logprobs, reference_logprobs, on_policy),
-            "residual_mean": float(error.mean()),
-            "residual_std": float(error.std(correction=0)),
-            "slope": line.slope,
-            "r_squared": line.r_squared,
+            **fit_of(logprobs, reference_logprobs, columns["reward"] - columns["v_star"], self.loss.beta2),
         }
 
     def _unstable_share(self, rollouts: Sequence[Rollout]) -> float:

@@ -44,7 +44,12 @@ class Grpo(Objective):
         return self._mean.columns(rollouts, advantage=advantage)
 
     def metrics(
-        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Tensor],
+        logprobs: Tensor,
+        reference_logprobs: Tensor,
+        on_policy: int,
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, and the share of groups whose rewards are equal."""
         groups = self._groups(rollouts)

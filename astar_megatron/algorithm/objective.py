@@ -10,7 +10,7 @@ Legend: B sequences of a step, b of them, r of their response tokens.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -115,15 +115,21 @@ class Objective(Protocol):
     """
 
     loss: Loss
+    chooses_prompts: ClassVar[bool] = False  # by `priorities`; else all come equally often
 
     def columns(self, rollouts: Sequence[Rollout]) -> Columns:
         """Return what the loss needs of a batch; a rollout that could not be scored has its `score` all the same."""
         ...
 
     def metrics(
-        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Tensor],
+        logprobs: Tensor,
+        reference_logprobs: Tensor,
+        on_policy: int,
     ) -> Mapping[str, float]:
-        """Return a step's health from the [B] sums of log-probs (nats) that the step found.
+        """Return a step's health from its columns of sequences and the [B] sums of log-probs (nats) that it found.
 
         The first `on_policy` rollouts were scored by the weights that drew them.
         """
@@ -145,6 +151,6 @@ class Objective(Protocol):
         """Say whether the reference becomes the policy as it is before `step`."""
         return False
 
-    def priorities(self, uids: Sequence[str]) -> Sequence[float] | None:
-        """Return how much there is to learn from each prompt now, above 0; None: all come equally often."""
-        return None
+    def priorities(self, uids: Sequence[str]) -> Sequence[float]:
+        """Return how much there is to learn from each prompt now, above 0."""
+        return [1.0] * len(uids)

@@ -99,7 +99,12 @@ class Ppo(Objective):
         return self._mean.columns(rollouts, reward=rewards)
 
     def metrics(
-        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Tensor],
+        logprobs: Tensor,
+        reference_logprobs: Tensor,
+        on_policy: int,
     ) -> Mapping[str, float]:
         """Return `metrics.drift`; what the critic did is in StepStats."""
         return drift(rollouts, logprobs, reference_logprobs, on_policy)

@@ -47,7 +47,12 @@ class Rebel(Objective):
         return Columns(sequences={"reward": rewards, "peer_reward": rewards[peer], "peer": peer})
 
     def metrics(
-        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Tensor],
+        logprobs: Tensor,
+        reference_logprobs: Tensor,
+        on_policy: int,
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, and the share of pairs whose rewards are equal: they only hold the policy back."""
         first, second = (torch.tensor([rollout.score for rollout in rollouts[i::2]]) for i in (0, 1))

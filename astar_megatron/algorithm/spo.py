@@ -73,6 +73,8 @@ def _success(reward: float) -> float:
 class Spo(Objective):
     """See objective.Objective. `success` and `samples` as in ValueTracker."""
 
+    chooses_prompts = True
+
     def __init__(
         self, cfg: SpoConfig, mean: TokenMean, success: Mapping[str, float], samples: Mapping[str, int]
     ) -> None:
@@ -86,7 +88,12 @@ class Spo(Objective):
         return self._mean.columns(rollouts, advantage=advantage)
 
     def metrics(
-        self, rollouts: Sequence[Rollout], logprobs: Tensor, reference_logprobs: Tensor, on_policy: int
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Tensor],
+        logprobs: Tensor,
+        reference_logprobs: Tensor,
+        on_policy: int,
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, the mean of v over the batch, and how far v was from the rewards (mean square)."""
         values = torch.tensor([self._tracker[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64)

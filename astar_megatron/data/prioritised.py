@@ -22,7 +22,7 @@ class PrioritisedPrompts:
         prompts: Sequence[Prompt],
         batch_size: int,
         seed: int,
-        priorities: Callable[[Sequence[str]], Sequence[float] | None],
+        priorities: Callable[[Sequence[str]], Sequence[float]],
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self._weights = weights or {}
@@ -43,7 +43,6 @@ class PrioritisedPrompts:
     def take(self) -> list[Prompt]:
         """Return the next `batch_size` prompts."""
         priorities = self._priorities(self._uids)
-        assert priorities is not None
         keys = [self._key(uid, priority) for uid, priority in zip(self._uids, priorities, strict=True)]
         self._batch += 1
         chosen = heapq.nlargest(self._batch_size, range(len(keys)), key=keys.__getitem__)

@@ -39,21 +39,21 @@ def batch_of(rollouts: Sequence[Rollout], objective: Objective, version: int) ->
 
 
 def health_of(
-    objective: Objective, rollouts: Sequence[Rollout], stats: StepStats, version: int, on_policy: int
+    objective: Objective, rollouts: Sequence[Rollout], batch: RolloutBatch, stats: StepStats, on_policy: int
 ) -> dict[str, float]:
-    """What the objective makes of the step that trained `version`, and how far the engines were.
+    """What the objective makes of the step that trained on `batch`, and how far the engines were.
 
-    The first `on_policy` rollouts were scored by these weights.
+    The first `on_policy` rollouts were scored by the weights of its version.
     """
     logprobs = torch.tensor(stats.logprobs, dtype=torch.float64)
     reference = torch.tensor(stats.reference_logprobs, dtype=torch.float64)
     gaps = [
         logprob - rollout.logprob
         for logprob, rollout in zip(stats.logprobs[:on_policy], rollouts, strict=False)
-        if rollout.first_version == version
+        if rollout.first_version == batch.version
     ]
     gap = sum(gaps) / len(gaps) if gaps else math.nan
-    return {**objective.metrics(rollouts, logprobs, reference, on_policy), "engine_gap": gap}
+    return {**objective.metrics(rollouts, batch.columns, logprobs, reference, on_policy), "engine_gap": gap}
 
 
 def metrics_of(

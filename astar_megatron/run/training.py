@@ -39,9 +39,9 @@ def prompt_stream(
     """Return the order in which training takes prompts, left out or rarer where stage 1 says they teach little."""
     weights = filters.weights(estimates, cfg.filter) if estimates else None
     number = cfg.train.batch_size // cfg.group_size
-    if objective.priorities([inputs.prompts[0].uid]) is None:
-        return PromptStream(inputs.prompts, number, cfg.seed, weights)
-    return PrioritisedPrompts(inputs.prompts, number, cfg.seed, objective.priorities, weights)
+    if objective.chooses_prompts:
+        return PrioritisedPrompts(inputs.prompts, number, cfg.seed, objective.priorities, weights)
+    return PromptStream(inputs.prompts, number, cfg.seed, weights)
 
 
 def checkpoints_of(cfg: RunConfig, inputs: Inputs) -> Checkpoints:

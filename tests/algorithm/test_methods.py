@@ -1,6 +1,7 @@
 """What each method makes of rollouts: its columns, what it learns, what it says of a step, and which one a run has."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from astar_megatron.algorithm.clipped import TokenMean
 from astar_megatron.algorithm.grpo import Grpo
 from astar_megatron.algorithm.methods import Stage1, objective_of
 from astar_megatron.algorithm.oapl import Oapl
+from astar_megatron.algorithm.objective import Objective
 from astar_megatron.algorithm.rebel import Rebel
 from astar_megatron.algorithm.spo import Spo, ValueTracker
 from astar_megatron.config import GrpoConfig, OaplConfig, RebelConfig, RunConfig, SpoConfig
@@ -43,6 +45,12 @@ def run(name: str, **sections: Any) -> RunConfig:
     return samples.run_config(objective={"name": name}, **sections)
 
 
+def health_of(objective: Objective, drawn: list[Rollout]) -> Mapping[str, float]:
+    """What the method says of a step in which policy and reference were one."""
+    columns, zeros = objective.columns(drawn).sequences, torch.zeros(len(drawn))
+    return objective.metrics(drawn, columns, zeros, zeros, len(drawn))
+
+
 def test_grpo_compares_with_the_others_to_a_prompt() -> None:
     drawn = rollouts(1.0, 0.0, 0.0, 1.0, 1.0, 1.0, group=3)
     plain = Grpo(GrpoConfig(group_size=3, normalise=False), mean())
@@ -66,7 +74,7 @@ def test_grpo_compares_with_the_others_to_a_prompt() -> None:
         *[-1.25] * 2,
         *[-1.5] * 2,
     ]
-    health = plain.metrics(drawn, torch.zeros(6), torch.zeros(6), 6)
+    health = health_of(plain, drawn)
     assert health["flat_groups"] == 0.5 and health["kl_token"] == 0.0
 
 
@@ -83,7 +91,7 @@ def test_rebel_knows_the_other_response_of_each_pair() -> None:
     columns = Rebel(RebelConfig()).columns(drawn).sequences
     assert columns["peer"].tolist() == [1, 0, 3, 2]
     assert columns["reward"].tolist() == [1, 0, 0, 0] and columns["peer_reward"].tolist() == [0, 1, 0, 0]
-    assert Rebel(RebelConfig()).metrics(drawn, torch.zeros(4), torch.zeros(4), 4)["flat_groups"] == 0.5
+    assert health_of(Rebel(RebelConfig()), drawn)["flat_groups"] == 0.5
 
 
 def test_oapl_takes_its_value_from_the_group_or_from_the_table() -> None:
@@ -127,7 +135,7 @@ def test_spo_normalises_over_the_batch_learns_after_the_step_and_prefers_what_is
     advantage = objective.columns(drawn).sequences["advantage"]  # of 0.5, -0.1 and 0.1
     assert advantage.tolist() == pytest.approx([1.33631, -1.06904, -0.26726], abs=1e-4)
     assert objective.priorities(["a", "b", "c"]) == pytest.approx([0.55, 0.35, 0.35])
-    health = objective.metrics(drawn, torch.zeros(3), torch.zeros(3), 3)
+    health = health_of(objective, drawn)
     assert (health["value_mean"], health["value_error"]) == (pytest.approx(0.5), pytest.approx(0.09))
     objective.learn(drawn, health)
     assert objective.priorities(["b"]) == pytest.approx([0.35])  # what could not be scored says nothing
@@ -141,10 +149,10 @@ STAGE_1 = Stage1(v_star={"a": 0.4}, v_star_at_beta2={"a": 0.3}, samples={"a": 4}
 
 @pytest.mark.parametrize("name", ["astar", "oapl", "grpo", "rebel", "ppo", "spo"])
 def test_each_name_has_its_method(name: str) -> None:
-    objective = objective_of(run(name), STAGE_1)
+    objective = objective_of(run(name, train={"batch_size": 8}), STAGE_1)
     assert type(objective).__name__.lower() == name
     drawn = rollouts(*[1.0] * 8, group=8)
-    health = objective.metrics(drawn, torch.zeros(8), torch.zeros(8), 8)
+    health = health_of(objective, drawn)
     assert health.keys() <= test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS  # which the guide explains
     restored = objective_of(run(name), STAGE_1)
     restored.restore(objective.state())
@@ -158,10 +166,10 @@ def test_old_weights_that_drew_are_known_by_the_engines_log_probs() -> None:
 
 def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:
     drawn = rollouts(1.0, 0.0)[:1]
-    above = objective_of(run("astar"), STAGE_1).metrics(drawn, torch.zeros(1), torch.zeros(1), 1)
+    above = health_of(objective_of(run("astar"), STAGE_1), drawn)
     assert above["unstable_share"] == 1.0
     below = Stage1(v_star={"a": 0.3}, v_star_at_beta2={"a": 0.3}, samples={"a": 4})
-    assert objective_of(run("astar"), below).metrics(drawn, torch.zeros(1), torch.zeros(1), 1)["unstable_share"] == 0.0
+    assert health_of(objective_of(run("astar"), below), drawn)["unstable_share"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -197,4 +205,4 @@ def test_a_negative_reward_counts_as_nothing_for_spo_in_the_advantage_too() -> N
     drawn = rollouts(-1.0, 0.0, 1.0)
     advantage = objective.columns(drawn).sequences["advantage"]
     assert advantage[0] == advantage[1] < 0 < advantage[2]
-    assert objective.metrics(drawn, torch.zeros(3), torch.zeros(3), 3)["value_error"] == pytest.approx(0.25)
+    assert health_of(objective, drawn)["value_error"] == pytest.approx(0.25)

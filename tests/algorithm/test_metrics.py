@@ -25,7 +25,8 @@ def _health(
         for reward, length in zip(advantage, lengths, strict=True)
     ]
     objective = Astar(AstarConfig(beta2=0.25), LiveVStar({"a": 0.0}, {"a": 4}, 0.5, None))
-    return SimpleNamespace(**objective.metrics(rollouts, logprob, reference, on_policy))
+    columns = objective.columns(rollouts).sequences
+    return SimpleNamespace(**objective.metrics(rollouts, columns, logprob, reference, on_policy))
 
 
 def test_kl_and_entropy_converge_to_those_of_the_policy() -> None:

@@ -119,7 +119,7 @@ def recording(ranks: int, folder: Path, drawn: list[Rollout], measure: Measure) 
     seconds, batches = defaultdict[str, list[float]](list), list[RolloutBatch]()
 
     def write(batch: RolloutBatch) -> None:
-        health = health_of(objective, drawn, stats, version, ranks)
+        health = health_of(objective, drawn, batch, stats, ranks)
         objective.learn(drawn, health)
         record.add(drawn, batch, stats, health, dict(spans), {})
 
