@@ -68,7 +68,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1,
     at_least = max(at_least, filled, sum(2 * length > max_tokens for length in lengths), -(-len(lengths) // most))
     first = -(-at_least // multiple_of) * multiple_of  # the least multiple that is not below at_least
     for number in range(first, len(lengths) + 1, multiple_of):
-        parts = _balance(lengths, number, capacity=len(lengths))
+        parts = balanced(lengths, number, capacity=len(lengths))
         if all(len(part) <= 1 or sum(lengths[i] for i in part) <= max_tokens for part in parts):
             return sorted(parts, key=lambda part: (-sum(lengths[i] for i in part), part))
     raise ValueError(
@@ -77,33 +77,19 @@ def micro_batches(lengths: Sequence[int], max_tokens: int, multiple_of: int = 1,
     )
 
 
-def equally_many_micro_batches(
-    lengths: Sequence[Sequence[int]], max_tokens: int, multiple_of: int = 1
-) -> list[list[list[int]]]:
-    """Return `micro_batches` of each rank, the same number for all: ranks that share experts meet in each of them.
+def balanced(lengths: Sequence[int], parts: int, capacity: int) -> list[list[int]]:
+    """Return the indices of the sequences of each part, ascending: at most `capacity`, balanced by tokens.
 
-    `lengths` are those of each rank's sequences, of which all have the same number. Raises ValueError.
+    Longest first, each to the lightest part that has room.
     """
-    number = 1
-    while True:  # ends: with a sequence a micro-batch all have the same number
-        batches = [micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
-        if len({len(rank) for rank in batches}) == 1:
-            return batches
-        number = max(len(rank) for rank in batches)
-
-
-def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Return the indices of the sequences of each of `parts` ranks: the same number each, balanced by tokens.
-
-    Deterministic; indices ascend within a part. Raises ValueError where `parts` does not divide their number.
-    """
-    _check_lengths(lengths)
-    if parts < 1 or len(lengths) % parts:
-        raise ValueError(
-            f"split_evenly: {len(lengths)} sequences can't be shared evenly by {parts} ranks; "
-            "make the mini-batch a multiple of parallel.data"
-        )
-    return _balance(lengths, parts, capacity=len(lengths) // parts)
+    heap = [(0, part) for part in range(parts)]
+    members: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, part = heapq.heappop(heap)
+        members[part].append(index)
+        if len(members[part]) < capacity:
+            heapq.heappush(heap, (tokens + lengths[index], part))
+    return [sorted(indices) for indices in members]
 
 
 def pack(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], share_prefix: bool) -> PackedBatch:
@@ -136,18 +122,6 @@ def pack(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int], share
         sequence=torch.repeat_interleave(torch.arange(len(token_ids)), responses),  # [B] -> [R]
         num_sequences=len(token_ids),
     )
-
-
-def _balance(lengths: Sequence[int], parts: int, capacity: int) -> list[list[int]]:
-    """Longest first, each to the lightest part that has room (fewer than `capacity` sequences)."""
-    heap = [(0, part) for part in range(parts)]
-    members: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        tokens, part = heapq.heappop(heap)
-        members[part].append(index)
-        if len(members[part]) < capacity:
-            heapq.heappush(heap, (tokens + lengths[index], part))
-    return [sorted(indices) for indices in members]
 
 
 def _common_prefix(token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> int:

@@ -9,7 +9,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from astar_megatron.algorithm.packing import PackedBatch, equally_many_micro_batches, pack, split_evenly
+from astar_megatron.algorithm import packing
+from astar_megatron.algorithm.packing import PackedBatch, balanced, pack
 from astar_megatron.model.backend import Backend
 from astar_megatron.model.forward import HeldTokens
 from astar_megatron.types import RolloutBatch, StepOptions
@@ -46,6 +47,34 @@ def packed_for(
 ) -> PackedBatch:
     """Return the sequences in one pack, as the device's attention takes it."""
     return pack(token_ids, prompt_tokens, share_prefix=backend.shares_prefix and layout.context == 1)
+
+
+def split_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Return the indices of the sequences of each of `parts` ranks: the same number each, balanced by tokens.
+
+    Deterministic; indices ascend within a part. Raises ValueError where `parts` does not divide their number.
+    """
+    if parts < 1 or len(lengths) % parts:
+        raise ValueError(
+            f"split_evenly: {len(lengths)} sequences can't be shared evenly by {parts} ranks; "
+            "make the mini-batch a multiple of parallel.data"
+        )
+    return balanced(lengths, parts, capacity=len(lengths) // parts)
+
+
+def equally_many_micro_batches(
+    lengths: Sequence[Sequence[int]], max_tokens: int, multiple_of: int = 1
+) -> list[list[list[int]]]:
+    """Return `packing.micro_batches` of each rank, equally many: ranks that share experts meet in each of them.
+
+    `lengths` are those of each rank's sequences, of which all have the same number. Raises ValueError.
+    """
+    number = 1
+    while True:  # ends: with a sequence a micro-batch all have the same number
+        batches = [packing.micro_batches(own, max_tokens, multiple_of, at_least=number) for own in lengths]
+        if len({len(rank) for rank in batches}) == 1:
+            return batches
+        number = max(len(rank) for rank in batches)
 
 
 class GroupColumns:
