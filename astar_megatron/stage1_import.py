@@ -127,9 +127,10 @@ def _check_there(table: VStarTable, drawn: list[Rollout], missing: set[tuple[str
     """Raises PromptError where the table has another response of a prompt under the same number."""
     places = {(rollout.prompt.uid, rollout.sample): rollout for rollout in drawn}
     other = {place: rollout for place, rollout in places.items() if place not in missing}
-    for uid, sample, token_ids in table.responses() if other else ():
-        if (uid, sample) in other and other[uid, sample].token_ids == token_ids:
-            del other[uid, sample]
+    for row in table.responses() if other else ():
+        place = row.uid, row.sample
+        if place in other and other[place].token_ids == row.token_ids:
+            del other[place]
     if other:
         rollout = next(iter(other.values()))
         raise PromptError(

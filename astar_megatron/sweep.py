@@ -6,7 +6,6 @@ not yet appended, and the others draw these.
 With `sweep.extra_tokens`, samples go on where V* is least known (data/allocation.py).
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -49,19 +48,17 @@ def score_again(cfg: RunConfig, inputs: Inputs, table: VStarTable, detokenize: C
     """Score the responses that could not be scored: what the reward needs may be there again. Draws nothing."""
     prompts, unscored = {prompt.uid: prompt for prompt in inputs.prompts}, table.unscored()
     rollouts = [
-        Rollout(
-            prompt=prompts[uid],
-            sample=sample,
-            seed=stage_1_request(cfg.seed, prompts[uid], sample).seed,
-            token_ids=token_ids,
-            text=detokenize(token_ids),
-            truncated=token_ids[-1] not in inputs.contract.stop_token_ids,
-            token_logprobs=(math.nan,) * len(token_ids),
-            first_version=0,
-            last_version=0,
+        Rollout.given(
+            prompts[row.uid],
+            row.sample,
+            row.token_ids,
+            detokenize(row.token_ids),
+            truncated=row.truncated,
+            seed=row.seed,
+            logprob=row.logprob,
         )
-        for uid, sample, token_ids in table.responses()
-        if (uid, sample) in unscored and uid in prompts
+        for row in table.responses()
+        if (row.uid, row.sample) in unscored and row.uid in prompts
     ]
     with Scorer(cfg.reward.model_copy(update={"max_failures": len(rollouts)})) as scorer:
         scored = [rollout for rollout in scorer.score(rollouts) if rollout.reward is not None]

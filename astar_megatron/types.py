@@ -3,10 +3,11 @@
 Legend: B sequences, T packed tokens.
 """
 
+import math
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:  # preparing prompts needs no torch
     import torch
@@ -54,6 +55,34 @@ class Rollout:
     tokens_by_version: tuple[int, ...] = ()  # drawn by each version from the first to the last; empty: all by the first
     reward: float | None = None
     failure_score: float = 0.0  # what it counts where scoring failed
+
+    @classmethod
+    def given(
+        cls,
+        prompt: Prompt,
+        sample: int,
+        token_ids: tuple[int, ...],
+        text: str,
+        *,
+        truncated: bool,
+        seed: int = 0,
+        logprob: float = math.nan,
+    ) -> Self:
+        """Return a response of the reference that no engine of this run drew.
+
+        Of its tokens' log-probs no more than the sum is known, if that: it stands at the first.
+        """
+        return cls(
+            prompt=prompt,
+            sample=sample,
+            seed=seed,
+            token_ids=token_ids,
+            text=text,
+            truncated=truncated,
+            token_logprobs=(logprob, *(0.0,) * len(token_ids))[: len(token_ids)],
+            first_version=0,
+            last_version=0,
+        )
 
     @property
     def logprob(self) -> float:

@@ -151,7 +151,8 @@ def test_samples_that_could_not_be_scored_are_drawn_once_count_as_their_prompt_s
     assert dict(summary.rows())["not scored"].startswith(f"{len(failed)} samples, which count as the lowest")
     run(str(tmp_path), 0.0, num_prompts=40, reward="judge:reward")
     assert (tmp_path / "reward_failures.jsonl").read_text().splitlines() == failures  # nothing is drawn again
-    cfg = run_config(run_dir=str(tmp_path), reward={"name": "judge:reward"})
+    cfg = run_config(run_dir=str(tmp_path), seed=1, reward={"name": "judge:reward"})
+    drawn = set(table.responses())
     for there in (False, True):
         if there:
             (tmp_path / "there").touch()
@@ -159,6 +160,8 @@ def test_samples_that_could_not_be_scored_are_drawn_once_count_as_their_prompt_s
         score_again(cfg, inputs, table, text)
         table = VStarTable.open(tmp_path / "v_star", CONTRACT)
         assert table.unscored() == (set() if there else failed)
+    assert len(list(table.responses())) == len(drawn) + len(failed)
+    assert set(table.responses()) == drawn  # seed and log-prob too are those of the drawing
     rewards = table.rewards()
     assert {rewards[uid][sample] for uid, sample in failed} == {0.5}
 

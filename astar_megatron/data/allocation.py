@@ -80,7 +80,7 @@ def run_samples(
         return {}, cfg.sweep.num_samples * len(prompts)
     wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
     most = {prompt.uid: count for prompt, count in zip(prompts, wanted.tolist(), strict=True)}
-    drawn = {(uid, sample): ids for uid, sample, ids in table.responses() if sample < most.get(uid, 0)}
+    drawn = {(row.uid, row.sample): row.token_ids for row in table.responses() if row.sample < most.get(row.uid, 0)}
     return drawn, int(table.lacking(prompts, wanted).sum())
 
 

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,17 @@ _SCHEMA = pa.schema(
         pa.field("text", pa.string()),  # what the reward read; only where sweep.text asks for it
     ]
 )
+
+
+class Response(NamedTuple):
+    """What a row holds beside its reward and text."""
+
+    uid: str
+    sample: int
+    token_ids: tuple[int, ...]
+    truncated: bool
+    seed: int
+    logprob: float  # NaN where it is not known
 
 
 class TableError(ValueError):
@@ -85,13 +97,15 @@ def read_shard(path: Path, whole: bool, *, sets_aside: bool) -> pa.Table | None:
     return columns
 
 
-def read_responses(path: Path) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield uid, sample and response tokens of each row. Raises TableError for a damaged shard."""
-    columns, reason = _read(path, whole=False, names=("uid", "sample", "response"))
+def read_responses(path: Path) -> Iterator[Response]:
+    """Yield the response of each row. Raises TableError for a damaged shard."""
+    names = ("uid", "sample", "response", "finish_reason", "seed", "logprob")
+    columns, reason = _read(path, whole=False, names=names)
     if columns is None:
         raise TableError(f"{path}: damaged ({reason}); restore it, or remove it and run `astar sweep` again")
-    for uid, sample, response in zip(*(column.to_pylist() for column in columns.columns), strict=True):
-        yield uid, sample, tuple(response)
+    rows = zip(*(column.to_pylist() for column in columns.columns), strict=True)
+    for uid, sample, response, finish_reason, seed, logprob in rows:
+        yield Response(uid, sample, tuple(response), finish_reason == "length", seed, logprob)
 
 
 def num_holding(path: Path, token_ids: Sequence[int]) -> int:

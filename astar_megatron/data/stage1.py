@@ -113,17 +113,5 @@ def rollouts_of(
         token_ids = tuple(tok(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
         truncated = len(token_ids) >= max_response_tokens
         token_ids = token_ids if truncated else (*token_ids, ends[end])
-        rollouts.append(
-            Rollout(
-                prompt=prompt,
-                sample=sample,
-                seed=0,
-                token_ids=token_ids,
-                text=text,
-                truncated=truncated,
-                token_logprobs=(math.nan,) * len(token_ids),
-                first_version=0,
-                last_version=0,
-            )
-        )
+        rollouts.append(Rollout.given(prompt, sample, token_ids, text, truncated=truncated))
     return rollouts

@@ -33,7 +33,7 @@ from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
 from astar_megatron.data.files import StorageError, make_folder, storage_error
 from astar_megatron.data.header import MissingTableError, check_header, complete_header, make_header
-from astar_megatron.data.shards import TableError, read_responses, read_shard, shard_number, write_shard
+from astar_megatron.data.shards import Response, TableError, read_responses, read_shard, shard_number, write_shard
 from astar_megatron.types import Prompt, Rollout
 
 # A row in memory, twenty bytes; `prompt` indexes the table's list of uids, `tokens` are of the response.
@@ -198,8 +198,8 @@ class VStarTable:
             )
         return estimate(names, rows["reward"], rows["tokens"], starts[index], use, beta1, level=level)
 
-    def responses(self) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-        """Yield uid, sample and response tokens of every row there is, from the disk; what was drawn twice, twice."""
+    def responses(self) -> Iterator[Response]:
+        """Yield the response of every row there is, from the disk; what was drawn twice, twice."""
         for name in self._listed():
             if name not in self._damaged:
                 yield from read_responses(self.folder / name)

@@ -159,7 +159,7 @@ def test_who_only_reads_warns_once_of_a_shard_that_is_still_being_copied_and_lea
         for _ in range(2):
             table = VStarTable.open(tmp_path, CONTRACT, check_whole_bytes)
             assert table.missing(PROMPTS, 2) == [(prompt, 1) for prompt in PROMPTS]
-            assert [sample for _, sample, _ in table.responses()] == [0] * len(PROMPTS)
+            assert [row.sample for row in table.responses()] == [0] * len(PROMPTS)
         copy.write(data[-100:])
     assert caplog.text.count(f"{second}: damaged shard, its rows count as missing") == len(caplog.records) == 1
     assert sorted(tmp_path.iterdir()) == names
