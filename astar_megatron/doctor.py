@@ -1,6 +1,5 @@
 """PROGRAM: what this machine has and lacks, and why, in words; and whether a run fits it, before anything starts."""
 
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -34,7 +33,3 @@ def show(findings: Iterable[Finding], console: Console) -> None:
         level = Text(finding.level, style=colours[finding.level])
         table.add_row(level, *map(Text, (finding.subject, finding.state, finding.remedy)))
     console.print(table)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

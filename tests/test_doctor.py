@@ -274,7 +274,8 @@ def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
 
 
 def test_the_program_ends_with_one_only_if_something_fails() -> None:
-    done = subprocess.run([sys.executable, "-m", "astar_megatron.doctor"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "astar_megatron.cli", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     levels = {line.split()[0] for line in done.stdout.splitlines()}
     assert levels <= {"ok", "warn", "fail"}, done.stdout
     assert done.returncode == int("fail" in levels), done.stderr

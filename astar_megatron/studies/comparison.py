@@ -289,18 +289,11 @@ def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def greedy_scores_of(run_dir: Path, steps: int) -> dict[str, float]:
-    """Return the greedy scores by set of the weights after so many steps; {} where the run did not evaluate them.
-
-    Raises ValueError for a file that is damaged.
-    """
-    return {evaluation.name: evaluation.greedy.mean for evaluation in scores.of_step(run_dir, steps)}
-
-
 def _last_scores(run_dir: Path, steps: int) -> dict[str, float]:
-    if not (of_sets := greedy_scores_of(run_dir, steps)):
+    """The greedy scores by set of the weights after so many steps."""
+    if not (evaluations := scores.of_step(run_dir, steps)):
         raise ValueError(
             f"{run_dir}: no {scores.name_of_step(steps)}.json of the last weights; remove the folder, and the same "
             "command runs it again"
         )
-    return of_sets
+    return {evaluation.name: evaluation.greedy.mean for evaluation in evaluations}

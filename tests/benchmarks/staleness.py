@@ -13,14 +13,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from astar_megatron import config
+from astar_megatron.run import scores
 from astar_megatron.run.commands import astar, run_command
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
-from astar_megatron.studies.comparison import greedy_scores_of
 
 RESULTS = Path(__file__).parent / "results"
 METHODS, STALENESS = ("astar", "oapl"), (1, 4, 16)
@@ -58,7 +57,7 @@ def curve(run_dir: Path, tokens: int) -> dict[str, Any]:
         "staleness_max": [line["staleness_max"] for line in lines],
         "seconds": [line["seconds"]["total"] for line in lines],
         "reward_of_last_4_steps": sum(line["reward_mean"] for line in last) / len(last),
-        "greedy_score_after": fmean(greedy_scores_of(run_dir, len(lines)).values()) if is_whole else None,
+        "greedy_score_after": scores.mean_of_step(run_dir, len(lines)) if is_whole else None,
     }
 
 
