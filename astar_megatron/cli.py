@@ -62,7 +62,7 @@ def train(
     if supervise and not dry_run:
         sets = [word for override in overrides or () for word in ("--set", override)]
         raise typer.Exit(import_program("supervise").main(cfg, ["train", "--config", str(config_file), *sets]))
-    import_program("fit" if dry_run else "train").main(cfg)
+    import_program("can_start" if dry_run else "train").main(cfg)
 
 
 @app.command()
@@ -220,7 +220,7 @@ def doctor(
         raise config.ConfigError(f"{', '.join(given)}: of a cluster's nodes; name it, as --cluster 10.0.0.1:6379")
     status = import_program("doctor").main()
     if cfg is not None:
-        import_program("fit").main(cfg)
+        import_program("can_start").main(cfg)
     raise typer.Exit(status)
 
 

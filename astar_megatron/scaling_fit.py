@@ -24,10 +24,10 @@ def fit(
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
     count, results = sum(len(curve.points) for curve in curves), []
 
-    def place() -> str:
+    def progress() -> str:
         return f"curve {min(len(results) + 1, len(curves))} of {len(curves)}"
 
-    with screen.waiting(f"fitting {count:,} points of {len(curves)} curve{'s' * (len(curves) != 1)}", place):
+    with screen.waiting(f"fitting {count:,} points of {len(curves)} curve{'s' * (len(curves) != 1)}", progress):
         for curve in curves:
             results.append(extrapolate(curve.name, curve.points, tolerance, curve.lost_at_end))
     extrapolation_files.write(out, curves, results, tolerance)

@@ -86,7 +86,7 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 fleet.policy.refresh_reference()
             with fleet.generating(step, clock, batches.while_publishing):
                 evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock, is_due=spending.has_reached_a_part)
-                source.idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
+                source.take_idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
                 rollouts = batches.take(step, clock.span)
             batch = batch_of(rollouts, objective, step)
             profile = profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say)
@@ -95,9 +95,9 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
                 clock.note_ended(stats.spans)
             health = health_of(objective, rollouts, batch, stats, options.mini_batch_size)
             objective.learn(rollouts, health)
-            clock.note("generate", "engines", source.busy())
-            clock.note("checkpoint", "driver", saves.waits())
-            seconds = {"checkpoint": 0.0, **clock.stop(), "engines_idle": source.idle_seconds()}
+            clock.note("generate", "engines", source.take_busy())
+            clock.note("checkpoint", "driver", saves.take_waits())
+            seconds = {"checkpoint": 0.0, **clock.stop(), "engines_idle": source.take_idle_seconds()}
             record.add(rollouts, batch, stats, health, seconds, evaluated | clock.timeline() | fleet.measured())
             if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
                 saves.begin(step + 1, batches, objective)

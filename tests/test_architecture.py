@@ -50,7 +50,7 @@ ROOMS = {
     "launch": {"cluster", "data", "config"},  # of them what is pure: it has neither torch nor Ray where it runs
 }
 PROGRAMS = {
-    *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "fit"),
+    *("__init__", "cli", "sweep", "train", "evaluate", "plan", "scaling", "scaling_fit", "doctor", "can_start"),
     *("convert", "dataset", "export", "stage1_import", "inspection", "compare", "supervise", "preflight", "show"),
 }
 CONFIGURATION = {

@@ -254,7 +254,7 @@ def test_the_next_save_and_the_end_wait_for_what_is_under_way(tmp_path: Path) ->
         begin(saves, 1)
         begin(saves, 2)
         assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
-        assert sum(end - start for start, end in saves.waits()) > 0.0 and not saves.waits()
+        assert sum(end - start for start, end in saves.take_waits()) > 0.0 and not saves.take_waits()
     assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000002"
 
 

@@ -317,7 +317,7 @@ class Cluster:
         folders = dict.fromkeys(self._logs(actor) for *_, actor in actors)
         lines = []
         for kind, index, actor in actors:
-            words = [f"no answer in {seconds:.0f} s", *filter(None, [self._place(actor), self._last_error(actor)])]
+            words = [f"no answer in {seconds:.0f} s", *filter(None, [self._stack(actor), self._last_error(actor)])]
             lines.append(f"\n{kind} {index}: {'; '.join(words)}")
         message = (
             f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
@@ -343,11 +343,11 @@ class Cluster:
                 time.sleep(0.1)
         return None
 
-    def _place(self, actor: str) -> str:
+    def _stack(self, actor: str) -> str:
         """Where an actor is that does not answer; empty where nobody can say."""
         pid = alive_pid(actor)
         with contextlib.suppress(ClusterError):
-            return self.on_node(node_of(actor), nodes.place, pid) if pid else ""
+            return self.on_node(node_of(actor), nodes.stack, pid) if pid else ""
         return ""
 
     def logs_of(self, actor: Any) -> str:

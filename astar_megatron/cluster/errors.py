@@ -17,5 +17,5 @@ class NoAnswer(ActorLost):
     """An actor that does not answer in time: it hangs, or waits for another that does."""
 
 
-class PlaceError(ValueError):
+class NoFolderError(ValueError):
     """No folder can hold the sockets of a run; the message names the variable to set."""

@@ -62,7 +62,7 @@ def last_error(pid: int) -> str | None:
     return cause_in(_outputs(pid))
 
 
-def place(pid: int) -> str:
+def stack(pid: int) -> str:
     """Return in a line where one of this node's processes is and those that it started; see stacks.py."""
     return where(tree(pid), _outputs(pid))
 

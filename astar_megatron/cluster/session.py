@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from astar_megatron.cluster import caretaker, session_stacks
-from astar_megatron.cluster.errors import PlaceError
+from astar_megatron.cluster.errors import NoFolderError
 from astar_megatron.cluster.processes import process_tree
 from astar_megatron.data.files import exclusive, write_atomic
 
@@ -32,7 +32,7 @@ LOCK = "lock"  # held while the run lives: numbers of processes mean nothing to 
 _SHARED_FILES = "shared_files"  # a name a line
 SHARED_MEMORY = Path("/dev/shm")
 _RAY = "r"
-_LONGEST_PLACE = 107 - 64 - len(f"/{PREFIX}12345678/{_RAY}")  # bytes of a folder in which the session's folder can lie
+_LONGEST_FOLDER = 107 - 64 - len(f"/{PREFIX}12345678/{_RAY}")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
 _START_SECONDS = 10.0  # within which a run that has made its lock also holds it
 
@@ -42,7 +42,7 @@ class SessionFolder:
 
     def __init__(self) -> None:
         remove_left_behind()
-        folder, reason = place()
+        folder, reason = folder_for_sessions()
         if reason:
             _LOG.warning("TMPDIR: %s; the sockets and logs of this run's processes lie in %s", reason, folder)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # made anew, 0700; no link is followed
@@ -134,33 +134,33 @@ def shared_files_of(pids: set[int]) -> list[str]:
     return sorted(entry.name for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes)
 
 
-def place() -> tuple[Path, str | None]:
+def folder_for_sessions() -> tuple[Path, str | None]:
     """Return the folder for sessions, TMPDIR where it can hold one; else a usual one, and why.
 
-    Raises PlaceError where there is none.
+    Raises NoFolderError where there is none.
     """
     first = Path(tempfile.gettempdir())
     reasons = []
-    for folder in places(first):
+    for folder in candidates(first):
         reason = problem(folder)
         if reason is None:
             return folder, reasons[0] if reasons else None
         reasons.append(reason)
-    raise PlaceError(
+    raise NoFolderError(
         f"TMPDIR: no folder for the sockets of this run's processes: {'; '.join(reasons)}; "
         "set TMPDIR to a short folder that you can write to"
     )
 
 
-def places(first: Path) -> list[Path]:
+def candidates(first: Path) -> list[Path]:
     """Return the folders that are tried, in order."""
     return list(dict.fromkeys([first, Path("/tmp"), Path("/var/tmp"), Path(f"/run/user/{os.getuid()}")]))
 
 
 def problem(folder: Path) -> str | None:
     """Return why `folder` can't hold a session; None if it can."""
-    if len(os.fsencode(folder)) > _LONGEST_PLACE:
-        return f"{folder} is too long for the names of Ray's sockets ({_LONGEST_PLACE} bytes)"
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        return f"{folder} is too long for the names of Ray's sockets ({_LONGEST_FOLDER} bytes)"
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         return f"{folder} is no folder that this user can write to"
     status = folder.stat()
@@ -196,7 +196,7 @@ def remove_shared_folders() -> None:
 
 
 def _session_folders() -> set[Path]:
-    folders = places(Path(tempfile.gettempdir()))
+    folders = candidates(Path(tempfile.gettempdir()))
     return _own(path for folder in folders for path in folder.glob(f"{PREFIX}????????"))
 
 

@@ -119,13 +119,13 @@ def _of_equal_count(counts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _exact_interval(k: np.ndarray, n: np.ndarray, beta1: float, level: float) -> tuple[np.ndarray, np.ndarray]:
     """[P] each; k passes of n. Each pair (k, n) is computed once."""
-    pairs, place = np.unique(np.stack([k, n]), axis=1, return_inverse=True)
+    pairs, inverse = np.unique(np.stack([k, n]), axis=1, return_inverse=True)
     if not pairs.size:
         return np.empty(0), np.empty(0)
     step = max(1, _ROWS_AT_ONCE // int(n.max()))
     parts = [torch.from_numpy(pairs[:, start : start + step]) for start in range(0, pairs.shape[1], step)]
     ends = zip(*(value.pass_rate_interval(passes, counts, level) for passes, counts in parts), strict=True)
-    low, high = (value.v_star_from_pass_rate(torch.cat(end), 1.0, beta1).numpy()[place.reshape(-1)] for end in ends)
+    low, high = (value.v_star_from_pass_rate(torch.cat(end), 1.0, beta1).numpy()[inverse.reshape(-1)] for end in ends)
     return low, high
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from astar_megatron.data.rows import Problems, PromptError, Row, hub_rows, read_rows
 
 
-def rows_of(kind: str, place: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
+def rows_of(kind: str, source: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
     """The rows of a file or folder of this machine; of the hub otherwise."""
-    if Path(place).exists() or kind == "jsonl":
-        return read_rows(place, problems)
-    if place.startswith((".", "/", "~")) or place.count("/") > 1 or Path(place).suffix in (".jsonl", ".parquet"):
-        raise PromptError(f"{place}: no such file or folder, and no name of the hub (owner/name)")
-    return hub_rows(place, subset, split)
+    if Path(source).exists() or kind == "jsonl":
+        return read_rows(source, problems)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in (".jsonl", ".parquet"):
+        raise PromptError(f"{source}: no such file or folder, and no name of the hub (owner/name)")
+    return hub_rows(source, subset, split)
 
 
 def refuse_other(key: str, path: Path, data: bytes) -> None:

@@ -38,11 +38,11 @@ if [ -f "$code/$1" ]; then config="$code/$1"; shift; set -- "$config" "$@"; fi
 
 def path(name: str) -> Path:
     """Return the file of a script such as `train.sbatch`. Raises FileNotFoundError where neither place has it."""
-    places = [_PACKAGE / "slurm" / name, _PACKAGE.parent / "slurm" / name]
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(f"{name}: not in {' or '.join(str(place.parent) for place in places)}; install it again")
+    files = [_PACKAGE / "slurm" / name, _PACKAGE.parent / "slurm" / name]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{name}: not in {' or '.join(str(file.parent) for file in files)}; install it again")
 
 
 def write_ray_template(folder: Path) -> Path:

@@ -71,13 +71,13 @@ class Feed:
         self._ends.pop(tag, None)
         return self._handed_out.pop(tag)
 
-    def idle_seconds(self) -> float:
+    def take_idle_seconds(self) -> float:
         """Return how long an engine had no request since the last call, the mean over the engines."""
         self._note_idle()
         seconds, self._idle_seconds = self._idle_seconds / len(self._load), 0.0
         return seconds
 
-    def busy(self) -> list[tuple[float, float]]:
+    def take_busy(self) -> list[tuple[float, float]]:
         """Return from when to when any engine had a request since the last call, by time.perf_counter()."""
         busy, self._busy = self._busy, []
         if self._busy_since is not None:

@@ -195,15 +195,15 @@ class RolloutSource:
                 self._hand_out()
                 self._changed.notify_all()
 
-    def idle_seconds(self) -> float:
+    def take_idle_seconds(self) -> float:
         """Return how long an engine had nothing to do since the last call, the mean over the engines."""
         with self._changed:
-            return self._feed.idle_seconds()
+            return self._feed.take_idle_seconds()
 
-    def busy(self) -> list[tuple[float, float]]:
+    def take_busy(self) -> list[tuple[float, float]]:
         """Return from when to when any engine had something to do since the last call, by time.perf_counter()."""
         with self._changed:
-            return self._feed.busy()
+            return self._feed.take_busy()
 
     def _hand_out(self) -> None:
         """Give each engine what it has room for; the lock is held."""

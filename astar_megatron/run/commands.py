@@ -60,7 +60,7 @@ def _newest_first(log: Path) -> list[str]:
         return file.read().decode(errors="replace").splitlines()[::-1]
 
 
-def written(cfg: RunConfig) -> tuple[Path, Path]:
+def write_configuration(cfg: RunConfig) -> tuple[Path, Path]:
     """Write the configuration of a command to its run's folder; return its file and that of the command's log."""
     folder = Path(cfg.run_dir)
     make_folder(folder)
@@ -72,7 +72,7 @@ def written(cfg: RunConfig) -> tuple[Path, Path]:
 
 def run_command(name: str, cfg: RunConfig, runner: Runner) -> CommandEnd:
     """Run a command in `cfg.run_dir`, where `run.json` will be the configuration, and wait for its end."""
-    file, log = written(cfg)
+    file, log = write_configuration(cfg)
     return CommandEnd(status=runner(name, file, log), log=log)
 
 

@@ -33,7 +33,7 @@ _ROLLOUTS = ("uid", "prompt", "answer", "response", "reward", "tokens", "truncat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
+class _Progress:
     """How far a dashboard is. `final` is the version whose final evaluation it has."""
 
     id: str | None = None
@@ -71,9 +71,9 @@ class Dashboard:
 
     def _work(self) -> None:
         try:
-            place = self._open()
+            progress = self._open()
             while (entry := self._entries.get()) is not None and not self._stopped.is_set():
-                place = self._log(entry, place)
+                progress = self._log(entry, progress)
             self._library.close(failed=self._failed)
         except Exception as error:  # whatever a library raises
             if not self._stopped.is_set():
@@ -85,38 +85,38 @@ class Dashboard:
             with suppress(Exception):  # it may never have been opened
                 self._library.close(failed=True)
 
-    def _open(self) -> _Place:
-        place = self._read()
+    def _open(self) -> _Progress:
+        progress = self._read()
         if self._library.rewinds:  # what it has of this step and later goes, a last evaluation too
-            place = replace(place, next_step=min(place.next_step, self._first), final=None)
+            progress = replace(progress, next_step=min(progress.next_step, self._first), final=None)
         make_folder(self._about.folder)
-        run_id, where = self._library.open(self._about, place.id, place.next_step)
+        run_id, where = self._library.open(self._about, progress.id, progress.next_step)
         self._say(f"tracking.{self._library.name}: {where}")
-        return self._write(replace(place, id=run_id))
+        return self._write(replace(progress, id=run_id))
 
-    def _log(self, entry: Entry, place: _Place) -> _Place:
+    def _log(self, entry: Entry, progress: _Progress) -> _Progress:
         """Log an entry that is new. It is noted before: should the run be killed between, none stands there twice."""
-        if entry.is_final and entry.step == place.final:
-            return place
-        if not entry.is_final and entry.step < place.next_step:
-            return place
-        step, final = (place.next_step, entry.step) if entry.is_final else (entry.step + 1, place.final)
-        place = self._write(replace(place, next_step=step, final=final))
+        if entry.is_final and entry.step == progress.final:
+            return progress
+        if not entry.is_final and entry.step < progress.next_step:
+            return progress
+        step, final = (progress.next_step, entry.step) if entry.is_final else (entry.step + 1, progress.final)
+        progress = self._write(replace(progress, next_step=step, final=final))
         self._library.log(entry)
-        return place
+        return progress
 
     @property
     def _file(self) -> Path:
         return self._about.folder / f"{self._library.name}.json"
 
-    def _read(self) -> _Place:
-        return _Place(**json.loads(self._file.read_text(encoding="utf-8"))) if self._file.exists() else _Place()
+    def _read(self) -> _Progress:
+        return _Progress(**json.loads(self._file.read_text(encoding="utf-8"))) if self._file.exists() else _Progress()
 
-    def _write(self, place: _Place) -> _Place:
+    def _write(self, progress: _Progress) -> _Progress:
         if self._stopped.is_set():
             raise TimeoutError  # the run has left this thread behind, and may have begun again
-        write_atomic(self._file, json.dumps(asdict(place)).encode())
-        return place
+        write_atomic(self._file, json.dumps(asdict(progress)).encode())
+        return progress
 
 
 class Dashboards:
@@ -199,11 +199,11 @@ def _entry(line: Mapping[str, Any]) -> Entry:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every finite number with its path; one of a list by its place there."""
+    """Every finite number with its path; one of a list by its number."""
     for name, value in values.items():
         path = f"{prefix}{name}"
         if isinstance(value, list | tuple):
-            value = {str(place): item for place, item in enumerate(value)}
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}/")
         elif isinstance(value, int | float) and math.isfinite(value):

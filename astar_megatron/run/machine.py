@@ -11,7 +11,7 @@ from typing import Literal
 
 from astar_megatron.cluster import session
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.cluster.errors import PlaceError
+from astar_megatron.cluster.errors import NoFolderError
 from astar_megatron.run.resources import (
     GIB,
     OBJECT_STORE_BYTES,
@@ -138,8 +138,8 @@ def _processor(cores: float, bfloat16: Sequence[str]) -> list[Finding]:
 
 def _sockets() -> Finding:
     try:
-        folder, reason = session.place()
-    except PlaceError as error:
+        folder, reason = session.folder_for_sessions()
+    except NoFolderError as error:
         return Finding("sockets", "fail", str(error), "set TMPDIR as it says")
     state = f"of a run in {folder}" + (f", not in TMPDIR: {reason}" if reason else "")
     return Finding("sockets", "ok", state)

@@ -80,9 +80,11 @@ class Record:
         stats: StepStats,
         health: Mapping[str, float],
         seconds: dict[str, float],
-        evaluated: Mapping[str, object],
+        also: Mapping[str, object],
     ) -> None:
         """Write and say what a step did; first what is large, so that a line of metrics says that it is there.
+
+        `also` are metrics of others: evaluations, the timeline, the fleet's.
 
         Raises StorageError, and NotFiniteError where too many optimiser steps were left out.
         """
@@ -90,7 +92,7 @@ class Record:
         self.spent_tokens += stats.response_tokens
         drawn = ((rollout.prompt, rollout.token_ids) for rollout in rollouts)
         metrics = metrics_of(step, rollouts, health, stats, self.spent_tokens, seconds)
-        metrics |= {"generation_flops": generation_flops(self.model, drawn), **evaluated}
+        metrics |= {"generation_flops": generation_flops(self.model, drawn), **also}
         self.spending.add(metrics)
         if stats.skipped:
             tracker.say(keep_bad_batch(tracker.run_dir, rollouts, batch, stats, self.settings))

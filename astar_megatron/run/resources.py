@@ -104,13 +104,13 @@ def _moved_bytes(cfg: RunConfig, machine: Machine, optimizer: int, weights: int)
 
 
 def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) -> None:
-    """Raise ResourceError or PlaceError if this machine can't hold the run; `model_bytes` as in `needs`.
+    """Raise ResourceError or NoFolderError if this machine can't hold the run; `model_bytes` as in `needs`.
 
     A run that joins a Ray cluster (`cluster.address`) lies on other machines, which are not checked from here.
     """
     if cfg.cluster.address is not None:
         return
-    session.place()
+    session.folder_for_sessions()
     machine = machine or measure()
     need = needs(cfg, model_bytes, machine)
     if need.shared_bytes > machine.shared_bytes:

@@ -140,7 +140,7 @@ class Saves:
         if self._failure:
             raise self._failure
 
-    def waits(self) -> list[tuple[float, float]]:
+    def take_waits(self) -> list[tuple[float, float]]:
         """Return from when to when training waited for checkpoints since the last call, by time.perf_counter()."""
         waits, self._waits = self._waits, []
         return waits

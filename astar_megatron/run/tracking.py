@@ -227,20 +227,20 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: can't read the run's metrics: {error}; repair or remove it") from error
     for number, line in enumerate(lines, start=1):
-        place, got = f"{path}, line {number}", ""
+        where, got = f"{path}, line {number}", ""
         try:
             metrics = without_nan(json.loads(line))
             _Line.model_validate_json(line)
         except ValidationError as error:
             flaw = error.errors()[0]
-            place, got = ", ".join([place, *map(str, flaw["loc"][:1])]), f", got {flaw['input']!r:.60}"
+            where, got = ", ".join([where, *map(str, flaw["loc"][:1])]), f", got {flaw['input']!r:.60}"
         except (ValueError, RecursionError):
             if number == len(lines):
                 break
         else:
             all_metrics.append(metrics)
             continue
-        raise ValueError(f"{place}: expected the metrics of a step as JSON{got}; repair or remove the file")
+        raise ValueError(f"{where}: expected the metrics of a step as JSON{got}; repair or remove the file")
     return all_metrics
 
 

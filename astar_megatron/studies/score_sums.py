@@ -31,11 +31,11 @@ def scores_over_compute(rows: Sequence[Row], columns: Columns, path: Path) -> Sc
         _check_steps(rows, columns, path)
     compute, scores, lost, lost_at_end, total = [], [], [], 0, 0.0
     for number, row in enumerate(rows, 1):
-        place = f"{path}, row {number}"
-        value, score = _known(row, columns.compute, place), _number(row, columns.score, place)
+        where = f"{path}, row {number}"
+        value, score = _known(row, columns.compute, where), _number(row, columns.score, where)
         if value is not None:
             if value < 0:
-                raise ValueError(f"{place}: {columns.compute} is {value:g}; compute is 0 or more")
+                raise ValueError(f"{where}: {columns.compute} is {value:g}; compute is 0 or more")
             total = total + value if columns.per_row else value
         if score is None or (value is None and not columns.per_row):
             continue
@@ -45,12 +45,12 @@ def scores_over_compute(rows: Sequence[Row], columns: Columns, path: Path) -> Sc
         else:
             if compute and total < compute[-1]:
                 raise ValueError(
-                    f"{place}: {columns.compute} falls from {compute[-1]:.6g} to {total:.6g}; give the rows in order "
+                    f"{where}: {columns.compute} falls from {compute[-1]:.6g} to {total:.6g}; give the rows in order "
                     "of their steps, each once, a table a run; or --per-row, if the compute is a row's own"
                 )
             if compute and not columns.per_row and (total, score) == (compute[-1], scores[-1]):
                 raise ValueError(
-                    f"{place}: {columns.compute} and {columns.score} are those of the point before, which would count "
+                    f"{where}: {columns.compute} and {columns.score} are those of the point before, which would count "
                     "twice; give each row once, and a table a run"
                 )
             compute.append(total)
@@ -71,36 +71,36 @@ def _check_steps(rows: Sequence[Row], columns: Columns, path: Path) -> None:
     steps = next((name for name in _STEPS if any(row.get(name) not in (None, "") for row in rows)), "")
     before = None
     for number, row in enumerate(rows, 1):
-        place = f"{path}, row {number}"
-        step = _known(row, steps, place)
-        if _known(row, columns.compute, place) is None:
-            if _known(row, columns.score, place) is not None and (number > 1 or step):
+        where = f"{path}, row {number}"
+        step = _known(row, steps, where)
+        if _known(row, columns.compute, where) is None:
+            if _known(row, columns.score, where) is not None and (number > 1 or step):
                 raise ValueError(
-                    f"{place}: has {columns.score}, but no {columns.compute}, which is added up over the rows; give it "
+                    f"{where}: has {columns.score}, but no {columns.compute}, which is added up over the rows; give it "
                     "for each, or name by --compute a column that counts up"
                 )
         elif step is not None:
             if before is not None and step <= before:
                 raise ValueError(
-                    f"{place}: {steps} is {step:g} after {before:g}, and {columns.compute} is added up over the rows; "
+                    f"{where}: {steps} is {step:g} after {before:g}, and {columns.compute} is added up over the rows; "
                     "give them in order of their steps, each once, as a resumed run has left them"
                 )
             if columns.compute in OF_A_STEP and step > (1 if before is None else before + 1):
                 raise ValueError(
-                    f"{place}: {steps} is {step:g} {'at first' if before is None else f'after {before:g}'}, and the "
+                    f"{where}: {steps} is {step:g} {'at first' if before is None else f'after {before:g}'}, and the "
                     f"{columns.compute} of steps before it is missing; export every step from the first, or name by "
                     "--compute a column that counts up"
                 )
             before = step
 
 
-def _known(row: Row, name: str, place: str) -> float | None:
+def _known(row: Row, name: str, where: str) -> float | None:
     """The number of a cell; None where it is empty or nan."""
-    number = _number(row, name, place)
+    number = _number(row, name, where)
     return None if number is None or math.isnan(number) else number
 
 
-def _number(row: Row, name: str, place: str) -> float | None:
+def _number(row: Row, name: str, where: str) -> float | None:
     """The number of a cell, nan where it is null; None where the cell is empty."""
     value = row.get(name, "")
     if value == "":
@@ -108,9 +108,9 @@ def _number(row: Row, name: str, place: str) -> float | None:
     try:
         number = math.nan if value is None else float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{place}, {name}: expected a number, got {value!r:.60}") from None
+        raise ValueError(f"{where}, {name}: expected a number, got {value!r:.60}") from None
     if abs(number) > _MOST:
         raise ValueError(
-            f"{place}, {name}: expected a number up to {_MOST:g}, got {number:g}; repair it, or count in another unit"
+            f"{where}, {name}: expected a number up to {_MOST:g}, got {number:g}; repair it, or count in another unit"
         )
     return number

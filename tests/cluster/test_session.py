@@ -200,18 +200,18 @@ def test_what_lies_in_another_user_s_folder_is_not_believed(tmp_path: Path, monk
         mine.unlink(missing_ok=True)
 
 
-PLACE = "from astar_megatron.cluster import session; print(*session.place(), sep='\\n')"
+FOLDER = "from astar_megatron.cluster import session; print(*session.folder_for_sessions(), sep='\\n')"
 
 
-def place(temporary: Path) -> list[str]:
-    return output_of(PLACE, TMPDIR=str(temporary)).splitlines()
+def folder(temporary: Path) -> list[str]:
+    return output_of(FOLDER, TMPDIR=str(temporary)).splitlines()
 
 
 def test_a_long_temporary_folder_is_left_for_a_usual_one_and_that_is_said(tmp_path: Path) -> None:
     long = tmp_path / ("d" * 100)
     long.mkdir()
-    assert place(long) == ["/tmp", f"{long} is too long for the names of Ray's sockets (26 bytes)"]
-    assert place(Path("/var/tmp")) == ["/var/tmp", "None"]
+    assert folder(long) == ["/tmp", f"{long} is too long for the names of Ray's sockets (26 bytes)"]
+    assert folder(Path("/var/tmp")) == ["/var/tmp", "None"]
 
 
 def test_a_folder_that_others_may_change_or_that_is_not_there_holds_no_session(tmp_path: Path) -> None:

@@ -58,16 +58,16 @@ def test_everything_is_answered_once_and_no_engine_starves(
 
 def test_a_feed_says_from_when_to_when_any_engine_had_a_request() -> None:
     feed, start = Feed(2, 4), time.perf_counter()
-    assert feed.busy() == []
+    assert feed.take_busy() == []
     feed.ask(items(2, 1))
     tags = {engine: share[0][0] for engine, share in feed.due(range(2))}
-    ((begun, now),) = feed.busy()  # both still are
+    ((begun, now),) = feed.take_busy()  # both still are
     assert start < begun <= now <= time.perf_counter()
     feed.answered(0, tags[0])
     feed.answered(1, tags[1])
     ended = time.perf_counter()
-    ((again, end),) = feed.busy()
-    assert again == now <= end <= ended and feed.busy() == []
+    ((again, end),) = feed.take_busy()
+    assert again == now <= end <= ended and feed.take_busy() == []
 
 
 def test_a_small_batch_is_spread_over_the_engines_with_a_prompts_samples_together() -> None:

@@ -365,8 +365,8 @@ def test_the_responses_of_a_group_lie_beside_each_other_with_seeds_of_their_own(
 def test_a_source_says_how_long_its_engines_had_nothing_to_do(source_of: Any) -> None:
     source = source_of(engines(num_engines=2, seconds=0.05))
     time.sleep(0.5)
-    assert source.idle_seconds() >= 0.5
+    assert source.take_idle_seconds() >= 0.5
     source.ask(map(request, range(200))).rollouts()
-    busy = source.idle_seconds()
+    busy = source.take_idle_seconds()
     time.sleep(1.0)
-    assert source.idle_seconds() > 1.0 > busy
+    assert source.take_idle_seconds() > 1.0 > busy
