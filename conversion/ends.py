@@ -4,7 +4,6 @@ Both answer in HF coordinates, rows of a parameter at a time, so any folder can 
 with it, in the memory of a few parts.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from conversion import hf, torch_dist
 from conversion.families import Model, contrast, read_model
-from conversion.folders import RECORD
+from conversion.folders import RECORD, ModelFolderError, read_record
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 from conversion.torch_dist import CheckpointReader, Index
@@ -47,8 +46,8 @@ class End:
         raise NotImplementedError
 
     def layout(self) -> dict[str, int] | None:
-        """Return the axes of the ranks that it was written by or for; None if nothing says so."""
-        return _layout(self.path / RECORD)
+        """Return the axes of the ranks that it was written by or for; None if nothing says so. ModelFolderError."""
+        return _layout(self.path, RECORD)
 
     def notes(self) -> dict[str, str]:
         """Return in words what else is known of the folder: its layout, padding of the vocabulary."""
@@ -200,13 +199,16 @@ class MegatronEnd(End):
                 )
 
     def layout(self) -> dict[str, int] | None:
-        return super().layout() or _layout(self.path / "progress.json")  # of our conversion, or of a run
+        return super().layout() or _layout(self.path, "progress.json")  # of our conversion, or of a run
 
     def notes(self) -> dict[str, str]:
         padded = self._shapes["embedding.word_embeddings.weight"][0]
         notes = {"vocabulary": f"padded to {padded:,}"} if padded != self.model.vocab_size else {}
-        if (layout := self.layout()) is not None:
-            notes["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
+        try:
+            if (layout := self.layout()) is not None:
+                notes["layout"] = ", ".join(f"{axis} {size}" for axis, size in layout.items())
+        except ModelFolderError as error:
+            notes["layout"] = str(error)
         writers = {file.split("_")[2] for file in self.files if file.startswith("__") and file.count("_") >= 3}
         notes["files"] = f"{len(self.files)} hold the weights, written by {len(writers) or 'unknown'} ranks"
         return notes
@@ -266,13 +268,12 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
     )
 
 
-def _layout(file: Path) -> dict[str, int] | None:
-    """The layout that a JSON file names; None where it is not there or says nothing of the kind."""
-    try:
-        layout = json.loads(file.read_text(encoding="utf-8"))["layout"]
-        return {str(axis): size for axis, size in layout.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
+def _layout(folder: Path, name: str) -> dict[str, int] | None:
+    """The layout that a file of JSON names; None without one. ModelFolderError where the file is damaged."""
+    layout = (read_record(folder, name) or {}).get("layout")
+    if layout is not None and not isinstance(layout, dict):
+        raise ModelFolderError(f"{folder / name}: layout is no JSON object: remove it if the weights are sound")
+    return layout
 
 
 def whole() -> ParallelLayout:

@@ -252,18 +252,18 @@ def copy_companions(source_folder: Path, folder: Path) -> None:
             raise _unwritable(folder / name, error) from error
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the conversion.json of a folder, None where it has none. ModelFolderError if it is damaged."""
+def read_record(folder: Path, name: str = RECORD) -> dict[str, Any] | None:
+    """Return the conversion.json of a folder, or the JSON of `name`; None without one. ModelFolderError if damaged."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ModelFolderError(f"{folder / RECORD} can't be read: {error.strerror}; remove it") from error
+        raise ModelFolderError(f"{folder / name} can't be read: {error.strerror}; remove it") from error
     except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{folder / RECORD} is no JSON: {error}: remove it if the weights are sound") from error
+        raise ModelFolderError(f"{folder / name} is no JSON: {error}: remove it if the weights are sound") from error
     if not isinstance(record, dict):
-        raise ModelFolderError(f"{folder / RECORD}: expected a JSON object, got {type(record).__name__}")
+        raise ModelFolderError(f"{folder / name}: expected a JSON object, got {type(record).__name__}")
     return record
 
 

@@ -211,10 +211,10 @@ def look(cfg: RunConfig, action: str) -> None:
     """
     try:
         experiment = run.Experiment.from_title(title(cfg))
-    except (OSError, AssertionError, TypeError, ValueError, IndexError):
+    except (OSError, AssertionError, TypeError, ValueError, IndexError) as error:  # a damaged one too
         raise ConfigError(
-            f"{run.config.get_nemorun_home()}: no experiment {title(cfg)} there; set NEMORUN_HOME to what it was when "
-            "it was launched"
+            f"{run.config.get_nemorun_home()}: no experiment {title(cfg)} there that nemo-run can read "
+            f"({_reason(error)}); set NEMORUN_HOME to what it was when it was launched"
         ) from None
     tunnel = experiment.jobs[0].executor.tunnel
     user = tunnel.user or slurm.user()  # a LocalTunnel has none

@@ -176,6 +176,14 @@ def test_an_export_says_which_folder_and_layout_it_came_from(
     (megatron / "progress.json").write_text(json.dumps({"layout": {"tensor": 5}}))
     rewrite.write_hf(open_end(megatron), tmp_path / "out")
     assert (read_record(tmp_path / "out") or {})["layout"] == {"tensor": 5}
+    for content, words in (
+        ("{", r"progress\.json is no JSON"),
+        ("[]", r"progress\.json: expected a JSON object, got list"),
+        ('{"layout": [5]}', r"progress\.json: layout is no JSON object"),
+    ):
+        (megatron / "progress.json").write_text(content)
+        with pytest.raises(ModelFolderError, match=words):
+            rewrite.write_hf(open_end(megatron), tmp_path / "out")
 
 
 def test_a_folder_named_as_like_is_recorded_and_may_not_contradict_the_checkpoint_s_own(
