@@ -27,9 +27,9 @@ from astar_megatron.config_machine import Recompute as Recompute
 from astar_megatron.config_machine import SuperviseConfig as SuperviseConfig
 from astar_megatron.config_machine import host_and_port as host_and_port
 from astar_megatron.config_methods import (
-    ON_POLICY,
     AstarConfig,
     GrpoConfig,
+    Method,
     OaplConfig,
     ObjectiveConfig,
     PpoConfig,
@@ -215,12 +215,12 @@ class RunConfig(Section):
                 "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
                 f"{self.group_size}"
             )
-        if self.rollout.max_staleness and (reason := ON_POLICY.get(self.objective.name)):
+        if self.rollout.max_staleness and (reason := self.method.on_policy):
             raise ValueError(
                 f"rollout.max_staleness: {self.rollout.max_staleness}, but {self.objective.name} {reason}; set it to 0"
             )
-        self._check_method()
-        if self.optim.loss_scale == "pg" and self.objective.name not in ("astar", "oapl"):
+        self.method.check(self.train.num_steps)
+        if self.optim.loss_scale == "pg" and not self.method.has_beta2:
             raise ValueError(
                 f"optim.loss_scale: pg divides by 2 beta2, which {self.objective.name} has not; leave the key out"
             )
@@ -238,18 +238,10 @@ class RunConfig(Section):
             )
         return self
 
-    def _check_method(self) -> None:
-        if self.copies_reference and (self.oapl.refresh_steps or 0) >= self.train.num_steps:
-            raise ValueError(
-                f"oapl.refresh_steps: {self.oapl.refresh_steps}, but the run has {self.train.num_steps} steps "
-                "(train.num_steps), so pi_old would never be made anew; lower it"
-            )
-        if self.objective.name == "oapl" and self.oapl.value == "group" and self.oapl.group_size < 2:
-            raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
-        if self.objective.name == "spo" and self.spo.least_decay > self.spo.most_decay:
-            raise ValueError(
-                f"spo.least_decay: {self.spo.least_decay} is above spo.most_decay {self.spo.most_decay}; lower it"
-            )
+    @property
+    def method(self) -> Method:
+        """The section of the method that trains."""
+        return getattr(self, self.objective.name)
 
     @property
     def importance_cap(self) -> float | None:
@@ -263,24 +255,22 @@ class RunConfig(Section):
     @property
     def group_size(self) -> int:
         """Responses to a prompt, of each batch: those that the method compares with each other."""
-        return {"oapl": self.oapl.group_size, "grpo": self.grpo.group_size, "rebel": 2}.get(self.objective.name, 1)
+        return self.method.num_responses
 
     @property
     def critic_lr(self) -> float | None:
         """The learning rate of the method's critic, if it has one."""
-        return self.ppo.critic_lr if self.objective.name == "ppo" else None
+        return self.method.lr_of_critic
 
     @property
     def copies_reference(self) -> bool:
         """Whether the reference becomes a copy of the policy, which a checkpoint then holds."""
-        return self.objective.name == "oapl" and self.oapl.refresh_steps is not None
+        return self.method.copies_reference
 
     @property
     def asks_stage_1(self) -> bool:
         """Whether the method, or the filter, takes something of the V* table."""
-        name = self.objective.name
-        is_read = name in ("astar", "spo") or (name == "oapl" and self.oapl.value == "table")
-        return is_read or self.filter != FilterConfig()
+        return self.method.reads_table or self.filter != FilterConfig()
 
     @property
     def beta1(self) -> float:

@@ -1,21 +1,15 @@
-"""The methods' keys: a section each, of which `objective.name` chooses the one that counts.
+"""The methods: a section of keys each, of which `objective.name` chooses the one that counts.
 
 Their equations, and the papers that the defaults are from, are in astar_megatron/algorithm/, a page a method.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from astar_megatron.config_file import Section
 
 type MethodName = Literal["astar", "oapl", "grpo", "rebel", "ppo", "spo"]
-
-# Methods whose responses the policy itself must have drawn, and why.
-ON_POLICY = {
-    "rebel": "compares with the policy before the step, which must have drawn the responses",
-    "spo": "chooses its prompts by what it has learnt of all before",
-}
 
 
 class ObjectiveConfig(Section):
@@ -25,7 +19,42 @@ class ObjectiveConfig(Section):
     """The method."""
 
 
-class AstarConfig(Section):
+class Method(Section):
+    """A method's keys, and what of it a run must know."""
+
+    on_policy: ClassVar[str] = ""  # why the policy itself must draw the responses, where it must
+    has_beta2: ClassVar[bool] = False  # its loss may be divided by 2 beta2
+
+    @property
+    def num_responses(self) -> int:
+        """Responses to a prompt, of each batch: those that it compares with each other."""
+        return 1
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether it takes something of the V* table."""
+        return False
+
+    @property
+    def other_beta(self) -> float | None:
+        """A second temperature at which it takes V of the table's samples."""
+        return None
+
+    @property
+    def copies_reference(self) -> bool:
+        """Whether the reference becomes a copy of the policy, which a checkpoint then holds."""
+        return False
+
+    @property
+    def lr_of_critic(self) -> float | None:
+        """The learning rate of its critic, if it has one."""
+        return None
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError where its keys don't go together, or not with so many steps of the run."""
+
+
+class AstarConfig(Method):
     """A*PO. Its two temperatures are beta1 of V* and beta2 of the regression."""
 
     beta1: float = Field(default=0.5, gt=0.0)
@@ -38,8 +67,18 @@ class AstarConfig(Section):
     refresh_decay: float | None = Field(default=None, gt=0.0, le=1.0)
     """[share] What earlier rewards still weigh when training adds its own to V*; null: V* stays that of stage 1."""
 
+    has_beta2 = True
 
-class OaplConfig(Section):
+    @property
+    def reads_table(self) -> bool:
+        return True
+
+    @property
+    def other_beta(self) -> float:
+        return self.beta2
+
+
+class OaplConfig(Method):
     """OAPL: A*PO's regression against the policy that drew the response, however old."""
 
     beta1: float = Field(default=1.0, gt=0.0)
@@ -53,8 +92,31 @@ class OaplConfig(Section):
     refresh_steps: int | None = Field(default=None, ge=1)
     """[steps] pi_old is a copy of the policy, made anew after so many steps; null: the weights that drew."""
 
+    has_beta2 = True
 
-class Clipped(Section):
+    @property
+    def num_responses(self) -> int:
+        return self.group_size
+
+    @property
+    def reads_table(self) -> bool:
+        return self.value == "table"
+
+    @property
+    def copies_reference(self) -> bool:
+        return self.refresh_steps is not None
+
+    def check(self, num_steps: int) -> None:
+        if (self.refresh_steps or 0) >= num_steps:
+            raise ValueError(
+                f"oapl.refresh_steps: {self.refresh_steps}, but the run has {num_steps} steps (train.num_steps), so "
+                "pi_old would never be made anew; lower it"
+            )
+        if self.value == "group" and self.group_size < 2:
+            raise ValueError("oapl.group_size: a group of 1 is its own value; take 2 or more, or oapl.value=table")
+
+
+class Clipped(Method):
     """What the methods have in common that clip the ratio of new to old policy, token by token."""
 
     clip_low: float = Field(default=0.2, ge=0.0, lt=1.0)
@@ -80,12 +142,22 @@ class GrpoConfig(Clipped):
     normalise: bool = True
     """Divide advantages by the standard deviation of the group's rewards."""
 
+    @property
+    def num_responses(self) -> int:
+        return self.group_size
 
-class RebelConfig(Section):
+
+class RebelConfig(Method):
     """REBEL: regress the difference of two responses to a prompt on that of their rewards."""
 
     eta: float = Field(default=1.0, gt=0.0)
     """[nats a reward] The loss is ((ln(pi / pi_old)(y) - ln(pi / pi_old)(y')) / eta - (r - r'))^2."""
+
+    on_policy = "compares with the policy before the step, which must have drawn the responses"
+
+    @property
+    def num_responses(self) -> int:
+        return 2
 
 
 class PpoConfig(Clipped):
@@ -99,6 +171,10 @@ class PpoConfig(Clipped):
     """[reward] How far a step may move a value before its loss stops falling."""
     critic_lr: float = Field(default=1e-5, gt=0.0)
     """Learning rate of the critic, constant after the warm-up; its other settings are the policy's."""
+
+    @property
+    def lr_of_critic(self) -> float:
+        return self.critic_lr
 
 
 class SpoConfig(Clipped):
@@ -116,3 +192,13 @@ class SpoConfig(Clipped):
     """[nats a token] Change of the KL to the reference since the last one at which they weigh half."""
     exploration: float = Field(default=0.05, gt=0.0)
     """Added to the weight of each prompt, sqrt(v (1 - v)), so that every prompt comes again."""
+
+    on_policy = "chooses its prompts by what it has learnt of all before"
+
+    @property
+    def reads_table(self) -> bool:
+        return True
+
+    def check(self, num_steps: int) -> None:
+        if self.least_decay > self.most_decay:
+            raise ValueError(f"spo.least_decay: {self.least_decay} is above spo.most_decay {self.most_decay}; lower it")

@@ -62,9 +62,9 @@ def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt])
     table = VStarTable.open(cfg.table_dir, contract)
     wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
     estimates = table.estimate(cfg.beta1, prompts, wanted)
-    if cfg.objective.name != "astar":
+    if cfg.method.other_beta is None:
         return estimates
-    return replace(estimates, at_beta2=table.estimate(cfg.astar.beta2, prompts, wanted).v_star)
+    return replace(estimates, at_beta2=table.estimate(cfg.method.other_beta, prompts, wanted).v_star)
 
 
 def run_samples(
