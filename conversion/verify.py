@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversion.plan import Copy, Piece, Rectangle, WeightMismatch, WeightPlan
+from conversion.plan import Piece, Rectangle, WeightMismatch, WeightPlan
 from conversion.transfer import view
 
 DIGEST_RULE = "words of 32 bits"  # what follows, by name: digests by another rule say nothing of these
@@ -50,54 +50,36 @@ class Manifest:
     """
 
     version: int
-    dtype: str
     digests: Mapping[tuple[str, Rectangle], int]
     of_targets: Mapping[int, Sequence[int]]
 
-    def tensors(self) -> dict[str, dict[str, object]]:
-        """HF name -> shape, dtype, digest (16 hex digits); of rectangles that do not overlap."""
-        digests: dict[str, int] = defaultdict(int)
-        ends: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-        for (hf, (_, row, _, col)), digest in self.digests.items():
+    def digests_by_name(self) -> dict[str, str]:
+        """HF name -> digest of the whole tensor, as `tensor_digests` has it; of rectangles that do not overlap."""
+        digests: defaultdict[str, int] = defaultdict(int)
+        for (hf, _), digest in self.digests.items():
             digests[hf] += digest
-            ends[hf] = (max(ends[hf][0], row), max(ends[hf][1], col))
-        return {
-            hf: {"shape": ends[hf], "dtype": self.dtype, "digest": f"{digest & _MASK:016x}"}
-            for hf, digest in digests.items()
-        }
+        return {hf: _hex(digest) for hf, digest in digests.items()}
 
 
 def sent_parts(plan: WeightPlan, rank: int) -> tuple[Part, ...]:
     """What source rank `rank` sends: each distinct piece once, in the plan's order."""
-    return _sources(plan.from_rank(rank))
+    return tuple(dict.fromkeys(Part(copy.source, copy.hf, copy.rectangle) for copy in plan.from_rank(rank)))
 
 
 def held_parts(plan: WeightPlan, rank: int) -> tuple[Part, ...]:
     """What target rank `rank` must hold afterwards, in the plan's order."""
-    return _targets(plan.to_rank(rank))
-
-
-def _sources(copies: Iterable[Copy]) -> tuple[Part, ...]:
-    return tuple(dict.fromkeys(Part(copy.source, copy.hf, copy.rectangle) for copy in copies))
-
-
-def _targets(copies: Iterable[Copy]) -> tuple[Part, ...]:
-    return tuple(Part(copy.target, copy.hf, copy.rectangle) for copy in copies)
+    return tuple(Part(copy.target, copy.hf, copy.rectangle) for copy in plan.to_rank(rank))
 
 
 class Verifier:
     """Compares what the target ranks of a plan hold with what its source ranks sent. Plans once."""
 
-    def __init__(self, plan: WeightPlan, dtype: torch.dtype) -> None:
-        self._dtype = str(dtype).removeprefix("torch.")
+    def __init__(self, plan: WeightPlan) -> None:
         self._origins = {copy.target: copy for copy in plan.copies}
-        sent: defaultdict[int, list[Copy]] = defaultdict(list)  # by rank: there may be thousands, so in one pass
-        target: defaultdict[int, list[Copy]] = defaultdict(list)
-        for copy in plan.copies:
-            sent[copy.source.rank].append(copy)
-            target[copy.target.rank].append(copy)
-        self._sent = {rank: _sources(copies) for rank, copies in sent.items()}
-        self.target_parts = {rank: _targets(copies) for rank, copies in target.items()}
+        sources = dict.fromkeys(copy.source.rank for copy in plan.copies)
+        targets = dict.fromkeys(copy.target.rank for copy in plan.copies)
+        self._sent = {rank: sent_parts(plan, rank) for rank in sources}
+        self.target_parts = {rank: held_parts(plan, rank) for rank in targets}
         self._sent_keys, self._held_keys = (
             {rank: [(part.hf, part.rectangle) for part in parts] for rank, parts in end.items()}
             for end in (self._sent, self.target_parts)
@@ -114,7 +96,7 @@ class Verifier:
         for rank, keys in self._sent_keys.items():
             digests.update(zip(keys, sent[rank], strict=True))
         of_targets = {rank: [digests[key] for key in keys] for rank, keys in self._held_keys.items()}
-        return Manifest(version=version, dtype=self._dtype, digests=digests, of_targets=of_targets)
+        return Manifest(version=version, digests=digests, of_targets=of_targets)
 
     def first_mismatch(self, expected: Manifest, rank: int, digests: Sequence[int]) -> int | None:
         """The index of target rank `rank`'s first part of which the digest is not the manifest's; None if all are."""
@@ -168,7 +150,7 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     digests = {}
     for name, tensor in tensors.items():
         height, width = (tensor.numel() // tensor.shape[-1], tensor.shape[-1]) if tensor.dim() > 1 else (len(tensor), 1)
-        digests[name] = f"{digest(tensor, (0, height, 0, width)) & _MASK:016x}"
+        digests[name] = _hex(digest(tensor, (0, height, 0, width)))
     return digests
 
 
@@ -191,10 +173,15 @@ def mismatch(version: int, part: Part, where: str, sent: Iterable[int], received
     """The error of a part whose digest is wrong, from the digests of its rows as sent and as received."""
     for row, (expected, actual) in enumerate(zip(sent, received, strict=True), part.rectangle[0]):
         if expected != actual:
-            detail = f"digest expected {expected & _MASK:016x}, got {actual & _MASK:016x}, in {part.piece.name}"
+            detail = f"digest expected {_hex(expected)}, got {_hex(actual)}, in {part.piece.name}"
             return WeightMismatch(version=version, tensor=part.hf, where=where, row=row, detail=detail)
     detail = f"its digest was wrong and is right now: {part.piece.name} changes while nobody should write to it"
     return WeightMismatch(version=version, tensor=part.hf, where=where, row=-1, detail=detail)
+
+
+def _hex(digest: int) -> str:
+    """The digest in 16 hex digits."""
+    return f"{digest & _MASK:016x}"
 
 
 def _as_rows(tensor: Tensor, part: Part) -> Tensor:

@@ -24,9 +24,9 @@ def check_export(
     """
     rank = dist.get_rank()
     holdings = Holdings(sent_parts(weight_plan, rank), tensors, dtype)
-    manifest = Verifier(weight_plan, dtype).manifest(version, dict(enumerate(_gathered(holdings.digests()))))
+    manifest = Verifier(weight_plan).manifest(version, dict(enumerate(_gathered(holdings.digests()))))
     digests = tensor_digests(written or {})
-    expected = {name: str(entry["digest"]) for name, entry in manifest.tensors().items()}
+    expected = manifest.digests_by_name()
     wrong = next((name for name, value in expected.items() if digests.get(name) != value), None)
     wrong = _from_first(wrong if rank == 0 else None)
     if wrong is None:

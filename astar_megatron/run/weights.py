@@ -70,7 +70,7 @@ class WeightSync:
         self._policy, self._engines, self._model, self._folder, self._cfg = policy, engines, model, folder, cfg
         tiles = model.megatron_tiles(policy.layout, policy.layout.senders())
         self._plan = plan(tiles, model.vllm_tiles(engines.tensor))
-        self._verifier = Verifier(self._plan, getattr(torch, policy.dtype))
+        self._verifier = Verifier(self._plan)
         self._receivers: list[Member] = []  # those that the senders are open for
         self.sent: tuple[tuple[int, ...], ...] = ()  # the digests of what was published last
         self._open(engines.running())
@@ -153,7 +153,7 @@ class LoadedWeights:
         self._folder, self._dtype = Path(folder), dtype
         self._model = read_model(folder)
         weight_plan = plan(self._model.hf_tiles(), self._model.vllm_tiles(tensor))
-        self._verifier = Verifier(weight_plan, getattr(torch, dtype))
+        self._verifier = Verifier(weight_plan)
         self._parts = sent_parts(weight_plan, 0)
         self._places = hf.check(self._folder, self._model.parameters())
         with ThreadPoolExecutor(max(1, int(available_cores()))) as threads:

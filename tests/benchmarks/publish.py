@@ -48,7 +48,7 @@ def measured(model: Model, rounds: int, bucket_bytes: int, folder: Path) -> dict
     sender = SharedMemorySender(way, 0, trainer, folder, dtype, bucket_bytes=bucket_bytes)
     receiver = SharedMemoryReceiver(way, 0, worker, folder, dtype, bucket_bytes=bucket_bytes)
     sent, arrived = Holdings(sent_parts(way, 0), trainer, dtype), Holdings(held_parts(way, 0), worker, dtype)
-    verifier = Verifier(way, dtype)
+    verifier = Verifier(way)
     threads = ThreadPoolExecutor(1)
 
     def copies() -> None:

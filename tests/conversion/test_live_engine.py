@@ -100,7 +100,7 @@ def published(cases: list[tuple[dict[str, object], ParallelLayout, Way]], tensor
         assert_live_equals_fresh(answer, wanted)
         assert all(size > 0 for size in answer["dropped"]) and answer["again"] == answer["after"]
     for answer, (way, sent), (small, _, _) in zip(answers, proofs, cases, strict=True):
-        assert_faults_are_named(answer, Verifier(way, torch.float32), sent, live_faults(small, tensor))
+        assert_faults_are_named(answer, Verifier(way), sent, live_faults(small, tensor))
         assert [Place(memory=memory, device=device) for memory, device in answer["places"]] == [
             here(torch.device("cpu"))
         ] * tensor

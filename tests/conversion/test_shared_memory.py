@@ -183,7 +183,7 @@ def test_a_bucket_that_never_came_is_found_by_its_rows(opened: Opened) -> None:
         sender.forgets = forgets
         tensors["a"].normal_()
         at_once([sender.send, receiver.receive])
-        verifier = Verifier(PLAN, torch.float32)
+        verifier = Verifier(PLAN)
         expected = verifier.manifest(0, {0: sent.digests()})
         assert verifier.first_mismatch(expected, 0, arrived.digests()) == (None if forgets is None else 0)
         wrong = [row for row, (a, b) in enumerate(zip(sent.rows(0), arrived.rows(0), strict=True)) if a != b]
