@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.run.resources import GIB
 from astar_megatron.run.sharing import Turns
 
@@ -65,11 +65,14 @@ def test_no_two_sides_have_the_memory_at_once(sides: Sides) -> None:
 def test_a_turn_that_is_there_already_is_not_taken_again(sides: Sides) -> None:
     own = turns(sides)
     a_step(own)
-    for begin in (own.begin_training, own.begin_publishing, own.begin_generating):
-        begin()
-        sides.done.clear()
-        begin()
-        assert sides.done == (["wake weights"] if begin == own.begin_publishing else [])
+    own.begin_training()
+    assert sides.done[-1] == "resume" and sides.done.count("resume") == 1
+    own.begin_publishing()
+    own.begin_generating()
+    sides.done.clear()
+    own.begin_publishing()  # after an evaluation, where the policy has not moved
+    own.begin_generating()
+    assert sides.done == []
 
 
 @pytest.mark.parametrize(
@@ -88,17 +91,44 @@ def test_a_residue_that_grows_ends_the_run_and_names_who_holds_it(
         a_step(own)
 
 
-def test_ranks_that_take_the_place_of_dead_ones_start_while_engines_sleep(sides: Sides) -> None:
+@pytest.mark.parametrize(("num_begun", "before"), [(0, []), (1, ["wake kv_cache", "sleep"]), (2, ["sleep"]), (3, [])])
+def test_ranks_that_take_the_place_of_dead_ones_start_while_engines_sleep(
+    num_begun: int, before: list[str], sides: Sides
+) -> None:
     own = turns(sides)
-    for begin in (lambda: None, own.begin_publishing, own.begin_generating, own.begin_training):
+    for begin in (own.begin_publishing, own.begin_generating, own.begin_training)[:num_begun]:
         begin()
-        sides.done.clear()
-        own.restart_policy()
-        expected = {own.begin_publishing: ["wake kv_cache", "sleep"], own.begin_generating: ["sleep"]}
-        assert sides.done == [*expected.get(begin, []), "restart"]
-        sides.done.clear()
+    sides.done.clear()
+    own.restart_policy()
+    assert sides.done == [*before, "restart"]
+    sides.done.clear()
+    own.begin_training()  # which all begins with
+    assert sides.done == []
+    a_step(own)
+    assert sides.done[:2] == ["release optimizer", "wake weights"]
+
+
+@pytest.mark.parametrize("dies_in", ["release optimizer", "resume"])
+def test_engines_that_sleep_when_a_rank_ends_in_its_turn_are_not_asked_to_again(dies_in: str) -> None:
+    class Dying(Sides):
+        def release(self, offload: Any) -> list[tuple[int, int]]:
+            return self.or_end(super().release(offload))
+
+        def resume(self) -> None:
+            self.or_end(super().resume())
+
+        def or_end[T](self, answer: T) -> T:
+            if self.done[-1] == dies_in:
+                raise ActorLost("rank 0 has ended", kind="policy rank", index=0)
+            return answer
+
+    sides = Dying()
+    own = turns(sides)
+    with pytest.raises(ActorLost):
         a_step(own)
-        assert sides.done[:2] == ["release optimizer", "wake weights"]
+    sides.done.clear()
+    own.restart_policy()
+    assert sides.done == ["restart"]
 
 
 def test_an_engine_that_is_being_replaced_gives_nothing_back(sides: Sides) -> None:

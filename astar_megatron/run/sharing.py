@@ -55,7 +55,7 @@ class Turns:
     ) -> None:
         self._policy, self._engines, self._say = policy, engines, say
         self._offload: Offload = offload
-        self._engines_sleep, self._weights_wake, self._policy_rests = True, False, False
+        self._turn: Literal["training", "publishing", "generating"] = "training"
         self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
         self._first_returned = dict(returned)
         self._kept: Sequence[int] = ()
@@ -64,37 +64,29 @@ class Turns:
 
     def begin_publishing(self) -> None:
         """The policy gives back, engines have room for weights. Raises ClusterError for a residue that grows."""
-        if not self._policy_rests:
+        if self._turn == "training":
             self._check_policy(self._policy.release(self._offload))
-            self._policy_rests = True
-        if self._engines_sleep:
             self._engines.wake("weights")
-            self._weights_wake = True
+            self._turn = "publishing"
 
     def begin_generating(self) -> None:
         """Engines, which have their weights, get room for keys and values."""
-        if self._engines_sleep:
+        if self._turn == "publishing":
             self._engines.wake("kv_cache")
-            self._engines_sleep = self._weights_wake = False
+            self._turn = "generating"
 
     def begin_training(self) -> None:
         """Engines give back and lose their weights, the policy has all of its memory."""
-        if not self._engines_sleep:
-            self._check_engines(self._engines.sleep())
-            self._engines_sleep = True
-        if self._policy_rests:
+        if self._turn == "generating":
+            self._put_engines_to_sleep()
             self._policy.resume()
-            self._policy_rests = False
 
     def restart_policy(self) -> None:
         """Engines give back, and ranks start that take the place of all there were; it is their turn."""
-        if self._weights_wake:
-            self.begin_generating()  # engines sleep as a whole, and the policy rests
-        if not self._engines_sleep:
-            self._check_engines(self._engines.sleep())
-            self._engines_sleep = True
+        self.begin_generating()  # engines sleep as a whole
+        if self._turn == "generating":
+            self._put_engines_to_sleep()
         self._policy.restart()
-        self._policy_rests = False
 
     def measured(self) -> dict[str, object]:
         """Return what a step's metrics say of memory: bytes that ranks kept and engines gave back, in their last turn.
@@ -103,6 +95,10 @@ class Turns:
         """
         returned = [self._returned.get(engine) for engine in range(len(self._engines))]
         return {"kept_bytes": list(self._kept), "returned_bytes": returned}
+
+    def _put_engines_to_sleep(self) -> None:
+        self._check_engines(self._engines.sleep())
+        self._turn = "training"  # even if a rank ends before it has its memory: engines don't sleep twice
 
     def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:
         kept = self._kept = [bytes_kept for _, bytes_kept in given]
