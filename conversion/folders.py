@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -267,14 +267,28 @@ def read_record(folder: Path, name: str = RECORD) -> dict[str, Any] | None:
     return record
 
 
+def add_to_record(folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the conversion.json of a folder with `fields`, as it is written now: whole at any time.
+
+    ModelFolderError if it is damaged, OSError where it can't be written.
+    """
+    record = (read_record(folder) or {}) | dict(fields)
+    new = folder / f".{RECORD}.{os.getpid()}.tmp"
+    try:
+        write_json(new, record)
+        _sync(new)
+        new.replace(folder / RECORD)
+        _sync(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"can't write {folder / RECORD}: {error.strerror}") from error
+    finally:
+        new.unlink(missing_ok=True)
+    return record
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file as all of an export are: indented, keys sorted."""
-    path.write_text(json_text(value), encoding="utf-8")
-
-
-def json_text(value: object) -> str:
-    """Return what `write_json` writes."""
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _swap(place: Path, folder: Path) -> None:

@@ -29,10 +29,10 @@ def write(folder: Path, training: Training | None, run_dir: Path | None) -> str:
 
     `run_dir` is the run's, whose evaluations the card shows. Raises ValueError for damaged ones, and StorageError.
     """
-    record = folders.read_record(folder) or {}
-    if training is not None:
-        record[TRAINING] = dataclasses.asdict(training)
-        write_atomic(folder / folders.RECORD, folders.json_text(record).encode())
+    if training is None:
+        record = folders.read_record(folder) or {}
+    else:
+        record = folders.add_to_record(folder, {TRAINING: dataclasses.asdict(training)})
     path = folder / folders.CARD
     if path.exists() and not folders.is_sealed(path):
         return f"{path} was changed by hand and is left as it is: remove it to have it written again"

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from astar_megatron.data.files import write_atomic
 from astar_megatron.exports import card
 from astar_megatron.exports.link_table import files_text, links, size_text
 from astar_megatron.exports.provenance import Training, of_conversion, run_dir_of
@@ -71,14 +69,9 @@ def carry_out(
         # Parts are moved side by side, so one thread each.
         with _torch_threads(1), screen.progress("writing", parts) as advance:
             write(advance)
-        _record(Path(destination), origin)
+        folders.add_to_record(Path(destination), origin)
         if (end.kind == MegatronEnd.kind) == (layout is None):  # else both are of one kind: see the digests
             screen.say(certify_conversion(end, Path(destination)))
-
-
-def _record(folder: Path, fields: dict[str, Any]) -> None:
-    record = folders.read_record(folder) or {}
-    write_atomic(folder / folders.RECORD, folders.json_text(record | fields).encode())
 
 
 @contextmanager

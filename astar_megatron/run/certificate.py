@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from astar_megatron.data.files import write_atomic
 from astar_megatron.model.backend import FLOAT32_ENVIRONMENT
 from astar_megatron.run import resources
 from conversion import folders
@@ -71,18 +70,18 @@ def certify(
     if num_bytes > max_weight_bytes:
         bounds = f"the weights have {num_bytes:,} bytes, transformers is asked up to {max_weight_bytes:,}"
         reason = f"{_NOT_MEASURED}: {bounds}"
-        _record(target, {"max_difference": None, "reason": reason})
+        folders.add_to_record(target, {"logprobs": {"max_difference": None, "reason": reason}})
         return reason
     try:
         comparison = _compared(folder, logprobs, dtype)
     except Exception as error:  # transformers raises of all kinds
         reason = f"{_NOT_COMPARED}, {type(error).__name__}: {error!s:.300}"
-        _record(target, {"max_difference": None, "reason": reason})
+        folders.add_to_record(target, {"logprobs": {"max_difference": None, "reason": reason}})
         raise ValueError(
             f"{target} is written and holds the weights that it was made from, but it is {reason}"
         ) from error
     agrees, reason = _judged(comparison)
-    _record(target, comparison if agrees else comparison | {"reason": reason})
+    folders.add_to_record(target, {"logprobs": comparison if agrees else comparison | {"reason": reason}})
     if not agrees:
         raise DisagreementError(
             f"{target} is written and holds the weights that it was made from, but it can't be trusted: {reason}. One "
@@ -126,11 +125,6 @@ def certify_conversion(source: End, destination: Path) -> str:
 
     most = min(MAX_WEIGHT_BYTES, resources.available_memory_bytes() // 2)
     return certify(hugging_face, logprobs, record_in=destination, dtype="float32", max_weight_bytes=most)
-
-
-def _record(folder: Path, comparison: dict[str, Any]) -> None:
-    record = (folders.read_record(folder) or {}) | {"logprobs": comparison}
-    write_atomic(folder / folders.RECORD, folders.json_text(record).encode())
 
 
 def _judged(comparison: dict[str, Any]) -> tuple[bool, str]:

@@ -18,7 +18,7 @@ from transfer_process import memory_bytes
 from conversion import hf, rewrite, torch_dist
 from conversion.ends import MegatronEnd, open_end
 from conversion.families import model_from_config
-from conversion.folders import ModelFolderError
+from conversion.folders import ModelFolderError, add_to_record, read_record
 from conversion.tiles import ParallelLayout
 from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
 
@@ -58,6 +58,16 @@ def test_a_disk_that_fills_up_leaves_nothing(source: Path, megatron: Path, tmp_p
         with pytest.raises(OSError, match="no room for the"):
             rewrite.write_hf(open_end(megatron), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_record_that_a_full_disk_refuses_stays_as_it_was(source: Path) -> None:
+    added = add_to_record(source, {"a": 1, "b": 2})
+    assert add_to_record(source, {"b": 3}) == added | {"b": 3} == read_record(source)
+    before = sorted(path.name for path in source.iterdir())
+    with files_of_at_most(1000), pytest.raises(OSError, match=r"can't write .*conversion\.json: File too large"):
+        add_to_record(source, {"c": "long" * 1000})
+    assert read_record(source) == added | {"b": 3}
+    assert sorted(path.name for path in source.iterdir()) == before
 
 
 def test_a_tokenizer_that_can_t_be_copied_is_told_before_the_weights_are_written(source: Path, tmp_path: Path) -> None:
