@@ -34,7 +34,7 @@ from conversion.folders import (
 )
 from conversion.mapping import PiecewiseFile, mapped
 from conversion.plan import WeightPlan
-from conversion.transfer import view
+from conversion.transfer.pieces import view
 from conversion.verify import DIGEST_RULE, tensor_digests
 
 WEIGHTS = "model.safetensors"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from conversion.plan import Piece, Rectangle, WeightMismatch, WeightPlan
-from conversion.transfer import view
+from conversion.transfer.pieces import view
 
 DIGEST_RULE = "words of 32 bits"  # what follows, by name: digests by another rule say nothing of these
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # sign-extended, the same at both ends

@@ -13,15 +13,13 @@ from rich.console import Console
 from samples import run_config
 
 from astar_megatron import doctor
-from astar_megatron.cluster import cluster
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.model.head import chunked
-from astar_megatron.planning import capacity
+from astar_megatron.cluster.session import OBJECT_STORE_BYTES
 from astar_megatron.run import machine as machine_report
 from astar_megatron.run import resources
 from astar_megatron.run.machine import Finding
 from astar_megatron.run.resources import GIB, Machine, ResourceError
-from conversion.transfer import buckets
+from conversion.transfer.buckets import BUCKET_BYTES
 
 NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
 MODEL_BYTES = 4 * NUM_PARAMETERS
@@ -64,15 +62,15 @@ def test_bytes_a_parameter_are_the_formulas() -> None:
     assert in_bfloat16.policy_bytes == (2 + 4 + 12 + 2) * NUM_PARAMETERS
     assert needs(machine(), objective={"name": "ppo"}).policy_bytes == (2 + 2 * (2 + 4 + 12)) * NUM_PARAMETERS
     assert in_bfloat16.engines_bytes == 2 * NUM_PARAMETERS + GIB
-    assert in_bfloat16.shared_bytes == 2 * 2 * resources.EXPORT_BUCKET_BYTES + resources.OBJECT_STORE_BYTES
+    assert in_bfloat16.shared_bytes == 2 * 2 * BUCKET_BYTES + OBJECT_STORE_BYTES
     in_float32 = needs(machine(native_bfloat16=False))
     assert in_float32.policy_bytes == (4 + 4 + 8 + 4) * NUM_PARAMETERS
     assert in_float32.shared_bytes == in_bfloat16.shared_bytes  # whatever the model, unless it is smaller
     assert needs(machine(), model={"dtype": "float32"}) == in_float32  # a named type wins
     small = resources.needs(run_config(parallel={"data": 2}), 4000, machine())
-    assert small.shared_bytes == 2 * 2 * 1000 + resources.OBJECT_STORE_BYTES
+    assert small.shared_bytes == 2 * 2 * 1000 + OBJECT_STORE_BYTES
     wide = needs(machine(), parallel={"data": 2}, conversion={"bucket_bytes": 1 << 20})
-    assert wide.shared_bytes == 2 * 2 * ((1 << 20) + resources.EXPORT_BUCKET_BYTES) + resources.OBJECT_STORE_BYTES
+    assert wide.shared_bytes == 2 * 2 * ((1 << 20) + BUCKET_BYTES) + OBJECT_STORE_BYTES
 
 
 def test_only_weights_gradients_and_reference_are_held_again_by_a_replica() -> None:
@@ -158,12 +156,6 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) 
     resources.check_disk(cfg, 1000)
     with pytest.raises(ResourceError, match="not/yet"):
         resources.check_disk(cfg, 1 << 50)
-
-
-def test_sizes_that_are_counted_without_torch_and_ray_are_those_that_are_taken() -> None:
-    assert resources.OBJECT_STORE_BYTES == cluster.OBJECT_STORE_BYTES
-    assert resources.EXPORT_BUCKET_BYTES == buckets.BUCKET_BYTES
-    assert capacity.LOCAL_LOGITS_BYTES == chunked.CPU_LOGITS_BYTES
 
 
 # --- reading the machine

@@ -34,10 +34,9 @@ from astar_megatron.cluster.endings import core_end, end_of_process, is_secondar
 from astar_megatron.cluster.errors import ActorLost, ClusterError, NoAnswer
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
-from astar_megatron.cluster.session import SessionFolder, write_stacks
+from astar_megatron.cluster.session import OBJECT_STORE_BYTES, SessionFolder, write_stacks
 from astar_megatron.config import ClusterConfig
 
-OBJECT_STORE_BYTES = 256 << 20  # prompts and rollouts are small; weights do not pass through it
 LOOPBACK = "127.0.0.1"
 # Ray puts the folder in which it is started or joined before everything else on its workers' Python path: a numbers.py
 # of the user's would be imported there in place of Python's. No module lies here.

@@ -31,6 +31,7 @@ PREFIX = "astar-"
 LOCK = "lock"  # held while the run lives: numbers of processes mean nothing to a container; it holds the driver's
 _SHARED_FILES = "shared_files"  # a name a line
 SHARED_MEMORY = Path("/dev/shm")
+OBJECT_STORE_BYTES = 256 << 20  # Ray's, there: prompts and rollouts are small; weights do not pass through it
 _RAY = "r"
 _LONGEST_FOLDER = 107 - 64 - len(f"/{PREFIX}12345678/{_RAY}")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept

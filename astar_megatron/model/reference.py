@@ -17,7 +17,7 @@ from astar_megatron.model.parking import forget_fp8_copies
 from conversion.families import Model
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout
-from conversion.transfer import view
+from conversion.transfer.pieces import view
 
 
 class Reference:

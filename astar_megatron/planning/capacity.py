@@ -23,8 +23,10 @@ Leaves out: libraries' workspaces of large models, what a user's reward takes.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from astar_megatron.cluster.session import OBJECT_STORE_BYTES
 from astar_megatron.config import RunConfig
 from astar_megatron.model.gpus import Gpu
+from astar_megatron.model.head import CPU_LOGITS_BYTES
 from astar_megatron.run.accelerators import (
     CONTEXT_BYTES,
     RankBytes,
@@ -35,14 +37,7 @@ from astar_megatron.run.accelerators import (
     token_bytes,
     worker_bytes,
 )
-from astar_megatron.run.resources import (
-    DRIVER_BYTES,
-    ENGINE_BYTES,
-    GIB,
-    OBJECT_STORE_BYTES,
-    RANK_BYTES,
-    checkpoint_bytes,
-)
+from astar_megatron.run.resources import DRIVER_BYTES, ENGINE_BYTES, GIB, RANK_BYTES, checkpoint_bytes
 from conversion.families import Model
 
 # Of 32 GiB that came and went in a step 4.9 more stayed with the allocator: 67.3 in use on the card beside two contexts
@@ -53,7 +48,6 @@ WORK_BYTES = 2 * GIB  # of an engine: a prefill's activations, sampled logits, c
 # bfloat16), inputs of the three products that have H; queries, keys, values and what attention gives, as they are and
 # padded (4 Q); the MLP's two halves, silu and product.
 LOCAL_HIDDEN, LOCAL_HEADS, LOCAL_WIDTH = 9, 4, 4
-LOCAL_LOGITS_BYTES = 160 << 20  # as in model/head/chunked.py, which needs torch to import
 # Made between two steps, where malloc has the room of activations: 0.3 to 0.9 came on top in the runs of
 # tests/plan_page.py. A disk so slow that the next step finds the copy there makes it 1.
 SAVED_SHARE = 0.8
@@ -158,7 +152,7 @@ def _worker_parts(cfg: RunConfig, model: Model, gpu: Gpu) -> dict[str, int]:
 def _rank_on_cores(cfg: RunConfig, model: Model) -> Process:
     parallel, dims, size = cfg.parallel, model.dims, number_bytes(cfg)
     vocabulary = dims.vocab_size // parallel.tensor
-    logits = min(LOCAL_LOGITS_BYTES, 4 * micro_batch_tokens(cfg) * vocabulary)
+    logits = min(CPU_LOGITS_BYTES, 4 * micro_batch_tokens(cfg) * vocabulary)
     rank = replace(
         rank_bytes(cfg, model),
         activations=activation_bytes(cfg, model, hidden=LOCAL_HIDDEN, heads=LOCAL_HEADS, width=LOCAL_WIDTH),

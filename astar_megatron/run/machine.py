@@ -14,7 +14,6 @@ from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.errors import NoFolderError
 from astar_megatron.run.resources import (
     GIB,
-    OBJECT_STORE_BYTES,
     accelerators,
     available_memory_bytes,
     free_bytes,
@@ -23,7 +22,7 @@ from astar_megatron.run.resources import (
 )
 
 DEMO_BYTES = 10 * GIB  # `make demo` at work
-DEMO_SHARED_BYTES = GIB + OBJECT_STORE_BYTES
+DEMO_SHARED_BYTES = GIB + session.OBJECT_STORE_BYTES
 DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
 _OWN_NAME = "astar-megatron"
 _BROUGHT_BY = {

@@ -31,10 +31,9 @@ from pathlib import Path
 
 from astar_megatron.cluster import session
 from astar_megatron.config import RunConfig
+from conversion.transfer.buckets import BUCKET_BYTES
 
 GIB = 1 << 30
-OBJECT_STORE_BYTES = 256 << 20  # as in cluster/cluster.py, which needs Ray to import
-EXPORT_BUCKET_BYTES = 64 << 20  # as in conversion/transfer/buckets.py, which needs torch to import
 RANK_BYTES = GIB * 3 // 4  # a Megatron process without its tensors
 ENGINE_BYTES = 2 * GIB  # an engine's actor and its core without weights and cache
 DRIVER_BYTES = GIB * 3 // 4  # the driver and Ray's own processes
@@ -83,12 +82,12 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     learning = 1 if cfg.critic_lr is None else 2  # models, beside the reference
     policy = replicas * ((1 + learning) * weights + learning * 4 * num_parameters) + learning * optimizer
     ranks = cfg.parallel.world_size
-    buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, EXPORT_BUCKET_BYTES)]
+    buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, BUCKET_BYTES)]
     return Needs(
         policy_bytes=_moved_bytes(cfg, machine, learning * optimizer, replicas * weights) if accelerated else policy,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
         saving_bytes=checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16),
-        shared_bytes=sum(buckets) + OBJECT_STORE_BYTES,
+        shared_bytes=sum(buckets) + session.OBJECT_STORE_BYTES,
         processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
     )
 

@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from conversion.plan import WeightPlan
-from conversion.transfer import TransferError, placed, view
+from conversion.transfer import TransferError
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
+from conversion.transfer.pieces import placed, view
 
 TIMEOUT_SECONDS = 120.0
 Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from conversion.plan import WeightPlan
-from conversion.transfer import TransferError, placed, view
+from conversion.transfer import TransferError
 from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
 from conversion.transfer.mapped_file import CREATOR, IN_THE_FILE, LINE_BYTES, MappedFile, Slots, create, finished
+from conversion.transfer.pieces import placed, view
 
 SHARED_MEMORY = Path("/dev/shm")
 TIMEOUT_SECONDS = 120.0

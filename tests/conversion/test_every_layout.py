@@ -19,7 +19,7 @@ from tiny_models import (
 from conversion.families import Model, model_from_config
 from conversion.plan import plan
 from conversion.tiles import ParallelLayout, Tile
-from conversion.transfer import view
+from conversion.transfer.pieces import view
 
 # Six layers divide into one, two and three stages, and six chunks; two query groups let tensor=4 cut through them.
 SIZES = {"num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 56}

@@ -158,7 +158,7 @@ def write_gradients(policy: Any, folder: str, own: dict[str, Any] | None = None)
 
     from astar_megatron.model.build import named_parameters
     from conversion.plan import plan
-    from conversion.transfer import view
+    from conversion.transfer.pieces import view
 
     if own is None:
         parameters: dict[str, Any] = dict(named_parameters(policy._chunks))

@@ -6,10 +6,9 @@ Shapes: r rows, v columns of a tile, V columns of the rank.
 import torch
 from torch import Tensor
 
+from astar_megatron.model.head import CPU_LOGITS_BYTES, GPU_LOGITS_BYTES
 from astar_megatron.model.head.fused import Sums, Tile, add_product
 
-# Of the logits that may lie in memory, in float32; a GPU's products want larger ones.
-CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 160 << 20, 1 << 30
 _CPU_WIDTH = 2048  # of a tile: its softmax finds it in the cache
 
 
