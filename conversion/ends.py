@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conversion import hf, torch_dist
 from conversion.families import Model, contrast, read_model
-from conversion.folders import RECORD, ModelFolderError, read_record
+from conversion.folders import PROGRESS_FILE, RECORD, ModelFolderError, read_record
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 from conversion.torch_dist import CheckpointReader, Index
@@ -199,7 +199,7 @@ class MegatronEnd(End):
                 )
 
     def layout(self) -> dict[str, int] | None:
-        return super().layout() or _layout(self.path, "progress.json")  # of our conversion, or of a run
+        return super().layout() or _layout(self.path, PROGRESS_FILE)  # of our conversion, or of a run
 
     def notes(self) -> dict[str, str]:
         padded = self._shapes["embedding.word_embeddings.weight"][0]

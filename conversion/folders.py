@@ -19,6 +19,7 @@ from typing import Any
 _LOG = logging.getLogger(__name__)
 
 RECORD = "conversion.json"  # what every export carries: it may be replaced, a folder without it is somebody's own
+PROGRESS_FILE = "progress.json"  # what lies beside the weights in a checkpoint of training: how they were made
 # Every file that a tokenizer of transformers is read from, SentencePiece's, Mistral's and tiktoken's own among them.
 _TOKENIZER = re.compile(
     r"(tokenizer(\.[\d.]+)?|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken)\.json"

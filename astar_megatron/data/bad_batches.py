@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import save
 
 from astar_megatron.data.files import make_folder, storage_error, sync
+from astar_megatron.data.run_folder import BAD_BATCHES, STEPS, step_name, step_of
 from astar_megatron.types import Rollout, RolloutBatch, StepStats
-
-FOLDER = "bad_batches"
 
 
 def write(
@@ -32,7 +31,7 @@ def write(
 
     `options` are JSON-able: how the step was computed.
     """
-    folder = run_dir / FOLDER / f"step_{batch.version:08d}"
+    folder = run_dir / BAD_BATCHES / step_name(batch.version)
     temporary = folder.with_suffix(".incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
@@ -53,8 +52,8 @@ def write(
 
 def set_aside(run_dir: Path, step: int) -> None:
     """Rename the folders of steps from `step` on, which a resumed run takes again, to step_<n>.undone."""
-    for folder in (run_dir / FOLDER).glob("step_" + "[0-9]" * 8):
-        if int(folder.name.removeprefix("step_")) >= step:
+    for folder in (run_dir / BAD_BATCHES).glob(STEPS):
+        if step_of(folder.name) >= step:
             undone = folder.with_suffix(".undone")
             shutil.rmtree(undone, ignore_errors=True)
             folder.rename(undone)

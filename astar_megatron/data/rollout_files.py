@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from astar_megatron.types import Prompt, Rollout, StepStats
 
 FOLDER = "rollouts"
@@ -83,7 +84,7 @@ class RolloutFiles:
     def write(self, step: int, rollouts: Sequence[Rollout], stats: StepStats) -> None:
         """Write those of a step with what the step found of them; on disk on return. Raises StorageError."""
         if self._keep != 0:
-            _write(self._folder / f"step_{step:08d}.parquet", _table(rollouts, self._of_a_step(rollouts, stats)))
+            _write(self._folder / f"{step_name(step)}.parquet", _table(rollouts, self._of_a_step(rollouts, stats)))
         if self._keep is not None:
             self._remove(path for number, path in paths(self._folder).items() if number <= step - self._keep)
 
@@ -111,8 +112,7 @@ class RolloutFiles:
 
 def paths(folder: Path) -> dict[int, Path]:
     """Return the files of a folder by step, in order."""
-    stems = {path.stem.removeprefix("step_"): path for path in folder.glob("step_*.parquet")}
-    return dict(sorted((int(stem), path) for stem, path in stems.items() if stem.isdigit()))
+    return {step_of(path.name): path for path in sorted(folder.glob(f"{STEPS}.parquet"))}
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:

@@ -20,10 +20,9 @@ from astar_megatron.algorithm.methods import PAPERS
 from astar_megatron.run import machine
 from astar_megatron.run.bundle import values_without_secrets
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
-from astar_megatron.run.saving import PROGRESS_FILE
 from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
-from conversion.folders import model_name, read_record
+from conversion.folders import PROGRESS_FILE, model_name, read_record
 
 TRAINING, LICENCE = "training", "licence"  # of conversion.json
 # Keys and sections that change no result, and what says where something lies.

@@ -23,9 +23,9 @@ from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
+from conversion.folders import PROGRESS_FILE
 from conversion.torch_dist import CheckpointReader
 
-PROGRESS_FILE = "progress.json"
 _PLAIN = (bool, int, float, str, list, tuple, type(None))  # what is kept of an optimizer's groups
 _COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no copies
 

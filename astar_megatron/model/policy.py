@@ -24,6 +24,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from astar_megatron.algorithm.objective import Loss
 from astar_megatron.config import Offload, OptimConfig, ParallelConfig, Recompute
 from astar_megatron.data.manifest import FileDigest
+from astar_megatron.data.run_folder import step_name
 from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
@@ -207,7 +208,7 @@ class PolicyRank:
             raise AssertionError("end_profile before begin_profile")
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        return write_trace(profiler.export_chrome_trace, Path(folder) / f"step_{step:08d}_rank_{self.rank}.json.gz")
+        return write_trace(profiler.export_chrome_trace, Path(folder) / f"{step_name(step)}_rank_{self.rank}.json.gz")
 
     def refresh_reference(self) -> None:
         """Make the reference a copy of the policy as it is."""

@@ -23,10 +23,10 @@ from astar_megatron.cluster.session_stacks import STACKS_FILE
 from astar_megatron.config import RunConfig
 from astar_megatron.config_secrets import SECRET_NAME, has_login, secrets_of, without_logins
 from astar_megatron.data.files import make_folder, storage_error
+from astar_megatron.data.run_folder import BAD_BATCHES
 from astar_megatron.run import machine
 from astar_megatron.run.tracking import METRICS_FILE
 
-_BAD_BATCHES = "bad_batches"  # data/bad_batches.py writes them, and imports torch
 _TAIL_BYTES = 256 << 10  # of a text
 _METRICS_LINES = 20
 _SHORTEST_SECRET = 6  # characters: a shorter value stands in words that are none
@@ -50,7 +50,7 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
         METRICS_FILE: "".join(_tail(run_dir / METRICS_FILE).splitlines(keepends=True)[-_METRICS_LINES:]),
     }
     texts |= {f"logs/{path.name}": _tail(path) for path in (logs.iterdir() if logs else ()) if _is_file(path)}
-    batches = sorted((run_dir / _BAD_BATCHES).glob("step_*"), key=lambda path: path.stat().st_mtime)
+    batches = sorted((run_dir / BAD_BATCHES).glob("step_*"), key=lambda path: path.stat().st_mtime)
     try:
         make_folder(incomplete / "logs")
         for name, text in texts.items():

@@ -17,8 +17,10 @@ from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.manifest import MANIFEST_FILE, problems, strangers
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
-from astar_megatron.run.saving import FOLDERS, IN_FLIGHT_FILE, LATEST_FILE, PROGRESS_FILE, Saves
+from astar_megatron.data.run_folder import STEPS
+from astar_megatron.run.saving import IN_FLIGHT_FILE, LATEST_FILE, Saves
 from astar_megatron.types import Prompt, Rollout
+from conversion.folders import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"  # of a run
 _NAMED = 5  # files that an error lists
@@ -177,7 +179,7 @@ def latest(run_dir: Path) -> Path | None:
     try:
         name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
     except FileNotFoundError:
-        return max((path.parent for path in checkpoints.glob(f"{FOLDERS}/{PROGRESS_FILE}")), default=None)
+        return max((path.parent for path in checkpoints.glob(f"{STEPS}/{PROGRESS_FILE}")), default=None)
     except OSError as error:
         raise ValueError(
             f"{pointer}: can't read which checkpoint is the newest: {error.strerror}; mend that, or choose "
@@ -193,7 +195,7 @@ def latest(run_dir: Path) -> Path | None:
 def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
     """Return the error for checkpoint `bad`, with the remedy: the newest before it that is whole."""
     pointer = checkpoints / LATEST_FILE
-    others = sorted((path for path in checkpoints.glob(FOLDERS) if path.name != bad), reverse=True)
+    others = sorted((path for path in checkpoints.glob(STEPS) if path.name != bad), reverse=True)
     others = [path for path in others if path.name < bad] or others
     whole = next((path.name for path in others if not _faults(path)), None)
     if whole is None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from astar_megatron.config import TrackingConfig
 from astar_megatron.data.files import without_nan
+from astar_megatron.data.run_folder import step_name
 
 CLOSE_SECONDS = 5.0  # of waiting for what is still on its way; a run that a signal ends has 10 for all that it ends
 _ANSWER_SECONDS = 30.0  # in which W&B must have begun the run
@@ -224,7 +225,7 @@ class MLflow:
         self._library.log_metrics({mlflow_name(name): value for name, value in entry.values.items()}, step=entry.step)
         for name, table in entry.tables.items():
             rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-            self._library.log_dict(without_nan({"rows": rows}), f"{name}/step_{entry.step:08d}.json")
+            self._library.log_dict(without_nan({"rows": rows}), f"{name}/{step_name(entry.step)}.json")
 
     def close(self, *, failed: bool) -> None:
         """See Library."""

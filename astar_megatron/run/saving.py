@@ -23,13 +23,13 @@ from astar_megatron.config import CheckpointConfig
 from astar_megatron.data import rollout_files
 from astar_megatron.data.files import StorageError, make_folder, storage_error, sync, write_atomic
 from astar_megatron.data.manifest import MANIFEST_FILE, write_manifest
+from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.types import Rollout
+from conversion.folders import PROGRESS_FILE
 
-PROGRESS_FILE = "progress.json"  # model/checkpoint.py reads it too
 IN_FLIGHT_FILE = "in_flight.parquet"
 LATEST_FILE = "latest"
-FOLDERS = "step_????????"  # of whole checkpoints
 _INCOMPLETE = ".incomplete"
 _POLL_SECONDS = 0.1
 _ANSWER_SECONDS = 30.0  # after an error: a rank that hangs in a collective does not answer
@@ -86,7 +86,7 @@ class Saves:
         Training goes on with `batches`; what engines have drawn ahead is kept too.
         """
         self.wait()
-        start, name = time.perf_counter(), f"step_{step:08d}"
+        start, name = time.perf_counter(), step_name(step)
         temporary, in_flight = self._folder / (name + _INCOMPLETE), batches.in_flight()
         progress = {"step": step, "prompts": batches.state(), "in_flight": len(in_flight), "manifest": MANIFEST_FILE}
         try:
@@ -121,7 +121,7 @@ class Saves:
                 self._complete(begun)
                 self._failure = None
             except OSError as error:
-                self._fail(_step(begun.name), error)
+                self._fail(step_of(begun.name), error)
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         """Wait until nothing is under way. ClusterError where a rank is dead, or silent for `timeout_seconds`."""
@@ -167,9 +167,9 @@ class Saves:
 
         Later ones are of a run that was set back by hand: they are its user's to keep or to remove.
         """
-        earlier = sorted(path for path in self._folder.glob(FOLDERS) if path.name < name)
+        earlier = sorted(path for path in self._folder.glob(STEPS) if path.name < name)
         for old in earlier[: max(0, len(earlier) + 1 - self._cfg.keep)]:
-            if self._cfg.keep_every is None or _step(old.name) % self._cfg.keep_every:
+            if self._cfg.keep_every is None or step_of(old.name) % self._cfg.keep_every:
                 shutil.rmtree(old.rename(old.with_name(old.name + _INCOMPLETE)))  # half a folder is no checkpoint
 
     def _fail(self, step: int, error: OSError) -> None:
@@ -183,7 +183,3 @@ class Saves:
             f"{str(self._failure).partition('; ')[0]}. Nothing that was saved is changed. If steps are left training "
             f"goes on, and tries again {self._cfg.interval} steps later: make room, or the folder writable, by then"
         )
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step_"))

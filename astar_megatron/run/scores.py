@@ -19,10 +19,9 @@ from typing import Any, Self
 
 from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.manifest import digests_of
+from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from conversion.folders import read_record
 
-_OF_A_STEP = "eval_step_"
-_STEP_FILES = f"{_OF_A_STEP}{8 * '[0-9]'}"
 _OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
 
 
@@ -104,7 +103,7 @@ def file_name(name: str, set_name: str) -> str:
 
 def name_of_step(step: int) -> str:
     """Return what the names of files begin with that are of the evaluation in training after `step` steps."""
-    return f"{_OF_A_STEP}{step:08d}"
+    return f"eval_{step_name(step)}"
 
 
 def write(run_dir: Path, step: int, evaluations: Sequence[Evaluation]) -> None:
@@ -146,8 +145,8 @@ def kept(run_dir: Path, weights: str) -> list[Evaluation]:
 
 def forget(run_dir: Path, first: int) -> None:
     """Remove scores and responses of steps from `first` on, which a run that begins there may not evaluate again."""
-    for path in run_dir.glob(f"{_STEP_FILES}*"):
-        if _step(path) >= first:
+    for path in run_dir.glob(f"eval_{STEPS}*"):
+        if step_of(path.name) >= first:
             path.unlink()
 
 
@@ -172,16 +171,12 @@ def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
     The last are of `step` itself where training evaluated them, or `astar eval` a folder with these `weights`; of a set
     that both did the folder's counts. Raises ValueError for a file that is damaged.
     """
-    of_steps = sorted(path for path in run_dir.glob(f"{_STEP_FILES}.json") if _step(path) <= step)
-    scored = {_step(path): _read(path)[1] for path in {*of_steps[:1], *of_steps[-1:]}}
+    of_steps = sorted(path for path in run_dir.glob(f"eval_{STEPS}.json") if step_of(path.name) <= step)
+    scored = {step_of(path.name): _read(path)[1] for path in {*of_steps[:1], *of_steps[-1:]}}
     if weights is not None and (own := kept(run_dir, weights)):
         by_set = {evaluation.name: evaluation for evaluation in [*scored.get(step, []), *own]}
         scored[step] = list(by_set.values())
     return [Scored(step=number, evaluations=scored[number]) for number in sorted(scored)]
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix(_OF_A_STEP)[:8])
 
 
 def _write(path: Path, weights: str | None, evaluations: Sequence[Evaluation]) -> None:

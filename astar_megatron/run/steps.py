@@ -10,6 +10,7 @@ import torch
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
+from astar_megatron.data.run_folder import BAD_BATCHES
 from astar_megatron.types import Rollout, RolloutBatch, StepOptions, StepStats
 
 
@@ -134,5 +135,5 @@ def check_skipped(skipped: int, limit: int, run_dir: Path) -> None:
     if skipped >= limit:
         raise NotFiniteError(
             f"train.max_skipped_steps: a loss or a gradient was not finite {skipped} times, {limit} end the run; look "
-            f"into {run_dir / bad_batches.FOLDER}, lower optim.lr or raise the key, and run the same command again"
+            f"into {run_dir / BAD_BATCHES}, lower optim.lr or raise the key, and run the same command again"
         )

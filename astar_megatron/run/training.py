@@ -7,12 +7,13 @@ from astar_megatron import config
 from astar_megatron.algorithm import methods
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.config import FilterConfig, RunConfig
-from astar_megatron.data import bad_batches, filters, rollout_files
+from astar_megatron.data import filters, rollout_files
 from astar_megatron.data.allocation import run_estimates, stage_1_of
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.header import MissingTableError, check_header
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.data.run_folder import BAD_BATCHES
 from astar_megatron.run import dashboard_libraries, dashboards, profiles, resources
 from astar_megatron.run.checkpoints import Checkpoints
 from astar_megatron.run.prepare import Inputs
@@ -84,7 +85,7 @@ def _check_kinds(run_dir: Path) -> None:
 
     Checkpoints and metrics have been read by then.
     """
-    for name in (rollout_files.FOLDER, bad_batches.FOLDER, dashboards.FOLDER, profiles.FOLDER):
+    for name in (rollout_files.FOLDER, BAD_BATCHES, dashboards.FOLDER, profiles.FOLDER):
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise ValueError(f"run_dir: {run_dir / name} is no folder; move it away, or choose another run_dir")
     if (run_dir / PLACEMENT_FILE).is_dir():
