@@ -16,8 +16,9 @@ from rich.table import Table
 from astar_megatron.cluster import links, survey
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.demands import check_job
+from astar_megatron.cluster.nodes import appears
 from astar_megatron.cluster.placement import Node
-from astar_megatron.cluster.survey import Clock, Joined
+from astar_megatron.cluster.survey import Clock
 from astar_megatron.config import ClusterConfig, RunConfig
 from astar_megatron.data.files import write_atomic
 from astar_megatron.run import node_facts
@@ -53,18 +54,14 @@ def main(
         mine = {name: joined[name] for name in names if name in joined}
         absent_nodes = len(names) - len(mine)
         if planned is not None and absent_nodes <= num_spare:
-            cfg, program = planned
-            there = [Node(address=name, num_gpus=node.num_gpus) for name, node in mine.items()]
-            check_job(cfg, program, there, num_spare - absent_nodes)
-            print(f"run folder: {Path(cfg.run_dir).absolute()}")  # slurm/train.sbatch looks there for steps
+            check_job(*planned, list(mine.values()), num_spare - absent_nodes)
+            print(f"run folder: {Path(planned[0].run_dir).absolute()}")  # slurm/train.sbatch looks there for steps
         collective, reports = _reports(mine) if looks else ("", {})
     alike = planned is None or num_spare > 0
     faults = judge(names, reports, are_alike=alike) if looks else absent(names, mine)
     result = verdict(faults, names, first, num_spare)
     if planned is not None and result.left_out and not result.refusal:
-        rest = [
-            Node(address=name, num_gpus=node.num_gpus) for name, node in mine.items() if name not in result.left_out
-        ]
+        rest = [node for name, node in mine.items() if name not in result.left_out]
         check_job(*planned, rest, num_spare - len(result.left_out))
     show(names, collective, reports, faults, result)
     if file is not None:
@@ -89,11 +86,11 @@ def _unnamed(number: int) -> list[str]:
     return [f"(node {index + 1} that has no name here)" for index in range(number)]
 
 
-def _reports(joined: dict[str, Joined]) -> tuple[str, dict[str, Report]]:
+def _reports(joined: dict[str, Node]) -> tuple[str, dict[str, Report]]:
     with node_facts.marked(Path.cwd()) as (folder, mark):
         facts = survey.ask_all(joined, _ANSWER_SECONDS, node_facts.measure, str(folder), mark)
         written = {
-            name: bool(fact.wrote) and node_facts.appears(folder, fact.wrote)
+            name: bool(fact.wrote) and appears(str(folder), fact.wrote)
             for name, fact in facts.items()
             if isinstance(fact, NodeFacts)
         }

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from astar_megatron.cluster.links import pairings
-from astar_megatron.cluster.survey import Clock, Joined
+from astar_megatron.cluster.placement import Node
+from astar_megatron.cluster.survey import Clock
 from astar_megatron.preflight import wanted_nodes
 from astar_megatron.run.node_facts import NodeFacts
 from astar_megatron.run.node_faults import Fault, Report, judge, verdict
@@ -25,7 +26,7 @@ FACTS = NodeFacts(
     wrote="0f",
 )
 GOOD = Report(
-    joined=Joined(id="1", num_gpus=2),
+    joined=Node(address="10.0.0.1", num_gpus=2),
     facts=FACTS,
     clock=Clock(seconds=0.0, error_seconds=0.01),
     bandwidth=10e9,
@@ -44,7 +45,7 @@ def with_facts(**changes: Any) -> dict[str, Any]:
 
 
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
-    "fewer GPUs for Ray": ({"joined": Joined(id="3", num_gpus=1)}, "GPUs that Ray has", "1, others 2"),
+    "fewer GPUs for Ray": ({"joined": Node(address="10.0.0.3", num_gpus=1)}, "GPUs that Ray has", "1, others 2"),
     "fewer GPUs": (with_facts(gpus=("H100",)), "GPUs", "1 H100, others 2 H100"),
     "other GPUs": (with_facts(gpus=("H100", "A100")), "GPUs", "1 H100, 1 A100, others 2 H100"),
     "another driver": (with_facts(driver="550.2"), "GPU driver", "550.2, others 570.1"),
@@ -92,8 +93,8 @@ def test_equal_nodes_have_no_faults() -> None:
 
 
 def test_nodes_without_spares_may_differ_in_how_many_gpus_they_have() -> None:
-    fewer = replace(GOOD, joined=Joined(id="3", num_gpus=1), **with_facts(gpus=("H100",)))
-    none = replace(GOOD, joined=Joined(id="4", num_gpus=0), **with_facts(gpus=(), driver=""))
+    fewer = replace(GOOD, joined=Node(address="10.0.0.3", num_gpus=1), **with_facts(gpus=("H100",)))
+    none = replace(GOOD, joined=Node(address="10.0.0.4", num_gpus=0), **with_facts(gpus=(), driver=""))
     reports = {"a": GOOD, "b": fewer, "c": none}
     assert judge(["a", "b", "c"], reports, are_alike=False) == []
     other = replace(GOOD, **with_facts(gpus=("H100", "A100"), driver="550.2"))

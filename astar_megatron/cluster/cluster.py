@@ -35,6 +35,7 @@ from astar_megatron.cluster.errors import ActorLost, ClusterError, NoAnswer
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import OBJECT_STORE_BYTES, SessionFolder, write_stacks
+from astar_megatron.cluster.survey import joined_nodes, own_node
 from astar_megatron.config import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
@@ -375,11 +376,6 @@ def _error_of(reference: Any) -> Exception | None:
 
 
 def _nodes() -> dict[str, Node]:
-    own = ray.get_runtime_context().get_node_id()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    alive.sort(key=lambda node: (node["NodeID"] != own, node["NodeManagerAddress"], node["NodeID"]))
-    nodes = [
-        Node(address=node["NodeManagerAddress"], num_gpus=int(node["Resources"].get("GPU", 0)), id=node["NodeID"])
-        for node in alive
-    ]
-    return {node.id: node for node in nodes}
+    own = own_node()
+    joined = sorted(joined_nodes(), key=lambda node: (node.id != own, node.address, node.id))
+    return {node.id: node for node in joined}

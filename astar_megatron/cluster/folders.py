@@ -30,10 +30,10 @@ def check_written(cluster: Cluster, key: str, folder: str) -> None:
     if cluster.num_nodes == 1:
         return
     mark = Path(folder) / f".astar-{secrets.token_hex(8)}"
-    mark.touch()
     try:
+        mark.write_text(mark.name, encoding="utf-8")
         for node in cluster.nodes.values():
-            if cluster.on_node(node.id, nodes.sizes, folder, [mark.name])[mark.name] is None:
+            if not cluster.on_node(node.id, nodes.appears, folder, mark.name):
                 fault = "does not see this folder"
             elif not cluster.on_node(node.id, nodes.can_write, folder):
                 fault = "may not write to it"

@@ -18,7 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.cluster import nodes as own
-from astar_megatron.cluster.survey import Answers, Joined, answers
+from astar_megatron.cluster.placement import Node
+from astar_megatron.cluster.survey import Answers, answers
 
 _PARTNERS = 3
 _ROUNDS = 3  # of which the quickest counts
@@ -77,7 +78,7 @@ def pairings(num_nodes: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def bandwidths(nodes: Mapping[str, Joined]) -> tuple[str, Answers[float]]:
+def bandwidths(nodes: Mapping[str, Node]) -> tuple[str, Answers[float]]:
     """Return the collective's name, and by node its bytes a second with its best partner; a string: why there is none.
 
     Nothing is measured of a node alone.
@@ -119,7 +120,7 @@ def _is_address(answer: str) -> bool:
     return answer.rpartition(":")[2].isdecimal() and " " not in answer
 
 
-def _end(node: Joined, collective: str) -> Any:
+def _end(node: Node, collective: str) -> Any:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1 if collective == "nccl" else 0}
     options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
     return ray.remote(**options)(LinkEnd).remote(collective)

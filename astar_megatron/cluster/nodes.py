@@ -4,8 +4,10 @@ A node is one machine, or what behaves like one: it has an address on the job's 
 numbers of its own.
 """
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from ray._private.worker import global_worker
 from astar_megatron.cluster.endings import cause_in
 from astar_megatron.cluster.processes import tree
 from astar_megatron.cluster.stacks import where
+
+_COHERENT_SECONDS = 15.0  # within which a shared file system shows what another node has written
 
 
 def address() -> str:
@@ -75,6 +79,18 @@ def sizes(folder: str, names: Collection[str]) -> dict[str, int | None]:
     """Return the bytes of files of `folder` as this node sees it; None for one that is not there."""
     paths = {name: Path(folder) / name for name in names}
     return {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+
+
+def appears(folder: str, mark: str) -> bool:
+    """Return whether a file, which another node has named by its text, is seen here with that text, soon."""
+    until = time.monotonic() + _COHERENT_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if (Path(folder) / mark).read_text(encoding="utf-8") == mark:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
 
 
 def can_write(folder: str) -> bool:

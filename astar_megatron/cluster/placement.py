@@ -25,11 +25,12 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A machine of the cluster; `id` is Ray's, empty before Ray runs."""
+    """A machine of the cluster; `id` is Ray's, `name` that of `ray start --node-name`, both empty before Ray runs."""
 
     address: str
     num_gpus: int
     id: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,20 +16,13 @@ from ray.exceptions import RayError
 from astar_megatron.cluster.actors import task_on
 from astar_megatron.cluster.address import knock
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.placement import Node
 
 type Answers[T] = dict[str, T | str]
 
 _POLL_SECONDS = 0.5
 _CLOCK_TRIES = 3
 _CLOCK_SECONDS = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
-    """A node that has joined: Ray's id of it, and the GPUs that Ray has there."""
-
-    id: str
-    num_gpus: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +44,24 @@ def wait_for_head(address: str, until: float) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def wait_for_nodes(wanted: Collection[str] | int, until: float) -> dict[str, Joined]:
+def joined_nodes() -> list[Node]:
+    """Return the nodes that have joined and are alive, with the GPUs that Ray has there."""
+    return [
+        Node(
+            address=node["NodeManagerAddress"],
+            num_gpus=int(node["Resources"].get("GPU", 0)),
+            id=node["NodeID"],
+            name=node["NodeName"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def wait_for_nodes(wanted: Collection[str] | int, until: float) -> dict[str, Node]:
     """Return the nodes by name when all `wanted`, or so many, have joined; after `until` those that have."""
     while True:
-        joined = {
-            node["NodeName"]: Joined(id=node["NodeID"], num_gpus=int(node["Resources"].get("GPU", 0)))
-            for node in ray.nodes()
-            if node["Alive"]
-        }
+        joined = {node.name: node for node in joined_nodes()}
         complete = len(joined) >= wanted if isinstance(wanted, int) else set(wanted) <= joined.keys()
         if complete or time.monotonic() > until:
             return joined
@@ -70,7 +73,7 @@ def own_node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def ask_all[T](nodes: Mapping[str, Joined], seconds: float, function: Callable[..., T], *arguments: Any) -> Answers[T]:
+def ask_all[T](nodes: Mapping[str, Node], seconds: float, function: Callable[..., T], *arguments: Any) -> Answers[T]:
     """Return by name what a function answers in a process on each node, all at once; a string: why it did not."""
     references = {}
     for name, node in nodes.items():
@@ -95,12 +98,12 @@ def answers(references: Mapping[str, Any], seconds: float) -> Answers[Any]:
     return results
 
 
-def clocks(nodes: Mapping[str, Joined]) -> Answers[Clock]:
+def clocks(nodes: Mapping[str, Node]) -> Answers[Clock]:
     """Return by name what the nodes' clocks say, one node after the other; the quickest of a few answers counts."""
     return {name: _clock(name, node) for name, node in nodes.items()}
 
 
-def _clock(name: str, node: Joined) -> Clock | str:
+def _clock(name: str, node: Node) -> Clock | str:
     best: Clock | None = None
     for _ in range(_CLOCK_TRIES):
         before = time.time()

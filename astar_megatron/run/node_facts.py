@@ -5,16 +5,15 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.cluster.cores import available_cores
+from astar_megatron.cluster.nodes import appears
 from astar_megatron.run import machine
 from astar_megatron.run.resources import free_bytes
 
-_COHERENT_SECONDS = 15.0  # within which a shared file system shows what another node has written
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
 
 
@@ -52,21 +51,9 @@ def measure(folder: str, mark: str) -> NodeFacts:
         cores=available_cores(),
         disk_bytes=free_bytes(Path(tempfile.gettempdir())),
         shared_memory_bytes=free_bytes(Path("/dev/shm")),
-        reads=appears(Path(folder), mark),
+        reads=appears(folder, mark),
         wrote=wrote,
     )
-
-
-def appears(folder: Path, mark: str) -> bool:
-    """Return whether the file that another node has written is seen here, with its text, soon."""
-    until = time.monotonic() + _COHERENT_SECONDS
-    while True:
-        with contextlib.suppress(OSError):
-            if (folder / mark).read_text(encoding="utf-8") == mark:
-                return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.2)
 
 
 @contextlib.contextmanager

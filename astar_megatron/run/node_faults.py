@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from astar_megatron.cluster.placement import counted
-from astar_megatron.cluster.survey import Clock, Joined
+from astar_megatron.cluster.placement import Node, counted
+from astar_megatron.cluster.survey import Clock
 from astar_megatron.run.node_facts import NodeFacts
 from astar_megatron.run.resources import GIB, gib
 
@@ -28,7 +28,7 @@ class Report:
     what this one has written.
     """
 
-    joined: Joined
+    joined: Node
     facts: NodeFacts | str
     clock: Clock | str
     bandwidth: float | str | None
