@@ -10,10 +10,8 @@ asked there.
 import contextlib
 import logging
 import os
-import re
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -22,16 +20,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray._private import ray_constants, services, state
+from ray._private import ray_constants, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from astar_megatron.cluster import nodes, signals
-from astar_megatron.cluster.actors import ActorProcesses, alive_pid, node_of, task_on
+from astar_megatron.cluster.actors import ActorProcesses, node_of, task_on
 from astar_megatron.cluster.address import knock, unanswered
 from astar_megatron.cluster.cores import available_cores
-from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills, was_killed
-from astar_megatron.cluster.errors import ActorLost, ClusterError, NoAnswer
+from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.failures import ERRORS, Failures, error_of
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import OBJECT_STORE_BYTES, SessionFolder, write_stacks
@@ -44,9 +42,7 @@ LOOPBACK = "127.0.0.1"
 _NEUTRAL_FOLDER = "/"
 _SAFE_PATH = {"PYTHONSAFEPATH": "1"}  # nor do processes that an actor starts look for modules where they run
 _CLOSE_SECONDS = 20.0
-_OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
 _NODE_SECONDS = 60.0  # for a node to answer: it may have to start a process for it
-_ENDS = (RayActorError, OutOfMemoryError)  # of processes
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
@@ -67,15 +63,14 @@ class Cluster:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
         self._processes = ActorProcesses(self.on_node, self.wait)
-        self._memory_kills = 0
         self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
+        self._failures = Failures(self.on_node, self._actors, self.nodes)
         self._reservation: Reservation | None = None
 
     def __enter__(self) -> Self:
         logging.getLogger("ray").setLevel(logging.ERROR)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._memory_kills = memory_kills()
         with contextlib.ExitStack() as stack:
             self._folder = stack.enter_context(SessionFolder())
             stack.callback(ray.shutdown)
@@ -83,7 +78,7 @@ class Cluster:
             self._join(self._cfg.address) if self._cfg.address else self._begin()
             if threading.current_thread() is threading.main_thread() and handler is not None:
                 signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which prints its stack first
-            self.nodes = _nodes()
+            self.nodes.update(_nodes())
             self._here = next(iter(self.nodes))
             if self.num_nodes > 1:
                 self._check_tokens()
@@ -263,116 +258,20 @@ class Cluster:
         deadline, pending, answers = time.monotonic() + seconds, list(references), {}
         while pending:
             if not ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))[0]:
-                raise self._late(action, pending, seconds, f"cluster.{key}")
+                raise self._failures.late(action, pending, seconds, f"cluster.{key}")
             # All that is there by now: Ray looks at every one that is pending each time, and may have thousands.
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=0)
             try:
                 answers |= zip(done, ray.get(done), strict=True)
-            except (RayTaskError, *_ENDS) as error:
-                failed = next(reference for reference in done if _error_of(reference))
+            except ERRORS as error:
+                failed = next(reference for reference in done if error_of(reference))
                 others = [reference for reference in (*done, *pending) if reference != failed]
-                raise self._failure(action, failed, error, others) from None
+                raise self._failures.failed(action, failed, error, others) from None
         return [answers[reference] for reference in references]
-
-    def _failure(self, action: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
-        """What to raise for a call that failed; the end of a process goes before the errors that it gave others."""
-        if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
-            return error.cause  # a wrong input that only the actor could see: its message says it all
-        others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
-        for reference, other in ((failed, error), *((reference, _error_of(reference)) for reference in others)):
-            if other is not None and _is_end(other):
-                failed, error = reference, other
-                break
-        kind, index, actor = self._caller(failed)
-        name, text = f"{kind} {index}", re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without Ray's colours
-        is_lost = _is_end(error)
-        if is_lost:
-            event = "the process ended"
-            cause = low_memory(text) or end_of_process(text, self._last_error(actor))
-        else:
-            event, cause = text, text.strip().splitlines()[-1]
-            if not self._is_up(node_of(actor)):
-                is_lost, cause = True, "Ray's own process of its node, the raylet, has ended"
-            elif is_secondary(cause):
-                cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
-                is_lost = was_killed(cause)  # what the actor had started
-        if memory_kills() > self._memory_kills:
-            cause += " (the kernel killed a process for memory meanwhile)"
-        message = f"{action}: {name}: {event}\nThe output of its processes lies in {self._logs(actor)}\n{name}: {cause}"
-        return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
-
-    def _is_up(self, node: str) -> bool:
-        """Whether the raylet of a node, by Ray's id, still listens: Ray itself may notice its end much later."""
-        for facts in ray.nodes():
-            if facts["NodeID"] == node:
-                with contextlib.suppress(OSError):
-                    socket.create_connection((facts["NodeManagerAddress"], facts["NodeManagerPort"]), timeout=5).close()
-                    return True
-                return False
-        return True  # nobody knows it: an actor that has not begun
-
-    def _late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> NoAnswer:
-        """What to raise where there was no answer in time: by the last error of each that did not, and where it is."""
-        actors = [self._caller(reference) for reference in pending]
-        folders = dict.fromkeys(self._logs(actor) for *_, actor in actors)
-        lines = []
-        for kind, index, actor in actors:
-            words = [f"no answer in {seconds:.0f} s", *filter(None, [self._stack(actor), self._last_error(actor)])]
-            lines.append(f"\n{kind} {index}: {'; '.join(words)}")
-        message = (
-            f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
-            f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
-        )
-        kind, index, _ = actors[0]
-        return NoAnswer(message, kind=kind, index=index)
-
-    def _caller(self, reference: Any) -> tuple[str, int, str]:
-        """The actor that a call was made on: its kind, its index, Ray's id of it."""
-        actor = reference.task_id().actor_id().hex()
-        kind, index, _ = self._actors.get(actor, ("actor", 0, None))
-        return kind, index, actor
-
-    def _last_error(self, actor: str, seconds: float = 0.0) -> str | None:
-        """The last error in an actor's output; waits a little for what a child's end still has to say, if asked to."""
-        until = time.monotonic() + seconds
-        with contextlib.suppress(ClusterError):  # its node may have gone with it
-            while True:
-                cause = self.on_node(node_of(actor), nodes.last_error, state.actors(actor).get("Pid"))
-                if cause is not None or time.monotonic() > until:
-                    return cause
-                time.sleep(0.1)
-        return None
-
-    def _stack(self, actor: str) -> str:
-        """Where an actor is that does not answer; empty where nobody can say."""
-        pid = alive_pid(actor)
-        with contextlib.suppress(ClusterError):
-            return self.on_node(node_of(actor), nodes.stack, pid) if pid else ""
-        return ""
 
     def logs_of(self, actor: Any) -> str:
         """Return where the output of an actor's processes lies, in words."""
-        return self._logs(actor._actor_id.hex())
-
-    def _logs(self, actor: str) -> str:
-        """The folder of an actor's output, with its node where there are several."""
-        node, folder = node_of(actor), "the logs of Ray's session"
-        with contextlib.suppress(ClusterError):
-            folder = str(self.on_node(node, nodes.log_folder))
-        return folder + (f" on node {self.nodes[node].address}" if self.num_nodes > 1 and node in self.nodes else "")
-
-
-def _is_end(error: Exception) -> bool:
-    """Whether a process ended, which had begun: an error of its constructor ends it too, but says why."""
-    return isinstance(error, _ENDS) and "creation task" not in str(error)
-
-
-def _error_of(reference: Any) -> Exception | None:
-    try:
-        ray.get(reference)
-    except (RayTaskError, *_ENDS) as error:
-        return error
-    return None
+        return self._failures.logs_of(actor._actor_id.hex())
 
 
 def _nodes() -> dict[str, Node]:

@@ -1,0 +1,137 @@
+"""What failed and why, where a call on an actor fails or does not answer: the error to raise.
+
+Its last line is the cause, found in the output of the actor's processes on its node, before what follows from it.
+"""
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray._private import state
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from astar_megatron.cluster import nodes
+from astar_megatron.cluster.actors import alive_pid, node_of
+from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills, was_killed
+from astar_megatron.cluster.errors import ActorLost, ClusterError, NoAnswer
+from astar_megatron.cluster.placement import Node
+
+ERRORS = (RayTaskError, RayActorError, OutOfMemoryError)  # that a call on an actor fails of
+_ENDS = (RayActorError, OutOfMemoryError)  # of processes
+_OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
+
+
+class Failures:
+    """Finds out what failed and why. `actors` and `nodes` are those of a Cluster, by Ray's ids, as they are then.
+
+    `on_node` calls a function on a node, as Cluster's.
+    """
+
+    def __init__(
+        self, on_node: Callable[..., Any], actors: Mapping[str, tuple[str, int, Any]], nodes: Mapping[str, Node]
+    ) -> None:
+        self._on_node, self._actors, self._nodes = on_node, actors, nodes
+        self._memory_kills = memory_kills()
+
+    def failed(self, action: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
+        """Return what to raise for a failed call; the end of a process goes before the errors that it gave others."""
+        if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+            return error.cause  # a wrong input that only the actor could see: its message says it all
+        others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
+        for reference, other in ((failed, error), *((reference, error_of(reference)) for reference in others)):
+            if other is not None and _is_end(other):
+                failed, error = reference, other
+                break
+        kind, index, actor = self._caller(failed)
+        name, text = f"{kind} {index}", re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without Ray's colours
+        is_lost = _is_end(error)
+        if is_lost:
+            event = "the process ended"
+            cause = low_memory(text) or end_of_process(text, self._last_error(actor))
+        else:
+            event, cause = text, text.strip().splitlines()[-1]
+            if not self._is_up(node_of(actor)):
+                is_lost, cause = True, "Ray's own process of its node, the raylet, has ended"
+            elif is_secondary(cause):
+                cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
+                is_lost = was_killed(cause)  # what the actor had started
+        if memory_kills() > self._memory_kills:
+            cause += " (the kernel killed a process for memory meanwhile)"
+        logs = self.logs_of(actor)
+        message = f"{action}: {name}: {event}\nThe output of its processes lies in {logs}\n{name}: {cause}"
+        return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
+
+    def late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> NoAnswer:
+        """Return what to raise for no answer in time: by the last error of each that did not, and where it is."""
+        actors = [self._caller(reference) for reference in pending]
+        folders = dict.fromkeys(self.logs_of(actor) for *_, actor in actors)
+        lines = []
+        for kind, index, actor in actors:
+            words = [f"no answer in {seconds:.0f} s", *filter(None, [self._stack(actor), self._last_error(actor)])]
+            lines.append(f"\n{kind} {index}: {'; '.join(words)}")
+        message = (
+            f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
+            f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
+        )
+        kind, index, _ = actors[0]
+        return NoAnswer(message, kind=kind, index=index)
+
+    def logs_of(self, actor: str) -> str:
+        """Return the folder of an actor's output, with its node where there are several."""
+        node, folder = node_of(actor), "the logs of Ray's session"
+        with contextlib.suppress(ClusterError):
+            folder = str(self._on_node(node, nodes.log_folder))
+        has_others = len(self._nodes) > 1 and node in self._nodes
+        return f"{folder} on node {self._nodes[node].address}" if has_others else folder
+
+    def _is_up(self, node: str) -> bool:
+        """Whether the raylet of a node, by Ray's id, still listens: Ray itself may notice its end much later."""
+        for facts in ray.nodes():
+            if facts["NodeID"] == node:
+                with contextlib.suppress(OSError):
+                    socket.create_connection((facts["NodeManagerAddress"], facts["NodeManagerPort"]), timeout=5).close()
+                    return True
+                return False
+        return True  # nobody knows it: an actor that has not begun
+
+    def _caller(self, reference: Any) -> tuple[str, int, str]:
+        """The actor that a call was made on: its kind, its index, Ray's id of it."""
+        actor = reference.task_id().actor_id().hex()
+        kind, index, _ = self._actors.get(actor, ("actor", 0, None))
+        return kind, index, actor
+
+    def _last_error(self, actor: str, seconds: float = 0.0) -> str | None:
+        """The last error in an actor's output; waits a little for what a child's end still has to say, if asked to."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(ClusterError):  # its node may have gone with it
+            while True:
+                cause = self._on_node(node_of(actor), nodes.last_error, state.actors(actor).get("Pid"))
+                if cause is not None or time.monotonic() > until:
+                    return cause
+                time.sleep(0.1)
+        return None
+
+    def _stack(self, actor: str) -> str:
+        """Where an actor is that does not answer; empty where nobody can say."""
+        pid = alive_pid(actor)
+        with contextlib.suppress(ClusterError):
+            return self._on_node(node_of(actor), nodes.stack, pid) if pid else ""
+        return ""
+
+
+def error_of(reference: Any) -> Exception | None:
+    """Return what a call failed of; None where it has an answer."""
+    try:
+        ray.get(reference)
+    except ERRORS as error:
+        return error
+    return None
+
+
+def _is_end(error: Exception) -> bool:
+    """Whether a process ended, which had begun: an error of its constructor ends it too, but says why."""
+    return isinstance(error, _ENDS) and "creation task" not in str(error)
