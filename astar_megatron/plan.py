@@ -10,9 +10,10 @@ from typing import Any
 
 from astar_megatron.config import RunConfig
 from astar_megatron.model import gpus
+from astar_megatron.model.compute_type import compute_type
 from astar_megatron.planning.forecast import Forecast, count_prompts, forecast
 from astar_megatron.planning.nearest import MOST_CHANGES, Neighbour, nearest, tried
-from astar_megatron.run.resources import GIB, gib, native_bfloat16
+from astar_megatron.run.resources import GIB, gib
 from astar_megatron.run.tracking import Screen
 from conversion.families import read_model
 
@@ -23,8 +24,8 @@ def main(cfg: RunConfig, gpu_name: str | None, *, as_json: bool) -> int:
     Raises ValueError where no GPU could run it: an unknown model, a layout that does not divide it, longer sequences.
     """
     gpu = None if gpu_name is None else gpus.named(gpu_name)
-    if gpu is None and cfg.model.dtype == "auto":  # as ranks would choose, here
-        dtype = "bfloat16" if native_bfloat16() else "float32"
+    if gpu is None:  # auto is what ranks would choose here
+        dtype, _ = compute_type(cfg.model.dtype, num_gpus=0)
         cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dtype": dtype})})
     model, num_prompts = read_model(cfg.model.path), count_prompts(cfg)
     ahead, screen = forecast(cfg, model, gpu, num_prompts), Screen()

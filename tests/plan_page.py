@@ -74,7 +74,7 @@ def on_gpus() -> Iterator[Figure]:
         conditions=f"{rank}: in use on the card after a step, nothing given back, the engine asleep",
         measured=67.3, planned=card, unit="GiB", bound=MEMORY, sets="RESERVE_SHARE",
     )  # fmt: skip
-    saved = resources.checkpoint_bytes(alone, QWEN.num_parameters(), is_bfloat16=True)
+    saved = resources.checkpoint_bytes(alone, QWEN.num_parameters(), "bfloat16")
     yield Figure(conditions=f"{rank}: a checkpoint on disk", measured=21, planned=saved / 1e9, unit="GB", bound=MEMORY)
     yield Figure(
         conditions="the head on one H100: memory", measured=2.13,

@@ -31,16 +31,17 @@ REQUIREMENTS = [
     'vllm==0.32.0; extra == "gpu"',
     "pytest==9.2.0; extra == 'dev'",
 ]
+IN_BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 
 
 def machine(**fields: Any) -> Machine:
-    usual = {"memory_bytes": 64 * GIB, "shared_bytes": 8 * GIB, "native_bfloat16": True, "num_accelerators": 0}
+    usual = {"memory_bytes": 64 * GIB, "shared_bytes": 8 * GIB, "num_accelerators": 0}
     return Machine(**usual | fields)
 
 
 def needs(machine: Machine, **sections: Any) -> resources.Needs:
     """What a run of the model needs on a machine."""
-    return resources.needs(run_config(**sections), MODEL_BYTES, machine)
+    return resources.needs(run_config(**IN_BFLOAT16 | sections), MODEL_BYTES, machine)
 
 
 def write(root: Path, path: str, text: str) -> None:
@@ -63,11 +64,10 @@ def test_bytes_a_parameter_are_the_formulas() -> None:
     assert needs(machine(), objective={"name": "ppo"}).policy_bytes == (2 + 2 * (2 + 4 + 12)) * NUM_PARAMETERS
     assert in_bfloat16.engines_bytes == 2 * NUM_PARAMETERS + GIB
     assert in_bfloat16.shared_bytes == 2 * 2 * BUCKET_BYTES + OBJECT_STORE_BYTES
-    in_float32 = needs(machine(native_bfloat16=False))
+    in_float32 = needs(machine(), model={"dtype": "float32"})
     assert in_float32.policy_bytes == (4 + 4 + 8 + 4) * NUM_PARAMETERS
     assert in_float32.shared_bytes == in_bfloat16.shared_bytes  # whatever the model, unless it is smaller
-    assert needs(machine(), model={"dtype": "float32"}) == in_float32  # a named type wins
-    small = resources.needs(run_config(parallel={"data": 2}), 4000, machine())
+    small = resources.needs(run_config(**IN_BFLOAT16, parallel={"data": 2}), 4000, machine())
     assert small.shared_bytes == 2 * 2 * 1000 + OBJECT_STORE_BYTES
     wide = needs(machine(), parallel={"data": 2}, conversion={"bucket_bytes": 1 << 20})
     assert wide.shared_bytes == 2 * 2 * ((1 << 20) + BUCKET_BYTES) + OBJECT_STORE_BYTES
@@ -186,21 +186,6 @@ def test_a_control_groups_share_of_the_cores_counts(tmp_path: Path) -> None:
     assert available_cores(tmp_path) == everything
     write(tmp_path, "sys/fs/cgroup/cpu.max", "50000 100000\n")
     assert available_cores(tmp_path) == 0.5
-
-
-@pytest.mark.parametrize(
-    ("line", "native"),
-    [
-        ("flags\t\t: fpu avx2 avx512f avx512_bf16 sse2", ["avx512_bf16"]),
-        ("flags\t\t: avx512_bf16 amx_tile amx_bf16", ["amx_bf16", "avx512_bf16"]),
-        ("flags\t\t: fpu avx2 avx512f", []),
-        ("Features\t: fp asimd bf16", ["bf16"]),
-        ("", []),
-    ],
-)
-def test_native_bfloat16_is_read_from_the_kernels_flags(tmp_path: Path, line: str, native: list[str]) -> None:
-    write(tmp_path, "proc/cpuinfo", f"processor\t: 0\nmodel name\t: some bf16 CPU\n{line}\n")
-    assert resources.native_bfloat16(tmp_path) == native
 
 
 # --- packages

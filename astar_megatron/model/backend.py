@@ -305,19 +305,3 @@ def read_no_code() -> None:
     """Make torch.load in this process take plain data only, whatever its caller says, as torch's checkpoints do."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-
-
-def resolve_dtype(name: Literal["auto", "bfloat16", "float32"], num_gpus: int) -> tuple[torch.dtype, str]:
-    """Return the compute type of policy, reference and engines, with the reason in words.
-
-    `auto` is bfloat16 on GPUs and on CPUs whose matrix units take it (AVX512_BF16, AMX); emulated bfloat16 is ten
-    times slower than float32, so other CPUs compute in float32.
-    """
-    if name != "auto":
-        return getattr(torch, name), f"{name}: asked for by model.dtype"
-    if num_gpus:
-        return torch.bfloat16, "bfloat16: the cluster has GPUs"
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
-        return torch.bfloat16, "bfloat16: this CPU multiplies it natively"
-    return torch.float32, "float32: this CPU has no native bfloat16 (AVX512_BF16 or AMX)"

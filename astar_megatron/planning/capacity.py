@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from astar_megatron.cluster.session import OBJECT_STORE_BYTES
 from astar_megatron.config import RunConfig
+from astar_megatron.model.compute_type import compute_type
 from astar_megatron.model.gpus import Gpu
 from astar_megatron.model.head import CPU_LOGITS_BYTES
 from astar_megatron.run.accelerators import (
@@ -32,7 +33,6 @@ from astar_megatron.run.accelerators import (
     RankBytes,
     activation_bytes,
     micro_batch_tokens,
-    number_bytes,
     rank_bytes,
     token_bytes,
     worker_bytes,
@@ -150,7 +150,7 @@ def _worker_parts(cfg: RunConfig, model: Model, gpu: Gpu) -> dict[str, int]:
 
 
 def _rank_on_cores(cfg: RunConfig, model: Model) -> Process:
-    parallel, dims, size = cfg.parallel, model.dims, number_bytes(cfg)
+    parallel, dims = cfg.parallel, model.dims
     vocabulary = dims.vocab_size // parallel.tensor
     logits = min(CPU_LOGITS_BYTES, 4 * micro_batch_tokens(cfg) * vocabulary)
     rank = replace(
@@ -158,7 +158,8 @@ def _rank_on_cores(cfg: RunConfig, model: Model) -> Process:
         activations=activation_bytes(cfg, model, hidden=LOCAL_HIDDEN, heads=LOCAL_HEADS, width=LOCAL_WIDTH),
         head=logits + 4 * vocabulary * dims.hidden_size,
     )
-    saved = checkpoint_bytes(cfg, model.num_parameters(), is_bfloat16=size == 2) // parallel.world_size
+    dtype, _ = compute_type(cfg.model.dtype, num_gpus=0)
+    saved = checkpoint_bytes(cfg, model.num_parameters(), dtype) // parallel.world_size
     own = {
         "buckets": _buckets(cfg, rank),
         "saving": int(SAVED_SHARE * saved),

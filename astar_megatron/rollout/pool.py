@@ -59,7 +59,7 @@ class EnginePool:
         check_graphs(rollout, on_gpu=on_gpu)
         graphs, self.graphs = graphs_of(rollout, on_gpu=on_gpu)
         self._has_graphs = on_gpu and graphs != "none"
-        self.tensor = rollout.tensor
+        self.tensor, self.dtype = rollout.tensor, dtype
         self.max_num_seqs, self.detokenize = rollout.max_num_seqs, detokenize
         self._cluster, self._heartbeat = cluster, rollout.heartbeat_seconds
         self._options = EngineOptions(

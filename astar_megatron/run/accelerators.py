@@ -39,6 +39,7 @@ from functools import lru_cache
 from math import prod
 
 from astar_megatron.config import Offload, ParallelConfig, RunConfig
+from astar_megatron.model.compute_type import NUMBER_BYTES, compute_type
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.run.resources import GIB, ResourceError, gib
 from conversion.families import Model, model_from_config
@@ -248,4 +249,4 @@ def _shortages(shares: Shares, cfg: RunConfig) -> Iterator[str]:
 
 def number_bytes(cfg: RunConfig) -> int:
     """Return c."""
-    return 4 if cfg.model.dtype == "float32" else 2  # auto is bfloat16 on a GPU
+    return NUMBER_BYTES[compute_type(cfg.model.dtype, num_gpus=1)[0]]

@@ -14,7 +14,7 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive, write_atomic
-from astar_megatron.model.backend import resolve_dtype
+from astar_megatron.model.compute_type import compute_type
 from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import accelerators, resources
@@ -69,10 +69,10 @@ class Fleet:
         text = json.dumps(placement.fields(), indent=1) + "\n"
         write_atomic(tracker.run_dir / PLACEMENT_FILE, text.encode())
         tracker.say(placement.describe())
-        tracker.say(f"computing in {compute_type(cfg, cluster)[1]}")
+        tracker.say(f"computing in {compute_type(cfg.model.dtype, cluster.num_gpus)[1]}")
         take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True
         self.engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, sleep=take_turns)))
-        self._loaded = LoadedWeights(cfg.model.path, self.engines.tensor, compute_type(cfg, cluster)[0])
+        self._loaded = LoadedWeights(cfg.model.path, self.engines.tensor, self.engines.dtype)
         self.engines.bring = self.heal
         if take_turns:
             self._start_by_turns(cluster, _shares(cfg, cluster, self._model) if placement.shared else None)
@@ -210,7 +210,7 @@ def engines_of(cfg: RunConfig, tracker: Tracker, model_path: str | None = None) 
         folders.check_read(cluster, "model" if model_path else "model.path", _absolute(model_path or cfg.model.path))
         engines = stack.enter_context(_closed_in_the_end(start_engines(cfg, cluster, model_path)))
         tracker.say(cluster.reservation.placement.describe())
-        loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, compute_type(cfg, cluster)[0])
+        loaded = LoadedWeights(model_path or cfg.model.path, engines.tensor, engines.dtype)
         engines.bring = lambda engine: loaded.verify(engines, [engine])
         _wait_for(engines, tracker)
         loaded.verify(engines)
@@ -231,12 +231,6 @@ def _shares(cfg: RunConfig, cluster: Cluster, model: Model) -> Shares:
     return accelerators.shares_of(cfg, model, min(sizes.values()))
 
 
-def compute_type(cfg: RunConfig, cluster: Cluster) -> tuple[str, str]:
-    """Return the name of the type that policy and engines compute in, and why."""
-    dtype, reason = resolve_dtype(cfg.model.dtype, cluster.num_gpus)
-    return str(dtype).removeprefix("torch."), reason
-
-
 def start_engines(
     cfg: RunConfig, cluster: Cluster, model_path: str | None = None, *, sleep: bool = False
 ) -> EnginePool:
@@ -248,7 +242,7 @@ def start_engines(
         cluster,
         cfg.rollout,
         model_path=_absolute(model_path or cfg.model.path),
-        dtype=compute_type(cfg, cluster)[0],
+        dtype=compute_type(cfg.model.dtype, cluster.num_gpus)[0],
         max_tokens=cfg.max_tokens,
         stop_token_ids=chat.stop_token_ids(cfg.model.path),
         detokenize=chat.detokenizer(cfg.model.path),
@@ -263,7 +257,7 @@ def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None)
         cluster,
         model=cfg.model,
         model_path=_absolute(cfg.model.path),
-        dtype=compute_type(cfg, cluster)[0],
+        dtype=compute_type(cfg.model.dtype, cluster.num_gpus)[0],
         parallel=cfg.parallel,
         optim=cfg.optim,
         optimizer_steps=cfg.optimizer_steps,

@@ -12,13 +12,13 @@ from typing import Literal
 from astar_megatron.cluster import session
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.errors import NoFolderError
+from astar_megatron.model.compute_type import native_bfloat16
 from astar_megatron.run.resources import (
     GIB,
     accelerators,
     available_memory_bytes,
     free_bytes,
     gib,
-    native_bfloat16,
 )
 
 DEMO_BYTES = 10 * GIB  # `make demo` at work

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from astar_megatron.cluster import session
 from astar_megatron.config import RunConfig
+from astar_megatron.model.compute_type import NUMBER_BYTES, ComputeType, compute_type
 from conversion.transfer.buckets import BUCKET_BYTES
 
 GIB = 1 << 30
@@ -49,7 +50,6 @@ class Machine:
 
     memory_bytes: int
     shared_bytes: int  # free in /dev/shm
-    native_bfloat16: bool
     num_accelerators: int
     accelerator_bytes: int = 0  # of the smallest
 
@@ -72,13 +72,11 @@ class Needs:
 def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     """Return what the run needs of the host; `model_bytes` are the weights in fp32, 4 bytes a parameter. Pure."""
     accelerated = machine.num_accelerators > 0
-    is_bfloat16 = cfg.model.dtype == "bfloat16" or (
-        cfg.model.dtype == "auto" and (accelerated or machine.native_bfloat16)
-    )
+    dtype, _ = compute_type(cfg.model.dtype, machine.num_accelerators)
     num_parameters = model_bytes // 4
-    weights = (2 if is_bfloat16 else 4) * num_parameters
+    weights = NUMBER_BYTES[dtype] * num_parameters
     replicas, engines = cfg.parallel.replicas // cfg.parallel.expert, cfg.rollout.num_engines
-    optimizer = (12 if is_bfloat16 else 8) * num_parameters
+    optimizer = (12 if dtype == "bfloat16" else 8) * num_parameters
     learning = 1 if cfg.critic_lr is None else 2  # models, beside the reference
     policy = replicas * ((1 + learning) * weights + learning * 4 * num_parameters) + learning * optimizer
     ranks = cfg.parallel.world_size
@@ -86,7 +84,7 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     return Needs(
         policy_bytes=_moved_bytes(cfg, machine, learning * optimizer, replicas * weights) if accelerated else policy,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
-        saving_bytes=checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16),
+        saving_bytes=checkpoint_bytes(cfg, num_parameters, dtype),
         shared_bytes=sum(buckets) + session.OBJECT_STORE_BYTES,
         processes_bytes=DRIVER_BYTES + ranks * RANK_BYTES + engines * ENGINE_BYTES,
     )
@@ -135,12 +133,14 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
     That is checkpoint.keep checkpoints, those that checkpoint.keep_every keeps, one on its way, and the export. What
     lies there already counts.
     """
-    run_dir, is_bfloat16 = Path(cfg.run_dir).absolute(), cfg.model.dtype != "float32"
-    checkpoint = checkpoint_bytes(cfg, num_parameters, is_bfloat16=is_bfloat16)
+    run_dir = Path(cfg.run_dir).absolute()
+    num_gpus = 1 if cfg.cluster.address is not None else measure().num_accelerators  # of bfloat16 more is written
+    dtype, _ = compute_type(cfg.model.dtype, num_gpus)
+    checkpoint = checkpoint_bytes(cfg, num_parameters, dtype)
     count = cfg.checkpoint.keep + 1
     if cfg.checkpoint.keep_every is not None:
         count += cfg.train.num_steps // cfg.checkpoint.keep_every
-    need = count * checkpoint + (2 if is_bfloat16 else 4) * num_parameters
+    need = count * checkpoint + NUMBER_BYTES[dtype] * num_parameters
     if free is None:
         written = (path for name in ("checkpoints", "hf") for path in (run_dir / name).rglob("*"))
         there = next(folder for folder in (run_dir, *run_dir.parents) if folder.is_dir())
@@ -153,13 +153,13 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
         )
 
 
-def checkpoint_bytes(cfg: RunConfig, num_parameters: int, *, is_bfloat16: bool) -> int:
+def checkpoint_bytes(cfg: RunConfig, num_parameters: int, dtype: ComputeType) -> int:
     """Return the size of a checkpoint: weights, Adam's two fp32 moments, fp32 master weights beside bfloat16 ones.
 
     Of a critic it holds as much again, of a reference that is a copy its weights.
     """
-    weights = 2 if is_bfloat16 else 4
-    parameter = (14 if is_bfloat16 else 12) * (1 if cfg.critic_lr is None else 2)
+    weights = NUMBER_BYTES[dtype]
+    parameter = (14 if dtype == "bfloat16" else 12) * (1 if cfg.critic_lr is None else 2)
     return (parameter + (weights if cfg.copies_reference else 0)) * num_parameters
 
 
@@ -168,7 +168,6 @@ def measure() -> Machine:
     return Machine(
         memory_bytes=available_memory_bytes(),
         shared_bytes=free_bytes(Path("/dev/shm")),
-        native_bfloat16=bool(native_bfloat16()),
         num_accelerators=len(accelerators() or ()),
         accelerator_bytes=accelerator_bytes(),
     )
@@ -184,13 +183,6 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     used = int(_text(group / "memory.current") or 0)
     cache = int(_field(group / "memory.stat", "inactive_file") or 0)  # given back when needed
     return min(system, max(0, int(limit) - used + cache))
-
-
-def native_bfloat16(root: Path = Path("/")) -> list[str]:
-    """Return the CPU's instructions that multiply bfloat16, by the kernel's names; none: it is emulated."""
-    cpuinfo = root / "proc/cpuinfo"
-    flags = (_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split()
-    return [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
 
 
 def accelerators() -> list[str] | None:

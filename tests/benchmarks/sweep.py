@@ -23,7 +23,7 @@ from plain_vllm import Plain
 
 from astar_megatron import config
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
-from astar_megatron.model.backend import resolve_dtype
+from astar_megatron.model.compute_type import compute_type
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Tracker
@@ -51,7 +51,7 @@ def main() -> None:
     write_jsonl(cfg.data.path, one_digit_additions())
     inputs = prepare(cfg)
     turns: dict[str, list[dict[str, float]]] = {"pool": [], "plain": [], "plain, same requests": []}
-    dtype = str(resolve_dtype(cfg.model.dtype, 0)[0]).removeprefix("torch.")
+    dtype = compute_type(cfg.model.dtype, num_gpus=0)[0]
     plain = Plain(cfg, inputs.prompts, dtype, arguments.samples)
     runs = tempfile.TemporaryDirectory(dir=ROOT / "runs")
     with closing(plain), runs as name, engines_of(cfg, Tracker(name)) as engines:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from astar_megatron.run.resources import native_bfloat16
+from astar_megatron.model.compute_type import native_bfloat16
 from astar_megatron.run.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

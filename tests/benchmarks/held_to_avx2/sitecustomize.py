@@ -3,7 +3,7 @@
     export ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
     PYTHONPATH=tests/benchmarks/held_to_avx2:. .venv/bin/python tests/benchmarks/demo.py --trl runs/trl
 
-The variables are for the first three. vLLM, and `dtype: auto`, ask torch.cpu what the CPU has.
+The variables are for the first three. vLLM asks torch.cpu what the CPU has, and `dtype: auto` the kernel.
 """
 
 import contextlib
@@ -19,3 +19,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY") == "avx2":
         for name in vars(torch.cpu).copy():
             if name.startswith(("_is_avx512", "_is_amx", "_is_vnni")):
                 setattr(torch.cpu, name, lambda: False)
+
+        from astar_megatron.model import compute_type
+
+        compute_type.native_bfloat16 = lambda root=None: []
