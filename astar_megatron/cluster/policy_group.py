@@ -15,10 +15,11 @@ from astar_megatron.cluster import nodes, session
 from astar_megatron.cluster.calls import Call, stored
 from astar_megatron.cluster.cluster import LOOPBACK, Cluster
 from astar_megatron.cluster.stacks import show_on_signal
-from astar_megatron.config import ModelConfig, Offload, OptimConfig, ParallelConfig
+from astar_megatron.config import Offload
 from astar_megatron.data.manifest import FileDigest
-from astar_megatron.model.backend import check_features, environment, uses_transformer_engine
+from astar_megatron.model.backend import environment, uses_transformer_engine
 from astar_megatron.model.layouts import layout_of
+from astar_megatron.model.options import PolicyOptions
 from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats, Trace
 from conversion.transfer.route import Place, Route
 
@@ -31,12 +32,12 @@ _RANK_CLASS = ("astar_megatron.model.policy", "PolicyRank")
 class _RankActor:
     """Forwards calls to a rank object that is built in the actor's own thread, where the CPU shim must be installed."""
 
-    def __init__(self, **init: Any) -> None:
+    def __init__(self, rank: int, options: PolicyOptions) -> None:
         show_on_signal()
         session.name_semaphores()
         nodes.use_own_interface()
         module, name = _RANK_CLASS
-        self._rank = getattr(importlib.import_module(module), name)(**init)
+        self._rank = getattr(importlib.import_module(module), name)(rank, options)
 
     def address(self) -> str:
         return nodes.address()
@@ -52,24 +53,10 @@ class PolicyGroup:
     has an engine beside it.
     """
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        *,
-        model: ModelConfig,
-        model_path: str,
-        dtype: str,
-        parallel: ParallelConfig,
-        optim: OptimConfig,
-        optimizer_steps: int,
-        seed: int,
-        critic_lr: float | None = None,
-        gpu_share: float = 1.0,
-    ) -> None:
-        check_features(model, optim, cluster.num_gpus)
-        self.parallel, self.dtype = parallel, dtype
+    def __init__(self, cluster: Cluster, options: PolicyOptions, gpu_share: float = 1.0) -> None:
+        self.dtype = options.dtype
         # Transformer Engine's layers hold the norms inside their linears.
-        self.layout = layout_of(parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
+        self.layout = layout_of(options.parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster
         self._calling = threading.Lock()  # every rank must hear the calls of several threads in the same order
         placement = cluster.reservation.placement
@@ -84,20 +71,12 @@ class PolicyGroup:
                     gpus=seat.gpus,
                     threads=threads,
                     num_nodes=cluster.num_nodes,
-                    dtype=dtype,
+                    dtype=options.dtype,
                     memory_share=gpu_share if is_shared else 1.0,
                 ),
                 seat=seat,
                 rank=rank,
-                model_path=model_path,
-                dtype=dtype,
-                parallel=parallel,
-                optim=optim,
-                seed=seed,
-                reference=model.reference,
-                fp8=model.fp8,
-                optimizer_steps=optimizer_steps,
-                critic_lr=critic_lr,
+                options=options,
             )
             for rank, (seat, is_shared) in enumerate(zip(placement.ranks, placement.ranks_shared(), strict=True))
         ]

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.algorithm.objective import Loss
-from astar_megatron.config import Offload, OptimConfig, ParallelConfig, Recompute
+from astar_megatron.config import Offload
 from astar_megatron.data.manifest import FileDigest
 from astar_megatron.data.run_folder import step_name
 from astar_megatron.model import backend as backends
@@ -42,6 +43,7 @@ from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.micro_batches import packed_for
 from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
+from astar_megatron.model.options import PolicyOptions
 from astar_megatron.model.parking import Parking, forget_fp8_copies, gradient_buffers, optimizer_tensors
 from astar_megatron.model.profiles import write_trace
 from astar_megatron.model.reference import Reference
@@ -60,36 +62,15 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class PolicyRank:
-    """This rank's shards of policy, reference and optimizer.
+    """This rank's shards of policy, reference and optimizer, and of a critic where one learns."""
 
-    `dtype` is "bfloat16" or "float32"; master weights and gradients are float32 either way. `reference` and `fp8` are
-    the keys of config.ModelConfig; `optimizer_steps` are those of the whole run, which the learning rate follows. With
-    `critic_lr` a critic learns beside the policy.
-    """
-
-    def __init__(
-        self,
-        *,
-        rank: int,
-        model_path: str,
-        dtype: str,
-        parallel: ParallelConfig,
-        optim: OptimConfig,
-        seed: int,
-        reference: str = "resident",
-        fp8: str | None = None,
-        optimizer_steps: int = 1,
-        critic_lr: float | None = None,
-    ) -> None:
+    def __init__(self, rank: int, options: PolicyOptions) -> None:
         self.backend = backends.choose()
         self.rank = rank
-        self.model = read_model(model_path)
-        self.layout = layout_of(parallel, fused_norms=self.backend.uses_transformer_engine)
-        self._recompute: Recompute = parallel.recompute
-        self._path, self._dtype, self._optim, self._seed = model_path, getattr(torch, dtype), optim, seed
-        self._dithers = optim.dither and self._dtype == torch.bfloat16
-        self._offloads_reference, self._fp8, self._optimizer_steps = reference == "offload", fp8, optimizer_steps
-        self._critic_lr = critic_lr
+        self.model = read_model(options.model_path)
+        self.layout = layout_of(options.parallel, fused_norms=self.backend.uses_transformer_engine)
+        self._options, self._dtype = options, getattr(torch, options.dtype)
+        self._dithers = options.optim.dither and self._dtype == torch.bfloat16
         self._version = 0  # batches behind the current weights
         self._store: TCPStore | None = None
         self._rendezvous = ("", 0)
@@ -129,7 +110,7 @@ class PolicyRank:
             timeout=_COLLECTIVE_TIMEOUT,
         )
         initialise(self.layout)
-        tensor_parallel.model_parallel_cuda_manual_seed(self._seed + 1)
+        tensor_parallel.model_parallel_cuda_manual_seed(self._options.seed + 1)
         self._build()
         unfused = self.backend.unfused_attention(self._dtype)
         attention = f"; attention is unfused, its memory by the square of the length: {unfused}" if unfused else ""
@@ -137,26 +118,23 @@ class PolicyRank:
         return f"{self.backend.describe()}{attention}; {describe(self._optimizer)}{dithered}"
 
     def _build(self) -> None:
-        config = transformer_config(
-            self.model, self.layout, self._dtype, self.backend, recompute=self._recompute, fp8=self._fp8
-        )
+        options, config = self._options, self._config()
         self._chunks = build(self.model, self.layout, config, self.backend)
         tensors = self.weights()
         check_tensors(self.model, self.layout, self.rank, tensors)
         own = plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout, {*self.layout.senders(), self.rank}))
-        hf.load(self._path, own, self.rank, tensors)
-        self._reference = Reference(
-            self.model, self.layout, self.rank, config, tensors, self.backend, offload=self._offloads_reference
-        )
+        hf.load(options.model_path, own, self.rank, tensors)
+        offload = options.reference == "offload"
+        self._reference = Reference(self.model, self.layout, self.rank, config, tensors, self.backend, offload=offload)
         self._modules = for_training(self._chunks, config, overlap=overlaps())
-        self._optimizer = make_optimizer(self._modules, self._optim, self._dtype, overlap=overlaps())
+        self._optimizer = make_optimizer(self._modules, options.optim, self._dtype, overlap=overlaps())
         if self._dithers:
             parameters = named_parameters(self._chunks)
-            dither_masters(self._optimizer, parameters, self.model, self.layout, self.rank, self._seed)
-        self._schedule = make_schedule(self._optimizer, self._optim, self._optimizer_steps)
+            dither_masters(self._optimizer, parameters, self.model, self.layout, self.rank, options.seed)
+        self._schedule = make_schedule(self._optimizer, options.optim, options.optimizer_steps)
         config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
-        self._critic = self._make_critic() if self._critic_lr is not None else None
+        self._critic = None if options.critic_lr is None else self._make_critic(options.critic_lr)
         self._parking = Parking(self.backend.device, self.weights().values())
         self._learner = Learner(
             self.model,
@@ -169,20 +147,25 @@ class PolicyRank:
             self._critic,
         )
 
-    def _make_critic(self) -> Critic:
-        config = transformer_config(
-            self.model, self.layout, self._dtype, self.backend, recompute=self._recompute, fp8=self._fp8
+    def _config(self) -> TransformerConfig:
+        """Return Megatron's description of a model of the policy's kind, for one model only."""
+        options = self._options
+        return transformer_config(
+            self.model, self.layout, self._dtype, self.backend, recompute=options.parallel.recompute, fp8=options.fp8
         )
+
+    def _make_critic(self, lr: float) -> Critic:
+        options = self._options
         return Critic(
             self.model,
             self.layout,
             self.rank,
-            config,
+            self._config(),
             self.weights(),
             self.backend,
-            self._optim.model_copy(update={"lr": self._critic_lr, "min_lr": 0.0, "schedule": "constant"}),
-            self._optimizer_steps,
-            self._seed + 1 if self._dithers else None,
+            options.optim.model_copy(update={"lr": lr, "min_lr": 0.0, "schedule": "constant"}),
+            options.optimizer_steps,
+            options.seed + 1 if self._dithers else None,
         )
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats | None:
@@ -307,7 +290,7 @@ class PolicyRank:
         """
         if self._saving is None:
             raise AssertionError("finish_save before begin_save")
-        digests = self._saving.finish(Path(self._path))
+        digests = self._saving.finish(Path(self._options.model_path))
         self._saving = None
         return digests
 
@@ -329,7 +312,7 @@ class PolicyRank:
         try:
             dist.barrier()  # every sender's file is there
             if self.rank == 0:
-                with hf.writing(folder, self._path, dtype) as export:
+                with hf.writing(folder, self._options.model_path, dtype) as export:
                     receiver = route.receiver(weight_plan, 0, export.tensors, dtype)
                     with ThreadPoolExecutor(1) as beside:
                         sending = beside.submit(sender.send)

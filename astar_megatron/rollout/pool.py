@@ -18,7 +18,7 @@ import ray
 from astar_megatron.cluster.calls import Call, answers_of
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.cluster.errors import ActorLost, ClusterError
-from astar_megatron.config import RolloutConfig, SamplingConfig
+from astar_megatron.config import SamplingConfig
 from astar_megatron.rollout.engine import Engine, EngineOptions, Response, check_graphs, environment, graphs_of
 from astar_megatron.rollout.engine_actor import EngineActor, phase
 from astar_megatron.rollout.member import Member, cause_of, taking_weights, watch
@@ -42,36 +42,14 @@ class EnginePool:
 
     bring: Callable[[Member], None]
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        rollout: RolloutConfig,
-        *,
-        model_path: str,
-        dtype: str,
-        max_tokens: int,
-        stop_token_ids: tuple[int, ...],
-        detokenize: Callable[[Sequence[int]], str],
-        seed: int,
-        sleep: bool = False,
-    ) -> None:
-        on_gpu = cluster.num_gpus > 0
-        check_graphs(rollout, on_gpu=on_gpu)
-        graphs, self.graphs = graphs_of(rollout, on_gpu=on_gpu)
-        self._has_graphs = on_gpu and graphs != "none"
-        self.tensor, self.dtype = rollout.tensor, dtype
+    def __init__(self, cluster: Cluster, options: EngineOptions, detokenize: Callable[[Sequence[int]], str]) -> None:
+        rollout = options.rollout
+        check_graphs(rollout, on_gpu=options.on_gpu)
+        graphs, self.graphs = graphs_of(rollout, on_gpu=options.on_gpu)
+        self._has_graphs = options.on_gpu and graphs != "none"
+        self.tensor, self.dtype = rollout.tensor, options.dtype
         self.max_num_seqs, self.detokenize = rollout.max_num_seqs, detokenize
-        self._cluster, self._heartbeat = cluster, rollout.heartbeat_seconds
-        self._options = EngineOptions(
-            model_path=model_path,
-            dtype=dtype,
-            max_tokens=max_tokens,
-            stop_token_ids=stop_token_ids,
-            seed=seed,
-            rollout=rollout,
-            on_gpu=on_gpu,
-            sleep=sleep,
-        )
+        self._cluster, self._options, self._heartbeat = cluster, options, rollout.heartbeat_seconds
         self._seats = cluster.reservation.placement.engines
         threads = cluster.threads(self._seats, rollout.tensor)
         self._environments = [

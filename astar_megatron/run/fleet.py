@@ -14,7 +14,10 @@ from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.files import exclusive, write_atomic
+from astar_megatron.model.backend import check_features
 from astar_megatron.model.compute_type import compute_type
+from astar_megatron.model.options import PolicyOptions
+from astar_megatron.rollout.engine import EngineOptions
 from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.run import accelerators, resources
@@ -238,33 +241,34 @@ def start_engines(
 
     The cluster is `cluster_of` the run; `sleep` says that engines will be asked to.
     """
-    return EnginePool(
-        cluster,
-        cfg.rollout,
+    options = EngineOptions(
         model_path=_absolute(model_path or cfg.model.path),
         dtype=compute_type(cfg.model.dtype, cluster.num_gpus)[0],
         max_tokens=cfg.max_tokens,
         stop_token_ids=chat.stop_token_ids(cfg.model.path),
-        detokenize=chat.detokenizer(cfg.model.path),
         seed=cfg.seed,
+        rollout=cfg.rollout,
+        on_gpu=cluster.num_gpus > 0,
         sleep=sleep,
     )
+    return EnginePool(cluster, options, chat.detokenizer(cfg.model.path))
 
 
 def start_policy(cfg: RunConfig, cluster: Cluster, shares: Shares | None = None) -> PolicyGroup:
     """Begin to start the Megatron ranks; `.start()` waits for them. `shares` as engines on their GPUs leave them."""
-    return PolicyGroup(
-        cluster,
-        model=cfg.model,
+    check_features(cfg.model, cfg.optim, cluster.num_gpus)
+    options = PolicyOptions(
         model_path=_absolute(cfg.model.path),
         dtype=compute_type(cfg.model.dtype, cluster.num_gpus)[0],
         parallel=cfg.parallel,
         optim=cfg.optim,
         optimizer_steps=cfg.optimizer_steps,
-        critic_lr=cfg.critic_lr,
         seed=cfg.seed,
-        gpu_share=shares.policy_share if shares else 1.0,
+        reference=cfg.model.reference,
+        fp8=cfg.model.fp8,
+        critic_lr=cfg.critic_lr,
     )
+    return PolicyGroup(cluster, options, gpu_share=shares.policy_share if shares else 1.0)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def save(policy: Any, way: str, folder: Path, wait: Callable[[], object]) -> dic
             time.sleep(0.01)
         figures["write"] = time.perf_counter() - start - figures["begin"]
     wait()
-    saving.finish(Path(policy._path))
+    saving.finish(Path(policy._options.model_path))
     return figures
 
 
@@ -105,10 +105,10 @@ def one_rank(rank: int, ranks: int, way: str, model: str, folder: str, pipe: Any
     from torch import distributed as dist
 
     from astar_megatron.config import OptimConfig, ParallelConfig
+    from astar_megatron.model.options import PolicyOptions
     from astar_megatron.model.policy import PolicyRank
 
-    policy = PolicyRank(
-        rank=rank,
+    options = PolicyOptions(
         model_path=model,
         dtype="bfloat16",
         parallel=ParallelConfig(data=ranks),
@@ -116,6 +116,7 @@ def one_rank(rank: int, ranks: int, way: str, model: str, folder: str, pipe: Any
         seed=0,
         optimizer_steps=1,
     )
+    policy = PolicyRank(rank, options)
     if rank == 0:
         pipe.send(policy.listen("127.0.0.1"))
     policy.start("127.0.0.1", pipe.recv())

@@ -52,15 +52,12 @@ class Work:
         ).tolist()
 
 
-def bare(work: Work) -> None:
-    """Print the figures of each kind, a line of JSON each; a process of its own, whose environment is made for it."""
-    from vllm import LLM, SamplingParams
-
+def engine_options(work: Work) -> Any:
     from astar_megatron.config import RolloutConfig
-    from astar_megatron.rollout.engine import EngineOptions, engine_arguments
+    from astar_megatron.rollout.engine import EngineOptions
 
     rollout = RolloutConfig(graphs=work.graphs, max_num_seqs=work.requests, gpu_memory_utilization=0.85)  # type: ignore[arg-type]
-    options = EngineOptions(
+    return EngineOptions(
         model_path=work.model,
         dtype="bfloat16",
         max_tokens=work.max_tokens,
@@ -69,6 +66,15 @@ def bare(work: Work) -> None:
         rollout=rollout,
         on_gpu=work.on_gpu,
     )
+
+
+def bare(work: Work) -> None:
+    """Print the figures of each kind, a line of JSON each; a process of its own, whose environment is made for it."""
+    from vllm import LLM, SamplingParams
+
+    from astar_megatron.rollout.engine import engine_arguments
+
+    options = engine_options(work)
     ours = ("worker_extension_cls", "weight_transfer_config", "hf_overrides", "moe_backend")  # bare: without them
     llm = LLM(**{name: value for name, value in engine_arguments(options).items() if name not in ours})
     for number, kind in enumerate(KINDS):
@@ -124,26 +130,17 @@ def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
 def pool_rows(work: Work) -> Iterator[dict[str, Any]]:
     from astar_megatron.cluster.cluster import Cluster
     from astar_megatron.cluster.placement import place
-    from astar_megatron.config import ClusterConfig, RewardConfig, RolloutConfig, SamplingConfig
+    from astar_megatron.config import ClusterConfig, RewardConfig, SamplingConfig
     from astar_megatron.rollout.pool import EnginePool
     from astar_megatron.rollout.source import RolloutSource
     from astar_megatron.types import Prompt, Request
 
-    rollout = RolloutConfig(graphs=work.graphs, max_num_seqs=work.requests, gpu_memory_utilization=0.85)  # type: ignore[arg-type]
+    options = engine_options(work)
     sampling, reward = SamplingConfig(max_response_tokens=work.tokens), RewardConfig(name="last_number")
     with Cluster(ClusterConfig(start_timeout_seconds=900)) as cluster:
-        cluster.reserve(place(cluster.nodes.values(), None, rollout, share_gpus=False))
+        cluster.reserve(place(cluster.nodes.values(), None, options.rollout, share_gpus=False))
         start = time.perf_counter()
-        pool = EnginePool(
-            cluster,
-            rollout,
-            model_path=work.model,
-            dtype="bfloat16",
-            max_tokens=work.max_tokens,
-            stop_token_ids=(),
-            detokenize=lambda token_ids: "",
-            seed=0,
-        )
+        pool = EnginePool(cluster, options, detokenize=lambda token_ids: "")
         pool.start()
         ready = time.perf_counter()
         for turn in range(2):

@@ -34,6 +34,7 @@ def measured(shape: str, steps: int) -> dict[str, Any]:
 
     from astar_megatron.algorithm.astar import AstarLoss
     from astar_megatron.config import OptimConfig, ParallelConfig
+    from astar_megatron.model.options import PolicyOptions
     from astar_megatron.model.policy import PolicyRank
     from astar_megatron.types import RolloutBatch, StepOptions
 
@@ -58,8 +59,7 @@ def measured(shape: str, steps: int) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()  # of the shape before
     options = StepOptions(temperature=1.0, mini_batch_size=count // 2, micro_batch_tokens=tokens)
     with tempfile.TemporaryDirectory() as folder:
-        rank = PolicyRank(
-            rank=0,
+        policy = PolicyOptions(
             model_path=str(write_model(Path(folder), shape)),
             dtype="bfloat16",
             parallel=ParallelConfig(),
@@ -67,6 +67,7 @@ def measured(shape: str, steps: int) -> dict[str, Any]:
             seed=0,
             optimizer_steps=2 * (steps + 1),
         )
+        rank = PolicyRank(0, policy)
         steps_taken = []
         try:
             words = rank.start("127.0.0.1", rank.listen("127.0.0.1"))

@@ -38,6 +38,8 @@ from astar_megatron.cluster.placement import Node, Placement, place
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import ParallelConfig, RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.model.options import PolicyOptions
+from astar_megatron.rollout.engine import EngineOptions
 from astar_megatron.rollout.pool import EnginePool
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
@@ -209,15 +211,14 @@ def publishing(ranks: int, cluster: Any, measure: Measure) -> dict[str, float]:
     """Return seconds of making policy and pool and of planning, once; and of a publish with its proof."""
     cfg = samples.run_config()
     rollout = RolloutConfig(num_engines=num_engines(ranks), tensor=SPREAD.workers)
+    both: dict[str, Any] = {"model_path": "m", "dtype": "bfloat16", "seed": 0}
     made: list[Any] = []
 
     def make() -> None:
         parallel = parallel_of(ranks)
-        path = {"model_path": "m", "dtype": "bfloat16", "seed": 0}
-        made.append(
-            PolicyGroup(cluster, model=cfg.model, parallel=parallel, optim=cfg.optim, optimizer_steps=1, **path)
-        )  # type: ignore[arg-type]
-        made.append(EnginePool(cluster, rollout, max_tokens=1024, stop_token_ids=(), detokenize=str, **path))  # type: ignore[arg-type]
+        made.append(PolicyGroup(cluster, PolicyOptions(parallel=parallel, optim=cfg.optim, optimizer_steps=1, **both)))
+        options = EngineOptions(rollout=rollout, max_tokens=1024, stop_token_ids=(), on_gpu=False, **both)
+        made.append(EnginePool(cluster, options, detokenize=str))
 
     seconds = {"actors": measure(make)}
     policy, pool = made

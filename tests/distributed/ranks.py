@@ -29,7 +29,7 @@ class Job:
     lr: float = 1e-3
     adam_eps: float = 1e-8
     micro_batch_tokens: int = 60
-    dtype: str = "float32"
+    dtype: Literal["bfloat16", "float32"] = "float32"
     dither: bool = True
     loss: Any = ASTAR
     critic_lr: float | None = None
@@ -69,18 +69,20 @@ def join(pipe: Any, rank: int, port: int | None, num_ranks: int) -> None:
 def started(pipe: Any, rank: int, port: int | None, job: Job) -> Iterator[Any]:
     """Yield the policy of a job as `rank`, started with the others."""
     from astar_megatron.config import OptimConfig, ParallelConfig
+    from astar_megatron.model.options import PolicyOptions
     from astar_megatron.model.policy import PolicyRank
 
-    policy = PolicyRank(
-        rank=rank,
+    options = PolicyOptions(
         model_path=job.model_path,
         dtype=job.dtype,
         parallel=ParallelConfig(**job.parallel),
         optim=OptimConfig(lr=job.lr, adam_eps=job.adam_eps, clip_grad=0.0, weight_decay=0.1, dither=job.dither),
+        optimizer_steps=1,
         seed=0,
         critic_lr=job.critic_lr,
         reference=job.reference,
     )
+    policy = PolicyRank(rank, options)
     if rank == 0:
         port = policy.listen("127.0.0.1")
         pipe.send(port)

@@ -16,7 +16,7 @@ class Run:
     batches: Any
     optim: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"
+    dtype: Literal["bfloat16", "float32"] = "float32"
     mini_batch_size: int = 8
     micro_batch_tokens: int = 60
     optimizer_steps: int = 10
@@ -46,20 +46,21 @@ def trained(
     """Train; `tamper` gets the started policy before the first step."""
     from astar_megatron.algorithm.astar import AstarLoss
     from astar_megatron.config import OptimConfig, ParallelConfig
+    from astar_megatron.model.options import PolicyOptions
     from astar_megatron.model.policy import PolicyRank
     from astar_megatron.types import StepOptions
 
     optim: dict[str, Any] = {"lr": 1e-3, "clip_grad": 0.0, "weight_decay": 0.1} | run.optim
-    policy = PolicyRank(
-        rank=rank,
+    policy_options = PolicyOptions(
         model_path=run.model_path,
         dtype=run.dtype,
         parallel=ParallelConfig(**run.axes),
         optim=OptimConfig(**optim),
+        optimizer_steps=run.optimizer_steps,
         seed=0,
         reference=run.reference,
-        optimizer_steps=run.optimizer_steps,
     )
+    policy = PolicyRank(rank, policy_options)
     if rank == 0:
         port = policy.listen("127.0.0.1")
         pipe.send(port)

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from astar_megatron.algorithm.astar import AstarLoss
 from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model.backend import FLOAT32_ENVIRONMENT
+from astar_megatron.model.options import PolicyOptions
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 
 os.environ |= FLOAT32_ENVIRONMENT  # as a rank in float32 is started, before anything is multiplied on the GPU
@@ -40,20 +41,21 @@ DTYPES = ["float32", "bfloat16"]
 
 
 @contextmanager
-def policy(folder: Path, dtype: str, *, offload: bool = False, **more: Any) -> Iterator[Any]:
+def policy(folder: Path, dtype: Any, *, offload: bool = False, **more: Any) -> Iterator[Any]:
     """A started PolicyRank on the only GPU."""
     pytest.importorskip("megatron")
     from astar_megatron.model.policy import PolicyRank  # takes seconds, and no machine without a GPU gets here
 
-    rank = PolicyRank(
-        rank=0,
+    fields: dict[str, Any] = {"optimizer_steps": 1} | more
+    options = PolicyOptions(
         model_path=str(folder),
         dtype=dtype,
         parallel=ParallelConfig(),
         optim=OptimConfig(lr=1e-3, clip_grad=0.0, weight_decay=0.1, offload=offload),
         seed=0,
-        **more,
+        **fields,
     )
+    rank = PolicyRank(0, options)
     try:
         rank.start("127.0.0.1", rank.listen("127.0.0.1"))
         yield rank

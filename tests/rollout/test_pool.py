@@ -11,6 +11,7 @@ import pytest
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Seat
 from astar_megatron.config import RolloutConfig
+from astar_megatron.rollout.engine import EngineOptions
 from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
 
@@ -89,16 +90,16 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def pool(cluster: Cluster) -> Iterator[EnginePool]:
-    made = EnginePool(
-        cluster,  # type: ignore[arg-type]
-        RolloutConfig(num_engines=2, heartbeat_seconds=0.1),
+    options = EngineOptions(
         model_path="m",
         dtype="float32",
         max_tokens=9,
         stop_token_ids=(),
-        detokenize=str,
         seed=0,
+        rollout=RolloutConfig(num_engines=2, heartbeat_seconds=0.1),
+        on_gpu=False,
     )
+    made = EnginePool(cluster, options, detokenize=str)  # type: ignore[arg-type]
     made.start()
     yield made
     made.close()
