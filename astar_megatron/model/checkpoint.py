@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from astar_megatron.model import optimizer_state
 from astar_megatron.model.backend import read_no_code
-from astar_megatron.model.critic import Critic
+from astar_megatron.model.learning import Learning
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
 from conversion.folders import PROGRESS_FILE
@@ -31,19 +31,13 @@ _COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no
 
 
 def begin_save(
-    folder: Path,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    schedule: Any,
-    reference: Reference,
-    critic: Critic | None,
-    thread: Executor,
+    folder: Path, policy: Learning, reference: Reference, critic: Learning | None, thread: Executor
 ) -> Saving:
     """Copy the state as it is and let `thread` write it to `folder`, which is empty; collective over all ranks.
 
-    `chunks` are this rank's of the model. The reference is in it where it is a copy of the policy. Raises StorageError.
+    The reference is in it where it is a copy of the policy. Raises StorageError.
     """
-    state = _state(chunks, optimizer, schedule, loading=False) | _critic_state(critic, loading=False)
+    state = _state(policy, loading=False) | _critic_state(critic, loading=False)
     with reference.on_device():
         return Saving(folder, state | (_reference_state(reference) if reference.is_copy else {}), thread)
 
@@ -53,15 +47,13 @@ def described(reference: Reference) -> dict[str, Any]:
     return {"layout": _layout(), _COPIED: reference.is_copy}
 
 
-def load(
-    folder: Path, chunks: Sequence[Any], optimizer: Any, schedule: Any, reference: Reference, critic: Critic | None
-) -> None:
-    """Restore a checkpoint into a built model and optimizer; collective over all ranks.
+def load(folder: Path, policy: Learning, reference: Reference, critic: Learning | None) -> None:
+    """Restore a checkpoint into what was built; collective over all ranks.
 
     In another layout the random states, which belong to ranks, stay as they are; nothing in a step draws from them.
     """
     saved = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    state = _state(chunks, optimizer, schedule, loading=True) | _critic_state(critic, loading=True)
+    state = _state(policy, loading=True) | _critic_state(critic, loading=True)
     if saved["layout"] != _layout():
         del state["random"]
     with reference.on_device():
@@ -72,8 +64,8 @@ def load(
             for name, chunk in zip(_names(reference.chunks), reference.chunks, strict=True):
                 chunk.load_state_dict(loaded[f"reference.{name}"])
     if critic is not None:
-        _load_model(critic.chunks, critic.optimizer, critic.schedule, loaded["critic"])
-    _load_model(chunks, optimizer, schedule, loaded)
+        _load_model(critic, loaded["critic"])
+    _load_model(policy, loaded)
     if "random" in loaded:
         torch.set_rng_state(loaded["random"]["torch"])
         _tracker().set_states(loaded["random"]["tracker"])
@@ -101,23 +93,23 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def _load_model(chunks: Sequence[Any], optimizer: Any, schedule: Any, loaded: dict[str, Any]) -> None:
-    inner = optimizer.chained_optimizers
+def _load_model(learning: Learning, loaded: dict[str, Any]) -> None:
+    inner = learning.optimizer.chained_optimizers
     pieces = [part.pop("param_state", {}) for part in _of_each(inner, loaded["optimizer"])]
-    _take_groups_of(optimizer, loaded)
-    for name, chunk in zip(_names(chunks), chunks, strict=True):
+    _take_groups_of(learning.optimizer, loaded)
+    for name, chunk in zip(_names(learning.chunks), learning.chunks, strict=True):
         chunk.load_state_dict(loaded[name])
-    optimizer.load_state_dict(loaded["optimizer"])
+    learning.optimizer.load_state_dict(loaded["optimizer"])
     for chained, loaded_pieces in zip(inner, pieces, strict=True):
         optimizer_state.take(chained, loaded_pieces)
-    schedule.load_state_dict(loaded["schedule"])
+    learning.schedule.load_state_dict(loaded["schedule"])
 
 
-def _critic_state(critic: Critic | None, *, loading: bool) -> dict[str, Any]:
+def _critic_state(critic: Learning | None, *, loading: bool) -> dict[str, Any]:
     """Return the sharded state of the critic, under names of its own."""
     if critic is None:
         return {}
-    state = _state(critic.chunks, critic.optimizer, critic.schedule, loading=loading)
+    state = _state(critic, loading=loading)
     del state["random"]
     add_prefix_for_sharding(state, "critic.")
     return {"critic": state}
@@ -167,19 +159,19 @@ def _names(chunks: Sequence[Any]) -> list[str]:
     return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
 
 
-def _state(chunks: Sequence[Any], optimizer: Any, schedule: Any, *, loading: bool) -> dict[str, Any]:
+def _state(learning: Learning, *, loading: bool) -> dict[str, Any]:
     """Return the sharded state."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    parts = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
-    model = dict(zip(_names(chunks), parts, strict=True))
+    parts = [chunk.sharded_state_dict(metadata=metadata) for chunk in learning.chunks]
+    model = dict(zip(_names(learning.chunks), parts, strict=True))
     tensor, pipeline = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
     return {
         **model,
-        "optimizer": _optimizer_state(optimizer, model, loading=loading),
-        "schedule": schedule.state_dict(),
+        "optimizer": _optimizer_state(learning.optimizer, model, loading=loading),
+        "schedule": learning.schedule.state_dict(),
         "random": ShardedObject(
             "random",
             {"torch": torch.get_rng_state(), "tracker": _tracker().get_states()},

@@ -12,20 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from astar_megatron.algorithm.objective import Loss, ResponseTokens
 from astar_megatron.config import OptimConfig
 from astar_megatron.model.backend import Backend
-from astar_megatron.model.build import build_copy, for_training, named_parameters
-from astar_megatron.model.dither import dither_masters
+from astar_megatron.model.build import build_copy, named_parameters
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import HeldTokens, run_loss, run_scoring
 from astar_megatron.model.head.value import ValueHead
+from astar_megatron.model.learning import Dither, make_learning
 from astar_megatron.model.micro_batches import Group, GroupColumns
-from astar_megatron.model.optimizer import make_optimizer, make_schedule, take_step
 from astar_megatron.types import RolloutBatch, StepOptions
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
@@ -40,30 +38,24 @@ class Critic:
         self,
         model: Model,
         layout: ParallelLayout,
-        rank: int,
         config: TransformerConfig,
         weights: Mapping[str, Tensor],
         backend: Backend,
         optim: OptimConfig,
         num_steps: int,
-        dither_seed: int | None,
+        dither: Dither | None,
     ) -> None:
         self._model, self._layout, self._backend = model, layout, backend
-        self.chunks = build_copy(model, layout, config, backend, weights)
+        chunks = build_copy(model, layout, config, backend, weights)
         head = torch.zeros(model.dims.hidden_size, dtype=config.params_dtype, device=backend.device)
         self._head = torch.nn.Parameter(head)
         # Sequence-parallel ranks all compute the whole head: its gradient is not summed over them.
         if parallel_state.is_pipeline_last_stage():
-            self.chunks[-1].register_parameter(_HEAD, self._head)
-            if not self.chunks[-1].share_embeddings_and_output_weights:
-                named_parameters(self.chunks[-1:])["output_layer.weight"].requires_grad_(False)  # no part in a value
-        self.modules = for_training(self.chunks, config, overlap=False)  # else a weight without gradient is waited for
-        self.optimizer = make_optimizer(self.modules, optim, config.params_dtype, overlap=False)
-        if dither_seed is not None:
-            dither_masters(self.optimizer, named_parameters(self.chunks), model, layout, rank, dither_seed)
-        self.schedule = make_schedule(self.optimizer, optim, num_steps)
-        config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
+            chunks[-1].register_parameter(_HEAD, self._head)
+            if not chunks[-1].share_embeddings_and_output_weights:
+                named_parameters(chunks[-1:])["output_layer.weight"].requires_grad_(False)  # no part in a value
+        # With overlap a weight without gradient would be waited for.
+        self.learning = make_learning(chunks, config, optim, num_steps, dither, overlap=False)
 
     def values(self, groups: Sequence[Group], batch: RolloutBatch, options: StepOptions) -> Tensor:
         """Return the values [N] of the whole batch, on all ranks; collective over all."""
@@ -98,12 +90,9 @@ class Critic:
             total.add_(losses.detach().double().sum())
             return losses * (loss.gradient_scale / options.mini_batch_size)
 
-        for module in self.modules:
-            module.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.learning.zero_grad()
         run_loss(packs=[packed for _, packed in group], loss=scaled_loss, **self._run(options))
-        is_finite = bool(total.isfinite())
-        taken, norm = take_step(self.optimizer, self.schedule, is_finite=is_finite, device=self._backend.device)
+        taken, norm = self.learning.step(is_finite=bool(total.isfinite()), device=self._backend.device)
         return taken, norm, total
 
     def flops(self, group: Group) -> int:
@@ -112,7 +101,7 @@ class Critic:
 
     def _run(self, options: StepOptions) -> dict[str, Any]:
         return {
-            "modules": self.modules,
+            "modules": self.learning.modules,
             "vocab_size": self._model.vocab_size,
             "temperature": options.temperature,
             "backend": self._backend,

@@ -1,14 +1,11 @@
-"""AdamW through Megatron's distributed optimizer, its learning rate over the run, and steps that must not be taken.
+"""AdamW through Megatron's distributed optimizer, and its learning rate over the run.
 
-Biases and norms, all parameters of one dimension, do not decay. A gradient or a loss that is not finite spoils no
-weight: the step is left out, on all ranks alike, and neither optimizer nor schedule notice that it was there.
+Biases and norms, all parameters of one dimension, do not decay.
 """
 
-import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -101,24 +98,6 @@ def describe(optimizer: Any) -> str:
 
 def learning_rate(optimizer: Any) -> float:
     return float(optimizer.param_groups[0]["lr"])
-
-
-def take_step(optimizer: Any, schedule: Any, *, is_finite: bool, device: torch.device) -> tuple[bool, float]:
-    """Take the step of the accumulated gradients where they and all losses are finite; collective over all ranks.
-
-    `is_finite` says so of this rank's losses. Returns whether the step was taken, and the gradients' norm before
-    clipping. Otherwise weights, optimizer and schedule are bitwise what they were.
-    """
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm() or 0.0)  # of all ranks: NaN or Inf of one of them is in it
-    bad = torch.tensor(float(not (is_finite and math.isfinite(norm))), device=device)
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    if bad.item():
-        return False, norm
-    schedule.step(increment=1)
-    taken, *_ = optimizer.step()
-    assert taken, "megatron's optimizer left a step out that was finite"
-    return True, norm
 
 
 def _min_lr(optim: OptimConfig) -> float:

@@ -11,13 +11,14 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -30,7 +31,6 @@ from astar_megatron.model import backend as backends
 from astar_megatron.model import checkpoint
 from astar_megatron.model.build import (
     build,
-    for_training,
     initialise,
     named_parameters,
     overlaps,
@@ -41,8 +41,9 @@ from astar_megatron.model.dither import dither_masters
 from astar_megatron.model.export_check import check_export
 from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
+from astar_megatron.model.learning import Dither, Learning, make_learning
 from astar_megatron.model.micro_batches import packed_for
-from astar_megatron.model.optimizer import describe, make_optimizer, make_schedule
+from astar_megatron.model.optimizer import describe
 from astar_megatron.model.options import PolicyOptions
 from astar_megatron.model.parking import Parking, forget_fp8_copies, gradient_buffers, optimizer_tensors
 from astar_megatron.model.profiles import write_trace
@@ -115,37 +116,23 @@ class PolicyRank:
         unfused = self.backend.unfused_attention(self._dtype)
         attention = f"; attention is unfused, its memory by the square of the length: {unfused}" if unfused else ""
         dithered = "; master weights dithered within what rounds to bfloat16's" if self._dithers else ""
-        return f"{self.backend.describe()}{attention}; {describe(self._optimizer)}{dithered}"
+        return f"{self.backend.describe()}{attention}; {describe(self._learning.optimizer)}{dithered}"
 
     def _build(self) -> None:
         options, config = self._options, self._config()
-        self._chunks = build(self.model, self.layout, config, self.backend)
-        tensors = self.weights()
+        chunks = build(self.model, self.layout, config, self.backend)
+        tensors = _tensors(chunks)
         check_tensors(self.model, self.layout, self.rank, tensors)
         own = plan(self.model.hf_tiles(), self.model.megatron_tiles(self.layout, {*self.layout.senders(), self.rank}))
         hf.load(options.model_path, own, self.rank, tensors)
         offload = options.reference == "offload"
         self._reference = Reference(self.model, self.layout, self.rank, config, tensors, self.backend, offload=offload)
-        self._modules = for_training(self._chunks, config, overlap=overlaps())
-        self._optimizer = make_optimizer(self._modules, options.optim, self._dtype, overlap=overlaps())
-        if self._dithers:
-            parameters = named_parameters(self._chunks)
-            dither_masters(self._optimizer, parameters, self.model, self.layout, self.rank, options.seed)
-        self._schedule = make_schedule(self._optimizer, options.optim, options.optimizer_steps)
-        config.grad_scale_func = self._optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
+        self._learning = make_learning(
+            chunks, config, options.optim, options.optimizer_steps, self._dither(options.seed), overlap=overlaps()
+        )
         self._critic = None if options.critic_lr is None else self._make_critic(options.critic_lr)
         self._parking = Parking(self.backend.device, self.weights().values())
-        self._learner = Learner(
-            self.model,
-            self.layout,
-            self.backend,
-            self._modules,
-            self._reference,
-            self._optimizer,
-            self._schedule,
-            self._critic,
-        )
+        self._learner = Learner(self.model, self.layout, self.backend, self._learning, self._reference, self._critic)
 
     def _config(self) -> TransformerConfig:
         """Return Megatron's description of a model of the policy's kind, for one model only."""
@@ -154,19 +141,28 @@ class PolicyRank:
             self.model, self.layout, self._dtype, self.backend, recompute=options.parallel.recompute, fp8=options.fp8
         )
 
+    def _dither(self, seed: int) -> Dither | None:
+        """Return what dithers the masters of a new optimizer; None where they are the weights."""
+        if not self._dithers:
+            return None
+        return partial(dither_masters, model=self.model, layout=self.layout, rank=self.rank, seed=seed)
+
     def _make_critic(self, lr: float) -> Critic:
         options = self._options
         return Critic(
             self.model,
             self.layout,
-            self.rank,
             self._config(),
             self.weights(),
             self.backend,
             options.optim.model_copy(update={"lr": lr, "min_lr": 0.0, "schedule": "constant"}),
             options.optimizer_steps,
-            options.seed + 1 if self._dithers else None,
+            self._dither(options.seed + 1),
         )
+
+    @property
+    def _critics_learning(self) -> Learning | None:
+        return self._critic.learning if self._critic is not None else None
 
     def step(self, batch: RolloutBatch, loss: Loss, options: StepOptions) -> StepStats | None:
         """Score the reference, then one optimiser step a mini-batch by the mean of its sequences' losses; collective.
@@ -202,7 +198,7 @@ class PolicyRank:
         packed = packed_for(token_ids, prompt_tokens, self.layout, self.backend)
         packs = [packed] * (self.layout.pipeline if self.layout.virtual > 1 else 1)
         scores = run_scoring(
-            self._modules, packs, vocab_size=self.model.vocab_size, temperature=1.0, backend=self.backend
+            self._learning.modules, packs, vocab_size=self.model.vocab_size, temperature=1.0, backend=self.backend
         )
         return packed.by_sequence(scores[0]) if scores else None
 
@@ -211,19 +207,16 @@ class PolicyRank:
 
         Returns bytes of tensors that were given back, and bytes that the process still has of the device, 0 on a CPU.
         """
-        released = 0
-        learners = [(self._modules, self._optimizer)]
-        if self._critic is not None:
-            learners.append((self._critic.modules, self._critic.optimizer))
-        for modules, optimizer in learners:
+        released, critic = 0, self._critics_learning
+        for learning in (self._learning, critic) if critic else (self._learning,):
             if offload in ("optimizer", "all"):
-                released += self._parking.park(optimizer_tensors(optimizer))
+                released += self._parking.park(optimizer_tensors(learning.optimizer))
             if offload == "all":
-                released += self._parking.drop(gradient_buffers(modules))
+                released += self._parking.drop(gradient_buffers(learning.modules))
             if offload != "none":
-                forget_fp8_copies(modules)
+                forget_fp8_copies(learning.modules)
         if offload == "all":
-            chunks = [*self._reference.chunks, *(self._critic.chunks if self._critic is not None else ())]
+            chunks = [*self._reference.chunks, *(critic.chunks if critic else ())]
             released += self._parking.park(parameter.data for parameter in named_parameters(chunks).values())
         return released, self.backend.release_cache() if offload != "none" else 0
 
@@ -233,7 +226,7 @@ class PolicyRank:
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's parameters, current and uncopied."""
-        return {name: parameter.data for name, parameter in named_parameters(self._chunks).items()}
+        return _tensors(self._learning.chunks)
 
     def place(self) -> Place:
         """Return where this rank's weights are."""
@@ -273,8 +266,8 @@ class PolicyRank:
 
         Returns what `load` needs to find in its progress.json. Raises StorageError on all ranks.
         """
-        parts = self._chunks, self._optimizer, self._schedule, self._reference, self._critic
-        self._saving = checkpoint.begin_save(Path(folder), *parts, self._writer)
+        critic = self._critics_learning
+        self._saving = checkpoint.begin_save(Path(folder), self._learning, self._reference, critic, self._writer)
         return checkpoint.described(self._reference)
 
     def save_state(self) -> SaveState:
@@ -296,7 +289,7 @@ class PolicyRank:
 
     def load(self, folder: str, version: int) -> None:
         """Restore what was saved after `version` batches, in any layout; collective."""
-        checkpoint.load(Path(folder), self._chunks, self._optimizer, self._schedule, self._reference, self._critic)
+        checkpoint.load(Path(folder), self._learning, self._reference, self._critics_learning)
         self._version = version
 
     def export(self, folder: str, transfer_folder: str) -> None:
@@ -352,3 +345,7 @@ class PolicyRank:
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def _tensors(chunks: Sequence[GPTModel]) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in named_parameters(chunks).items()}

@@ -5,7 +5,7 @@ Shapes: B sequences of a step, b of a pack; r response tokens of a pack that thi
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,9 @@ from astar_megatron.model.build import overlaps
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.flops import forward_flops
 from astar_megatron.model.forward import HeldTokens, OwnScores, run_loss, run_own_scoring
+from astar_megatron.model.learning import Learning
 from astar_megatron.model.micro_batches import Group, GroupColumns, micro_batches, mini_batches
-from astar_megatron.model.optimizer import learning_rate, take_step
+from astar_megatron.model.optimizer import learning_rate
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.statistics import StepRecord
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
@@ -30,22 +31,19 @@ type _Scores = list[OwnScores | None]  # of each pack of a group; None: the poli
 
 
 class Learner:
-    """This rank's part of the policy, as it learns: modules, optimizer and learning rate, beside the reference."""
+    """This rank's part of the policy, as it learns beside the reference, and of a critic."""
 
     def __init__(
         self,
         model: Model,
         layout: ParallelLayout,
         backend: Backend,
-        modules: Sequence[Any],
+        policy: Learning,
         reference: Reference,
-        optimizer: Any,
-        schedule: Any,
         critic: Critic | None = None,
     ) -> None:
         self._model, self._layout, self._backend = model, layout, backend
-        self._modules, self._reference = modules, reference
-        self._optimizer, self._schedule, self._critic = optimizer, schedule, critic
+        self._policy, self._reference, self._critic = policy, reference, critic
 
     def step(
         self, batch: RolloutBatch, loss: Loss, options: StepOptions, weights: Mapping[str, Tensor], *, is_first: bool
@@ -80,14 +78,12 @@ class Learner:
                     _check_start(record.largest_logratio())
                 is_finite = record.is_finite([i for indices, _ in group for i in indices])
                 with self._backend.range("optimizer"):
-                    taken, norm = take_step(
-                        self._optimizer, self._schedule, is_finite=is_finite, device=self._backend.device
-                    )
+                    taken, norm = self._policy.step(is_finite=is_finite, device=self._backend.device)
                 record.grad_norms.append(norm)
                 record.skipped += [] if taken else [index]
-            for module in self._modules if overlaps() else ():
+            for module in self._policy.modules if overlaps() else ():
                 module.start_param_sync(force_sync=True)  # or weights would be gathered in the next forward pass only
-            record.learning_rate = learning_rate(self._optimizer)
+            record.learning_rate = learning_rate(self._policy.optimizer)
         self._teach_critic(groups, batch, loss, options, record)
         return record.stats()
 
@@ -140,7 +136,7 @@ class Learner:
         record.flops += sum(forward_flops(self._model, packed) for packed in packs)
         with self._backend.range("own scores"):
             return run_own_scoring(
-                self._modules,
+                self._policy.modules,
                 packs,
                 vocab_size=self._model.vocab_size,
                 temperature=options.temperature,
@@ -191,13 +187,11 @@ class Learner:
             record.add_tokens(columns.places(index, held_tokens), logprobs, tokens.reference_logprobs)
             return losses * scale
 
-        for module in self._modules:
-            module.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self._policy.zero_grad()
         packs = [packed for _, packed in group]
         record.flops += 3 * sum(forward_flops(self._model, packed) for packed in packs)
         run_loss(
-            self._modules,
+            self._policy.modules,
             packs,
             scaled_loss,
             vocab_size=self._model.vocab_size,

@@ -51,16 +51,16 @@ def states(policy: Any, way: str, *, is_loading: bool) -> dict[str, Any]:
     from astar_megatron.model import checkpoint
 
     if way == "ours":
-        return checkpoint._state(policy._chunks, policy._optimizer, policy._schedule, loading=is_loading)
+        return checkpoint._state(policy._learning, loading=is_loading)
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    model = policy._chunks[0].sharded_state_dict(metadata=metadata)
-    optimizer = policy._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    return {"model": model, "optimizer": optimizer, "schedule": policy._schedule.state_dict()}
+    model = policy._learning.chunks[0].sharded_state_dict(metadata=metadata)
+    optimizer = policy._learning.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer, "schedule": policy._learning.schedule.state_dict()}
 
 
 def save(policy: Any, way: str, folder: Path, wait: Callable[[], object]) -> dict[str, float]:
@@ -85,12 +85,12 @@ def load(policy: Any, way: str, folder: Path) -> dict[str, float]:
     from astar_megatron.model import optimizer_state
 
     figures: dict[str, float] = {}
-    (optimizer,) = policy._optimizer.chained_optimizers
+    (optimizer,) = policy._learning.optimizer.chained_optimizers
     with memory_on_top(figures, "load_gib"):
         start = time.perf_counter()
         loaded: Any = dist_checkpointing.load(states(policy, way, is_loading=True), str(folder))
         pieces = loaded["optimizer"]["param_state"]
-        policy._chunks[0].load_state_dict(loaded["model"])
+        policy._learning.chunks[0].load_state_dict(loaded["model"])
         if way == "ours":
             optimizer_state.take(optimizer, pieces)
         else:

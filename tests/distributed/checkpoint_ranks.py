@@ -98,7 +98,7 @@ def optimizer_states(pipe: Any, rank: int, port: int | None, *, job: Any, batch:
 
     with work.started(pipe, rank, port, job) as policy:
         policy.step(batch, job.loss, work._options(job, len(batch)))
-        (chunk,), inner = policy._chunks, policy._optimizer.chained_optimizers
+        (chunk,), inner = policy._learning.chunks, policy._learning.optimizer.chained_optimizers
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,

@@ -56,9 +56,9 @@ def values_and_gradient(pipe: Any, rank: int, port: int | None, *, job: Any, bat
         ]
         values = critic.values(groups, batch, options)
         critic.step(groups[0], batch, job.loss.value, options)
-        policy._chunks, policy._modules = critic.chunks, critic.modules  # whose gradients are gathered
+        policy._learning = critic.learning  # whose gradients are gathered
         work._gather_gradients(policy)
-        parameters = named_parameters(critic.chunks)
+        parameters = named_parameters(critic.learning.chunks)
         mine = {name: getattr(p, "main_grad", torch.zeros(p.shape)) for name, p in parameters.items()}
         name = next((name for name in mine if name.endswith("value_head")), None)  # on the last stage alone
         gradient = mine.pop(name) if name else None

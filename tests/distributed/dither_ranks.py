@@ -16,8 +16,8 @@ def masters(pipe: Any, rank: int, port: int | None, *, job: Job, folder: str, sh
 
     with started(pipe, rank, port, job) as policy:
         whole = {}
-        names = {id(parameter): name for name, parameter in named_parameters(policy._chunks).items()}
-        for inner in policy._optimizer.chained_optimizers:
+        names = {id(parameter): name for name, parameter in named_parameters(policy._learning.chunks).items()}
+        for inner in policy._learning.optimizer.chained_optimizers:
             for parameter in inner.model_param_group_index_map:
                 span = inner._get_model_param_range_map(parameter)["param"]
                 local = torch.full((parameter.numel(),), float("nan"))

@@ -163,7 +163,7 @@ def write_gradients(policy: Any, folder: str, own: dict[str, Any] | None = None)
     from conversion.transfer.pieces import view
 
     if own is None:
-        parameters: dict[str, Any] = dict(named_parameters(policy._chunks))
+        parameters: dict[str, Any] = dict(named_parameters(policy._learning.chunks))
         own = {name: parameter.main_grad for name, parameter in parameters.items()}
     everywhere: list[Any] = [None] * policy.layout.world_size
     dist.all_gather_object(everywhere, {name: tensor.cpu() for name, tensor in own.items()})
@@ -180,7 +180,7 @@ def _gather_gradients(policy: Any) -> None:
     """Give every replica the whole gradient; the distributed optimizer leaves each the sum of its own shard only."""
     import torch.distributed as dist
 
-    for module in policy._modules:
+    for module in policy._learning.modules:
         for group in module.bucket_groups + module.expert_parallel_bucket_groups:
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
@@ -242,7 +242,7 @@ def loaded_by_megatron(pipe: Any, rank: int, port: int | None, *, job: Job, fold
         wanted = {name: weight.clone() for name, weight in policy.weights().items()}
         for weight in policy.weights().values():
             weight.zero_()
-        (part,) = policy._chunks
+        (part,) = policy._learning.chunks
         state = part.sharded_state_dict()
         part.load_state_dict(dist_checkpointing.load(state, folder))
         loaded = policy.weights()

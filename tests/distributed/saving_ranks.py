@@ -106,7 +106,7 @@ def saved_with_a_class(pipe: Any, rank: int, port: int | None, *, job: Any, batc
 
     with work.started(pipe, rank, port, job) as policy:
         policy.step(batch, job.loss, work._options(job, len(batch)))
-        for optimizer in policy._optimizer.chained_optimizers:
+        for optimizer in policy._learning.optimizer.chained_optimizers:
             for group in optimizer.optimizer.param_groups:
                 group["cpu_optimizer_cls"] = torch.optim.AdamW
         assert not ended(policy, folder, begun(policy, folder))
@@ -120,7 +120,7 @@ def loaded_without_a_piece(pipe: Any, rank: int, port: int | None, *, job: Any, 
     """
     with work.started(pipe, rank, port, job) as policy:
         if rank == 1:
-            for optimizer in policy._optimizer.chained_optimizers:
+            for optimizer in policy._learning.optimizer.chained_optimizers:
                 optimizer.model_param_gbuf_map = {}
                 for of_dtype in optimizer.gbuf_ranges:
                     for buckets in of_dtype.values():

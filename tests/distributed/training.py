@@ -111,13 +111,13 @@ def _digest(policy: Any) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(policy.weights().items()):
         digest.update(name.encode() + weight.contiguous().view(-1).view(torch.uint8).clone().numpy().tobytes())
-    for inner in policy._optimizer.chained_optimizers:
+    for inner in policy._learning.optimizer.chained_optimizers:
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
                 digest.update(parameter.detach().clone().numpy().tobytes())
                 for name, value in sorted(inner.optimizer.state[parameter].items()):
                     digest.update(name.encode() + value.clone().numpy().tobytes())
-    digest.update(str(policy._schedule.state_dict()["num_steps"]).encode())
+    digest.update(str(policy._learning.schedule.state_dict()["num_steps"]).encode())
     return digest.hexdigest()
 
 
