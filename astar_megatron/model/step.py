@@ -27,8 +27,6 @@ from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 from conversion.families import Model
 from conversion.tiles import ParallelLayout
 
-type _Scores = list[OwnScores | None]  # of each pack of a group; None: the policy's own, as its gradient sees them
-
 
 class Learner:
     """This rank's part of the policy, as it learns beside the reference, and of a critic."""
@@ -66,11 +64,13 @@ class Learner:
             ]
         batch = self._with_values(groups, batch, loss, options, record)
         with record.span("policy"):
-            olds = [self._score_before(group, loss, options, record, index) for index, group in enumerate(groups)]
+            reads_old = bool(loss.needs & {"old", "peer_shift"})
+            # The first mini-batch learns before any step: what its gradient sees is the old.
+            olds = [None, *(self._score(group, options, record) if reads_old else None for group in groups[1:])]
             for index, (group, reference, old) in enumerate(zip(groups, references, olds, strict=True)):
                 columns = GroupColumns(batch, group, self._backend.device)
                 if "peer_shift" in loss.needs:
-                    shift = self._shift(group, old, options, record, len(batch), moved=index > 0)
+                    shift = self._shift(group, old, options, record, len(batch))
                     columns.add("peer_shift", shift[columns["peer"].long()])
                 with self._backend.range("policy"):
                     self._accumulate(group, reference, old, columns, loss, options, record)
@@ -124,12 +124,6 @@ class Learner:
         record.flops += sum(forward_flops(self._model, packed) for packed in packs[skipped:])
         return [None] * skipped + self._reference.score(packs[skipped:], options.temperature)
 
-    def _score_before(self, group: Group, loss: Loss, options: StepOptions, record: StepRecord, index: int) -> _Scores:
-        """Return what the policy gives before the step, if the loss needs it; the first mini-batch's is its own."""
-        if index == 0 or not loss.needs & {"old", "peer_shift"}:
-            return [None] * len(group)
-        return [*self._score(group, options, record)]
-
     def _score(self, group: Group, options: StepOptions, record: StepRecord) -> list[OwnScores]:
         """Return what the policy gives now; nothing on stages before the last."""
         packs = [packed for _, packed in group]
@@ -144,17 +138,16 @@ class Learner:
             )
 
     def _shift(
-        self, group: Group, old: _Scores, options: StepOptions, record: StepRecord, count: int, *, moved: bool
+        self, group: Group, old: list[OwnScores] | None, options: StepOptions, record: StepRecord, count: int
     ) -> Tensor:
-        """Return [B], by how much the log-prob of each response of the mini-batch has moved since before the step.
+        """Return [B], by how much the log-prob of each response of the mini-batch has moved since `old` was scored.
 
-        Of other mini-batches' responses it says 0, and of all before any step. Collective.
+        Of other mini-batches' responses it says 0, and of all without `old`. Collective.
         """
         shift = torch.zeros(count, dtype=torch.float64, device=self._backend.device)
-        if not moved:
+        if old is None:
             return shift
         for (indices, _), now, before in zip(group, self._score(group, options, record), old, strict=False):
-            assert before is not None
             shift[indices] = (now.sums - before.sums).to(shift)
         dist.all_reduce(shift, group=parallel_state.get_data_parallel_group())  # type: ignore[arg-type]
         return shift
@@ -163,7 +156,7 @@ class Learner:
         self,
         group: Group,
         reference: Sequence[Tensor | None],
-        old: _Scores,
+        old: list[OwnScores] | None,
         columns: GroupColumns,
         loss: Loss,
         options: StepOptions,
@@ -174,13 +167,15 @@ class Learner:
 
         def scaled_loss(index: int, held_tokens: HeldTokens, logprobs: Tensor) -> Tensor:
             indices, of_losses = columns.seen_by_loss(index, held_tokens)
-            known, before = reference[index], old[index]
+            known, before = reference[index], None
+            if "old" in loss.needs:
+                before = logprobs.detach() if old is None else old[index].logprobs[held_tokens.own]
             tokens = ResponseTokens(
                 logprobs=logprobs,
                 reference_logprobs=logprobs.detach() if known is None else known[held_tokens.own],
                 lengths=held_tokens.lengths,
                 sum_tokens=held_tokens.total,
-                before=_before(loss, logprobs, None if before is None else before.logprobs[held_tokens.own]),
+                before=before,
             )
             losses = loss(tokens, of_losses)
             record.add(indices, tokens.sums, tokens.reference_sums, losses)
@@ -198,13 +193,6 @@ class Learner:
             temperature=options.temperature,
             backend=self._backend,
         )
-
-
-def _before(loss: Loss, logprobs: Tensor, scored: Tensor | None) -> Tensor | None:
-    """The policy's log-probs before the step: while none was taken they are the ones that are differentiated."""
-    if "old" not in loss.needs:
-        return None
-    return logprobs.detach() if scored is None else scored
 
 
 def _check_start(largest_logratio: float) -> None:
