@@ -6,7 +6,6 @@ called on all ranks at once. Each rank derives the same micro-batches from the s
 Shapes: B sequences of a step.
 """
 
-import dataclasses
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,6 @@ from astar_megatron.model.build import (
 )
 from astar_megatron.model.critic import Critic
 from astar_megatron.model.dither import dither_masters
-from astar_megatron.model.export_check import check_export
 from astar_megatron.model.forward import run_scoring
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.learning import Dither, Learning, make_learning
@@ -47,6 +45,7 @@ from astar_megatron.model.optimizer import describe
 from astar_megatron.model.options import PolicyOptions
 from astar_megatron.model.parking import Parking, forget_fp8_copies, gradient_buffers, optimizer_tensors
 from astar_megatron.model.profiles import write_trace
+from astar_megatron.model.publishing import Publishing, RankWeights, export, export_route, open_publish
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
 from astar_megatron.model.step import Learner
@@ -55,9 +54,7 @@ from conversion import hf
 from conversion.families import read_model
 from conversion.megatron import check_tensors
 from conversion.plan import plan
-from conversion.tiles import Tile
-from conversion.transfer.route import Place, Route, Sender, here
-from conversion.verify import Holdings, sent_parts
+from conversion.transfer.route import Place, Route, here
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -76,8 +73,7 @@ class PolicyRank:
         self._store: TCPStore | None = None
         self._rendezvous = ("", 0)
         self._num_exports = 0
-        self._sender: Sender | None = None
-        self._holdings: Holdings | None = None
+        self._publishing: Publishing | None = None
         self._saving: Saving | None = None
         self._profiler: torch.profiler.profile | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -183,9 +179,7 @@ class PolicyRank:
 
     def end_profile(self, folder: str, step: int) -> Trace:
         """Write what was recorded to `step_<n>_rank_<r>.json.gz` in a folder; a full disk is said, not raised."""
-        if self._profiler is None:
-            raise AssertionError("end_profile before begin_profile")
-        profiler, self._profiler = self._profiler, None
+        profiler, self._profiler = _after("begin_profile", self._profiler), None
         profiler.stop()
         return write_trace(profiler.export_chrome_trace, Path(folder) / f"{step_name(step)}_rank_{self.rank}.json.gz")
 
@@ -228,38 +222,32 @@ class PolicyRank:
         """Return this rank's parameters, current and uncopied."""
         return _tensors(self._learning.chunks)
 
+    def _rank_weights(self) -> RankWeights:
+        return RankWeights(
+            model=self.model, layout=self.layout, rank=self.rank, tensors=self.weights(), dtype=self._dtype
+        )
+
     def place(self) -> Place:
         """Return where this rank's weights are."""
         return here(self.backend.device)
 
     def open_publish(self, route: Route) -> None:
         """Prepare to send this rank's tiles by `route`, and no other, to engines of `route.num_workers` workers."""
-        if self._sender is not None:
-            self._sender.close()
-        weight_plan = plan(self._sent_tiles(), self.model.vllm_tiles(route.num_workers))
-        self._sender = route.sender(weight_plan, self.rank, self.weights(), self._dtype)
-        self._holdings = Holdings(sent_parts(weight_plan, self.rank), self.weights(), self._dtype)
-
-    def _sent_tiles(self) -> list[Tile]:
-        return self.model.megatron_tiles(self.layout, self.layout.senders())
+        if self._publishing is not None:
+            self._publishing.sender.close()
+        self._publishing = open_publish(self._rank_weights(), route)
 
     def publish(self, version: int) -> None:
         """Send the current weights; the engines must be receiving, or about to."""
-        if self._sender is None:
-            raise AssertionError("publish before open_publish")
-        self._sender.send(version)
+        _after("open_publish", self._publishing).sender.send(version)
 
     def digests(self) -> list[int]:
         """Return the digests of what this rank publishes, computed from its parameters: conversion/verify.py."""
-        if self._holdings is None:
-            raise AssertionError("digests before open_publish")
-        return self._holdings.digests()
+        return _after("open_publish", self._publishing).holdings.digests()
 
     def digest_rows(self, index: int) -> list[int]:
         """Return the digests of the rows of part `index` of what this rank publishes."""
-        if self._holdings is None:
-            raise AssertionError("digest_rows before open_publish")
-        return self._holdings.rows(index)
+        return _after("open_publish", self._publishing).holdings.rows(index)
 
     def begin_save(self, folder: str) -> dict[str, Any]:
         """Begin to write everything that training needs to go on exactly to an empty folder; collective.
@@ -272,18 +260,14 @@ class PolicyRank:
 
     def save_state(self) -> SaveState:
         """Return how far this rank is with the checkpoint that was begun last."""
-        if self._saving is None:
-            raise AssertionError("save_state before begin_save")
-        return self._saving.state()
+        return _after("begin_save", self._saving).state()
 
     def finish_save(self) -> dict[str, FileDigest]:
         """Make the folder a checkpoint that Megatron and `astar convert` read; collective, all ranks have written.
 
         Returns the digests of the files that this rank wrote before. Raises StorageError on rank 0.
         """
-        if self._saving is None:
-            raise AssertionError("finish_save before begin_save")
-        digests = self._saving.finish(Path(self._options.model_path))
+        digests = _after("begin_save", self._saving).finish(Path(self._options.model_path))
         self._saving = None
         return digests
 
@@ -293,55 +277,16 @@ class PolicyRank:
         self._version = version
 
     def export(self, folder: str, transfer_folder: str) -> None:
-        """Write the weights as a Hugging Face folder; collective, rank 0 writes.
-
-        They stream through buckets into the files; conversion.json gets the layout they came from and their digests,
-        computed at both ends. Raises WeightMismatch, and leaves no folder, if the files do not hold what the ranks do.
-        """
-        tensors, dtype = self.weights(), self._dtype
-        weight_plan = plan(self._sent_tiles(), self.model.hf_tiles())
-        route = self._export_route(transfer_folder)
-        sender = route.sender(weight_plan, self.rank, tensors, dtype)
-        try:
-            dist.barrier()  # every sender's file is there
-            if self.rank == 0:
-                with hf.writing(folder, self._options.model_path, dtype) as export:
-                    receiver = route.receiver(weight_plan, 0, export.tensors, dtype)
-                    with ThreadPoolExecutor(1) as beside:
-                        sending = beside.submit(sender.send)
-                        receiver.receive()
-                        sending.result()
-                    receiver.close()
-                    digests = check_export(weight_plan, tensors, dtype, self._version, export.tensors)
-                    export.record.update(layout=dataclasses.asdict(self.layout), digests=digests)
-            else:
-                sender.send()
-                check_export(weight_plan, tensors, dtype, self._version, None)
-            dist.barrier()
-        finally:
-            sender.close()
-
-    def _export_route(self, folder: str) -> Route:
-        """Return the way to rank 0's files: shared memory if all ranks see `folder`, else gloo; collective."""
-        seen: list[Any] = [None] * self.layout.world_size
-        dist.all_gather_object(seen, here(torch.device("cpu")).memory if Path(folder).is_dir() else None)
+        """Write the weights as a Hugging Face folder; collective, rank 0 writes: publishing.export."""
         self._num_exports += 1
-        host, port = self._rendezvous
-        return Route(
-            way="shared memory" if seen[0] and len(set(seen)) == 1 else "gloo",
-            num_sources=self.layout.world_size,
-            num_engines=1,
-            num_workers=1,
-            folder=folder,
-            host=host,
-            port=port,
-            name=f"export-{self._num_exports}",
-        )
+        route = export_route(transfer_folder, self._rendezvous, self._num_exports)
+        model_folder = self._options.model_path
+        export(self._rank_weights(), route, folder, model_folder=model_folder, version=self._version)
 
     def close(self) -> None:
         """Leave the group and remove the files of publishing."""
-        if self._sender is not None:
-            self._sender.close()
+        if self._publishing is not None:
+            self._publishing.sender.close()
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
@@ -349,3 +294,9 @@ class PolicyRank:
 
 def _tensors(chunks: Sequence[GPTModel]) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in named_parameters(chunks).items()}
+
+
+def _after[T](call: str, begun: T | None) -> T:
+    """Return what `call` began."""
+    assert begun is not None, f"{call} comes first"
+    return begun
