@@ -14,6 +14,7 @@ from test_layouts import batch
 from training import Run, Trained
 
 from astar_megatron.config import ParallelConfig
+from astar_megatron.model.compute_type import ComputeType
 
 LAYOUTS = [
     ("tied_llama", {"tensor": 2, "pipeline": 2, "data": 2}),
@@ -54,7 +55,7 @@ def test_every_layout_has_the_masters_of_one_rank(
 
 @pytest.mark.parametrize(("dtype", "dither"), [("bfloat16", False), ("float32", True)])
 def test_masters_are_the_weights_without_dither_and_in_float32(
-    dtype: str, dither: bool, ranks: Any, tied_llama: Path, tmp_path: Path
+    dtype: ComputeType, dither: bool, ranks: Any, tied_llama: Path, tmp_path: Path
 ) -> None:
     masters, weights = whole_masters(ranks, Job(str(tied_llama), dtype=dtype, dither=dither), tmp_path)
     for name, weight in weights.items():

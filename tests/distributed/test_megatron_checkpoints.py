@@ -17,6 +17,7 @@ from ranks import Job
 from test_layouts import batch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from astar_megatron.model.compute_type import ComputeType
 from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.tiles import ParallelLayout
@@ -95,7 +96,7 @@ def test_experts_go_to_megatron_and_come_back(
 def test_each_reads_the_state_of_the_optimizer_that_the_other_wrote(
     writer: str,
     kind: str,
-    dtype: str,
+    dtype: ComputeType,
     layout: dict[str, Any],
     ranks: Any,
     tmp_path: Path,

@@ -12,6 +12,7 @@ from test_layouts import batch
 from training import Run
 
 from astar_megatron.config import ParallelConfig
+from astar_megatron.model.compute_type import ComputeType
 from astar_megatron.model.parking import forget_fp8_copies
 
 CASES = [
@@ -37,7 +38,7 @@ def test_copies_in_fp8_that_layers_keep_are_dropped() -> None:
 
 @pytest.mark.parametrize(("axes", "dtype", "offload"), CASES, ids=str)
 def test_what_was_given_back_is_there_again_bit_for_bit(
-    axes: dict[str, int], dtype: str, offload: Any, ranks: Any, untied_qwen2: Path
+    axes: dict[str, int], dtype: ComputeType, offload: Any, ranks: Any, untied_qwen2: Path
 ) -> None:
     batches = [batch(1), batch(3, version=1), batch(2, version=2)]
     run = Run(str(untied_qwen2), batches, axes=axes, dtype=dtype)

@@ -11,6 +11,8 @@ import saving_ranks as work
 from ranks import Job
 from test_layouts import batch
 
+from astar_megatron.model.compute_type import ComputeType
+
 LAYOUTS = [{}, {"data": 2}, {"tensor": 2}]
 DISK_BYTES = 24 << 20  # the model's checkpoint takes 17 MB
 
@@ -30,7 +32,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("axes", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_the_step_it_names(
-    axes: dict[str, Any], dtype: str, ranks: Any, untied_qwen2: Path, tmp_path: Path
+    axes: dict[str, Any], dtype: ComputeType, ranks: Any, untied_qwen2: Path, tmp_path: Path
 ) -> None:
     job = Job(str(untied_qwen2), dtype=dtype, **axes)
     batches, folder = [batch(seed, version=seed) for seed in range(3)], str(tmp_path / "saved")
