@@ -23,6 +23,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
@@ -180,6 +181,9 @@ def _chunk(model: Model, layout: ParallelLayout, config: TransformerConfig, back
         rotary: Any = part.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **dataclasses.asdict(scaling))
     sum_weight_gradients_in_place(part)
+    for router in part.modules():
+        if isinstance(router, TopKRouter):
+            router.router_replay = _BestFirst()  # type: ignore[assignment]
     return part.to(backend.device)
 
 
@@ -200,6 +204,19 @@ def sum_weight_gradients_in_place(part: torch.nn.Module) -> int:
 def in_compute_type(part: GPTModel, config: TransformerConfig) -> Any:
     """Return `part` as the schedule runs it: in bfloat16 behind megatron's casts, or itself in float32."""
     return Float16Module(config, part) if config.bf16 else part
+
+
+class _BestFirst:
+    """What a router asks for its experts, in the place of megatron's RouterReplay: the best k, sorted, in every pass.
+
+    Megatron sorts them only where gradients are asked for, and the softmax over k scores adds up in their order: the
+    reference, the policy's own scoring and what full recomputation computes again would differ in the last digit.
+    """
+
+    layer_number: int | None = None  # the router sets it
+
+    def get_replay_topk(self, scores: Tensor, topk: int, *_: Any) -> tuple[Tensor, Tensor]:
+        return torch.topk(scores, topk, dim=1, sorted=True)
 
 
 class _RMSNorm(torch.nn.RMSNorm):

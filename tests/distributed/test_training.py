@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,6 +199,14 @@ def test_the_first_mini_batch_needs_one_pack_of_the_reference_and_no_other_does(
 def test_a_reference_that_computes_another_function_is_found_at_step_0(ranks: Any, tied_llama: Path) -> None:
     with pytest.raises(AssertionError, match="policy and reference have the same weights, but"):
         train(ranks, Run(str(tied_llama), [batch(1)]), tamper=work.turn_the_reference)
+
+
+def test_many_experts_a_token_weigh_the_same_for_policy_and_reference(
+    ranks: Any, tiny_family: Callable[..., Path]
+) -> None:
+    folder = tiny_family("qwen3_moe", num_experts=128, num_experts_per_tok=8)
+    (trained,) = train(ranks, Run(str(folder), [batch(1, count=32)], mini_batch_size=32))
+    assert trained.stats[0].logratio_max == 0.0
 
 
 def test_a_policy_that_is_not_the_reference_is_compared_with_it_from_the_start(ranks: Any, tied_llama: Path) -> None:
