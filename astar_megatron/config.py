@@ -147,6 +147,11 @@ class FilterConfig(Section):
     max_width: float = Field(default=1.0, gt=0.0)
     """[reward] The widest interval that `filter.wide` leaves alone."""
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some prompts may come in fewer epochs than others."""
+        return min(self.all_wrong, self.all_right, self.wide) < 1
+
 
 class EvalConfig(Section):
     """Evaluation, with the engines of training: the run's own prompts under its reward, or named benchmarks."""
@@ -219,7 +224,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.max_staleness: {self.rollout.max_staleness}, but {self.objective.name} {reason}; set it to 0"
             )
-        self.method.check(self.train.num_steps)
+        self.method.check(self.train.num_steps, self.train.batch_size)
         if self.optim.loss_scale == "pg" and not self.method.has_beta2:
             raise ValueError(
                 f"optim.loss_scale: pg divides by 2 beta2, which {self.objective.name} has not; leave the key out"
@@ -270,7 +275,7 @@ class RunConfig(Section):
     @property
     def asks_stage_1(self) -> bool:
         """Whether the method, or the filter, takes something of the V* table."""
-        return self.method.reads_table or self.filter != FilterConfig()
+        return self.method.reads_table or self.filter.leaves_out
 
     @property
     def beta1(self) -> float:

@@ -50,8 +50,8 @@ class Method(Section):
         """The learning rate of its critic, if it has one."""
         return None
 
-    def check(self, num_steps: int) -> None:
-        """Raise ValueError where its keys don't go together, or not with so many steps of the run."""
+    def check(self, num_steps: int, batch_size: int) -> None:
+        """Raise ValueError where its keys don't go together, or not with so many steps of so many responses."""
 
 
 class AstarConfig(Method):
@@ -106,7 +106,7 @@ class OaplConfig(Method):
     def copies_reference(self) -> bool:
         return self.refresh_steps is not None
 
-    def check(self, num_steps: int) -> None:
+    def check(self, num_steps: int, batch_size: int) -> None:
         if (self.refresh_steps or 0) >= num_steps:
             raise ValueError(
                 f"oapl.refresh_steps: {self.refresh_steps}, but the run has {num_steps} steps (train.num_steps), so "
@@ -199,6 +199,8 @@ class SpoConfig(Clipped):
     def reads_table(self) -> bool:
         return True
 
-    def check(self, num_steps: int) -> None:
+    def check(self, num_steps: int, batch_size: int) -> None:
         if self.least_decay > self.most_decay:
             raise ValueError(f"spo.least_decay: {self.least_decay} is above spo.most_decay {self.most_decay}; lower it")
+        if batch_size == 1:
+            raise ValueError("train.batch_size: 1, but spo takes the batch's mean off each advantage; take 2 or more")

@@ -35,6 +35,8 @@ class FakePolicy:
     `problems` are those of the saves, in order: at its beginning, of rank 1's write, at its end; "" is none.
     """
 
+    dtype = "float32"
+
     def __init__(self, polls: int = 1, problems: Sequence[tuple[str, str, str]] = ()) -> None:
         self.steps, self.loaded = 0, ""
         self._polls, self._problems, self._calls = polls, iter(problems), 0
@@ -46,7 +48,7 @@ class FakePolicy:
         if at_begin:
             raise StorageError(at_begin)
         self._folder, self._copy, self._calls = folder, self.steps, 0
-        return {"layout": {}}
+        return {"layout": {}, "dtype": self.dtype}
 
     def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
         self._calls += 1
@@ -220,6 +222,18 @@ def test_a_checkpoint_of_another_method_is_refused_and_one_without_a_name_is_ast
     assert checkpoints_of(tmp_path, settings={"objective.name": "astar"}).restore(stream(), FIXED) == 3
     with pytest.raises(ValueError, match=r"objective\.name: ppo, but .*step_00000003 was trained with astar; set it"):
         checkpoints_of(tmp_path, settings={"objective.name": "ppo"}).restore(stream(), FIXED)
+
+
+def test_a_checkpoint_that_was_trained_in_another_type_is_refused_before_ranks_load_it(tmp_path: Path) -> None:
+    save(checkpoints_of(tmp_path), 3)
+    checkpoints_of(tmp_path).check_type("float32")
+    policy = FakePolicy()
+    policy.dtype = "bfloat16"
+    with pytest.raises(
+        ValueError, match=r"model\.dtype: this run computes in bfloat16, .*step_00000003 was trained in f"
+    ):
+        checkpoints_of(tmp_path).resume(cast(PolicyGroup, policy), stream(), FIXED, print)
+    assert policy.loaded == ""
 
 
 def test_a_reference_that_is_a_copy_is_not_continued_as_one_that_is_not(tmp_path: Path) -> None:

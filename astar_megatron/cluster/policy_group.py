@@ -18,6 +18,7 @@ from astar_megatron.cluster.stacks import show_on_signal
 from astar_megatron.config import Offload
 from astar_megatron.data.manifest import FileDigest
 from astar_megatron.model.backend import environment, uses_transformer_engine
+from astar_megatron.model.compute_type import ComputeType
 from astar_megatron.model.layouts import layout_of
 from astar_megatron.model.options import PolicyOptions
 from astar_megatron.types import RolloutBatch, SaveState, StepOptions, StepStats, Trace
@@ -54,7 +55,7 @@ class PolicyGroup:
     """
 
     def __init__(self, cluster: Cluster, options: PolicyOptions, gpu_share: float = 1.0) -> None:
-        self.dtype = options.dtype
+        self.dtype: ComputeType = options.dtype
         # Transformer Engine's layers hold the norms inside their linears.
         self.layout = layout_of(options.parallel, fused_norms=uses_transformer_engine(cluster.num_gpus))
         self._cluster = cluster

@@ -256,7 +256,7 @@ class PolicyRank:
         """
         critic = self._critics_learning
         self._saving = checkpoint.begin_save(Path(folder), self._learning, self._reference, critic, self._writer)
-        return checkpoint.described(self._reference)
+        return checkpoint.described(self._reference) | {"dtype": self._options.dtype}
 
     def save_state(self) -> SaveState:
         """Return how far this rank is with the checkpoint that was begun last."""

@@ -18,6 +18,7 @@ from astar_megatron.data.manifest import MANIFEST_FILE, problems, strangers
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.run_folder import STEPS
+from astar_megatron.model.compute_type import ComputeType
 from astar_megatron.run.saving import IN_FLIGHT_FILE, LATEST_FILE, Saves
 from astar_megatron.types import Prompt, Rollout
 from conversion.folders import PROGRESS_FILE
@@ -92,6 +93,7 @@ class Checkpoints:
 
     def resume(self, policy: PolicyGroup, prompts: _Prompts, objective: Objective, say: Callable[[str], None]) -> int:
         """As `restore`, and the policy too; `say` hears what a user may not expect of it."""
+        self.check_type(policy.dtype)
         step, folder = self.restore(prompts, objective), self.latest
         if folder is not None:
             policy.load(folder, step)
@@ -120,6 +122,19 @@ class Checkpoints:
             for key, new in self._settings.items()
             if before.get(key, new) != new
         ]
+
+    def check_type(self, dtype: ComputeType) -> None:
+        """Raise ValueError where the newest checkpoint was trained in another type: its weights would be others.
+
+        In float32 the policy is its master weights, which dither has moved away from those that were published.
+        """
+        folder = self.latest
+        before = self._progress(folder).get("dtype", dtype) if folder else dtype
+        if before != dtype:
+            raise ValueError(
+                f"model.dtype: this run computes in {dtype}, but {folder} was trained in {before}, and would go on "
+                f"with another policy; set it to {before}, or begin a new run_dir from an export"
+            )
 
     def check_method(self) -> None:
         """Raise ValueError where another method has trained: each keeps what it learns, and its reference, its way."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from astar_megatron import config
 from astar_megatron.algorithm import methods
 from astar_megatron.algorithm.objective import Objective
-from astar_megatron.config import FilterConfig, RunConfig
+from astar_megatron.config import RunConfig
 from astar_megatron.data import filters, rollout_files
 from astar_megatron.data.allocation import run_estimates, stage_1_of
 from astar_megatron.data.estimates import Estimates
@@ -14,6 +14,7 @@ from astar_megatron.data.header import MissingTableError, check_header
 from astar_megatron.data.prioritised import PrioritisedPrompts
 from astar_megatron.data.prompts import PromptStream
 from astar_megatron.data.run_folder import BAD_BATCHES
+from astar_megatron.model.compute_type import compute_type
 from astar_megatron.run import dashboard_libraries, dashboards, profiles, resources
 from astar_megatron.run.checkpoints import Checkpoints
 from astar_megatron.run.prepare import Inputs
@@ -59,8 +60,10 @@ def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
     checkpoints = checkpoints_of(cfg, inputs)
     checkpoints.verify()  # reads the newest whole
     checkpoints.check_method()
+    if cfg.cluster.address is None:  # else it is known when the cluster has been joined
+        checkpoints.check_type(compute_type(cfg.model.dtype, resources.measure().num_accelerators)[0])
     _check_metrics(cfg, checkpoints.steps)
-    if cfg.filter == FilterConfig():  # else which prompts there are is known after stage 1
+    if not cfg.filter.leaves_out:  # else which prompts there are is known after stage 1
         prompt_stream(cfg, inputs, None, objective_of(cfg, None))
     _check_kinds(Path(cfg.run_dir))
     folders.check_destination(cfg.export_dir)

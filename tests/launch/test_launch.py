@@ -240,7 +240,10 @@ def test_spare_nodes_come_on_top(folder: Path, astar: Astar) -> None:
 
 
 def test_a_method_that_reads_no_table_has_no_sweep(folder: Path, astar: Astar) -> None:
-    for setting, stages in (("filter.wide=1", ["train", "eval"]), ("filter.all_wrong=0", ["sweep", "train", "eval"])):
+    for setting, stages in (
+        ("filter.max_width=0.5", ["train", "eval"]),
+        ("filter.all_wrong=0", ["sweep", "train", "eval"]),
+    ):
         out = astar("launch", "--dry-run", "--config", "run.yaml", "--set", "objective.name=grpo", "--set", setting)[1]
         commands = [line.split()[0] for line in out.partition("\n\n")[0].splitlines()]
         assert commands == [f"ASTAR_PROGRAM={stage}" for stage in stages]

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
 from samples import run_config
 
 from astar_megatron import plan

@@ -1,10 +1,13 @@
 """How the sequences of a mini-batch are shared by ranks: equally many each, in equally many micro-batches."""
 
 import pytest
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
+pytest.importorskip("megatron")
 from hypothesis import given
 from hypothesis import strategies as st
-
-pytest.importorskip("megatron")
 
 from astar_megatron.algorithm.packing import micro_batches
 from astar_megatron.model.micro_batches import equally_many_micro_batches, split_evenly
