@@ -10,9 +10,9 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
 from astar_megatron.data.header import MissingTableError
 from astar_megatron.run import resources
-from astar_megatron.run.prepare import check_here, placement_of, prepare
+from astar_megatron.run.prepare import Inputs, check_here, placement_of, prepare
 from astar_megatron.run.tracking import Screen
-from astar_megatron.run.training import check_before_stage_1, check_training, stage_1
+from astar_megatron.run.training import check_before_stage_1, check_training, checkpoints_of, stage_1
 from astar_megatron.types import Prompt
 
 _SHOWN = 600  # characters of a prompt, at either end
@@ -39,8 +39,8 @@ def main(cfg: RunConfig) -> None:
     else:
         with Cluster(cfg.cluster) as cluster:
             placement, shares = placement_of(cfg, cluster.nodes.values()), None
-    words = f"this run can start: {len(inputs.prompts)} prompts, {inputs.model.num_parameters():,} parameters; {done}; "
-    words += f"policy on {cfg.parallel.describe()}"
+    words = f"this run can {_begins(cfg, inputs)}: {len(inputs.prompts)} prompts, "
+    words += f"{inputs.model.num_parameters():,} parameters; {done}; policy on {cfg.parallel.describe()}"
     if here:
         need = resources.needs(cfg, 4 * inputs.model.num_parameters(), resources.measure())
         words += (
@@ -52,6 +52,17 @@ def main(cfg: RunConfig) -> None:
     screen.table(placement.describe(), placement.rows())
     if shares:
         screen.say(shares.describe())
+
+
+def _begins(cfg: RunConfig, inputs: Inputs) -> str:
+    """Whether the run starts or goes on, from where, and what of its settings is not as it was."""
+    checkpoints = checkpoints_of(cfg, inputs)
+    if not (step := checkpoints.steps):
+        return "start"
+    left = cfg.train.num_steps - step
+    words = f"go on after step {step}, {left} to go" if left else f"only export again, all {step} steps are behind it"
+    changed = checkpoints.changed_settings()
+    return words + (f", with other settings than before ({'; '.join(changed)})" if changed else "")
 
 
 def _as_read(prompt: Prompt, model_path: str) -> str:

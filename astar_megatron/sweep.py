@@ -22,6 +22,7 @@ from astar_megatron.rollout.source import Engines, RolloutSource
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Tracker
+from astar_megatron.run.training import check_prompts, checkpoints_of
 from astar_megatron.types import Rollout
 
 _SECONDS_A_SHARD = 60.0  # long responses go to disk before there are as many
@@ -32,6 +33,8 @@ def main(cfg: RunConfig) -> None:
     """Draw what the table lacks; starts nothing if it lacks nothing."""
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
+    if checkpoints_of(cfg, inputs).latest:  # else training would refuse them after the sweep
+        check_prompts(cfg, inputs)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     if table.unscored():
         score_again(cfg, inputs, table, chat.detokenizer(cfg.model.path))

@@ -52,6 +52,10 @@ def train_whatever_dies(
     while True:
         try:
             return train(cfg, inputs, estimates, fleet, tracker)
+        except KeyboardInterrupt:
+            words = checkpoints_of(cfg, inputs).newest_in_words()
+            tracker.say(f"interrupted; the same command goes on {words}")
+            raise
         except ActorLost as error:
             fleet.restart_policy(error)
             checkpoints_of(cfg, inputs).verify()

@@ -69,11 +69,15 @@ def test_evaluations_come_back_from_their_files(tmp_path: Path) -> None:
         scores.scores_of(tmp_path, 9, None)
     for step, ending in ((0, "_gsm8k.jsonl"), (5, ".jsonl"), (5, "_gsm8k.jsonl"), (9, ".md")):
         (tmp_path / f"{scores.name_of_step(step)}{ending}").write_text("")
-    scores.forget(tmp_path, 5)  # a run that begins anew at step 5
-    assert [each.step for each in scores.scores_of(tmp_path, 9, None)] == [0]
+    scores.forget(tmp_path, 5)  # a run that goes on after step 5, whose weights are those of the checkpoint
+    assert [each.step for each in scores.scores_of(tmp_path, 9, None)] == [0, 5]
+    assert not list(tmp_path.glob("eval_step_00000009*"))
+    scores.forget(tmp_path, 4)
     of_steps = {path.name for path in tmp_path.glob("eval_step_*")}
     assert of_steps == {f"eval_step_00000000{ending}" for ending in (".json", ".md", "_gsm8k.jsonl")}
     assert (repr(scores.of_step(tmp_path, 0)), scores.of_step(tmp_path, 5)) == (repr(both), [])
+    scores.forget(tmp_path, 0)  # a run that begins, perhaps with another model
+    assert not list(tmp_path.glob("eval_step_*"))
 
 
 def means(evaluations: list[Evaluation]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from astar_megatron.data.prompts import check_same_prompts
 from astar_megatron.data.rows import PromptError
 from astar_megatron.types import Prompt
 
@@ -54,12 +55,7 @@ class PrioritisedPrompts:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. Raises PromptError for other prompts, another seed or order."""
-        for name, mine in {"seed": self._seed, "prompts": self._digest}.items():
-            if state.get(name) != mine:
-                raise PromptError(
-                    f"prompts: the saved cursor has {name} {state.get(name)!r}, this run {mine!r}; continue with the "
-                    "data, the filter and the seed it was saved with, or start a new run_dir"
-                )
+        check_same_prompts(state, self._seed, self._digest)
         batch = state.get("batch")
         if not isinstance(batch, int) or batch < 0:
             raise PromptError(

@@ -91,6 +91,21 @@ def say_control_tokens(pairs: Sequence[Pair], model_path: str, source: object) -
         )
 
 
+def check_same_prompts(cursor: Mapping[str, Any], seed: int, digest: str) -> None:
+    """Raise PromptError where a saved `cursor` is of another seed, or of prompts with another digest."""
+    if cursor.get("seed") != seed:
+        raise PromptError(
+            f"seed: {seed}, but the checkpoint's order of prompts is of {cursor.get('seed')!r}; set it as it was, or "
+            "choose a new run_dir"
+        )
+    if cursor.get("prompts") != digest:
+        raise PromptError(
+            "data.path: its prompts are not those that the checkpoint was trained on: some were added, changed or "
+            "removed, or another filter leaves out others; give it prompts and filter as they were, or choose a new "
+            "run_dir"
+        )
+
+
 class PromptStream:
     """An endless, seeded order of prompts: each epoch a new permutation, each prompt exactly once an epoch.
 
@@ -139,13 +154,7 @@ class PromptStream:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; the batch size may differ. Raises PromptError for other prompts or seed."""
-        expected = {"seed": self._seed, "prompts": self._digest}
-        for name, mine in expected.items():
-            if state.get(name) != mine:
-                raise PromptError(
-                    f"PromptStream: the saved cursor has {name} {state.get(name)!r}, this run {mine!r}; "
-                    "continue with the data, the filter and the seed it was saved with, or start a new run_dir"
-                )
+        check_same_prompts(state, self._seed, self._digest)
         epoch, taken = state.get("epoch"), state.get("taken")
         if (
             not isinstance(epoch, int)

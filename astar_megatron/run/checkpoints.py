@@ -69,10 +69,23 @@ class Checkpoints:
             return ""
         return f"{self.latest} was written before checkpoints had a manifest: whether its files are whole is not known"
 
+    def newest_in_words(self) -> str:
+        """Return what the same command would go on from."""
+        step = self.steps
+        return f"after step {step}, from the newest checkpoint" if step else "at the beginning: there is no checkpoint"
+
     @property
     def steps(self) -> int:
         """The steps behind the newest checkpoint, 0 without one. Raises ContractError, ValueError as `restore` does."""
         return self._progress(self.latest)["step"] if self.latest else 0
+
+    def check_prompts(self, prompts: _Prompts) -> None:
+        """Raise ValueError where the newest checkpoint was trained on others; `prompts` are then where it left them."""
+        if (folder := self.latest) is not None:
+            try:
+                prompts.restore(self._progress(folder)["prompts"])
+            except (AttributeError, TypeError) as error:
+                raise self._damaged(folder / PROGRESS_FILE, repr(error)) from error
 
     def restore(self, prompts: _Prompts, objective: Objective) -> int:
         """Set prompt order and objective to the newest checkpoint's; return the steps behind it, 0 without one.
@@ -84,8 +97,8 @@ class Checkpoints:
             return 0
         progress = self._progress(folder)
         self.check_method()
+        self.check_prompts(prompts)
         try:
-            prompts.restore(progress["prompts"])
             objective.restore(progress)
             return progress["step"]
         except (AttributeError, KeyError, TypeError) as error:

@@ -26,7 +26,8 @@ _MOST_REPEATS = 3  # of an answer: one small step of a small model may leave the
 class Policy(Protocol):
     """What the check needs of a policy; see PolicyGroup."""
 
-    dtype: str
+    @property
+    def dtype(self) -> str: ...
 
     def logprobs(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[list[float]]: ...
 

@@ -144,9 +144,12 @@ def kept(run_dir: Path, weights: str) -> list[Evaluation]:
 
 
 def forget(run_dir: Path, first: int) -> None:
-    """Remove scores and responses of steps from `first` on, which a run that begins there may not evaluate again."""
+    """Remove scores and responses of steps that a run takes again which goes on after `first`, 0 for one that begins.
+
+    Those after `first` steps are of the checkpoint's own weights.
+    """
     for path in run_dir.glob(f"eval_{STEPS}*"):
-        if step_of(path.name) >= first:
+        if not first or step_of(path.name) > first:
             path.unlink()
 
 

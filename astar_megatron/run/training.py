@@ -63,11 +63,19 @@ def check_before_stage_1(cfg: RunConfig, inputs: Inputs) -> None:
     if cfg.cluster.address is None:  # else it is known when the cluster has been joined
         checkpoints.check_type(compute_type(cfg.model.dtype, resources.measure().num_accelerators)[0])
     _check_metrics(cfg, checkpoints.steps)
-    if not cfg.filter.leaves_out:  # else which prompts there are is known after stage 1
-        prompt_stream(cfg, inputs, None, objective_of(cfg, None))
+    check_prompts(cfg, inputs)
     _check_kinds(Path(cfg.run_dir))
     folders.check_destination(cfg.export_dir)
     resources.check_disk(cfg, inputs.model.num_parameters())
+
+
+def check_prompts(cfg: RunConfig, inputs: Inputs) -> None:
+    """Raise ValueError where the prompts are too few, or not those that the run's checkpoint was trained on.
+
+    With a filter, which prompts there are is known after stage 1.
+    """
+    if not cfg.filter.leaves_out:
+        checkpoints_of(cfg, inputs).check_prompts(prompt_stream(cfg, inputs, None, objective_of(cfg, None)))
 
 
 def check_training(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None) -> None:

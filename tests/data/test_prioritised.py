@@ -44,11 +44,11 @@ def test_a_resumed_order_goes_on_and_the_files_order_does_not_matter() -> None:
 
 
 def test_orders_of_other_prompts_seeds_or_kinds_are_refused() -> None:
-    with pytest.raises(PromptError, match="seed 8"):
+    with pytest.raises(PromptError, match="order of prompts is of 8"):
         order().restore(order(seed=8).state())
-    with pytest.raises(PromptError, match="the saved cursor has prompts"):
+    with pytest.raises(PromptError, match=r"data\.path: its prompts are not those"):
         order().restore(order(prompts=PROMPTS[1:]).state())
-    with pytest.raises(PromptError, match="the saved cursor has prompts"):
+    with pytest.raises(PromptError, match=r"data\.path: its prompts are not those"):
         order().restore(order(weights={"u03": 0.5}).state())
     with pytest.raises(PromptError, match=r"objective\.name"):
         order().restore({**order().state(), "batch": None})

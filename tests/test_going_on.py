@@ -1,0 +1,61 @@
+"""What is said of a run that has a checkpoint, before anything starts and when it is interrupted."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from broken_house import ROWS, House, checkpoint, prompts
+
+from astar_megatron import config, doctor
+from astar_megatron import train as program
+from astar_megatron.run.prepare import prepare
+from astar_megatron.run.tracking import Tracker
+
+
+@pytest.fixture
+def house(tmp_path: Path, tied_llama: Path) -> House:
+    """A run with 7 steps behind its checkpoint."""
+    house = House.build(tmp_path, tied_llama)
+    checkpoint()(house)
+    return house
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("train.num_steps=9",), "this run can go on after step 7, 2 to go, with other settings than before ("),
+        (("train.num_steps=7",), "this run can only export again, all 7 steps are behind it"),
+        (("optim.lr=3e-7",), "optim.lr 1e-06 -> 3e-07"),
+    ],
+)
+def test_a_look_at_a_run_says_where_it_goes_on_and_what_has_changed(
+    settings: tuple[str, ...], words: str, house: House, astar: Any
+) -> None:
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    status, out, _ = astar("train", "--config", house / "run.yaml", "--dry-run", *overrides)
+    assert status == 0 and words in out
+
+
+def test_prompts_that_were_added_are_refused_before_they_are_drawn(
+    house: House, astar: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "main", lambda: 0)
+    prompts(*ROWS, {"question": "What is 2 + 2?", "answer": "4"})(house)
+    for name in ("train --dry-run", "doctor", "sweep"):
+        status, _, error = astar(*name.split(), "--config", house / "run.yaml")
+        assert status == 2 and "data.path: its prompts are not those that the checkpoint was trained on" in error
+
+
+def test_an_interrupted_training_says_what_the_same_command_goes_on_from(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "train", interrupted)
+    cfg = config.load(house / "run.yaml")
+    inputs = prepare(cfg)
+    with pytest.raises(KeyboardInterrupt):
+        program.train_whatever_dies(cfg, inputs, None, cast(Any, SimpleNamespace()), Tracker(cfg.run_dir))
+    assert "interrupted; the same command goes on after step 7, from the newest checkpoint" in capsys.readouterr().out
