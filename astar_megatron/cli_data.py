@@ -11,8 +11,8 @@ data = typer.Typer(help="Prepare prompts as the JSONL that data.path reads.", no
 
 Out = Annotated[str, typer.Option("--out", help="JSONL file to write.")]
 Files = Annotated[str | None, typer.Argument(help="JSONL or Parquet file, folder of them, or a name of the hub.")]
-Split = Annotated[str, typer.Option(help="Split of a data set of the hub.")]
-Subset = Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")]
+Split = Annotated[str | None, typer.Option(help="Split of a data set of the hub, or of a folder of one; else train.")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a data set of the hub, or of a folder of one.")]
 QuestionField = Annotated[str, typer.Option(help="Field of the question.")]
 AnswerField = Annotated[str, typer.Option(help="Field of the answer.")]
 RewardName = Annotated[str | None, typer.Option("--reward", help="Refuse answers that this reward can't read.")]
@@ -22,13 +22,13 @@ Seed = Annotated[int, typer.Option(min=0)]
 
 
 @data.command()
-def gsm8k(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
+def gsm8k(out: Out, source: Files = None, split: Split = None, drop: Drop = False) -> None:
     """GSM8K; SOURCE defaults to the hub's openai/gsm8k."""
     import_program("dataset").prepare("gsm8k", source, out, split=split, drop=drop)
 
 
 @data.command()
-def math(out: Out, source: Files = None, split: Split = "train", drop: Drop = False) -> None:
+def math(out: Out, source: Files = None, split: Split = None, drop: Drop = False) -> None:
     """MATH; SOURCE defaults to the hub's DigitalLearningGmbH/MATH-lighteval."""
     import_program("dataset").prepare("math", source, out, split=split, drop=drop)
 
@@ -52,7 +52,7 @@ def jsonl(
 def hf(
     name: Annotated[str, typer.Argument(help="Data set of the hub, or a folder of one.")],
     out: Out,
-    split: Split = "train",
+    split: Split = None,
     subset: Subset = None,
     question_field: QuestionField = "question",
     answer_field: AnswerField = "answer",
@@ -86,7 +86,7 @@ def multiply(out: Out, rows: Rows = 10_000, seed: Seed = 0) -> None:
 def import_stage1(
     source: Annotated[str, typer.Argument(help="Parquet file or folder, or a name of the hub.")],
     config_file: Config,
-    split: Split = "train",
+    split: Split = None,
     overrides: Overrides = None,
 ) -> None:
     """Published stage-1 data of A*PO: prompts to data.path, responses to the V* table of the run."""

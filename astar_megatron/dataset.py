@@ -47,7 +47,7 @@ def prepare(
     source: str | None,
     out: str,
     *,
-    split: str = "train",
+    split: str | None = None,
     subset: str | None = None,
     question: str = "question",
     answer: str = "answer",
@@ -58,17 +58,17 @@ def prepare(
 
     Of a data set that is known by its `kind` all but `split` and `drop` is known.
     """
-    suffix = None
+    suffix = known_subset = None
     read: Callable[[Mapping[str, Any]], str] = answer_field(answer, "set --answer-field")
     remedy = "set --question-field"
     if known := _SOURCES.get(kind):
-        source, subset, benchmark = source or known.hub, known.subset, known.benchmark
+        source, known_subset, benchmark = source or known.hub, known.subset, known.benchmark
         question, read, suffix, reward = benchmark.question, benchmark.answer, benchmark.suffix, benchmark.reward
         remedy = f"{RENAME}, or use astar data jsonl with --question-field and --answer-field"
     if source is None:
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
     problems = Problems(source)
-    rows = rows_of(kind, source, subset, split, problems)
+    rows = rows_of(kind, source, subset, split, problems, known_subset=known_subset)
     total = len(rows) + problems.count
     pairs = pairs_of(rows, question, read, problems, remedy=remedy)
     if reward:

@@ -26,7 +26,7 @@ from astar_megatron.types import Prompt, Rollout
 _ROWS_A_SHARD = 512
 
 
-def import_stage1(cfg: RunConfig, source: str, split: str) -> None:
+def import_stage1(cfg: RunConfig, source: str, split: str | None) -> None:
     """Write the prompts of a published stage-1 data set to `data.path` and its responses to the run's V* table.
 
     Rewards are scored anew by the run's own rule, which its contract names, and compared with the published ones.

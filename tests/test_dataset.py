@@ -117,6 +117,71 @@ def test_a_data_set_of_the_hub_is_read_by_the_package_datasets(data: Command, tm
     assert status == 2 and "can't load it (split 'train')" in error
 
 
+def _question(folder: Path, name: str) -> None:
+    """Write a file whose one question is its name."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": name, "answer": "1"}]
+    if name.endswith(".jsonl"):
+        write_jsonl(folder / name, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), folder / name)
+
+
+_GSM8K = [
+    *("main/test-00000-of-00001.parquet", "main/train-00000-of-00002.parquet", "main/train-00001-of-00002.parquet"),
+    *("socratic/test-00000-of-00001.parquet", "socratic/train-00000-of-00001.parquet"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "asked", "read"),
+    [
+        ("gsm8k", _GSM8K, [], _GSM8K[1:3]),
+        ("gsm8k", _GSM8K, ["--split", "test"], _GSM8K[:1]),
+        ("hf", _GSM8K, ["--subset", "socratic"], _GSM8K[4:]),
+        ("hf", ["train.jsonl", "test.jsonl"], [], ["train.jsonl"]),
+        ("hf", ["x/train/0000.parquet", "x/test/0000.parquet"], ["--subset", "x"], ["x/train/0000.parquet"]),
+        ("hf", ["train_sft.jsonl", "test.jsonl"], ["--split", "train_sft"], ["train_sft.jsonl"]),
+        ("hf", ["a.jsonl", "part/b.jsonl"], [], ["a.jsonl", "part/b.jsonl"]),
+        ("jsonl", ["train.jsonl", "test.jsonl"], [], ["test.jsonl", "train.jsonl"]),
+    ],
+)
+def test_of_a_folder_as_the_hub_has_it_the_files_of_a_subset_and_a_split_are_read(
+    kind: str, names: list[str], asked: list[str], read: list[str], data: Command, tmp_path: Path
+) -> None:
+    for name in names:
+        _question(tmp_path / "set", name)
+    status, _, error = data(kind, tmp_path / "set", "--out", tmp_path / "out.jsonl", *asked)
+    assert status == 0, error
+    assert [row["question"] for row in read_jsonl(tmp_path / "out.jsonl")] == read
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "message"),
+    [
+        (_GSM8K, [], "lie in several folders"),
+        (_GSM8K, ["--subset", "minor"], "--subset minor: there is no such folder"),
+        (["train.jsonl"], ["--split", "dev"], "has no file of the split dev"),
+        (["test.jsonl"], [], "has no file of the split train (train.jsonl, train-00000-of-00001.parquet), but test"),
+        (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], [], "but test_sft-0"),
+        (["train.jsonl", "extra.jsonl"], [], "there are files whose split is not known, extra.jsonl"),
+    ],
+)
+def test_files_of_a_folder_whose_split_or_subset_is_not_known_are_refused(
+    names: list[str], asked: list[str], message: str, data: Command, tmp_path: Path
+) -> None:
+    for name in names:
+        _question(tmp_path / "set", name)
+    status, _, error = data("hf", tmp_path / "set", "--out", tmp_path / "out.jsonl", *asked)
+    assert status == 2 and message in error.replace("\n", " "), error
+
+
+def test_a_split_of_one_file_is_refused(data: Command, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "1"}])
+    status, _, error = data("gsm8k", source, "--split", "test", "--out", tmp_path / "out.jsonl")
+    assert status == 2 and "--split test: one file is read whole" in error
+
+
 def _stage1(**changes: Any) -> dict[str, Any]:
     row = {
         "data_source": "gsm8k",

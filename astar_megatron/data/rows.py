@@ -6,6 +6,7 @@ What can't be used is counted and named by its place, all of it at once; nothing
 import json
 import logging
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,17 +64,15 @@ class Problems:
             raise PromptError(self.message(total))
 
 
-def read_rows(source: str | Path, problems: Problems) -> list[Row]:
-    """Return the rows of a .jsonl or .parquet file, or of all such files of a folder in order of their names.
+def read_rows(source: str | Path, problems: Problems, files: Sequence[Path] | None = None) -> list[Row]:
+    """Return the rows of a .jsonl or .parquet file, or of `files` of a folder (none: `data_files`), in their order.
 
-    Of a folder, files that are hidden or of another kind are not read, but logged with their count. A line that is no
-    JSON object in UTF-8 or has a key twice goes to `problems`, and so does a row of Parquet that is not UTF-8. Raises
-    PromptError where nothing can be read.
+    A line that is no JSON object in UTF-8 or has a key twice goes to `problems`, and so does a row of Parquet that is
+    not UTF-8. Raises PromptError where nothing can be read.
     """
     source = Path(source)
-    files = [source]
-    if source.is_dir():
-        files = _files(source)
+    if files is None:
+        files = data_files(source) if source.is_dir() else [source]
     rows = []
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
@@ -209,15 +208,38 @@ def _cause(question: str, other: str) -> str:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """The data files below a folder, in order of their names."""
-    inside = sorted(path for path in folder.rglob("*") if path.is_file())
-    shown = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def data_files(folder: Path) -> list[Path]:
+    """Return the .jsonl and .parquet files below a folder, in order of their names.
+
+    Files that are hidden or of another kind are not read, but logged with their count. Raises PromptError where a
+    folder can't be listed, and where a name leads to no regular file (a dangling link, a pipe) or to a linked folder.
+    """
+    inside, linked = list[Path](), list[Path]()
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+        inside += [Path(place, name) for name in names]
+        linked += [link for name in folders if (link := Path(place, name)).is_symlink()]
+    inside.sort()
+    shown = [path for path in inside if not _is_hidden(path, folder)]
+    odd = [path for path in linked if not _is_hidden(path, folder)] + [path for path in shown if not path.is_file()]
+    if odd:
+        names = ", ".join(str(path.relative_to(folder)) for path in odd[:_SHOWN])
+        raise PromptError(
+            f"{folder}: holds {len(odd)} links to folders or to nothing, or other things that are no files, whose rows "
+            f"would be left out: {names}; copy the files there, or remove these"
+        )
     files = [path for path in shown if path.suffix.lower() in _SUFFIXES]
     read = set(files)
     if others := [str(path.relative_to(folder)) for path in inside if path not in read]:
         _LOG.warning("%s: %d other files not read: %s", folder, len(others), ", ".join(others[:_SHOWN]))
     return files
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise PromptError(f"{error.filename}: can't list the folder: {error.strerror}; make it readable for this user")
 
 
 def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:

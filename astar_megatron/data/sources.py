@@ -1,22 +1,96 @@
 """Where rows of prompts come from, files of this machine or the hub, and what they must not overwrite."""
 
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from astar_megatron.data.rows import Problems, PromptError, Row, hub_rows, read_rows
+from astar_megatron.data.rows import Problems, PromptError, Row, data_files, hub_rows, read_rows
+
+_LOG = logging.getLogger(__name__)
+_TRAIN = "train"  # the split where none is asked for
+_SPLITS = {_TRAIN, "validation", "valid", "val", "dev", "test"}
+_SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}\b")
+_SHOWN = 5  # names that a message has
 
 
-def rows_of(kind: str, source: str, subset: str | None, split: str, problems: Problems) -> list[Row]:
-    """The rows of a file or folder of this machine; of the hub otherwise."""
-    if Path(source).exists() or kind == "jsonl":
+def rows_of(
+    kind: str,
+    source: str,
+    subset: str | None,
+    split: str | None,
+    problems: Problems,
+    *,
+    known_subset: str | None = None,
+) -> list[Row]:
+    """Return the rows of a file or folder of this machine; of the hub otherwise.
+
+    `subset` and `split` are what a user asked for: of a folder, their files by the hub's naming. `known_subset` is the
+    data set's own where none is asked for. Raises PromptError.
+    """
+    place = Path(source)
+    if kind == "jsonl" or (place.exists() and not place.is_dir()):
+        if asked := [f"--{name} {value}" for name, value in (("split", split), ("subset", subset)) if value]:
+            raise PromptError(f"{source}: {' and '.join(asked)}: one file is read whole; leave that out")
         return read_rows(source, problems)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in (".jsonl", ".parquet"):
+    if place.is_dir():
+        return read_rows(source, problems, _files_of(place, subset, split, known_subset))
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or place.suffix in (".jsonl", ".parquet"):
         raise PromptError(f"{source}: no such file or folder, and no name of the hub (owner/name)")
-    return hub_rows(source, subset, split)
+    return hub_rows(source, subset or known_subset, split or _TRAIN)
+
+
+def _files_of(folder: Path, subset: str | None, split: str | None, known_subset: str | None) -> list[Path]:
+    """The files of a subset and a split, as a download from the hub has them. Raises PromptError."""
+    name = subset or known_subset or ""
+    inside = folder / name if (folder / name).is_dir() else folder
+    if subset and inside == folder:
+        raise PromptError(
+            f"{folder}: --subset {subset}: there is no such folder in it; leave that out, or name another"
+        )
+    files, wanted = data_files(inside), split or _TRAIN
+    splits: defaultdict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        splits[_split_of(file.relative_to(inside), split)].append(file)
+    if not files or (split is None and len(splits) == 1 and not _SPLITS.intersection(splits)):
+        return files
+    chosen = splits.get(wanted, [])
+    if not chosen:
+        raise PromptError(
+            f"{inside}: has no file of the split {wanted} ({wanted}.jsonl, {wanted}-00000-of-00001.parquet), but "
+            f"{_listed(files, inside)}; choose with --split, or name one of them"
+        )
+    if split is None and splits[""]:
+        raise PromptError(
+            f"{inside}: beside {_listed(chosen, inside)} there are files whose split is not known, "
+            f"{_listed(splits[''], inside)}; say --split {_TRAIN} for the former alone, or name one file"
+        )
+    if len({file.parent for file in chosen}) > 1:
+        raise PromptError(f"{inside}: {_listed(chosen, inside)} lie in several folders; name one of the folders")
+    if len(chosen) < len(files):
+        _LOG.warning("%s: %d of %d files are of the split %s and read", inside, len(chosen), len(files), wanted)
+    return chosen
+
+
+def _split_of(file: Path, asked: str | None) -> str:
+    """The split that a file's name, or that of a folder around it, begins with; "" where none does."""
+    if shard := _SHARD.match(file.name):
+        return shard[1]
+    words = [re.split(r"[-.]", part)[0] for part in reversed(file.parts)]
+    return next((word for word in words if word in _SPLITS or word == asked), "")
+
+
+def _listed(files: Iterable[Path], folder: Path) -> str:
+    names = [str(file.relative_to(folder)) for file in files]
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def refuse_other(key: str, path: Path, data: bytes) -> None:
     """Raise PromptError where the file of configuration key or option `key` holds other prompts than `data`."""
     if path.is_dir():
         raise PromptError(f"{key}: {str(path)!r} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise PromptError(f"{key}: {path} is no regular file; name a file that this program may write")
     if path.exists() and path.read_bytes() != data:
         raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")

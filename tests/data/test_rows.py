@@ -1,6 +1,7 @@
 """Rows from files: JSONL, Parquet and folders, and what can't be used is counted and named."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,32 @@ def test_a_damaged_or_empty_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PromptError, match="holds no prompt"):
         read_rows(tmp_path / "empty", Problems("x"))
+
+
+@pytest.mark.parametrize("kind", ["link to nothing", "pipe", "linked folder"])
+def test_what_of_a_folder_can_not_be_read_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "a.jsonl", ROWS)
+    odd = tmp_path / "folder" / "b.jsonl"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to(tmp_path if kind == "linked folder" else tmp_path / "nowhere")
+    with pytest.raises(PromptError, match=r"would be left out: b\.jsonl; copy"):
+        read_rows(tmp_path / "folder", Problems("x"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who may not read")
+def test_a_folder_in_it_that_may_not_be_listed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    folder = os.open(tmp_path, os.O_RDONLY)  # a path to it leads through folders of root's own
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PromptError, match="can't list the folder: Permission denied"):
+            read_rows(f"/proc/self/fd/{folder}", Problems("x"))
+    finally:
+        os.seteuid(0)
+        os.close(folder)
 
 
 def test_all_problems_are_counted_and_the_first_five_named(tmp_path: Path, model_folder: Any) -> None:
