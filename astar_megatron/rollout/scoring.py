@@ -23,11 +23,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.cluster.endings import ended
 from astar_megatron.config import RewardConfig
+from astar_megatron.data.files import storage_error
 from astar_megatron.types import Prompt, Rollout
 
 _LOG = logging.getLogger(__name__)
@@ -79,8 +80,9 @@ class Scorer:
     """
 
     def __init__(self, cfg: RewardConfig, folder: Path | None = None, num_processes: int | None = None) -> None:
-        self._cfg, self._folder = cfg, folder
-        self._failures = 0
+        self._cfg = cfg
+        self._file = folder / "reward_failures.jsonl" if folder is not None else None
+        self._failures = self._counted_bytes = 0  # and the bytes of the file in which they were counted
         self._tasks: queue.SimpleQueue[tuple[list[tuple[str, str]], Future[list[Answer]]] | None] = queue.SimpleQueue()
         count = num_processes or min(16, max(1, len(os.sched_getaffinity(0)) // 2))
         self._processes = [_Process(cfg) for _ in range(count)]
@@ -138,9 +140,10 @@ class Scorer:
         return parts
 
     def _failed(self, rollout: Rollout, reason: str) -> None:
-        self._failures += 1
         text = self._explain(rollout, reason)
-        if self._folder is not None:
+        if self._file is None:
+            self._failures += 1
+        else:
             row = {
                 "uid": rollout.prompt.uid,
                 "prompt": rollout.prompt.text,
@@ -150,17 +153,32 @@ class Scorer:
                 "response": rollout.text,
                 "reason": reason,
             }
-            with (self._folder / "reward_failures.jsonl").open("a+b", buffering=0) as file:
-                file.write(json.dumps(row).encode() + b"\n")  # at once: other jobs may write too
-                file.seek(0)
-                self._failures = file.read().count(b"\n")
+            self._append(self._file, row)
         if self._failures > self._cfg.max_failures:
-            where = f" (all are in {file.name}; move it away to count anew)" if self._folder is not None else ""
+            where = f" (all are in {self._file}; move it away to count anew)" if self._file is not None else ""
             raise RewardError(
                 f"{self._failures} responses could not be scored, reward.max_failures is {self._cfg.max_failures}"
                 f"{where}; the last:\n{text}"
             )
         _LOG.warning("response %d that can't be scored: %s", self._failures, text)
+
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        """Write a failure on a line of its own, and count the lines that are new, those of other jobs too."""
+        try:
+            with path.open("a+b", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) < self._counted_bytes:  # it was moved away
+                    self._failures = self._counted_bytes = 0
+                file.seek(self._counted_bytes)
+                before = file.readall()
+                line = (b"\n" if before and not before.endswith(b"\n") else b"") + json.dumps(row).encode() + b"\n"
+                while line:  # at once, unless the disk is full: then the rest raises why
+                    line = line[file.write(line) :]
+                file.seek(self._counted_bytes)
+                whole, newline, _ = file.readall().rpartition(b"\n")
+        except OSError as error:
+            raise storage_error(f"{path}: can't write a failure of the reward", error) from error
+        self._failures += (whole + newline).count(b"\n")
+        self._counted_bytes += len(whole + newline)
 
     def _explain(self, rollout: Rollout, reason: str) -> str:
         prompt = rollout.prompt

@@ -18,6 +18,7 @@ import samples
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.config import RewardConfig
+from astar_megatron.data.files import StorageError
 from astar_megatron.rollout.scoring import Pending, Scorer
 from astar_megatron.types import Prompt, Rollout
 
@@ -110,6 +111,30 @@ def test_failures_of_all_scorers_of_a_run_count_together(tmp_path: Path) -> None
     with _faulty_scorer(tmp_path, max_failures=2) as scorer:
         assert _rewards(scorer, _rollout("fine")) == [0.5]
         with pytest.raises(RewardError, match=r"3 responses could not be scored, reward\.max_failures is 2 .*move it"):
+            scorer.score([_rollout("raise")])
+
+
+def test_a_failure_begins_on_a_new_line_and_counts_again_after_the_file_was_moved_away(tmp_path: Path) -> None:
+    failures = tmp_path / "reward_failures.jsonl"
+    failures.write_text('{"cut')
+    with _faulty_scorer(tmp_path, max_failures=2) as scorer:
+        _rewards(scorer, _rollout("raise"))
+        cut, row = failures.read_text().splitlines()
+        assert (cut, json.loads(row)["response"]) == ('{"cut', "raise")
+        failures.rename(tmp_path / "moved.jsonl")
+        assert _rewards(scorer, _rollout("raise"), _rollout("raise")) == [None, None]
+        with failures.open("a") as file:
+            file.write("of another job\n")
+        with pytest.raises(RewardError, match=r"4 responses could not be scored, reward\.max_failures is 2"):
+            scorer.score([_rollout("raise")])
+
+
+def test_a_full_disk_under_the_failures_is_named_with_their_file(tmp_path: Path) -> None:
+    with _faulty_scorer(tmp_path) as scorer:
+        _rewards(scorer, _rollout("raise"))
+        limit = (tmp_path / "reward_failures.jsonl").stat().st_size + 10  # within the next row
+        words = r"reward_failures\.jsonl: can't write a failure of the reward: .*free some space"
+        with samples.files_of_at_most(limit), pytest.raises(StorageError, match=words):
             scorer.score([_rollout("raise")])
 
 
