@@ -10,7 +10,7 @@ import numpy as np
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import contract_of, described
 from astar_megatron.data.estimates import Estimates
-from astar_megatron.data.files import make_folder
+from astar_megatron.data.files import make_folder, write_figure
 from astar_megatron.data.header import differences, stored_contract
 from astar_megatron.data.v_star import TableError, VStarTable
 from astar_megatron.run.tracking import Tracker
@@ -97,6 +97,6 @@ def plot(estimates: Estimates, path: Path) -> Path:
     for axes in (rates, values, widths):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    write_figure(path, figure)
     pyplot.close(figure)
     return path

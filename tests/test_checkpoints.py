@@ -353,6 +353,18 @@ def half_copied(folder: Path) -> None:
             path.unlink()
 
 
+def listed(folder: Path, name: str) -> None:
+    """Put a name into the manifest, as a stranger may."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 0, "xxh3_128": ""}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def linked(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+
+
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: flip(folder, "__0_0.distcp"), "__0_0.distcp holds other bytes than were written"),
     (lambda folder: flip(folder, "metadata.json"), "metadata.json holds other bytes than were written"),
@@ -369,6 +381,10 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
         lambda folder: shutil.copy(folder.with_name("step_00000020") / "manifest.json", folder),
         "progress.json holds other bytes than were written",
     ),
+    (lambda folder: listed(folder, "/dev/zero"), "'/dev/zero' is no name of a file in it"),
+    (lambda folder: listed(folder, "../latest"), "'../latest' is no name of a file in it"),
+    (lambda folder: linked(folder, "__1_0.distcp"), "__1_0.distcp is no regular file"),
+    (lambda folder: linked(folder, "manifest.json"), "manifest.json is no regular file"),
 ]
 
 
@@ -415,7 +431,14 @@ def test_a_run_whose_latest_is_gone_goes_on_from_the_last_checkpoint(tmp_path: P
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [(b"step_00000040", "'step_00000040'"), (b"", "''"), (b"\xff", "'\ufffd'"), (b".", "'.'")],
+    [
+        (b"step_00000040", "'step_00000040'"),
+        (b"", "''"),
+        (b"\xff", "'\ufffd'"),
+        (b".", "'.'"),
+        (b"../../other", "'../../other'"),
+        (b"/", "'/'"),
+    ],
 )
 def test_latest_that_names_no_checkpoint_is_refused_with_one_to_name(text: bytes, name: str, tmp_path: Path) -> None:
     pointer = damaged(tmp_path).parent / "latest"

@@ -94,6 +94,9 @@ def test_what_is_there_with_other_prompts_is_kept(data: Command, tmp_path: Path)
         status, _, error = data(*arguments)
         assert status == 2 and f"--out: {out} is there with other prompts; remove it" in error
     assert out.read_text() == "mine"
+    for place in ("/dev/null", "/dev/zero"):
+        status, _, error = data("jsonl", source, "--out", place)
+        assert status == 2 and f"--out: {place} is no regular file" in error
 
 
 @pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import math
 import os
 import secrets
@@ -18,11 +19,12 @@ class StorageError(OSError, ValueError):
 def write_atomic(path: str | Path, data: bytes, *, replace: bool = True) -> None:
     """Write `data` to `path`, replacing what is there: temporary file beside it, fsync, rename, fsync of the folder.
 
-    Without `replace` the first of several writers wins, and what is there stays (a hard link instead of the rename).
+    A link stays, and what it names is written. Without `replace` the first of several writers wins, and what is there
+    stays (a hard link instead of the rename).
     Raises StorageError (full disk, read-only folder, missing folder); `path` is then as it was before.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    place = Path(os.path.realpath(path))
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with temporary.open("xb") as file:
@@ -30,15 +32,22 @@ def write_atomic(path: str | Path, data: bytes, *, replace: bool = True) -> None
                 file.flush()
                 os.fsync(file.fileno())
             if replace:
-                temporary.replace(path)
+                temporary.replace(place)
             else:
                 with suppress(FileExistsError):
-                    os.link(temporary, path)
-            sync(path.parent)
+                    os.link(temporary, place)
+            sync(place.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(f"{path}: can't write {len(data)} bytes", error) from error
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Draw a figure of matplotlib into an image file, in the format of its ending, as `write_atomic` does."""
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix("."))
+    write_atomic(path, image.getvalue())
 
 
 def make_folder(path: str | Path) -> None:

@@ -57,6 +57,8 @@ def problems(folder: Path) -> list[str]:
 
     All files are read, several side by side. Others that lie there are not looked at.
     """
+    if not (folder / MANIFEST_FILE).is_file():
+        return [f"{MANIFEST_FILE} is no regular file"]
     try:
         wanted = {
             str(name): FileDigest(num_bytes=int(entry["bytes"]), xxh3_128=str(entry["xxh3_128"]))
@@ -85,7 +87,11 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _problem(path: Path, name: str, wanted: FileDigest) -> str | None:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        return f"{name!r} is no name of a file in it"
     try:
+        if path.exists() and not path.is_file():
+            return f"{name} is no regular file"
         num_bytes = path.stat().st_size
         if num_bytes != wanted.num_bytes:
             return f"{name} has {num_bytes} bytes instead of {wanted.num_bytes}"

@@ -205,7 +205,8 @@ def latest(run_dir: Path) -> Path | None:
     checkpoints = run_dir / CHECKPOINTS_FOLDER
     pointer = checkpoints / LATEST_FILE
     try:
-        name = pointer.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
+        with pointer.open("rb") as file:
+            name = file.read(_LONGEST_NAME).decode(errors="replace").strip()
     except FileNotFoundError:
         return max((path.parent for path in checkpoints.glob(f"{STEPS}/{PROGRESS_FILE}")), default=None)
     except OSError as error:
@@ -214,8 +215,10 @@ def latest(run_dir: Path) -> Path | None:
             "a new run_dir to start over"
         ) from error
     folder = checkpoints / name
-    if not name or not (folder / PROGRESS_FILE).is_file():
-        problem = f"which has no {PROGRESS_FILE}" if name and folder.is_dir() else "which is not there"
+    if name == ".." or folder.parent != checkpoints:
+        raise _error(checkpoints, f"{pointer} names {name!r}, which is no folder in {checkpoints}", name)
+    if not (folder / PROGRESS_FILE).is_file():
+        problem = f"which has no {PROGRESS_FILE}" if folder.is_dir() else "which is not there"
         raise _error(checkpoints, f"{pointer} names {name!r}, {problem}", name)
     return folder
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from astar_megatron.data.files import write_figure
 from astar_megatron.run.spending import Measure
 from astar_megatron.studies.comparison import UNITS, Result
 
@@ -52,7 +53,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         panels[-1].legend(loc="lower right", frameon=False)
     figure.suptitle(_BAND, fontsize=9)
     figure.tight_layout()
-    figure.savefig(path)
+    write_figure(path, figure)
     pyplot.close(figure)
 
 

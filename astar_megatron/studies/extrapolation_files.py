@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.files import make_folder, write_atomic, write_figure
 from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResult, Number
 from astar_megatron.studies.laws import LEVEL
 from astar_megatron.studies.score_curves import Curve
@@ -213,7 +213,7 @@ def plot(curves: Sequence[Curve], results: Sequence[Extrapolation], path: Path) 
     more = f"; {len(results) - len(drawn)} more curves are in fit.json" if len(results) > len(drawn) else ""
     words = f"dashed: fitted to the first half; grey: sigmoid of all, {LEVEL:.0%}; rings: means{more}"
     figure.suptitle(_wrapped(words, in_a_row), fontsize=8)
-    figure.savefig(path)
+    write_figure(path, figure)
     pyplot.close(figure)
 
 

@@ -1,5 +1,6 @@
 """Files that are whole or absent, and the data that the project makes itself."""
 
+import io
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from samples import files_of_at_most, read_jsonl
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.data.arithmetic import one_digit_additions, write_jsonl
-from astar_megatron.data.files import StorageError, exclusive, write_atomic
+from astar_megatron.data.files import StorageError, exclusive, write_atomic, write_figure
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -28,6 +29,31 @@ def test_a_folder_that_refuses_is_a_clear_error(tmp_path: Path) -> None:
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, OSError)
     with pytest.raises(StorageError):
         write_atomic("/proc/astar", b"x")
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_link_stays_and_what_it_names_is_written(replace: bool, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere" / "file")
+    write_atomic(link, b"x", replace=replace)
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "file").read_bytes() == b"x"
+
+
+class HalfDrawn:
+    """A figure that fails after its first bytes."""
+
+    def savefig(self, file: io.BytesIO | Path, **_: str) -> None:
+        with file.open("wb") if isinstance(file, Path) else file as opened:
+            opened.write(b"half")
+            raise MemoryError
+
+
+def test_a_plot_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    (picture := tmp_path / "x.png").write_bytes(b"old")
+    with pytest.raises(MemoryError):
+        write_figure(picture, HalfDrawn())
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.png", b"old")]
 
 
 def test_the_one_digit_additions_are_all_64_and_right() -> None:
