@@ -37,7 +37,10 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir)
     with hugging_face(end, tracker) as folder:
-        weights = scores.weights_of(folder)
+        with tracker.waiting(f"reading the weights of {path}"):
+            weights, reason = scores.weights_of(folder)
+        if reason and read_record(folder):
+            tracker.say(f"{path}: {reason}: its scores are kept as those of another model")
         name = scores.name_of(weights)
         scores.kept(tracker.run_dir, weights)  # damaged ones are refused before engines start
         with engines_of(cfg, tracker, str(folder)) as engines:
@@ -46,7 +49,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
                 show(str(path), [evaluation], tracker)
     tracker.say(f"scores and responses of these weights are in {tracker.run_dir / name}*")
     export = cfg.export_dir
-    if export.is_dir() and scores.weights_digest(read_record(export)) == weights:
+    if export.is_dir() and scores.weights_digest(read_record(export)) == weights == scores.weights_of(export)[0]:
         tracker.say(card.write(export, Training.of_folder(export), Path(cfg.run_dir)))
 
 

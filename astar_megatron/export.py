@@ -21,6 +21,8 @@ def main(cfg: RunConfig, repo: str | None, *, private: bool) -> None:
         conversions.to_hf(str(checkpoints.newest(run_dir)), str(cfg.export_dir), like=None, dry_run=False)
     if to is not None:
         screen = Screen()
+        with screen.waiting(f"reading the weights of {cfg.export_dir}"):
+            hub.check(cfg.export_dir)
         screen.say(card.write(cfg.export_dir, Training.of_folder(cfg.export_dir), run_dir))
         with screen.waiting(f"sending {cfg.export_dir}"):
             address = hub.push(cfg.export_dir, to)

@@ -142,8 +142,21 @@ def listed(bad: Counter[str]) -> str:
     return f"NaN or Inf in {_named([f'{name} ({count} values)' for name, count in sorted(bad.items()) if count])}"
 
 
+def doubt(end: End, digests: dict[str, str]) -> str:
+    """Return in words why a folder may not be the model that its record is of; "" where nothing says so."""
+    try:
+        _check_config(end)
+    except ModelFolderError as error:
+        return str(error)
+    return _weights_doubt(end, digests)
+
+
 def weights_verdict(end: End, digests: dict[str, str]) -> str:
     """Return in words whether the folder's record says what was found in it."""
+    return _weights_doubt(end, digests) or f"as recorded in {RECORD}"
+
+
+def _weights_doubt(end: End, digests: dict[str, str]) -> str:
     try:
         expected = recorded(end)
     except ModelFolderError as error:
@@ -153,7 +166,7 @@ def weights_verdict(end: End, digests: dict[str, str]) -> str:
     if not expected:
         return f"nothing records what the weights should be (no digests in {RECORD})"
     wrong = differing(expected, digests)
-    return f"not as recorded in {RECORD}: {_named(wrong)}" if wrong else f"as recorded in {RECORD}"
+    return f"not as recorded in {RECORD}: {_named(wrong)}" if wrong else ""
 
 
 def config_verdict(end: End) -> str:

@@ -119,25 +119,45 @@ def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -
     assert (tmp_path / "eval.json").read_text() == earlier
 
 
-def test_weights_are_known_by_their_record_or_by_every_byte_of_their_files(tied_llama: Path, tmp_path: Path) -> None:
+def weights_of(folder: Path) -> str:
+    return scores.weights_of(folder)[0]
+
+
+def test_weights_are_known_by_what_is_read_and_by_their_record_where_both_agree(
+    tied_llama: Path, export: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tied_llama, tmp_path / "model")
     (folder / "README.md").write_text("of no weight")
-    assert scores.weights_of(folder) == scores.weights_of(tied_llama)
+    assert weights_of(folder) == weights_of(tied_llama)
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-99] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    assert scores.weights_of(folder) != scores.weights_of(tied_llama)
-    (folder / folders.RECORD).write_text('{"digests": {"a": "b"}}')
-    assert scores.weights_of(folder) == scores.weights_digest({"digests": {"a": "b"}})
+    assert weights_of(folder) != weights_of(tied_llama)
+    record = folders.read_record(export)
+    assert scores.weights_of(export) == (scores.weights_digest(record), "")
+    shutil.copy(folder / "model.safetensors", export)  # of other weights, beside the record of the old
+    changed, reason = scores.weights_of(export)
+    assert changed not in (scores.weights_digest(record), weights_of(tied_llama))
+    assert reason == "not as recorded in conversion.json: model.norm.weight"
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_the_same_weights_that_compute_otherwise_are_another_model(export: Path, is_recorded: bool) -> None:
+    known, fields = weights_of(export), json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5}))
+    if not is_recorded:
+        (export / folders.RECORD).unlink()
+    changed, reason = scores.weights_of(export)
+    assert changed != known and ("rms_norm_eps" if is_recorded else "nothing records") in reason
 
 
 def test_a_card_keeps_its_scores_when_another_set_or_model_is_evaluated(
     export: Path, settings: dict[str, Any], tied_llama: Path
 ) -> None:
     run_dir = export.parent
-    scores.keep(run_dir, scores.weights_of(export), samples.evaluation(0.9438))
-    scores.keep(run_dir, scores.weights_of(export), samples.evaluation(0.5, "math500"))
-    scores.keep(run_dir, scores.weights_of(tied_llama), samples.evaluation(0.25))
+    scores.keep(run_dir, weights_of(export), samples.evaluation(0.9438))
+    scores.keep(run_dir, weights_of(export), samples.evaluation(0.5, "math500"))
+    scores.keep(run_dir, weights_of(tied_llama), samples.evaluation(0.25))
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     results: Any = ModelCard.load(export / "README.md").data
     assert [(each.dataset_name, each.metric_value) for each in results.eval_results] == [
@@ -154,7 +174,7 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     card.write(export, Training.of_run(settings, 5, run_dir), run_dir)
     assert "None are recorded of these weights, those after 5 steps." in text(export)
     assert "model-index" not in ModelCard.load(export / "README.md").data.to_dict()
-    scores.keep(run_dir, scores.weights_of(export), samples.evaluation(0.5))
+    scores.keep(run_dir, weights_of(export), samples.evaluation(0.5))
     card.write(export, Training.of_folder(export), run_dir)  # as `astar eval` and `astar export` do
     data: Any = ModelCard.load(export / "README.md").data
     assert (data.base_model, data.pipeline_tag, data.library_name) == (None, "text-generation", "transformers")

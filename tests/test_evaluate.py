@@ -1,19 +1,26 @@
 """Evaluation: what rollouts say in numbers, files and tables. The engines are a fake that answers from a list."""
 
+import contextlib
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import samples
+from exports import write_export
 from fake_engines import FakeEngines
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
+from astar_megatron import config
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig, RunConfig
 from astar_megatron.data.rows import PromptError
-from astar_megatron.evaluate import hugging_face
+from astar_megatron.evaluate import hugging_face, main
+from astar_megatron.exports import card
+from astar_megatron.exports.provenance import Training
 from astar_megatron.run.evaluation import evaluate, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
 from astar_megatron.run.scores import markdown
@@ -198,6 +205,56 @@ def test_training_refuses_benchmarks_that_do_not_fit_its_engines(run: Callable[.
         prepare(run(eval={"benchmarks": ["gsm8k"]}))
     with pytest.raises(PromptError, match="no benchmark 'amc24'; there are gsm8k"):
         prepare(run(eval={"benchmarks": ["amc24"]}))
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that has `astar eval` evaluate engines that give this answer to each problem."""
+
+    def answer(text: str) -> None:
+        engines = engines_that(lambda _: text)
+        monkeypatch.setattr("astar_megatron.evaluate.engines_of", lambda *_: contextlib.nullcontext(engines))
+
+    return answer
+
+
+def an_export(cfg: RunConfig) -> Path:
+    """The export of a run that has made 12 steps."""
+    model = Path(cfg.model.path)
+    write_export(cfg.export_dir, load_file(model / "model.safetensors"), model)
+    card.write(cfg.export_dir, Training.of_run(config.flat(cfg), 12, None), None)
+    return cfg.export_dir
+
+
+def scores_in_card(export: Path) -> list[str]:
+    """The rows of the tables of the export's card: the set, how many problems, the greedy score."""
+    lines = (export / "README.md").read_text().splitlines()
+    return [" ".join(line.split(" | ")[:3]).strip("| ") for line in lines if line.startswith("| prompts")]
+
+
+def test_other_weights_beside_a_copy_of_the_record_are_not_taken_for_the_export(
+    run: Callable[..., RunConfig], answering: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = run()
+    export = an_export(cfg)
+    answering("2")
+    main(cfg)
+    (known,) = scores_in_card(export)
+    assert known.endswith("100.00 ± nan")
+    averaged = shutil.copytree(export, tmp_path / "averaged")
+    weights = {name: 0 * tensor for name, tensor in load_file(averaged / "model.safetensors").items()}
+    save_file(weights, averaged / "model.safetensors", metadata={"format": "pt"})
+    answering("3")
+    main(cfg, str(averaged))
+    words = " ".join(capsys.readouterr().out.split())
+    assert "not as recorded in conversion.json: model.embed_tokens.weight" in words
+    assert scores_in_card(export) == [known] and len(list(Path(cfg.run_dir).glob("eval_*.json"))) == 2
+    true = export.rename(tmp_path / "true")
+    averaged.rename(export)  # changed in its place
+    (export / "README.md").unlink()
+    for model in (None, str(true)):
+        main(cfg, model)
+        assert not (export / "README.md").exists()
 
 
 def test_a_hugging_face_folder_is_evaluated_as_it_is(tied_llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 from exports import write_export
 from fake_hub import FORBIDDEN, TOKENS, FakeHub, fake_hub
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from astar_megatron.exports import hub as hub_module
 from astar_megatron.exports.hub import HubError
@@ -228,8 +228,19 @@ def test_an_export_that_is_not_sound_or_holds_others_files_is_not_sent(
     # Not sound, so it would be written anew, and there is nothing to make it of.
     assert "there is no checkpoint" in refusal(export(WRITER, *words, config=tmp_path / "run.yaml"))
     with pytest.raises(HubError, match="not to be given to others: log-probs differ by 9 nats"):
-        hub_module.push(tmp_path / "hf", to=None)  # type: ignore[arg-type]  # it is not asked
+        hub_module.check(tmp_path / "hf")
     assert "me/unsound" not in hub.repos
+
+
+def test_weights_that_the_record_is_not_of_are_not_sent_nor_described(
+    export: Export, hub: FakeHub, tied_llama: Path, tmp_path: Path
+) -> None:
+    write_run(tmp_path, tied_llama, float("inf"))
+    weights = {name: 0 * tensor for name, tensor in load_file(tied_llama / "model.safetensors").items()}
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    words = refusal(export(WRITER, "--push-to-hub", "me/changed", config=tmp_path / "run.yaml"))
+    assert "not as recorded in conversion.json: model.embed_tokens.weight" in words and "nothing is sent" in words
+    assert "me/changed" not in hub.repos and not (tmp_path / "hf" / "README.md").exists()
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "me/", "/x", "me/a b", "me/a--b", "me/.x", "-me/x", "me/x.git"])

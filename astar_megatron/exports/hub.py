@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from astar_megatron.run import certificate
+from astar_megatron.run import certificate, scores
 from conversion import folders
 
 _OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -66,12 +66,8 @@ def destination(repo: str, *, private: bool) -> Destination:
     return Destination(repo=repo, private=private, api=api)
 
 
-def push(folder: Path, to: Destination) -> str:
-    """Send all of an export to the hub in one commit, so that nobody gets half of it; return its address.
-
-    Weights of an earlier export under other names are removed in it. Raises HubError, also for an export that can't be
-    trusted or that holds somebody's own files.
-    """
+def check(folder: Path) -> None:
+    """Raise HubError for an export that can't be trusted, was changed by hand or holds somebody's own files."""
     record = folders.read_record(folder)
     if record is None:
         raise HubError(f"{folder}: no {folders.RECORD}, so it is no export: nothing is sent")
@@ -79,6 +75,17 @@ def push(folder: Path, to: Destination) -> str:
         raise HubError(f"{folder}: not to be given to others: {reason}: nothing is sent; export it again")
     if others := [name for name in folders.strangers(folder) if name != folders.CARD]:
         raise HubError(f"{folder} holds files that no export has: {', '.join(others)}: nothing is sent; move them away")
+    if reason := scores.weights_of(folder)[1]:
+        raise HubError(
+            f"{folder}: {reason}: nothing is sent; put what you changed elsewhere and export again, or send it yourself"
+        )
+
+
+def push(folder: Path, to: Destination) -> str:
+    """Send all of a checked export to the hub in one commit, so that nobody gets half of it; return its address.
+
+    Weights of an earlier export under other names are removed in it. Raises HubError.
+    """
     if not sys.stderr.isatty():
         disable_progress_bars()
     files = folders.files(folder)

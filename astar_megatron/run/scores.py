@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.data.files import without_nan, write_atomic
-from astar_megatron.data.manifest import digests_of
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
+from conversion import ledger, rewrite
+from conversion.ends import open_end
 from conversion.folders import read_record
 
 _OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
@@ -159,13 +160,18 @@ def weights_digest(record: Mapping[str, Any] | None) -> str | None:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
 
 
-def weights_of(folder: Path) -> str:
-    """Return a digest of the weights of a Hugging Face folder: that of its conversion.json, else of its files."""
-    if recorded := weights_digest(read_record(folder)):
-        return recorded
-    digests = digests_of(folder, sorted(path.name for path in folder.glob("*.safetensors")))
-    files = {name: digest.xxh3_128 for name, digest in digests.items()}
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+def weights_of(folder: Path) -> tuple[str, str]:
+    """Return a digest of the model in a Hugging Face folder, and in words why it isn't that of its conversion.json.
+
+    All weights are read. Where they, and config.json, are as recorded the digest is `weights_digest` of the record.
+    """
+    end = open_end(folder)
+    digests = rewrite.read_through(end).digests()
+    reason = ledger.doubt(end, digests)
+    if not reason and (recorded := weights_digest(read_record(folder))):
+        return recorded, ""
+    own = {"digests": digests, "config": end.model.computation()}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(), reason
 
 
 def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
