@@ -44,9 +44,9 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
         name = scores.name_of(weights)
         scores.kept(tracker.run_dir, weights)  # damaged ones are refused before engines start
         with engines_of(cfg, tracker, str(folder)) as engines:
-            for evaluation in evaluate(cfg, inputs, engines, tracker, name):
-                scores.keep(tracker.run_dir, weights, evaluation)
+            for evaluation, responses in evaluate(cfg, inputs, engines, tracker, name):
                 show(str(path), [evaluation], tracker)
+                scores.keep(tracker.run_dir, weights, evaluation, responses)
     tracker.say(f"scores and responses of these weights are in {tracker.run_dir / name}*")
     export = cfg.export_dir
     if export.is_dir() and scores.weights_digest(read_record(export)) == weights == scores.weights_of(export)[0]:

@@ -139,7 +139,11 @@ def _evaluate(
     if not is_due and (interval is None or version % interval):
         return {}
     with clock.span("eval", "engines"):
-        evaluations = list(evaluate(cfg, inputs, fleet.engines, tracker, scores.name_of_step(version)))
+        name = scores.name_of_step(version)
+        evaluated = list(evaluate(cfg, inputs, fleet.engines, tracker, name))
+        evaluations = [evaluation for evaluation, _ in evaluated]
+        show(f"the policy after {version} steps", evaluations, tracker)
         scores.write(tracker.run_dir, version, evaluations)
-    show(f"the policy after {version} steps", evaluations, tracker)
+        for evaluation, responses in evaluated:
+            scores.write_responses(tracker.run_dir, scores.file_name(name, evaluation.name), responses)
     return {"eval": {evaluation.name: evaluation.metrics() for evaluation in evaluations}}

@@ -110,6 +110,8 @@ def test_a_newer_evaluation_replaces_those_of_the_same_set_of_the_same_weights_a
 
 def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -> None:
     fields = [dataclasses.asdict(samples.evaluation(0.5, name)) for name in ("prompts", "gsm8k")]
+    for each in fields:
+        del each["measure"]
     earlier = json.dumps(without_nan({"weights": 64 * "a", "sets": fields}))
     (tmp_path / "eval.json").write_text(earlier)
     scores.keep(tmp_path, 64 * "a", samples.evaluation(0.75))

@@ -1,6 +1,9 @@
 """Evaluation: what rollouts say in numbers, files and tables. The engines are a fake that answers from a list."""
 
 import contextlib
+import dataclasses
+import errno
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -21,9 +24,10 @@ from astar_megatron.data.rows import PromptError
 from astar_megatron.evaluate import hugging_face, main
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
+from astar_megatron.run import scores
 from astar_megatron.run.evaluation import evaluate, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
-from astar_megatron.run.scores import markdown
+from astar_megatron.run.scores import Evaluation, markdown
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Prompt, Request, Rollout
 from conversion.ends import open_end
@@ -38,13 +42,18 @@ def _rollout(prompt: Prompt, text: str, sample: int = 0, reward: float | None = 
     return samples.rollout(prompt, sample=sample, token_ids=(1,), text=text, truncated=truncated, reward=reward)
 
 
+def an_eval_set(prompts: list[Prompt], reward: str, count: int) -> EvalSet:
+    rule = RewardConfig(name=reward)
+    return EvalSet(name="x", source="x.jsonl", prompts=prompts, reward=rule, num_samples=count)
+
+
 def engines_that(answer: Callable[[Request], str]) -> FakeEngines:
     return FakeEngines(lambda request: (tuple(answer(request).encode()), False))
 
 
 def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
     prompts = [_prompt(0), _prompt(1), _prompt(2)]
-    eval_set = EvalSet(name="x", prompts=prompts, reward=RewardConfig(name="math"), num_samples=4)
+    eval_set = an_eval_set(prompts, "math", 4)
     right, wrong, other = r"\boxed{5}", r"\boxed{6}", "no answer..."
     texts = [[right, right, wrong, other], [right, wrong, wrong, other], [other, other, other, other]]
     greedy = [_rollout(prompts[0], right, reward=1.0), _rollout(prompts[1], wrong, reward=0.0)]
@@ -92,7 +101,7 @@ def test_the_vote_is_by_the_value_that_the_reward_compares(
     name: str, answer: str, texts: list[str], formatted: float
 ) -> None:
     prompt, reward = _prompt(0, answer), rewards.get(name)
-    eval_set = EvalSet(name="x", prompts=[prompt], reward=RewardConfig(name=name), num_samples=len(texts))
+    eval_set = an_eval_set([prompt], name, len(texts))
     sampled = [_rollout(prompt, text, i, reward(text, answer)) for i, text in enumerate(texts)]
     score = summary(eval_set, sampled[:1], sampled)
     assert score.sampled[f"maj@{len(texts)}"].mean == 1
@@ -101,7 +110,7 @@ def test_the_vote_is_by_the_value_that_the_reward_compares(
 
 
 def test_answers_of_a_reward_of_another_are_not_compared() -> None:
-    eval_set = EvalSet(name="x", prompts=[_prompt(0)], reward=RewardConfig(name="some.module:f"), num_samples=2)
+    eval_set = an_eval_set([_prompt(0)], "some.module:f", 2)
     sampled = [_rollout(_prompt(0), "a", sample, 0.5) for sample in range(2)]
     score = summary(eval_set, [_rollout(_prompt(0), "a", reward=0.5)], sampled)
     assert list(score.sampled) == ["avg@2", "pass@1", "pass@2"]
@@ -127,7 +136,7 @@ def run(tmp_path: Path, tied_llama: Path) -> Callable[..., RunConfig]:
             "sampling": {"max_response_tokens": 8},
             "eval": {"folder": str(tmp_path)},
         }
-        merged = {name: section | changes.get(name, {}) for name, section in sections.items()}
+        merged = changes | {name: section | changes.get(name, {}) for name, section in sections.items()}
         return samples.run_config(run_dir=str(tmp_path / "run"), **merged)
 
     return make
@@ -138,13 +147,13 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
     inputs = prepare(cfg, for_training=False)
     tracker = Tracker(cfg.run_dir, Console(quiet=True))
     engines = engines_that(lambda asked: rf"\boxed{{{asked.prompt.answer if asked.greedy or asked.sample else 'no'}}}")
-    (score,) = evaluate(cfg, inputs, engines, tracker, "eval")
+    ((score, responses),) = evaluate(cfg, inputs, engines, tracker, "eval")
     assert (score.name, score.reward, score.greedy.mean) == ("amc23", "boxed_integer", 1.0)
     assert score.sampled["avg@3"].mean == pytest.approx(2 / 3) and score.sampled["maj@3"].mean == 1.0
     requests = [request for _, request in engines.asked]
     assert [request.greedy for request in requests] == [True] * 3 + [False] * 9
     assert len({request.seed for request in requests[3:]}) == 9  # one for each sample of each problem
-    rows = samples.read_jsonl(tracker.run_dir / "eval_amc23.jsonl")
+    rows = [json.loads(line) for line in responses]
     assert [row["sample"] for row in rows] == ["greedy"] * 3 + [0, 1, 2] * 3
     assert [row["answer"] for row in rows[:3]] == ["0", "2", "4"]
     assert rows[3] | {"uid": ""} == {
@@ -158,9 +167,10 @@ def test_benchmarks_are_scored_by_their_own_rule_and_written_to_files(run: Calla
         "truncated": False,
     }
     assert "| amc23 | 3 | 100.00 ± 0.00 | 66.67 ± 0.00 | 100.00 ± 0.00 |" in markdown([score])
+    assert "| temperature 1, top_p 1, 8 tokens |" in markdown([score])
 
 
-def test_a_set_is_written_and_handed_on_before_the_next_is_asked(run: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_set_is_handed_on_before_the_next_is_asked(run: Callable[..., RunConfig], tmp_path: Path) -> None:
     def answer(asked: Request) -> str:
         if "How many?" in asked.prompt.text:
             raise RuntimeError("the engines are gone")
@@ -170,8 +180,8 @@ def test_a_set_is_written_and_handed_on_before_the_next_is_asked(run: Callable[.
     cfg = run(eval={"benchmarks": ["amc23", "gsm8k"], "num_samples": 1})
     tracker = Tracker(cfg.run_dir, Console(quiet=True))
     evaluations = evaluate(cfg, prepare(cfg, for_training=False), engines_that(answer), tracker, "eval")
-    assert next(evaluations).name == "amc23"
-    assert len(samples.read_jsonl(tracker.run_dir / "eval_amc23.jsonl")) == 2 * 3
+    evaluation, responses = next(evaluations)
+    assert (evaluation.name, len(responses)) == ("amc23", 2 * 3)
     with pytest.raises(RuntimeError, match="the engines are gone"):
         next(evaluations)
 
@@ -255,6 +265,72 @@ def test_other_weights_beside_a_copy_of_the_record_are_not_taken_for_the_export(
     for model in (None, str(true)):
         main(cfg, model)
         assert not (export / "README.md").exists()
+
+
+def test_another_measurement_of_the_same_weights_replaces_none_and_is_named_in_the_card(
+    run: Callable[..., RunConfig], answering: Callable[[str], None], tmp_path: Path
+) -> None:
+    export = an_export(run())
+    easy = str(samples.write_jsonl(tmp_path / "easy.jsonl", [{"question": f"{i} + 1?", "answer": "3"} for i in (1, 2)]))
+    for text, changes in [
+        ("2", {}),
+        ("3", {"data": {"eval_path": easy}}),
+        ("3", {"eval": {"num_samples": 2}}),
+        ("3", {"eval": {"num_samples": 2}, "sampling": {"temperature": 0.5}}),
+        ("2", {"eval": {"num_samples": 2}, "sampling": {"temperature": 0.5}}),  # measured again: it replaces
+    ]:
+        answering(text)
+        main(run(**changes))
+    greedy = sorted(scores_in_card(export))
+    assert [row.removesuffix(" ± nan") for row in greedy if "prompts.jsonl" in row] == [
+        *["prompts of prompts.jsonl 1 0.00"],
+        *["prompts of prompts.jsonl 1 100.00"] * 2,
+    ]
+    assert [row for row in greedy if "easy.jsonl" in row] == ["prompts of easy.jsonl 2 100.00 ± 0.00"]
+    assert str(tmp_path) not in (export / "README.md").read_text()
+    kept = scores.kept(Path(run().run_dir), scores.weights_of(export)[0])
+    measures = [(each.num_samples, each.measure.problems, each.measure.temperature) for each in kept if each.measure]
+    own = str(tmp_path / "prompts.jsonl")
+    assert sorted(measures) == sorted([(0, own, 1.0), (0, easy, 1.0), (2, own, 1.0), (2, own, 0.5)])
+    for file in Path(run().run_dir).glob("eval_*.json"):
+        assert len(samples.read_jsonl(file.with_suffix(".jsonl"))) in (1, 2, 3)
+
+
+def test_what_is_measured_is_known_by_its_problems_and_not_by_where_they_lie(
+    run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    def key(**changes: Any) -> str:
+        cfg, engines = run(**changes), engines_that(lambda _: "2")
+        tracker = Tracker(cfg.run_dir, Console(quiet=True))
+        ((evaluation, _),) = evaluate(cfg, prepare(cfg, for_training=False), engines, tracker, "eval")
+        assert Evaluation.of(dataclasses.asdict(evaluation)).key == evaluation.key
+        return evaluation.key
+
+    copy = shutil.copy(tmp_path / "prompts.jsonl", tmp_path / "copy.jsonl")
+    others = samples.write_jsonl(tmp_path / "others.jsonl", [{"question": "1 + 1?", "answer": "3"}])
+    assert key() == key(data={"path": str(copy)})
+    assert len({key(), key(data={"path": str(others)}), key(reward={"name": "gsm8k_strict"})}) == 3
+
+
+def test_scores_are_shown_and_kept_where_there_is_no_room_for_responses(
+    run: Callable[..., RunConfig],
+    answering: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.suffix == ".jsonl":
+            raise OSError(errno.ENOSPC, "no room")
+        path.write_bytes(content)
+
+    cfg = run()
+    export = an_export(cfg)
+    answering("2")
+    monkeypatch.setattr(scores, "write_atomic", full)
+    with pytest.raises(OSError, match="no room"):
+        main(cfg)
+    (kept,) = scores.kept(Path(cfg.run_dir), scores.weights_of(export)[0])
+    assert kept.greedy.mean == 1.0 and "100.00" in capsys.readouterr().out
 
 
 def test_a_hugging_face_folder_is_evaluated_as_it_is(tied_llama: Path, tmp_path: Path) -> None:

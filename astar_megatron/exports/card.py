@@ -20,7 +20,7 @@ from astar_megatron.run import certificate, scores
 from astar_megatron.run.scores import Evaluation, Scored, markdown
 from conversion import folders
 
-_DATA = ("data.path", "data.eval_path", "reward.name")  # settings that have their own lines
+_DATA = ("data.path", "reward.name")  # settings that have their own lines
 _PAPER_ADDRESS = "https://arxiv.org/abs/"
 
 
@@ -53,7 +53,7 @@ def _metadata(record: Mapping[str, Any], training: Training | None, scored: Sequ
         usual |= recorded_licence(record)
         return ModelCardData(**usual, tags=["astar-megatron"])
     own = scored[-1].evaluations if _are_of_these(training, scored) else []
-    if results := [_result(evaluation, training.settings) for evaluation in own]:
+    if results := [_result(evaluation) for evaluation in own]:
         usual |= {"model_name": f"{training.base}, {training.title}", "eval_results": results}
     if _is_name_of_the_hub(training.base):
         usual["base_model"] = training.base
@@ -62,12 +62,11 @@ def _metadata(record: Mapping[str, Any], training: Training | None, scored: Sequ
     return ModelCardData(**usual, tags=tags)
 
 
-def _result(evaluation: Evaluation, settings: Mapping[str, Any]) -> EvalResult:
-    is_own = evaluation.name == "prompts"  # else a benchmark
+def _result(evaluation: Evaluation) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type=evaluation.name,
-        dataset_name=str(settings.get("data.eval_path") or settings.get("data.path")) if is_own else evaluation.name,
+        dataset_name=evaluation.title,
         metric_type=evaluation.reward,
         metric_name="mean reward of greedy responses, per cent",
         metric_value=round(100 * evaluation.greedy.mean, 2),
@@ -95,7 +94,6 @@ def _of_training(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
     yield f"## Method\n\n{', '.join(filter(None, [title, link, f'`objective.name: {training.method}`']))}\n"
     yield "## Data\n"
     yield f"- Prompts: `{settings.get('data.path')}`"
-    yield f"- Problems of evaluations: `{settings.get('data.eval_path') or settings.get('data.path')}`, or a benchmark"
     yield f"- Reward: `{settings.get('reward.name')}`\n"
     yield "## Settings\n\nThose that differ from the defaults:\n\n| key | value |\n| --- | --- |"
     for key, value in settings.items():

@@ -1,8 +1,10 @@
-"""An evaluation: the responses of engines that are there to each set of problems, their scores, and the files of these.
+"""An evaluation: the responses of engines that are there to each set of problems, their scores, and the lines of these.
 
 evaluate.py says what is measured. Training evaluates through this too.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -10,25 +12,40 @@ from collections.abc import Iterator, Sequence
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
-from astar_megatron.config import RunConfig
-from astar_megatron.data.files import write_atomic
+from astar_megatron.config import RunConfig, SamplingConfig
 from astar_megatron.rollout.requests import evaluation_requests
 from astar_megatron.rollout.source import Engines, RolloutSource
 from astar_megatron.run.prepare import EvalSet, Inputs
-from astar_megatron.run.scores import Estimate, Evaluation, file_name
+from astar_megatron.run.scores import Estimate, Evaluation, Measure
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Rollout
 
 
-def evaluate(cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str) -> Iterator[Evaluation]:
-    """Evaluate what the engines hold, set by set, and write the responses to `<run_dir>/<name>[_<set>].jsonl`."""
+def evaluate(
+    cfg: RunConfig, inputs: Inputs, engines: Engines, tracker: Tracker, name: str
+) -> Iterator[tuple[Evaluation, list[str]]]:
+    """Evaluate what the engines hold, set by set: what each gave, and the lines of a file of its responses.
+
+    They are the caller's to write, after the scores: those need the least room. Progress is shown under `name`.
+    """
     for eval_set in inputs.eval_sets:
+        measure = _measure(eval_set, cfg.sampling)
         with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
             greedy = _draw(cfg.seed, eval_set, source, tracker, name, num_samples=None)
             sampled = _draw(cfg.seed, eval_set, source, tracker, name, eval_set.num_samples)
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
-        write_atomic(tracker.run_dir / f"{file_name(name, eval_set.name)}.jsonl", "".join(lines).encode())
-        yield summary(eval_set, greedy, sampled)
+        yield dataclasses.replace(summary(eval_set, greedy, sampled), measure=measure), lines
+
+
+def _measure(eval_set: EvalSet, sampling: SamplingConfig) -> Measure:
+    asked = [rewards.version(eval_set.reward.name), *sorted(prompt.uid for prompt in eval_set.prompts)]
+    return Measure(
+        problems=eval_set.source,
+        digest=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_response_tokens=sampling.max_response_tokens,
+    )
 
 
 def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:
@@ -61,7 +78,7 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
 def show(title: str, evaluations: Sequence[Evaluation], tracker: Tracker) -> None:
     """Show evaluations."""
     for evaluation in evaluations:
-        tracker.table(f"evaluation of {title}, {evaluation.name}, per cent", evaluation.rows())
+        tracker.table(f"evaluation of {title}, {evaluation.title}, per cent", evaluation.rows())
 
 
 def _draw(

@@ -21,6 +21,7 @@ from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
+from astar_megatron.run.scores import OWN_PROMPTS
 from astar_megatron.types import Prompt
 from conversion import hf
 from conversion.families import Model, read_model
@@ -33,6 +34,7 @@ class EvalSet:
     """Problems to evaluate: a benchmark, or "prompts", the run's own."""
 
     name: str
+    source: str  # the file of its problems, or the folder of benchmarks
     prompts: list[Prompt]
     reward: RewardConfig
     num_samples: int  # beside the greedy response
@@ -135,7 +137,8 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
     first = slice(cfg.eval.max_prompts)
     if not cfg.eval.benchmarks:
         own = read_prompts(cfg.data, cfg.model.path, cfg.data.eval_path) if cfg.data.eval_path else prompts
-        return [EvalSet(name="prompts", prompts=own[first], reward=cfg.reward, num_samples=cfg.eval.num_samples or 0)]
+        source, count = str(cfg.data.eval_path or cfg.data.path), cfg.eval.num_samples or 0
+        return [EvalSet(name=OWN_PROMPTS, source=source, prompts=own[first], reward=cfg.reward, num_samples=count)]
     check_names(cfg.eval.benchmarks)
     assert cfg.eval.folder is not None  # config.py's cross-check
     sets = []
@@ -143,7 +146,8 @@ def _eval_sets(cfg: RunConfig, prompts: list[Prompt]) -> list[EvalSet]:
         asked = BENCHMARKS[name].num_samples if cfg.eval.num_samples is None else cfg.eval.num_samples
         problems = benchmark_prompts(name, cfg.eval.folder, cfg.data, cfg.model.path)
         rule = cfg.reward.model_copy(update={"name": BENCHMARKS[name].reward})
-        sets.append(EvalSet(name=name, prompts=problems[first], reward=rule, num_samples=asked))
+        source = str(cfg.eval.folder)
+        sets.append(EvalSet(name=name, source=source, prompts=problems[first], reward=rule, num_samples=asked))
     return sets
 
 

@@ -3,8 +3,9 @@
     {"weights": "9f4c...", "sets": [{"name": "gsm8k", "greedy": {"mean": 0.71, "error": 0.012}, ...}]}
 
 `<run_dir>/eval_step_<step>.json` has all sets of an evaluation in training; its `weights` is null. Of a folder each set
-has a file, and `weights_of` the folder is in its name and in it: eval_9f4c...json, eval_9f4c..._gsm8k.json. So a newer
-evaluation replaces those of the same set of the same weights alone, and several may run at once.
+has a file, whose name has `weights_of` the folder and the set's `key`: eval_9f4c..._3b1d...json,
+eval_9f4c..._gsm8k_77ac...json. So a newer evaluation replaces the same measurement of the same weights alone, and
+several may run at once.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from conversion import ledger, rewrite
 from conversion.ends import open_end
 from conversion.folders import read_record
 
+OWN_PROMPTS = "prompts"  # the set of a run's own problems; others are benchmarks
 _OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
 
 
@@ -38,6 +40,17 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """Which problems were asked, and how responses to them were drawn."""
+
+    problems: str  # their file, or the folder of benchmarks, as the configuration gave it
+    digest: str  # of the problems, their answers and the reward's rule: 16 hexadecimal digits
+    temperature: float
+    top_p: float
+    max_response_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What one set of problems gave."""
 
@@ -49,6 +62,22 @@ class Evaluation:
     sampled: dict[str, Estimate]  # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n"
     truncated: float  # share of all responses that the token limit cut
     formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
+    measure: Measure | None = None  # None: of an earlier version, which did not write it
+
+    @property
+    def key(self) -> str:
+        """Eight digits of what was measured, wherever its file lies; "" where that is not known."""
+        if self.measure is None:
+            return ""
+        measured = dataclasses.asdict(self.measure) | {"problems": self.name, "num_samples": self.num_samples}
+        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def title(self) -> str:
+        """The set's name; of a run's own prompts with that of their file."""
+        if self.measure is None or self.name != OWN_PROMPTS:
+            return self.name
+        return f"{self.name} of {Path(self.measure.problems).name}"
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what there is to show, in per cent."""
@@ -59,7 +88,12 @@ class Evaluation:
             ("truncated", f"{100 * self.truncated:.2f}"),
             *([("in the asked form", f"{100 * self.formatted:.2f}")] if self.formatted is not None else []),
             ("reward", self.reward),
+            *([("sampling", self._sampling(self.measure))] if self.measure else []),
         ]
+
+    def _sampling(self, measure: Measure) -> str:
+        drawn = f"temperature {measure.temperature:g}, top_p {measure.top_p:g}, " if self.num_samples else ""
+        return f"{drawn}{measure.max_response_tokens} tokens"
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers for a line of metrics."""
@@ -71,7 +105,8 @@ class Evaluation:
     def of(cls, fields: Mapping[str, Any]) -> Self:
         """Return the evaluation of its fields in JSON. Raises KeyError or TypeError for others."""
         sampled = {name: _estimate(each) for name, each in fields["sampled"].items()}
-        return cls(**{**fields, "greedy": _estimate(fields["greedy"]), "sampled": sampled})
+        measure = Measure(**fields["measure"]) if fields.get("measure") else None
+        return cls(**{**fields, "greedy": _estimate(fields["greedy"]), "sampled": sampled, "measure": measure})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +123,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for evaluation in evaluations:
         cells = dict(evaluation.rows())
-        lines.append(f"| {evaluation.name} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
+        title = evaluation.title.replace("|", r"\|")  # else it would end the cell
+        lines.append(f"| {title} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
     return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
@@ -99,7 +135,7 @@ def name_of(weights: str) -> str:
 
 def file_name(name: str, set_name: str) -> str:
     """Return the name, without its ending, of what one set has for itself."""
-    return name if set_name == "prompts" else f"{name}_{set_name}"
+    return name if set_name == OWN_PROMPTS else f"{name}_{set_name}"
 
 
 def name_of_step(step: int) -> str:
@@ -125,22 +161,29 @@ def mean_of_step(run_dir: Path, step: int) -> float | None:
     return statistics.fmean(evaluation.greedy.mean for evaluation in evaluations) if evaluations else None
 
 
-def keep(run_dir: Path, weights: str, evaluation: Evaluation) -> None:
-    """Write an evaluation of a folder, and a table of all that there are of its weights.
+def keep(run_dir: Path, weights: str, evaluation: Evaluation, responses: Sequence[str] = ()) -> None:
+    """Write an evaluation of a folder, a table of all that there are of its weights, and last its responses.
 
     Raises StorageError, and ValueError for earlier ones that are damaged.
     """
-    _write(run_dir / f"{file_name(name_of(weights), evaluation.name)}.json", weights, [evaluation])
+    stem = file_name(name_of(weights), evaluation.name) + (f"_{evaluation.key}" if evaluation.key else "")
+    _write(run_dir / f"{stem}.json", weights, [evaluation])
     write_atomic(run_dir / f"{name_of(weights)}.md", markdown(kept(run_dir, weights)).encode())
+    write_responses(run_dir, stem, responses)
+
+
+def write_responses(run_dir: Path, stem: str, responses: Sequence[str]) -> None:
+    """Write the lines of a file of responses. Raises StorageError."""
+    write_atomic(run_dir / f"{stem}.jsonl", "".join(responses).encode())
 
 
 def kept(run_dir: Path, weights: str) -> list[Evaluation]:
     """Return the evaluations that there are of a folder's weights. Raises ValueError for a file that is damaged."""
-    by_set: dict[str, Evaluation] = {}
+    by_set: dict[tuple[str, str], Evaluation] = {}
     for path in [*run_dir.glob(_OF_ANY_FOLDER), *sorted(run_dir.glob(f"{name_of(weights)}*.json"))]:
         evaluated, sets = _read(path)
         if evaluated == weights:
-            by_set |= {evaluation.name: evaluation for evaluation in sets}
+            by_set |= _by_set(sets)
     return list(by_set.values())
 
 
@@ -178,14 +221,17 @@ def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
     """Return what a run's folder says of the weights that training began with, and of those nearest to `step` steps.
 
     The last are of `step` itself where training evaluated them, or `astar eval` a folder with these `weights`; of a set
-    that both did the folder's counts. Raises ValueError for a file that is damaged.
+    that both measured alike the folder's counts. Raises ValueError for a file that is damaged.
     """
     of_steps = sorted(path for path in run_dir.glob(f"eval_{STEPS}.json") if step_of(path.name) <= step)
     scored = {step_of(path.name): _read(path)[1] for path in {*of_steps[:1], *of_steps[-1:]}}
     if weights is not None and (own := kept(run_dir, weights)):
-        by_set = {evaluation.name: evaluation for evaluation in [*scored.get(step, []), *own]}
-        scored[step] = list(by_set.values())
+        scored[step] = list(_by_set([*scored.get(step, []), *own]).values())
     return [Scored(step=number, evaluations=scored[number]) for number in sorted(scored)]
+
+
+def _by_set(evaluations: Sequence[Evaluation]) -> dict[tuple[str, str], Evaluation]:
+    return {(evaluation.name, evaluation.key): evaluation for evaluation in evaluations}
 
 
 def _write(path: Path, weights: str | None, evaluations: Sequence[Evaluation]) -> None:

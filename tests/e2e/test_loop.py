@@ -64,7 +64,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
         assert table.missing(inputs.prompts, 2) == []
 
         train(cfg, inputs, stage_1(cfg, inputs), fleet, tracker)
-        (evaluated,) = evaluate(cfg, inputs, engines, tracker, "eval")
+        ((evaluated, responses),) = evaluate(cfg, inputs, engines, tracker, "eval")
         (last,) = drawn(engines, short, cfg.sampling, greedy=True)
         (last_long,) = drawn(engines, long, cfg.sampling)
         sequences = [short.token_ids + first.token_ids, short.token_ids + last.token_ids]
@@ -89,7 +89,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     plain = [float(rows[t - 1, sequences[1][t]]) for t in range(len(short.token_ids), len(sequences[1]))]
     assert megatron == pytest.approx(plain, abs=1e-4)
 
-    rows = [json.loads(line) for line in (tracker.run_dir / "eval.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in responses]
     uids = [prompt.uid for prompt in inputs.prompts[:5]]
     assert [(row["uid"], row["sample"]) for row in rows[:5]] == [(uid, "greedy") for uid in uids]
     assert [(row["uid"], row["sample"]) for row in rows[5:]] == [(uid, sample) for uid in uids for sample in (0, 1)]
@@ -97,7 +97,7 @@ def test_sweep_train_export_and_the_engine_holds_what_was_exported(
     assert evaluated.sampled["avg@2"].mean == pytest.approx(sum(row["reward"] for row in rows[5:]) / 10)
     assert all(row["reward"] == length_reward(row["response"], "") for row in rows)
     last = (tracker.run_dir / "eval_step_00000003.jsonl").read_text()  # of the same weights, after the last publish
-    assert last == (tracker.run_dir / "eval.jsonl").read_text()
+    assert last == "".join(responses)
     with hugging_face(open_end(tracker.run_dir / "checkpoints" / "step_00000003"), tracker) as folder:
         compare(open_end(folder), open_end(cfg.export_dir))
 
