@@ -191,7 +191,13 @@ def test_the_widest_that_fit_are_chosen() -> None:
     assert widest(width, cost, 1000).tolist() == [True, True, True, False, True]  # nothing is left to learn of the 4th
 
 
-@pytest.mark.parametrize("partial", [0.0, 0.2], ids=["binary", "other rewards from the second round on"])
+@pytest.mark.parametrize(
+    "partial",
+    [
+        pytest.param(0.0, id="binary"),
+        pytest.param(0.2, id="other rewards from the second round on", marks=pytest.mark.slow),
+    ],
+)
 def test_heavy_tailed_lengths_spend_the_budget_and_exceed_it_by_one_round_at_most(
     tmp_path: Path, partial: float
 ) -> None:

@@ -153,6 +153,7 @@ def test_nothing_is_left_of_a_cancelled_job(slurm: Slurm, submit: Callable[..., 
     assert slurm.left_behind(job) == []
 
 
+@pytest.mark.slow
 def test_what_outlived_its_steps_is_ended_by_the_next_job(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -268,6 +269,7 @@ def test_a_setup_that_fails_is_named_and_ends_the_job(
     assert slurm.left_behind(job) == []
 
 
+@pytest.mark.slow
 def test_a_start_that_takes_too_long_names_the_variable_and_begins_with_srun(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -420,6 +422,7 @@ def test_bad_input_is_refused_before_ray_is_started(slurm: Slurm, tmp_path: Path
         assert slurm.left_behind(job) == [], name
 
 
+@pytest.mark.slow
 def test_a_dead_slurmd_is_named_by_srun_and_ends_the_job(tmp_path: Path) -> None:
     with two_node_slurm(tmp_path) as slurm:
         (tmp_path / "program.py").touch()
@@ -451,6 +454,7 @@ def test_a_signal_before_the_program_has_begun_requeues_the_job(
     assert slurm.left_behind(job) == []
 
 
+@pytest.mark.slow
 def test_a_job_that_is_always_asked_to_end_before_its_program_begins_is_not_requeued_for_ever(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
