@@ -158,6 +158,9 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
+_QUOTE = """put it into quotes of its own, as --set 'data.suffix=" ####"'"""
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
@@ -166,12 +169,15 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         tree: Any = yaml.load(value, Loader=_Loader)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"--set {text:.200}: the value is not readable as YAML: {_reason(error)}") from None
+        raise ConfigError(
+            f"--set {text:.200}: the value is not readable as YAML: {_reason(error)}; if it is a text, {_QUOTE}"
+        ) from None
     if _has_comment(value):
         raise ConfigError(
-            f"--set {text:.200}: YAML takes # and what follows for a comment; put the text into quotes of its own, as "
-            """--set 'data.suffix=" ####"', or leave the comment out"""
+            f"--set {text:.200}: YAML takes # and what follows for a comment; {_QUOTE}, or leave the comment out"
         )
+    if isinstance(tree, str) and tree != value and not value.lstrip().startswith(('"', "'")):
+        raise ConfigError(f"--set {text:.200}: YAML would read the text {tree!r:.200}; {_QUOTE}")
     return _at(key.strip(), tree)
 
 

@@ -5,6 +5,7 @@ or left out where the user says so; exact duplicates are left out and counted; n
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> l
     """What was written, and the keys of a configuration that go with it."""
     rows = [("prompts", str(count)), ("data.path", out)]
     if suffix is not None:
-        rows.append(("data.suffix", json.dumps(suffix)))  # as YAML has it
+        word = json.dumps(suffix)  # as YAML has it
+        rows += [("data.suffix", word), ("on a command line", f"--set {shlex.quote(f'data.suffix={word}')}")]
     return [*rows, ("reward.name", reward)] if reward else rows
 
 

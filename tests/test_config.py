@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from astar_megatron import config
 from astar_megatron.config import ConfigError, RunConfig
@@ -266,10 +267,23 @@ def test_a_key_with_dots_in_a_file_is_refused_with_how_it_is_written_there(tmp_p
 def test_a_value_that_is_set_may_hold_what_begins_a_comment_in_quotes_or_within_a_word(tmp_path: Path) -> None:
     assert load(tmp_path, 'data.suffix=" ####"').data.suffix == " ####"
     assert load(tmp_path, "data.suffix=' # it''s'").data.suffix == " # it's"
-    assert load(tmp_path, "run_dir = runs/a#1 ").run_dir == "runs/a#1"
+    assert load(tmp_path, "run_dir =runs/a#1").run_dir == "runs/a#1"
     assert load(tmp_path, 'eval.benchmarks=["#1", a#b]', "eval.folder=x").eval.benchmarks == ["#1", "a#b"]
     for value in ("runs/a #1", "#1", "'runs/a' #1", "[runs/a] #1", "|\n  runs/a\n#1"):
         assert "YAML takes # and what follows for a comment" in refusal(tmp_path, f"run_dir={value}")
+
+
+@pytest.mark.parametrize("value", [" Go.", "Go. ", "a\nb", " runs/a"])
+def test_a_text_that_is_set_is_taken_whole_or_refused(value: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, f"data.suffix={value}")
+    assert f"YAML would read the text {yaml.safe_load(value)!r}; put it into quotes of its own, as --set '" in message
+    assert load(tmp_path, f"data.suffix={json.dumps(value)}").data.suffix == value
+
+
+@pytest.mark.parametrize("value", ["%x", "@x", "[a].jsonl", "*.jsonl"])
+def test_a_text_that_is_set_and_no_yaml_is_refused_with_the_quotes_it_needs(value: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, f"data.path={value}")
+    assert message.endswith("""; if it is a text, put it into quotes of its own, as --set 'data.suffix=" ####"'""")
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:

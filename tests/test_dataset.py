@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import samples
 import yaml
 from samples import read_jsonl, write_jsonl
 
-from astar_megatron import config
+from astar_megatron import config, config_file
 from astar_megatron.config import DataConfig, RunConfig
 from astar_megatron.data.chat import bare_template, tokenizer
 from astar_megatron.data.contract import contract_of
@@ -39,8 +40,13 @@ def test_gsm8k_and_math_keep_the_final_answer_and_name_suffix_and_reward(data: C
     status, report, _ = data("gsm8k", source, "--out", out)
     assert (status, read_jsonl(out)) == (0, [{"question": "How?", "answer": "1200"}])
     assert "reward.name: gsm8k_strict" in report
-    suffix = next(line.partition(": ")[2] for line in report.splitlines() if "data.suffix" in line)
-    assert yaml.safe_load(suffix) == ' Let\'s think step by step and output the final answer after "####".'
+    shown = dict(line.strip().split(": ", 1) for line in report.splitlines()[1:])
+    words = ' Let\'s think step by step and output the final answer after "####".'
+    assert yaml.safe_load(shown["data.suffix"]) == words
+    option, value = shlex.split(shown["on a command line"])
+    assert option == "--set"
+    (tmp_path / "empty.yaml").write_text("{}")
+    assert config_file.read(tmp_path / "empty.yaml", [value]) == {"data": {"suffix": words}}
     out = tmp_path / "math" / "prompts.jsonl"
     source = write_jsonl(tmp_path / "math.jsonl", [{"problem": "Why?", "solution": r"\boxed{1} so \boxed{\frac12}"}])
     status, report, _ = data("math", source, "--out", out)

@@ -283,7 +283,7 @@ def _parquet_rows(file: Path, within: str, problems: Problems) -> list[Row]:
         table = pq.read_table(file, page_checksum_verification=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{file}: not readable as Parquet: {error}; copy it again") from error
-    rows = []
+    table, rows = _shortest_floats(table), []
     for start in range(0, len(table), _ROWS_AT_ONCE):
         for number, fields in _decoded(table.slice(start, _ROWS_AT_ONCE), start + 1):
             where = f"{within}row {number}"
@@ -294,6 +294,19 @@ def _parquet_rows(file: Path, within: str, problems: Problems) -> list[Row]:
             else:
                 rows.append(Row(where=where, fields=fields))
     return rows
+
+
+def _shortest_floats(table: Any) -> Any:
+    """The table with float16 and float32 in 64 bits by their shortest digits: 0.1, not 0.10000000149011612."""
+    import numpy as np
+    import pyarrow as pa
+
+    kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
+    for i, field in enumerate(table.schema):
+        if kind := kinds.get(field.type):
+            values = [None if value is None else float(str(kind(value))) for value in table.column(i).to_pylist()]
+            table = table.set_column(i, field.name, pa.array(values, pa.float64()))
+    return table
 
 
 def _decoded(part: Any, first: int) -> Iterator[tuple[int, Any]]:

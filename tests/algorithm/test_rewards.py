@@ -342,6 +342,14 @@ def test_math(response: str, answer: str, expected: float) -> None:
     assert rewards.get("math")(response, answer) == expected
 
 
+@pytest.mark.parametrize("end", ["\r", "\t", "\xa0", "\r\n", " "])
+def test_white_space_behind_a_gold_answer_is_none_of_its_own(end: str) -> None:
+    math = rewards.get("math")
+    assert math("\\boxed{x = 18}", f"x = 18{end}") == 1.0
+    with pytest.raises(ValueError, match="expected LaTeX"):
+        math("\\boxed{}", end)
+
+
 @pytest.mark.parametrize(("response", "expected"), BOXED_25)
 def test_an_integer_in_a_box_may_be_dressed(response: str, expected: float) -> None:
     assert rewards.get("boxed_integer")(response, "25") == expected

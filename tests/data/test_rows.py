@@ -112,6 +112,15 @@ def test_a_number_is_as_good_an_answer_as_its_text(value: object, answer: str, t
     assert pair.answer == answer
 
 
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_a_number_of_parquet_has_the_digits_of_its_own_type(kind: pa.DataType, tmp_path: Path) -> None:
+    answers = pa.array([0.1, 27.0, 0.5, None], pa.float64()).cast(kind)
+    pq.write_table(pa.table({"q": ["text"] * 4, "a": answers}), tmp_path / "x.parquet")
+    rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
+    pairs = pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
+    assert [pair.answer for pair in pairs] == ["0.1", "27", "0.5"] and problems.count == 1
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e400, None])
 def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}])

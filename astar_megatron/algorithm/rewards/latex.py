@@ -47,7 +47,7 @@ def math(response: str, answer: str) -> float:
     of which normalisation leaves nothing.
     """
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
-    if gold is None or not (wanted := normalised(gold)):
+    if gold is None or not (wanted := normalised(gold.rstrip())):  # no box has a file's carriage return
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
     return float(boxed_answer(response) == wanted)
 
