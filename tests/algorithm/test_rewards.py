@@ -4,7 +4,10 @@ that the token limit cut, or that has no EOS, by what it holds."""
 import importlib.util
 import json
 import math as mathematics
+import sys
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -589,3 +592,51 @@ def test_a_reward_is_found_by_name_or_by_import() -> None:
 def test_an_unknown_reward_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rewards.get(name)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], rewards.Reward]:
+    """Return a function that loads the reward `f` of a module's text."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "other_form", raising=False)
+
+    def load(definition: str) -> rewards.Reward:
+        (tmp_path / "other_form.py").write_text(definition)
+        return rewards.get("other_form:f")
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("definition", "reason"),
+    [
+        ("def f(completions, **kwargs): ...", r"takes \(completions, \*\*kwargs\)"),
+        ("def f(*, response, answer): ...", r"takes \(\*, response, answer\)"),
+        ("def f(response, answer, extra): ...", r"takes \(response, answer, extra\)"),
+        ("def f(answer, response): ...", r"takes \(answer, response\)"),
+        ("async def f(response, answer): ...", "is async"),
+        ("class f:\n  def __init__(self, response, answer): ...", "is a class"),
+        ("class F:\n  async def __call__(self, response, answer): ...\nf = F()", "is async"),
+    ],
+)
+def test_a_function_that_cannot_be_called_with_response_and_answer_is_refused_when_it_is_loaded(
+    definition: str, reason: str, own: Callable[[str], rewards.Reward]
+) -> None:
+    with pytest.raises(ValueError, match=rf"'other_form:f' {reason}, expected a function \(response, answer\)"):
+        own(definition)
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "def f(completion, truth, extra=None): return 0.5",
+        "def f(*arguments, **others): return 0.5",
+        "class F:\n  def __call__(self, response, answer): return 0.5\nf = F()",
+        "import functools\ndef g(answer, response, strict): return 0.5\n"
+        "@functools.wraps(g)\ndef f(response, answer): return g(answer, response, True)",
+    ],
+)
+def test_any_function_that_can_be_called_with_both_is_a_reward(
+    definition: str, own: Callable[[str], rewards.Reward]
+) -> None:
+    assert own(definition)("", "") == 0.5

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import numbers as numeric
 import sys
 from collections.abc import Callable
@@ -175,9 +176,28 @@ def _imported(name: str) -> Reward:
             f"reward.name: can't import {name!r}: {type(error).__name__}: {error}; expected package.module:function "
             "in the current folder or on the Python path"
         ) from error
-    if not callable(function):
-        raise ValueError(f"reward.name: {name!r} is {type(function).__name__}, expected a function (response, answer)")
+    if kind := _other_kind(function):
+        raise ValueError(
+            f"reward.name: {name!r} {kind}, expected a function (response, answer), which gets both by position"
+        )
     return cast(Reward, function)
+
+
+def _other_kind(function: Any) -> str | None:
+    """What a thing is that is no function of a response and an answer, in words; None where it may be one."""
+    if isinstance(function, type) or not callable(function):
+        return "is a class" if isinstance(function, type) else f"is {type(function).__name__}"
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        return "is async"
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)  # of what is called, not of what it wraps
+    except (TypeError, ValueError):  # written in C, it has none
+        return None
+    try:
+        signature.bind("", "")
+    except TypeError:
+        return f"takes {signature}"
+    return f"takes {signature}" if list(signature.parameters)[:2] == ["answer", "response"] else None
 
 
 def _load(spec: ModuleSpec) -> None:
