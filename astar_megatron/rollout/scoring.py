@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,8 @@ from astar_megatron.types import Prompt, Rollout
 
 _LOG = logging.getLogger(__name__)
 _AT_ONCE = 32  # responses a message
+_ENOUGH = 5  # responses that cost their processes, for a reward to be refused before a run
+_SAY_SECONDS = 15.0
 _START_SECONDS = 120.0  # to import a reward
 _ENDED = "ended its process"
 _PROGRAM = (
@@ -114,14 +116,25 @@ class Scorer:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Score an empty response to each prompt, before anything costs: raises RewardError if any of them fails."""
+        self._refuse_failures(prompts, self.try_on(prompts))
+
+    def try_on(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Return what an empty response to each prompt gets, in order; waits, and says how far it is.
+
+        Raises RewardError once a few of them had to be stopped, or ended their processes: all might, one after another.
+        """
         rollouts = [_empty_response(prompt) for prompt in prompts]
-        answers = [answer for part in self._begin(rollouts) for answer in part.result()]
-        failed = [i for i, (value, _) in enumerate(answers) if value is None]
-        if failed:
-            raise RewardError(
-                f"{len(failed)} of {len(prompts)} prompts can't be scored, even with an empty response; the first:\n"
-                + self._explain(rollouts[failed[0]], answers[failed[0]][1])
-            )
+        parts = [part for rollout in rollouts[:_ENOUGH] for part in self._begin([rollout])]  # the first are soon there
+        parts += self._begin(rollouts[_ENOUGH:])
+        answers, due = list[Answer](), time.monotonic() + _SAY_SECONDS
+        for part in parts:
+            while not wait([part], max(0.0, due - time.monotonic())).done:
+                _LOG.warning("reward %s: tried on %d of %d prompts", self._cfg.name, len(answers), len(prompts))
+                due = time.monotonic() + _SAY_SECONDS
+            answers += part.result()
+            if sum(process.num_lost for process in self._processes) >= _ENOUGH:
+                self._refuse_failures(prompts, answers)
+        return answers
 
     def rewarded(self, rollout: Rollout, answer: Answer) -> Rollout:
         """Return the rollout with the reward of `answer`, None where it failed. Raises RewardError."""
@@ -180,6 +193,16 @@ class Scorer:
         self._failures += (whole + newline).count(b"\n")
         self._counted_bytes += len(whole + newline)
 
+    def _refuse_failures(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
+        """Raise RewardError if any of the answers, which the first prompts got, is none."""
+        failed = [i for i, (value, _) in enumerate(answers) if value is None]
+        if failed:
+            tried = f"the first {len(answers)}" if len(answers) < len(prompts) else len(answers)
+            raise RewardError(
+                f"{len(failed)} of {tried} prompts can't be scored, even with an empty response; the first:\n"
+                + self._explain(_empty_response(prompts[failed[0]]), answers[failed[0]][1])
+            )
+
     def _explain(self, rollout: Rollout, reason: str) -> str:
         prompt = rollout.prompt
         return (
@@ -213,6 +236,7 @@ class _Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._judged = 0  # by the process that runs: the number of the next answer
+        self.num_lost = 0  # responses that cost their process
         self._closed = False
 
     def judge(self, items: list[tuple[str, str]]) -> list[Answer]:
@@ -234,6 +258,7 @@ class _Process:
                     raise
                 if isinstance(error, TimeoutError) or not self._judged:
                     answers.append((None, str(error) or _ENDED))
+                    self.num_lost += 1
                 self.end()
         return answers
 

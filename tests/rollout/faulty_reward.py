@@ -32,6 +32,8 @@ def reward(response: str, answer: str) -> float:
     if answer.startswith("touch "):
         Path(answer.removeprefix("touch ")).touch()
         re.match("(a+)+$", "a" * 60 + "b")
+    if answer == "slow":
+        time.sleep(600)
     if answer == "unreadable":
         raise ValueError("answer: expected something else")
     return 0.5

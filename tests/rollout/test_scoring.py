@@ -222,6 +222,25 @@ def test_check_allows_no_failure_and_counts_them_before_anything_is_generated() 
             scorer.check([*[readable] * 39, unreadable, unreadable])
 
 
+def test_check_ends_after_a_few_prompts_that_each_take_too_long() -> None:
+    slow = [_rollout("", answer="slow").prompt] * 1000
+    with (
+        _faulty_scorer(seconds=0.3) as scorer,
+        pytest.raises(RewardError, match=r"(?s)^(\d) of the first \1 prompts can't be scored.*took more than 0.3 s"),
+    ):
+        scorer.check(slow)
+    assert sum(process.num_lost for process in scorer._processes) < 10
+
+
+def test_check_says_how_far_it_is_where_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("astar_megatron.rollout.scoring._SAY_SECONDS", 0.01)
+    with _faulty_scorer() as scorer:
+        scorer.check([_rollout("").prompt] * 20)
+    assert "reward faulty_reward:reward: tried on 0 of 20 prompts" in caplog.text
+
+
 def test_a_reward_that_cannot_be_loaded_is_named() -> None:
     with Scorer(RewardConfig(name="no_such_module:reward")) as scorer, pytest.raises(RewardError, match="no_such_mod"):
         scorer.score([_rollout("7")])
