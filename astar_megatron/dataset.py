@@ -6,17 +6,20 @@ or left out where the user says so; exact duplicates are left out and counted; n
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm import rewards
+from astar_megatron.config import RewardConfig
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
 from astar_megatron.data.benchmarks import BENCHMARKS, RENAME, Benchmark
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
 from astar_megatron.data.sources import refuse_other, rows_of
+from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.tracking import Screen
+from astar_megatron.types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +96,23 @@ def prepare(
 
 def _readable(pairs: list[Pair], reward_name: str, problems: Problems) -> list[Pair]:
     """The pairs whose answer the reward can read; the others go to `problems`."""
-    reward, kept = rewards.get(reward_name), []
-    for pair in pairs:
-        value, reason = rewards.judge(reward, "", pair.answer)
+    kept = []
+    for pair, (value, reason) in zip(pairs, _tried(pairs, reward_name), strict=True):
         if value is None:
             problems.add(pair.where, f"the reward {reward_name} can't read the answer: {reason}")
         else:
             kept.append(pair)
     return kept
+
+
+def _tried(pairs: list[Pair], reward_name: str) -> Iterable[tuple[float | None, str]]:
+    """What the reward gives an empty response to each pair; one of the user's own runs away from this process."""
+    if ":" not in reward_name:
+        reward = rewards.get(reward_name)
+        return (rewards.judge(reward, "", pair.answer) for pair in pairs)
+    prompts = [Prompt(uid=pair.where, token_ids=(), text=pair.question, answer=pair.answer) for pair in pairs]
+    with Scorer(RewardConfig(name=reward_name)) as scorer:
+        return scorer.try_on(prompts)
 
 
 def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> list[tuple[str, str]]:

@@ -75,6 +75,24 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_with_their_count(data:
     assert "left out: 5 of 6 rows" in report and "5 of 6 rows can't be used" in report
 
 
+def test_a_reward_of_ones_own_runs_away_from_the_command(
+    data: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends.py").write_text(
+        "import os\ndef f(response, answer):\n"
+        "    print('noise')\n    return os._exit(3) if answer == 'end' else float(answer)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": str(i), "answer": answer} for i, answer in enumerate(["1", "end", "Paris", *["0"] * 40])]
+    source, kept = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "kept.jsonl"
+    status, report, _ = data("jsonl", source, "--reward", "ends:f", "--out", kept, "--drop")
+    assert (status, read_jsonl(kept)) == (0, [rows[0], *rows[3:]])
+    assert "line 2: the reward ends:f can't read the answer: ended its process" in report and "noise" not in report
+    write_jsonl(source, [{"question": str(i), "answer": "end"} for i in range(1000)])
+    status, _, error = data("jsonl", source, "--reward", "ends:f", "--out", kept, "--drop")
+    assert status == 2 and "prompts can't be scored" in error and " of the first " in error
+
+
 @pytest.mark.parametrize("link", ["itself", "symbolic", "hard", "folder"])
 def test_the_source_is_never_overwritten(link: str, data: Command, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
