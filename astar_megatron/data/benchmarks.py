@@ -12,7 +12,7 @@ from typing import Any
 
 from astar_megatron.algorithm.rewards.latex import integer_of, last_boxed
 from astar_megatron.config import DataConfig
-from astar_megatron.data.prompts import make_prompts, say_control_tokens
+from astar_megatron.data.prompts import make_prompts, say_control_tokens, say_unknown_tokens
 from astar_megatron.data.rows import Pair, Problems, PromptError, pairs_of, read_rows, text_of
 from astar_megatron.types import Prompt
 
@@ -115,6 +115,7 @@ def benchmark_prompts(name: str, folder: str | Path, cfg: DataConfig, model_path
             f"{limit}; raise it to {longest}, or leave {name} to `astar eval`, which makes room by itself"
         )
     say_control_tokens(pairs, model_path, name)
+    say_unknown_tokens(pairs, prompts, cfg.date, model_path, name)
     return prompts
 
 

@@ -148,6 +148,22 @@ def encode(model_path: str, messages: Sequence[str], date: str | None, source: o
     return encoded
 
 
+def unknown_in(
+    model_path: str, messages: Sequence[str], encoded: Sequence[Sequence[int]], date: str | None, source: object
+) -> list[int]:
+    """Return the indices of messages that hold what the tokenizer has no token for; `encoded` is as `encode` has it.
+
+    One that holds the unknown token's own text is none of them, whoever wrote it there.
+    """
+    tok = tokenizer(model_path)
+    hits = [i for i, ids in enumerate(encoded) if tok.unk_token_id in ids]
+    if not hits:
+        return []
+    chats = [[{"role": "user", "content": messages[i]}] for i in hits]
+    texts = _rendered(model_path, chats, date, source, answer_follows=True)
+    return [i for i, text in zip(hits, texts, strict=True) if str(tok.unk_token) not in text]
+
+
 def names_the_day(model_path: str) -> bool:
     """Whether the chat template asks for the time."""
     return "strftime_now" in tokenizer(model_path).get_chat_template()

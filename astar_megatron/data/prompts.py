@@ -46,6 +46,7 @@ def usable_prompts(pairs: Sequence[Pair], cfg: DataConfig, model_path: str, sour
     problems = Problems(source)
     prompts = make_prompts(pairs, cfg.suffix, cfg.date, model_path, source)
     say_control_tokens(pairs, model_path, source)
+    say_unknown_tokens(pairs, prompts, cfg.date, model_path, source)
     first = without_duplicates(pairs, [prompt.token_ids for prompt in prompts], problems)
     problems.refuse(len(pairs))
     if len(first) < len(pairs):
@@ -78,16 +79,32 @@ def say_control_tokens(pairs: Sequence[Pair], model_path: str, source: object) -
     """Log how many questions hold the text of a control token, which the model reads as that token; the first few."""
     hits = chat.control_tokens_in(model_path, [pair.question for pair in pairs])
     if hits:
-        lines = [f"{pairs[index].where} {token!r}" for index, token in hits[:_SHOWN]]
-        more = f" and {len(hits) - _SHOWN} more" if len(hits) > _SHOWN else ""
         _LOG.warning(
-            "%s: %d of %d questions hold the text of a control token, which the model reads as that token: %s%s; "
+            "%s: %d of %d questions hold the text of a control token, which the model reads as that token: %s; "
             "write them otherwise unless that is meant",
             source,
             len(hits),
             len(pairs),
-            ", ".join(lines),
-            more,
+            _first_few([f"{pairs[index].where} {token!r}" for index, token in hits]),
+        )
+
+
+def say_unknown_tokens(
+    pairs: Sequence[Pair], prompts: Sequence[Prompt], date: str | None, model_path: str, source: object
+) -> None:
+    """Log how many prompts hold what the tokenizer has no token for, which the model can't read; the first few."""
+    encoded = [prompt.token_ids for prompt in prompts]
+    hits = chat.unknown_in(model_path, [prompt.text for prompt in prompts], encoded, date, source)
+    if hits:
+        _LOG.warning(
+            "%s: %d of %d prompts hold text that the tokenizer has no token for, which the model reads as %r: %s; "
+            "check that the tokenizer in %s is the model's own",
+            source,
+            len(hits),
+            len(prompts),
+            chat.tokenizer(model_path).unk_token,
+            _first_few([pairs[index].where for index in hits]),
+            model_path,
         )
 
 
@@ -180,6 +197,11 @@ class PromptStream:
             return int.from_bytes(digest, "big") < weight * 2**64
 
         return drawn
+
+
+def _first_few(lines: Sequence[str]) -> str:
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return ", ".join(lines[:_SHOWN]) + more
 
 
 def _within_limit(

@@ -306,8 +306,12 @@ def test_questions_that_hold_control_tokens_are_counted_with_their_lines(
     assert not caplog.records
 
 
-def test_a_character_that_no_token_has_is_no_control_token(
+def test_prompts_with_text_that_no_token_has_are_counted_with_their_lines(
     tmp_path: Path, tied_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read_prompts(DataConfig(path=_file(tmp_path, "ö")), str(tied_llama))  # <unk>, which is special
-    assert not caplog.records
+    questions = ["plain", *(f"{i} ö" for i in range(6)), "<unk>"]  # the last is a control token's text
+    read_prompts(DataConfig(path=_file(tmp_path, *questions)), str(tied_llama))
+    control, unknown = [record.getMessage() for record in caplog.records]
+    assert "1 of 8 questions hold the text of a control token" in control and "line 8 '<unk>'" in control
+    assert "6 of 8 prompts hold text that the tokenizer has no token for" in unknown and "reads as '<unk>'" in unknown
+    assert "line 2, line 3, line 4, line 5, line 6 and 1 more" in unknown
