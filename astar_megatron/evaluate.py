@@ -12,9 +12,11 @@ from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import tokenizer_digest
+from astar_megatron.data.run_folder import STEPS
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
 from astar_megatron.run import scores
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
@@ -29,6 +31,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     path = Path(model_path) if model_path else cfg.export_dir
     if not path.is_dir():
         raise ValueError(f"{path}: no model to evaluate; run `astar train` first, or name a folder with --model")
+    _check_no_run(path, cfg.export_dir.name)
     if tokenizer_digest(path) != tokenizer_digest(Path(cfg.model.path)):
         raise ValueError(f"{path}: its tokenizer is not that of model.path, {cfg.model.path}; set model.path to it")
     hf.check_engines_read(path)  # first: what it refuses is not left out
@@ -51,6 +54,15 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     export = cfg.export_dir
     if export.is_dir() and scores.weights_digest(read_record(export)) == weights == scores.weights_of(export)[0]:
         tracker.say(card.write(export, Training.of_folder(export), Path(cfg.run_dir)))
+
+
+def _check_no_run(path: Path, export_name: str) -> None:
+    """Raise ValueError for a run's folder, or that of its checkpoints: models lie in them."""
+    names = (export_name, STEPS, f"{CHECKPOINTS_FOLDER}/{STEPS}")
+    models = sorted(folder for name in names for folder in path.glob(name) if folder.is_dir())
+    if models and not (path / "config.json").exists():
+        newest = " or ".join(map(str, models[-2:]))  # the export is the last
+        raise ValueError(f"{path}: that is a folder of a run, and no model; name one in it with --model, as {newest}")
 
 
 @contextmanager

@@ -257,7 +257,10 @@ DATA: list[Row] = [
 CONFIG, WEIGHTS = "model/config.json", "model/model.safetensors"
 MODELS: list[Row] = [
     ("no folder", None, "train --set model.path=/no/folder", "model.path: /no/folder", "name one that has"),
-    ("a name of the hub", None, "train --set model.path=Qwen/Qwen2.5-1.5B", "model.path: Qwen/", "name one that has"),
+    ("a name of the hub", None, "train --set model.path=Qwen/Qwen2.5-1.5B", "model.path: Qwen/Qwen2.5-1.5B is no",
+     "If it is a name of the hub: .venv/bin/hf download Qwen/Qwen2.5-1.5B --local-dir runs/models/Qwen2.5-1.5B, then"),
+    ("a CPU without such heads", changed(CONFIG, head_dim=20), "doctor", "model.path: its attention heads have 20",
+     "heads on a CPU of 32, 64, 80, 96, 112"),
     ("a file", None, "train --set model.path={house}/run.yaml", "Not a directory", "name a model folder"),
     ("a loop", linked_to_itself("loop"), "train --set model.path={house}/loop", "model.path: ", "name a model folder"),
     ("config.json: a folder", folder(CONFIG), "train", "config.json: can't be read", "name a model folder"),
@@ -308,6 +311,9 @@ MODELS: list[Row] = [
      "token 999, for which the model has no row", "eos_token_id in generation_config.json"),
     ("eval: no export", None, "eval", "no model to evaluate", "run `astar train` first"),
     ("eval: no folder", None, "eval --model {house}/no", "no model to evaluate", "name a folder with --model"),
+    ("eval: a run", folder("run/hf"), "eval --model {house}/run", "that is a folder of a run", "run/hf"),
+    ("eval: checkpoints", folder("run/checkpoints/step_00000007"), "eval --model {house}/run/checkpoints",
+     "that is a folder of a run", "run/checkpoints/step_00000007"),
     ("eval: another tokenizer", after(copied("model", "other"), write("other/tokenizer_config.json", "{}")),
      "eval --model {house}/other", "its tokenizer is not that of model.path", "set model.path to it"),
     ("eval: no weights", after(copied("model", "other"), remove("other/model.safetensors")),

@@ -238,6 +238,8 @@ def _tell_ends(processes: list[Any]) -> None:
             print(f"{process.name} {ended(process.exitcode)}", file=sys.stderr, flush=True)
 
 
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPUAttentionBackend
+
 _GRAPHS = {
     "none": "run the model as it is: no graphs, nothing compiled",
     "decode": "replay a captured graph for each decode step; nothing is compiled",
@@ -258,6 +260,15 @@ def check_graphs(rollout: RolloutConfig, *, on_gpu: bool) -> None:
     if rollout.graphs == "decode" and not on_gpu:
         raise ValueError(
             "rollout.graphs=decode: graphs are captured on a GPU, and none is here; leave the key out, or set none"
+        )
+
+
+def check_head_size(head_dim: int, *, on_gpu: bool) -> None:
+    """Raise ValueError for heads that vLLM has no attention for on a CPU: its engines start, and fail at a request."""
+    if not on_gpu and head_dim not in CPU_HEAD_SIZES:
+        raise ValueError(
+            f"its attention heads have {head_dim} numbers each, and vLLM has heads on a CPU of "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))} alone; take another model, or a machine with a GPU"
         )
 
 

@@ -16,7 +16,7 @@ from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.model import layouts
 from astar_megatron.model.backend import check_features, least_capability
-from astar_megatron.rollout.engine import check_graphs
+from astar_megatron.rollout.engine import check_graphs, check_head_size
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
@@ -64,6 +64,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     _check_apart(cfg, for_training=for_training)
     with naming("model.path"):
         model = read_model(cfg.model.path)
+        if cfg.cluster.address is None:
+            check_head_size(model.dims.head_dim, on_gpu=resources.measure().num_accelerators > 0)
     with naming("rollout.tensor"):
         model.vllm_tiles(cfg.rollout.tensor)
     layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size)

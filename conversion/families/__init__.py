@@ -1,6 +1,7 @@
 """The architectures this library knows, one declarative table each, and the way from a config.json to a `Model`."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def read_model(path: str | Path) -> Model:
     except FileNotFoundError:
         raise ValueError(
             f"{path} is no model folder in Hugging Face's format: it has no config.json; name one that has"
+            f"{_download(path)}"
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: can't be read: {error.strerror}; name a model folder of this machine") from error
@@ -54,6 +56,14 @@ def read_model(path: str | Path) -> Model:
         return model_from_config(config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{file}: {error}") from error
+
+
+def _download(path: str | Path) -> str:
+    """Words for a path that may be a model's name on the hub: how it becomes a folder. Nothing for another."""
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) or Path(path).exists():
+        return ""
+    folder = f"runs/models/{Path(path).name}"
+    return f". If it is a name of the hub: .venv/bin/hf download {path} --local-dir {folder}, then name {folder}"
 
 
 def model_from_config(config: Mapping[str, Any]) -> Model:

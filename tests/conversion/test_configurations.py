@@ -141,3 +141,11 @@ def test_a_file_that_is_no_json_is_named(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no JSON") as caught:
         read_model(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_name_of_the_hub_is_told_from_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hf download some/model-1\.5B --local-dir runs/models/model-1\.5B, then"):
+        read_model("some/model-1.5B")
+    for folder in ("../some-model", "model", "runs/models/model", "/model", str(tmp_path)):
+        with pytest.raises(ValueError, match=r"name one that has$"):
+            read_model(folder)

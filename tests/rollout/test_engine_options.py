@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from astar_megatron.config import RolloutConfig
-from astar_megatron.rollout.engine import EngineOptions, check_graphs, engine_arguments, graphs_of
+from astar_megatron.rollout.engine import (
+    CPU_HEAD_SIZES,
+    EngineOptions,
+    check_graphs,
+    check_head_size,
+    engine_arguments,
+    graphs_of,
+)
 from astar_megatron.rollout.start_log import PHASES, StartLog
 
 
@@ -44,6 +51,19 @@ def test_decode_graphs_without_a_gpu_are_refused_by_name() -> None:
         check_graphs(RolloutConfig(graphs="decode"), on_gpu=False)
     check_graphs(RolloutConfig(graphs="decode"), on_gpu=True)
     check_graphs(RolloutConfig(), on_gpu=False)
+
+
+def test_the_head_sizes_of_a_cpu_are_those_of_vllm() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_heads_that_an_engine_lacks_are_refused_on_a_cpu_alone() -> None:
+    check_head_size(48, on_gpu=True)
+    check_head_size(256, on_gpu=False)
+    with pytest.raises(ValueError, match=r"have 48 numbers each.* of 32, 64, 80.*, or a machine with a GPU"):
+        check_head_size(48, on_gpu=False)
 
 
 PROGRAM = """
