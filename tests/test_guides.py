@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import config_page
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import samples
 import test_train
 import torch
 import typer
 
-from astar_megatron import cli, config
+from astar_megatron import cli, config, dataset
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.objective import Objective, ResponseTokens
 from astar_megatron.data.benchmarks import BENCHMARKS
@@ -222,6 +224,24 @@ def test_the_system_page_names_every_reward() -> None:
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == rewards.names()
 
 
+def test_the_system_page_has_the_file_and_the_fields_of_every_benchmark() -> None:
+    table = text_of(SYSTEM).partition("| `eval.benchmarks` |")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in table.splitlines()[2:]]
+    rows = [re.findall(r"`([^`]+)`", " ".join([*row[:3], *row[4:6]])) + row[6:] for row in cells]
+    asked = " Let's think step by step and output the final answer "
+    assert rows == [
+        [name, of.file, of.question, of.suffix.removeprefix(asked), of.reward, str(of.num_samples)]
+        for name, of in BENCHMARKS.items()
+    ]
+    assert asked.strip() in text_of(SYSTEM) and all(of.suffix.startswith(asked) for of in BENCHMARKS.values())
+    for name, _, _, answer, *_ in cells:
+        field = re.findall(r"`(\w+)`", answer)[0]
+        read = BENCHMARKS[name.strip("`")].answer
+        assert read({field: ["27"] if "list" in answer else "27.0" if "whole" in answer else "27"}) == "27"
+        if "else" in answer:
+            assert read({"solution": r"\boxed{1}, so \boxed{27}"}) == "27"
+
+
 # --- the Python in them
 
 
@@ -265,6 +285,20 @@ def test_the_method_of_the_page_is_an_objective(tmp_path: Path, monkeypatch: pyt
     assert "log-ratio +1.00" in steps.line_of(line, 1)
     objective.learn(drawn, health)
     objective.restore(objective.state())
+
+
+def test_messages_of_a_parquet_become_lines_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for block in blocks(text_of(ROOT / "examples/OWN.md"), "python") if "train.parquet" in block]
+    monkeypatch.chdir(tmp_path)
+    asked = {"role": "user", "content": "What is 1 + 1?"}
+    row = {"prompt": [asked], "reward_model": {"style": "rule", "ground_truth": "2"}}
+    pq.write_table(pa.Table.from_pylist([row]), "train.parquet")
+    exec(compile(code, "OWN.md", "exec"), {})
+    dataset.prepare("jsonl", "my_problems.jsonl", "own.jsonl", reward="last_number")
+    assert samples.read_jsonl(tmp_path / "own.jsonl") == [{"question": "What is 1 + 1?", "answer": "2"}]
+    pq.write_table(pa.Table.from_pylist([row | {"prompt": [asked, asked]}]), "train.parquet")
+    with pytest.raises(ValueError, match="too many values"):
+        exec(compile(code, "OWN.md", "exec"), {})
 
 
 def test_the_library_page_runs(
