@@ -77,7 +77,7 @@ def test_a_filtered_order_resumes_and_refuses_another_filter() -> None:
         for _ in range(before):
             ahead.take()
         assert [p.uid for p in resumed.take()] == [p.uid for p in ahead.take()] == [p.uid for p in stream.take()]
-    with pytest.raises(PromptError, match="has prompts"):
+    with pytest.raises(PromptError, match="its prompts are not those"):
         PromptStream(PROMPTS, 2, 0, some | {"uid-2": 0.4}).restore(stream.state())
 
 
