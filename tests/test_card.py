@@ -201,6 +201,22 @@ def test_no_path_secret_or_account_goes_into_a_card(
         assert not [part for part in (str(tmp_path), "private", SECRET, "hush", "~") if part in words]
 
 
+def test_a_card_says_which_settings_were_others_until_when(export: Path, settings: dict[str, Any]) -> None:
+    before = {"optim.lr": 1e-6, "run_dir": "/somewhere", "data.path": "/home/me/first.jsonl", "grpo.group_size": 8}
+    earlier = [{"until": 3, "settings": before}, {"until": 4, "settings": {"run_dir": "/else"}}]
+    training = Training.of_run(settings | {"optim.lr": 1e-4}, 5, None, earlier)
+    card.write(export, training, None)
+    told = (export / folders.CARD).read_text()
+    first, second = told.index("| `optim.lr` | `0.0001` |"), told.index("| `optim.lr` | `1e-06` |")
+    assert first < told.index("Until step 3 others:") < second < told.index('| `data.path` | `"first.jsonl"` |')
+    assert not any(word in told for word in ("/somewhere", "/home/me", "Until step 4", "grpo.group_size"))
+    assert Training.of_folder(export) == training
+    record = folders.read_record(export) or {}
+    del record["training"]["earlier"]  # of an earlier version
+    folders.write_json(export / folders.RECORD, record)
+    assert Training.of_folder(export) == dataclasses.replace(training, earlier=[])
+
+
 def test_a_slash_in_the_prompts_suffix_makes_it_no_path(export: Path, settings: dict[str, Any]) -> None:
     card.write(export, Training.of_run(settings | {"data.suffix": "/no_think"}, 5, None), None)
     assert '| `data.suffix` | `"/no_think"` |' in text(export)

@@ -224,6 +224,13 @@ def test_a_checkpoint_of_another_method_is_refused_and_one_without_a_name_is_ast
         checkpoints_of(tmp_path, settings={"objective.name": "ppo"}).restore(stream(), FIXED)
 
 
+def test_a_checkpoint_keeps_which_settings_were_others_until_when(tmp_path: Path) -> None:
+    for step, settings in ((2, {"a": 1, "b": 5}), (4, {"a": 1, "b": 6}), (5, {"a": 2, "b": 6}), (7, {"a": 2, "b": 6})):
+        save(checkpoints_of(tmp_path, settings=settings), step)
+    progress = json.loads((tmp_path / "checkpoints" / "step_00000007" / "progress.json").read_text())
+    assert progress["earlier"] == [{"until": 2, "settings": {"b": 5}}, {"until": 4, "settings": {"a": 1}}]
+
+
 def test_a_checkpoint_that_was_trained_in_another_type_is_refused_before_ranks_load_it(tmp_path: Path) -> None:
     save(checkpoints_of(tmp_path), 3)
     checkpoints_of(tmp_path).check_type("float32")

@@ -98,12 +98,19 @@ def _of_training(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
     yield "## Settings\n\nThose that differ from the defaults:\n\n| key | value |\n| --- | --- |"
     for key, value in settings.items():
         if key not in _DATA:
-            text = json.dumps(value, ensure_ascii=False).replace("|", r"\|")  # else it would end the cell
-            yield f"| `{key}` | `{text}` |"
+            yield f"| `{key}` | {_cell(value)} |"
+    for each in training.earlier:
+        yield f"\nUntil step {each['until']} others:\n\n| key | value |\n| --- | --- |"
+        yield from (f"| `{key}` | {_cell(value)} |" for key, value in each["settings"].items())
     yield "\n## Scores\n"
     yield from _scores(training, scored)
     yield "## How it was made\n"
     yield from _made(training)
+
+
+def _cell(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False).replace("|", r"\|")  # else it would end the cell
+    return f"`{text}`"
 
 
 def _scores(training: Training, scored: Sequence[Scored]) -> Iterator[str]:

@@ -7,8 +7,8 @@ where they lie; keys that change no result, and those of other methods, are left
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +37,10 @@ _LICENCE = ("license", "license_name", "license_link")  # of a card of the hub's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How a model was trained. `settings` are the keys that differ from their defaults."""
+    """How a model was trained. `settings` are the keys that differ from their defaults.
+
+    `earlier` are the values that some had before: {"until": 6, "settings": {"optim.lr": 0.001}}.
+    """
 
     base: str  # the model that training started from, by its folder's name or the hub's
     method: str
@@ -47,24 +50,36 @@ class Training:
     response_tokens: int | None  # of stage 1 too, where the method reads it; None: not known, as flops
     flops: float | None  # of the model, in training and in generation
     versions: dict[str, str]
+    earlier: list[dict[str, Any]] = field(default_factory=list)  # absent from records of earlier versions
 
     @classmethod
-    def of_run(cls, settings: Mapping[str, Any], step: int, run_dir: Path | None) -> Self:
+    def of_run(
+        cls,
+        settings: Mapping[str, Any],
+        step: int,
+        run_dir: Path | None,
+        earlier: Sequence[Mapping[str, Any]] = (),
+    ) -> Self:
         """Return what a run with these settings, one value a key path, has trained after `step` steps.
 
-        Raises ValueError for damaged metrics in `run_dir`.
+        `earlier` is as Checkpoints.earlier_settings has it. Raises ValueError for damaged metrics in `run_dir`.
         """
         lines = [line for line in read_metrics(run_dir) if line["step"] < step] if run_dir else []
         is_whole = len(lines) == step > 0
-        model_path = str(settings["model.path"])
+        model_path, method = str(settings["model.path"]), str(settings.get("objective.name", "astar"))
         told: dict[str, Any] = {
             "base": model_name(Path(model_path)),
-            "settings": _told(settings),
+            "settings": _told(settings, method),
+            "earlier": [
+                {"until": each["until"], "settings": values}
+                for each in earlier
+                if (values := _told(each["settings"], method, defaults=True))
+            ],
             "licence": licence_of(Path(model_path)),
         }
         return cls(
             **values_without_secrets(told),
-            method=str(settings.get("objective.name", "astar")),
+            method=method,
             step=step,
             response_tokens=lines[-1].get("spent_tokens") if is_whole else None,
             flops=sum(Cost.of_step(line).flops for line in lines) if is_whole else None,
@@ -80,7 +95,7 @@ class Training:
         if not (folder / PROGRESS_FILE).is_file():
             fields = (read_record(folder) or {}).get(TRAINING)
             names = {field.name for field in dataclasses.fields(cls)}
-            return cls(**fields) if isinstance(fields, dict) and fields.keys() == names else None
+            return cls(**fields) if isinstance(fields, dict) and fields.keys() | {"earlier"} == names else None
         try:
             progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             settings, step = progress.get("settings", {}), progress.get("step")
@@ -88,7 +103,7 @@ class Training:
             raise ValueError(f"{folder / PROGRESS_FILE}: missing or damaged ({error})") from error
         if not isinstance(settings, dict) or "model.path" not in settings or not isinstance(step, int):
             return None  # of the first versions
-        return cls.of_run(settings, step, run_dir_of(folder))
+        return cls.of_run(settings, step, run_dir_of(folder), progress.get("earlier", []))
 
     @property
     def title(self) -> str:
@@ -118,17 +133,16 @@ def run_dir_of(checkpoint: Path) -> Path | None:
     return folder.parent if folder.name == CHECKPOINTS_FOLDER else None
 
 
-def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that may be told and are not the defaults."""
-    method = settings.get("objective.name", "astar")
+def _told(settings: Mapping[str, Any], method: str, *, defaults: bool = False) -> dict[str, Any]:
+    """The settings that may be told and are not the defaults, or these too."""
     others = tuple(f"{name}." for name in PAPERS if name != method)
     sections = config.keys()
     told = {}
     for key, value in settings.items():
         if key.startswith((*_NOT_TOLD, *others)):
             continue
-        field = sections[key].model_fields[key.rpartition(".")[2]] if key in sections else None
-        default = field.get_default(call_default_factory=True) if field and not field.is_required() else ...
+        known = sections[key].model_fields[key.rpartition(".")[2]] if key in sections and not defaults else None
+        default = known.get_default(call_default_factory=True) if known and not known.is_required() else ...
         value = list(value) if isinstance(value, tuple) else value
         if value != (list(default) if isinstance(default, tuple) else default):
             told[key] = Path(value).name if key in _FILES and isinstance(value, str) else value

@@ -136,6 +136,17 @@ class Checkpoints:
             if before.get(key, new) != new
         ]
 
+    def earlier_settings(self) -> list[dict[str, Any]]:
+        """Return which values settings had until which step, where they have had others since; for progress.json."""
+        folder = self.latest
+        if folder is None:
+            return []
+        progress = self._progress(folder)
+        before = progress["settings"]
+        changed = {key: before[key] for key, new in self._settings.items() if before.get(key, new) != new}
+        last = [{"until": progress["step"], "settings": changed}] if changed else []
+        return [*progress.get("earlier", []), *last]
+
     def check_type(self, dtype: ComputeType) -> None:
         """Raise ValueError where the newest checkpoint was trained in another type: its weights would be others.
 
@@ -185,7 +196,7 @@ class Checkpoints:
 
     def saves(self, policy: PolicyGroup, say: Callable[[str], None]) -> Saves:
         """Return what writes the checkpoints of the policy that is trained."""
-        record = {"contract": self._contract.fields(), "settings": self._settings}
+        record = {"contract": self._contract.fields(), "settings": self._settings, "earlier": self.earlier_settings()}
         return Saves(self._folder, self._cfg, record, policy, say)
 
 
