@@ -15,6 +15,7 @@ from astar_megatron.data.contract import tokenizer_digest
 from astar_megatron.data.run_folder import STEPS
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
+from astar_megatron.exports.weights import weights_of
 from astar_megatron.run import scores
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.evaluation import evaluate, show
@@ -41,7 +42,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     tracker = Tracker(cfg.run_dir)
     with hugging_face(end, tracker) as folder:
         with tracker.waiting(f"reading the weights of {path}"):
-            weights, reason = scores.weights_of(folder)
+            weights, reason = weights_of(folder)
         if reason and read_record(folder):
             tracker.say(f"{path}: {reason}: its scores are kept as those of another model")
         name = scores.name_of(weights)
@@ -52,7 +53,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
                 scores.keep(tracker.run_dir, weights, evaluation, responses)
     tracker.say(f"scores and responses of these weights are in {tracker.run_dir / name}*")
     export = cfg.export_dir
-    if export.is_dir() and scores.weights_digest(read_record(export)) == weights == scores.weights_of(export)[0]:
+    if export.is_dir() and scores.weights_digest(read_record(export)) == weights == weights_of(export)[0]:
         tracker.say(card.write(export, Training.of_folder(export), Path(cfg.run_dir)))
 
 

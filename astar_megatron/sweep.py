@@ -33,7 +33,8 @@ def main(cfg: RunConfig) -> None:
     """Draw what the table lacks; starts nothing if it lacks nothing."""
     inputs = prepare(cfg)
     tracker = Tracker(cfg.run_dir)
-    if checkpoints_of(cfg, inputs).latest:  # else training would refuse them after the sweep
+    if (checkpoints := checkpoints_of(cfg, inputs)).latest:  # training would refuse it after the sweep
+        checkpoints.check_method()
         check_prompts(cfg, inputs)
     table = VStarTable.create_or_open(cfg.table_dir, inputs.contract)
     if table.unscored():

@@ -127,7 +127,8 @@ def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> Non
     is_float32 = fleet.policy.dtype == "float32"
     rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
     tracker.say(f"exported to {cfg.export_dir}: {agreement}{rounding}")
-    training = Training.of_run(config.flat(cfg), version, tracker.run_dir)
+    earlier = checkpoints_of(cfg, inputs).earlier_settings()
+    training = Training.of_run(config.flat(cfg), version, tracker.run_dir, earlier)
     tracker.say(card.write(cfg.export_dir, training, tracker.run_dir))
 
 

@@ -416,9 +416,12 @@ except SystemExit as end:
 
 
 LAUNCH = "import astar_megatron.launch.program\n"
+FIT = "import astar_megatron.scaling_fit\n"  # of scores of anybody's runs, anywhere
 
 
-@pytest.mark.parametrize("program", ["import astar_megatron.config\n", "import astar_megatron.doctor\n", LAUNCH, HELP])
+@pytest.mark.parametrize(
+    "program", ["import astar_megatron.config\n", "import astar_megatron.doctor\n", LAUNCH, FIT, HELP]
+)
 def test_import_and_help_need_nothing_heavy(program: str) -> None:
     assert "torch" in python("import sys; sys.modules['torch'] = sys\n" + SHOW_HEAVY).stderr
     done = python(program + SHOW_HEAVY)

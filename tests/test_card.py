@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from astar_megatron import config, convert
 from astar_megatron.data.files import without_nan
 from astar_megatron.exports import card
+from astar_megatron.exports import weights as identity
 from astar_megatron.exports.provenance import Training
 from astar_megatron.run import scores
 from astar_megatron.run.scores import Evaluation
@@ -122,7 +123,7 @@ def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -
 
 
 def weights_of(folder: Path) -> str:
-    return scores.weights_of(folder)[0]
+    return identity.weights_of(folder)[0]
 
 
 def test_weights_are_known_by_what_is_read_and_by_their_record_where_both_agree(
@@ -136,9 +137,9 @@ def test_weights_are_known_by_what_is_read_and_by_their_record_where_both_agree(
     (folder / "model.safetensors").write_bytes(data)
     assert weights_of(folder) != weights_of(tied_llama)
     record = folders.read_record(export)
-    assert scores.weights_of(export) == (scores.weights_digest(record), "")
+    assert identity.weights_of(export) == (scores.weights_digest(record), "")
     shutil.copy(folder / "model.safetensors", export)  # of other weights, beside the record of the old
-    changed, reason = scores.weights_of(export)
+    changed, reason = identity.weights_of(export)
     assert changed not in (scores.weights_digest(record), weights_of(tied_llama))
     assert reason == "not as recorded in conversion.json: model.norm.weight"
 
@@ -149,7 +150,7 @@ def test_the_same_weights_that_compute_otherwise_are_another_model(export: Path,
     (export / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5}))
     if not is_recorded:
         (export / folders.RECORD).unlink()
-    changed, reason = scores.weights_of(export)
+    changed, reason = identity.weights_of(export)
     assert changed != known and ("rms_norm_eps" if is_recorded else "nothing records") in reason
 
 
@@ -202,14 +203,14 @@ def test_no_path_secret_or_account_goes_into_a_card(
 
 
 def test_a_card_says_which_settings_were_others_until_when(export: Path, settings: dict[str, Any]) -> None:
-    before = {"optim.lr": 1e-6, "run_dir": "/somewhere", "data.path": "/home/me/first.jsonl", "grpo.group_size": 8}
+    before = {"optim.lr": 1e-6, "run_dir": "/somewhere", "data.path": "/data/of/me/first.jsonl", "grpo.group_size": 8}
     earlier = [{"until": 3, "settings": before}, {"until": 4, "settings": {"run_dir": "/else"}}]
     training = Training.of_run(settings | {"optim.lr": 1e-4}, 5, None, earlier)
     card.write(export, training, None)
     told = (export / folders.CARD).read_text()
     first, second = told.index("| `optim.lr` | `0.0001` |"), told.index("| `optim.lr` | `1e-06` |")
     assert first < told.index("Until step 3 others:") < second < told.index('| `data.path` | `"first.jsonl"` |')
-    assert not any(word in told for word in ("/somewhere", "/home/me", "Until step 4", "grpo.group_size"))
+    assert not any(word in told for word in ("/somewhere", "/data/of/me", "Until step 4", "grpo.group_size"))
     assert Training.of_folder(export) == training
     record = folders.read_record(export) or {}
     del record["training"]["earlier"]  # of an earlier version

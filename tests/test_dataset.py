@@ -169,6 +169,7 @@ _GSM8K = [
         ("hf", ["train.jsonl", "test.jsonl"], [], ["train.jsonl"]),
         ("hf", ["x/train/0000.parquet", "x/test/0000.parquet"], ["--subset", "x"], ["x/train/0000.parquet"]),
         ("hf", ["train_sft.jsonl", "test.jsonl"], ["--split", "train_sft"], ["train_sft.jsonl"]),
+        ("hf", ["gsm8k_train.jsonl", "gsm8k_test.jsonl"], [], ["gsm8k_train.jsonl"]),
         ("hf", ["a.jsonl", "part/b.jsonl"], [], ["a.jsonl", "part/b.jsonl"]),
         ("jsonl", ["train.jsonl", "test.jsonl"], [], ["test.jsonl", "train.jsonl"]),
     ],
@@ -191,6 +192,7 @@ def test_of_a_folder_as_the_hub_has_it_the_files_of_a_subset_and_a_split_are_rea
         (["train.jsonl"], ["--split", "dev"], "has no file of the split dev"),
         (["test.jsonl"], [], "has no file of the split train (train.jsonl, train-00000-of-00001.parquet), but test"),
         (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], [], "but test_sft-0"),
+        (["math-train.jsonl", "train_and_test.jsonl"], [], "whose split is not known, train_and_test.jsonl"),
         (["train.jsonl", "extra.jsonl"], [], "there are files whose split is not known, extra.jsonl"),
     ],
 )

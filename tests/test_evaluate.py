@@ -24,6 +24,7 @@ from astar_megatron.data.rows import PromptError
 from astar_megatron.evaluate import hugging_face, main
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
+from astar_megatron.exports.weights import weights_of
 from astar_megatron.run import scores
 from astar_megatron.run.evaluation import evaluate, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
@@ -288,7 +289,7 @@ def test_another_measurement_of_the_same_weights_replaces_none_and_is_named_in_t
     ]
     assert [row for row in greedy if "easy.jsonl" in row] == ["prompts of easy.jsonl 2 100.00 ± 0.00"]
     assert str(tmp_path) not in (export / "README.md").read_text()
-    kept = scores.kept(Path(run().run_dir), scores.weights_of(export)[0])
+    kept = scores.kept(Path(run().run_dir), weights_of(export)[0])
     measures = [(each.num_samples, each.measure.problems, each.measure.temperature) for each in kept if each.measure]
     own = str(tmp_path / "prompts.jsonl")
     assert sorted(measures) == sorted([(0, own, 1.0), (0, easy, 1.0), (2, own, 1.0), (2, own, 0.5)])
@@ -329,7 +330,7 @@ def test_scores_are_shown_and_kept_where_there_is_no_room_for_responses(
     monkeypatch.setattr(scores, "write_atomic", full)
     with pytest.raises(OSError, match="no room"):
         main(cfg)
-    (kept,) = scores.kept(Path(cfg.run_dir), scores.weights_of(export)[0])
+    (kept,) = scores.kept(Path(cfg.run_dir), weights_of(export)[0])
     assert kept.greedy.mean == 1.0 and "100.00" in capsys.readouterr().out
 
 

@@ -1,5 +1,7 @@
 """What is said of a run that has a checkpoint, before anything starts and when it is interrupted."""
 
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -45,6 +47,31 @@ def test_prompts_that_were_added_are_refused_before_they_are_drawn(
     for name in ("train --dry-run", "doctor", "sweep"):
         status, _, error = astar(*name.split(), "--config", house / "run.yaml")
         assert status == 2 and "data.path: its prompts are not those that the checkpoint was trained on" in error
+
+
+def test_a_sweep_names_the_other_method_of_a_checkpoint(house: House, astar: Any) -> None:
+    status, _, error = astar("sweep", "--config", house / "run.yaml", "--set", "objective.name=grpo")
+    assert status == 2 and "was trained with astar; set it to astar" in error
+
+
+def test_the_export_of_a_run_that_went_on_says_which_settings_were_others(
+    house: House, tied_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(folder: Path) -> None:
+        shutil.copytree(tied_llama, folder)
+        (folder / "conversion.json").write_text("{}")
+
+    monkeypatch.setattr(program, "certify", lambda *_: "agrees")
+    cfg = config.load(house / "run.yaml", ["optim.lr=3e-7", "train.num_steps=7"])
+    inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+    policy = SimpleNamespace(logprobs=None, dtype="float32")
+    fleet = SimpleNamespace(generating=lambda *_: nullcontext(), export=export, policy=policy)
+    spending = SimpleNamespace(done=7, reached=[], has_reached_a_part=False)
+    dashboards = SimpleNamespace(show_final=lambda *_: None)
+    record = SimpleNamespace(spending=spending, tracker=tracker, dashboards=dashboards)
+    program._finish(cfg, inputs, cast(Any, fleet), cast(Any, record))
+    text = (cfg.export_dir / "README.md").read_text()
+    assert text.index("| `optim.lr` | `3e-07` |") < text.index("Until step 7 others:") < text.index("`1e-06`")
 
 
 def test_an_interrupted_training_says_what_the_same_command_goes_on_from(

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -215,7 +216,7 @@ def data_files(folder: Path) -> list[Path]:
     folder can't be listed, and where a name leads to no regular file (a dangling link, a pipe) or to a linked folder.
     """
     inside, linked = list[Path](), list[Path]()
-    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+    for place, folders, names in os.walk(folder, onerror=partial(_refuse_folder, folder)):
         inside += [Path(place, name) for name in names]
         linked += [link for name in folders if (link := Path(place, name)).is_symlink()]
     inside.sort()
@@ -238,7 +239,11 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _refuse_folder(folder: Path, error: OSError) -> None:
+    """Raise PromptError, but for what is nobody's data: hidden folders, and what mkfs leaves on a disk."""
+    place = Path(error.filename)
+    if _is_hidden(place, folder) or place.name == "lost+found":
+        return
     raise PromptError(f"{error.filename}: can't list the folder: {error.strerror}; make it readable for this user")
 
 

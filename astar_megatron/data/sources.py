@@ -74,11 +74,15 @@ def _files_of(folder: Path, subset: str | None, split: str | None, known_subset:
 
 
 def _split_of(file: Path, asked: str | None) -> str:
-    """The split that a file's name, or that of a folder around it, begins with; "" where none does."""
+    """The split that a file's name, or that of a folder around it, has in it; "" where none has, or several."""
     if shard := _SHARD.match(file.name):
         return shard[1]
-    words = [re.split(r"[-.]", part)[0] for part in reversed(file.parts)]
-    return next((word for word in words if word in _SPLITS or word == asked), "")
+    for part in reversed(file.parts):
+        if asked and re.split(r"[-.]", part)[0] == asked:
+            return asked
+        if words := _SPLITS.intersection(re.split(r"[-._]", part)):
+            return words.pop() if len(words) == 1 else ""
+    return ""
 
 
 def _listed(files: Iterable[Path], folder: Path) -> str:

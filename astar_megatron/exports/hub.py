@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
-from astar_megatron.run import certificate, scores
+from astar_megatron.exports.weights import weights_of
+from astar_megatron.run import certificate
 from conversion import folders
 
 _OF_WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -75,7 +76,7 @@ def check(folder: Path) -> None:
         raise HubError(f"{folder}: not to be given to others: {reason}: nothing is sent; export it again")
     if others := [name for name in folders.strangers(folder) if name != folders.CARD]:
         raise HubError(f"{folder} holds files that no export has: {', '.join(others)}: nothing is sent; move them away")
-    if reason := scores.weights_of(folder)[1]:
+    if reason := weights_of(folder)[1]:
         raise HubError(
             f"{folder}: {reason}: nothing is sent; put what you changed elsewhere and export again, or send it yourself"
         )

@@ -84,7 +84,7 @@ class Scorer:
     def __init__(self, cfg: RewardConfig, folder: Path | None = None, num_processes: int | None = None) -> None:
         self._cfg = cfg
         self._file = folder / "reward_failures.jsonl" if folder is not None else None
-        self._failures = self._counted_bytes = 0  # and the bytes of the file in which they were counted
+        self._failures = self._counted_bytes = self._counted_file = 0  # and in how many bytes of which inode
         self._tasks: queue.SimpleQueue[tuple[list[tuple[str, str]], Future[list[Answer]]] | None] = queue.SimpleQueue()
         count = num_processes or min(16, max(1, len(os.sched_getaffinity(0)) // 2))
         self._processes = [_Process(cfg) for _ in range(count)]
@@ -179,8 +179,9 @@ class Scorer:
         """Write a failure on a line of its own, and count the lines that are new, those of other jobs too."""
         try:
             with path.open("a+b", buffering=0) as file:
-                if file.seek(0, os.SEEK_END) < self._counted_bytes:  # it was moved away
+                if os.fstat(file.fileno()).st_ino != self._counted_file:  # the first time, or it was moved away
                     self._failures = self._counted_bytes = 0
+                    self._counted_file = os.fstat(file.fileno()).st_ino
                 file.seek(self._counted_bytes)
                 before = file.readall()
                 line = (b"\n" if before and not before.endswith(b"\n") else b"") + json.dumps(row).encode() + b"\n"

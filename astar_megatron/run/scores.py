@@ -3,7 +3,7 @@
     {"weights": "9f4c...", "sets": [{"name": "gsm8k", "greedy": {"mean": 0.71, "error": 0.012}, ...}]}
 
 `<run_dir>/eval_step_<step>.json` has all sets of an evaluation in training; its `weights` is null. Of a folder each set
-has a file, whose name has `weights_of` the folder and the set's `key`: eval_9f4c..._3b1d...json,
+has a file, whose name has a digest of its weights and the set's `key`: eval_9f4c..._3b1d...json,
 eval_9f4c..._gsm8k_77ac...json. So a newer evaluation replaces the same measurement of the same weights alone, and
 several may run at once.
 """
@@ -20,9 +20,6 @@ from typing import Any, Self
 
 from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
-from conversion import ledger, rewrite
-from conversion.ends import open_end
-from conversion.folders import read_record
 
 OWN_PROMPTS = "prompts"  # the set of a run's own problems; others are benchmarks
 _OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
@@ -201,20 +198,6 @@ def weights_digest(record: Mapping[str, Any] | None) -> str | None:
     """Return a digest of all the weights that a conversion.json records, hexadecimal; None where it has none."""
     digests = (record or {}).get("digests")
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
-
-
-def weights_of(folder: Path) -> tuple[str, str]:
-    """Return a digest of the model in a Hugging Face folder, and in words why it isn't that of its conversion.json.
-
-    All weights are read. Where they, and config.json, are as recorded the digest is `weights_digest` of the record.
-    """
-    end = open_end(folder)
-    digests = rewrite.read_through(end).digests()
-    reason = ledger.doubt(end, digests)
-    if not reason and (recorded := weights_digest(read_record(folder))):
-        return recorded, ""
-    own = {"digests": digests, "config": end.model.computation()}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(), reason
 
 
 def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:

@@ -68,11 +68,17 @@ def test_what_of_a_folder_can_not_be_read_is_refused_by_name(kind: str, tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who may not read")
-def test_a_folder_in_it_that_may_not_be_listed_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0)
+@pytest.mark.parametrize("name", ["closed", ".Trash-0", "lost+found"])
+def test_a_folder_in_it_that_may_not_be_listed_is_refused_unless_it_is_nobodys_data(name: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / name).mkdir(mode=0)
+    tmp_path.chmod(0o755)
     folder = os.open(tmp_path, os.O_RDONLY)  # a path to it leads through folders of root's own
     os.seteuid(65534)
     try:
+        if name != "closed":
+            assert len(read_rows(f"/proc/self/fd/{folder}", Problems("x"))) == len(ROWS)
+            return
         with pytest.raises(PromptError, match="can't list the folder: Permission denied"):
             read_rows(f"/proc/self/fd/{folder}", Problems("x"))
     finally:
