@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.metrics import drift, regression
+from astar_megatron.algorithm.metrics import LogprobSums, drift, regression
 from astar_megatron.algorithm.objective import Columns, Need, Objective, ResponseTokens
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.config import AstarConfig, RunConfig
@@ -139,12 +139,7 @@ class Astar(Objective):
         return Columns(sequences={name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()})
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> dict[str, float]:
         """Return `metrics.drift`, `fit_of` and `unstable_share`.
 
@@ -156,8 +151,8 @@ class Astar(Objective):
             "v_star_mean": sum(columns["v_star"].tolist()) / len(rollouts),
             "unstable_share": self._unstable_share(rollouts),
             "v_star_shift": self._v_star.shift(rollout.prompt.uid for rollout in rollouts),
-            **drift(rollouts, logprobs, reference_logprobs, on_policy),
-            **fit_of(logprobs, reference_logprobs, columns["reward"] - columns["v_star"], self.loss.beta2),
+            **drift(rollouts, sums),
+            **fit_of(sums.logprobs, sums.reference, columns["reward"] - columns["v_star"], self.loss.beta2),
         }
 
     def _unstable_share(self, rollouts: Sequence[Rollout]) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss
-from astar_megatron.algorithm.metrics import drift
+from astar_megatron.algorithm.metrics import LogprobSums, drift
 from astar_megatron.algorithm.objective import Columns, Objective
 from astar_megatron.config import GrpoConfig
 from astar_megatron.types import Rollout
@@ -44,17 +44,12 @@ class Grpo(Objective):
         return self._mean.columns(rollouts, advantage=advantage)
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, and the share of groups whose rewards are equal."""
         groups = self._groups(rollouts)
         flat = (groups == groups[:, :1]).all(dim=1).double().mean()
-        return {"flat_groups": float(flat), **drift(rollouts, logprobs, reference_logprobs, on_policy)}
+        return {"flat_groups": float(flat), **drift(rollouts, sums)}
 
     def _groups(self, rollouts: Sequence[Rollout]) -> Tensor:
         """The rewards [G, n], a row a prompt."""

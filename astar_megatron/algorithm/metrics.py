@@ -21,6 +21,15 @@ from astar_megatron.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobSums:
+    """What a step found of its rollouts: sums of log-probs, [B], nats."""
+
+    logprobs: torch.Tensor  # of the policy
+    reference: torch.Tensor  # of the reference
+    on_policy: int  # so many, the first, were scored by the weights that drew them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
     """Of D of whole responses. "On-policy": over the sequences whose weights drew them."""
 
@@ -62,12 +71,10 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> Regression:
     return Regression(slope=float(slope), r_squared=float(r_squared.clamp(max=1.0)))
 
 
-def drift(
-    rollouts: Sequence[Rollout], logprobs: torch.Tensor, reference_logprobs: torch.Tensor, on_policy: int
-) -> dict[str, float]:
+def drift(rollouts: Sequence[Rollout], sums: LogprobSums) -> dict[str, float]:
     """Return `divergence` of a step's rollouts as metrics."""
     num_tokens = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
-    return dataclasses.asdict(divergence(logprobs, reference_logprobs, num_tokens, on_policy))
+    return dataclasses.asdict(divergence(sums.logprobs, sums.reference, num_tokens, sums.on_policy))
 
 
 def divergence(

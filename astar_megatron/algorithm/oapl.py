@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from astar_megatron.algorithm.astar import SquaredResidual, astar_loss, fit_of
-from astar_megatron.algorithm.metrics import drift
+from astar_megatron.algorithm.metrics import LogprobSums, drift
 from astar_megatron.algorithm.objective import Columns, Objective, ResponseTokens
 from astar_megatron.algorithm.value import v_star
 from astar_megatron.config import OaplConfig
@@ -55,20 +55,15 @@ class Oapl(Objective):
         return Columns(sequences={"advantage": rewards - self._values(rollouts, rewards), "engine_logprob": engine})
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, the mean of V, and `astar.fit_of` against pi_old."""
-        old = reference_logprobs if self.loss.against_copy else columns["engine_logprob"]
+        old = sums.reference if self.loss.against_copy else columns["engine_logprob"]
         rewards = torch.tensor([rollout.score for rollout in rollouts], dtype=torch.float64)
         return {
             "value_mean": float((rewards - columns["advantage"]).mean()),
-            **drift(rollouts, logprobs, reference_logprobs, on_policy),
-            **fit_of(logprobs, old, columns["advantage"], self.loss.beta2),
+            **drift(rollouts, sums),
+            **fit_of(sums.logprobs, old, columns["advantage"], self.loss.beta2),
         }
 
     def refreshes_reference(self, step: int) -> bool:

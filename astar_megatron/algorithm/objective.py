@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from astar_megatron.algorithm.metrics import LogprobSums
 from astar_megatron.types import Rollout
 
 
@@ -122,17 +123,9 @@ class Objective(Protocol):
         ...
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> Mapping[str, float]:
-        """Return a step's health from its columns of sequences and the [B] sums of log-probs (nats) that it found.
-
-        The first `on_policy` rollouts were scored by the weights that drew them.
-        """
+        """Return a step's health from its columns of sequences and the log-probs that it found."""
         ...
 
     def learn(self, rollouts: Sequence[Rollout], health: Mapping[str, float]) -> None:

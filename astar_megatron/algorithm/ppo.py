@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss
-from astar_megatron.algorithm.metrics import drift
+from astar_megatron.algorithm.metrics import LogprobSums, drift
 from astar_megatron.algorithm.objective import Columns, Need, Objective, ResponseTokens
 from astar_megatron.config import PpoConfig
 from astar_megatron.types import Rollout
@@ -99,12 +99,7 @@ class Ppo(Objective):
         return self._mean.columns(rollouts, reward=rewards)
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> Mapping[str, float]:
         """Return `metrics.drift`; what the critic did is in StepStats."""
-        return drift(rollouts, logprobs, reference_logprobs, on_policy)
+        return drift(rollouts, sums)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from astar_megatron.algorithm.metrics import drift
+from astar_megatron.algorithm.metrics import LogprobSums, drift
 from astar_megatron.algorithm.objective import Columns, Need, Objective, ResponseTokens
 from astar_megatron.config import RebelConfig
 from astar_megatron.types import Rollout
@@ -47,14 +47,9 @@ class Rebel(Objective):
         return Columns(sequences={"reward": rewards, "peer_reward": rewards[peer], "peer": peer})
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, and the share of pairs whose rewards are equal: they only hold the policy back."""
         first, second = (torch.tensor([rollout.score for rollout in rollouts[i::2]]) for i in (0, 1))
         tied = float((first == second).double().mean())
-        return {"flat_groups": tied, **drift(rollouts, logprobs, reference_logprobs, on_policy)}
+        return {"flat_groups": tied, **drift(rollouts, sums)}

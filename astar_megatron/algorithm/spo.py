@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from astar_megatron.algorithm.clipped import ClippedLoss, TokenMean, clipped_loss
-from astar_megatron.algorithm.metrics import drift
+from astar_megatron.algorithm.metrics import LogprobSums, drift
 from astar_megatron.algorithm.objective import Columns, Objective
 from astar_megatron.config import SpoConfig
 from astar_megatron.types import Rollout
@@ -88,12 +88,7 @@ class Spo(Objective):
         return self._mean.columns(rollouts, advantage=advantage)
 
     def metrics(
-        self,
-        rollouts: Sequence[Rollout],
-        columns: Mapping[str, Tensor],
-        logprobs: Tensor,
-        reference_logprobs: Tensor,
-        on_policy: int,
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> Mapping[str, float]:
         """Return `metrics.drift`, the mean of v over the batch, and how far v was from the rewards (mean square)."""
         values = torch.tensor([self._tracker[rollout.prompt.uid] for rollout in rollouts], dtype=torch.float64)
@@ -101,7 +96,7 @@ class Spo(Objective):
         return {
             "value_mean": float(values.mean()),
             "value_error": float((rewards - values).square().mean()),
-            **drift(rollouts, logprobs, reference_logprobs, on_policy),
+            **drift(rollouts, sums),
         }
 
     def learn(self, rollouts: Sequence[Rollout], health: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from astar_megatron.algorithm.metrics import LogprobSums
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.config import RunConfig
 from astar_megatron.data import bad_batches
@@ -46,15 +47,18 @@ def health_of(
 
     The first `on_policy` rollouts were scored by the weights of its version.
     """
-    logprobs = torch.tensor(stats.logprobs, dtype=torch.float64)
-    reference = torch.tensor(stats.reference_logprobs, dtype=torch.float64)
+    sums = LogprobSums(
+        logprobs=torch.tensor(stats.logprobs, dtype=torch.float64),
+        reference=torch.tensor(stats.reference_logprobs, dtype=torch.float64),
+        on_policy=on_policy,
+    )
     gaps = [
         logprob - rollout.logprob
         for logprob, rollout in zip(stats.logprobs[:on_policy], rollouts, strict=False)
         if rollout.first_version == batch.version
     ]
     gap = sum(gaps) / len(gaps) if gaps else math.nan
-    return {**objective.metrics(rollouts, batch.columns, logprobs, reference, on_policy), "engine_gap": gap}
+    return {**objective.metrics(rollouts, batch.columns, sums), "engine_gap": gap}
 
 
 def metrics_of(

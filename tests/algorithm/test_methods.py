@@ -13,6 +13,7 @@ from astar_megatron.algorithm.astar import Astar
 from astar_megatron.algorithm.clipped import TokenMean
 from astar_megatron.algorithm.grpo import Grpo
 from astar_megatron.algorithm.methods import Stage1, objective_of
+from astar_megatron.algorithm.metrics import LogprobSums
 from astar_megatron.algorithm.oapl import Oapl
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.algorithm.rebel import Rebel
@@ -48,7 +49,7 @@ def run(name: str, **sections: Any) -> RunConfig:
 def health_of(objective: Objective, drawn: list[Rollout]) -> Mapping[str, float]:
     """What the method says of a step in which policy and reference were one."""
     columns, zeros = objective.columns(drawn).sequences, torch.zeros(len(drawn))
-    return objective.metrics(drawn, columns, zeros, zeros, len(drawn))
+    return objective.metrics(drawn, columns, LogprobSums(logprobs=zeros, reference=zeros, on_policy=len(drawn)))
 
 
 def test_grpo_compares_with_the_others_to_a_prompt() -> None:

@@ -8,7 +8,7 @@ import samples
 import torch
 
 from astar_megatron.algorithm.astar import Astar
-from astar_megatron.algorithm.metrics import divergence
+from astar_megatron.algorithm.metrics import LogprobSums, divergence
 from astar_megatron.algorithm.refresh import LiveVStar
 from astar_megatron.config import AstarConfig
 from astar_megatron.types import Prompt
@@ -26,7 +26,8 @@ def _health(
     ]
     objective = Astar(AstarConfig(beta2=0.25), LiveVStar({"a": 0.0}, {"a": 4}, 0.5, None))
     columns = objective.columns(rollouts).sequences
-    return SimpleNamespace(**objective.metrics(rollouts, columns, logprob, reference, on_policy))
+    sums = LogprobSums(logprobs=logprob, reference=reference, on_policy=on_policy)
+    return SimpleNamespace(**objective.metrics(rollouts, columns, sums))
 
 
 def test_kl_and_entropy_converge_to_those_of_the_policy() -> None:
