@@ -42,7 +42,7 @@ def main(cfg: RunConfig) -> None:
     words = f"this run can {_begins(cfg, inputs)}: {len(inputs.prompts)} prompts, "
     words += f"{inputs.model.num_parameters():,} parameters; {done}; policy on {cfg.parallel.describe()}"
     if here:
-        need = resources.needs(cfg, 4 * inputs.model.num_parameters(), resources.measure())
+        need = resources.needs(cfg, inputs.model, resources.measure())
         words += (
             f"; it needs at least {resources.gib(need.memory_bytes)} of memory and {resources.gib(need.shared_bytes)} "
             "of /dev/shm, activations on top"

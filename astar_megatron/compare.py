@@ -99,7 +99,7 @@ def _checked(configs: Sequence[RunConfig], folder: Path) -> Inputs:
     inputs = prepare(next(iter(by_method.values())))
     for method, cfg in by_method.items():
         try:
-            resources.check_run(cfg, model_bytes=4 * inputs.model.num_parameters())
+            resources.check_run(cfg, inputs.model)
             check_before_stage_1(cfg, inputs)
         except (ValueError, OSError) as error:
             raise ValueError(f"{method}: {error}") from error

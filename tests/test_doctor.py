@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.gpu_models import SHAPES
 from rich.console import Console
 from samples import run_config
 
@@ -19,10 +20,16 @@ from astar_megatron.run import machine as machine_report
 from astar_megatron.run import resources
 from astar_megatron.run.machine import Finding
 from astar_megatron.run.resources import GIB, Machine, ResourceError
+from conversion.families import model_from_config
 from conversion.transfer.buckets import BUCKET_BYTES
 
-NUM_PARAMETERS = 134_515_008  # SmolLM2-135M
-MODEL_BYTES = 4 * NUM_PARAMETERS
+SMOLLM2 = model_from_config(SHAPES["smollm2"])
+NUM_PARAMETERS = 134_515_008
+EXPERTS = model_from_config(
+    SHAPES["0.6b"]
+    | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 768, "norm_topk_prob": True}
+)
 REQUIREMENTS = [
     "rich>=14",
     "ray==2.60.0; extra == 'cpu'",
@@ -41,7 +48,7 @@ def machine(**fields: Any) -> Machine:
 
 def needs(machine: Machine, **sections: Any) -> resources.Needs:
     """What a run of the model needs on a machine."""
-    return resources.needs(run_config(**IN_BFLOAT16 | sections), MODEL_BYTES, machine)
+    return resources.needs(run_config(**IN_BFLOAT16 | sections), SMOLLM2, machine)
 
 
 def write(root: Path, path: str, text: str) -> None:
@@ -52,10 +59,13 @@ def write(root: Path, path: str, text: str) -> None:
 # --- does a run fit
 
 
-def test_replicas_that_share_experts_hold_less() -> None:
-    shared, whole = (needs(machine(), parallel={"context": 2, "data": 2, "expert": expert}) for expert in (2, 1))
-    two = needs(machine(), parallel={"data": 2})
-    assert shared.policy_bytes == two.policy_bytes < whole.policy_bytes
+def test_replicas_that_share_experts_hold_less_of_these_alone() -> None:
+    shared, whole = (
+        resources.needs(run_config(**IN_BFLOAT16, parallel={"context": 2, "data": 2, "expert": n}), EXPERTS, machine())
+        for n in (2, 1)
+    )
+    experts = 28 * 8 * 3 * 1024 * 768
+    assert whole.policy_bytes - shared.policy_bytes == 2 * (2 + 4 + 2) * experts
 
 
 def test_bytes_a_parameter_are_the_formulas() -> None:
@@ -67,8 +77,8 @@ def test_bytes_a_parameter_are_the_formulas() -> None:
     in_float32 = needs(machine(), model={"dtype": "float32"})
     assert in_float32.policy_bytes == (4 + 4 + 8 + 4) * NUM_PARAMETERS
     assert in_float32.shared_bytes == in_bfloat16.shared_bytes  # whatever the model, unless it is smaller
-    small = resources.needs(run_config(**IN_BFLOAT16, parallel={"data": 2}), 4000, machine())
-    assert small.shared_bytes == 2 * 2 * 1000 + OBJECT_STORE_BYTES
+    broad = needs(machine(), conversion={"bucket_bytes": 1 << 28})
+    assert broad.shared_bytes == 2 * NUM_PARAMETERS + 2 * BUCKET_BYTES + OBJECT_STORE_BYTES  # no more than the weights
     wide = needs(machine(), parallel={"data": 2}, conversion={"bucket_bytes": 1 << 20})
     assert wide.shared_bytes == 2 * 2 * ((1 << 20) + BUCKET_BYTES) + OBJECT_STORE_BYTES
 
@@ -80,10 +90,11 @@ def test_only_weights_gradients_and_reference_are_held_again_by_a_replica() -> N
     assert two.processes_bytes - whole.processes_bytes == resources.RANK_BYTES
 
 
-def test_splitting_the_policy_adds_processes_and_no_tensors() -> None:
-    whole, split = needs(machine()), needs(machine(), parallel={"tensor": 2, "pipeline": 2})
-    assert split.policy_bytes == whole.policy_bytes
-    assert split.processes_bytes - whole.processes_bytes == 3 * resources.RANK_BYTES
+def test_splitting_the_policy_adds_processes_and_no_tensors_but_norms_and_the_last_stages_tied_head() -> None:
+    whole, split = needs(machine()), needs(machine(), parallel={"tensor": 3, "pipeline": 2})
+    norms = 2 * (2 * 30 + 1) * 576
+    assert split.policy_bytes - whole.policy_bytes == (2 + 4 + 12 + 2) * (49152 * 576 + norms)
+    assert split.processes_bytes - whole.processes_bytes == 5 * resources.RANK_BYTES
 
 
 def test_every_engine_holds_the_weights_and_its_own_cache() -> None:
@@ -116,18 +127,18 @@ def test_what_keys_move_from_accelerators_the_host_holds(sections: dict[str, Any
 
 def test_a_run_is_refused_one_byte_below_its_need_and_not_at_it() -> None:
     cfg = run_config()
-    need = resources.needs(cfg, MODEL_BYTES, machine())
+    need = resources.needs(cfg, SMOLLM2, machine())
     enough = machine(memory_bytes=need.memory_bytes, shared_bytes=need.shared_bytes)
-    resources.check_run(cfg, MODEL_BYTES, enough)
+    resources.check_run(cfg, SMOLLM2, enough)
     with pytest.raises(ResourceError, match=r"^memory: .* GiB .* are available.*rollout\.kv_cache_gib.*parallel\.data"):
-        resources.check_run(cfg, MODEL_BYTES, replace(enough, memory_bytes=need.memory_bytes - 1))
+        resources.check_run(cfg, SMOLLM2, replace(enough, memory_bytes=need.memory_bytes - 1))
     with pytest.raises(ResourceError, match=r"^/dev/shm: this run needs .* GiB .* are free"):
-        resources.check_run(cfg, MODEL_BYTES, replace(enough, shared_bytes=need.shared_bytes - 1))
+        resources.check_run(cfg, SMOLLM2, replace(enough, shared_bytes=need.shared_bytes - 1))
 
 
 def test_a_run_on_other_machines_is_not_checked_on_this_one() -> None:
     nothing = machine(memory_bytes=0, shared_bytes=0)
-    resources.check_run(run_config(cluster={"address": "10.0.0.1:6379"}), MODEL_BYTES, nothing)
+    resources.check_run(run_config(cluster={"address": "10.0.0.1:6379"}), SMOLLM2, nothing)
 
 
 def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) -> None:

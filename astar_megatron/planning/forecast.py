@@ -137,7 +137,7 @@ def _problem(process: Process, gpu: Gpu) -> str:
 
 def _host_bytes(cfg: RunConfig, model: Model, num_gpus: int) -> int:
     machine = Machine(memory_bytes=0, shared_bytes=0, num_accelerators=num_gpus)
-    return resources.needs(cfg, 4 * model.num_parameters(), machine).memory_bytes
+    return resources.needs(cfg, model, machine).memory_bytes
 
 
 def _cautions(cfg: RunConfig, model: Model, gpu: Gpu) -> Iterator[str]:

@@ -3,24 +3,19 @@
 An engine takes `rollout.gpu_memory_utilization` of each of its GPUs when it starts, for weights, cache and graphs, and
 gives that back while the policy steps. A rank's allocator may then take what the processes' own contexts leave. Before
 engines wake it gives back what `train.offload` names, and what it keeps must fit beside an engine. What a rank takes
-about, with P its parameters (of the stage that has most), R replicas (of experts: R / expert), c bytes a number of the
-compute type, a micro-batch of T tokens (over tensor * context; no more than the rank's part of a mini-batch), L layers
-of hidden size H, MLP width F (of the experts a token goes to) and Q = (heads + key-value heads) * head_dim, which may
-be more than H:
+about, with P its parameters (of the stage that has most), c bytes a number of the compute type, a micro-batch of T
+tokens (over tensor * context; no more than the rank's part of a mini-batch), L layers of hidden size H, MLP width F (of
+the experts a token goes to) and Q = (heads + key-value heads) * head_dim, which may be more than H:
 
-    weights     c * P                kept while engines generate, and with `train.offload`
-    gradients   4 * P                fp32; kept unless it is all
-    optimiser   8 * P / R            Adam's two moments, and with c = 2 master weights, 4 * P / R; none with
-                                     optim.offload; kept unless it is optimizer or all
-    reference   c * P                none with model.reference=offload; kept unless it is all
+    state       weights, gradients, optimiser, reference, critic: run/rank_state.py. No optimiser with optim.offload, no
+                                     reference with model.reference=offload. While engines generate weights are kept,
+                                     with `train.offload` too; the optimiser unless it is optimizer or all; gradients,
+                                     reference and critic unless it is all
     activations T * L * c * (4 H + 2 Q + 3 F)  two norms' inputs and outputs; queries, keys, values and what attention
                                      gives; the MLP's two halves and their product; with parallel.recompute=full
                 T * c * (L * H + 4 H + 2 Q + 3 F)  the layers' inputs, and one layer's
     FP8 copies  2 * P                with model.fp8, of products' weights, by rows and by columns; kept if it is none
     head        2 GiB                kernels' workspaces, a group of logits; kept if it is none, as activations are
-
-A critic is a second model that learns: all but the reference and activations twice; its weights are kept unless it is
-all.
 
 Each of the k experts that a token goes to keeps its own copy of the token: (4 + k - 1) H in place of 4 H. Where queries
 and keys have norms (Qwen3), these keep their inputs: 3 Q in place of 2 Q.
@@ -40,10 +35,9 @@ from math import prod
 
 from astar_megatron.config import Offload, ParallelConfig, RunConfig
 from astar_megatron.model.compute_type import NUMBER_BYTES, compute_type
-from astar_megatron.model.layouts import layout_of
+from astar_megatron.run.rank_state import state_of_rank
 from astar_megatron.run.resources import GIB, ResourceError, gib
 from conversion.families import Model, model_from_config
-from conversion.tiles import ParallelLayout
 
 CONTEXT_BYTES = 2 * GIB  # of both processes: the device's contexts, libraries' own allocations
 HEAD_BYTES = 2 * GIB
@@ -126,19 +120,15 @@ def rank_bytes(cfg: RunConfig, model: Model, stage: int | None = None) -> RankBy
     """Return about how many bytes a rank of a pipeline stage takes; None: the most of each part that any stage has."""
     size, parallel = number_bytes(cfg), cfg.parallel
     stages = range(parallel.pipeline) if stage is None else (stage,)
-    dense, experts = max((_parameters(parallel, model, stage) for stage in stages), key=sum)
-    parameters = dense + experts
-    learners = 1 if cfg.critic_lr is None else 2
-    sharded = dense // parallel.replicas + experts * parallel.expert // parallel.replicas
-    optimizer = 0 if cfg.optim.offload else (12 if size == 2 else 8) * sharded
+    state = max((state_of_rank(cfg, model, size, stage) for stage in stages), key=lambda state: state.weights)
     return RankBytes(
-        weights=size * parameters,
-        gradients=learners * 4 * parameters,
-        optimizer=learners * optimizer,
-        reference=size * parameters if cfg.model.reference == "resident" else 0,
-        critic=(learners - 1) * size * parameters,
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=0 if cfg.optim.offload else state.optimizer,
+        reference=state.reference if cfg.model.reference == "resident" else 0,
+        critic=state.critic,
         activations=activation_bytes(cfg, model, hidden=4, heads=2, width=3, stage=stage or 0),
-        fp8=learners * 2 * parameters if cfg.model.fp8 else 0,
+        fp8=state.gradients // 2 if cfg.model.fp8 else 0,
         head=HEAD_BYTES,
     )
 
@@ -177,19 +167,6 @@ def _parts_kept(parallel: ParallelConfig, stage: int) -> int:
 def _mini_batch_tokens(cfg: RunConfig) -> int:
     """That a rank has of an optimiser step, at most; no micro-batch is of two steps."""
     return cfg.mini_batch_size // cfg.parallel.data * cfg.max_tokens
-
-
-def _parameters(parallel: ParallelConfig, model: Model, stage: int) -> tuple[int, int]:
-    """Return the parameters of a rank of a stage, padding included: of experts, and all others first."""
-    first = stage * parallel.tensor * parallel.replicas  # a stage's ranks follow each other
-    return _parameters_of(json.dumps(model.config), layout_of(parallel, fused_norms=False), first)
-
-
-@lru_cache(maxsize=4096)  # whoever looks for a layout that fits asks for each many times
-def _parameters_of(config: str, layout: ParallelLayout, rank: int) -> tuple[int, int]:
-    shapes = model_from_config(json.loads(config)).megatron_shapes(layout, rank)
-    experts = sum(prod(shape) for name, shape in shapes.items() if ".experts." in name)
-    return sum(map(prod, shapes.values())) - experts, experts
 
 
 def worker_bytes(cfg: RunConfig, model: Model) -> int:

@@ -82,7 +82,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     for name, by_uid in by_reward.items():
         with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
             scorer.check(list(by_uid.values()))
-    resources.check_run(cfg, model_bytes=4 * model.num_parameters())
+    resources.check_run(cfg, model)
     if cfg.cluster.address is not None:
         address.knock(cfg.cluster.address)
     _say_template(cfg, contract)

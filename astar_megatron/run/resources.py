@@ -1,12 +1,9 @@
 """What a run needs of this machine, what is free, and whether the one fits the other; before anything starts.
 
-Memory of a run on a machine without accelerators, with P parameters, c bytes a number of the compute type (2 or 4), d
-replicas of the policy (context * data ranks, by expert ranks where these share a model of experts), E engines:
+Memory of a run on a machine without accelerators, with P parameters, c bytes a number of the compute type (2 or 4), E
+engines:
 
-    policy     d * (c + 4) * P     weights and fp32 gradients of every replica
-             + 8 * P               Adam's two moments, sharded over the replicas
-             + 4 * P if c = 2      fp32 master weights, sharded; at c = 4 the weights are their own master
-             + d * c * P           the reference
+    policy     what all ranks hold: run/rank_state.py
     engines    E * (c * P + kv_cache_gib)
     saving     (c + 8) * P         a copy of what a checkpoint holds, while it is written; the master weights if c = 2
     shared     2 buckets a rank for the published weights, 2 for an export on its way to disk, at most c * P each,
@@ -16,10 +13,10 @@ replicas of the policy (context * data ranks, by expert ranks where these share 
 It is the least a run needs: activations come on top. With accelerators policy and engines lie there, but for what keys
 move here:
 
-    optim.offload              8 * P + 4 * P       moments and master weights
-    model.reference=offload    d * c * P
-    train.offload              on shared GPUs, while engines generate: if it is optimizer, moments and master weights;
-                               if all, these, the reference and a critic's weights
+    optim.offload              the optimiser
+    model.reference=offload    the reference
+    train.offload              on shared GPUs, while engines generate: if it is optimizer, the optimiser; if all, this,
+                               the reference and a critic's weights
 
 Leaves out: the memory of accelerators and the time of a step, which are for `astar plan`.
 """
@@ -32,6 +29,8 @@ from pathlib import Path
 from astar_megatron.cluster import session
 from astar_megatron.config import RunConfig
 from astar_megatron.model.compute_type import NUMBER_BYTES, ComputeType, compute_type
+from astar_megatron.run.rank_state import RankState, state_of_all
+from conversion.families import Model
 from conversion.transfer.buckets import BUCKET_BYTES
 
 GIB = 1 << 30
@@ -69,20 +68,16 @@ class Needs:
         return self.policy_bytes + self.engines_bytes + self.saving_bytes + self.shared_bytes + self.processes_bytes
 
 
-def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
-    """Return what the run needs of the host; `model_bytes` are the weights in fp32, 4 bytes a parameter. Pure."""
+def needs(cfg: RunConfig, model: Model, machine: Machine) -> Needs:
+    """Return what the run needs of the host. Pure."""
     accelerated = machine.num_accelerators > 0
     dtype, _ = compute_type(cfg.model.dtype, machine.num_accelerators)
-    num_parameters = model_bytes // 4
-    weights = NUMBER_BYTES[dtype] * num_parameters
-    replicas, engines = cfg.parallel.replicas // cfg.parallel.expert, cfg.rollout.num_engines
-    optimizer = (12 if dtype == "bfloat16" else 8) * num_parameters
-    learning = 1 if cfg.critic_lr is None else 2  # models, beside the reference
-    policy = replicas * ((1 + learning) * weights + learning * 4 * num_parameters) + learning * optimizer
-    ranks = cfg.parallel.world_size
-    buckets = [min(weights, 2 * ranks * size) for size in (cfg.conversion.bucket_bytes, BUCKET_BYTES)]
+    num_parameters, size = model.num_parameters(), NUMBER_BYTES[dtype]
+    weights, ranks, engines = size * num_parameters, cfg.parallel.world_size, cfg.rollout.num_engines
+    state = state_of_all(cfg, model, size)
+    buckets = [min(weights, 2 * ranks * bucket) for bucket in (cfg.conversion.bucket_bytes, BUCKET_BYTES)]
     return Needs(
-        policy_bytes=_moved_bytes(cfg, machine, learning * optimizer, replicas * weights) if accelerated else policy,
+        policy_bytes=_moved_bytes(cfg, machine, state) if accelerated else state.total,
         engines_bytes=0 if accelerated else engines * (weights + cfg.rollout.kv_cache_gib * GIB),
         saving_bytes=checkpoint_bytes(cfg, num_parameters, dtype),
         shared_bytes=sum(buckets) + session.OBJECT_STORE_BYTES,
@@ -90,18 +85,18 @@ def needs(cfg: RunConfig, model_bytes: int, machine: Machine) -> Needs:
     )
 
 
-def _moved_bytes(cfg: RunConfig, machine: Machine, optimizer: int, weights: int) -> int:
-    """What keys move from accelerators to the host, of so many bytes of optimisers and of all copies of a model."""
+def _moved_bytes(cfg: RunConfig, machine: Machine, state: RankState) -> int:
+    """What keys move from accelerators to the host."""
     processes = cfg.parallel.world_size + cfg.rollout.num_engines * cfg.rollout.tensor
     shared = cfg.cluster.share_gpus or (cfg.cluster.share_gpus is None and processes > machine.num_accelerators)
     offload = cfg.train.offload if shared else "none"
-    copies = int(offload == "all" or cfg.model.reference == "offload")
-    copies += int(offload == "all" and cfg.critic_lr is not None)
-    return copies * weights + (optimizer if cfg.optim.offload or offload in ("optimizer", "all") else 0)
+    moved = state.optimizer if cfg.optim.offload or offload in ("optimizer", "all") else 0
+    moved += state.reference if cfg.model.reference == "offload" or offload == "all" else 0
+    return moved + (state.critic if offload == "all" else 0)
 
 
-def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) -> None:
-    """Raise ResourceError or NoFolderError if this machine can't hold the run; `model_bytes` as in `needs`.
+def check_run(cfg: RunConfig, model: Model, machine: Machine | None = None) -> None:
+    """Raise ResourceError or NoFolderError if this machine can't hold the run.
 
     A run that joins a Ray cluster (`cluster.address`) lies on other machines, which are not checked from here.
     """
@@ -109,7 +104,7 @@ def check_run(cfg: RunConfig, model_bytes: int, machine: Machine | None = None) 
         return
     session.folder_for_sessions()
     machine = machine or measure()
-    need = needs(cfg, model_bytes, machine)
+    need = needs(cfg, model, machine)
     if need.shared_bytes > machine.shared_bytes:
         raise ResourceError(
             f"/dev/shm: this run needs {gib(need.shared_bytes)} (weights on their way to the engines and to disk, "

@@ -16,6 +16,7 @@ from astar_megatron.model import compute_type as types
 from astar_megatron.model.compute_type import compute_type, native_bfloat16
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.resources import GIB, Machine, ResourceError
+from conversion.families import read_model
 
 NUM_PARAMETERS = 1000
 NO_GPU = Machine(memory_bytes=64 * GIB, shared_bytes=8 * GIB, num_accelerators=0)
@@ -63,7 +64,8 @@ def test_without_a_gpu_memory_and_disk_are_planned_for_what_ranks_compute_in(
     automatic, named = (
         run_config(model={"path": str(tied_llama), "dtype": name}, **sections) for name in ("auto", dtype)
     )
-    assert resources.needs(automatic, NUM_PARAMETERS, NO_GPU) == resources.needs(named, NUM_PARAMETERS, NO_GPU)
+    model = read_model(tied_llama)
+    assert resources.needs(automatic, model, NO_GPU) == resources.needs(named, model, NO_GPU)
 
     written = (4 * 14 + 2 if native else 4 * 12 + 4) * NUM_PARAMETERS
     resources.check_disk(automatic, NUM_PARAMETERS, free=written)
