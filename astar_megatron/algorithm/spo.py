@@ -37,10 +37,13 @@ class ValueTracker:
     def __init__(self, cfg: SpoConfig, success: Mapping[str, float], samples: Mapping[str, int]) -> None:
         self._cfg, self._success, self._samples = cfg, success, samples
         self._moved: dict[str, tuple[float, float, float]] = {}  # a, b, and the KL to the reference at that time
+        self._values: dict[str, float] = {}  # v of what was asked for and has not moved since
 
     def __getitem__(self, uid: str) -> float:
-        a, b, _ = self._beta(uid)
-        return a / (a + b)
+        if uid not in self._values:
+            a, b, _ = self._beta(uid)
+            self._values[uid] = a / (a + b)
+        return self._values[uid]
 
     def add(self, uid: str, reward: float, kl_token: float) -> None:
         """Take in a reward that was drawn when the policy was `kl_token` from the reference (nats a token)."""
@@ -50,6 +53,7 @@ class ValueTracker:
         success = _success(reward)
         here = kl_token if math.isfinite(kl_token) else last
         self._moved[uid] = decay * a + success, decay * b + 1.0 - success, here
+        self._values.pop(uid, None)
 
     def state(self) -> dict[str, Any]:
         """Return what was learnt since stage 1, ready for JSON."""
@@ -57,6 +61,7 @@ class ValueTracker:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._moved = {uid: (float(a), float(b), float(last)) for uid, (a, b, last) in state.items()}
+        self._values.clear()
 
     def _beta(self, uid: str) -> tuple[float, float, float]:
         if uid in self._moved:
@@ -111,5 +116,5 @@ class Spo(Objective):
         self._tracker.restore(progress.get("values", {}))
 
     def priorities(self, uids: Sequence[str]) -> list[float]:
-        values = [self._tracker[uid] for uid in uids]
-        return [math.sqrt(value * (1.0 - value)) + self._cfg.exploration for value in values]
+        values = torch.tensor([self._tracker[uid] for uid in uids], dtype=torch.float64)
+        return ((values * (1.0 - values)).sqrt() + self._cfg.exploration).tolist()

@@ -1,10 +1,10 @@
 """The order of prompts for a method that says how much there is to learn from each."""
 
 import hashlib
-import heapq
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from astar_megatron.data.prompts import check_same_prompts
 from astar_megatron.data.rows import PromptError
@@ -14,8 +14,9 @@ from astar_megatron.types import Prompt
 class PrioritisedPrompts:
     """Batches of different prompts, drawn with chances in proportion to `priorities` at the time, times `weights`.
 
-    Without replacement by the keys ln(u) / weight of Efraimidis and Spirakis (Inf. Process. Lett. 97, 2006), u a digest
-    of (seed, number of the batch, uid): so a batch depends on these and the priorities alone. As PromptStream else.
+    Without replacement by the keys ln(u) / weight of Efraimidis and Spirakis (Inf. Process. Lett. 97, 2006). The u of
+    a prompt's batches are a generator SplitMix64 (Steele and others, OOPSLA 2014) begun at a digest of (seed, uid): so
+    a batch depends on these, its number and the priorities alone. As PromptStream else.
     """
 
     def __init__(
@@ -39,15 +40,19 @@ class PrioritisedPrompts:
         self._batch_size, self._seed, self._priorities = batch_size, seed, priorities
         listed = self._uids + [f"{uid} {weight!r}" for uid, weight in sorted(self._weights.items())]
         self._digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+        digests = (hashlib.blake2b(f"{seed}:{uid}".encode(), digest_size=8).digest() for uid in self._uids)
+        self._begin = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+        self._weight = np.array([self._weights.get(uid, 1.0) for uid in self._uids])
         self._batch = 0
 
     def take(self) -> list[Prompt]:
         """Return the next `batch_size` prompts."""
-        priorities = self._priorities(self._uids)
-        keys = [self._key(uid, priority) for uid, priority in zip(self._uids, priorities, strict=True)]
+        chance = np.asarray(self._priorities(self._uids), dtype=np.float64) * self._weight
         self._batch += 1
-        chosen = heapq.nlargest(self._batch_size, range(len(keys)), key=keys.__getitem__)
-        return [self._prompts[i] for i in sorted(chosen)]  # by uid: no mini-batch has more of the likelier ones
+        keys = np.log(_uniform(self._begin, self._batch)) / chance
+        chosen = np.argpartition(-keys, self._batch_size - 1)[: self._batch_size]
+        chosen.sort()  # by uid: no mini-batch has more of the likelier ones
+        return [self._prompts[i] for i in chosen]
 
     def state(self) -> dict[str, int | str]:
         """Return the cursor, ready for JSON; the priorities are their method's to keep."""
@@ -64,7 +69,10 @@ class PrioritisedPrompts:
             )
         self._batch = batch
 
-    def _key(self, uid: str, priority: float) -> float:
-        digest = hashlib.blake2b(f"{self._seed}:{self._batch}:{uid}".encode(), digest_size=8).digest()
-        chance = (int.from_bytes(digest, "big") + 0.5) / 2**64
-        return math.log(chance) / (priority * self._weights.get(uid, 1.0))
+
+def _uniform(begin: np.ndarray, index: int) -> np.ndarray:
+    """Return [P] float64 between 0 and 1: of each generator SplitMix64 that begins at `begin` the number `index`."""
+    bits = begin + np.uint64(index * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return (bits.astype(np.float64) + 0.5) / 2**64
