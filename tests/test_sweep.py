@@ -192,14 +192,15 @@ def test_the_widest_that_fit_are_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    "partial",
+    ("partial", "other"),
     [
-        pytest.param(0.0, id="binary"),
-        pytest.param(0.2, id="other rewards from the second round on", marks=pytest.mark.slow),
+        pytest.param(0.0, 0.1, id="binary"),
+        pytest.param(0.2, 0.1, id="other rewards from the second round on", marks=pytest.mark.slow),
+        pytest.param(0.2, -1.0, id="rewards below 0 from the second round on"),
     ],
 )
 def test_heavy_tailed_lengths_spend_the_budget_and_exceed_it_by_one_round_at_most(
-    tmp_path: Path, partial: float
+    tmp_path: Path, partial: float, other: float
 ) -> None:
     cfg, prompts, over = SweepConfig(num_samples=4, extra_tokens=4000), PROMPTS[:30], 0
     for seed in range(10):
@@ -210,7 +211,7 @@ def test_heavy_tailed_lengths_spend_the_budget_and_exceed_it_by_one_round_at_mos
             before, new = wanted, []
             for prompt, n in missing:
                 drawn = answer(prompt, n, n)
-                reward = 0.1 if n >= 4 and chance.random() < partial else float(chance.random() < 0.3)
+                reward = other if n >= 4 and chance.random() < partial else float(chance.random() < 0.3)
                 tokens = min(1024, int(chance.lognormvariate(3, 1.5)) + 1)
                 new.append(dataclasses.replace(drawn, reward=reward, token_ids=(0,) * tokens))
             table.append(new)

@@ -21,7 +21,7 @@ class Estimates:
 
     `low` and `high` are the ends of the interval, by the prompt's own samples that count, always finite. Each rule
     covers the true V* of rewards from -1 to 1 with probability `level` or more, for any N and beta1:
-    - all 0 or 1, and no reward of any prompt in the table below 0: Clopper and Pearson's, through V*. Exact for rewards
+    - all 0 or 1, and no reward of any of these prompts below 0: Clopper and Pearson's, through V*. Exact for rewards
       of 0 and 1. It covers for others from 0 to 1 too: V* is at least that of the share of 1 and at most that of the
       share that is not 0, so where it lies outside, one of these two counts is in its tail;
     - all equal to another c: p of the responses, at most what Clopper and Pearson allow after none of N, may have any
@@ -94,7 +94,7 @@ def estimate(
         binary[which] = ((drawn == 0) | (drawn == 1)).all(dim=-1).numpy()
         low[which], high[which] = _interval_of_any(drawn, beta1, level)
         spent[which] = tokens[rows].sum(axis=-1, dtype=np.int64)
-    binary &= not (rewards < 0).any()
+    binary &= not (floats["least"] < 0).any()  # of samples that count alone: a later round changes no earlier one
     k = np.rint(floats["mean"] * counts).astype(np.int64)
     low[binary], high[binary] = _exact_interval(k[binary], counts[binary], beta1, level)
     equal = ~binary & (floats["least"] == floats["most"])
