@@ -307,6 +307,17 @@ def test_what_is_known_of_a_model_goes_through_every_conversion(
         )
 
 
+def test_a_card_of_several_conversions_names_what_the_first_was_made_of(tied_llama: Path, tmp_path: Path) -> None:
+    arguments: Any = {"like": None, "dry_run": False}
+    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    convert.to_megatron(str(tied_llama), first, ParallelLayout(tensor=2), **arguments)
+    convert.to_megatron(first, second, ParallelLayout(), **arguments)
+    convert.to_hf(second, third, **arguments)
+    assert f"# A conversion of {tied_llama.name}\n" in text(tmp_path / "third")
+    records: Any = [folders.read_record(tmp_path / name) for name in ("first", "second", "third")]
+    assert [record["source"] for record in records] == [tied_llama.name, "first", "second"]
+
+
 def test_words_of_an_error_stay_out_of_a_card() -> None:
     words = card.text_of({"logprobs": {"max_difference": None, "reason": "not compared, OSError: /a/b"}}, None, [])
     assert "not compared, OSError." in words and "/a/b" not in words

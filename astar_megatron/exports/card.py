@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from astar_megatron.data.files import write_atomic
-from astar_megatron.exports.provenance import TRAINING, Training, recorded_licence
+from astar_megatron.exports.provenance import ORIGIN, TRAINING, Training, recorded_licence
 from astar_megatron.run import certificate, scores
 from astar_megatron.run.scores import Evaluation, Scored, markdown
 from conversion import folders
@@ -43,7 +43,11 @@ def write(folder: Path, training: Training | None, run_dir: Path | None) -> str:
 
 def text_of(record: Mapping[str, Any], training: Training | None, scored: Sequence[Scored]) -> str:
     """Return the card of an export with this conversion.json: YAML of the hub's, and sections."""
-    about = _of_training(training, scored) if training else [f"# A conversion of {record.get('source')}\n"]
+    about = (
+        _of_training(training, scored)
+        if training
+        else [f"# A conversion of {record.get(ORIGIN, record.get('source'))}\n"]
+    )
     return "\n".join([f"---\n{_metadata(record, training, scored).to_yaml()}\n---\n", *about, *_certificate(record)])
 
 

@@ -47,7 +47,7 @@ def carry_out(
 ) -> None:
     """Show what a conversion does and, but for a dry run, `write` it and compare what both formats compute.
 
-    Its conversion.json goes on to say how the source was trained, or its licence.
+    Its conversion.json goes on to say what is known of the source: `provenance.of_conversion`.
     """
     screen, origin = Screen(), of_conversion(end.path)
     preview = rewrite.preview(end, layout)

@@ -24,7 +24,7 @@ from astar_megatron.run.spending import Cost
 from astar_megatron.run.tracking import read_metrics
 from conversion.folders import PROGRESS_FILE, model_name, read_record
 
-TRAINING, LICENCE = "training", "licence"  # of conversion.json
+TRAINING, LICENCE, ORIGIN = "training", "licence", "origin"  # of conversion.json
 # Keys and sections that change no result, and what says where something lies.
 _NOT_TOLD = (
     *("run_dir", "sweep.table", "eval.folder", "model.path"),
@@ -117,14 +117,18 @@ class Training:
 
 
 def of_conversion(source: Path) -> dict[str, Any]:
-    """Return what conversion.json of a folder made of `source` says of its origin: its training, or else its licence.
+    """Return what conversion.json of a folder made of `source` says of its origin: its training, or else its licence,
+    and the first folder's name where `source` is a conversion itself.
 
     Raises ValueError for damaged files.
     """
     if (training := Training.of_folder(source)) is not None:
         return {TRAINING: dataclasses.asdict(training)}
+    record = read_record(source) or {}
+    is_conversion = "source_kind" in record  # else an export by ranks, whose `source` is the model before training
+    origin = {ORIGIN: record.get(ORIGIN, record["source"])} if is_conversion else {}
     licence = licence_of(source)
-    return {LICENCE: licence} if licence else {}
+    return origin | ({LICENCE: licence} if licence else {})
 
 
 def run_dir_of(checkpoint: Path) -> Path | None:
