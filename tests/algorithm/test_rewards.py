@@ -97,6 +97,9 @@ GSM8K = [  # response, answer, strict, flexible
     (r"It is $9\,500$.", "9,500", 0, 1),
     (r"It is $9,\!500$.", r"#### 9{,}500", 0, 1),
     ("#### " + "9" * 50 + ".0", "9" * 50 + ".0", 1, 1),
+    ("#### -$5", "5", 0, 1),  # the official flexible rule reads no sign there
+    ("#### -$5", "-5", 0, 0),
+    ("#### $-5", "-5", 0, 1),
     ("", "42", 0, 0),
 ]
 
@@ -345,12 +348,17 @@ def test_math(response: str, answer: str, expected: float) -> None:
     assert rewards.get("math")(response, answer) == expected
 
 
-@pytest.mark.parametrize("end", ["\r", "\t", "\xa0", "\r\n", " "])
-def test_white_space_behind_a_gold_answer_is_none_of_its_own(end: str) -> None:
+@pytest.mark.parametrize("blank", ["\r", "\t", "\xa0", "\r\n", " ", "\u2003", "\u3000", "\u2028"])
+def test_white_space_around_a_gold_answer_is_none_of_its_own(blank: str) -> None:
+    response = "<answer>18</answer> \\boxed{18}\n#### 18"
+    for name in sorted({*rewards.names()} - {"countdown", "math_verify"}):  # JSON; a library's reading
+        for answer in (f"{blank}18", f"18{blank}"):
+            assert rewards.get(name)(response, answer) == 1.0, name
     math = rewards.get("math")
-    assert math("\\boxed{x = 18}", f"x = 18{end}") == 1.0
+    for answer in (f"{blank}x = 18", f"x = 18{blank}"):
+        assert math("\\boxed{x = 18}", answer) == 1.0
     with pytest.raises(ValueError, match="expected LaTeX"):
-        math("\\boxed{}", end)
+        math("\\boxed{}", blank)
 
 
 @pytest.mark.parametrize(("response", "expected"), BOXED_25)

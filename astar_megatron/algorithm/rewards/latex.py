@@ -47,7 +47,7 @@ def math(response: str, answer: str) -> float:
     of which normalisation leaves nothing.
     """
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
-    if gold is None or not (wanted := normalised(gold.rstrip())):  # no box has a file's carriage return
+    if gold is None or not (wanted := normalised(gold.strip())):  # no box has a file's own white space
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
     return float(boxed_answer(response) == wanted)
 
@@ -82,8 +82,8 @@ def integer_in(response: str) -> str | None:
 
 
 def integer_of(answer: str) -> str:
-    """Return an integer such as "025" or "27.0" in its shortest form. Raises ValueError."""
-    integer = _integer(answer)
+    """Return an integer such as "025" or "27.0", white space around it or not, in its shortest form. ValueError."""
+    integer = _integer(answer.strip())
     if integer is None:
         raise ValueError(f"answer: expected an integer, got {answer[:80]!r}")
     return integer

@@ -57,7 +57,8 @@ def gsm8k_flexible(response: str, answer: str) -> float:
     """Return 1.0 where the last number of `response` is the answer, else 0.0; `answer` as in gsm8k_strict.
 
     The official rule's last `\\-?[0-9\\.\\,]+`, with four repairs: commas go ("1,000" is "1000"), TeX's too, and so
-    does the full stop that ends a sentence; and numbers are equal by value: "$29.00" is "29".
+    does the full stop that ends a sentence; and numbers are equal by value: "$29.00" is "29". A minus before a dollar
+    sign is lost, as in the official rule: "-$5" is "5", unlike `last_number`'s.
     """
     golds = _golds(answer)
     return float(flexible_answer(response) in golds)
