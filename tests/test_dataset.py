@@ -140,6 +140,10 @@ def test_a_data_set_of_the_hub_is_read_by_the_package_datasets(data: Command, tm
     write_jsonl(tmp_path / "set" / "test.jsonl", [{"question": "a", "answer": 1}])
     (row,) = hub_rows(str(tmp_path / "set"), None, "test")
     assert (row.where, dict(row.fields)) == ("row 1", {"question": "a", "answer": 1})
+    table = pa.table({"question": ["a"], "answer": pa.array([0.1], pa.float32()), "kind": [{"b": 1}]})
+    pq.write_table(table, tmp_path / "set" / "train.parquet")
+    (row,) = hub_rows(str(tmp_path / "set"), None, "train")
+    assert dict(row.fields) == {"question": "a", "answer": 0.1, "kind": {"b": 1}}
     status, _, error = data("hf", "no/such-data-set", "--out", tmp_path / "y.jsonl")
     assert status == 2 and "can't load it (split 'train')" in error
 

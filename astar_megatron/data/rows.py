@@ -7,19 +7,44 @@ import json
 import logging
 import math
 import os
+import re
+import shlex
+import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.data.tables import Fields, Table, python_values, shortest_floats
+
 _LOG = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".parquet")
-_ROWS_AT_ONCE = 1024  # of Parquet
 _SHOWN = 5  # problems that a message names
 _MOST_DIGITS = 400  # of a number; a float has fewer
+_BOM = b"\xef\xbb\xbf"
+_TO_LINES = '[print(json.dumps(row)) for row in {rows}]" < {{file}} > {{out}}'
+_OTHER_KINDS = (  # how a file ends and begins that is not read, what it is, and what makes one of it that is
+    ("", rb"\x1f\x8b", "compressed by gzip", "gunzip {file}"),
+    ("", rb"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -d {file}"),
+    (
+        *("", rb"\s*\[\s*\{", "a JSON array"),
+        'python -c "import json, sys; ' + _TO_LINES.format(rows="json.load(sys.stdin.buffer)"),
+    ),
+    ("", rb"\s*\{\s*\n", "JSON of several lines an object", "jq -c . {file} > {out}"),
+    (
+        *(".csv", rb"(?!\s*\{)", "CSV"),
+        "python -c \"import csv, json, sys; sys.stdin.reconfigure(encoding='utf-8-sig', newline=''); "
+        "csv.field_size_limit(2**30); " + _TO_LINES.format(rows="csv.DictReader(sys.stdin)"),
+    ),
+    (
+        *("", rb"ARROW1|\xff\xff\xff\xff", "Arrow as the package datasets saves it"),
+        'python -c "import datasets, sys; datasets.Dataset.from_file(sys.argv[1]).to_parquet(sys.argv[2])" '
+        "{file} {file}.parquet",
+    ),
+)
 
 
 class PromptError(ValueError):
@@ -68,8 +93,8 @@ class Problems:
 def read_rows(source: str | Path, problems: Problems, files: Sequence[Path] | None = None) -> list[Row]:
     """Return the rows of a .jsonl or .parquet file, or of `files` of a folder (none: `data_files`), in their order.
 
-    A line that is no JSON object in UTF-8 or has a key twice goes to `problems`, and so does a row of Parquet that is
-    not UTF-8. Raises PromptError where nothing can be read.
+    A line that is no JSON object in UTF-8 or has a key twice goes to `problems`. Raises PromptError where nothing can
+    be read; a column of Parquet is read when a row is first asked for it, which raises too.
     """
     source = Path(source)
     if files is None:
@@ -77,8 +102,9 @@ def read_rows(source: str | Path, problems: Problems, files: Sequence[Path] | No
     rows = []
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
+        _refuse_other_kind(file)
         parquet = file.suffix.lower() == ".parquet"
-        rows += _parquet_rows(file, within, problems) if parquet else _json_rows(file, within, problems)
+        rows += _parquet_rows(file, within) if parquet else _json_rows(file, within, problems)
     if not rows and not problems.count:
         raise PromptError(f"{source}: holds no prompt; expected one JSON object a line, or Parquet files")
     return rows
@@ -99,7 +125,15 @@ def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
         dataset: Any = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises many kinds: network, unknown names, damaged files
         raise PromptError(f"{name}: the package datasets can't load it (split {split!r}): {error!r:.500}") from error
-    return [Row(where=f"row {number}", fields=fields) for number, fields in enumerate(dataset, start=1)]
+    kinds = dataset.features.arrow_schema
+
+    def column(field: str) -> list[Any]:
+        try:
+            return shortest_floats(dataset[field][:], kinds.field(field).type)
+        except Exception as error:  # as above
+            raise PromptError(f"{name}: the package datasets can't read the field {field!r}: {error!r:.500}") from error
+
+    return _table_rows(Table(dataset.column_names, column), len(dataset))
 
 
 def pairs_of(
@@ -119,6 +153,8 @@ def pairs_of(
         try:
             question = text_of(row.fields, question_field, remedy)
             pairs.append(Pair(where=row.where, question=question, answer=answer(row.fields)))
+        except PromptError:  # the file is damaged
+            raise
         except ValueError as error:
             problems.add(row.where, str(error))
     return pairs
@@ -229,6 +265,9 @@ def data_files(folder: Path) -> list[Path]:
             f"would be left out: {names}; copy the files there, or remove these"
         )
     files = [path for path in shown if path.suffix.lower() in _SUFFIXES]
+    if not files:
+        for path in shown:
+            _refuse_other_kind(path)
     read = set(files)
     if others := [str(path.relative_to(folder)) for path in inside if path not in read]:
         _LOG.warning("%s: %d other files not read: %s", folder, len(others), ", ".join(others[:_SHOWN]))
@@ -247,14 +286,37 @@ def _refuse_folder(folder: Path, error: OSError) -> None:
     raise PromptError(f"{error.filename}: can't list the folder: {error.strerror}; make it readable for this user")
 
 
-def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
+def _content(file: Path, size: int = -1) -> bytes:
+    """The first `size` bytes of a file, or all. Raises PromptError; a pipe or a device might never end."""
     try:
-        data = file.read_bytes()
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise PromptError(f"{file}: is no regular file; write what it gives to one, and name that")
+        with file.open("rb") as opened:
+            return opened.read(size)
     except OSError as error:
-        reason = f"can't read the prompts: {error.strerror}"
-        raise PromptError(f"{file}: {reason}; check the path, of a run data.path or data.eval_path") from error
+        remedy = pattern_remedy(str(file)) or "check the path, of a run data.path or data.eval_path"
+        raise PromptError(f"{file}: can't read the prompts: {error.strerror}; {remedy}") from error
+
+
+def pattern_remedy(path: str) -> str:
+    """Return what to do where a path is a pattern of the shell's; "" where it is none."""
+    if not set("*?[").intersection(path):
+        return ""
+    return "patterns are not expanded: name the folder, whose .jsonl and .parquet files are all read"
+
+
+def _refuse_other_kind(file: Path) -> None:
+    """Raise PromptError for a file of another kind, with the command that makes one of it that is read."""
+    begin = _content(file, 4096).removeprefix(_BOM)
+    for suffix, pattern, kind, command in _OTHER_KINDS:
+        if file.name.lower().endswith(suffix) and re.match(pattern, begin):
+            words = command.format(file=shlex.quote(str(file)), out=shlex.quote(f"{file.with_suffix('')}_lines.jsonl"))
+            raise PromptError(f"{file}: is {kind}, expected one JSON object a line, or Parquet; convert it: {words}")
+
+
+def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:
     rows = []
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, raw in enumerate(_content(file).removeprefix(_BOM).split(b"\n"), start=1):
         where = f"{within}line {number}"
         if not raw.strip():
             continue
@@ -280,47 +342,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _parquet_rows(file: Path, within: str, problems: Problems) -> list[Row]:
+def _parquet_rows(file: Path, within: str) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: not readable as Parquet: {error}; copy it again") from error
-    table, rows = _shortest_floats(table), []
-    for start in range(0, len(table), _ROWS_AT_ONCE):
-        for number, fields in _decoded(table.slice(start, _ROWS_AT_ONCE), start + 1):
-            where = f"{within}row {number}"
-            if isinstance(fields, UnicodeDecodeError):
-                problems.add(where, f"not UTF-8 ({fields}); convert the text to UTF-8")
-            elif isinstance(fields, OverflowError):
-                problems.add(where, f"holds what Python can't ({fields}); drop that column")
-            else:
-                rows.append(Row(where=where, fields=fields))
-    return rows
+    def read(names: list[str]) -> Any:
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                return parquet.schema_arrow.names, parquet.read(columns=names)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise PromptError(f"{file}: not readable as Parquet: {error}; copy it again") from error
+
+    def column(name: str) -> list[Any]:
+        names, table = read([name])
+        if (count := names.count(name)) > 1:
+            raise PromptError(f"{file}: has {count} columns {name!r}; rename all but one")
+        values = table.column(name)
+        return shortest_floats(python_values(values), values.type)
+
+    names, table = read([])
+    return _table_rows(Table(names, column), len(table), within)
 
 
-def _shortest_floats(table: Any) -> Any:
-    """The table with float16 and float32 in 64 bits by their shortest digits: 0.1, not 0.10000000149011612."""
-    import numpy as np
-    import pyarrow as pa
-
-    kinds = {pa.float16(): np.float16, pa.float32(): np.float32}
-    for i, field in enumerate(table.schema):
-        if kind := kinds.get(field.type):
-            values = [None if value is None else float(str(kind(value))) for value in table.column(i).to_pylist()]
-            table = table.set_column(i, field.name, pa.array(values, pa.float64()))
-    return table
-
-
-def _decoded(part: Any, first: int) -> Iterator[tuple[int, Any]]:
-    """The rows of a part of a table with their numbers; of a row that Python can't hold, the error."""
-    try:
-        yield from enumerate(part.to_pylist(), first)
-    except (UnicodeDecodeError, OverflowError) as error:
-        if len(part) == 1:
-            yield first, error
-            return
-        for i in range(len(part)):
-            yield from _decoded(part.slice(i, 1), first + i)
+def _table_rows(table: Table, num_rows: int, within: str = "") -> list[Row]:
+    return [Row(where=f"{within}row {i + 1}", fields=Fields(table, i)) for i in range(num_rows)]

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from astar_megatron.data.rows import Problems, PromptError, Row, data_files, hub_rows, read_rows
+from astar_megatron.data.rows import Problems, PromptError, Row, data_files, hub_rows, pattern_remedy, read_rows
 
 _LOG = logging.getLogger(__name__)
 _TRAIN = "train"  # the split where none is asked for
@@ -36,6 +36,8 @@ def rows_of(
         return read_rows(source, problems)
     if place.is_dir():
         return read_rows(source, problems, _files_of(place, subset, split, known_subset))
+    if remedy := pattern_remedy(source):
+        raise PromptError(f"{source}: no such file or folder; {remedy}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or place.suffix in (".jsonl", ".parquet"):
         raise PromptError(f"{source}: no such file or folder, and no name of the hub (owner/name)")
     return hub_rows(source, subset or known_subset, split or _TRAIN)

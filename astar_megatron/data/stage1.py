@@ -48,6 +48,8 @@ def stage1_rows(rows: list[Row], problems: Problems) -> list[Stage1Row]:
     for row in rows:
         try:
             parsed.append(_read(row, numbers))
+        except PromptError:  # the file is damaged
+            raise
         except ValueError as error:
             problems.add(row.where, str(error))
     return parsed

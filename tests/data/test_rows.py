@@ -1,7 +1,13 @@
 """Rows from files: JSONL, Parquet and folders, and what can't be used is counted and named."""
 
+import csv
+import gzip
+import io
+import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ from astar_megatron.data.rows import (
     read_rows,
     without_duplicates,
 )
+from astar_megatron.data.sources import rows_of
 
 ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": "Ünï\n", "answer": "5"}]
 
@@ -137,14 +144,100 @@ def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) ->
 
 
 def test_a_row_of_parquet_that_is_not_utf_8_is_a_problem_of_its_own(tmp_path: Path) -> None:
-    texts = [b"a", b"\xff", *[b"b"] * 1100, b"\xfe", b"c"]  # in two of the parts that are read at once
+    texts = [b"a", b"\xff", *[b"b"] * 1100, b"\xfe", b"c"]
     column = pa.array(texts, pa.binary()).cast(pa.string(), safe=False).view(pa.string())
-    pq.write_table(pa.table({"q": column}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"q": column, "a": ["1"] * 1104}), tmp_path / "x.parquet")
     rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
-    assert len(rows) == 1102 and [row.where for row in rows][:2] == ["row 1", "row 3"]
-    assert (rows[-1].where, rows[-1].fields["q"]) == ("row 1104", "c")
+    pairs = pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
+    assert [pair.where for pair in pairs][:2] == ["row 1", "row 3"]
+    assert (len(pairs), pairs[-1].where, pairs[-1].question) == (1102, "row 1104", "c")
     message = problems.message(1104)
-    assert "2 of 1104 rows" in message and "row 2: not UTF-8" in message and "row 1103: not UTF-8" in message
+    assert "2 of 1104 rows" in message and "row 2: field 'q': not UTF-8" in message and "row 1103: " in message
+
+
+def test_columns_of_parquet_that_nobody_asks_for_may_be_of_any_kind(tmp_path: Path) -> None:
+    arrays = {
+        "q": pa.array(["text"]),
+        "a": pa.array(["1"]),
+        "time": pa.array([0], pa.timestamp("us", tz="Mars/Phobos")),
+        "year": pa.array([10**18], pa.timestamp("us")),
+        "text": pa.array([b"\xff"], pa.binary()).cast(pa.string(), safe=False).view(pa.string()),
+        "vectors": pa.array([[0.5] * 1000]),
+    }
+    names, columns = [*arrays, "twice", "twice"], [*arrays.values(), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), tmp_path / "x.parquet")
+    rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
+    (pair,) = pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
+    assert (pair.question, pair.answer) == ("text", "1")
+    for name, message in {"year": "holds what Python can't", "time": "holds what", "none": "only 'q', 'a', 'time'"}.items():
+        problems = Problems("x")
+        assert pairs_of(rows, name, answer_field("a", "set a"), problems, remedy="set q") == []
+        assert message in problems.message(1)
+    with pytest.raises(PromptError, match="has 2 columns 'twice'; rename"):
+        pairs_of(rows, "q", answer_field("twice", "set a"), problems, remedy="set q")
+
+
+def test_of_a_damaged_column_all_is_refused_and_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    table = pa.table({"q": ["text"] * 100, "a": ["answer"] * 100})
+    pq.write_table(table, path := tmp_path / "x.parquet", write_page_checksum=True, compression="none")
+    data = path.read_bytes()
+    place = data.index(b"answer")
+    path.write_bytes(data[:place] + b"A" + data[place + 1 :])
+    rows = read_rows(path, problems := Problems("x"))
+    assert rows[0].fields["q"] == "text"
+    with pytest.raises(PromptError, match=r"x\.parquet: not readable as Parquet: .*copy it again"):
+        pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
+
+
+def _csv(rows: Any) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["question", "answer"])
+    writer.writeheader()
+    writer.writerows(rows)
+    return b"\xef\xbb\xbf" + text.getvalue().encode()
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("x.jsonl.gz", gzip.compress(b"{}"), "compressed by gzip"),
+        ("x.jsonl.zst", pa.Codec("zstd").compress(b"{}", asbytes=True), "compressed by zstd"),
+        ("x.json", json.dumps(ROWS, indent=2).encode(), "a JSON array"),
+        ("it's x.json", json.dumps(ROWS).encode(), "a JSON array"),
+        ("x.json", json.dumps({"data": ROWS}, indent=2).encode(), "JSON of several lines an object"),
+        ("x.CSV", _csv([*ROWS, {"question": "9" * 200_000, "answer": "5"}]), "CSV"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
+    name: str, content: bytes, kind: str, folder: bool, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptError) as caught:
+        read_rows(tmp_path if folder else tmp_path / name, Problems("x"))
+    words, _, command = str(caught.value).partition("; convert it: ")
+    assert words == f"{tmp_path / name}: is {kind}, expected one JSON object a line, or Parquet"
+    if command.startswith("python "):
+        subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+        written = read_rows(tmp_path / f"{Path(name).stem}_lines.jsonl", Problems("x"))
+        assert [row.fields for row in written][:2] == ROWS
+
+
+def test_what_a_shell_would_expand_is_told_that_nothing_does(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for source in (tmp_path / "*.jsonl", tmp_path / "[a].jsonl"):
+        with pytest.raises(PromptError, match="patterns are not expanded: name the folder"):
+            read_rows(source, Problems("x"))
+        with pytest.raises(PromptError, match="patterns are not expanded: name the folder"):
+            rows_of("hf", str(source), None, None, Problems("x"))
+
+
+@pytest.mark.parametrize("name", ["pipe.jsonl", "pipe.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    for source in (tmp_path / name, Path("/dev/zero")):
+        with pytest.raises(PromptError, match=f"{source}: is no regular file"):
+            read_rows(source, Problems("x"))
 
 
 def test_the_first_of_equal_prompts_stays_and_none_of_those_with_two_answers() -> None:
