@@ -7,6 +7,7 @@ import json
 
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RunConfig
+from astar_megatron.config_secrets import without_logins
 from astar_megatron.data import chat
 from astar_megatron.data.header import MissingTableError
 from astar_megatron.run import resources
@@ -70,4 +71,7 @@ def _as_read(prompt: Prompt, model_path: str) -> str:
     text = chat.tokenizer(model_path).decode(list(prompt.token_ids), skip_special_tokens=False)
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
-    return f"the first prompt, {len(prompt.token_ids)} tokens: {json.dumps(text, ensure_ascii=False)}"
+    words = f"the first prompt, {len(prompt.token_ids)} tokens"
+    if without_logins(text) != text:
+        words += ", with what looks like a login, which the model reads and the screen does not show"
+    return f"{words}: {json.dumps(text, ensure_ascii=False)}"

@@ -194,6 +194,24 @@ def test_doctor_shows_the_first_prompt_as_the_model_reads_it(astar: Any, tree: T
     assert line == 'the first prompt, 18 tokens: "<user> W h a t   i s   1   +   1 ? + 2 <assistant>"'
 
 
+def test_doctor_says_that_a_login_of_the_first_prompt_is_read_and_not_shown(
+    astar: Any, tree: Tree, tmp_path: Path
+) -> None:
+    tokenizer = Path(tree["model"]["path"]) / "tokenizer.json"
+    edit_json(tokenizer, decoder={"type": "Fuse"})  # no blanks between letters
+    vocabulary = tokenizer.read_text()
+    for letter, other in zip("=-+", ":/@", strict=True):
+        vocabulary = vocabulary.replace(f'"{letter}":', f'"{other}":')
+    tokenizer.write_text(vocabulary)
+    samples.write_jsonl(tmp_path / "prompts.jsonl", [{"question": "s3://me:pw@host/x", "answer": "2"}])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    status, out, error = astar("doctor", "--config", tmp_path / "run.yaml")
+    (line,) = [line for line in out.splitlines() if line.startswith("the first prompt, ")]
+    assert status == 0, error
+    assert "what looks like a login, which the model reads and the screen does not show" in line
+    assert "s3://<login>@host/x" in line and "pw" not in line
+
+
 @pytest.mark.parametrize("name", ["train --dry-run", "doctor"])
 def test_what_only_looks_at_a_run_leaves_a_damaged_shard_and_says_so_once(
     name: str, command: Command, tree: Tree, caplog: pytest.LogCaptureFixture

@@ -141,8 +141,9 @@ def test_a_data_set_of_the_hub_is_read_by_the_package_datasets(data: Command, tm
     (row,) = hub_rows(str(tmp_path / "set"), None, "test")
     assert (row.where, dict(row.fields)) == ("row 1", {"question": "a", "answer": 1})
     table = pa.table({"question": ["a"], "answer": pa.array([0.1], pa.float32()), "kind": [{"b": 1}]})
-    pq.write_table(table, tmp_path / "set" / "train.parquet")
-    (row,) = hub_rows(str(tmp_path / "set"), None, "train")
+    (tmp_path / "narrow").mkdir()
+    pq.write_table(table, tmp_path / "narrow" / "train.parquet")
+    (row,) = hub_rows(str(tmp_path / "narrow"), None, "train")
     assert dict(row.fields) == {"question": "a", "answer": 0.1, "kind": {"b": 1}}
     status, _, error = data("hf", "no/such-data-set", "--out", tmp_path / "y.jsonl")
     assert status == 2 and "can't load it (split 'train')" in error

@@ -169,7 +169,8 @@ def test_columns_of_parquet_that_nobody_asks_for_may_be_of_any_kind(tmp_path: Pa
     rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
     (pair,) = pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
     assert (pair.question, pair.answer) == ("text", "1")
-    for name, message in {"year": "holds what Python can't", "time": "holds what", "none": "only 'q', 'a', 'time'"}.items():
+    lost = "holds what Python can't"
+    for name, message in {"year": lost, "time": lost, "none": "only 'q', 'a', 'time'"}.items():
         problems = Problems("x")
         assert pairs_of(rows, name, answer_field("a", "set a"), problems, remedy="set q") == []
         assert message in problems.message(1)
