@@ -1,8 +1,8 @@
 """Rank processes, new for every layout: gloo threads of a group that has ended spin on in a process that lives."""
 
 import multiprocessing
-import os
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,9 +20,14 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        os.environ.update(ENVIRONMENT)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["ranks", "astar_megatron.model.policy"])
+        # Of Megatron and safetensors also what is imported in a rank's first step.
+        later = ["megatron.core.models.mimo", "safetensors.torch"]
+        self._context.set_forkserver_preload(["ranks", "astar_megatron.model.policy", *later])
+        with pytest.MonkeyPatch.context() as patch:  # not for good: two nodes of another test do not meet on loopback
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
+            forkserver.ensure_running()
 
     def run(self, function: Callable[..., Any], world: int, **arguments: Any) -> list[Any]:
         pipes, processes = [], []

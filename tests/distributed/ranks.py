@@ -1,6 +1,7 @@
 """What the rank processes of tests/distributed do: real PolicyRanks over gloo, one a process."""
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -52,6 +53,13 @@ def serve(pipe: Any, function: Any, rank: int, arguments: dict[str, Any]) -> Non
         pipe.send(function(pipe, rank, port, **arguments))
     except BaseException:
         pipe.send(traceback.format_exc())
+
+
+def gloo_interface(pipe: Any, rank: int, port: int | None) -> str | None:
+    """Return the interface on which ranks meet, as their environment has it; they need no port."""
+    if rank == 0:
+        pipe.send(0)
+    return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def join(pipe: Any, rank: int, port: int | None, num_ranks: int) -> None:
@@ -166,7 +174,8 @@ def write_gradients(policy: Any, folder: str, own: dict[str, Any] | None = None)
         parameters: dict[str, Any] = dict(named_parameters(policy._learning.chunks))
         own = {name: parameter.main_grad for name, parameter in parameters.items()}
     everywhere: list[Any] = [None] * policy.layout.world_size
-    dist.all_gather_object(everywhere, {name: tensor.cpu() for name, tensor in own.items()})
+    # Copies: with a view of the buffer of all gradients pickle would send all of it.
+    dist.all_gather_object(everywhere, {name: tensor.cpu().clone() for name, tensor in own.items()})
     if policy.rank:
         return
     whole = {name: torch.zeros(shape) for name, shape in policy.model.parameters().items()}
