@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,7 +39,24 @@ finally:
 """
 
 
-def ended(*arguments: str, after: str, signals: list[signal.Signals], pause: float = 1.2) -> tuple[int, list[str], str]:
+# Of each program: its arguments, the line after which signals are sent, which, and the seconds between two.
+PROGRAMS: dict[str, tuple[list[str], str, list[signal.Signals], float]] = {
+    "asked by SIGTERM": (["0"], "step 1", [signal.SIGTERM], 0.0),
+    "asked by SIGUSR1": (["0"], "step 1", [signal.SIGUSR1], 0.0),
+    "asked behind the steps": (["0"], "evaluates", [signal.SIGTERM], 0.0),
+    "asked twice at once": (["0"], "step 1", [signal.SIGTERM, signal.SIGTERM], 0.1),
+    "asked again in a step": (["0", "hangs"], "step 2", [signal.SIGUSR1, signal.SIGTERM], 1.2),
+    "asked again in cleaning up": (["0", "slowly"], "evaluates", [signal.SIGTERM, signal.SIGTERM], 1.2),
+    "a step does not fit": (["10.5"], "step 2", [signal.SIGTERM], 0.0),
+    "a step takes longer": (["13", "hangs"], "step 2", [signal.SIGTERM], 0.0),
+    "its processes ended too": (["0", "fails"], "step 2", [signal.SIGTERM], 0.0),
+}
+CLEANED = ["cleans up", "has cleaned up"]
+
+type Ended = tuple[int, list[str], str]
+
+
+def run(arguments: list[str], after: str, signals: list[signal.Signals], pause: float) -> Ended:
     """Run STEPS, send signals once it has printed a line; return exit status, the lines after that, and stderr."""
     command = [sys.executable, "-c", STEPS, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -49,6 +68,14 @@ def ended(*arguments: str, after: str, signals: list[signal.Signals], pause: flo
             process.send_signal(number)
         out, error = process.communicate(timeout=60)
     return process.returncode, out.splitlines(), error
+
+
+@pytest.fixture(scope="module")
+def ended() -> Iterator[Callable[[str], Ended]]:
+    """Return a function that waits for a program and gives its end; all run at once, for they mostly sleep."""
+    with ThreadPoolExecutor(len(PROGRAMS)) as pool:
+        ends = {name: pool.submit(run, *program) for name, program in PROGRAMS.items()}
+        yield lambda name: ends[name].result()
 
 
 def test_a_step_is_saved_although_nobody_reads_what_is_said() -> None:
@@ -66,51 +93,52 @@ def test_a_step_is_saved_although_nobody_reads_what_is_said() -> None:
     assert (process.returncode, out.splitlines()) == (RESUME, ["saves 1", *CLEANED])
 
 
-CLEANED = ["cleans up", "has cleaned up"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_heeded_where_the_step_is_saved(number: signal.Signals) -> None:
-    status, lines, error = ended("0", after="step 1", signals=[number])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_is_heeded_where_the_step_is_saved(name: str, ended: Callable[[str], Ended]) -> None:
+    status, lines, error = ended(f"asked by {name}")
     assert (status, lines) == (RESUME, ["saves 1", *CLEANED])
-    assert f"{number.name}: ends when this step is saved" in error and "saved after 2 steps" in error
+    assert f"{name}: ends when this step is saved" in error and "saved after 2 steps" in error
 
 
-def test_behind_the_steps_it_is_heeded_at_once() -> None:
-    status, lines, error = ended("0", after="evaluates", signals=[signal.SIGTERM])
+def test_behind_the_steps_it_is_heeded_at_once(ended: Callable[[str], Ended]) -> None:
+    status, lines, error = ended("asked behind the steps")
     assert (status, lines) == (RESUME, CLEANED)
     assert "ended by SIGTERM; the same command goes on" in error
 
 
-def test_the_same_signal_again_at_once_is_no_second_one() -> None:
-    status, lines, _ = ended("0", after="step 1", signals=[signal.SIGTERM, signal.SIGTERM], pause=0.1)
+def test_the_same_signal_again_at_once_is_no_second_one(ended: Callable[[str], Ended]) -> None:
+    status, lines, _ = ended("asked twice at once")
     assert (status, lines) == (RESUME, ["saves 1", *CLEANED])
 
 
-def test_a_second_signal_ends_it_in_the_middle_of_a_step() -> None:
-    status, lines, _ = ended("0", "hangs", after="step 2", signals=[signal.SIGUSR1, signal.SIGTERM])
+def test_a_second_signal_ends_it_in_the_middle_of_a_step(ended: Callable[[str], Ended]) -> None:
+    status, lines, _ = ended("asked again in a step")
     assert (status, lines) == (RESUME, [])
 
 
-def test_a_second_signal_ends_it_in_the_middle_of_cleaning_up() -> None:
-    status, lines, _ = ended("0", "slowly", after="evaluates", signals=[signal.SIGTERM, signal.SIGTERM])
+def test_a_second_signal_ends_it_in_the_middle_of_cleaning_up(ended: Callable[[str], Ended]) -> None:
+    status, lines, _ = ended("asked again in cleaning up")
     assert (status, lines) == (RESUME, ["cleans up"])
 
 
-def test_where_a_step_does_not_fit_the_time_given_it_is_left() -> None:
-    status, lines, error = ended("10.5", after="step 2", signals=[signal.SIGTERM])
+def test_where_a_step_does_not_fit_the_time_given_it_is_left(ended: Callable[[str], Ended]) -> None:
+    status, lines, error = ended("a step does not fit")
     assert (status, lines) == (RESUME, CLEANED)
     assert "1 s of a step do not fit train.grace_seconds=10.5" in error
 
 
-def test_a_step_that_takes_longer_than_those_before_is_left_when_the_time_is_over() -> None:
-    status, lines, error = ended("13", "hangs", after="step 2", signals=[signal.SIGTERM])
+def test_a_step_that_takes_longer_than_those_before_is_left_when_the_time_is_over(
+    ended: Callable[[str], Ended],
+) -> None:
+    status, lines, error = ended("a step takes longer")
     assert (status, lines) == (RESUME, CLEANED)
     assert "ends when this step is saved, in 3 s at most" in error and "was not saved in 3 s" in error
 
 
-def test_a_signal_that_has_also_ended_the_run_s_processes_is_still_one_to_go_on_from() -> None:
-    status, lines, error = ended("0", "fails", after="step 2", signals=[signal.SIGTERM])
+def test_a_signal_that_has_also_ended_the_run_s_processes_is_still_one_to_go_on_from(
+    ended: Callable[[str], Ended],
+) -> None:
+    status, lines, error = ended("its processes ended too")
     assert (status, lines) == (RESUME, CLEANED)
     assert "policy rank 0: the process ended" in error
 
