@@ -23,7 +23,7 @@ from astar_megatron.run import scores
 from astar_megatron.run.commands import CommandEnd, astar, last_heading, last_line
 from astar_megatron.run.spending import Cost, Spending, generation_flops
 from astar_megatron.run.tracking import Tracker, read_metrics
-from astar_megatron.studies import comparison
+from astar_megatron.studies import comparison, comparison_files
 from astar_megatron.studies.comparison import Run, Stage1Cost
 from astar_megatron.studies.curves import band
 from astar_megatron.types import Prompt
@@ -115,7 +115,10 @@ def cfg(tmp_path: Path, tied_llama: Path) -> RunConfig:
 
 
 @pytest.fixture
-def compare(cfg: RunConfig, tmp_path: Path) -> Callable[..., int]:
+def compare(cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Return a function that compares without a picture: to draw one after each run takes longer than all the rest."""
+    monkeypatch.setattr(comparison_files, "plot", lambda results, path: None)
+
     def run(runner: Any, methods: str = ALL, limit: str = "tokens=100", seeds: str = "0,1,2", **changes: Any) -> int:
         own = config.validate(cfg.model_dump() | changes)
         return main(own, methods, limit, seeds, tmp_path / "out", runner)
@@ -324,6 +327,7 @@ def test_a_comparison_that_ends_between_two_runs_ends_as_a_whole_would(cfg: RunC
     (tmp_path / "kept").rename(tmp_path / "whole" / "stage-1")
     (tmp_path / "whole" / "compare.json").write_text(json.dumps({"settings": {}, "runs": []}))
     assert run("whole", Astar()) == killed
+    assert (tmp_path / "whole" / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_run_that_ends_well_without_its_evaluation_is_a_failed_one(compare: Any, tmp_path: Path) -> None:
@@ -504,7 +508,6 @@ def test_the_csv_has_a_line_a_step_with_stage_1_counted(compare: Any, tmp_path: 
     assert (first["method"], first["seed"], first["step"]) == ("astar", "0", "0")
     assert (first["spent_tokens"], first["spent_seconds"]) == (str(STAGE_1_TOKENS + 10), str(STAGE_1_SECONDS + 1.0))
     assert [row["spent_tokens"] for row in rows if row["method"] == "grpo"] == ["40", "80", "120"] * 2
-    assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_final_score_is_the_mean_of_the_sets_of_the_last_evaluation(tmp_path: Path) -> None:

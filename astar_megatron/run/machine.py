@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -159,6 +160,7 @@ def _own_requirements() -> list[str]:
         return []
 
 
+@cache  # a study asks after each of its runs, and each answer is parsed from a file
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
