@@ -87,6 +87,7 @@ ENVIRONMENT_READERS = (
     "astar_megatron/launch/",  # it passes it on to what it starts; NEMORUN_HOME is nemo-run's own
     "astar_megatron/run/bundle.py",  # it looks for secrets, to take them out of what it writes
     "astar_megatron/rollout/scoring.py",  # it passes a part of it on to rewards
+    "astar_megatron/model/backend.py",  # it completes what the user tells torch of memory
 )
 ENVIRONMENT_SETTERS = (
     *("astar_megatron/rollout/", "astar_megatron/cluster/", "astar_megatron/model/backend.py"),

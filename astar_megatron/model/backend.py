@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,15 @@ FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many 
 # Transformer Engine asks cuBLAS for TF32 whatever torch is told; this overrules it. A process that computes in float32
 # is started with it; `Backend.check` sees whether it helped.
 FLOAT32_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
+# One part of torch reads the first of these and then no other, another the second.
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_OURS = (
+    "",
+    "expandable_segments",
+    "pinned_max_round_threshold_mb",
+    "pinned_max_cached_size_mb",
+    "per_process_memory_fraction",
+)
 _LOCAL = (
     "megatron's local layers and optimizer, and attention in torch (prefixes shared in a pack; context-parallel ranks "
     "gather keys and values)"
@@ -236,14 +246,6 @@ def check_float32(error: float) -> None:
         )
 
 
-def least_capability() -> float | None:
-    """Return the least compute capability of the GPUs that this process sees; None without any."""
-    if not torch.cuda.is_available():
-        return None
-    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    return min(major + minor / 10 for major, minor in capabilities)
-
-
 def check_features(model: ModelConfig, optim: OptimConfig, num_gpus: int, capability: float | None = None) -> None:
     """Raise ValueError for a setting that ranks on machines installed like this one could not honour.
 
@@ -284,8 +286,8 @@ def environment(
     common = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     if gpus:
         common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        if memory_share < 1.0:  # a rank that wants more fails itself, and no engine
-            common |= {"PYTORCH_ALLOC_CONF": f"per_process_memory_fraction:{memory_share:.4f}"}
+        # Where the switch sums (NVLS), the order may be another in each call: no two passes would be equal to the bit.
+        common |= {"NCCL_NVLS_ENABLE": "0"} | dict.fromkeys(_ALLOCATOR_VARIABLES, _allocator_settings(memory_share))
         return common | (FLOAT32_ENVIRONMENT if dtype == "float32" else {})
     common |= {
         # Threads that spin while the engine computes slow both three-fold.
@@ -294,6 +296,20 @@ def environment(
         "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than the work it would save
     }
     return common | (_LOOPBACK if num_nodes == 1 else {})
+
+
+def _allocator_settings(memory_share: float) -> str:
+    """Return how torch allocates for a rank: as the user's environment says, but for what would break a rank.
+
+    No expandable segments: other processes can't open them. Pinned memory in its own size, as parking.py and
+    reference.py keep it, not in the next power of two. A rank that wants more than its share fails itself, no engine.
+    """
+    users = next((os.environ[name] for name in _ALLOCATOR_VARIABLES if os.environ.get(name)), "")
+    settings = [text for text in re.split(r",(?![^\[]*\])", users) if text.partition(":")[0].strip() not in _OURS]
+    settings += ["pinned_max_round_threshold_mb:1", "pinned_max_cached_size_mb:1"]
+    if memory_share < 1.0:
+        settings.append(f"per_process_memory_fraction:{memory_share:.4f}")
+    return ",".join(settings)
 
 
 def stay_on_loopback() -> None:

@@ -142,10 +142,13 @@ def _take_groups_of(optimizer: Any, loaded: dict[str, Any]) -> None:
     loaded["optimizer"] = saved if len(inner) == 1 else dict(enumerate(parts))
 
 
-def _saved_step(saved: dict[Any, Any]) -> float:
-    """Return how many steps an optimizer had taken; each of its groups, at whatever depth, says so."""
+def _saved_step(saved: dict[Any, Any]) -> int:
+    """Return how many steps an optimizer had taken; each of its groups, at whatever depth, says so.
+
+    torch's Adam says so as a float, which Transformer Engine's does not take.
+    """
     groups = saved["optimizer"]["param_groups"] if "optimizer" in saved else saved[0]["optimizer"]["param_groups"]
-    return max((group["step"] for group in groups if "step" in group), default=0)
+    return int(max((group["step"] for group in groups if "step" in group), default=0))
 
 
 def _layout() -> dict[str, int]:

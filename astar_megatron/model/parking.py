@@ -22,6 +22,7 @@ class Parking:
         self._device = device
         self._kept = {tensor.untyped_storage()._cdata for tensor in kept}
         self._storages: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []  # size in bytes; content on the host
+        self._pinned: dict[int, list[Tensor]] = {}  # by size, host memory for the next time: to pin takes long
 
     def park(self, tensors: Iterable[Tensor]) -> int:
         """Move what is under `tensors` to host memory."""
@@ -42,6 +43,9 @@ class Parking:
                 content.copy_(host, non_blocking=True)
         if self._storages and self._device.type != "cpu":
             torch.accelerator.synchronize()  # the host's copies end here
+            for _, size, host in self._storages:
+                if host is not None:
+                    self._pinned.setdefault(size, []).append(host)
         self._storages.clear()
 
     def _own(self, tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
@@ -58,10 +62,15 @@ class Parking:
         size, host = storage.nbytes(), None
         if keep:
             content = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
-            host = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type != "cpu").copy_(content)
+            host = self._host_memory(size).copy_(content)
         storage.resize_(0)
         self._storages.append((storage, size, host))
         return size
+
+    def _host_memory(self, size: int) -> Tensor:
+        if pinned := self._pinned.get(size):
+            return pinned.pop()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
 
 
 def optimizer_tensors(optimizer: Any) -> Iterable[Tensor]:

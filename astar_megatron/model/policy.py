@@ -194,6 +194,7 @@ class PolicyRank:
         scores = run_scoring(
             self._learning.modules, packs, vocab_size=self.model.vocab_size, temperature=1.0, backend=self.backend
         )
+        forget_fp8_copies(self._learning.modules)  # engines may be awake beside them
         return packed.by_sequence(scores[0]) if scores else None
 
     def release(self, offload: Offload) -> tuple[int, int]:

@@ -201,6 +201,5 @@ def _check_start(largest_logratio: float) -> None:
         raise AssertionError(
             f"policy and reference have the same weights, but their log-probs of a response differ by "
             f"{largest_logratio:.3g} nats: they don't run the same kernels in the same precision and shapes, or sums "
-            "over ranks have no fixed order (NCCL's NVLS, with parallel.tensor above 2: NCCL_NVLS_ENABLE=0 in the "
-            "environment)"
+            "over ranks have no fixed order"
         )

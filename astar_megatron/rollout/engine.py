@@ -346,9 +346,9 @@ def leave_out_unreadable() -> list[str]:
 
 
 def environment(
-    rollout: RolloutConfig, *, gpus: Sequence[str], threads: int, socket_folder: str | None
+    rollout: RolloutConfig, *, gpus: Sequence[str], threads: int, dtype: str, socket_folder: str | None
 ) -> dict[str, str]:
-    """Return the environment variables that vLLM reads before it is imported.
+    """Return the environment variables that vLLM reads before it is imported, of an engine that computes in `dtype`.
 
     Its workers see the `gpus` of these names. Its unix sockets go to `socket_folder` (none: TMPDIR), whose name must be
     short.
@@ -359,7 +359,9 @@ def environment(
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
     if gpus:
-        return common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        # vLLM's attention in float32 is in Triton, which multiplies it as TF32 unless it is told otherwise.
+        return common | ({"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {})
     if rollout.graphs != "compiled":
         # Else the first draw with log-probs waits five seconds for a compiler, for tokens' ranks, which nobody reads.
         common |= {"TORCH_COMPILE_DISABLE": "1"}

@@ -53,7 +53,9 @@ class EnginePool:
         self._seats = cluster.reservation.placement.engines
         threads = cluster.threads(self._seats, rollout.tensor)
         self._environments = [
-            environment(rollout, gpus=seat.gpus, threads=threads, socket_folder=cluster.socket_folder)
+            environment(
+                rollout, gpus=seat.gpus, threads=threads, dtype=options.dtype, socket_folder=cluster.socket_folder
+            )
             for seat in self._seats
         ]
         self.bring = lambda member: self.serve([member])

@@ -13,7 +13,8 @@ _FORMAT = "%(asctime)s\t%(levelname)s\t%(message)s"
 # What vLLM 0.32 logs, in part, when a phase begins. It captures graphs, or only warms up, when its cache is made.
 PHASES = {
     "Initializing a V1 LLM engine": "starting its worker",
-    "Starting to load model": "loading the weights",
+    "Starting to load model": "loading the weights",  # by runner V1, and on a CPU
+    "Loading model from scratch": "loading the weights",  # by runner V2
     "Model loading took": "measuring its memory",
     "for vLLM's torch.compile": "compiling the model",
     "Warming up model for the compilation": "compiling the model",

@@ -14,9 +14,9 @@ from astar_megatron.cluster import session
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.errors import NoFolderError
 from astar_megatron.model.compute_type import native_bfloat16
+from astar_megatron.run.local_accelerators import local_accelerators
 from astar_megatron.run.resources import (
     GIB,
-    accelerators,
     available_memory_bytes,
     free_bytes,
     gib,
@@ -50,11 +50,11 @@ class Finding:
 def report() -> list[Finding]:
     """Return what this machine has and lacks for a run."""
     requirements = _own_requirements()
-    lanes = _installed_lanes(requirements, _version)
+    lanes, accelerators = _installed_lanes(requirements, _version), local_accelerators()
     return [
         _python(),
         *packages(requirements, _version),
-        _accelerator(accelerators(), lanes),
+        _accelerator(None if accelerators is None else [accelerator.name for accelerator in accelerators], lanes),
         *_processor(available_cores(), native_bfloat16()),
         _space("memory", available_memory_bytes(), DEMO_BYTES, "close other programs; `make demo` needs it"),
         _space(

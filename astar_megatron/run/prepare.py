@@ -15,12 +15,13 @@ from astar_megatron.data.benchmarks import BENCHMARKS, benchmark_prompts, check_
 from astar_megatron.data.contract import Contract, contract_of
 from astar_megatron.data.prompts import read_prompts
 from astar_megatron.model import layouts
-from astar_megatron.model.backend import check_features, least_capability
+from astar_megatron.model.backend import check_features
 from astar_megatron.rollout.engine import check_graphs, check_head_size
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run import accelerators, resources
 from astar_megatron.run.accelerators import Shares
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
+from astar_megatron.run.local_accelerators import local_accelerators
 from astar_megatron.run.scores import OWN_PROMPTS
 from astar_megatron.types import Prompt
 from conversion import hf
@@ -57,7 +58,8 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
     """
     if cfg.cluster.address is None:  # else its machines are asked when it is joined
         num_accelerators = resources.measure().num_accelerators
-        check_features(cfg.model, cfg.optim, num_accelerators, least_capability())
+        capabilities = [accelerator.capability for accelerator in local_accelerators() or ()]
+        check_features(cfg.model, cfg.optim, num_accelerators, min(capabilities, default=None))
         check_graphs(cfg.rollout, on_gpu=num_accelerators > 0)
     if for_training:
         check_drawn_whole(cfg)

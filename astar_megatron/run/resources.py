@@ -29,6 +29,7 @@ from pathlib import Path
 from astar_megatron.cluster import session
 from astar_megatron.config import RunConfig
 from astar_megatron.model.compute_type import NUMBER_BYTES, ComputeType, compute_type
+from astar_megatron.run.local_accelerators import local_accelerators
 from astar_megatron.run.rank_state import RankState, state_of_all
 from conversion.families import Model
 from conversion.transfer.buckets import BUCKET_BYTES
@@ -163,7 +164,7 @@ def measure() -> Machine:
     return Machine(
         memory_bytes=available_memory_bytes(),
         shared_bytes=free_bytes(Path("/dev/shm")),
-        num_accelerators=len(accelerators() or ()),
+        num_accelerators=len(local_accelerators() or ()),
         accelerator_bytes=accelerator_bytes(),
     )
 
@@ -180,27 +181,9 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
     return min(system, max(0, int(limit) - used + cache))
 
 
-def accelerators() -> list[str] | None:
-    """Return the names of the accelerators that torch sees; None where torch is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    if not torch.accelerator.is_available():
-        return []
-    device = torch.get_device_module()
-    return [device.get_device_name(index) for index in range(torch.accelerator.device_count())]
-
-
 def accelerator_bytes() -> int:
     """Return the memory of the smallest accelerator that torch sees; 0 without any."""
-    count = len(accelerators() or ())
-    if not count:
-        return 0
-    import torch
-
-    device = torch.get_device_module()
-    return min(device.get_device_properties(index).total_memory for index in range(count))
+    return min((accelerator.total_bytes for accelerator in local_accelerators() or ()), default=0)
 
 
 def free_bytes(folder: Path) -> int:

@@ -115,7 +115,7 @@ def bare_rows(work: Work, runner: int) -> Iterator[dict[str, Any]]:
     rollout = RolloutConfig(graphs=work.graphs, kv_cache_gib=1)  # type: ignore[arg-type]
     threads = os.cpu_count() or 1
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[:1] if work.on_gpu else []
-    env = environment(rollout, gpus=gpus, threads=threads, socket_folder=None)
+    env = environment(rollout, gpus=gpus, threads=threads, dtype="bfloat16", socket_folder=None)
     env |= {"VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
     command = [sys.executable, __file__, "--bare", json.dumps({name: getattr(work, name) for name in Work.__slots__})]
     with subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True) as process:

@@ -198,7 +198,27 @@ def test_ranks_in_float32_are_started_without_tf32() -> None:
     assert "NVIDIA_TF32_OVERRIDE" not in environment(gpus=[], dtype="float32", **common)
 
 
+def test_sums_over_ranks_on_gpus_have_a_fixed_order() -> None:
+    common = {"threads": 1, "num_nodes": 1, "dtype": "bfloat16"}
+    assert environment(gpus=["0"], **common)["NCCL_NVLS_ENABLE"] == "0"
+
+
 def test_a_rank_that_shares_its_gpu_may_take_its_share_and_no_more() -> None:
     common = {"threads": 1, "num_nodes": 1, "gpus": ["3"], "dtype": "bfloat16"}
-    assert environment(**common, memory_share=0.475)["PYTORCH_ALLOC_CONF"] == "per_process_memory_fraction:0.4750"
-    assert "PYTORCH_ALLOC_CONF" not in environment(**common)
+    assert "per_process_memory_fraction:0.4750" in environment(**common, memory_share=0.475)["PYTORCH_CUDA_ALLOC_CONF"]
+    assert "per_process_memory_fraction" not in environment(**common)["PYTORCH_CUDA_ALLOC_CONF"]
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_a_users_settings_of_the_allocator_stay_but_for_segments_that_no_engine_can_open(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "roundup_power2_divisions:[256:1,512:2,>:4],per_process_memory_fraction:0.9"
+    monkeypatch.setenv(name, f"expandable_segments:True,{own},")
+    known = environment(gpus=["3"], threads=1, num_nodes=1, dtype="bfloat16", memory_share=0.5)
+    assert known["PYTORCH_CUDA_ALLOC_CONF"] == known["PYTORCH_ALLOC_CONF"]  # torch reads now one, now the other
+    assert known["PYTORCH_ALLOC_CONF"] == (
+        "roundup_power2_divisions:[256:1,512:2,>:4],"
+        "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1,per_process_memory_fraction:0.5000"
+    )
+    torch._C._accelerator_setAllocatorSettings(known["PYTORCH_ALLOC_CONF"])  # raises for a key that torch does not know

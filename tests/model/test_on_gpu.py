@@ -29,6 +29,7 @@ from astar_megatron.algorithm.astar import AstarLoss
 from astar_megatron.config import OptimConfig, ParallelConfig
 from astar_megatron.model.backend import FLOAT32_ENVIRONMENT
 from astar_megatron.model.options import PolicyOptions
+from astar_megatron.model.parking import Parking
 from astar_megatron.types import RolloutBatch, StepOptions, StepStats
 
 os.environ |= FLOAT32_ENVIRONMENT  # as a rank in float32 is started, before anything is multiplied on the GPU
@@ -175,3 +176,17 @@ def test_backend_says_what_it_runs_on(tied_llama: Path) -> None:
         assert rank.backend.uses_transformer_engine == rank.layout.fused_norms == has_engine
         assert torch.cuda.get_device_name(0) in rank.backend.reason
         assert ("no Transformer Engine" in rank.backend.reason) == (not has_engine)
+
+
+def test_host_memory_of_what_is_parked_has_its_size_and_is_taken_again() -> None:
+    content = torch.arange(3 << 20, dtype=torch.int32, device="cuda")  # 12 MiB, no power of two
+    parking = Parking(content.device, [])
+    taken = []
+    for _ in range(3):
+        before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+        assert parking.park([content]) == content.numel() * 4
+        taken.append(torch.cuda.host_memory_stats()["allocated_bytes.current"] - before)
+        parking.restore()
+        assert bool((content == torch.arange(3 << 20, device="cuda")).all())
+    # In a rank, which is told pinned_max_cached_size_mb; a process that was not rounds the first up.
+    assert taken[1:] == [0, 0]

@@ -12,6 +12,7 @@ pytest.importorskip("megatron")
 from hypothesis import given
 from hypothesis import strategies as st
 
+from astar_megatron.model import checkpoint
 from astar_megatron.model.optimizer_state import Box, boxes
 
 
@@ -40,3 +41,9 @@ def test_a_piece_is_part_of_a_row_whole_rows_and_part_of_a_row(
     shape: tuple[int, ...], start: int, stop: int, cut: list[Box]
 ) -> None:
     assert list(boxes(shape, start, stop)) == cut
+
+
+def test_the_steps_of_a_loaded_optimizer_are_a_whole_number() -> None:
+    """torch's Adam saves a float; Transformer Engine's hands the number to a kernel that takes an int."""
+    steps = checkpoint._saved_step({"optimizer": {"param_groups": [{}, {"step": 3.0}]}})
+    assert steps == 3 and isinstance(steps, int)

@@ -17,6 +17,7 @@ from astar_megatron.rollout.engine import (
     check_graphs,
     check_head_size,
     engine_arguments,
+    environment,
     graphs_of,
 )
 from astar_megatron.rollout.start_log import PHASES, StartLog
@@ -64,6 +65,14 @@ def test_heads_that_an_engine_lacks_are_refused_on_a_cpu_alone() -> None:
     check_head_size(256, on_gpu=False)
     with pytest.raises(ValueError, match=r"have 48 numbers each.* of 32, 64, 80.*, or a machine with a GPU"):
         check_head_size(48, on_gpu=False)
+
+
+def test_an_engine_in_float32_on_gpus_multiplies_in_float32() -> None:
+    def of(dtype: str, gpus: list[str]) -> dict[str, str]:
+        return environment(RolloutConfig(), gpus=gpus, threads=1, dtype=dtype, socket_folder=None)
+
+    assert of("float32", ["0"])["TRITON_F32_DEFAULT"] == "ieee"  # triton's own word
+    assert "TRITON_F32_DEFAULT" not in of("bfloat16", ["0"]) | of("float32", [])
 
 
 PROGRAM = """
