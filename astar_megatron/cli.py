@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,6 +25,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
 scale = typer.Typer(help="Scaling laws: scores against compute.", no_args_is_help=True)
 app.add_typer(scale, name="scale")
+_UsageError: Any = typer.BadParameter.__base__  # for which typer has no name of its own
 
 
 @app.command()
@@ -260,7 +261,11 @@ def main() -> None:
         _check_logins(sys.argv)
         _check_sets(sys.argv)
         with signals.kept():
-            app()
+            raise SystemExit(app(standalone_mode=False))
+    except _UsageError as error:  # of the parser of options, which repeats words
+        error.message = without_logins(error.message)
+        error.show()
+        raise SystemExit(error.exit_code) from None
     except (ValueError, OSError) as error:
         _end(_words(error), 2)
     except ModuleNotFoundError as error:

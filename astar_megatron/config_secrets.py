@@ -16,6 +16,8 @@ _DATABASES = r"(?:postgres(?:ql)?|mysql|mariadb|mssql|oracle)(?:\+\w{1,50})?"
 _LOGINS = (  # of a Path too, which has one slash
     re.compile(rf"({_DATABASES}:/{{1,2}})([^/\s:]{{0,200}}:\S{{0,2000}}){_AT}"),
     re.compile(rf"(?<=\w)(:/{{1,2}})([^/\s]{{0,2000}}){_AT}"),
+    # A password with blanks, which no URL may have and libraries take; behind a port comes none.
+    re.compile(rf"""(?<=\w)(:/{{1,2}})([^/\s:@]{{1,200}}:(?!\d{{1,5}}\b)(?=\S)[^/\n"'<>@]{{1,200}}){_AT}(?=[\w\[])"""),
 )
 _URL = re.compile(r"""\w:/{1,2}[^\s"'<>\\]{1,4000}""")
 _NAMES = (

@@ -16,6 +16,7 @@ URLS = [
     f"postgresql://me:p/{SECRET}@host/db",
     f"s3://me:{SECRET}@host/x",
     f"s3://{SECRET}@host/x",
+    f"https://me:with blanks {SECRET}@host/x",
     f"mysql://host/db?user=me&password={SECRET}",
 ]
 WITHOUT_SCHEME = f"me:{SECRET}@host:6379"
@@ -43,6 +44,7 @@ COMMANDS = [
     "train --set cluster.address=URL",
     "train --set slurm.env=[URL]",
     "train --set URL",
+    "show --URL",
     "URL",
 ]
 
@@ -57,8 +59,6 @@ def run_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_login_on_the_command_line_is_refused_and_not_repeated(command: str, run_file: Path, astar: Any) -> None:
     for url in (*URLS, WITHOUT_SCHEME):
-        if url == WITHOUT_SCHEME and command in ("show run URL", "URL"):  # of which the parser of options speaks
-            continue
         words = [word.replace("URL", url) for word in shlex.split(command)]
         config = ["--config", run_file] if words[0] in WITH_CONFIG and "--config" not in words else []
         status, out, error = astar(*words, *config)
@@ -105,6 +105,7 @@ def test_a_digest_is_no_login(text: str) -> None:
         "s3://bucket/user@x",
         'Is it right?\nkey="yes" Think;answer_key=A',
         "git@github.com:me/x.git",
+        "http://localhost:8080 is up, and https://x.org: ask me@y.org",
     ],
 )
 def test_what_only_looks_like_a_login_is_none(text: str) -> None:
