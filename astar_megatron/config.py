@@ -41,6 +41,7 @@ from astar_megatron.config_methods import MethodName as MethodName
 from astar_megatron.config_slurm import STAGES as STAGES
 from astar_megatron.config_slurm import SlurmConfig as SlurmConfig
 from astar_megatron.config_slurm import Stage as Stage
+from astar_megatron.config_slurm import without_gpus as without_gpus
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 from astar_megatron.config_training import TrackingConfig as TrackingConfig
 

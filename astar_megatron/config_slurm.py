@@ -101,12 +101,27 @@ def _seconds(limit: str) -> float:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def without_gpus(flag: str) -> str | None:
+    """Return a flag of sbatch without the GPUs that it asks for; None where it asks for nothing else."""
+    name, _, text = flag.partition("=")
+    if name == "--gpus-per-node" or flag == "--gres=none":
+        return None
+    if name != "--gres":
+        return flag
+    others = [kind for kind in text.split(",") if _parts(kind)[0] != "gpu"]
+    return f"--gres={','.join(others)}" if others else None
+
+
 def _gpus(flag: str) -> list[int]:
     """Return how many GPUs of each kind a node is to have by --gres or --gpus-per-node, such as gpu:h100:4."""
     name, _, text = flag.partition("=")
-    kinds = [kind.removeprefix("gres/").removeprefix("gres:").split(":") for kind in text.split(",")]
+    kinds = map(_parts, text.split(","))
     counts = [kind[-1] for kind in kinds if name == "--gpus-per-node" or (name == "--gres" and kind[0] == "gpu")]
     return [int(count) if count.isdecimal() else 1 for count in counts]
+
+
+def _parts(kind: str) -> list[str]:
+    return kind.removeprefix("gres/").removeprefix("gres:").split(":")
 
 
 Time = Annotated[Name, BeforeValidator(_minutes), AfterValidator(_limit)]

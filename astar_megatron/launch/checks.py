@@ -43,6 +43,9 @@ def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
             _there("eval.folder", Path(cfg.eval.folder))
         elif cfg.data.eval_path:
             _there("data.eval_path", Path(cfg.data.eval_path))
+    reads_table = "train" in stages and "sweep" not in stages and cfg.asks_stage_1
+    if reads_table and not (cfg.table_dir / "header.json").is_file():
+        raise ConfigError(f"slurm.stages: train without sweep, and {cfg.table_dir} is no V* table; add sweep")
     for stage, folder in (("eval", cfg.export_dir), ("export", Path(cfg.run_dir))):
         if stage in stages and "train" not in stages and not folder.is_dir():
             raise ConfigError(f"slurm.stages: {stage} without train, and {folder} is not there; add train")

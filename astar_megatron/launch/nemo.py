@@ -19,7 +19,7 @@ from nemo_run.core.execution.slurm import SlurmJobDetails  # pyright: ignore[rep
 from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
 from astar_megatron.cluster.placement import counted
-from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load
+from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load, without_gpus
 from astar_megatron.launch import sbatch, scripts, slurm
 from astar_megatron.launch.stages import Job, jobs_of, names, title
 
@@ -123,12 +123,20 @@ def add_stages(
             _check_holds(own, job)
             own.nodes, own.gpus_per_node = job.nodes, own.gpus_per_node if job.gpus_per_node else None
             if job.stage == "export":
-                own.gres, parameters = None, own.additional_parameters or {}
-                own.additional_parameters = {
-                    name: value for name, value in parameters.items() if name not in ("gres", "gpus-per-node")
-                }
+                own.gres = _without_gpus("gres", own.gres)
+                parameters = (own.additional_parameters or {}).items()
+                kept = {name: _without_gpus(name, value) for name, value in parameters}
+                own.additional_parameters = {name: value for name, value in kept.items() if value is not None}
         last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
     return last
+
+
+def _without_gpus(name: str, value: Any) -> Any:
+    """The value of a flag without the GPUs that it asks for; None where it asks for nothing else, or is None."""
+    if name not in ("gres", "gpus-per-node") or value is None:
+        return value
+    flag = without_gpus(f"--{name}={value}")
+    return flag and flag.partition("=")[2]
 
 
 def _check_holds(executor: Any, job: Job) -> None:

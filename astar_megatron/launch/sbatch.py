@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from astar_megatron.cluster.placement import counted
-from astar_megatron.config import ConfigError, SlurmConfig
+from astar_megatron.config import ConfigError, SlurmConfig, without_gpus
 from astar_megatron.launch import scripts, slurm
 from astar_megatron.launch.stages import Job
 
@@ -57,7 +57,7 @@ def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
         "kill-on-invalid-dep": "yes" if after else None,
     }
     words = [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
-    more = [flag for flag in cfg.flags if job.stage != "export" or flag not in cfg.gpu_flags]
+    more = filter(None, map(without_gpus, cfg.flags)) if job.stage == "export" else cfg.flags
     return ["sbatch", "--parsable", *words, *more, str(scripts.path("train.sbatch")), job.config_file, *job.words]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from samples import run_config
 
-from astar_megatron.config import ConfigError
+from astar_megatron.config import ConfigError, without_gpus
 from astar_megatron.launch import checks, scripts, slurm
 from astar_megatron.launch.stages import title
 
@@ -39,6 +39,7 @@ run_dir: runs/my run
 model: {path: some/model}
 data: {path: some.jsonl}
 reward: {name: last_number}
+sweep: {table: some/table}
 """
 
 type Astar = Callable[..., tuple[int, str, str]]
@@ -57,8 +58,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     (work / "run.yaml").write_text(SMALL)
-    (work / "some" / "model").mkdir(parents=True)
-    for file in ("some.jsonl", "some/model/config.json"):
+    for file in ("some.jsonl", "some/model/config.json", "some/table/header.json"):
+        (work / file).parent.mkdir(parents=True, exist_ok=True)
         (work / file).touch()
     monkeypatch.chdir(work)
     return work
@@ -192,10 +193,25 @@ def test_a_flag_that_asks_for_gpus_in_its_own_way_stands_in_place_of_the_key(
 
 
 def test_flags_for_other_things_leave_the_gpus_alone(folder: Path, astar: Astar) -> None:
-    words = ["--stages", "train,export", "--set", "slurm.flags=['--gres=lustre:1,nvme:2']"]
-    assert astar("launch", "--config", "run.yaml", *words)[0] == 0
+    words = ["--config", "run.yaml", "--stages", "train,export", "--set"]
+    assert astar("launch", *words, "slurm.flags=['--gres=lustre:1,nvme:2']")[0] == 0
     train, export = ([word for word in call if word.startswith("--g")] for call in calls(folder))
     assert (train, export) == (["--gpus-per-node=8", "--gres=lustre:1,nvme:2"], ["--gres=lustre:1,nvme:2"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "others"),
+    [
+        ("--gres=gpu:a100:8,nvme:2", "--gres=nvme:2"),
+        ("--gres=lustre,gres/gpu:8", "--gres=lustre"),
+        ("--gres=gpu", None),
+        ("--gres=none", None),
+        ("--gpus-per-node=h100:8", None),
+        ("--exclusive", "--exclusive"),
+    ],
+)
+def test_a_stage_without_gpus_keeps_what_else_a_flag_asks_for(flag: str, others: str | None) -> None:
+    assert without_gpus(flag) == others
 
 
 def test_numbers_are_read_between_a_sites_own_lines(folder: Path, astar: Astar) -> None:
@@ -335,6 +351,10 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set model.path=some", "model.path: some/config.json is not here"),
         ("--set model.path=/no/model --stages eval", "model.path: /no/model/config.json is not here"),
         ("--set model.path=/no/model --backend local", "model.path: /no/model/config.json is not here"),
+        (
+            "--stages train --set sweep.table=none",
+            "slurm.stages: train without sweep, and none is no V* table; add sweep",
+        ),
         ("--stages eval", "slurm.stages: eval without train, and runs/my run/hf is not there; add train"),
         ("--stages export", "slurm.stages: export without train, and runs/my run is not there; add train"),
         ("--stages=", "slurm.stages: list should have at least 1 item"),

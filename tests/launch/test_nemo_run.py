@@ -22,6 +22,7 @@ run_dir: runs/mine
 model: {path: some/model}
 data: {path: some.jsonl}
 reward: {name: last_number}
+sweep: {table: some/table}
 """
 
 type Run = Callable[..., str]
@@ -33,8 +34,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     if (nemorun := shutil.which("nemorun")) is None:
         pytest.skip("no nemorun on PATH: pip install '.[launch]' in an environment of its own")
     (tmp_path / "run.yaml").write_text(RUN)
-    (tmp_path / "some" / "model").mkdir(parents=True)
-    for file in ("some.jsonl", "some/model/config.json"):
+    for file in ("some.jsonl", "some/model/config.json", "some/table/header.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\n')
