@@ -4,6 +4,7 @@
 """
 
 import json
+from typing import Any
 
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RunConfig
@@ -68,7 +69,8 @@ def _begins(cfg: RunConfig, inputs: Inputs) -> str:
 
 def _as_read(prompt: Prompt, model_path: str) -> str:
     """A prompt as the model reads it, special tokens and line ends written out; the middle of a long one left out."""
-    text = chat.tokenizer(model_path).decode(list(prompt.token_ids), skip_special_tokens=False)
+    tokenizer: Any = chat.tokenizer(model_path)
+    text: str = tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False)
     if len(text) > 2 * _SHOWN:
         text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
     words = f"the first prompt, {len(prompt.token_ids)} tokens"
