@@ -88,8 +88,8 @@ def check_engines_read(folder: str | Path) -> None:
     if others and not (folder / INDEX).exists():
         raise ModelFolderError(
             f"{folder} holds {', '.join(others)} beside {WEIGHTS}, and no {INDEX} that says which are the weights: "
-            f"{WEIGHTS} alone is read here, but vLLM would load all of them over each other; move the others away, an adapter "
-            "after it has been merged if it belongs to the model"
+            f"{WEIGHTS} alone is read here, but vLLM would load all of them over each other; move the others away "
+            "(merge an adapter first, if it belongs to the model)"
         )
 
 
