@@ -220,19 +220,11 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
 
 
-_FORMER = {
-    "conversion.verify_interval": "every publish is checked whole now; leave it out",
-    "rollout.eager": "it is rollout.graphs now: true is none, false is compiled, and decode lies between them",
-}
-
-
 def explain(problem: Any, keys: Sequence[str]) -> str:
     """Return in a line what pydantic found wrong with a tree, and what would do; `keys` are all there are."""
     path = ".".join(str(part) for part in problem["loc"])
     shown = problem["type"] not in ("missing", "value_error", "login")
     got = f", got {without_logins(repr(problem['input'])):.200}" if shown else ""
-    if path in _FORMER:
-        return f"{path}: no such key any more; {_FORMER[path]}"
     if problem["type"] == "extra_forbidden":
         section = path.rpartition(".")[0]
         siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section]

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from astar_megatron import config
 from astar_megatron.data.contract import contract_of
+from astar_megatron.data.manifest import write_manifest
 from astar_megatron.data.prompts import PromptStream, read_prompts
 from astar_megatron.data.v_star import VStarTable
 from conversion import rewrite
@@ -44,7 +45,7 @@ class House:
         samples.write_jsonl(folder / "prompts.jsonl", ROWS)
         tree = samples.run_tree(
             run_dir=str(folder / "run"),
-            model={"path": str(folder / "model")},
+            model={"path": str(folder / "model"), "dtype": "float32"},
             data={"path": str(folder / "prompts.jsonl"), "max_prompt_tokens": 30},
             sampling={"max_response_tokens": 8},
         )
@@ -142,13 +143,15 @@ def table(**contract: Any) -> Break:
 
 
 def checkpoint(**progress: Any) -> Break:
-    """A table, metrics, and what the driver reads of a checkpoint after 7 steps, but for the fields that are named."""
+    """A table, metrics, and what the driver reads of a checkpoint after 7 steps, with the fields that are named."""
 
     def broken(house: House) -> None:
         cfg = config.load(house / "run.yaml")
         order = PromptStream(read_prompts(cfg.data, cfg.model.path), cfg.train.batch_size, cfg.seed)
-        fields = {"step": 7, "prompts": order.state(), "contract": contract_of(cfg).fields()}
-        write(PROGRESS, json.dumps(fields | {"settings": config.flat(cfg)} | progress))(house)
+        fields = {"step": 7, "prompts": order.state(), "in_flight": 0, "dtype": "float32", "earlier": []}
+        fields |= {"contract": contract_of(cfg).fields(), "settings": config.flat(cfg)}
+        write(PROGRESS, json.dumps(fields | progress))(house)
+        write_manifest((house / PROGRESS).parent, {})
         write(LATEST, "step_00000007")(house)
         write("run/metrics.jsonl", steps(7))(house)
 

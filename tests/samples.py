@@ -15,7 +15,7 @@ from typing import Any
 from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import Contract
-from astar_megatron.run.scores import Estimate, Evaluation
+from astar_megatron.run.scores import Estimate, Evaluation, Measure
 from astar_megatron.types import Prompt, Rollout, Span, StepStats
 
 # What no two runs agree on, of a line of metrics: `line | MEASURED` has the rest. And the same where an engine died in
@@ -68,6 +68,11 @@ STATS = StepStats(
 )
 
 
+MEASURE = Measure(
+    problems="/data/of/me/problems.jsonl", digest=16 * "a", temperature=1.0, top_p=1.0, max_response_tokens=8
+)
+
+
 def evaluation(mean: float, name: str = "gsm8k") -> Evaluation:
     """Return what a set of problems gave, `mean` of the greedy and of the sampled responses."""
     estimate = Estimate(mean, 0.0125)
@@ -80,6 +85,7 @@ def evaluation(mean: float, name: str = "gsm8k") -> Evaluation:
         sampled={"avg@4": estimate, "pass@4": Estimate(1.0, float("nan"))},
         truncated=0.25,
         formatted=None,
+        measure=MEASURE,
     )
 
 

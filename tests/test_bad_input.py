@@ -105,8 +105,6 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("data.reward=math", "data.reward: no such key", "the nearest is reward.name;"),
     ("modle.path=x", "modle: no such key", "the nearest is model.path"),
     ("sed=1", "sed: no such key", "the nearest is seed"),
-    ("rollout.eager=true", "rollout.eager: no such key any more", "it is rollout.graphs now"),
-    ("conversion.verify_interval=1", "conversion.verify_interval: no such", "every publish is checked whole now"),
     ("run_dir=runs/a #1", "--set run_dir=runs/a #1: YAML takes # and what follows for a comment", "quotes of its own"),
     ("data.suffix= ####", "YAML takes # and what follows for a comment", """--set 'data.suffix=" ####"'"""),
     ("budget.tokens=[1, 2] # two", "YAML takes # and what follows for a comment", "leave the comment out"),
@@ -379,7 +377,7 @@ CHECKPOINTS: list[Row] = [
     ("another contract", checkpoint(contract={"temperature": 0.5}), "train", "the checkpoint 0.5",
      "choose a new run_dir"),
     *((f"progress: {data[:3]!r}", after(checkpoint(), write(PROGRESS, data)), "train",
-       "missing or damaged (", "to start over")
+       "step_00000007 is damaged: progress.json ", "to start over")
       for data in (b'{"st', b"{}", b"[]", b"\xe9", DEEP)),
     *((f"progress: {name} of {value!r}", checkpoint(**{name: value}), "train", f"missing or damaged ({name})",
        "to start over") for name, value in

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from astar_megatron import config, convert
-from astar_megatron.data.files import without_nan
 from astar_megatron.exports import card
 from astar_megatron.exports import weights as identity
 from astar_megatron.exports.provenance import Training
@@ -99,27 +98,14 @@ def test_a_newer_evaluation_replaces_those_of_the_same_set_of_the_same_weights_a
     assert means(scores.kept(tmp_path, own)) == {"prompts": 0.5, "gsm8k": 0.75, "math500": 0.75}
     assert means(scores.kept(tmp_path, other)) == {"prompts": 0.125, "gsm8k": 0.125}
     table = (tmp_path / "eval_aaaaaaaaaaaa.md").read_text()
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:5]] == ["| prompts", "| gsm8k", "| math500"]
+    assert [line.split()[1] for line in table.splitlines()[2:5]] == ["prompts", "gsm8k", "math500"]
     scores.write(tmp_path, 7, [samples.evaluation(0.25, "prompts"), samples.evaluation(0.25, "amc23")])
     (scored,) = scores.scores_of(tmp_path, 7, own)  # in training too: of the same weights
     assert means(scored.evaluations) == {"prompts": 0.5, "amc23": 0.25, "gsm8k": 0.75, "math500": 0.75}
-    (tmp_path / "eval_aaaaaaaaaaaa_gsm8k.json").write_text("{")
-    with pytest.raises(ValueError, match=r"eval_aaaaaaaaaaaa_gsm8k\.json: no scores of an evaluation"):
+    (tmp_path / "eval_aaaaaaaaaaaa_gsm8k_1.json").write_text("{")
+    with pytest.raises(ValueError, match=r"eval_aaaaaaaaaaaa_gsm8k_1\.json: no scores of an evaluation"):
         scores.kept(tmp_path, own)
     assert means(scores.kept(tmp_path, other)) == {"prompts": 0.125, "gsm8k": 0.125}
-
-
-def test_the_file_that_earlier_versions_wrote_is_read_and_left(tmp_path: Path) -> None:
-    fields = [dataclasses.asdict(samples.evaluation(0.5, name)) for name in ("prompts", "gsm8k")]
-    for each in fields:
-        del each["measure"]
-    earlier = json.dumps(without_nan({"weights": 64 * "a", "sets": fields}))
-    (tmp_path / "eval.json").write_text(earlier)
-    scores.keep(tmp_path, 64 * "a", samples.evaluation(0.75))
-    scores.keep(tmp_path, 64 * "b", samples.evaluation(0.125))
-    assert means(scores.kept(tmp_path, 64 * "a")) == {"prompts": 0.5, "gsm8k": 0.75}
-    assert means(scores.kept(tmp_path, 64 * "b")) == {"gsm8k": 0.125}
-    assert (tmp_path / "eval.json").read_text() == earlier
 
 
 def weights_of(folder: Path) -> str:
@@ -212,10 +198,6 @@ def test_a_card_says_which_settings_were_others_until_when(export: Path, setting
     assert first < told.index("Until step 3 others:") < second < told.index('| `data.path` | `"first.jsonl"` |')
     assert not any(word in told for word in ("/somewhere", "/data/of/me", "Until step 4", "grpo.group_size"))
     assert Training.of_folder(export) == training
-    record = folders.read_record(export) or {}
-    del record["training"]["earlier"]  # of an earlier version
-    folders.write_json(export / folders.RECORD, record)
-    assert Training.of_folder(export) == dataclasses.replace(training, earlier=[])
 
 
 def test_a_slash_in_the_prompts_suffix_makes_it_no_path(export: Path, settings: dict[str, Any]) -> None:

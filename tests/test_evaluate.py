@@ -64,7 +64,7 @@ def test_the_numbers_of_a_set_are_those_of_the_definitions() -> None:
         for prompt, row in zip(prompts, texts, strict=True)
         for sample, text in enumerate(row)
     ]
-    score = summary(eval_set, greedy, sampled)
+    score = summary(eval_set, samples.MEASURE, greedy, sampled)
     assert (score.prompts, score.num_samples, score.greedy.mean) == (3, 4, pytest.approx(1 / 3))
     assert score.greedy.error == pytest.approx(1 / 3)  # of 1, 0, 0: sqrt((4/9 + 1/9 + 1/9) / 2 / 3)
     means = {name: estimate.mean for name, estimate in score.sampled.items()}
@@ -104,7 +104,7 @@ def test_the_vote_is_by_the_value_that_the_reward_compares(
     prompt, reward = _prompt(0, answer), rewards.get(name)
     eval_set = an_eval_set([prompt], name, len(texts))
     sampled = [_rollout(prompt, text, i, reward(text, answer)) for i, text in enumerate(texts)]
-    score = summary(eval_set, sampled[:1], sampled)
+    score = summary(eval_set, samples.MEASURE, sampled[:1], sampled)
     assert score.sampled[f"maj@{len(texts)}"].mean == 1
     count = len(texts)
     assert score.formatted == pytest.approx((1 + count * formatted) / (count + 1))  # the greedy one too
@@ -113,7 +113,7 @@ def test_the_vote_is_by_the_value_that_the_reward_compares(
 def test_answers_of_a_reward_of_another_are_not_compared() -> None:
     eval_set = an_eval_set([_prompt(0)], "some.module:f", 2)
     sampled = [_rollout(_prompt(0), "a", sample, 0.5) for sample in range(2)]
-    score = summary(eval_set, [_rollout(_prompt(0), "a", reward=0.5)], sampled)
+    score = summary(eval_set, samples.MEASURE, [_rollout(_prompt(0), "a", reward=0.5)], sampled)
     assert list(score.sampled) == ["avg@2", "pass@1", "pass@2"]
     assert score.formatted is None and math.isnan(score.greedy.error)
     assert "in the asked form" not in markdown([score])
@@ -290,7 +290,7 @@ def test_another_measurement_of_the_same_weights_replaces_none_and_is_named_in_t
     assert [row for row in greedy if "easy.jsonl" in row] == ["prompts of easy.jsonl 2 100.00 ± 0.00"]
     assert str(tmp_path) not in (export / "README.md").read_text()
     kept = scores.kept(Path(run().run_dir), weights_of(export)[0])
-    measures = [(each.num_samples, each.measure.problems, each.measure.temperature) for each in kept if each.measure]
+    measures = [(each.num_samples, each.measure.problems, each.measure.temperature) for each in kept]
     own = str(tmp_path / "prompts.jsonl")
     assert sorted(measures) == sorted([(0, own, 1.0), (0, easy, 1.0), (2, own, 1.0), (2, own, 0.5)])
     for file in Path(run().run_dir).glob("eval_*.json"):

@@ -70,6 +70,7 @@ def write_run(run_dir: Path, model: Path, max_shard_bytes: float) -> None:
         response_tokens=7,
         flops=1e9,
         versions={"python": "3"},
+        earlier=[],
     )
     fields = {name: getattr(training, name) for name in Training.__slots__}
     record = folders.read_record(run_dir / "hf") or {}

@@ -67,13 +67,13 @@ class LiveVStar:
             self._refreshed = {}
             return
         for key, name, now in (("beta1", "beta1", self._beta1), ("decay", "refresh_decay", self._decay)):
-            if state.get(key) != now:
-                was = f"astar.{name} {state[key]}" if key in state else "an earlier version of astar_megatron"
+            if state[key] != now:
                 raise ValueError(
-                    f"astar.{name}: the checkpoint's V* was refreshed with {was}, this run has {now}; set it as it "
-                    "was, set astar.refresh_decay to null (V* is stage 1's again), or choose a new run_dir"
+                    f"astar.{name}: the checkpoint's V* was refreshed with astar.{name} {state[key]}, this run has "
+                    f"{now}; set it as it was, set astar.refresh_decay to null (V* is stage 1's again), or choose a "
+                    "new run_dir"
                 )
-        if state.get("stage_1") != self._digest():
+        if state["stage_1"] != self._digest():
             raise ValueError(
                 "astar.refresh_decay: the checkpoint's V* was refreshed from other samples of stage 1 than this run "
                 "has (sweep.num_samples, sweep.extra_tokens, or another table); set them as they were, set "

@@ -21,8 +21,7 @@ from conversion.folders import tokenizer_files
 
 type Value = str | int | float | list[int]  # what a field is in JSON
 
-# Fields that contracts of earlier versions lack, and what that means.
-_LATER = {"date": "nothing recorded", "kept_token_ids": "none: its rewards read text without special tokens"}
+_LEFT_OUT = ("date", "kept_token_ids")  # where they hold nothing
 _MOST_SHOWN = 8  # numbers of a list
 _BLOCKS, _BLOCK_BYTES = 16, 4096  # sampled from each weight file
 
@@ -48,9 +47,9 @@ class Contract:
     kept_token_ids: tuple[int, ...] = ()  # special tokens that the text for the reward keeps
 
     def fields(self) -> dict[str, Value]:
-        """Return the fields as JSON has them, without those of `_LATER` that hold nothing."""
+        """Return the fields as JSON has them, without those of `_LEFT_OUT` that hold nothing."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: value for name, value in fields.items() if value or name not in _LATER}
+        return {name: value for name, value in fields.items() if value or name not in _LEFT_OUT}
 
     def digest(self) -> str:
         """Return the SHA-256 of the fields, hexadecimal."""
@@ -59,16 +58,13 @@ class Contract:
     def difference(
         self, other: "Contract | Mapping[str, Value]", names: tuple[str, str] = ("this", "the other")
     ) -> list[str]:
-        """Return the fields that differ, one line each in words; `other` may be the stored fields of a contract.
-
-        A contract without a date is as good as one of any: it is older than the field, and its prompts' uids hold it.
-        """
+        """Return the fields that differ, one line each in words; `other` may be the stored fields of a contract."""
         mine = self.fields()
         theirs = other.fields() if isinstance(other, Contract) else dict(other)
         return [
             f"{name.replace('_', ' ')}: {names[0]} has {_shown(mine, name)}, {names[1]} {_shown(theirs, name)}"
             for name in [*mine, *(name for name in theirs if name not in mine)]
-            if (name in theirs or name != "date") and mine.get(name) != theirs.get(name)
+            if mine.get(name) != theirs.get(name)
         ]
 
 
@@ -146,7 +142,7 @@ def described(fields: Mapping[str, Value]) -> list[tuple[str, str]]:
 
 
 def _shown(fields: Mapping[str, Value], name: str) -> str:
-    value = fields.get(name, _LATER.get(name, "nothing recorded"))
+    value = fields.get(name, "none")
     if isinstance(value, list) and len(value) > _MOST_SHOWN:
         return f"{len(value)} of digest {hashlib.sha256(str(value).encode()).hexdigest()[:12]}..."
     return value[:12] + "..." if isinstance(value, str) and name.endswith("_digest") else str(value)

@@ -1,7 +1,6 @@
 """The header of a V* table: the contract that its rows were made under. Written once, by whoever is first.
 
-Nobody replaces it, not even while the table has no rows: another job may be drawing for it. One of an earlier version
-gets the field that it lacks, once its rows have been found to agree with it.
+Nobody replaces it, not even while the table has no rows: another job may be drawing for it.
 """
 
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from astar_megatron.data.contract import Contract, ContractError, Value, digest_of
 from astar_megatron.data.files import storage_error, write_atomic
-from astar_megatron.data.shards import TableError, num_holding
+from astar_megatron.data.shards import TableError
 
 FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
 
@@ -60,18 +59,9 @@ def stored_contract(folder: Path) -> dict[str, Value]:
 def differences(folder: Path, contract: Contract) -> list[str]:
     """Return in words how the table's contract differs from this run's; none: the run may use the table.
 
-    A table of a version that left all special tokens out of the text for the reward fits where no response holds one
-    that is kept now: its text is the same. Raises what `stored_contract` does, and StorageError.
+    Raises what `stored_contract` does.
     """
-    stored, names = stored_contract(folder), ("this run", "the table")
-    completed = _completed(stored, contract)
-    if completed == stored or (lines := contract.difference(completed, names)):
-        return contract.difference(stored, names)
-    num_responses = sum(num_holding(path, contract.kept_token_ids) for path in sorted(folder.glob("shard-*.parquet")))
-    if num_responses:
-        lines = contract.difference(stored, names)
-        lines.append(f"{num_responses} responses of the table hold such tokens, which its rewards did not read")
-    return lines
+    return contract.difference(stored_contract(folder), ("this run", "the table"))
 
 
 def check_header(folder: Path, contract: Contract | None) -> None:
@@ -88,22 +78,6 @@ def check_header(folder: Path, contract: Contract | None) -> None:
             + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
             + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
         )
-
-
-def complete_header(folder: Path, contract: Contract) -> None:
-    """Record in a header that `check_header` accepts what it lacks, for a job of an earlier version to refuse it.
-
-    Raises StorageError.
-    """
-    stored = stored_contract(folder)
-    if (completed := _completed(stored, contract)) != stored:
-        write_atomic(folder / "header.json", _header(completed))
-
-
-def _completed(stored: dict[str, Value], contract: Contract) -> dict[str, Value]:
-    """The fields with the special tokens that this run's rewards read, where nothing is recorded of them."""
-    kept = list(contract.kept_token_ids)
-    return {**stored, "kept_token_ids": kept} if kept and "kept_token_ids" not in stored else stored
 
 
 def _header(fields: dict[str, Value]) -> bytes:

@@ -53,12 +53,12 @@ def write_manifest(folder: Path, known: Mapping[str, FileDigest]) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """Return in words which files of `folder` are not as its manifest, which must be there, says; [] for a whole one.
+    """Return in words which files of `folder` are not as its manifest says; [] for a whole one.
 
     All files are read, several side by side. Others that lie there are not looked at.
     """
     if not (folder / MANIFEST_FILE).is_file():
-        return [f"{MANIFEST_FILE} is no regular file"]
+        return [f"{MANIFEST_FILE} is missing, or no regular file"]
     try:
         wanted = {
             str(name): FileDigest(num_bytes=int(entry["bytes"]), xxh3_128=str(entry["xxh3_128"]))

@@ -166,11 +166,10 @@ def num_rows(path: Path) -> int:
         return pq.read_metadata(path).num_rows
 
 
-def _read(path: Path, required: pa.Schema, optional: Iterable[pa.Field] = ()) -> pa.Table:
+def _read(path: Path, schema: pa.Schema) -> pa.Table:
     data = path.read_bytes()
     with _damage_named(path):
         file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        schema = pa.schema([*required, *(field for field in optional if field.name in file.schema_arrow.names)])
         return file.read(columns=schema.names).select(schema.names).cast(schema)
 
 
@@ -185,18 +184,10 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def read_step(path: Path, first: int = 0, every: int = 1) -> Iterator[Trained]:
-    """Yield every `every`th rollout of a step's file, from number `first` on. Raises as `read`.
-
-    Files of earlier versions of this program lack log-ratios, prompts and texts of tokens: these are empty then.
-    """
+    """Yield every `every`th rollout of a step's file, from number `first` on. Raises as `read`."""
     columns = ("text", "reward", "truncated", "sample", "first_version")
-    table = _read(path, pa.schema([_SCHEMA.field(name) for name in columns]), _OF_A_STEP)
+    table = _read(path, pa.schema([*(_SCHEMA.field(name) for name in columns), *_OF_A_STEP]))
     for row in table.take(pa.array(range(first, len(table), every))).to_pylist():
-        policy, reference = row.get("policy_logprobs") or (), row.get("reference_logprobs") or ()
-        yield Trained(
-            **{name: row[name] for name in columns},
-            prompt=row.get("prompt", ""),
-            answer=row.get("answer", ""),
-            pieces=tuple(row.get("pieces") or ()),
-            logratios=tuple(ours - theirs for ours, theirs in zip(policy, reference, strict=True)),
-        )
+        both = zip(row.pop("policy_logprobs"), row.pop("reference_logprobs"), strict=True)
+        logratios = tuple(ours - theirs for ours, theirs in both)
+        yield Trained(**row | {"pieces": tuple(row["pieces"]), "logratios": logratios})

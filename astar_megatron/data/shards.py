@@ -4,7 +4,7 @@
 
 A file appears whole (temporary file, fsync, rename) and its name carries the digest of its content, so a torn one is
 seen: its rows are missing. Who fills the table renames it to .damaged; who only reads leaves it, as it may still be
-being copied. Earlier versions wrote index-*.parquet beside: nothing reads them, they may be deleted.
+being copied.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -106,16 +105,6 @@ def read_responses(path: Path) -> Iterator[Response]:
     rows = zip(*(column.to_pylist() for column in columns.columns), strict=True)
     for uid, sample, response, finish_reason, seed, logprob in rows:
         yield Response(uid, sample, tuple(response), finish_reason == "length", seed, logprob)
-
-
-def num_holding(path: Path, token_ids: Sequence[int]) -> int:
-    """Return how many responses of a shard hold one of these tokens; 0 for a damaged shard."""
-    columns, _ = _read(path, whole=False, names=("response",))
-    if columns is None:
-        return 0
-    responses = columns["response"].combine_chunks()
-    hits = np.isin(responses.flatten().to_numpy(), token_ids)
-    return len(np.unique(responses.value_parent_indices().to_numpy()[hits]))
 
 
 def shard_number(name: str) -> int:

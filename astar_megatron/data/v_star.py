@@ -31,8 +31,8 @@ import pyarrow as pa
 
 from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates, estimate
-from astar_megatron.data.files import StorageError, make_folder, storage_error
-from astar_megatron.data.header import MissingTableError, check_header, complete_header, make_header
+from astar_megatron.data.files import make_folder, storage_error
+from astar_megatron.data.header import MissingTableError, check_header, make_header
 from astar_megatron.data.shards import Response, TableError, read_responses, read_shard, shard_number, write_shard
 from astar_megatron.types import Prompt, Rollout
 
@@ -109,9 +109,6 @@ class VStarTable:
         """
         folder = Path(folder)
         check_header(folder, contract)
-        if to_fill and contract is not None:
-            with contextlib.suppress(StorageError):  # on a read-only file system the next job checks the rows again
-                complete_header(folder, contract)
         table = cls(folder, contract, to_fill=to_fill)
         names = table._listed()
         whole = _no_more_than(check_whole_bytes, folder, names)

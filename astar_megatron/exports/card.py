@@ -70,7 +70,7 @@ def _result(evaluation: Evaluation) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         dataset_type=evaluation.name,
-        dataset_config=evaluation.key or None,  # else the hub takes all files of one type for one
+        dataset_config=evaluation.key,  # else the hub takes all files of one type for one
         dataset_name=evaluation.title,
         metric_type=evaluation.reward,
         metric_name="mean reward of greedy responses, per cent",

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +50,7 @@ class Training:
     response_tokens: int | None  # of stage 1 too, where the method reads it; None: not known, as flops
     flops: float | None  # of the model, in training and in generation
     versions: dict[str, str]
-    earlier: list[dict[str, Any]] = field(default_factory=list)  # absent from records of earlier versions
+    earlier: list[dict[str, Any]]
 
     @classmethod
     def of_run(
@@ -66,7 +66,7 @@ class Training:
         """
         lines = [line for line in read_metrics(run_dir) if line["step"] < step] if run_dir else []
         is_whole = len(lines) == step > 0
-        model_path, method = str(settings["model.path"]), str(settings.get("objective.name", "astar"))
+        model_path, method = str(settings["model.path"]), str(settings["objective.name"])
         told: dict[str, Any] = {
             "base": model_name(Path(model_path)),
             "settings": _told(settings, method),
@@ -95,15 +95,15 @@ class Training:
         if not (folder / PROGRESS_FILE).is_file():
             fields = (read_record(folder) or {}).get(TRAINING)
             names = {field.name for field in dataclasses.fields(cls)}
-            return cls(**fields) if isinstance(fields, dict) and fields.keys() | {"earlier"} == names else None
+            return cls(**fields) if isinstance(fields, dict) and fields.keys() == names else None
         try:
             progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             settings, step = progress.get("settings", {}), progress.get("step")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / PROGRESS_FILE}: missing or damaged ({error})") from error
         if not isinstance(settings, dict) or "model.path" not in settings or not isinstance(step, int):
-            return None  # of the first versions
-        return cls.of_run(settings, step, run_dir_of(folder), progress.get("earlier", []))
+            return None  # another program's
+        return cls.of_run(settings, step, run_dir_of(folder), progress["earlier"])
 
     @property
     def title(self) -> str:

@@ -27,7 +27,7 @@ from conversion.folders import PROGRESS_FILE
 from conversion.torch_dist import CheckpointReader
 
 _PLAIN = (bool, int, float, str, list, tuple, type(None))  # what is kept of an optimizer's groups
-_COPIED = "reference_is_copy"  # absent from checkpoints of versions that had no copies
+_COPIED = "reference_is_copy"
 
 
 def begin_save(
@@ -57,9 +57,9 @@ def load(folder: Path, policy: Learning, reference: Reference, critic: Learning 
     if saved["layout"] != _layout():
         del state["random"]
     with reference.on_device():
-        state |= _reference_state(reference) if saved.get(_COPIED) else {}
+        state |= _reference_state(reference) if saved[_COPIED] else {}
         loaded = _read(folder, state)
-    if saved.get(_COPIED):
+    if saved[_COPIED]:
         with reference.changing():
             for name, chunk in zip(_names(reference.chunks), reference.chunks, strict=True):
                 chunk.load_state_dict(loaded[f"reference.{name}"])

@@ -265,11 +265,11 @@ function timelines() {
 const { rows, pieces, prompts } = data.rollouts;
 for (const row of rows) {
   row.text = row.tokens.map((token) => pieces[token]).join("");
-  row.length = row.ratios ? row.tokens.length : null;
-  row.drift = row.ratios ? row.ratios.reduce((sum, ratio) => sum + ratio, 0) / 100 : null;
+  row.length = row.tokens.length;
+  row.drift = row.ratios.reduce((sum, ratio) => sum + ratio, 0) / 100;
   [row.promptText, row.answer] = prompts[row.prompt];
 }
-const largest = rows.flatMap((row) => row.ratios || []).map(Math.abs).sort((a, b) => a - b);
+const largest = rows.flatMap((row) => row.ratios).map(Math.abs).sort((a, b) => a - b);
 const full = [25, 50, 100, 200, 500, 1000].find((size) => size >= (largest[Math.floor(largest.length * 0.98)] || 0)) || 1000;
 
 const NUMBERS = { step: "step", reward: "reward", length: "length" };
@@ -305,11 +305,11 @@ function shade(hundredths) {
 function response(row) {
   const box = element("pre", { class: "response" });
   row.tokens.forEach((token, place) => {
-    const text = pieces[token], ratio = row.ratios && row.ratios[place];
-    const ends = row.ratios && place === row.tokens.length - 1 && !text;
+    const text = pieces[token], ratio = row.ratios[place];
+    const ends = place === row.tokens.length - 1 && !text;
     const made = element("span", { class: ends ? "token end" : "token" }, ends ? " ■ end " : text);
-    if (row.ratios && ratio === null) made.title = `not finite, token ${place}`;
-    else if (row.ratios) {
+    if (ratio === null) made.title = `not finite, token ${place}`;
+    else {
       made.style.background = shade(ratio);
       made.title = `${ratio > 0 ? "+" : ""}${(ratio / 100).toFixed(2)} nats, token ${place}`;
     }
@@ -321,9 +321,8 @@ function response(row) {
 function inside(row) {
   const words = [`sample ${row.sample}`, `drawn by version ${row.version}`];
   if (row.truncated) words.push("cut by the token limit");
-  if (!row.ratios) words.push("this file has no log-ratios");
   return element("div", { class: "inside-row" },
-    element("h4", {}, "prompt"), element("pre", { class: "prompt" }, row.promptText || "not in this file"),
+    element("h4", {}, "prompt"), element("pre", { class: "prompt" }, row.promptText),
     element("h4", {}, "answer"), element("pre", {}, row.answer || "–"),
     element("h4", {}, `response · ${words.join(" · ")}`), response(row));
 }
@@ -332,7 +331,7 @@ function entry(row) {
   const reward = element("span", { class: "reward" }, row.reward === null ? "failed" : short(row.reward));
   reward.style.background = row.reward > 0 ? `rgba(var(--below), ${0.35 * Math.min(1, row.reward)})` : "transparent";
   const line = element("summary", {}, element("span", {}, String(row.step)), element("span", {}, reward),
-    element("span", {}, `${row.length ?? "–"}${row.truncated ? " cut" : ""}`), element("span", {}, short(row.drift)),
+    element("span", {}, `${row.length}${row.truncated ? " cut" : ""}`), element("span", {}, short(row.drift)),
     element("span", { class: "cut" }, row.promptText.slice(0, 300)), element("span", { class: "cut" }, row.text.slice(0, 300)));
   const made = element("details", {}, line);
   made.addEventListener("toggle", () => { if (made.open && made.children.length === 1) made.append(inside(row)); });
@@ -361,7 +360,7 @@ function list(openFirst = false) {
 
 function legend() {
   const box = at("legend");
-  if (!rows.some((row) => row.ratios)) return;
+  if (!rows.length) return;
   const cells = element("span");
   cells.append(`−${full / 100}`);
   for (const share of [-1, -0.5, -0.2, 0, 0.2, 0.5, 1]) cells.append(square(shade(share * full)));

@@ -130,20 +130,19 @@ def _rows(
     return {"every": every, "rows": rows, "prompts": list(prompts), "pieces": list(pieces)}
 
 
-def _hundredths(rollout: Trained) -> list[int | None] | None:
-    """The log-ratios in units of 0.01 nats, None for what is not finite; None where the file has none."""
-    ratios = [round(100 * ratio) if math.isfinite(ratio) else None for ratio in rollout.logratios]
-    return ratios if len(ratios) == len(rollout.pieces) and ratios else None
+def _hundredths(rollout: Trained) -> list[int | None]:
+    """The log-ratios in units of 0.01 nats, None for what is not finite."""
+    return [round(100 * ratio) if math.isfinite(ratio) else None for ratio in rollout.logratios]
 
 
 def aligned(text: str, pieces: Sequence[str]) -> list[str]:
     """Return for each token its part of `text`, in order: together they are the text.
 
     A token decoded alone may lack its leading space, or be a part of a character: what the text has there goes to it,
-    or to the last of several such. Without pieces the text is one part.
+    or to the last of several such.
     """
     if not pieces:
-        return [text] if text else []
+        return []
     parts, place, unread = [""] * len(pieces), 0, 0  # tokens before this one whose part is not known
     for number, piece in enumerate(pieces):
         start = text.find(piece, place, place + _LEAST_PART * unread + len(piece) + 1) if piece else -1

@@ -27,9 +27,9 @@ CHECKPOINTS_FOLDER = "checkpoints"  # of a run
 _NAMED = 5  # files that an error lists
 _LONGEST_NAME = 100  # bytes of `latest` that are read
 type _Prompts = PromptStream | PrioritisedPrompts
-_PROGRESS = {"step": int, "prompts": dict, "contract": dict, "settings": dict}  # what it holds, beside the objective's
-_ABSENT: dict[str, Any] = {"settings": {}}  # in the first versions
-_BEFORE_DITHER = {"optim.dither": False}  # of checkpoints that are older than the key
+# What progress.json holds, beside the objective's and what the ranks read of it.
+_PROGRESS = {"step": int, "prompts": dict, "in_flight": int, "dtype": str}
+_PROGRESS |= {"contract": dict, "settings": dict, "earlier": list}
 _AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
 
 
@@ -54,20 +54,13 @@ class Checkpoints:
         folder = self.latest
         if folder is None:
             return
-        if faults := _faults(folder):
+        if faults := problems(folder):
             raise _error(self._folder, f"{folder} is damaged: {_listed(faults)}", folder.name)
-        if others := strangers(folder) if (folder / MANIFEST_FILE).exists() else []:
+        if others := strangers(folder):
             raise DamagedCheckpointError(
                 f"{folder} is whole, but holds files that are not in {MANIFEST_FILE}: {_listed(others)}; move them "
                 "away and run the same command again"
             )
-
-    @property
-    def unverified(self) -> str:
-        """In words that `verify` could not tell whether the newest checkpoint is whole, or nothing."""
-        if self.latest is None or (self.latest / MANIFEST_FILE).exists():
-            return ""
-        return f"{self.latest} was written before checkpoints had a manifest: whether its files are whole is not known"
 
     def newest_in_words(self) -> str:
         """Return what the same command would go on from."""
@@ -110,8 +103,6 @@ class Checkpoints:
         step, folder = self.restore(prompts, objective), self.latest
         if folder is not None:
             policy.load(folder, step)
-        if words := self.unverified:
-            say(words)
         if changed := self.changed_settings():
             say(f"continuing after step {step} with other settings than before: {'; '.join(changed)}")
         return step
@@ -119,7 +110,7 @@ class Checkpoints:
     def in_flight(self, prompts: Iterable[Prompt]) -> list[Rollout]:
         """Return the rollouts of these prompts that the newest checkpoint holds. Raises ValueError for damaged ones."""
         folder = self.latest
-        if folder is None or not self._progress(folder).get("in_flight"):
+        if folder is None or not self._progress(folder)["in_flight"]:
             return []
         try:
             return rollout_files.read(folder / IN_FLIGHT_FILE, {prompt.uid: prompt for prompt in prompts})
@@ -129,7 +120,7 @@ class Checkpoints:
     def changed_settings(self) -> list[str]:
         """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
         folder = self.latest
-        before = _BEFORE_DITHER | self._progress(folder)["settings"] if folder else {}
+        before = self._progress(folder)["settings"] if folder else {}
         return [
             f"{key} {before[key]} -> {new}{_AT_THE_START.get(key, '')}"
             for key, new in self._settings.items()
@@ -145,7 +136,7 @@ class Checkpoints:
         before = progress["settings"]
         changed = {key: before[key] for key, new in self._settings.items() if before.get(key, new) != new}
         last = [{"until": progress["step"], "settings": changed}] if changed else []
-        return [*progress.get("earlier", []), *last]
+        return [*progress["earlier"], *last]
 
     def check_type(self, dtype: ComputeType) -> None:
         """Raise ValueError where the newest checkpoint was trained in another type: its weights would be others.
@@ -153,7 +144,7 @@ class Checkpoints:
         In float32 the policy is its master weights, which dither has moved away from those that were published.
         """
         folder = self.latest
-        before = self._progress(folder).get("dtype", dtype) if folder else dtype
+        before = self._progress(folder)["dtype"] if folder else dtype
         if before != dtype:
             raise ValueError(
                 f"model.dtype: this run computes in {dtype}, but {folder} was trained in {before}, and would go on "
@@ -172,15 +163,15 @@ class Checkpoints:
             )
         if was[1] != now[1]:
             raise ValueError(
-                f"oapl.refresh_steps: {folder} was trained with {before.get('oapl.refresh_steps')}, and its reference "
+                f"oapl.refresh_steps: {folder} was trained with {before['oapl.refresh_steps']}, and its reference "
                 "is that of such a run; set it as it was, or choose a new run_dir"
             )
 
     def _progress(self, folder: Path) -> dict[str, Any]:
         try:
-            progress: dict[str, Any] = _ABSENT | json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             wrong = [name for name, kind in _PROGRESS.items() if type(progress.get(name)) is not kind]
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             wrong = [f"{type(error).__name__}: {error}"]
         if wrong or progress["step"] < 0:
             raise self._damaged(folder / PROGRESS_FILE, ", ".join(wrong) or "step")
@@ -239,7 +230,7 @@ def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
     pointer = checkpoints / LATEST_FILE
     others = sorted((path for path in checkpoints.glob(STEPS) if path.name != bad), reverse=True)
     others = [path for path in others if path.name < bad] or others
-    whole = next((path.name for path in others if not _faults(path)), None)
+    whole = next((path.name for path in others if not problems(path)), None)
     if whole is None:
         remedy = "no other checkpoint there is whole: choose a new run_dir to start over"
     else:
@@ -252,20 +243,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _faults(folder: Path) -> list[str]:
-    """Return in words what is wrong with the files of a checkpoint, which are all read; [] for a whole one."""
-    if (folder / MANIFEST_FILE).exists():
-        return problems(folder)
-    try:
-        is_older = "manifest" not in json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return [f"{PROGRESS_FILE} is missing or damaged ({type(error).__name__}: {error})"]
-    return [] if is_older else [f"{MANIFEST_FILE} is missing"]
-
-
 def _method(settings: dict[str, Any]) -> str:
-    return settings.get("objective.name", "astar")  # the only one before there were several
+    return settings["objective.name"]
 
 
 def _copies(settings: dict[str, Any]) -> bool:
-    return _method(settings) == "oapl" and settings.get("oapl.refresh_steps") is not None
+    return _method(settings) == "oapl" and settings["oapl.refresh_steps"] is not None

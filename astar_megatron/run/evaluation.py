@@ -3,7 +3,6 @@
 evaluate.py says what is measured. Training evaluates through this too.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -29,12 +28,11 @@ def evaluate(
     They are the caller's to write, after the scores: those need the least room. Progress is shown under `name`.
     """
     for eval_set in inputs.eval_sets:
-        measure = _measure(eval_set, cfg.sampling)
         with RolloutSource(engines, cfg.sampling, eval_set.reward, tracker.run_dir) as source:
             greedy = _draw(cfg.seed, eval_set, source, tracker, name, num_samples=None)
             sampled = _draw(cfg.seed, eval_set, source, tracker, name, eval_set.num_samples)
         lines = _lines(eval_set, greedy, greedy=True) + _lines(eval_set, sampled, greedy=False)
-        yield dataclasses.replace(summary(eval_set, greedy, sampled), measure=measure), lines
+        yield summary(eval_set, _measure(eval_set, cfg.sampling), greedy, sampled), lines
 
 
 def _measure(eval_set: EvalSet, sampling: SamplingConfig) -> Measure:
@@ -48,7 +46,7 @@ def _measure(eval_set: EvalSet, sampling: SamplingConfig) -> Measure:
     )
 
 
-def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:
+def summary(eval_set: EvalSet, measure: Measure, greedy: Sequence[Rollout], sampled: Sequence[Rollout]) -> Evaluation:
     """Return what scored rollouts say: a greedy one a problem, and its samples one after the other."""
     extract = rewards.extractor(eval_set.reward.name)
     everything = [*greedy, *sampled]
@@ -72,6 +70,7 @@ def summary(eval_set: EvalSet, greedy: Sequence[Rollout], sampled: Sequence[Roll
         sampled={name: Estimate(*mean_and_error(each)) for name, each in values.items()},
         truncated=sum(rollout.truncated for rollout in everything) / len(everything),
         formatted=sum(formatted) / len(formatted) if formatted else None,
+        measure=measure,
     )
 
 

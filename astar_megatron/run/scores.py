@@ -22,7 +22,6 @@ from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
 
 OWN_PROMPTS = "prompts"  # the set of a run's own problems; others are benchmarks
-_OF_ANY_FOLDER = "eval.json"  # by earlier versions, of the folder that was evaluated last
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +58,18 @@ class Evaluation:
     sampled: dict[str, Estimate]  # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n"
     truncated: float  # share of all responses that the token limit cut
     formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
-    measure: Measure | None = None  # None: of an earlier version, which did not write it
+    measure: Measure
 
     @property
     def key(self) -> str:
-        """Eight digits of what was measured, wherever its file lies; "" where that is not known."""
-        if self.measure is None:
-            return ""
+        """Eight digits of what was measured, wherever its file lies."""
         measured = dataclasses.asdict(self.measure) | {"problems": self.name, "num_samples": self.num_samples}
         return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def title(self) -> str:
         """The set's name; of a run's own prompts with that of their file."""
-        if self.measure is None or self.name != OWN_PROMPTS:
-            return self.name
-        return f"{self.name} of {Path(self.measure.problems).name}"
+        return f"{self.name} of {Path(self.measure.problems).name}" if self.name == OWN_PROMPTS else self.name
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what there is to show, in per cent."""
@@ -85,10 +80,11 @@ class Evaluation:
             ("truncated", f"{100 * self.truncated:.2f}"),
             *([("in the asked form", f"{100 * self.formatted:.2f}")] if self.formatted is not None else []),
             ("reward", self.reward),
-            *([("sampling", self._sampling(self.measure))] if self.measure else []),
+            ("sampling", self._sampling()),
         ]
 
-    def _sampling(self, measure: Measure) -> str:
+    def _sampling(self) -> str:
+        measure = self.measure
         drawn = f"temperature {measure.temperature:g}, top_p {measure.top_p:g}, " if self.num_samples else ""
         return f"{drawn}{measure.max_response_tokens} tokens"
 
@@ -102,8 +98,8 @@ class Evaluation:
     def of(cls, fields: Mapping[str, Any]) -> Self:
         """Return the evaluation of its fields in JSON. Raises KeyError or TypeError for others."""
         sampled = {name: _estimate(each) for name, each in fields["sampled"].items()}
-        measure = Measure(**fields["measure"]) if fields.get("measure") else None
-        return cls(**{**fields, "greedy": _estimate(fields["greedy"]), "sampled": sampled, "measure": measure})
+        own = {"greedy": _estimate(fields["greedy"]), "sampled": sampled, "measure": Measure(**fields["measure"])}
+        return cls(**{**fields, **own})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +159,7 @@ def keep(run_dir: Path, weights: str, evaluation: Evaluation, responses: Sequenc
 
     Raises StorageError, and ValueError for earlier ones that are damaged.
     """
-    stem = file_name(name_of(weights), evaluation.name) + (f"_{evaluation.key}" if evaluation.key else "")
+    stem = f"{file_name(name_of(weights), evaluation.name)}_{evaluation.key}"
     _write(run_dir / f"{stem}.json", weights, [evaluation])
     write_atomic(run_dir / f"{name_of(weights)}.md", markdown(kept(run_dir, weights)).encode())
     write_responses(run_dir, stem, responses)
@@ -177,7 +173,7 @@ def write_responses(run_dir: Path, stem: str, responses: Sequence[str]) -> None:
 def kept(run_dir: Path, weights: str) -> list[Evaluation]:
     """Return the evaluations that there are of a folder's weights. Raises ValueError for a file that is damaged."""
     by_set: dict[tuple[str, str], Evaluation] = {}
-    for path in [*run_dir.glob(_OF_ANY_FOLDER), *sorted(run_dir.glob(f"{name_of(weights)}*.json"))]:
+    for path in sorted(run_dir.glob(f"{name_of(weights)}*.json")):
         evaluated, sets = _read(path)
         if evaluated == weights:
             by_set |= _by_set(sets)

@@ -32,7 +32,7 @@ class Cost:
 
     @classmethod
     def of_step(cls, line: Mapping[str, Any]) -> Self:
-        """Return what the step of a line of metrics has cost; those of earlier versions lack some of it."""
+        """Return what the step of a line of metrics has cost; what it lacks, or has no number for, is 0."""
         seconds = line.get("seconds") or {}
         return cls(
             tokens=line.get("response_tokens") or 0,

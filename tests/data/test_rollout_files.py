@@ -102,10 +102,10 @@ def test_a_step_has_prompts_the_text_of_each_token_and_its_log_ratio(tmp_path: P
     assert rollout_files.read(path, {"a": PROMPT, "b": OTHER}) == ROLLOUTS and rollout_files.num_rows(path) == 3
 
 
-def test_a_step_without_what_a_reader_wants_is_still_read(tmp_path: Path) -> None:
+def test_a_file_of_rollouts_that_no_step_wrote_is_refused_by_name(tmp_path: Path) -> None:
     rollout_files.write(tmp_path / "x.parquet", ROLLOUTS)
-    first, *_ = rollout_files.read_step(tmp_path / "x.parquet")
-    assert (first.text, first.prompt, first.pieces, first.logratios) == ("2 é", "", (), ())
+    with pytest.raises(ValueError, match=r"x\.parquet: damaged .*prompt"):
+        list(rollout_files.read_step(tmp_path / "x.parquet"))
 
 
 def decoded(token_ids: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from table_rows import PROMPTS, scored
 from astar_megatron.algorithm.value import v_star
 from astar_megatron.data.contract import ContractError
 from astar_megatron.data.files import StorageError
-from astar_megatron.data.header import FORMAT, make_header, stored_contract
+from astar_megatron.data.header import FORMAT, make_header
 from astar_megatron.data.v_star import MissingTableError, TableError, VStarTable
 from astar_megatron.types import Prompt, Rollout
 
@@ -193,34 +193,6 @@ def test_another_contract_is_refused_field_by_field(tmp_path: Path) -> None:
         assert "reward: this run has math/1, the table last_number/1" in message
         assert "model digest: this run has ffffffffffff..., the table aaaaaaaaaaaa..." in message
         assert "top p" not in message and "astar sweep" in message
-
-
-def test_a_table_of_responses_without_special_tokens_fits_rewards_that_read_them(tmp_path: Path) -> None:
-    earlier = VStarTable.create_or_open(tmp_path, CONTRACT)  # by a version that left special tokens out of the text
-    earlier.append([scored(PROMPTS[0], 0, 1.0), dataclasses.replace(scored(PROMPTS[1], 0, 1.0), token_ids=())])
-    now = dataclasses.replace(CONTRACT, kept_token_ids=(8, 9))
-    header = stored_contract(tmp_path)
-    for opened in (VStarTable.open, VStarTable.create_or_open):
-        assert stored_contract(tmp_path) == header  # who only reads changes nothing
-        assert opened(tmp_path, now).rewards() == {"uid-0": [1.0], "uid-1": [1.0]}
-    assert stored_contract(tmp_path) == now.fields() != header
-    with pytest.raises(ContractError, match="kept token ids: this run has none"):
-        earlier.append([scored(PROMPTS[2], 0, 1.0)])  # while this version may draw for it
-    VStarTable.open(tmp_path, now).append([scored(PROMPTS[2], 0, 1.0, tokens=5)])  # 8 and 9 are in it
-    assert VStarTable.open(tmp_path, now).summary().samples == 3
-
-
-def test_a_table_whose_rewards_did_not_read_its_special_tokens_is_refused(tmp_path: Path) -> None:
-    table = VStarTable.create_or_open(tmp_path, CONTRACT)
-    table.append([scored(PROMPTS[0], sample, 1.0, tokens) for sample, tokens in enumerate((1, 4, 5))])
-    header = (tmp_path / "header.json").read_bytes()
-    with pytest.raises(ContractError, match="2 responses of the table hold such tokens") as caught:
-        VStarTable.open(tmp_path, dataclasses.replace(CONTRACT, kept_token_ids=(8, 9)))
-    assert "kept token ids: this run has [8, 9], the table none: its rewards read text" in str(caught.value)
-    assert (tmp_path / "header.json").read_bytes() == header
-    with pytest.raises(ContractError, match="top p") as caught:
-        VStarTable.open(tmp_path, dataclasses.replace(CONTRACT, kept_token_ids=(100,), top_p=0.5))
-    assert (tmp_path / "header.json").read_bytes() == header
 
 
 def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path) -> None:
