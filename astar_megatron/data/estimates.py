@@ -84,7 +84,8 @@ def estimate(
     spent = np.empty(shape, np.int64)
     for count, which in _of_equal_count(counts):  # [P, N] arrays
         rows = starts[which, None] + np.arange(count)
-        drawn = _counted(torch.from_numpy(rewards[rows]))  # [P, N]
+        prompt = np.broadcast_to(np.arange(len(rows))[:, None], rows.shape)
+        drawn = torch.from_numpy(counted(rewards[rows], prompt, len(rows)))  # [P, N]
         floats["v_star"][which] = value.v_star(drawn, beta1).numpy()
         floats["error"][which] = value.standard_error(drawn, beta1).numpy()
         floats["mean"][which] = drawn.mean(dim=-1).numpy()
@@ -102,10 +103,17 @@ def estimate(
     return Estimates(uids=list(uids), **floats, low=low, high=high, samples=np.array(counts, np.int64), tokens=spent)
 
 
-def _counted(drawn: torch.Tensor) -> torch.Tensor:
-    """[P, N], with what counts for responses that could not be scored."""
-    lowest = drawn.nan_to_num(0.0).amin(dim=-1, keepdim=True).clamp(max=0.0)
-    return torch.where(drawn.isnan(), lowest, drawn)
+def counted(rewards: np.ndarray, prompt: np.ndarray, num_prompts: int) -> np.ndarray:
+    """Return rewards, of any shape, with what counts for NaN: the lowest of its prompt's, at most 0.
+
+    `prompt`, of the same shape, says by a number below `num_prompts` whose each reward is.
+    """
+    unscored = np.isnan(rewards)
+    if not unscored.any():
+        return rewards
+    lowest = np.zeros(num_prompts)
+    np.minimum.at(lowest, prompt[~unscored], rewards[~unscored])
+    return np.where(unscored, lowest[prompt], rewards)
 
 
 def _of_equal_count(counts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 
 from astar_megatron.data.contract import Contract
-from astar_megatron.data.estimates import Estimates, estimate
+from astar_megatron.data.estimates import Estimates, counted, estimate
 from astar_megatron.data.files import make_folder, storage_error
 from astar_megatron.data.header import MissingTableError, check_header, make_header
 from astar_megatron.data.shards import Response, TableError, read_responses, read_shard, shard_number, write_shard
@@ -210,7 +210,7 @@ class VStarTable:
     def rewards(self) -> dict[str, list[float]]:
         """Return the rewards by uid, in order of their sample index."""
         rows, starts, counts = self._by_prompt()
-        rewards = _counted(rows, len(counts))
+        rewards = counted(rows["reward"], rows["prompt"], len(counts))
         return {
             uid: rewards[start : start + count].tolist()
             for uid, start, count in zip(self._uids, starts, counts, strict=True)
@@ -219,7 +219,7 @@ class VStarTable:
     def summary(self) -> TableSummary:
         """Return counts and shares of the whole table."""
         rows, _, counts = self._by_prompt()
-        num_prompts, reward = len(counts), _counted(rows, len(counts))
+        num_prompts, reward = len(counts), counted(rows["reward"], rows["prompt"], len(counts))
         some_right = np.bincount(rows["prompt"][reward >= 1], minlength=num_prompts) > 0
         some_wrong = np.bincount(rows["prompt"][reward < 1], minlength=num_prompts) > 0
         return TableSummary(
@@ -309,17 +309,6 @@ class VStarTable:
         """All rows, and for each prompt [P] where its rows start and how many they are."""
         self._merge()
         return self._old, self._starts[:-1], np.diff(self._starts)
-
-
-def _counted(rows: np.ndarray, num_prompts: int) -> np.ndarray:
-    """The rewards [R], with what counts for responses that could not be scored."""
-    reward = np.ascontiguousarray(rows["reward"])
-    unscored = np.isnan(reward)
-    if unscored.any():
-        lowest = np.zeros(num_prompts)
-        np.minimum.at(lowest, rows["prompt"][~unscored], reward[~unscored])
-        reward[unscored] = lowest[rows["prompt"][unscored]]
-    return reward
 
 
 def _no_more_than(limit_bytes: int, folder: Path, names: Sequence[str]) -> bool:
