@@ -3,7 +3,6 @@
 A digest is entered part by part, in any order and from any thread; see `verify`.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from threading import Lock
@@ -18,8 +17,6 @@ from conversion.plan import Rectangle
 from conversion.tiles import Span
 from conversion.verify import DIGEST_RULE, digest
 
-_LOG = logging.getLogger(__name__)
-_ANOTHER_RULE = "its digests are by another rule than this version's, so nothing says what the weights should be"
 _NAMED = 8  # parameters that an error lists
 
 
@@ -53,8 +50,6 @@ class Ledger:
         """Raise ModelFolderError where a weight is not finite, or is not what the folder's own record says."""
         if self.bad:
             raise ModelFolderError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
-        if _by_another_rule(self.end):
-            _LOG.warning("%s: %s: the weights are converted as they are", self.end.path / RECORD, _ANOTHER_RULE)
         if wrong := differing(recorded(self.end), self.digests()):
             raise ModelFolderError(
                 f"{self.end.path}: {_named(wrong)}: not what {RECORD} there records, so the folder is damaged or was "
@@ -82,24 +77,23 @@ class Ledger:
 def recorded(end: End) -> dict[str, str]:
     """Return the digests that the folder's conversion.json holds, none if it has none. ModelFolderError: no such thing.
 
-    Digests are of the bits of one type: a record of another type is not of these weights. Digests by another rule, or
-    by one that is not named, as before there were two, are none.
+    Digests are of the bits of one type: a record of another type is not of these weights.
     """
     record = read_record(end.path) or {}
     digests, dtype = record.get("digests") or {}, str(end.dtype).removeprefix("torch.")
     if not isinstance(digests, dict):
         raise ModelFolderError(f"{end.path / RECORD}: digests are no JSON object: remove it if the weights are sound")
+    if digests and (rule := record.get("digest_rule")) != DIGEST_RULE:
+        raise ModelFolderError(
+            f"{end.path / RECORD}: its digests are by the rule {rule!r}, expected {DIGEST_RULE!r}: remove it if the "
+            "weights are sound"
+        )
     if digests and record.get("dtype") != dtype:
         raise ModelFolderError(
             f"{end.path / RECORD} is of weights in {record.get('dtype')}, these are in {dtype}: if they were changed "
             "on purpose, remove it"
         )
-    return {} if _by_another_rule(end) else digests
-
-
-def _by_another_rule(end: End) -> bool:
-    record = read_record(end.path) or {}
-    return bool(record.get("digests")) and record.get("digest_rule") != DIGEST_RULE
+    return digests
 
 
 def check_record(end: End) -> None:
@@ -161,8 +155,6 @@ def _weights_doubt(end: End, digests: dict[str, str]) -> str:
         expected = recorded(end)
     except ModelFolderError as error:
         return str(error)
-    if _by_another_rule(end):
-        return f"{RECORD}: {_ANOTHER_RULE}"
     if not expected:
         return f"nothing records what the weights should be (no digests in {RECORD})"
     wrong = differing(expected, digests)

@@ -25,7 +25,7 @@ from torch import Tensor
 from conversion.plan import Piece, Rectangle, WeightMismatch, WeightPlan
 from conversion.transfer.pieces import view
 
-DIGEST_RULE = "words of 32 bits"  # what follows, by name: digests by another rule say nothing of these
+DIGEST_RULE = "words of 32 bits"  # what follows, by name
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # sign-extended, the same at both ends
 _WORD_BYTES = 4  # an element that is larger is a word
 _CHUNK_WORDS = 1 << 18  # 1 MiB: stays in a core's cache

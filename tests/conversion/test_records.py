@@ -116,17 +116,13 @@ def test_a_record_of_another_type_or_that_is_none_is_refused(exported: Path, tmp
 
 
 @pytest.mark.parametrize("rule", [None, "elements"])
-def test_digests_by_another_rule_are_not_compared_and_that_is_said(
-    rule: str | None, exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_digests_by_another_rule_are_refused_by_its_name(rule: str | None, exported: Path, tmp_path: Path) -> None:
     digests = (read_record(exported) or {})["digests"]
-    change(exported / "conversion.json", digest_rule=rule, digests=dict.fromkeys(digests, 16 * "0"))
-    words = "its digests are by another rule than this version's, so nothing says what the weights should be"
+    change(exported / "conversion.json", digest_rule=rule)
+    words = f"its digests are by the rule {rule!r}, expected {DIGEST_RULE!r}: remove it if the weights are sound"
     assert words in weights_verdict(open_end(exported), digests)
-    rewrite.write_hf(open_end(exported), tmp_path / "out")
-    assert [words in line for line in caplog.messages] == [True]
-    record = read_record(tmp_path / "out") or {}
-    assert (record["digest_rule"], record["digests"]) == (DIGEST_RULE, digests)
+    with pytest.raises(ModelFolderError, match=words):
+        rewrite.write_hf(open_end(exported), tmp_path / "out")
 
 
 def test_a_write_in_the_wrong_place_is_found(
