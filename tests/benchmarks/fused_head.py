@@ -6,11 +6,10 @@ r"""The LM head on a CPU: time and memory of the chunked head beside logits of t
 (the environment that model/backend.py gives to ranks on a CPU)
 
 `plain` is torch's own cross entropy over hidden @ weight.T, the leanest way with all logits in memory. The passes:
-`at-once` and `again`, the two ways of model/head/fused.py to the loss and both gradients; `score`, the pass without
-gradients, and `score-long`, the same for one response as long as the pack, too long to be kept. Each alternates with
-its plain; times are the fastest run's, in wall-clock seconds and in seconds of all threads. Memory is the highest
-resident size beside what was there and the gradients; "load" is the system's, of the last minute. --json adds to FILE.
-Half a minute (small) to three a pass on idle cores.
+`at-once`, the loss and both gradients; `score`, the pass without gradients, and `score-long`, the same for one response
+as long as the pack, too long to be kept. Each alternates with its plain; times are the fastest run's, in wall-clock
+seconds and in seconds of all threads. Memory is the highest resident size beside what was there and the gradients;
+"load" is the system's, of the last minute. --json adds to FILE. Half a minute (small) to three a pass on idle cores.
 """
 
 import argparse
@@ -76,10 +75,9 @@ class Passes:
         return {
             "plain": lambda: self.of_sums(self.plain_logprobs()),
             "at-once": lambda: self.gradients(self.head.sequence_loss(*mine, self.loss)),
-            "again": lambda: self.of_sums(self.head.token_logprobs(*mine)),
             "plain-score": torch.no_grad()(self.plain_logprobs),
-            "score": torch.no_grad()(lambda: self.head.token_logprobs(*mine)),
-            "score-long": torch.no_grad()(lambda: self.head.token_logprobs(*self.inputs((len(self.hidden),)))),
+            "score": lambda: self.head.token_logprobs(*mine),
+            "score-long": lambda: self.head.token_logprobs(*self.inputs((len(self.hidden),))),
         }
 
 
@@ -111,7 +109,7 @@ def measure(run: Callable[[], Any]) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--pass", dest="name", choices=["at-once", "again", "score", "score-long"], required=True)
+    parser.add_argument("--pass", dest="name", choices=["at-once", "score", "score-long"], required=True)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     load = os.getloadavg()[0]

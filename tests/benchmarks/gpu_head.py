@@ -3,11 +3,10 @@
     PYTHONPATH=. python3 tests/benchmarks/gpu_head.py [--json FILE]        (about one minute)
 
 16 sequences of 512 tokens, hidden size 4096, vocabulary 131072, bfloat16. `score` is the pass without gradients;
-`at once` and `again` are the two ways to the loss and both gradients (model/head/fused.py), measured forward and
-backward together; `autograd` is the plain head's only way. Rates count the products that a way needs: 1 for a score,
-3 with the logits kept, 4 when they are made again; "x bare" is the time over that of the same products alone, and
-"back" that of all but a score, over the products but one. Memory is the peak beside hidden states, weight and their
-gradients. Errors are norms relative to float64.
+`at once` is the way to the loss and both gradients (model/head/fused.py), measured forward and backward together;
+`autograd` is the plain head's. Rates count the products that a pass needs: 1 for a score, 3 with gradients; "x bare" is
+the time over that of the same products alone, and "back" that of all but a score, over the products but one. Memory is
+the peak beside hidden states, weight and their gradients. Errors are norms relative to float64.
 """
 
 import argparse
@@ -61,7 +60,7 @@ class Inputs:
     def at_once(self, head: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(head.sequence_loss(*self.arguments, self.loss), (self.hidden, self.weight))
 
-    def again(self, head: Any) -> tuple[Tensor, ...]:
+    def autograd(self, head: PlainHead) -> tuple[Tensor, ...]:
         loss = self.loss(slice(0, len(LENGTHS)), head.token_logprobs(*self.arguments)).sum()
         return torch.autograd.grad(loss, (self.hidden, self.weight))
 
@@ -126,8 +125,8 @@ def main() -> None:
     inputs = Inputs()
     products = bare(inputs)
     once = sum(products.values())
-    ideal = {"score": products["forward"], "autograd": once, "at once": once, "again": once + products["forward"]}
-    count = {"score": 1, "autograd": 3, "at once": 3, "again": 4}
+    ideal = {"score": products["forward"], "autograd": once, "at once": once}
+    count = {"score": 1, "autograd": 3, "at once": 3}
     exact = inputs.exact()
     rows, score = [], 0.0
     for name, head in {
@@ -136,9 +135,9 @@ def main() -> None:
         "triton": FusedHead(TritonKernels()),
     }.items():
         logprob_error = errors((inputs.score(head),), exact[:1])[0]
-        passes: dict[str, Any] = {"score": inputs.score, "at once": inputs.at_once, "again": inputs.again}
+        passes: dict[str, Any] = {"score": inputs.score, "at once": inputs.at_once}
         if name == "plain":
-            passes = {"score": inputs.score, "autograd": inputs.again}
+            passes = {"score": inputs.score, "autograd": inputs.autograd}
         for kind, run in passes.items():
             gradients = 0 if kind == "score" else 2 * (inputs.hidden.numel() + inputs.weight.numel())
             time, memory = measure(lambda run=run, head=head: run(head), gradients)

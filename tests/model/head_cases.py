@@ -96,7 +96,6 @@ class _Inputs:
         self.hidden = torch.randn(rows, case.hidden, generator=generator).to(case.dtype)
         self.weight = (0.5 * torch.randn(case.columns, case.hidden, generator=generator)).to(case.dtype)
         self.targets = torch.randint(case.size, (rows,), generator=generator)
-        self.slopes = torch.randn(rows, generator=generator)
         self.reference = torch.randn(len(case.lengths), generator=generator).mul(9)
         self.advantage = torch.randn(len(case.lengths), generator=generator)
         with torch.no_grad():  # near the head's own, so that some ratios are clipped and some are not
@@ -139,22 +138,20 @@ class _Inputs:
         hidden, weight = self.hidden.double().requires_grad_(), self.weight.double().requires_grad_()
         logprobs = self._logprobs64(hidden, weight)
         everything = slice(0, len(self.case.lengths))
-        token = torch.autograd.grad((logprobs * self.slopes).sum(), (hidden, weight), retain_graph=True)
         loss = self.loss(everything, logprobs).sum()
         sequence = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
         ratio = torch.autograd.grad(self.ratio_loss(everything, logprobs).sum(), (hidden, weight))
-        tensors = self._named(logprobs, loss, token, sequence, ratio)
+        tensors = self._named(logprobs, loss, sequence, ratio)
         return {name: tensor[self.mine] if "weight" in name else tensor for name, tensor in tensors.items()}
 
     def computed(self, head: Head) -> dict[str, Tensor]:
         hidden, weight = self.leaves()
         inputs: tuple[Any, Any, Any, Any] = hidden, weight, self.responses, self.vocabulary
         logprobs = head.token_logprobs(*inputs)
-        token = torch.autograd.grad((logprobs * self.slopes.to(self.device)).sum(), (hidden, weight))
         loss = head.sequence_loss(*inputs, self.loss)
         sequence = torch.autograd.grad(3 * loss, (hidden, weight))
         ratio = torch.autograd.grad(head.sequence_loss(*inputs, self.ratio_loss), (hidden, weight))
-        return self._named(logprobs, loss, token, sequence, ratio)
+        return self._named(logprobs, loss, sequence, ratio)
 
     def gap(self, head: Head) -> float:
         seen: list[Tensor] = []
@@ -165,17 +162,14 @@ class _Inputs:
 
         hidden, weight = self.leaves()
         head.sequence_loss(hidden, weight, self.responses, self.vocabulary, remember)
-        with torch.no_grad():
-            scores = head.token_logprobs(hidden, weight, self.responses, self.vocabulary)
+        scores = head.token_logprobs(hidden, weight, self.responses, self.vocabulary)
         return float((torch.cat(seen) - scores).abs().sum())
 
     @staticmethod
-    def _named(logprobs: Tensor, loss: Tensor, token: Any, sequence: Any, ratio: Any) -> dict[str, Tensor]:
+    def _named(logprobs: Tensor, loss: Tensor, sequence: Any, ratio: Any) -> dict[str, Tensor]:
         return {
             "logprobs": logprobs.detach(),
             "loss": loss.detach(),
-            "recomputed hidden": token[0],
-            "recomputed weight": token[1],
             "sequence hidden": sequence[0],
             "sequence weight": sequence[1],
             "ratio hidden": ratio[0],

@@ -75,25 +75,21 @@ class _Memory(TorchDispatchMode):
         return result
 
 
-def _peak_bytes(head: str, case: Case, *, at_once: bool) -> int:
+def _peak_bytes(head: str, case: Case) -> int:
     hidden = torch.randn(sum(case.lengths), case.hidden, requires_grad=True)
     weight = torch.randn(case.columns, case.hidden, requires_grad=True)
     responses = Responses(targets=torch.zeros(len(hidden), dtype=torch.int64), lengths=case.lengths)
     inputs: tuple[Any, Any, Any, Any] = hidden, weight, responses, Vocabulary(size=case.size)
     with _Memory() as memory:
-        if at_once:
-            make(head, case).sequence_loss(*inputs, lambda _, logprobs: logprobs.sum()[None].square()).backward()
-        else:
-            make(head, case).token_logprobs(*inputs).sum().backward()
+        make(head, case).sequence_loss(*inputs, lambda _, logprobs: logprobs.sum()[None].square()).backward()
     return memory.peak_bytes - 2 * 4 * weight.numel()  # its gradient, and a copy on the way to .grad
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_no_more_logits_exist_than_the_memory_holds(at_once: bool) -> None:
+def test_no_more_logits_exist_than_the_memory_holds() -> None:
     """Of several groups of sequences one at a time, and of a sequence too long for that one tile at a time."""
     case = Case(lengths=(18, 17, 90, 19, 16), hidden=6, columns=4999, size=4999, kept_rows=20)
-    assert _peak_bytes("plain", case, at_once=at_once) > 4 * sum(case.lengths) * case.columns
-    assert _peak_bytes("chunked", case, at_once=at_once) < 1.3 * 4 * case.kept_rows * case.columns
+    assert _peak_bytes("plain", case) > 4 * sum(case.lengths) * case.columns
+    assert _peak_bytes("chunked", case) < 1.3 * 4 * case.kept_rows * case.columns
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(0, 12))

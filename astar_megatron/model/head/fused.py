@@ -2,15 +2,13 @@
 
 The log-prob of a target is its logit minus ln of the sum of exp over the vocabulary; tiles and tensor-parallel ranks
 bring partial sums, each with the maximum it was taken relative to. The gradient of sum_i c_i ln p_i is
-c_i (onehot - p) / temperature for each row of logits, and has two ways to be formed:
+c_i (onehot - p) / temperature for each row of logits. `sequence_loss` takes as many sequences at a time as the kernels
+keep logits for, learns their c from the loss, and forms their gradient at once, in the forward pass: three matrix
+products. The backward pass only scales it. A sequence that is too long for that has its tiles made again, in the same
+place: four.
 
-- `token_logprobs` keeps one normaliser a token and makes the tiles AGAIN in the backward pass (four matrix products).
-- `sequence_loss` takes as many sequences at a time as the kernels keep logits for, learns their c from the loss, and
-  forms their gradient AT ONCE, in the forward pass (three products). The backward pass only scales it. A sequence that
-  is too long for that has its tiles made again, in the same place.
-
-Both see tiles of the same sizes for the same pack, with and without gradients: policy and reference with the same
-weights have bitwise the same log-probs.
+`token_logprobs` and `sequence_loss` see tiles of the same sizes for the same pack, with and without gradients: policy
+and reference with the same weights have bitwise the same log-probs.
 
 Shapes: R response positions, r rows of one group of sequences, v columns of one tile, H hidden, V columns of the rank.
 """
@@ -75,7 +73,8 @@ class FusedHead:
     def token_logprobs(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
         check(hidden, weight, responses, vocabulary)
         work = _Work(self._kernels, weight, responses, vocabulary)
-        return _TokenLogprobs.apply(shared(hidden, vocabulary.group), weight, work)  # type: ignore[return-value]
+        logprobs = [work.forward(hidden, weight, group).logprobs for group in work.groups]
+        return torch.cat(logprobs) if logprobs else torch.zeros(0, device=hidden.device)
 
     def sequence_loss(
         self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary, loss: SequenceLoss
@@ -83,24 +82,6 @@ class FusedHead:
         check(hidden, weight, responses, vocabulary)
         work = _Work(self._kernels, weight, responses, vocabulary)
         return _SequenceLoss.apply(shared(hidden, vocabulary.group), weight, work, loss)  # type: ignore[return-value]
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: "_Work") -> Tensor:
-        passes = [work.forward(hidden, weight, group) for group in work.groups]
-        ctx.work = work
-        ctx.save_for_backward(hidden, weight, _joined([part.normaliser for part in passes], hidden))
-        return _joined([part.logprobs for part in passes], hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> Any:
-        hidden, weight, normaliser = ctx.saved_tensors
-        work: _Work = ctx.work
-        everything = Group(slice(0, len(work.responses.lengths)), slice(0, len(hidden)), fits=False)
-        gradients = _Gradients(hidden, weight, several=False)
-        work.backward(hidden, weight, everything, None, normaliser, slopes[0], gradients)
-        return *gradients.finished(), None
 
 
 class _SequenceLoss(torch.autograd.Function):
@@ -277,7 +258,3 @@ def _merged(tile_sums: list[Sums], group: ProcessGroup | None) -> tuple[Tensor, 
 def _no_sums(num_rows: int, device: torch.device) -> Sums:
     zeros = torch.zeros(1, num_rows, device=device)
     return Sums(maxima=torch.full_like(zeros, -math.inf), totals=zeros, target=torch.zeros_like(zeros[0]))
-
-
-def _joined(parts: list[Tensor], hidden: Tensor) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)

@@ -54,7 +54,7 @@ class Head(Protocol):
     """
 
     def token_logprobs(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
-        """Return the log-probs [R] of the targets, differentiable."""
+        """Return the log-probs [R] of the targets, without a gradient."""
         ...
 
     def sequence_loss(

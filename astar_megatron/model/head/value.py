@@ -15,7 +15,7 @@ class ValueHead:
         self._weight = weight
 
     def token_logprobs(self, hidden: Tensor, weight: Tensor, responses: Responses, vocabulary: Vocabulary) -> Tensor:
-        """Return the values [R], differentiable."""
+        """Return the values [R]."""
         return hidden.float() @ self._weight.float()
 
     def sequence_loss(
