@@ -266,12 +266,15 @@ def test_export_writes_the_newest_checkpoint_as_a_hugging_face_folder(
 ) -> None:
     assert "there is no checkpoint; run `astar train` first" in refused("export")
     checkpoints = Path(tree["run_dir"]) / "checkpoints"
-    assert astar("convert", "hf-to-megatron", tied_llama, checkpoints / "step_00000002")[0] == 0
+    rewrite.write_megatron(open_end(tied_llama), checkpoints / "step_00000002", ParallelLayout())
     (checkpoints / "step_00000002" / "progress.json").write_text("{}")
     (checkpoints / "latest").write_text("step_00000002")
-    for _ in range(2):  # an older export is replaced
-        assert command("export") == (0, "")
-    assert astar("convert", "verify", tied_llama, Path(tree["run_dir"]) / "hf")[0] == 0
+    export = Path(tree["run_dir"]) / "hf"
+    rewrite.write_hf(open_end(checkpoints / "step_00000002"), export)
+    assert "nobody has compared" in (export / "conversion.json").read_text()
+    assert command("export") == (0, "")
+    assert "nobody has compared" not in (export / "conversion.json").read_text()  # an older export is replaced
+    assert astar("convert", "verify", tied_llama, export)[0] == 0
 
 
 def test_a_folder_that_megatron_computes_otherwise_is_named(

@@ -1,10 +1,13 @@
 """`make gpu-check` says in words what a machine lacks, and skips what it has no packages for by their names."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +31,13 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 OTHERS = "hypothesis megatron pyarrow pydantic ray rich safetensors tokenizers transformers typer vllm yaml"
 
 
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Return a function that imports a program of tests/benchmarks."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests/benchmarks"))
+    return importlib.import_module
+
+
 def run(command: list[str], folder: Path, missing: str) -> subprocess.CompletedProcess[str]:
     """In a python without the packages `missing`, which sees no GPU."""
     (folder / "sitecustomize.py").write_text(WITHOUT)
@@ -48,7 +58,9 @@ def test_what_the_machine_lacks_is_one_line(missing: str, words: str, tmp_path: 
     assert all(line.startswith("make") for line in rest) and not done.stdout
 
 
-@pytest.mark.parametrize("missing", [OTHERS, "transformers tokenizers safetensors", "megatron"])
+@pytest.mark.parametrize(
+    "missing", [OTHERS, "megatron", pytest.param("transformers tokenizers safetensors", marks=pytest.mark.slow)]
+)
 def test_a_test_without_its_packages_is_skipped_by_name(missing: str, tmp_path: Path) -> None:
     options = ["-p", "no:cacheprovider", "-m", "gpu", "-rs", "--collect-only"]
     files = ["tests/model", "tests/conversion/test_every_way.py"]
@@ -90,11 +102,13 @@ def test_a_table_says_what_it_lacks(program: str, missing: str, status: int, wor
     ("change", "is_lost"),
     [({}, True), ({"mfu": 0.48}, False), ({"mfu": None}, False), ({"transformer_engine": False}, False)],
 )
-def test_a_step_that_lost_its_fusions_is_named(change: dict[str, object], is_lost: bool, tmp_path: Path) -> None:
+def test_a_step_that_lost_its_fusions_is_named(
+    change: dict[str, object], is_lost: bool, benchmark: Callable[[str], Any]
+) -> None:
     """0.24 is what the shape had without them."""
     report = {"shape": "1.5b", "transformer_engine": True, "mfu": 0.24} | change
-    done = run([sys.executable, "-c", f"import gpu_rank; print(gpu_rank.lost({report!r}))"], tmp_path, "")
-    assert ("gpu-check: an MFU of 0.24 at the shape 1.5b" in done.stdout) == is_lost and not done.returncode
+    words = benchmark("gpu_rank").lost(report)
+    assert words is None if not is_lost else "gpu-check: an MFU of 0.24 at the shape 1.5b" in words
 
 
 @pytest.mark.slow
@@ -125,15 +139,12 @@ def test_turns_are_measured_without_a_gpu_too(tmp_path: Path) -> None:
     assert row["returned_bytes, least"] == row["returned_bytes, most"] > 0 == row["kept_bytes, most"]
 
 
-def test_turns_that_take_too_long_or_give_less_back_are_named(tmp_path: Path) -> None:
+def test_turns_that_take_too_long_or_give_less_back_are_named(benchmark: Callable[[str], Any]) -> None:
     sound = {"kept_bytes, least": 7, "kept_bytes, most": 64 << 20, "turns and publish, s": 0.8}
     sound |= {"returned_bytes, least": 128 << 20, "returned_bytes, most": 128 << 20}
     changes = ({}, {"turns and publish, s": 0.81}, {"kept_bytes, most": (64 << 20) + 8}, {"returned_bytes, least": 8})
-    rows = [sound | change for change in changes]
-    code = f"import gpu_sharing, json; print(json.dumps([gpu_sharing.faults(row, '1.5b') for row in {rows!r}]))"
-    done = run([sys.executable, "-c", code], tmp_path, "")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [
+    faults = benchmark("gpu_sharing").faults
+    assert [faults(sound | change, "1.5b") for change in changes] == [
         [],
         ["turn and publish take 0.81 s, expected 0.8 at most"],
         ["kept_bytes go from 7 to 67108872, expected the same"],

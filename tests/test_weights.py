@@ -27,30 +27,32 @@ from conversion.transfer import TransferError
 from conversion.transfer.route import Place, Route, here
 from conversion.verify import Holdings, held_parts, sent_parts
 
+# Two that hold a folder, the first of them the process itself; for one import, which takes seconds.
 HOLD = """
+import os
 from astar_megatron.run.weights import TransferFolder
+os.fork()
 with TransferFolder() as folder:
-    print(folder.path, flush=True)
+    print(os.getpid(), folder.path, flush=True)
     input()
 """
 
 
 def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not() -> None:
-    killed, living = (
-        subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    )
+    killed = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        paths = [Path(process.stdout.readline().strip()) for process in (killed, living) if process.stdout]
+        assert killed.stdout
+        folders = dict(killed.stdout.readline().split() for _ in range(2))
+        of_killed, of_living = Path(folders.pop(str(killed.pid))), Path(*folders.values())
         killed.kill()
         killed.wait()
-        assert all(path.is_dir() for path in paths)
+        assert of_killed.is_dir() and of_living.is_dir()
         with TransferFolder() as folder:
-            assert [path.is_dir() for path in (*paths, folder.path)] == [False, True, True]
+            assert [path.is_dir() for path in (of_killed, of_living, folder.path)] == [False, True, True]
         assert not folder.path.exists()
     finally:
-        living.communicate("\n")
-    assert not paths[1].exists()
+        killed.communicate("\n")  # until the living one has ended
+    assert not of_living.exists()
 
 
 class Policy:
