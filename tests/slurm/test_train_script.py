@@ -414,11 +414,15 @@ BAD_INPUT = {
 
 def test_bad_input_is_refused_before_ray_is_started(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "program.py").touch()
-    for name, (config, env, message) in BAD_INPUT.items():
-        job = slurm.submit("-N2", TRAIN, config, cwd=tmp_path, env=STAND_IN | env)
+    jobs = {
+        name: slurm.submit("-N2", TRAIN, config, cwd=tmp_path, env=STAND_IN | env)
+        for name, (config, env, _) in BAD_INPUT.items()
+    }
+    for name, job in jobs.items():
         assert slurm.wait(job) == "FAILED", name
         assert slurm.fact(job, "ExitCode") == "2:0", name
-        assert message in output(tmp_path, job), name
+        assert BAD_INPUT[name][2] in output(tmp_path, job), name
+    for name, job in jobs.items():
         assert slurm.left_behind(job) == [], name
 
 
