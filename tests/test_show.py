@@ -285,7 +285,8 @@ def test_lines_of_metrics_that_lack_something_have_a_page_of_the_rest(browser: B
 
 def test_a_reward_that_is_no_number_fails_no_page(tmp_path: Path) -> None:
     run, prompt = shown_run.write_run(tmp_path / "run", steps=1), Prompt(uid="u", token_ids=(1,), text="?", answer="!")
-    rollout_files.write(run / "rollouts" / "step_00000000.parquet", [samples.rollout(prompt, reward=math.nan)])
+    files = rollout_files.RolloutFiles(run, None, lambda token_ids: f"<{token_ids[0]}>")
+    files.write(0, [samples.rollout(prompt, reward=math.nan)], samples.STATS)
     show.main(run, None)
     (row,) = data_of(run / show.PAGE_FILE)["rollouts"]["rows"]
     assert row["reward"] is None
