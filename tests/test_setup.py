@@ -14,6 +14,7 @@ PYTHON = """#!/bin/sh
 echo "python $*" >>"$CALLS"
 case "$1 $2" in
     "-c ") exit 0 ;;
+    "-c import sysconfig"*) echo /usr/include/python ;;
     "-c "*) [ "$3" = "$VERSION" ] && echo "$0" ;;
     "-m venv") [ -z "${NO_VENV:-}" ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$UV" "$3/bin/uv" ;;
     "-m pip")
@@ -27,6 +28,7 @@ UV = """#!/bin/sh
 echo "uv $*" >>"$CALLS"
 [ -z "${NO_DOWNLOAD:-}" ] && mkdir -p .venv/bin && cp "$STAND_IN" .venv/bin/python
 """
+GPU = "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\n"
 
 
 @pytest.fixture
@@ -81,7 +83,8 @@ def test_a_machine_without_a_gpu_gets_the_cpu_lane_and_that_is_said(tree: Path) 
 
 def test_a_gpu_that_the_driver_reports_makes_it_the_cuda_lane_also_later(tree: Path) -> None:
     assert setup(tree)[0] == 0
-    program(tree / "bin" / "nvidia-smi", "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\n")
+    program(tree / "bin" / "nvidia-smi", GPU)
+    program(tree / "bin" / "c++", "#!/bin/sh\ncat >/dev/null\n")
     status, output, calls = setup(tree)
     assert status == 0, output
     assert "setup: lane cuda: NVIDIA H100 80GB HBM3" in output.splitlines()
@@ -90,6 +93,16 @@ def test_a_gpu_that_the_driver_reports_makes_it_the_cuda_lane_also_later(tree: P
     program(tree / "bin" / "nvidia-smi", "#!/bin/sh\necho 'no driver' >&2\nexit 9\n")  # it is there, and fails
     status, output, calls = setup(tree)
     assert installed(calls) == [".[cpu,data,demo,dev]"]
+
+
+@pytest.mark.parametrize("compiler", ["", "#!/bin/sh\necho 'no Python.h' >&2\nexit 1\n"])
+def test_the_cuda_lane_without_a_compiler_is_refused_before_anything_is_installed(tree: Path, compiler: str) -> None:
+    program(tree / "bin" / "nvidia-smi", GPU)
+    if compiler:
+        program(tree / "bin" / "c++", compiler)
+    status, output, calls = setup(tree)
+    assert status == 1 and "no C++20 compiler with Python's headers here" in output and "apt install g++" in output
+    assert installed(calls) == []
 
 
 @pytest.mark.parametrize("without_venv", ["", "1"])
