@@ -84,17 +84,17 @@ def keys(folder: Path) -> list[tuple[str, int]]:
     return [(row["uid"], row["sample"]) for row in rows(folder)]
 
 
-def test_twenty_kills_anywhere_leave_the_rows_of_an_uninterrupted_sweep(tmp_path: Path, start: Start) -> None:
+def test_ten_kills_anywhere_leave_the_rows_of_an_uninterrupted_sweep(tmp_path: Path, start: Start) -> None:
     finish(start(tmp_path / "whole", 0.0))
     chance, interrupted, shards = random.Random(6), 0, tmp_path / "killed" / "v_star"
-    for _ in range(20):
+    for _ in range(10):
         job = start(tmp_path / "killed", 0.02)
         enough = len(list(shards.glob("shard-*"))) + chance.randrange(2)
         while len(list(shards.glob("shard-*"))) < enough and not job.ended():
             time.sleep(0.001)
         time.sleep(chance.random() * 0.01)
         interrupted += job.kill()
-    assert interrupted >= 12
+    assert interrupted >= 6
     assert len(rows(tmp_path / "killed")) > 100  # what was appended before a kill stays
     finish(start(tmp_path / "killed", 0.0))
     assert set(keys(tmp_path / "killed")) == expected()
@@ -203,7 +203,7 @@ def test_heavy_tailed_lengths_spend_the_budget_and_exceed_it_by_one_round_at_mos
     tmp_path: Path, partial: float, other: float
 ) -> None:
     cfg, prompts, over = SweepConfig(num_samples=4, extra_tokens=4000), PROMPTS[:30], 0
-    for seed in range(10):
+    for seed in range(5):
         chance, table = random.Random(seed), VStarTable.create_or_open(tmp_path / str(seed), CONTRACT)
         spent, before = [], np.zeros(len(prompts), np.int64)
         while missing := table.missing(prompts, wanted := samples_wanted(table, prompts, cfg, 0.5)):
@@ -223,4 +223,4 @@ def test_heavy_tailed_lengths_spend_the_budget_and_exceed_it_by_one_round_at_mos
         assert spent[1:] and sum(spent[1:-1]) < cfg.extra_tokens
         assert 0.3 * cfg.extra_tokens < sum(spent[1:]) < 1.3 * cfg.extra_tokens
         over += sum(spent[1:]) > cfg.extra_tokens
-    assert over <= 3
+    assert over <= 2
