@@ -211,6 +211,19 @@ print(WORDS[0], sorted(JOINED))
 
 
 INHERITED = {
+    "SLURM_TIMELIMIT": "1",
+    "SLURM_STDINMODE": "none",
+    "SLURM_STDOUTMODE": "none",
+    "SLURM_CONSTRAINT": "none",
+    "SLURM_EXCLUSIVE": "1",
+    "SLURM_NO_KILL": "1",
+    "SLURM_OVERCOMMIT": "1",
+    "SLURM_RELATIVE": "1",
+    "SLURM_NTASKS_PER_CORE": "1",
+    "SLURM_GPU_BIND": "none",
+    "SLURM_GRES": "none",
+    "SLURM_HET_SIZE": "2",
+    "SCANCEL_STATE": "PENDING",
     "SLURM_ARRAY_JOB_ID": "7",
     "SLURM_ARRAY_TASK_ID": "3",
     "SLURM_RESTART_COUNT": "3",
@@ -241,11 +254,13 @@ INHERITED = {
 def test_what_the_job_that_submits_hands_on_changes_nothing(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
-    program = "import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ)"
+    program = "import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ)\n"
+    program += f"os.system('{shutil.which('squeue')} --steps --noheader --format=%l --job=$SLURM_JOB_ID')"
     job = submit(program, "-N2", "--mem=500", env=INHERITED)
     assert slurm.wait(job) == "COMPLETED", output(tmp_path, job)
     log = tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log"
-    assert log.read_text() == f"{tmp_path} False\n"
+    first, *limits = log.read_text().splitlines()
+    assert first == f"{tmp_path} False" and {*limits} == {"UNLIMITED"}
     assert slurm.left_behind(job) == []
 
 
@@ -362,7 +377,7 @@ exec REAL "$@"
 
 
 def test_every_step_is_told_image_and_mounts(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
-    """With an srun that has pyxis's flags; containers themselves are not there."""
+    """With an srun that has pyxis's flags; containers themselves are not there. A path with : can't be mounted."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text(SRUN.replace("REAL", shutil.which("srun") or ""))
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -374,6 +389,22 @@ def test_every_step_is_told_image_and_mounts(slurm: Slurm, submit: Callable[...,
     flags = Counter((tmp_path / "flags").read_text().splitlines())
     wanted = ["image=registry/image:1", f"workdir={tmp_path}", f"mounts={mounts}"]
     assert flags == {f"--container-{flag}": 3 for flag in wanted}  # Ray, preflight, the program
+    job = submit("", env={"PATH": path, "ASTAR_IMAGE": "registry/image:1", "ASTAR_LOGS": "a,b:c"})
+    assert slurm.wait(job) == "FAILED"
+    assert f"{tmp_path}/a,b:c are mounted, but a path with , or : can't be" in output(tmp_path, job)
+
+
+def test_a_step_that_srun_does_not_start_is_said_in_its_log(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "bin").mkdir()
+    real = shutil.which("srun")
+    text = f'#!/bin/sh\ncase $* in *" --ntasks=1 --nodelist="*) echo no step >&2; exit 1 ;; esac\nexec {real} "$@"\n'
+    (tmp_path / "bin" / "srun").write_text(text)
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    job = submit("", env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert slurm.wait(job) == "FAILED"
+    assert "no step\nsrun could not start it; its message is in the job's output\n" in output(tmp_path, job)
 
 
 def test_head_script_and_guide_name_the_same_variables() -> None:
@@ -456,6 +487,36 @@ def test_a_signal_before_the_program_has_begun_requeues_the_job(
     slurm.run("scancel", job)
     slurm.wait(job)
     assert slurm.left_behind(job) == []
+
+
+@pytest.mark.parametrize("where", ["setup", "preflight", "driver"])
+def test_a_job_that_slurm_asks_to_end_before_its_program_heeds_that_is_requeued(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, where: str
+) -> None:
+    """SIGTERM to all steps and not to the script, as a preempted job with GraceTime gets it."""
+    env = {
+        "setup": {"ASTAR_SETUP": "touch begun; sleep 600 & wait"},
+        "preflight": {"ABSENT": "node2", "ASTAR_START_SECONDS": "600"},
+        "driver": {},
+    }
+    job = submit("import time\nopen('begun', 'w').close()\ntime.sleep(600)", env=env[where])
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    wait_for(tmp_path / "begun" if where != "preflight" else logs / "ray-node2-0.log")
+    if where != "driver":
+        wait_for(logs / "preflight-node1-0.log")
+    slurm.run("scancel", "--signal=TERM", job)
+    wait_for(logs / "preflight-node1-1.log")
+    assert "requeued\n" in output(tmp_path, job) and "ended with status 1" not in output(tmp_path, job)
+    assert "Invalid job id" not in output(tmp_path, job)
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
+def test_a_heterogeneous_job_is_refused(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
+    job = submit("", "-N1", ":", "-N1")
+    assert slurm.wait(job) == "FAILED"
+    assert f"job {job} is heterogeneous, and a run takes nodes of one kind; submit" in output(tmp_path, job)
 
 
 @pytest.mark.slow
