@@ -17,12 +17,17 @@ from pydantic_core import PydanticCustomError
 from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logins
 
 _MOST_WHOLE = 10**15  # far from what 64 bits hold
+NAMES_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")  # as $HOME and ${HOME}
 _LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
 
 
 def _as_it_stands(value: str) -> str:
     if value.startswith("~"):
         raise PydanticCustomError("home", "a path without ~, which only a shell replaces: write it out")
+    if NAMES_VARIABLE.search(value):
+        raise PydanticCustomError(
+            "variable", "a text without variables of a shell, which nobody replaces here: write it out"
+        )
     return value
 
 

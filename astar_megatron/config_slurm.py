@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from astar_megatron.config_file import Name, Section
+from astar_megatron.config_file import NAMES_VARIABLE, Name, Section
 
 type Backend = Literal["sbatch", "nemo-run", "local"]
 type Stage = Literal["sweep", "train", "eval", "export"]
@@ -34,9 +34,11 @@ _NUMBERS = {
 _OWN_FLAGS: dict[str, str | None] = {
     **{"nodes": "slurm.nodes", "gpus-per-node": "slurm.gpus_per_node", "account": "slurm.account"},
     **{"partition": "slurm.partition", "time": "slurm.time", "container-image": "slurm.image"},
+    **dict.fromkeys(("gpus", "gpus-per-socket", "gpus-per-task"), "slurm.gpus_per_node"),
     **dict.fromkeys(("job-name", "output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "requeue")),
     **dict.fromkeys(("no-requeue", "array", "wait", "wrap", "parsable", "quiet", "test-only", "chdir", "help")),
     "clusters": None,  # others would be asked for the jobs
+    "het-group": None,  # a run takes nodes of one kind
 }
 _WATCHED_FLAGS = (*_OWN_FLAGS, "export", "signal")
 
@@ -53,6 +55,11 @@ def _variable(value: str) -> str:
         least, most = _NUMBERS[name]
         if not re.fullmatch(r"0|[1-9][0-9]{0,4}", text) or not least <= int(text) <= most:
             raise ValueError(f"slurm.env: {value:.200}: expected a whole number from {least} to {most}")
+    if NAMES_VARIABLE.search(text) or (name in ("ASTAR_LOGS", "ASTAR_PYTHON") and text.startswith("~")):
+        raise ValueError(
+            f"slurm.env: {value:.200}: no shell reads it, which alone replaces ~ and variables; write it out, or "
+            "export it in slurm.setup"
+        )
     return value
 
 
@@ -61,7 +68,7 @@ def _flag(value: str) -> str:
         raise ValueError(f"slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got {value!r:.200}")
     name, _, text = value.removeprefix("--").partition("=")
     longer = [flag for flag in _WATCHED_FLAGS if flag.startswith(name)]
-    if longer and name not in (*longer, "gpus"):  # which is another flag
+    if longer and name not in longer:
         raise ValueError(f"slurm.flags: {value:.200}: sbatch takes it for --{longer[0]}; write flags in full")
     if name.startswith("export"):
         raise ValueError(f"slurm.flags: {value:.200}: jobs get the whole environment; add variables by slurm.env")
@@ -75,8 +82,8 @@ def _flag(value: str) -> str:
 
 
 def _login(value: str) -> str:
-    if not re.fullmatch(r"[^@:\s]+@[^@:\s]+:/\S*", value):
-        raise ValueError(f"slurm.ssh: expected user@host:/folder, got {value!r:.200}")
+    if not re.fullmatch(r"[^@:\s]+@[^@:\s]+:/[\w./-]*", value):
+        raise ValueError(f"slurm.ssh: expected user@host:/folder of letters, digits and . _ - /, got {value!r:.200}")
     return value
 
 
@@ -153,7 +160,7 @@ class SlurmConfig(Section):
     """Container image (pyxis); null: no container."""
     mounts: list[Name] = Field(default=[])
     """What the container sees besides logs and the folder of submission, as `/data:/data`."""
-    setup: Name | None = None
+    setup: str | None = Field(default=None, min_length=1)
     """A shell line that each node begins with, as `module load gcc`."""
     env: list[Variable] = Field(default=[])
     """More variables for the job, as `ASTAR_PYTHON=/opt/venv/bin/python`; no secrets: they would be in its script."""
@@ -163,16 +170,32 @@ class SlurmConfig(Section):
     """Code that travels with a job: `git` (what is committed) or a pattern of files; null: none. nemo-run only."""
 
     @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for key, words in (("flags", self.flags), ("env", self.env)):
+            names = [word.partition("=")[0] for word in words]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(
+                    f"slurm.{key}: {twice[0]} stands twice, of which one would be lost; make it one, as "
+                    "--gres=gpu:8,nvme:1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _time_for_work(self) -> Self:
+        if self.time is not None and (problem := self.too_short(self.time)):
+            raise ValueError(f"slurm.time: {problem}")
+        return self
+
+    def too_short(self, limit: str) -> str | None:
+        """Return what is wrong with a time limit that leaves none for work; None where it does."""
         flags = dict(flag.split("=", 1) for flag in self.flags if "=" in flag)
         notice = int(flags.get("--signal", f"@{NOTICE_SECONDS}").partition("@")[2])
-        if self.time is not None and _seconds(self.time) <= notice:
-            raise ValueError(
-                f"slurm.time: {self.time} is {_seconds(self.time):.0f} s, and {notice} s before the limit jobs are "
-                "asked to save and to end: they would be as they begin; raise it, or give less notice, as "
-                "slurm.flags=['--signal=B:USR1@60']"
-            )
-        return self
+        if _seconds(limit) > notice:
+            return None
+        return (
+            f"{limit} is {_seconds(limit):.0f} s, and {notice} s before the limit jobs are asked to save and to end: "
+            "they would be as they begin; raise it, or give less notice, as slurm.flags=['--signal=B:USR1@60']"
+        )
 
     @model_validator(mode="after")
     def _gpus_as_planned(self) -> Self:

@@ -93,6 +93,8 @@ SETTINGS: list[tuple[str, str, str]] = [
     ("rollout.heartbeat_seconds=1e-9", "rollout.heartbeat_seconds: ", "greater than or equal to 0.1"),
     ("run_dir=~/run", "run_dir: ", "a path without ~"),
     ("model.path=~/model", "model.path: ", "write it out"),
+    ("data.path=$HOME/x.jsonl", "data.path: ", "a text without variables of a shell"),
+    ("run_dir=${SCRATCH}/run", "run_dir: ", "nobody replaces here: write it out"),
     ("cluster.address=10.0.0.1:99999", "cluster.address: ", "expected host:port"),
     ("cluster.address=me:hunter2@10.0.0.1:6379", "cluster.address: ", "6379, got one with a login"),
     # keys

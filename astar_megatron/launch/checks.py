@@ -15,10 +15,10 @@ _IN_MEMORY = {"tmpfs", "ramfs"}
 _ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # of one machine, unless it serves them to others
 
 
-def of_environment() -> None:
+def of_environment(cfg: SlurmConfig) -> None:
     """Refuse variables of the batch script that are exported here: they would reach jobs past what is checked.
 
-    And one that tells sbatch alone of a cluster.
+    And one that tells sbatch alone of a cluster, and a time limit that leaves no time for work.
     """
     if exported := sorted(name for name in os.environ if name.startswith("ASTAR_")):
         raise ConfigError(
@@ -27,6 +27,9 @@ def of_environment() -> None:
         )
     if "SBATCH_CLUSTERS" in os.environ:
         raise ConfigError("SBATCH_CLUSTERS: only sbatch reads it; unset it, and export SLURM_CLUSTERS, which all do")
+    limit = os.environ.get("SBATCH_TIMELIMIT", "")
+    if cfg.time is None and limit[:1].isdecimal() and (problem := cfg.too_short(limit)):
+        raise ConfigError(f"SBATCH_TIMELIMIT: {problem}")
 
 
 def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
@@ -72,6 +75,11 @@ def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
     if cfg.backend != "local" and shutil.which("sbatch") is None:
         raise ConfigError("slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local")
     folder = logs_folder(cfg)
+    if "%" in str(folder.absolute()) and cfg.backend != "local":
+        raise ConfigError(
+            f"{folder.absolute()}: logs would go there, and sbatch takes % for one of its own patterns; launch from "
+            "another folder, or set slurm.env=[ASTAR_LOGS=/folder]"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
         (folder / ".writable").touch()
@@ -125,6 +133,8 @@ def file_system(path: Path, mounts: Path) -> str:
 def _image(cfg: SlurmConfig) -> None:
     if cfg.mounts and not cfg.image:
         raise ConfigError(f"slurm.mounts: {cfg.mounts[0]}, but no container would see it; set slurm.image")
+    if cfg.image and re.search("[,:]", str(Path.cwd())):
+        raise ConfigError(f"slurm.image: {Path.cwd()}, with , or :, can't be mounted; launch from another folder")
     if cfg.image and cfg.image.startswith(("/", "./")) and not Path(cfg.image).is_file():
         raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
 

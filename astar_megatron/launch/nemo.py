@@ -6,6 +6,7 @@ every node at once, without its signals, and nemo-run's Ray needs pyxis. (Its Ra
 """
 
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -140,6 +141,12 @@ def _without_gpus(name: str, value: Any) -> Any:
 
 
 def _check_holds(executor: Any, job: Job) -> None:
+    for text in (executor.container_image or "", *executor.container_mounts):
+        if not re.fullmatch(r"[\w./:,@#%+=-]*", text):
+            raise ConfigError(
+                f"slurm.image, slurm.mounts or the executor's: {text!r}: nemo-run's scripts take letters, digits and "
+                ". _ - / : , @ # % + = alone; take a name of these"
+            )
     gpus = executor.gpus_per_node
     for field, has, needed in (("nodes", executor.nodes, job.nodes), ("gpus_per_node", gpus, job.gpus_per_node)):
         if has is not None and has < needed:
@@ -197,14 +204,24 @@ def _run(experiment: Any, executor: Any) -> None:
     try:
         experiment.run(detach=True)
     except _REFUSALS as error:
-        for job in experiment.jobs:
-            if job.handle:
-                job.executor.tunnel.run(f"scancel {job.handle.split('/')[3]}", warn=True)
-        raise ConfigError(f"nemo-run could not submit the jobs; none is left: {_reason(error)}") from None
+        numbers = [job.handle.split("/")[3] for job in experiment.jobs if job.handle]
+        problem = _cancel(executor.tunnel, numbers)
+        left = slurm.left(numbers, problem) if problem else "none is left"
+        raise ConfigError(f"nemo-run could not submit the jobs: {_reason(error)}; {left}") from None
     for job in experiment.jobs:
         executor, number = job.executor, job.handle.split("/")[3]
         nodes, folder = counted(executor.nodes, "node"), f"{executor.tunnel.job_dir}/{job.id}"
         print(f"job {number}: {executor.job_name_prefix}{job.id} on {nodes}; {folder}")
+
+
+def _cancel(tunnel: Any, numbers: Sequence[str]) -> str | None:
+    """Cancel jobs; return what is in the way, None where nothing is."""
+    try:
+        if numbers:
+            tunnel.run(f"scancel {' '.join(numbers)}")
+    except _REFUSALS as error:
+        return _reason(error)
+    return None
 
 
 def _reason(error: BaseException) -> str:

@@ -20,7 +20,7 @@ def submits(cfg: SlurmConfig) -> bool:
 
 def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_run: bool) -> int:
     """Submit the stages, or print what would be; return the exit status. Nothing is submitted where one is refused."""
-    checks.of_environment()
+    checks.of_environment(cfg.slurm)
     jobs = jobs_of(cfg, str(config_file), overrides)
     if not dry_run:
         checks.of_inputs(cfg, [job.stage for job in jobs])

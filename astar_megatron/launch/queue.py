@@ -36,7 +36,7 @@ def check(cfg: RunConfig, stage: Stage) -> None:
     """Raise ConfigError or PlacementError for what would keep a job from being submitted."""
     if cfg.slurm.backend != "sbatch":
         raise ConfigError(f"slurm.backend: {cfg.slurm.backend} submits one run; for many take sbatch or local")
-    checks.of_environment()
+    checks.of_environment(cfg.slurm)
     checks.of_sbatch(cfg.slurm, dry_run=False)
     submission_of(cfg, stage, Path(), Path())
 

@@ -21,8 +21,8 @@ def experiment(
     python: str = "python",
 ) -> None:
     """The stages of a run, one after the other; `overrides` are words such as optim.lr=1e-6."""
-    checks.of_environment()
     cfg = load(config, overrides)
+    checks.of_environment(cfg.slurm)
     executor = ctx.executor or nemo.SetByHand(account=None)
     if isinstance(executor, run.SlurmExecutor):  # before anything is written
         checks.of_nemo_run(cfg, config)

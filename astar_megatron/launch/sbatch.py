@@ -3,7 +3,6 @@
 Jobs are known by their names, so nothing has to be kept: `status` and `cancel` ask Slurm, `logs` looks at the files.
 """
 
-import contextlib
 import importlib.util
 import re
 import shlex
@@ -79,8 +78,11 @@ def submit(jobs: Sequence[Job], cfg: SlurmConfig, names: Sequence[str], *, dry_r
         for job in jobs:
             numbers.append(submit_job(job, cfg, numbers[-1] if numbers else None))
     except BaseException:
-        with contextlib.suppress(ConfigError):  # by name: one may be there whose number nobody has said
-            slurm.cancel(names)
+        try:
+            slurm.cancel(names)  # by name: one may be there whose number nobody has said
+        except ConfigError as error:
+            if numbers:
+                print(f"astar: {slurm.left(numbers, error)}", file=sys.stderr)
         raise
     for job, number in zip(jobs, numbers, strict=True):
         print(f"job {number}: {job.name} on {counted(job.nodes, 'node')}; {logs_folder(cfg)}/{job.name}-{number}.log")

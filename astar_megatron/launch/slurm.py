@@ -107,6 +107,11 @@ def cancelled(queued: Sequence[QueuedJob]) -> str:
     return "\n".join(jobs) or "none of the run's jobs waits or runs"
 
 
+def left(numbers: Sequence[str], why: object) -> str:
+    """Return in words which jobs could not be cancelled, and how to do that."""
+    return f"left in the queue, for it could not be cancelled ({why}): do scancel {' '.join(numbers)}"
+
+
 def _by_names(names: Sequence[str], owner: str) -> tuple[str, str]:
     return f"--user={owner}", f"--name={','.join(names)}"
 

@@ -36,11 +36,11 @@ class Job:
 def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> list[Job]:
     """Return the jobs of a run in their order, each of which begins when the one before it has succeeded.
 
-    `overrides` are passed on, but for those of `slurm`. Raises ConfigError or PlacementError where the run does not
-    fit the nodes, or leaves some without work.
+    All `overrides` are passed on: a job reads what was checked here. Raises ConfigError or PlacementError where the run
+    does not fit the nodes, or leaves some without work.
     """
     stages = sorted(set(cfg.slurm.stages or _usual(cfg)), key=STAGES.index)
-    words = tuple(word for text in overrides if not text.startswith("slurm.") for word in ("--set", text))
+    words = tuple(word for text in overrides for word in ("--set", text))
     placements = {stage: _placement(cfg, stage) for stage in stages if stage != "export"}
     if "train" in stages and (problem := idle_nodes(cfg, placements["train"])):
         raise ConfigError(problem)

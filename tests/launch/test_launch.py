@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from samples import run_config
 
-from astar_megatron.config import ConfigError, without_gpus
+from astar_megatron.config import ConfigError, load, without_gpus
 from astar_megatron.launch import checks, scripts, slurm
 from astar_megatron.launch.stages import title
 
@@ -103,7 +103,8 @@ def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar
         ["--dependency=afterok:72", "--kill-on-invalid-dep=yes"],
     ]
     for call in calls(folder):
-        assert call[-5:-1] == [str(ROOT / "slurm" / "train.sbatch"), "run.yaml", "--set", "optim.lr=1e-5"]
+        sets = ["--set", "optim.lr=1e-5", "--set", "slurm.time=60"]  # so that the job reads what was checked
+        assert call[-7:-1] == [str(ROOT / "slurm" / "train.sbatch"), "run.yaml", *sets]
         assert "--time=60" in call
     assert out.splitlines()[1] == f"job 72: {named(folder)}-train on 1 node; logs/{named(folder)}-train-72.log"
     assert (folder / "logs").is_dir()  # Slurm does not make it
@@ -230,7 +231,15 @@ def test_flags_win_over_the_section(folder: Path, astar: Astar) -> None:
     words = ["--backend", "sbatch", "--nodes", "2", "--gpus-per-node", "1", "--stages", "train"]
     assert astar("launch", "--config", "run.yaml", *words, "--set", "slurm.nodes=5")[0] == 0
     ((*words, _),) = calls(folder)
-    assert "--nodes=2" in words and "--gpus-per-node=1" in words and words[-1] == "run.yaml"
+    assert "--nodes=2" in words and "--gpus-per-node=1" in words
+
+
+def test_a_job_reads_the_section_as_it_was_checked(folder: Path, astar: Astar) -> None:
+    """One that the file alone does not pass, for its flags were for another number of GPUs."""
+    (folder / "run.yaml").write_text(f"{SMALL}slurm: {{gpus_per_node: 8, flags: ['--gres=gpu:a100:4']}}\n")
+    assert astar("launch", "--config", "run.yaml", "--gpus-per-node", "4", "--stages", "train")[0] == 0
+    ((*_, file, option, text, _, _, _),) = calls(folder)
+    assert load(file, [text]).slurm.gpus_per_node == 4 and option == "--set"
 
 
 def test_a_time_limit_that_leaves_time_is_accepted(folder: Path, astar: Astar) -> None:
@@ -325,6 +334,19 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.flags=[--dependency=singleton]", "slurm.flags: --dependency=singleton: leave it out: launching"),
         ("--set slurm.flags=[--signal=B:USR1@x]", "--signal=B:USR1@x: the batch script waits for --signal=B:USR1@<"),
         ("--set slurm.flags=[--gpus-per-node=8]", "slurm.flags: --gpus-per-node=8: set slurm.gpus_per_node"),
+        ("--set slurm.flags=[--gpus=8]", "slurm.flags: --gpus=8: set slurm.gpus_per_node"),
+        ("--set slurm.flags=[--gpus-per-task=8]", "slurm.flags: --gpus-per-task=8: set slurm.gpus_per_node"),
+        ("--set slurm.flags=[--het-group=1]", "slurm.flags: --het-group=1: leave it out: launching"),
+        ("--set slurm.flags=[--gres=gpu:8,--gres=nvme:1]", "slurm.flags: --gres stands twice, of which one would be"),
+        ("--set slurm.env=[A=1,A=2]", "slurm.env: A stands twice, of which one would be lost; make it one"),
+        (
+            "--set slurm.env=[ASTAR_LOGS=~/logs]",
+            "slurm.env: ASTAR_LOGS=~/logs: no shell reads it, which alone",
+        ),
+        ("--set slurm.env=[ASTAR_PYTHON=~/x]", "slurm.env: ASTAR_PYTHON=~/x: no shell reads it"),
+        ("--set slurm.env=[ASTAR_LOGS=$SCRATCH/logs]", "slurm.env: ASTAR_LOGS=$SCRATCH/logs: no shell reads it"),
+        ("--set slurm.env=[ASTAR_LOGS=a%b]", "/a%b: logs would go there, and sbatch takes % for one of its own"),
+        ("--set slurm.image=a/b:1 --set slurm.mounts=['$DATA:/data']", "slurm.mounts.0: a text without variables of a"),
         (
             "--set slurm.flags=[--gpus-per-node=h100:4]",
             "slurm.flags: --gpus-per-node=h100:4, but slurm.gpus_per_node=8, by which the run is planned",
@@ -368,7 +390,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.packager=no/*.py --backend nemo-run", "slurm.packager: no file here matches no/*.py; name a"),
         ("--set slurm.ssh=me@host:/jobs", "slurm.ssh: me@host:/jobs, which only nemo-run knows"),
         ("--set slurm.packager=git", "slurm.packager: git, which only nemo-run knows"),
-        ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder, got 'host'"),
+        ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder of letters, digits and"),
         ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
         ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number from 0"),
         ("--set slurm.env=[ASTAR_PORT=65535]", "ASTAR_PORT=65535: expected a whole number from 1024 to 65472"),
@@ -408,6 +430,28 @@ def test_a_cluster_that_only_sbatch_would_be_told_of_is_refused(
     assert (status, calls(folder)) == (2, []) and error.startswith("astar: SBATCH_CLUSTERS: only sbatch reads it")
 
 
+def test_a_time_limit_of_the_shells_is_checked_where_it_counts(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "4")
+    status, _, error = astar("launch", "--config", "run.yaml")
+    assert (status, calls(folder)) == (2, []) and error.startswith("astar: SBATCH_TIMELIMIT: 4 is 240 s, and 300 s")
+    assert astar("launch", "--config", "run.yaml", "--set", "slurm.time=60")[0] == 0
+
+
+def test_the_current_folder_is_one_that_slurm_and_a_container_can_take(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, words, message in (
+        ("50%", (), "50%/logs: logs would go there, and sbatch takes %"),
+        ("a:b", ("--set", "slurm.image=a/b:1"), "a:b, with , or :, can't be mounted; launch from another folder"),
+    ):
+        shutil.copytree(folder, folder.parent / name)
+        monkeypatch.chdir(folder.parent / name)
+        status, _, error = astar("launch", "--config", "run.yaml", *words)
+        assert (status, calls(folder)) == (2, []) and message in error
+
+
 def test_without_slurm_or_nemo_run_the_message_says_what_to_do(
     folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +476,15 @@ def test_what_slurm_refuses_is_its_own_words_and_nothing_stays_submitted(folder:
     status, out, error = astar("launch", "--config", "run.yaml")
     assert (status, out) == (2, "") and error.endswith("sbatch: error: invalid account\n")
     assert [call[0] for call in calls(folder)] == ["accept", "accept"]  # squeue, asked for their names, knew of none
+
+
+def test_jobs_that_could_not_be_cancelled_are_named(folder: Path, astar: Astar) -> None:
+    tools = folder.parent / "tools"
+    fails = f"case $* in *my_run-*-eval*) touch {tools}/down; exit 1;; *-train*) echo 72;; *) echo 71;; esac"
+    (tools / "sbatch").write_text(f"#!/bin/sh\n{fails}\n")
+    (tools / "squeue").write_text(f"#!/bin/sh\n[ ! -e {tools}/down ] || {{ echo no answer >&2; exit 1; }}\n")
+    status, _, error = astar("launch", "--config", "run.yaml")
+    assert status == 2 and "no answer): do scancel 71 72\nastar: sbatch " in error
 
 
 def test_jobs_whose_submission_was_not_answered_are_cancelled_with_those_before(folder: Path, astar: Astar) -> None:
@@ -535,8 +588,9 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
         command, env=os.environ | job | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 7
+    sets = f"--set slurm.env=[ASTAR_PYTHON={python}] --set data.suffix=' x' --set slurm.backend=local"
     assert done.stdout.splitlines() == [
-        f"{stage} --config run.yaml --set data.suffix=' x' --set slurm.backend=local" for stage in ("sweep", "train")
+        f"{stage} --config run.yaml {sets} --set slurm.backend=local" for stage in ("sweep", "train")
     ]
     assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
 

@@ -62,9 +62,9 @@ def outputs(folder: Path) -> dict[str, str]:
 def test_stages_run_by_the_command_line_of_nemo_run(run: Run, tmp_path: Path) -> None:
     words = ["config=run.yaml", "overrides=['slurm.stages=[train,eval]']", f"python={tmp_path}/python"]
     run("nemorun", "astar", "experiment", *words, "run.executor=local", "--yes")
+    sets = "<--set><slurm.stages=[train,eval]><--set><slurm.backend=local>"
     assert outputs(tmp_path) == {
-        stage: f"<-m><astar_megatron.cli><{stage}><--config><run.yaml><--set><slurm.backend=local>\n"
-        for stage in ("train", "eval")
+        stage: f"<-m><astar_megatron.cli><{stage}><--config><run.yaml>{sets}\n" for stage in ("train", "eval")
     }
 
 
@@ -96,6 +96,36 @@ def test_a_flag_that_asks_for_gpus_in_its_own_way_stands_in_place_of_the_key(run
     lines = [line for line in train.splitlines() if line.startswith("#SBATCH --g")]
     assert lines == ["#SBATCH --gpus-per-node=h100:4"]
     assert "#SBATCH --nodes=1\n" in export and "#SBATCH --g" not in export
+
+
+def test_an_export_keeps_what_is_no_gpu(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN + "slurm: {gpus_per_node: 4, flags: ['--gres=nvme:1', --exclusive]}\n")
+    words = ["--config", "run.yaml", "--stages", "train,export", "--backend", "nemo-run", "--dry-run"]
+    for script in run("python", "-m", "astar_megatron.cli", "launch", *words).split("# export: begins when"):
+        assert "#SBATCH --gres=nvme:1\n" in script and "#SBATCH --exclusive\n" in script
+
+
+@pytest.mark.parametrize(
+    "container", ["{image: my image}", "{image: 'a;b'}", "{image: a/b, mounts: ['/my data:/data']}"]
+)
+def test_a_container_whose_name_its_scripts_would_cut_or_run_is_refused(
+    run: Run, tmp_path: Path, container: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(RUN + f"slurm: {container}\n")
+    with pytest.raises(AssertionError, match=r"nemo-run's scripts take letters, digits and \. _"):
+        run("python", "-m", "astar_megatron.cli", "launch", "--config", "run.yaml", "--backend", "nemo-run")
+
+
+def test_jobs_that_could_not_be_cancelled_are_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tools").mkdir()
+    accepts = "[ -e first ] && { echo invalid account >&2; exit 1; }; touch first; echo 70"
+    for name, text in (("sbatch", accepts), ("squeue", ""), ("scancel", "echo no answer >&2; exit 1")):
+        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "tools" / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    words = ["--config", "run.yaml", "--stages", "train,eval", "--backend", "nemo-run"]
+    with pytest.raises(AssertionError, match=r"invalid account; left in the queue, for .* no answer\): do scancel 70"):
+        run("python", "-m", "astar_megatron.cli", "launch", *words)
 
 
 def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -> None:
