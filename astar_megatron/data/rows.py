@@ -25,19 +25,23 @@ _SUFFIXES = (".jsonl", ".parquet")
 _SHOWN = 5  # problems that a message names
 _MOST_DIGITS = 400  # of a number; a float has fewer
 _BOM = b"\xef\xbb\xbf"
-_TO_LINES = '[print(json.dumps(row)) for row in {rows}]" < {{file}} > {{out}}'
+_TO_LINES = "[print(json.dumps({row})) for row in {rows}]"
 _OTHER_KINDS = (  # how a file ends and begins that is not read, what it is, and what makes one of it that is
-    ("", rb"\x1f\x8b", "compressed by gzip", "gunzip {file}"),
-    ("", rb"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -d {file}"),
+    ("", rb"\x1f\x8b", "compressed by gzip", "gunzip -c < {file} > {plain}"),
+    ("", rb"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc < {file} > {plain}"),
     (
         *("", rb"\s*\[\s*\{", "a JSON array"),
-        'python -c "import json, sys; ' + _TO_LINES.format(rows="json.load(sys.stdin.buffer)"),
+        'python -c "import json, sys; '
+        + _TO_LINES.format(row="row", rows="json.load(sys.stdin.buffer, parse_float=str)")
+        + '" < {file} > {lines}',
     ),
-    ("", rb"\s*\{\s*\n", "JSON of several lines an object", "jq -c . {file} > {out}"),
-    (
+    ("", rb"\s*\{\s*\n", "JSON of several lines an object", "jq -c . {file} > {lines}"),
+    (  # a row of another length than the header's, as after a comma without quotes, ends it
         *(".csv", rb"(?!\s*\{)", "CSV"),
         "python -c \"import csv, json, sys; sys.stdin.reconfigure(encoding='utf-8-sig', newline=''); "
-        "csv.field_size_limit(2**30); " + _TO_LINES.format(rows="csv.DictReader(sys.stdin)"),
+        "csv.field_size_limit(2**30); head, *rows = csv.reader(sys.stdin); assert len(set(head)) == len(head), head; "
+        + _TO_LINES.format(row="dict(zip(head, row, strict=True))", rows="rows if row")
+        + '" < {file} > {lines}',
     ),
     (
         *("", rb"ARROW1|\xff\xff\xff\xff", "Arrow as the package datasets saves it"),
@@ -102,7 +106,8 @@ def read_rows(source: str | Path, problems: Problems, files: Sequence[Path] | No
     rows = []
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
-        _refuse_other_kind(file)
+        if words := _other_kind(file):
+            raise PromptError(words)
         parquet = file.suffix.lower() == ".parquet"
         rows += _parquet_rows(file, within) if parquet else _json_rows(file, within, problems)
     if not rows and not problems.count:
@@ -265,9 +270,8 @@ def data_files(folder: Path) -> list[Path]:
             f"would be left out: {names}; copy the files there, or remove these"
         )
     files = [path for path in shown if path.suffix.lower() in _SUFFIXES]
-    if not files:
-        for path in shown:
-            _refuse_other_kind(path)
+    if not files and (remedies := [words for path in shown if (words := _other_kind(path))]):
+        raise PromptError(f"{folder}: no .jsonl and no .parquet file in it; " + "; ".join(remedies))
     read = set(files)
     if others := [str(path.relative_to(folder)) for path in inside if path not in read]:
         _LOG.warning("%s: %d other files not read: %s", folder, len(others), ", ".join(others[:_SHOWN]))
@@ -305,13 +309,16 @@ def pattern_remedy(path: str) -> str:
     return "patterns are not expanded: name the folder, whose .jsonl and .parquet files are all read"
 
 
-def _refuse_other_kind(file: Path) -> None:
-    """Raise PromptError for a file of another kind, with the command that makes one of it that is read."""
+def _other_kind(file: Path) -> str:
+    """Return what a file of another kind is, with the command that makes one of it that is read; "" for what is."""
     begin = _content(file, 4096).removeprefix(_BOM)
     for suffix, pattern, kind, command in _OTHER_KINDS:
         if file.name.lower().endswith(suffix) and re.match(pattern, begin):
-            words = command.format(file=shlex.quote(str(file)), out=shlex.quote(f"{file.with_suffix('')}_lines.jsonl"))
-            raise PromptError(f"{file}: is {kind}, expected one JSON object a line, or Parquet; convert it: {words}")
+            plain = file.with_suffix("") if file.suffix.lower() in (".gz", ".zst") else f"{file}.plain"
+            places = {"file": file, "plain": plain, "lines": f"{file.with_suffix('')}_lines.jsonl"}
+            words = command.format(**{name: shlex.quote(str(place)) for name, place in places.items()})
+            return f"{file}: is {kind}, expected one JSON object a line, or Parquet; convert it: {words}"
+    return ""
 
 
 def _json_rows(file: Path, within: str, problems: Problems) -> list[Row]:

@@ -101,9 +101,10 @@ class Training:
             settings, step = progress.get("settings", {}), progress.get("step")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / PROGRESS_FILE}: missing or damaged ({error})") from error
-        if not isinstance(settings, dict) or "model.path" not in settings or not isinstance(step, int):
+        own = {"model.path", "objective.name"}
+        if not isinstance(settings, dict) or not own <= settings.keys() or not isinstance(step, int):
             return None  # another program's
-        return cls.of_run(settings, step, run_dir_of(folder), progress["earlier"])
+        return cls.of_run(settings, step, run_dir_of(folder), progress.get("earlier", []))
 
     @property
     def title(self) -> str:
@@ -126,7 +127,7 @@ def of_conversion(source: Path) -> dict[str, Any]:
         return {TRAINING: dataclasses.asdict(training)}
     record = read_record(source) or {}
     is_conversion = "source_kind" in record  # else an export by ranks, whose `source` is the model before training
-    origin = {ORIGIN: record.get(ORIGIN, record["source"])} if is_conversion else {}
+    origin = {ORIGIN: record.get(ORIGIN, record.get("source"))} if is_conversion else {}
     licence = licence_of(source)
     return origin | ({LICENCE: licence} if licence else {})
 

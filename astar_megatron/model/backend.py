@@ -30,6 +30,7 @@ FLOAT32_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _OURS = (
     "",
+    "backend",
     "expandable_segments",
     "pinned_max_round_threshold_mb",
     "pinned_max_cached_size_mb",

@@ -648,3 +648,8 @@ def test_any_function_that_can_be_called_with_both_is_a_reward(
     definition: str, own: Callable[[str], rewards.Reward]
 ) -> None:
     assert own(definition)("", "") == 0.5
+
+
+@pytest.mark.parametrize("text", [r"\boxed{ n = 5}", "\\boxed{\t1/2}", "\\boxed{1/2\t}", "x = \\boxed{ x = 3 }"])
+def test_a_solution_is_right_by_its_own_box_whatever_blanks_are_in_it(text: str) -> None:
+    assert rewards.get("math")(f"so {text}.", text) == 1.0

@@ -217,11 +217,47 @@ def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
     with pytest.raises(PromptError) as caught:
         read_rows(tmp_path if folder else tmp_path / name, Problems("x"))
     words, _, command = str(caught.value).partition("; convert it: ")
-    assert words == f"{tmp_path / name}: is {kind}, expected one JSON object a line, or Parquet"
+    assert words.endswith(f"{tmp_path / name}: is {kind}, expected one JSON object a line, or Parquet")
     if command.startswith("python "):
         subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
         written = read_rows(tmp_path / f"{Path(name).stem}_lines.jsonl", Problems("x"))
         assert [row.fields for row in written][:2] == ROWS
+    if command.startswith("gunzip "):
+        subprocess.run(command, shell=True, check=True)
+        assert (tmp_path / "x.jsonl").read_bytes() == b"{}"
+
+
+def test_each_file_of_a_folder_gets_its_command(tmp_path: Path) -> None:
+    for name in ("test.json", "train.json"):
+        (tmp_path / name).write_text(json.dumps(ROWS))
+    with pytest.raises(PromptError, match=r"^\S+: no \.jsonl .*/test\.json: is a JSON array.*; \S+/train\.json: is a"):
+        read_rows(tmp_path, Problems("x"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("question,answer\nWhat is 1,000 + 2?,1002\n", "longer than argument 1"),  # a comma without quotes
+        ("question,answer\nWhat is 1?\n", "shorter than argument 1"),
+        ("q,a,a\nx,1,2\n", "AssertionError"),
+    ],
+)
+def test_a_table_that_is_not_sound_is_not_converted(table: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(table)
+    with pytest.raises(PromptError) as caught:
+        read_rows(tmp_path / "x.csv", Problems("x"))
+    command = str(caught.value).partition("; convert it: ")[2].replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode and message in done.stderr
+
+
+def test_numbers_of_a_converted_array_keep_their_digits(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"q": "x", "a": 12345678901234567890.50}]')
+    with pytest.raises(PromptError) as caught:
+        read_rows(tmp_path / "x.json", Problems("x"))
+    command = str(caught.value).partition("; convert it: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    assert read_rows(tmp_path / "x_lines.jsonl", Problems("x"))[0].fields["a"] == "12345678901234567890.50"
 
 
 def test_what_a_shell_would_expand_is_told_that_nothing_does(tmp_path: Path) -> None:

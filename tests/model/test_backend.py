@@ -214,11 +214,12 @@ def test_a_users_settings_of_the_allocator_stay_but_for_segments_that_no_engine_
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = "roundup_power2_divisions:[256:1,512:2,>:4],per_process_memory_fraction:0.9"
-    monkeypatch.setenv(name, f"expandable_segments:True,{own},")
+    monkeypatch.setenv(name, f"expandable_segments:True,{own},backend:cudaMallocAsync,")
     known = environment(gpus=["3"], threads=1, num_nodes=1, dtype="bfloat16", memory_share=0.5)
     assert known["PYTORCH_CUDA_ALLOC_CONF"] == known["PYTORCH_ALLOC_CONF"]  # torch reads now one, now the other
     assert known["PYTORCH_ALLOC_CONF"] == (
         "roundup_power2_divisions:[256:1,512:2,>:4],"
         "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1,per_process_memory_fraction:0.5000"
     )
+    monkeypatch.delenv(name)  # torch itself reads it when it is first asked
     torch._C._accelerator_setAllocatorSettings(known["PYTORCH_ALLOC_CONF"])  # raises for a key that torch does not know

@@ -46,8 +46,8 @@ def math(response: str, answer: str) -> float:
     `answer` is the bare LaTeX or a whole solution with a \\boxed{...}. Raises ValueError where it holds none, or one
     of which normalisation leaves nothing.
     """
-    gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
-    if gold is None or not (wanted := normalised(gold.strip())):  # no box has a file's own white space
+    gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer.strip()
+    if gold is None or not (wanted := normalised(gold)):
         raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
     return float(boxed_answer(response) == wanted)
 
