@@ -17,7 +17,8 @@ from pydantic_core import PydanticCustomError
 from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logins
 
 _MOST_WHOLE = 10**15  # far from what 64 bits hold
-NAMES_VARIABLE = re.compile(r"\$\{?[A-Za-z_]")  # as $HOME and ${HOME}
+# As $HOME and ${HOME}. The one exception is a user's name, of NVIDIA's registry of images.
+NAMES_VARIABLE = re.compile(r"\$\{?(?!oauthtoken@)[A-Za-z_]")
 _LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
 
 

@@ -115,7 +115,8 @@ def test_jobs_get_the_python_that_launches_them_unless_a_container_has_its_own_o
 ) -> None:
     assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
     assert json.loads(calls(folder)[-1][-1])["ASTAR_PYTHON"] == sys.executable
-    assert astar("launch", "--config", "run.yaml", "--stages", "train", "--set", "slurm.image=a/b:1")[0] == 0
+    for image in ("a/b:1", "$oauthtoken@nvcr.io#nvidia/pytorch:24.01-py3"):
+        assert astar("launch", "--config", "run.yaml", "--stages", "train", "--set", f"slurm.image={image}")[0] == 0
     assert "ASTAR_PYTHON" not in json.loads(calls(folder)[-1][-1])
     monkeypatch.setitem(sys.modules, "vllm", None)  # as in nemo-run's environment, which has Ray
     assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
