@@ -108,7 +108,7 @@ def test_nothing_is_started_again_once_a_signal_has_come(tmp_path: Path) -> None
 PARENT = """
 import os, sys
 from astar_megatron.supervise import Child
-child = Child(["data", "jsonl", sys.argv[1], "--out", sys.argv[1] + ".jsonl"])
+child = Child(["plan", "--config", sys.argv[1]])
 child.pass_signals_on()
 end = child.run()
 print("ended", end.status, child.stopped, len(end.output), flush=True)
@@ -117,7 +117,7 @@ print("ended", end.status, child.stopped, len(end.output), flush=True)
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A program that waits for the end of `astar data jsonl PIPE`, which reads a pipe that says nothing."""
+    """A program that waits for the end of `astar plan --config PIPE`, which reads a pipe that says nothing."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     # nohup and a shell's `&` ignore Ctrl-C, and so would what they start
