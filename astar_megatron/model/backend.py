@@ -28,8 +28,8 @@ FP8_TOKENS = 32  # Transformer Engine's FP8 products take a multiple of so many 
 FLOAT32_ENVIRONMENT = {"NVIDIA_TF32_OVERRIDE": "0"}
 # One part of torch reads the first of these and then no other, another the second.
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_OURS = (
-    "",
+_SET_HERE = (  # what a rank decides itself of the allocator; backends beside torch's own share no memory
+    "",  # behind a comma too many
     "backend",
     "expandable_segments",
     "pinned_max_round_threshold_mb",
@@ -302,11 +302,12 @@ def environment(
 def _allocator_settings(memory_share: float) -> str:
     """Return how torch allocates for a rank: as the user's environment says, but for what would break a rank.
 
-    No expandable segments: other processes can't open them. Pinned memory in its own size, as parking.py and
-    reference.py keep it, not in the next power of two. A rank that wants more than its share fails itself, no engine.
+    No expandable segments and no other backend, whose memory other processes can't open. Pinned memory in its own
+    size, as parking.py and reference.py keep it, not in the next power of two. A rank that wants more than its share
+    fails itself, no engine.
     """
     users = next((os.environ[name] for name in _ALLOCATOR_VARIABLES if os.environ.get(name)), "")
-    settings = [text for text in re.split(r",(?![^\[]*\])", users) if text.partition(":")[0].strip() not in _OURS]
+    settings = [text for text in re.split(r",(?![^\[]*\])", users) if text.partition(":")[0].strip() not in _SET_HERE]
     settings += ["pinned_max_round_threshold_mb:1", "pinned_max_cached_size_mb:1"]
     if memory_share < 1.0:
         settings.append(f"per_process_memory_fraction:{memory_share:.4f}")
