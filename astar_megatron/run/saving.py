@@ -22,7 +22,7 @@ from astar_megatron.cluster.signals import TimeIsUp
 from astar_megatron.config import CheckpointConfig
 from astar_megatron.data import rollout_files
 from astar_megatron.data.files import StorageError, make_folder, storage_error, sync, write_atomic
-from astar_megatron.data.manifest import MANIFEST_FILE, write_manifest
+from astar_megatron.data.manifest import write_manifest
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.types import Rollout
@@ -88,7 +88,7 @@ class Saves:
         self.wait()
         start, name = time.perf_counter(), step_name(step)
         temporary, in_flight = self._folder / (name + _INCOMPLETE), batches.in_flight()
-        progress = {"step": step, "prompts": batches.state(), "in_flight": len(in_flight), "manifest": MANIFEST_FILE}
+        progress = {"step": step, "prompts": batches.state(), "in_flight": len(in_flight)}
         try:
             for rest in self._folder.glob("*" + _INCOMPLETE):  # of a run that was killed
                 shutil.rmtree(rest)

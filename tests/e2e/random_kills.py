@@ -311,6 +311,7 @@ def summary_of(layout: str, model: Path, folder: Path, num_kills: int, seed: int
     with ExitStack() as stack:
         nodes = stack.enter_context(two_nodes(Path(__file__).parent)) if has_two_nodes else None
         changes: dict[str, dict[str, Any]] = {"cluster": {"address": nodes.address}} if nodes else {}
+        changes["eval"] = {"num_samples": 12}  # evaluations take as long as steps, so that some are hit
         if take_turns:
             cluster = changes.get("cluster", {}) | {"share_gpus": True}
             changes |= {"rollout": {"num_engines": 1}, "train": {"offload": "all"}, "cluster": cluster}
