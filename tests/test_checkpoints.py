@@ -50,8 +50,8 @@ class FakePolicy:
         self._folder, self._copy, self._calls = folder, self.steps, 0
         return {"layout": {}, "reference_is_copy": False, "dtype": self.dtype}
 
-    def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
-        self._calls += 1
+    def save_states(self, timeout_seconds: float | None = None, *, wait: bool = False) -> list[SaveState]:
+        self._calls = self._polls if wait else self._calls + 1
         (self._folder / "__0_0.distcp").write_text(f"{self._copy} steps of rank 0")
         if self._calls < self._polls:
             return [SaveState(done=True), SaveState(done=False)]
@@ -286,14 +286,35 @@ def test_an_error_waits_for_what_is_under_way_and_stays_the_error_to_see(tmp_pat
     assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
 
     class Silent(FakePolicy):
-        def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
+        def save_states(self, timeout_seconds: float | None = None, *, wait: bool = False) -> list[SaveState]:
             raise ClusterError(f"no answer in {timeout_seconds} s")
 
     with pytest.raises(ZeroDivisionError), saves_of(checkpoints, Silent(), lines.append) as saves:
         begin(saves, 2)
         raise ZeroDivisionError
     assert checkpoints.latest == tmp_path / "checkpoints" / "step_00000001"
-    assert lines == ["step_00000002 was not saved: the policy does not answer"]
+    assert lines == ["step_00000002 was not saved: no answer in 30.0 s"]
+
+
+def test_ranks_that_never_end_their_writing_end_training_and_hold_no_error_up(tmp_path: Path) -> None:
+    class Stuck(FakePolicy):
+        def save_states(self, timeout_seconds: float | None = None, *, wait: bool = False) -> list[SaveState]:
+            if wait:
+                raise ClusterError("policy: save_state: no answer in 3600 s")
+            return super().save_states()
+
+    checkpoints, lines = checkpoints_of(tmp_path), list[str]()
+    with pytest.raises(ClusterError), saves_of(checkpoints, Stuck(polls=9), lines.append) as saves:
+        begin(saves, 1)
+        begin(saves, 2)
+    assert lines == [
+        "step_00000001 is being written: waits for it",
+        "step_00000001 was not saved: policy: save_state: no answer in 3600 s",
+    ]
+    with pytest.raises(KeyboardInterrupt), saves_of(checkpoints, Stuck(polls=9), lines.append) as saves:
+        begin(saves, 1)
+        raise KeyboardInterrupt
+    assert len(lines) == 2 and checkpoints.latest is None
 
 
 def test_what_a_killed_run_has_left_is_removed(tmp_path: Path) -> None:

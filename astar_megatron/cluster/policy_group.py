@@ -160,9 +160,9 @@ class PolicyGroup:
         """
         return self._all(lambda rank: rank.begin_save(str(folder.resolve())))[0]
 
-    def save_states(self, timeout_seconds: float | None = None) -> list[SaveState]:
-        """Return how far each rank is with it; ClusterError where one does not answer in time."""
-        return self._all(lambda rank: rank.save_state(), timeout_seconds)
+    def save_states(self, timeout_seconds: float | None = None, *, wait: bool = False) -> list[SaveState]:
+        """Return how far each rank is with it; with `wait` when all are through. ClusterError: one is not, in time."""
+        return self._all(lambda rank: rank.save_state(wait), timeout_seconds)
 
     def finish_save(self) -> dict[str, FileDigest]:
         """Complete the folder, which all ranks have written to, and return the digests of their files.

@@ -259,9 +259,9 @@ class PolicyRank:
         self._saving = checkpoint.begin_save(Path(folder), self._learning, self._reference, critic, self._writer)
         return checkpoint.described(self._reference) | {"dtype": self._options.dtype}
 
-    def save_state(self) -> SaveState:
-        """Return how far this rank is with the checkpoint that was begun last."""
-        return _after("begin_save", self._saving).state()
+    def save_state(self, wait: bool = False) -> SaveState:
+        """Return how far this rank is with the checkpoint that was begun last; with `wait` when it is through."""
+        return _after("begin_save", self._saving).state(wait=wait)
 
     def finish_save(self) -> dict[str, FileDigest]:
         """Make the folder a checkpoint that Megatron and `astar convert` read; collective, all ranks have written.

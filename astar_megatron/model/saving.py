@@ -62,9 +62,9 @@ class Saving:
                     written[index] = item, tensor.to("cpu", copy=True)  # others are copies that Megatron has made
         self._writing: Future[tuple[list[Any], dict[str, FileDigest]]] = thread.submit(self._write)
 
-    def state(self) -> SaveState:
-        """Return whether this rank's files are written, and in words why not."""
-        if not self._writing.done():
+    def state(self, *, wait: bool) -> SaveState:
+        """Return whether this rank's files are written, and in words why not; with `wait` when that is known."""
+        if not wait and not self._writing.done():
             return SaveState(done=False)
         error = self._writing.exception()
         return SaveState(done=True, problem=_words(self._folder, error) if error else "")

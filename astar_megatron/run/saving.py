@@ -25,13 +25,12 @@ from astar_megatron.data.files import StorageError, make_folder, storage_error, 
 from astar_megatron.data.manifest import write_manifest
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from astar_megatron.rollout.training import TrainingRollouts
-from astar_megatron.types import Rollout
+from astar_megatron.types import Rollout, SaveState
 from conversion.folders import PROGRESS_FILE
 
 IN_FLIGHT_FILE = "in_flight.parquet"
 LATEST_FILE = "latest"
 _INCOMPLETE = ".incomplete"
-_POLL_SECONDS = 0.1
 _ANSWER_SECONDS = 30.0  # after an error: a rank that hangs in a collective does not answer
 
 
@@ -47,7 +46,7 @@ class _Begun:
 
 class Saves:
     """The checkpoints that a run writes to `folder`, one at a time. A context manager: leaving it waits for the last,
-    but on TimeIsUp.
+    but on TimeIsUp and Ctrl-C.
 
     `record` goes into each progress.json. Where one can't be written `say` is told and training goes on; leaving raises
     StorageError if that was the last.
@@ -72,13 +71,16 @@ class Saves:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if error is None:
             return self.finish()
-        if isinstance(error, TimeIsUp):
+        if isinstance(error, TimeIsUp | KeyboardInterrupt):
             return None
         try:
-            self.wait(_ANSWER_SECONDS)
-        except ClusterError:  # the error that brought us here is the one to see
+            self.poll(_ANSWER_SECONDS)
+            if self._begun:
+                self._say(f"{self._begun.name} is being written: waits for it")
+                self.wait()
+        except ClusterError as silence:  # the error that brought us here is the one to see
             name = self._begun.name if self._begun else "the last checkpoint"
-            self._say(f"{name} was not saved: the policy does not answer")
+            self._say(f"{name} was not saved: {str(silence).splitlines()[-1]}")
 
     def begin(self, step: int, batches: TrainingRollouts, objective: Objective) -> None:
         """Begin to write a checkpoint after `step` steps, of everything as it is now; waits for the one before.
@@ -107,32 +109,28 @@ class Saves:
         """Complete the checkpoint under way if all ranks have written theirs. ClusterError where a rank is dead."""
         if self._begun is not None:
             start = time.perf_counter()
-            self._poll(self._begun, timeout_seconds)
+            self._complete_if_written(self._begun, self._policy.save_states(timeout_seconds))
             self._waits.append((start, time.perf_counter()))
 
-    def _poll(self, begun: _Begun, timeout_seconds: float | None) -> None:
-        states = self._policy.save_states(timeout_seconds)
-        if all(state.done for state in states):
-            self._begun = None
-            try:
-                for state in states:
-                    if state.problem:
-                        raise StorageError(state.problem)
-                self._complete(begun)
-                self._failure = None
-            except OSError as error:
-                self._fail(step_of(begun.name), error)
+    def wait(self) -> None:
+        """Wait until nothing is under way. ClusterError where a rank is dead, or writes for longer than it may."""
+        if self._begun is not None:
+            start = time.perf_counter()
+            self._complete_if_written(self._begun, self._policy.save_states(wait=True))
+            self._waits.append((start, time.perf_counter()))
 
-    def wait(self, timeout_seconds: float | None = None) -> None:
-        """Wait until nothing is under way. ClusterError where a rank is dead, or silent for `timeout_seconds`."""
-        if self._begun is None:
+    def _complete_if_written(self, begun: _Begun, states: Sequence[SaveState]) -> None:
+        if not all(state.done for state in states):
             return
-        start = time.perf_counter()
-        while self._begun is not None:
-            self._poll(self._begun, timeout_seconds)
-            if self._begun is not None:
-                time.sleep(_POLL_SECONDS)
-        self._waits.append((start, time.perf_counter()))
+        self._begun = None
+        try:
+            for state in states:
+                if state.problem:
+                    raise StorageError(state.problem)
+            self._complete(begun)
+            self._failure = None
+        except OSError as error:
+            self._fail(step_of(begun.name), error)
 
     def finish(self) -> None:
         """Wait for the checkpoint under way. Raises StorageError where the last one could not be written."""

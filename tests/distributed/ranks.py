@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -203,8 +202,7 @@ def save_checkpoint(policy: Any, folder: str) -> None:
         Path(folder).mkdir()
     all_here()
     made = policy.begin_save(folder)
-    while not (state := policy.save_state()).done:
-        time.sleep(0.02)
+    state = policy.save_state(wait=True)
     assert not state.problem, state.problem
     complete(policy, folder, made)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import resource
-import time
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -45,8 +44,8 @@ def begun(policy: Any, folder: str) -> dict[str, Any]:
 
 def ended(policy: Any, folder: str, made: dict[str, Any]) -> str:
     """Complete the checkpoint; return why this rank could not write, and complete nothing where it could not."""
-    while not (state := policy.save_state()).done:
-        time.sleep(0.02)
+    state = policy.save_state(wait=True)
+    assert state == policy.save_state()
     if not state.problem:
         work.complete(policy, folder, made)
     return state.problem
@@ -75,9 +74,7 @@ def without_room(
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
         try:
             begun(policy, folder)
-            while not (state := policy.save_state()).done:
-                time.sleep(0.02)
-            problem = state.problem
+            problem = policy.save_state(wait=True).problem
         except OSError as error:
             problem = f"{type(error).__name__}: {error}"
         return problem, before, _digest(policy)
