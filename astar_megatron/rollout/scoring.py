@@ -37,6 +37,7 @@ _ENOUGH = 5  # responses that cost their processes, for a reward to be refused b
 _SAY_SECONDS = 15.0
 _START_SECONDS = 120.0  # to import a reward
 _ENDED = "ended its process"
+_TOO_SLOW = "took more than {:g} s (reward.timeout_seconds) and was stopped"
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from astar_megatron.rollout import reward_process; "
@@ -229,7 +230,8 @@ class _Process:
     """One process, started when it is first needed and again after each that had to be killed.
 
     A response is to blame for the end of a process only if it was the first that this process judged: else an earlier
-    one may have broken it (closed its input, filled its memory), and a fresh process judges the response again.
+    one may have broken it (closed its input, filled its memory, stopped it), and a fresh process judges the response
+    again.
     """
 
     def __init__(self, cfg: RewardConfig) -> None:
@@ -247,17 +249,15 @@ class _Process:
             if self._process is not None and (self._process.poll() is not None or self._has_more()):
                 self.end()  # killed from outside while it waited, or it said more than was asked: judge with another
             process = self._process or self._start()
-            assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps(items[len(answers) :]).encode() + b"\n")
-                process.stdin.flush()
+                self._write(process, json.dumps(items[len(answers) :]).encode() + b"\n")
                 while len(answers) < len(items):
-                    answers.append(self._read(self._cfg.timeout_seconds))
+                    answers.append(self._read(self._cfg.timeout_seconds, _TOO_SLOW))
                     self._judged += 1
             except (TimeoutError, EOFError, BrokenPipeError) as error:
                 if self._closed:
                     raise
-                if isinstance(error, TimeoutError) or not self._judged:
+                if not self._judged:
                     answers.append((None, str(error) or _ENDED))
                     self.num_lost += 1
                 self.end()
@@ -276,12 +276,13 @@ class _Process:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM, json.dumps(_path()), self._cfg.name, *map(str, self._limits())],
             env=environment(os.environ),
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the driver, which then ends them with all that they started
         )
         try:
-            value, reason = self._read(_START_SECONDS)
+            value, reason = self._read(_START_SECONDS, "took more than {:g} s to be imported")
         except (TimeoutError, EOFError) as error:
             value, reason = None, str(error)
         if value is None:
@@ -292,8 +293,21 @@ class _Process:
     def _limits(self) -> tuple[int, float, int]:
         return os.getpid(), self._cfg.timeout_seconds, int(self._cfg.memory_gib * 2**30)
 
-    def _read(self, seconds: float) -> Answer:
-        """The next answer of the process. Raises TimeoutError or EOFError in words."""
+    def _write(self, process: subprocess.Popen[bytes], line: bytes) -> None:
+        """Hand the process what it judges next. Raises TimeoutError, in words, where it does not take it."""
+        assert process.stdin is not None
+        until = time.monotonic() + self._cfg.timeout_seconds
+        os.set_blocking(process.stdin.fileno(), False)
+        poll = select.poll()
+        poll.register(process.stdin, select.POLLOUT)
+        rest = memoryview(line)
+        while rest:
+            if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                raise TimeoutError(_TOO_SLOW.format(self._cfg.timeout_seconds))
+            rest = rest[os.write(process.stdin.fileno(), rest) :]
+
+    def _read(self, seconds: float, late: str) -> Answer:
+        """The next answer of the process. Raises TimeoutError, in the words of `late`, or EOFError in words."""
         process = self._process
         if process is None or process.stdout is None:
             raise EOFError(_ENDED)
@@ -302,7 +316,7 @@ class _Process:
         poll.register(process.stdout, select.POLLIN)
         while b"\n" not in self._unread:
             if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-                raise TimeoutError(f"took more than {seconds:g} s (reward.timeout_seconds) and was stopped")
+                raise TimeoutError(late.format(seconds))
             data = os.read(process.stdout.fileno(), 65536)
             if not data:
                 try:
@@ -332,10 +346,7 @@ class _Process:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    try:
-                        stream.close()
-                    except BrokenPipeError:  # what was still to be written
-                        continue
+                    stream.close()
 
 
 def environment(driver: Mapping[str, str]) -> dict[str, str]:

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 
 
 def reward(response: str, answer: str) -> float:
@@ -45,6 +47,8 @@ def echo(response: str, answer: str) -> float:
         case "fork":
             if os.fork() == 0:
                 time.sleep(0.2)  # until its parent has answered
+        case "stops":
+            Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
         case "closes its input":
             os.close(0)
         case "closes its output":

@@ -19,6 +19,7 @@ from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.config import RewardConfig
 from astar_megatron.data.files import StorageError
+from astar_megatron.rollout import scoring
 from astar_megatron.rollout.scoring import Pending, Scorer
 from astar_megatron.types import Prompt, Rollout
 
@@ -149,6 +150,16 @@ def test_what_a_reward_does_to_its_process_changes_no_other_reward(way: str, tmp
         assert _rewards(scorer, *(_rollout("", value) for value in values)) == [0.25, 0.75, -0.5]
 
 
+@pytest.mark.parametrize("characters", [10, 100_000])
+def test_a_process_that_stands_still_costs_no_response_its_reward(characters: int) -> None:
+    """Not even one that is longer than a pipe takes."""
+    with Scorer(RewardConfig(name="faulty_reward:echo", timeout_seconds=2.0), num_processes=1) as scorer:
+        assert _rewards(scorer, _rollout("stops", "0.5")) == [0.5]
+        _wait_for(lambda: any(_state(pid) == "T" for pid in _running(os.getpid())))
+        long = [_rollout("y" * characters, value) for value in ("0.25", "0.75")]
+        assert _rewards(scorer, *long) == [0.25, 0.75]
+
+
 def test_what_a_stopped_reward_has_started_ends_with_it(tmp_path: Path) -> None:
     started = tmp_path / "pid"
     with Scorer(RewardConfig(name="faulty_reward:start", timeout_seconds=3.0), num_processes=1) as scorer:
@@ -241,10 +252,14 @@ def test_check_says_how_far_it_is_where_it_takes_long(
     assert "reward faulty_reward:reward: tried on 0 of 20 prompts" in caplog.text
 
 
-def test_a_reward_that_cannot_be_loaded_is_named() -> None:
+def test_a_reward_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with Scorer(RewardConfig(name="no_such_module:reward")) as scorer, pytest.raises(RewardError, match="no_such_mod"):
         scorer.score([_rollout("7")])
     with Scorer(RewardConfig(name="gsm8k_strikt")) as scorer, pytest.raises(RewardError, match="nearest is gsm8k_str"):
+        scorer.check([_rollout("7").prompt])
+    monkeypatch.setattr(scoring, "_START_SECONDS", 0.001)
+    words = r"last_number can't be loaded in its process: took more than 0\.001 s to be imported$"
+    with Scorer(RewardConfig(name="last_number")) as scorer, pytest.raises(RewardError, match=words):
         scorer.check([_rollout("7").prompt])
 
 
@@ -306,9 +321,14 @@ def _running(driver: int) -> list[str]:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if "faulty_reward:reward" in words and str(driver) in words:
+        if str(driver) in words and any(word.startswith("faulty_reward:") for word in words):
             processes.append(folder.name)
     return processes
+
+
+def _state(pid: str) -> str:
+    """What the kernel says of a process: T is stopped."""
+    return Path("/proc", pid, "stat").read_text().rpartition(") ")[2][0]
 
 
 def _wait_for(condition: Callable[[], object]) -> None:
