@@ -106,6 +106,21 @@ def test_an_engine_that_takes_another_s_place_is_looked_at_anew(engines: Followi
         look(path, engines, policy, 5)
 
 
+def test_an_engine_that_is_replaced_during_a_look_is_looked_at_anew(engines: Following, path: DecodePath) -> None:
+    class Slow(Policy):
+        """Engine 1 is replaced while this scores its tokens for the first time."""
+
+        def logprobs(self, token_ids: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[list[float]]:
+            if not self.scored:
+                path.forget(1)
+            return super().logprobs(token_ids, prompt_tokens)
+
+    policy = Slow("bfloat16", 0.0)
+    for version in (0, 1):
+        assert look(path, engines, policy, version) == ""
+    assert look(path, engines, policy, 2)
+
+
 @pytest.mark.parametrize("max_tokens", [2, 17, 20])
 def test_engines_that_take_few_tokens_are_asked_for_few(max_tokens: int) -> None:
     class Strict(FakeEngines):

@@ -64,8 +64,10 @@ class EnginePool:
         self._changed = threading.Condition()  # guards the members, and what is written below it
         self._num_starting, self._may_start = 0, True
         self._closing = threading.Event()
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # that keeps an engine from being replaced
+        self._not_brought: Exception | None = None  # that kept one from being given its weights
         self._streams: dict[Stream, Member] = {}
+        self._drawing: dict[int, Member] = {}  # by index, the last that was let serve: it may have ended
         self._members = [self._member(index) for index in range(rollout.num_engines)]
 
     def _member(self, index: int, num_ends: int = 0) -> Member:
@@ -117,13 +119,16 @@ class EnginePool:
 
     def serving(self) -> list[int]:
         """Return the engines that may be asked for something now. Raises what keeps one from being replaced."""
-        if self._error is not None:
-            raise self._error
+        if error := self._error or self._not_brought:
+            raise error
         return [member.index for member in self._members if member.serves]
 
     def generate(self, engine: int, requests: Sequence[tuple[int, Request]], sampling: SamplingConfig) -> Stream:
-        """Hand (tag, request) pairs to an engine and return at once; `responses` hears of them, each once."""
-        member = self._members[engine]
+        """Hand (tag, request) pairs to an engine and return at once; `responses` hears of them, each once.
+
+        One that takes its place meanwhile does not get them: it may not have its weights yet.
+        """
+        member = self._drawing[engine]
         stream = self._begin(member, lambda actor: actor.generate(requests, sampling), num_returns="streaming")
         self._streams[stream] = member
         return stream
@@ -167,6 +172,7 @@ class EnginePool:
         with self._changed:
             for member in members:
                 member.serves = not member.is_lost
+                self._drawing[member.index] = member
 
     def places(self, members: Sequence[Member]) -> list[list[Place]]:
         """Return where the weights of each engine's workers are."""
@@ -298,7 +304,11 @@ class EnginePool:
             self.replace(fresh, cause_of(error))
             return
         self._note_starts([fresh])
-        self.bring(fresh)
+        try:
+            self.bring(fresh)
+        except Exception as error:
+            self._not_brought = error
+            return
         with self._changed:
             self._num_replaced += 1
         _LOG.warning("engine %d: replaced in %.0f s", index, time.monotonic() - began)
@@ -316,8 +326,8 @@ class EnginePool:
             self._changed.notify_all()
 
     def go_on(self) -> None:
-        """Forget what kept an engine from being given its weights, as the policy is another now."""
-        self._error = None
+        """Forget what kept an engine from being given its weights: the policy is another now, and gives them to all."""
+        self._not_brought = None
 
     def num_replaced(self) -> int:
         """Return how many engines have been replaced since the last call."""

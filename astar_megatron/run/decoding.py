@@ -4,6 +4,7 @@ Digests say what lies in an engine's parameters. A captured graph, or another co
 (vLLM RFC 48312): the log-probs tell.
 """
 
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,15 +62,17 @@ class DecodePath:
         token_ids = tuple(fixed_sequences(vocab_size, _TOKENS)[-1][:length])
         self._prompt = Prompt(uid="", token_ids=token_ids, text="", answer="")
         self._sampling = SamplingConfig(max_response_tokens=min(_TOKENS, max_tokens - length))
+        self._changed = threading.Lock()  # guards what follows: `forget` is called in other threads
         self._seen: dict[int, _Seen] = {}  # by engine
         self._num_replaced = 0
         self.is_proved = False
 
     def forget(self, engine: int) -> None:
         """Hear that another engine has this index now."""
-        self._num_replaced += 1
-        self._seen.pop(engine, None)
-        self.is_proved = False
+        with self._changed:
+            self._num_replaced += 1
+            self._seen.pop(engine, None)
+            self.is_proved = False
 
     def look(self, engines: Engines, policy: Policy, version: int, weights: Hashable) -> str:
         """Ask the engines, which all have `version` of the policy, until all are proved; return in words that they are.
@@ -82,12 +85,14 @@ class DecodePath:
         answers = {index: self._greedy(engines, index) for index in engines.serving()}
         given = {index: answer for index, answer in answers.items() if answer is not None}
         largest = self._compare(given, policy, version) if given else 0.0
-        for index, answer in given.items():
-            self._seen[index] = self._judge(index, self._seen.get(index), answer, version, weights)
-        have_followed = len(given) == len(engines) and all(self._seen[index].has_followed for index in given)
-        if not have_followed or num_replaced != self._num_replaced:
+        with self._changed:
+            if num_replaced != self._num_replaced:  # an answer may be of the engine that has ended
+                return ""
+            for index, answer in given.items():
+                self._seen[index] = self._judge(index, self._seen.get(index), answer, version, weights)
+            self.is_proved = len(given) == len(engines) and all(self._seen[index].has_followed for index in given)
+        if not self.is_proved:
             return ""
-        self.is_proved = True
         return (
             f"engines compute with the weights of version {version}: greedy tokens within {largest:.1e} nats of the "
             "policy, and others than before"

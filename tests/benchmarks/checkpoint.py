@@ -71,8 +71,7 @@ def save(policy: Any, way: str, folder: Path, wait: Callable[[], object]) -> dic
         start = time.perf_counter()
         saving = Saving(folder, states(policy, way, is_loading=False), policy._writer)
         figures["begin"] = time.perf_counter() - start
-        while not saving.state().done:
-            time.sleep(0.01)
+        saving.state(wait=True)
         figures["write"] = time.perf_counter() - start - figures["begin"]
     wait()
     saving.finish(Path(policy._options.model_path))

@@ -10,7 +10,7 @@ import pytest
 
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.cluster.placement import Node, Seat
-from astar_megatron.config import RolloutConfig
+from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import EngineOptions
 from astar_megatron.rollout.member import Member
 from astar_megatron.rollout.pool import EnginePool
@@ -126,8 +126,10 @@ def test_a_dead_engine_is_replaced_and_serves_when_it_has_its_weights(cluster: C
     second.is_dead = True
     wait_for(lambda: given)
     assert pool.serving() == [0] and [member.index for member in pool.running()] == [0, 1]
+    assert pool.generate(1, [], SamplingConfig()).actor is second  # asked by whoever does not know yet: it has ended
     may_go_on.set()
     wait_for(lambda: pool.serving() == [0, 1])
+    assert pool.generate(1, [], SamplingConfig()).actor is cluster.actors[2]
     assert given == [1] and cluster.ended == [second] and len(cluster.actors) == 3
     assert [member.actor for member in pool.running()] == [first, cluster.actors[2]]
     wait_for(lambda: pool.num_replaced() == 1)
@@ -159,8 +161,8 @@ def test_an_engine_that_does_not_start_again_is_tried_twice_more_and_then_ends_t
 
     wait_for(has_ended)
     assert len(cluster.actors) == 2 + 2
-    pool.go_on()
-    assert pool.serving() == [1]
+    pool.go_on()  # another policy does not bring it back
+    assert has_ended()
 
 
 def test_an_update_is_of_those_that_took_it_and_only_the_dead_are_replaced(cluster: Cluster, pool: EnginePool) -> None:
@@ -183,15 +185,19 @@ def test_what_a_call_fails_of_is_raised_where_the_engine_is_well(cluster: Cluste
     assert [member.index for member in answers] in ([0], [0, 1])  # by whether it has been replaced by then
 
 
-def test_weights_that_a_replaced_engine_does_not_hold_end_the_run(cluster: Cluster, pool: EnginePool) -> None:
+def test_weights_that_a_replaced_engine_does_not_hold_end_the_run_unless_the_policy_is_another_by_then(
+    cluster: Cluster, pool: EnginePool
+) -> None:
     def bring(member: Member) -> None:
         raise ValueError("worker 0 of engine 0 does not hold lm_head.weight")
 
     pool.bring = bring
     cluster.actors[0].is_dead = True
-    wait_for(lambda: pool._error)
+    wait_for(lambda: pool._not_brought)
     with pytest.raises(ValueError, match=r"does not hold lm_head\.weight"):
         pool.serving()
+    pool.go_on()
+    assert pool.serving() == [1] and [member.index for member in pool.running()] == [0, 1]
 
 
 def test_no_engine_starts_while_others_need_the_memory(cluster: Cluster, pool: EnginePool) -> None:

@@ -136,8 +136,10 @@ def test_what_was_scored_before_an_error_is_yielded_before_it_is_raised(source_o
         return (55,), False
 
     pool = FakeEngines(answer, at_once=1)
-    stream = source_of(pool).stream(request(index) for index in range(12))
-    drawn = 0
+    source = source_of(pool)
+    source.ask([request(12)]).rollouts()  # from now on the reward's process runs
+    pool.answered.clear()
+    stream, drawn = source.stream(request(index) for index in range(12)), 0
     with pytest.raises(ConnectionError, match="engine 0 ended"):
         for rollouts in stream:
             drawn += len(rollouts)
