@@ -201,6 +201,10 @@ class Cluster:
     def timeout_seconds(self) -> float:
         return self._cfg.start_timeout_seconds
 
+    @property
+    def call_timeout_seconds(self) -> float:
+        return self._cfg.call_timeout_seconds
+
     def threads(self, seats: Sequence[Seat], workers: int = 1) -> int:
         """CPU threads of a process: `cluster.threads`, or the cores shared among those of a side that are on a node.
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import ray
@@ -67,6 +67,7 @@ class EnginePool:
         self._error: Exception | None = None  # that keeps an engine from being replaced
         self._not_brought: Exception | None = None  # that kept one from being given its weights
         self._streams: dict[Stream, Member] = {}
+        self._heard: dict[Stream, float] = {}  # when each had its last answer, or began
         self._drawing: dict[int, Member] = {}  # by index, the last that was let serve: it may have ended
         self._members = [self._member(index) for index in range(rollout.num_engines)]
 
@@ -130,16 +131,18 @@ class EnginePool:
         """
         member = self._drawing[engine]
         stream = self._begin(member, lambda actor: actor.generate(requests, sampling), num_returns="streaming")
-        self._streams[stream] = member
+        self._streams[stream], self._heard[stream] = member, time.monotonic()
         return stream
 
     def responses(self, streams: Collection[Stream], seconds: float) -> list[tuple[Stream, list[Response] | None]]:
         """Wait at most so long for the first stream to have something, and return what each has that does by then.
 
-        None: it has ended, with its last answer, or because its engine has: then that is being replaced.
+        None: it has ended, with its last answer, or because its engine has: then that is being replaced, as is one that
+        has answered nothing for as long as a call may take.
         """
         if not ray.wait(list(streams), num_returns=1, timeout=seconds)[0]:
             self.serving()
+            self._replace_silent(streams)
             return []
         # Ray looks at all streams each time, and there may be thousands: a look is for all that come together.
         ready: list[Stream] = ray.wait(list(streams), num_returns=len(streams), timeout=_TOGETHER_SECONDS)[0]
@@ -148,12 +151,11 @@ class EnginePool:
         for stream, answer in answers_of(self._cluster.wait, "engines: generate", answers).items():
             member = self._streams[stream]
             if not isinstance(answer, ClusterError):
-                news[stream], member.num_ends = answer, 0
+                news[stream], member.num_ends, self._heard[stream] = answer, 0, time.monotonic()
             elif not self._is_lost(member, answer):
                 raise answer
-        for stream in ready:
-            if news[stream] is None:
-                del self._streams[stream]
+        self.forget([stream for stream in ready if news[stream] is None])
+        self._replace_silent(stream for stream in streams if stream not in news)
         if len(streams) == 1 and not answers:
             self._cluster.remember_shared_files()  # the first requests make some
         return list(news.items())
@@ -162,6 +164,15 @@ class EnginePool:
         """Hear that nobody waits for these any more."""
         for stream in streams:
             self._streams.pop(stream, None)
+            self._heard.pop(stream, None)
+
+    def _replace_silent(self, streams: Iterable[Stream]) -> None:
+        limit = self._cluster.call_timeout_seconds
+        for stream in streams:
+            if time.monotonic() - self._heard[stream] > limit:
+                member = self._streams[stream]
+                words = f"no response in {limit:.0f} s (cluster.call_timeout_seconds), though it says that it is well"
+                self.replace(member, f"engine {member.index}: {words}")
 
     def running(self) -> list[Member]:
         """Return the engines that can be given weights now."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,32 @@ class Streaming:
             yield [value]
             await asyncio.sleep(0.01)
 
+    async def think(self) -> AsyncIterator[list[int]]:
+        await asyncio.sleep(600.0)
+        yield [0]
+
 
 class Pool(EnginePool):
     """Of actors that are there already; one that has ended is lost."""
 
     def __init__(self, cluster: Cluster, actors: list[Any]) -> None:
-        self._cluster, self._members, self._error = cluster, [Member(i, a, "", 1) for i, a in enumerate(actors)], None
+        self._cluster, self._members = cluster, [Member(i, a, "", 1) for i, a in enumerate(actors)]
+        self._error = self._not_brought = None
         self._streams: dict[Any, Member] = {}
+        self._heard: dict[Any, float] = {}
 
     def replace(self, member: Member, cause: str) -> None:
         member.is_lost = True
 
     def count(self, engine: int, first: int, number: int, end: int = -1) -> Any:
-        count = self._members[engine].actor.count.options(num_returns="streaming")
-        stream = count.remote(first, number, end)
-        self._streams[stream] = self._members[engine]
+        return self._asked(engine, lambda actor: actor.count(first, number, end))
+
+    def think(self, engine: int) -> Any:
+        return self._asked(engine, lambda actor: actor.think())
+
+    def _asked(self, engine: int, call: Callable[[Any], Any]) -> Any:
+        stream = self._begin(self._members[engine], call, num_returns="streaming")
+        self._streams[stream], self._heard[stream] = self._members[engine], time.monotonic()
         return stream
 
 
@@ -62,3 +74,11 @@ def test_every_answer_comes_once_and_a_stream_ends_with_its_last_or_with_its_eng
         assert len(cut) <= 3 and not pool._streams
         assert [(member.is_lost, member.num_ends) for member in pool._members] == [(False, 0), (True, 0 if cut else 1)]
         assert pool.responses([pool.count(0, 0, 1)], 5.0)[0][1] == [0]
+        silent = pool.think(0)
+        for others in ([], [pool.count(0, 0, 1)]):  # an engine that says nothing to some is lost, whatever it says else
+            pool._heard[silent] = time.monotonic()
+            assert pool.responses([silent], 0.1) == [] and not pool._members[0].is_lost
+            pool._heard[silent] -= 3601.0
+            assert [stream for stream, _ in pool.responses([silent, *others], 5.0 if others else 0.1)] == others
+            assert pool._members[0].is_lost
+            pool._members[0].is_lost = False
