@@ -40,7 +40,7 @@ def writers(folder: Path) -> set[int]:
     Those that Ray starts log there, and what they start has their output: so they are known when their parents are
     gone, and whatever they call themselves.
     """
-    pids = set()
+    pids, folder = set(), folder.resolve()  # as the kernel names files: a TMPDIR may be a link
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # another user's, or it has just ended
             for descriptor in (process / "fd").iterdir():

@@ -31,6 +31,23 @@ def test_the_folder_is_private_and_short_and_goes_with_the_run() -> None:
     assert not folder.path.exists()
 
 
+def test_a_process_of_a_session_is_found_and_ended_where_tmpdir_is_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Path("/tmp") / f"l{os.getpid()}"  # short, and may well lead to where no socket could lie
+    link.symlink_to(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(link))
+    try:
+        with SessionFolder() as folder:
+            assert folder.path.parent == link
+            with (folder.path / "output").open("w") as output:
+                worker = subprocess.Popen(["sleep", "600"], stdout=output)
+            assert caretaker.writers(folder.path) == {worker.pid}
+        assert worker.wait() == -signal.SIGKILL
+    finally:
+        link.unlink()
+
+
 def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
     with pytest.raises(ClusterError), SessionFolder() as folder:
         logs = folder.ray / "session_1" / "logs"
@@ -159,7 +176,13 @@ def test_what_a_killed_driver_had_started_ends_and_of_its_folder_the_logs_stay(n
     session.remove_left_behind()
 
 
-def test_shared_memory_of_others_and_in_folders_is_not_the_run_s() -> None:
+@pytest.mark.parametrize("is_link", [False, True])  # as some Linux has it
+def test_shared_memory_of_others_and_in_folders_is_not_the_run_s(
+    is_link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_link:
+        (tmp_path / "shm").symlink_to(SHARED_MEMORY)
+        monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path / "shm")
     shared = SHARED_MEMORY / f"test-{os.getpid()}"
     shared.write_bytes(b"x" * 4096)
     program = "import mmap; f = open({!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"
