@@ -69,8 +69,8 @@ def ask_kernel(option: int, value: int) -> None:
 
 
 def _facts(pid: int) -> list[str]:
-    """The words of /proc/<pid>/stat behind the name, which may hold anything; none where the process has ended."""
+    """The words of /proc/<pid>/stat behind the name, which may be any bytes; none where the process has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
