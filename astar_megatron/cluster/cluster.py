@@ -119,16 +119,20 @@ class Cluster:
             raise unanswered(address, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, Exception):
-            write_stacks(self._folder.path)
-        for *_, actor in list(self._actors.values()):
-            with contextlib.suppress(RayActorError):
-                ray.kill(actor)
-        self._actors.clear()
-        if kind is not None:
-            self._processes.end_elsewhere(self._here)
-        self._ends.__exit__(kind, error, tb)
-        self._processes.end_here(self._here)
+        try:
+            if kind is not None and issubclass(kind, Exception):
+                write_stacks(self._folder.path)
+            for *_, actor in list(self._actors.values()):
+                with contextlib.suppress(RayActorError):
+                    ray.kill(actor)
+            self._actors.clear()
+            if kind is not None:
+                self._processes.end_elsewhere(self._here)
+        finally:  # although a signal has come meanwhile
+            try:
+                self._ends.__exit__(kind, error, tb)
+            finally:
+                self._processes.end_here(self._here)
 
     def remember_shared_files(self) -> None:
         """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""

@@ -107,9 +107,10 @@ def care(folder: Path) -> None:
 
 
 def write_stacks(folder: Path) -> None:
-    """Write the stacks of a session's processes among its logs."""
-    for logs in (folder / _RAY).glob("session_[0-9]*/logs"):
-        session_stacks.write(logs, caretaker.writers(folder))
+    """Write the stacks of a session's processes among its logs, if the disk takes them: a run may have ended of it."""
+    with contextlib.suppress(OSError):
+        for logs in (folder / _RAY).glob("session_[0-9]*/logs"):
+            session_stacks.write(logs, caretaker.writers(folder))
 
 
 def log_folder(driver: int) -> Path | None:

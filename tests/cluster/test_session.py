@@ -1,5 +1,7 @@
 """The folder of a session: short, private, gone afterwards, whatever TMPDIR is; and what is left of killed runs."""
 
+import errno
+import io
 import os
 import signal
 import stat
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 from samples import output_of
 
-from astar_megatron.cluster import caretaker, session
+from astar_megatron.cluster import caretaker, session, session_stacks
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.processes import kill, trackers, tree
 from astar_megatron.cluster.session import SessionFolder
@@ -174,6 +176,25 @@ def test_what_a_killed_driver_had_started_ends_and_of_its_folder_the_logs_stay(n
     assert session.log_folder(process.pid) == folder / "r" / "session_1" / "logs"
     age(folder, days=2)
     session.remove_left_behind()
+
+
+def test_what_a_killed_driver_had_started_ends_although_no_stacks_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(logs: Path, pids: set[int]) -> None:
+        raise OSError(errno.ENOSPC, f"{logs}: no space for the stacks of {pids}")
+
+    monkeypatch.setattr(session_stacks, "write", write)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # which the driver has closed
+    logs = tmp_path / "r" / "session_1" / "logs"
+    logs.mkdir(parents=True)
+    (tmp_path / "lock").touch()
+    (tmp_path / "socket").touch()
+    with (logs / "worker-1.out").open("w") as output:
+        worker = subprocess.Popen(["sleep", "600"], stdout=output)
+    session.care(tmp_path)
+    assert worker.wait() == -signal.SIGKILL
+    assert not (tmp_path / "socket").exists() and (logs / "worker-1.out").exists()
 
 
 @pytest.mark.parametrize("is_link", [False, True])  # as some Linux has it
