@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from astar_megatron.cluster.processes import trackers
+from astar_megatron.cluster.processes import module_path, trackers
 
 _PROGRAM = (
     "import json, pathlib, sys; sys.path[:] = json.loads(sys.argv[1]); from astar_megatron.cluster import session; "
@@ -26,7 +26,7 @@ _TRACKER_SECONDS = 10.0  # of these, for a tracker on a busy machine
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process that cares for a session's folder once its input has ended."""
-    command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), str(folder)]
+    command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path()), str(folder)]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)  # with them blocked from its beginning
