@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,16 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return _write(transformers.AutoModelForCausalLM.from_config(config), tmp_path_factory.mktemp(family))
 
     return write
+
+
+@pytest.fixture
+def cut_name() -> Iterator[None]:
+    """This process has a name that the kernel has cut at 15 bytes, inside a letter, as anybody's may be."""
+    file = Path("/proc/self/comm")
+    name = file.read_bytes()
+    file.write_bytes("Testdurchgangsäle".encode()[:15])
+    yield
+    file.write_bytes(name)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def _namespaces() -> Iterator[int]:
 def _pid_namespace(pid: int) -> str:
     """That of a living process; nobody waits for those that have ended in a namespace."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
         return "" if stat.rpartition(")")[2].split()[0] == "Z" else str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:
         return ""

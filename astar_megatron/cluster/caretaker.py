@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from astar_megatron.cluster.processes import trackers
+from astar_megatron.cluster.processes import module_path, trackers
 
 _PROGRAM = (
     "import json, pathlib, sys; sys.path[:] = json.loads(sys.argv[1]); from astar_megatron.cluster import session; "
@@ -26,7 +26,7 @@ _TRACKER_SECONDS = 10.0  # of these, for a tracker on a busy machine
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process that cares for a session's folder once its input has ended."""
-    command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), str(folder)]
+    command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path()), str(folder)]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)  # with them blocked from its beginning
@@ -40,7 +40,7 @@ def writers(folder: Path) -> set[int]:
     Those that Ray starts log there, and what they start has their output: so they are known when their parents are
     gone, and whatever they call themselves.
     """
-    pids = set()
+    pids, folder = set(), folder.resolve()  # as the kernel names files: a TMPDIR may be a link
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # another user's, or it has just ended
             for descriptor in (process / "fd").iterdir():

@@ -33,7 +33,7 @@ from astar_megatron.cluster.failures import ERRORS, Failures, error_of
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import OBJECT_STORE_BYTES, SessionFolder, write_stacks
-from astar_megatron.cluster.survey import joined_nodes, own_node
+from astar_megatron.cluster.survey import Answers, answers, joined_nodes, own_node
 from astar_megatron.config import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
@@ -64,7 +64,7 @@ class Cluster:
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
         self._processes = ActorProcesses(self.on_node, self.wait)
         self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
-        self._failures = Failures(self.on_node, self._actors, self.nodes)
+        self._failures = Failures(self.on_node, self.on_nodes, self._actors, self.nodes)
         self._reservation: Reservation | None = None
 
     def __enter__(self) -> Self:
@@ -119,16 +119,20 @@ class Cluster:
             raise unanswered(address, error) from None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, Exception):
-            write_stacks(self._folder.path)
-        for *_, actor in list(self._actors.values()):
-            with contextlib.suppress(RayActorError):
-                ray.kill(actor)
-        self._actors.clear()
-        if kind is not None:
-            self._processes.end_elsewhere(self._here)
-        self._ends.__exit__(kind, error, tb)
-        self._processes.end_here(self._here)
+        try:
+            if kind is not None and issubclass(kind, Exception):
+                write_stacks(self._folder.path)
+            for *_, actor in list(self._actors.values()):
+                with contextlib.suppress(RayActorError):
+                    ray.kill(actor)
+            self._actors.clear()
+            if kind is not None:
+                self._processes.end_elsewhere(self._here)
+        finally:  # although a signal has come meanwhile
+            try:
+                self._ends.__exit__(kind, error, tb)
+            finally:
+                self._processes.end_here(self._here)
 
     def remember_shared_files(self) -> None:
         """Note what the run's processes have in /dev/shm now: a killed one leaves it, and then it is removed for it."""
@@ -183,6 +187,15 @@ class Cluster:
                 f"node {self.nodes[node].address} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
                 "that it is up, and that astar-megatron is installed there as it is here"
             ) from None
+
+    def on_nodes(self, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]]) -> Answers[Any]:
+        """Return by node, by Ray's id, what a function answers there, all at once; a string: why it did not.
+
+        Each node has its `arguments`; where it is called is as for `on_node`.
+        """
+        calls = {node: task_on(node, function).remote(*own) for node, own in arguments.items() if node != self._here}
+        here = {node: function(*own) for node, own in arguments.items() if node == self._here}
+        return here | answers(calls, _NODE_SECONDS)
 
     def beside[T](self, actor: Any, function: Callable[..., T], *arguments: Any) -> T:
         """Return what a function answers on the node of an actor that has begun; as `on_node`."""

@@ -7,35 +7,55 @@ import contextlib
 import re
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray._private import state
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectFreedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    ReferenceCountingAssertionError,
+    WorkerCrashedError,
+)
 
 from astar_megatron.cluster import nodes
 from astar_megatron.cluster.actors import alive_pid, node_of
 from astar_megatron.cluster.endings import core_end, end_of_process, is_secondary, low_memory, memory_kills, was_killed
 from astar_megatron.cluster.errors import ActorLost, ClusterError, NoAnswer
 from astar_megatron.cluster.placement import Node
+from astar_megatron.cluster.survey import Answers
 
-ERRORS = (RayTaskError, RayActorError, OutOfMemoryError)  # that a call on an actor fails of
-_ENDS = (RayActorError, OutOfMemoryError)  # of processes
+ERRORS = RayError  # that a call on an actor fails of
+_ENDS = (RayActorError, OutOfMemoryError, WorkerCrashedError)  # of processes
+_NODES_ENDS = (NodeDiedError, LocalRayletDiedError, ObjectLostError)  # with the answers that lay there
+_DEFECTS = (ObjectFreedError, ReferenceCountingAssertionError)  # of these: somebody has thrown an answer away
+_LOGS = "the logs of Ray's session"
 _OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
 
 
 class Failures:
     """Finds out what failed and why. `actors` and `nodes` are those of a Cluster, by Ray's ids, as they are then.
 
-    `on_node` calls a function on a node, as Cluster's.
+    `on_node` calls a function on a node, `on_nodes` on several at once, as Cluster's.
     """
 
     def __init__(
-        self, on_node: Callable[..., Any], actors: Mapping[str, tuple[str, int, Any]], nodes: Mapping[str, Node]
+        self,
+        on_node: Callable[..., Any],
+        on_nodes: Callable[..., Answers[Any]],
+        actors: Mapping[str, tuple[str, int, Any]],
+        nodes: Mapping[str, Node],
     ) -> None:
-        self._on_node, self._actors, self._nodes = on_node, actors, nodes
-        self._memory_kills = memory_kills()
+        self._on_node, self._on_nodes, self._actors, self._nodes = on_node, on_nodes, actors, nodes
+        self._memory_kills = memory_kills()  # those that were told, or had been before
 
     def failed(self, action: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
         """Return what to raise for a failed call; the end of a process goes before the errors that it gave others."""
@@ -47,19 +67,23 @@ class Failures:
                 failed, error = reference, other
                 break
         kind, index, actor = self._caller(failed)
-        name, text = f"{kind} {index}", re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # without Ray's colours
+        name = f"{kind} {index}"
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or repr(error))  # without Ray's colours
         is_lost = _is_end(error)
-        if is_lost:
+        if is_lost and isinstance(error, _ENDS):
             event = "the process ended"
             cause = low_memory(text) or end_of_process(text, self._last_error(actor))
         else:
             event, cause = text, text.strip().splitlines()[-1]
             if not self._is_up(node_of(actor)):
                 is_lost, cause = True, "Ray's own process of its node, the raylet, has ended"
+            elif is_lost:
+                cause = f"its node has ended, or does not answer: {cause}"
             elif is_secondary(cause):
                 cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
                 is_lost = was_killed(cause)  # what the actor had started
-        if memory_kills() > self._memory_kills:
+        if (kills := memory_kills()) > self._memory_kills:
+            self._memory_kills = kills
             cause += " (the kernel killed a process for memory meanwhile)"
         logs = self.logs_of(actor)
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {logs}\n{name}: {cause}"
@@ -67,12 +91,12 @@ class Failures:
 
     def late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> NoAnswer:
         """Return what to raise for no answer in time: by the last error of each that did not, and where it is."""
-        actors = [self._caller(reference) for reference in pending]
-        folders = dict.fromkeys(self.logs_of(actor) for *_, actor in actors)
+        actors = list(dict.fromkeys(self._caller(reference) for reference in pending))
+        said = self._last_words([actor for *_, actor in actors])
+        folders = dict.fromkeys(said[actor][0] for *_, actor in actors)
         lines = []
         for kind, index, actor in actors:
-            words = [f"no answer in {seconds:.0f} s", *filter(None, [self._stack(actor), self._last_error(actor)])]
-            lines.append(f"\n{kind} {index}: {'; '.join(words)}")
+            lines.append(f"\n{kind} {index}: {'; '.join([f'no answer in {seconds:.0f} s', *said[actor][1]])}")
         message = (
             f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
             f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
@@ -82,9 +106,12 @@ class Failures:
 
     def logs_of(self, actor: str) -> str:
         """Return the folder of an actor's output, with its node where there are several."""
-        node, folder = node_of(actor), "the logs of Ray's session"
+        node, folder = node_of(actor), _LOGS
         with contextlib.suppress(ClusterError):
             folder = str(self._on_node(node, nodes.log_folder))
+        return self._at(node, folder)
+
+    def _at(self, node: str, folder: str) -> str:
         has_others = len(self._nodes) > 1 and node in self._nodes
         return f"{folder} on node {self._nodes[node].address}" if has_others else folder
 
@@ -115,12 +142,20 @@ class Failures:
                 time.sleep(0.1)
         return None
 
-    def _stack(self, actor: str) -> str:
-        """Where an actor is that does not answer; empty where nobody can say."""
-        pid = alive_pid(actor)
-        with contextlib.suppress(ClusterError):
-            return self._on_node(node_of(actor), nodes.stack, pid) if pid else ""
-        return ""
+    def _last_words(self, actors: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+        """Where the output of each actor lies, and what can be said of it; all nodes are asked at once."""
+        pids: defaultdict[str, dict[str, int | None]] = defaultdict(dict)
+        for actor in actors:
+            pids[node_of(actor)][actor] = alive_pid(actor)
+        told = self._on_nodes(nodes.last_words, {node: (pids[node],) for node in pids.keys() & self._nodes.keys()})
+        said = {}
+        for node, of_node in pids.items():
+            answer = told.get(node, (_LOGS, {}))  # an actor that has not begun is on no node yet
+            if isinstance(answer, str):
+                answer = _LOGS, {actor: [f"its node: {answer}"] for actor in of_node}
+            folder, words = answer
+            said |= {actor: (self._at(node, str(folder)), words.get(actor, [])) for actor in of_node}
+        return said
 
 
 def error_of(reference: Any) -> Exception | None:
@@ -133,5 +168,6 @@ def error_of(reference: Any) -> Exception | None:
 
 
 def _is_end(error: Exception) -> bool:
-    """Whether a process ended, which had begun: an error of its constructor ends it too, but says why."""
-    return isinstance(error, _ENDS) and "creation task" not in str(error)
+    """Whether a process or its node ended, which had begun: an error of a constructor ends it too, but says why."""
+    is_end = isinstance(error, (*_ENDS, *_NODES_ENDS)) and not isinstance(error, _DEFECTS)
+    return is_end and "creation task" not in str(error)

@@ -8,7 +8,8 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -66,9 +67,17 @@ def last_error(pid: int) -> str | None:
     return cause_in(_outputs(pid))
 
 
-def stack(pid: int) -> str:
-    """Return in a line where one of this node's processes is and those that it started; see stacks.py."""
-    return where(tree(pid), _outputs(pid))
+def last_words(pids: Mapping[str, int | None]) -> tuple[Path, dict[str, list[str]]]:
+    """Return `log_folder`, and by name where some of this node's processes are and their last error, a line each.
+
+    All are asked at once, with those that they have started (stacks.py); who has no process has no word either.
+    """
+
+    def words(pid: int | None) -> list[str]:
+        return [line for line in (where(tree(pid), _outputs(pid)), last_error(pid)) if line] if pid else []
+
+    with ThreadPoolExecutor(max(1, len(pids))) as pool:
+        return log_folder(), dict(zip(pids, pool.map(words, pids.values()), strict=True))
 
 
 def _outputs(pid: int) -> list[Path]:

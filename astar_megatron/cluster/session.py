@@ -107,9 +107,10 @@ def care(folder: Path) -> None:
 
 
 def write_stacks(folder: Path) -> None:
-    """Write the stacks of a session's processes among its logs."""
-    for logs in (folder / _RAY).glob("session_[0-9]*/logs"):
-        session_stacks.write(logs, caretaker.writers(folder))
+    """Write the stacks of a session's processes among its logs, if the disk takes them: a run may have ended of it."""
+    with contextlib.suppress(OSError):
+        for logs in (folder / _RAY).glob("session_[0-9]*/logs"):
+            session_stacks.write(logs, caretaker.writers(folder))
 
 
 def log_folder(driver: int) -> Path | None:
@@ -127,10 +128,11 @@ def shared_files(pid: int) -> list[str]:
 def shared_files_of(pids: set[int]) -> list[str]:
     """Return the names of files of /dev/shm, not of folders in it, that processes have mapped."""
     inodes = set()  # a semaphore's file is mapped under a temporary name, and then linked to its own
+    place = f" {SHARED_MEMORY.resolve()}/"  # as the kernel names it
     for member in pids:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{member}/maps").read_text(errors="replace").splitlines():
-                if f" {SHARED_MEMORY}/" in line:
+                if place in line:
                     inodes.add(int(line.split(maxsplit=5)[4]))  # address, rights, offset, device, inode, name
     return sorted(entry.name for entry in os.scandir(SHARED_MEMORY) if entry.inode() in inodes)
 

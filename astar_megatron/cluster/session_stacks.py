@@ -43,5 +43,6 @@ def _spy(pid: int) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if program:
             command = [program, "dump", "--pid", str(pid)]
-            return subprocess.run(command, capture_output=True, text=True, timeout=_SPY_SECONDS, check=True).stdout
+            spied = subprocess.run(command, capture_output=True, timeout=_SPY_SECONDS, check=True).stdout
+            return spied.decode(errors="replace")
     return None

@@ -3,6 +3,7 @@
 That runs in a signal's handler, so it works for a thread that is deep in C++, too. Of this machine's processes only.
 """
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -33,7 +34,8 @@ def where(pids: Iterable[int], outputs: Sequence[Path]) -> str:
         if status.get("State", "").startswith("T"):
             words.append(f"process {pid} is stopped (SIGSTOP)")
         elif int(status.get("SigCgt", "0"), 16) >> (_SIGNAL - 1) & 1:  # else the signal would end it
-            words.append(f"process {pid} is at {_asked(pid, outputs) or 'a place that it does not tell'}")
+            with contextlib.suppress(OSError):  # it has just ended, or is another user's by now
+                words.append(f"process {pid} is at {_asked(pid, outputs) or 'a place that it does not tell'}")
     return "; ".join(words)
 
 

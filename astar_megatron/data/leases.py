@@ -173,7 +173,7 @@ def _machine() -> str:
 def _started(pid: str) -> str:
     """When a process of this machine started, in the kernel's ticks; "" if it does not run."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if state in "ZX" else fields[18]

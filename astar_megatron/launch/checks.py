@@ -122,8 +122,8 @@ def of_nemo_run(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mou
 
 def file_system(path: Path, mounts: Path) -> str:
     """Return the type of the file system that holds `path`, as ext4 or nfs4."""
-    path, nearest = path.absolute(), ("", "")
-    for line in mounts.read_text(encoding="utf-8").splitlines():
+    path, nearest = Path(os.path.realpath(path)), ("", "")
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
         _, place, kind, *_ = line.split(" ")
         if path.is_relative_to(place) and len(place) >= len(nearest[0]):
             nearest = place, kind

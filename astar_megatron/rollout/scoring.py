@@ -27,6 +27,7 @@ from typing import Any, Self
 
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.cluster.endings import ended
+from astar_megatron.cluster.processes import module_path
 from astar_megatron.config import RewardConfig
 from astar_megatron.data.files import storage_error
 from astar_megatron.types import Prompt, Rollout
@@ -274,7 +275,15 @@ class _Process:
             raise EOFError("the scorer is closed")
         self._unread, self._judged = b"", 0
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, json.dumps(_path()), self._cfg.name, *map(str, self._limits())],
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                _PROGRAM,
+                json.dumps(module_path()),
+                self._cfg.name,
+                *map(str, self._limits()),
+            ],
             env=environment(os.environ),
             bufsize=0,
             stdin=subprocess.PIPE,
@@ -356,12 +365,6 @@ def environment(driver: Mapping[str, str]) -> dict[str, str]:
     """
     kept = {name: value for name, value in driver.items() if name in _PASSED_ON or name.endswith(_DEVICES)}
     return {"OMP_NUM_THREADS": "1"} | kept
-
-
-def _path() -> list[str]:
-    """The Python path with the current folder last, wherever it stands here: see rewards.get."""
-    here = str(Path.cwd())
-    return [*(place for place in sys.path if place not in ("", here)), here]
 
 
 def _empty_response(prompt: Prompt) -> Rollout:

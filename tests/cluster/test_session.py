@@ -1,5 +1,7 @@
 """The folder of a session: short, private, gone afterwards, whatever TMPDIR is; and what is left of killed runs."""
 
+import errno
+import io
 import os
 import signal
 import stat
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 from samples import output_of
 
-from astar_megatron.cluster import caretaker, session
+from astar_megatron.cluster import caretaker, session, session_stacks
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.processes import kill, trackers, tree
 from astar_megatron.cluster.session import SessionFolder
@@ -29,6 +31,23 @@ def test_the_folder_is_private_and_short_and_goes_with_the_run() -> None:
         longest = folder.path / "session_2026-11-28_00-24-26_240500_4194304" / "sockets" / "plasma_store"
         assert len(os.fsencode(longest)) <= 107
     assert not folder.path.exists()
+
+
+def test_a_process_of_a_session_is_found_and_ended_where_tmpdir_is_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Path("/tmp") / f"l{os.getpid()}"  # short, and may well lead to where no socket could lie
+    link.symlink_to(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(link))
+    try:
+        with SessionFolder() as folder:
+            assert folder.path.parent == link
+            with (folder.path / "output").open("w") as output:
+                worker = subprocess.Popen(["sleep", "600"], stdout=output)
+            assert caretaker.writers(folder.path) == {worker.pid}
+        assert worker.wait() == -signal.SIGKILL
+    finally:
+        link.unlink()
 
 
 def test_after_an_error_the_logs_stay_and_nothing_else() -> None:
@@ -159,7 +178,32 @@ def test_what_a_killed_driver_had_started_ends_and_of_its_folder_the_logs_stay(n
     session.remove_left_behind()
 
 
-def test_shared_memory_of_others_and_in_folders_is_not_the_run_s() -> None:
+def test_what_a_killed_driver_had_started_ends_although_no_stacks_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(logs: Path, pids: set[int]) -> None:
+        raise OSError(errno.ENOSPC, f"{logs}: no space for the stacks of {pids}")
+
+    monkeypatch.setattr(session_stacks, "write", write)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # which the driver has closed
+    logs = tmp_path / "r" / "session_1" / "logs"
+    logs.mkdir(parents=True)
+    (tmp_path / "lock").touch()
+    (tmp_path / "socket").touch()
+    with (logs / "worker-1.out").open("w") as output:
+        worker = subprocess.Popen(["sleep", "600"], stdout=output)
+    session.care(tmp_path)
+    assert worker.wait() == -signal.SIGKILL
+    assert not (tmp_path / "socket").exists() and (logs / "worker-1.out").exists()
+
+
+@pytest.mark.parametrize("is_link", [False, True])  # as some Linux has it
+def test_shared_memory_of_others_and_in_folders_is_not_the_run_s(
+    is_link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_link:
+        (tmp_path / "shm").symlink_to(SHARED_MEMORY)
+        monkeypatch.setattr(session, "SHARED_MEMORY", tmp_path / "shm")
     shared = SHARED_MEMORY / f"test-{os.getpid()}"
     shared.write_bytes(b"x" * 4096)
     program = "import mmap; f = open({!r}, 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); input()"

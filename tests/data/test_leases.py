@@ -32,6 +32,13 @@ def test_a_name_has_one_holder_until_it_is_given_back(tmp_path: Path) -> None:
     assert files(tmp_path / "l") == []
 
 
+def test_a_process_whose_name_the_kernel_has_cut_inside_a_letter_holds_its_leases(
+    tmp_path: Path, cut_name: None
+) -> None:
+    with Leases(tmp_path / "l") as first, Leases(tmp_path / "l") as second:
+        assert first.claim(NAMES[:1]) == NAMES[:1] and second.claim(NAMES[:1]) == []
+
+
 def _hold_and_wait(folder: Path, ready: Callable[[], None]) -> None:
     leases = Leases(folder, expiry_seconds=0.3)
     leases.__enter__()

@@ -675,6 +675,8 @@ def test_the_home_of_nemo_run_must_be_shared(tmp_path: Path, monkeypatch: pytest
     mounts.write_text("server:/x /shared nfs4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ndisk / ext4 rw 0 0\n")
     assert checks.file_system(Path("/shared/runs"), mounts) == "nfs4"
     assert checks.file_system(Path("/sharedx"), mounts) == "ext4"
+    (tmp_path / "link").symlink_to("/shared")
+    assert checks.file_system(tmp_path / "link" / "nemo", mounts) == "nfs4"
     cfg = run_config(run_dir="/shared/runs/x")
     for home, kind in (("/run/nemo", "tmpfs"), ("/nemo", "ext4")):
         monkeypatch.setenv("NEMORUN_HOME", home)

@@ -14,6 +14,7 @@ import yaml
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig
 from astar_megatron.rollout.scoring import Scorer
+from astar_megatron.run.commands import start
 from astar_megatron.types import Prompt
 
 NEIGHBOURS = ("conversion", "types", "numbers", "json", "statistics", "torch", "astar_megatron")
@@ -87,6 +88,20 @@ def test_a_reward_in_a_folder_without_init_is_found(folder: Path) -> None:
     (folder / "mine/judge.py").write_text("def reward(response, answer):\n    return 0.5\n")
     assert rewards.version("mine.judge:reward").startswith("mine.judge:reward/sha256:")
     assert scored("mine.judge:reward") == 0.5
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["astar", "python -m"])
+def test_a_command_of_a_command_finds_an_own_reward_among_files_of_any_name(
+    first: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--supervise`, `astar compare` and `astar scale` start them."""
+    if first:
+        monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    samples.write_jsonl(folder / "x.jsonl", [{"question": "What is 3 + 4?", "answer": "7"}])
+    words = ["data", "jsonl", "x.jsonl", "--out", "out.jsonl", "--reward", "my_module:reward"]
+    with start(words, subprocess.PIPE) as process:
+        output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and b"my_module:reward" in output, output.decode()
 
 
 @pytest.mark.slow

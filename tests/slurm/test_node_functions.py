@@ -35,6 +35,13 @@ def test_a_step_whose_slurmstepd_is_hidden_is_alive_until_that_has_ended(hidepid
     assert done.stdout == "1\nabandoned\n", done.stderr
 
 
+def test_who_holds_a_nodes_folder_is_found_where_tmp_is_a_link(call: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    printed = call(f"exec 9>>folder/node; echo $$; holders_of {tmp_path}/link/folder").split()
+    assert len(printed) > 1 and printed[0] in printed[1:]
+
+
 @pytest.fixture
 def call(tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs a line of the script's shell and gives what it prints.
