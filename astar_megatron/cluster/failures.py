@@ -92,11 +92,11 @@ class Failures:
     def late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> NoAnswer:
         """Return what to raise for no answer in time: by the last error of each that did not, and where it is."""
         actors = list(dict.fromkeys(self._caller(reference) for reference in pending))
-        said = self._last_words([actor for *_, actor in actors])
-        folders = dict.fromkeys(said[actor][0] for *_, actor in actors)
+        words_of = self._last_words([actor for *_, actor in actors])
+        folders = dict.fromkeys(words_of[actor][0] for *_, actor in actors)
         lines = []
         for kind, index, actor in actors:
-            lines.append(f"\n{kind} {index}: {'; '.join([f'no answer in {seconds:.0f} s', *said[actor][1]])}")
+            lines.append(f"\n{kind} {index}: {'; '.join([f'no answer in {seconds:.0f} s', *words_of[actor][1]])}")
         message = (
             f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
             f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
@@ -148,14 +148,14 @@ class Failures:
         for actor in actors:
             pids[node_of(actor)][actor] = alive_pid(actor)
         told = self._on_nodes(nodes.last_words, {node: (pids[node],) for node in pids.keys() & self._nodes.keys()})
-        said = {}
+        words_of = {}
         for node, of_node in pids.items():
             answer = told.get(node, (_LOGS, {}))  # an actor that has not begun is on no node yet
             if isinstance(answer, str):
                 answer = _LOGS, {actor: [f"its node: {answer}"] for actor in of_node}
             folder, words = answer
-            said |= {actor: (self._at(node, str(folder)), words.get(actor, [])) for actor in of_node}
-        return said
+            words_of |= {actor: (self._at(node, str(folder)), words.get(actor, [])) for actor in of_node}
+        return words_of
 
 
 def error_of(reference: Any) -> Exception | None:

@@ -274,16 +274,9 @@ class _Process:
         if self._closed:
             raise EOFError("the scorer is closed")
         self._unread, self._judged = b"", 0
+        program = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path())]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-c",
-                _PROGRAM,
-                json.dumps(module_path()),
-                self._cfg.name,
-                *map(str, self._limits()),
-            ],
+            [*program, self._cfg.name, *map(str, self._limits())],
             env=environment(os.environ),
             bufsize=0,
             stdin=subprocess.PIPE,

@@ -88,8 +88,8 @@ def test_all_that_do_not_answer_are_asked_at_once(heard: Failures, monkeypatch: 
     monkeypatch.setattr(nodes, "last_error", {11: None, 12: "ValueError: a"}.__getitem__)
     error = heard.late("policy: step", [Call(name) for name in ("b", "a", "a", "c", "d")], 9, "key")
     assert (error.kind, error.index) == ("policy rank", 1)
-    said, *lines = str(error).splitlines()
-    assert said.endswith(
+    first_line, *lines = str(error).splitlines()
+    assert first_line.endswith(
         "lies in /logs on node 10.0.0.0 and the logs of Ray's session on node 10.0.0.1 and the logs of Ray's session"
     )
     assert lines == [
