@@ -32,7 +32,8 @@ class Estimate:
     error: float
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.error:.2f}"
+        error = "" if math.isnan(self.error) else f" ± {100 * self.error:.2f}"
+        return f"{100 * self.mean:.2f}{error}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
