@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,23 @@ def test_a_curve_that_goes_on_otherwise_does_not_extrapolate() -> None:
 def test_noise_above_the_tolerance_is_named_as_the_reason() -> None:
     result = extrapolate("x", study(1, responses=16, runs=1), 0.02)
     assert result.verdict == "does not" and "more seeds or more prompts" in result.reason
+    assert result.best is not None and f"its error is {result.best.error:.3g}" in result.reason
+
+
+def test_an_error_of_many_times_the_noise_is_not_put_down_to_it() -> None:
+    tolerance = 0.002
+    result = extrapolate("x", study(0, lambda c: np.where(c < 0.51, sigmoid(c), 0.3), responses=512), tolerance)
+    assert result.verdict == "does not" and "more seeds" not in result.reason
+    error, noise = map(float, re.findall(r"its error is (\S+); .* by ± (\S+)", result.reason)[0])
+    assert error > 10 * noise > 10 * tolerance
+
+
+def test_an_asymptote_is_refused_where_the_sigmoid_misses_by_many_times_a_noise_above_the_tolerance() -> None:
+    compute, random = np.linspace(1 / 40, 1.0, 40), np.random.default_rng(0)
+    score = sigmoid(compute) + 0.01 * random.standard_normal((3, 40))
+    score[:, 20:] += 0.05
+    points = Points(np.tile(compute, 3), score.ravel(), np.repeat(np.arange(3), 40))
+    assert all("misses the later means" in refusals(extrapolate("x", points, t))["asymptote"] for t in (0.002, 0.02))
 
 
 def test_scores_in_per_cent_are_told_with_the_unit_of_the_tolerance() -> None:
