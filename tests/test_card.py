@@ -172,7 +172,8 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     words = text(export)
     assert "After 0 steps:" in words and "After 5 steps (these weights):" in words and "50.00 ± 1.25" in words
     assert "[arXiv 2505.20686](https://arxiv.org/abs/2505.20686)" in words and "nobody has compared" in words
-    assert "500 response tokens" in words and "1.5e+10 FLOPs" in words
+    assert "500 response tokens, with those of stage 1 if" in words
+    assert "1.5e+10 FLOPs of the model, in training and in generation, without stage 1\n" in words
     assert "| `optim.lr` | `3e-06` |" in words and r'`" a \| b, and/or\n"`' in words
     assert "grpo" not in words and "batch_size" not in words  # another method's keys, and defaults
 

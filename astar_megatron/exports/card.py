@@ -131,7 +131,7 @@ def _made(training: Training) -> Iterator[str]:
     if training.response_tokens is not None:
         yield f"- {training.response_tokens:,} response tokens, with those of stage 1 if the method reads it"
     if training.flops:
-        yield f"- {training.flops:.3g} FLOPs of the model, in training and in generation"
+        yield f"- {training.flops:.3g} FLOPs of the model, in training and in generation, without stage 1"
     yield f"- Software: {', '.join(f'{name} {version}' for name, version in training.versions.items())}\n"
 
 

@@ -206,8 +206,8 @@ def _result(law: Law, points: Points, first_half: Points, late: Late, tolerance:
         half = "" if whole is None else f", up to half of the compute, where there are {len(first_half)}"
         refusal = f"{reason}{half}"
     numbers = _numbers(whole, points) if whole else {}
-    is_told = law is SIGMOID and not numbers["asymptote"].refusal
-    if is_told and error is not None and share is not None and _is_missed(error, share, late):
+    is_missed = error is not None and share is not None and _is_missed(error, share, late)
+    if law is SIGMOID and is_missed and not numbers["asymptote"].refusal:
         words = (
             f"fitted up to {EARLIER:.0%} of the compute the sigmoid misses the later means, by more than their noise"
         )
