@@ -242,6 +242,13 @@ def test_the_licence_of_the_base_goes_on_and_its_text_does_not(
     assert (base / "README.md").read_text().endswith("own words\n")
 
 
+def test_only_the_card_of_a_run_s_export_promises_scores(export: Path, settings: dict[str, Any]) -> None:
+    training, run_dir = Training.of_run(settings, 5, None), export.parent
+    assert card.write(export, training, run_dir).endswith("; `astar eval` adds scores")
+    elsewhere = export.rename(run_dir / "elsewhere")
+    assert card.write(elsewhere, training, run_dir).endswith("describes the model")
+
+
 def test_a_card_that_somebody_changed_is_neither_overwritten_nor_replaced(
     export: Path, settings: dict[str, Any], tied_llama: Path
 ) -> None:

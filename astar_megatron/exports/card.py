@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from astar_megatron.config import EXPORT_FOLDER
 from astar_megatron.data.files import write_atomic
 from astar_megatron.exports.provenance import ORIGIN, TRAINING, Training, recorded_licence
 from astar_megatron.run import certificate, scores
@@ -38,7 +39,8 @@ def write(folder: Path, training: Training | None, run_dir: Path | None) -> str:
         return f"{path} was changed by hand and is left as it is: remove it to have it written again"
     scored = scores.scores_of(run_dir, training.step, scores.weights_digest(record)) if run_dir and training else []
     write_atomic(path, folders.sealed(text_of(record, training, scored)).encode())
-    return f"{path} describes the model" + ("" if scored else "; `astar eval` adds scores")
+    is_runs_own = run_dir is not None and folder.resolve() == (run_dir / EXPORT_FOLDER).resolve()
+    return f"{path} describes the model" + ("; `astar eval` adds scores" if is_runs_own and not scored else "")
 
 
 def text_of(record: Mapping[str, Any], training: Training | None, scored: Sequence[Scored]) -> str:
