@@ -32,7 +32,7 @@ class Estimate:
     error: float
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.2f} ± {100 * self.error:.2f}"
+        return f"{100 * self.mean:.2f}" + ("" if math.isnan(self.error) else f" ± {100 * self.error:.2f}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,9 @@ class Evaluation:
     reward: str
     prompts: int
     num_samples: int  # a problem, beside the greedy response
-    greedy: Estimate  # reward of the greedy response: pass@1 where rewards are 0 and 1
-    sampled: dict[str, Estimate]  # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n"
+    greedy: Estimate  # mean reward of the greedy responses
+    # "avg@n", "maj@n" where answers can be compared, "pass@1", "pass@2", ..., "pass@n": with a reward of 1 or more
+    sampled: dict[str, Estimate]
     truncated: float  # share of all responses that the token limit cut
     formatted: float | None  # share of all responses that hold an answer in the reward's form; None: not known
     measure: Measure
