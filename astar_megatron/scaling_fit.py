@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from astar_megatron.data.files import make_folder
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import extrapolation_files
 from astar_megatron.studies.extrapolation import extrapolate
@@ -22,6 +23,7 @@ def fit(
     if folders := [path for path in written if path.is_dir()]:
         raise ValueError(f"--out {out}: {folders[0].name} is a folder there; give another, or remove it")
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
+    make_folder(out)  # before the fits, which take long
     count, results = sum(len(curve.points) for curve in curves), []
 
     def progress() -> str:

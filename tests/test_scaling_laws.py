@@ -325,6 +325,13 @@ def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path
     assert curve.points.compute.tolist() == [1, 8]
 
 
+def test_a_folder_that_can_not_be_made_is_refused_before_the_fit(tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_csv(tmp_path / "x.csv", {"spent_flops": [1, 2, 4, 8], "reward_mean": [0.1, 0.2, 0.3, 0.3]})
+    monkeypatch.setattr("astar_megatron.scaling_fit.extrapolate", lambda *_: pytest.fail("fitted"))
+    with pytest.raises(ValueError, match="can't create the folder"):
+        scale_fit([path], tmp_path / "x.csv" / "out", None, None, per_row=False, tolerance=0.05)
+
+
 def fitted(path: str, out: Path) -> tuple[dict[str, Any], str]:
     """What `astar scale fit` writes of one curve, and what it says."""
     scale_fit([path], out, None, None, per_row=False, tolerance=0.05)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from astar_megatron.data.files import make_folder, write_atomic, write_figure
+from astar_megatron.data.files import write_atomic, write_figure
 from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResult, Number
 from astar_megatron.studies.laws import LEVEL
 from astar_megatron.studies.score_curves import Curve
@@ -29,8 +29,7 @@ _LETTERS, _MOST_LINES = 56, 8  # of a title over one panel
 
 
 def write(folder: Path, curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> None:
-    """Write all FILES, each whole."""
-    make_folder(folder)
+    """Write all FILES, each whole, to a folder that is there."""
     tree, (whole, table, words, picture) = as_json(curves, results, tolerance), (folder / name for name in FILES)
     write_atomic(whole, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(table, as_csv(curves, results).encode())
