@@ -299,7 +299,9 @@ def test_a_small_model_several_gpus_and_an_unmeasured_kind_are_cautioned() -> No
     small = model_from_config(SHAPES["smollm2"])
     cfg = run_config(parallel={"data": 2}, model={"dtype": "float32"})
     words = " ".join(forecast(cfg, small, gpus.named("a100"), None).cautions)
-    assert all(word in words for word in ("launches", "data sheet", "no run on a A100", "float32", "flash-attn"))
+    assert all(
+        word in words for word in ("launches", "data sheet", "no run on GPUs of the kind A100", "float32", "flash-attn")
+    )
     assert not any("flash-attn" in caution for caution in forecast(cfg, small, H100, None).cautions)
 
 
@@ -335,7 +337,7 @@ def test_it_says_who_takes_how_much_and_what_fits_instead(run_file: Path, astar:
     assert "looking for what fits: " in words  # which may take half a minute
     status, words, _ = astar("plan", "--config", run_file, "--gpu", "A100")
     assert status == 0 and re.search(r"; 100 steps: about \d+\.\d GPU hours, \d+\.\d by the clock; stage 1 not ", words)
-    assert "no run on a A100 has been measured" in words and "at most" not in words
+    assert "no run on GPUs of the kind A100 has been measured" in words and "at most" not in words
     status, words, _ = astar("plan", "--config", run_file)
     assert status == 0 and "driver and Ray" in words and "name one with --gpu" in words
 

@@ -149,11 +149,11 @@ def _cautions(cfg: RunConfig, model: Model, gpu: Gpu) -> Iterator[str]:
         yield "what GPUs send each other is planned at the data sheet's rates; no run of several has been measured"
     if gpu.capability < FUSED_PACKS_CAPABILITY:
         yield (
-            f"Transformer Engine has no fused attention for packs on a {gpu.name}: without flash-attn, which it takes "
-            "then, attention needs memory by the square of the length, which is not counted"
+            f"Transformer Engine has no fused attention for packs on GPUs of the kind {gpu.name}: without "
+            "flash-attn, which it takes then, attention needs memory by the square of the length, which is not counted"
         )
     if gpu.name not in _MEASURED:
-        yield f"no run on a {gpu.name} has been measured: shares of its peak are those of an H200"
+        yield f"no run on GPUs of the kind {gpu.name} has been measured: shares of its peak are those of an H200"
 
 
 def _num_held(cfg: RunConfig, placement: Placement) -> int:
