@@ -101,7 +101,8 @@ def _of_csv(text: str) -> list[dict[str, Any]]:
 def _of_run(path: Path) -> list[Row]:
     """What has been spent after each step with its reward, and what before it with the score of the weights then.
 
-    Of stage 1 that is the tokens, as in the lines of metrics: its FLOPs and seconds are in no run's. The scores are those that a study has too: also of the last weights, which no line of metrics has.
+    Of stage 1 that is the tokens, as in the lines of metrics: its FLOPs and seconds are in no run's. The scores are
+    those that a study has too: also of the last weights, which no line of metrics has.
     """
     lines, rows = read_metrics(path), []
     if not lines:
