@@ -125,11 +125,18 @@ def evaluate(
     folder: Annotated[str | None, typer.Option("--data", help="Folder of the benchmarks' files.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Evaluate the run's export or another model: pass@1, and avg@n, maj@n, pass@k of samples."""
+    """Evaluate the run's export or another model: greedy score, and avg@n, maj@n, pass@k of samples."""
     names = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
+    if benchmarks is not None and not names:
+        raise config.ConfigError(
+            f"--benchmarks: expected names, as gsm8k,amc23, got {benchmarks!r}; without it the run's prompts are asked"
+        )
     sets = [f"eval.benchmarks={json.dumps(names, ensure_ascii=False)}"] if names else []
     sets += [f"eval.folder={json.dumps(folder, ensure_ascii=False)}"] if folder else []
-    import_program("evaluate").main(config.load(config_file, [*(overrides or ()), *sets]), model)
+    cfg = config.load(config_file, [*(overrides or ()), *sets])
+    if folder is not None and not cfg.eval.benchmarks:
+        raise config.ConfigError("--data: the folder of benchmarks; name them too, as --benchmarks gsm8k,amc23")
+    import_program("evaluate").main(cfg, model)
 
 
 @app.command()
@@ -210,15 +217,22 @@ def doctor(
 
     With --cluster: which nodes of a Ray cluster are bad; with --config whether a command of astar suits them.
     """
+
+    def given(**flags: str) -> str:
+        sources = {flag: context.get_parameter_source(name) for name, flag in flags.items()}
+        return ", ".join(flag for flag, source in sources.items() if source and source.name != "DEFAULT")
+
+    flags = {"nodes": "--nodes", "spare": "--spare", "seconds": "--seconds", "file": "--json"}
+    of_nodes = given(**flags, only_joined="--only-joined", program="--program")
+    of_run = given(overrides="--set", program="--program")
+    if of_nodes and cluster is None:
+        raise config.ConfigError(f"{of_nodes}: of a cluster's nodes; name it, as --cluster 10.0.0.1:6379")
+    if of_run and config_file is None:
+        raise config.ConfigError(f"{of_run}: of a run; name its file, as --config configs/demo.yaml")
     cfg = config_file and config.load(config_file, overrides or ())
     if cluster is not None:
         planned, main = cfg and (cfg, program), import_program("preflight").main
         raise typer.Exit(main(cluster, nodes, spare, seconds, file, looks=not only_joined, planned=planned))
-    flags = {"nodes": "--nodes", "spare": "--spare", "seconds": "--seconds", "file": "--json"}
-    flags |= {"only_joined": "--only-joined", "program": "--program"}
-    sources = {flag: context.get_parameter_source(name) for name, flag in flags.items()}
-    if given := [flag for flag, source in sources.items() if source and source.name != "DEFAULT"]:
-        raise config.ConfigError(f"{', '.join(given)}: of a cluster's nodes; name it, as --cluster 10.0.0.1:6379")
     status = import_program("doctor").main()
     if cfg is not None:
         import_program("can_start").main(cfg)

@@ -20,7 +20,7 @@ from astar_megatron.run.training import check_before_stage_1
 from astar_megatron.studies import comparison, comparison_files
 from astar_megatron.studies.comparison import Result, Run
 from astar_megatron.studies.comparison_files import STAGE_1, Comparison
-from astar_megatron.studies.comparison_stage_1 import stage_1_of
+from astar_megatron.studies.comparison_stage_1 import known_costs, stage_1_of
 
 
 def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None, runner: Runner = astar) -> int:
@@ -33,6 +33,10 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     runs = list(dict.fromkeys([*asked, *finished]))
     configs = {run: comparison.run_config(cfg, run, folder) for run in runs}
     inputs, screen = _checked([own for run, own in configs.items() if run not in finished] or [cfg], folder), Screen()
+    costs = known_costs(configs, limit, inputs, folder)
+    for run, own in configs.items():
+        if run.cell in costs or not own.asks_stage_1:
+            comparison.with_budget(own, [limit], costs.get(run.cell))  # refused before anything is written
     make_folder(folder)
     with exclusive(folder / "compare.lock", "another comparison of this folder"):
         if comparison_files.read(folder)[1] != finished:

@@ -45,6 +45,7 @@ from astar_megatron.config_slurm import without_gpus as without_gpus
 from astar_megatron.config_training import BudgetConfig, OptimConfig, TrainConfig
 from astar_megatron.config_training import TrackingConfig as TrackingConfig
 
+EXPORT_FOLDER = "hf"  # in a run_dir
 # Keys, and beginnings of keys, that change no number of a run.
 NO_RESULTS = (
     *("cluster.", "supervise.", "checkpoint.", "tracking."),
@@ -240,7 +241,7 @@ class RunConfig(Section):
         if self.eval.benchmarks and self.eval.folder is None:
             raise ValueError(
                 f"eval.folder: needed for eval.benchmarks {', '.join(self.eval.benchmarks)}; set it to the folder of "
-                "their files"
+                "their files, for `astar eval` also by --data"
             )
         return self
 
@@ -294,7 +295,7 @@ class RunConfig(Section):
 
     @property
     def export_dir(self) -> Path:
-        return Path(self.run_dir) / "hf"
+        return Path(self.run_dir) / EXPORT_FOLDER
 
     @property
     def max_tokens(self) -> int:

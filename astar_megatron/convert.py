@@ -3,7 +3,7 @@
 from astar_megatron.exports import conversions
 from astar_megatron.exports.link_table import LINKS_SHOWN, size_text
 from astar_megatron.run.tracking import Screen
-from conversion import folders, rewrite
+from conversion import folders, rewrite, torch_dist
 from conversion.ends import open_end
 from conversion.folders import ModelFolderError
 from conversion.ledger import config_verdict, listed, weights_verdict
@@ -30,7 +30,8 @@ def to_hf(source: str, destination: str, *, like: str | None, dry_run: bool) -> 
 def verify(a: str, b: str, *, like: str | None) -> None:
     """Compare two folders of any kind. Raises MismatchError naming the first parameter and row that differ."""
     screen = Screen()
-    first, second = open_end(a, like), open_end(b, like)
+    megatron = [path for path in (a, b) if torch_dist.is_checkpoint(path)] or [a]  # whose --like is
+    first, second = (open_end(path, like if path in megatron else None) for path in (a, b))
     with screen.progress("comparing parameters", len(first.model.parameters())) as advance:
         rewrite.compare(first, second, advance)
     screen.say(f"{a} and {b} hold the same {first.model.num_parameters():,} parameters")

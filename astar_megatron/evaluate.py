@@ -1,8 +1,8 @@
 """PROGRAM: the run's evaluation prompts, or named benchmarks, with the pool, sampling and reward rules of training.
 
-Of every problem one greedy response (pass@1), and where the benchmark or `eval.num_samples` asks for n samples also
-avg@n, maj@n and pass@k (algorithm/estimators.py), each with its standard error over the problems. A response cut by the
-token limit is scored as it stands.
+Of every problem one greedy response, whose mean reward is the greedy score, and where the benchmark or
+`eval.num_samples` asks for n samples also avg@n, maj@n and pass@k (algorithm/estimators.py), each with its standard
+error over the problems. A response cut by the token limit is scored as it stands.
 """
 
 import tempfile

@@ -67,12 +67,12 @@ def _quantiles(values: np.ndarray) -> str:
 
 
 def _histogram(mean: np.ndarray) -> list[tuple[str, str]]:
-    """Ten ranges of the mean reward with a bar each, 0 and 1 by themselves; those beyond count as 0 or 1."""
+    """Ten ranges of the mean reward with a bar each, before and after them what is not between 0 and 1."""
     counts = [int((mean <= 0).sum())]
     inner = mean[(mean > 0) & (mean < 1)]
     counts += np.histogram(inner, bins=10, range=(0, 1))[0].tolist()
     counts += [int((mean >= 1).sum())]
-    names = ["0", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)), "1"]
+    names = ["0 or less", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)), "1 or more"]
     most = max(counts)
     return [(name, f"{n:>8} {'#' * round(_BAR * n / most)}".rstrip()) for name, n in zip(names, counts, strict=True)]
 

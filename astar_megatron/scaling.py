@@ -19,7 +19,7 @@ from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import comparison, study_files
 from astar_megatron.studies.comparison import Run
-from astar_megatron.studies.comparison_stage_1 import stage_1_of
+from astar_megatron.studies.comparison_stage_1 import known_costs, stage_1_of
 from astar_megatron.studies.study import Score, checked_inputs, course_of, read_study, settings_of
 from astar_megatron.studies.study_files import Progress
 
@@ -39,6 +39,8 @@ def run(file: Path, runner: Runner = astar) -> int:
     settings = {cell: settings_of(cfg, inputs[cell], study.budgets) for cell, cfg in by_cell.items()}
     for cfg in by_cell.values() if ends is _as_jobs else ():
         queue.check(cfg, "train")
+    for cell, cfg in by_cell.items():
+        known_costs({Run(cell, cfg.seed): cfg}, study.limit, inputs[cell], study.folder)  # or refused, unwritten
     make_folder(study.folder)
     with exclusive(study.folder / "scale.lock", "another study in this folder"):
         before = study_files.read(study.folder)

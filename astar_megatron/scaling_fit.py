@@ -23,7 +23,7 @@ def fit(
     if folders := [path for path in written if path.is_dir()]:
         raise ValueError(f"--out {out}: {folders[0].name} is a folder there; give another, or remove it")
     curves, screen = read_curves(sources, compute, score, per_row=per_row), Screen()
-    make_folder(out)
+    make_folder(out)  # before the fits, which take long
     count, results = sum(len(curve.points) for curve in curves), []
 
     def progress() -> str:

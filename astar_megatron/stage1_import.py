@@ -59,17 +59,18 @@ def import_stage1(cfg: RunConfig, source: str, split: str | None) -> None:
     _check_there(table, drawn, missing)
     pairs = zip(drawn, published, strict=True)
     work = [(rollout, value) for rollout, value in pairs if (rollout.prompt.uid, rollout.sample) in missing]
-    if not Path(cfg.data.path).exists():
+    is_new = not Path(cfg.data.path).exists()
+    if is_new:
         write_jsonl(cfg.data.path, lines)
     other, failed = _import(cfg, table, work)
     rows_shown = [
-        ("prompts", f"{len(prompts)}, written to {cfg.data.path}"),
+        ("prompts", f"{len(prompts)}, {'written to' if is_new else 'there already, in'} {cfg.data.path}"),
         ("rows left out", f"{len(rows) - len(prompts)} of {len(rows)}: duplicates, or prompts over the limit"),
         ("responses", f"{len(work)} imported, {len(drawn) - len(work)} were there"),
         ("responses left out", f"{sum(len(row.responses) for row in rows) - len(drawn)}, of the rows left out"),
         ("responses a prompt", f"{min(counts)} to {max(counts)}"),
-        ("not scored", f"{failed}, which count as the lowest of their prompt, at most 0"),
-        ("rewards", f"by {cfg.reward.name}; {other} differ from the published ones"),
+        ("not scored", f"{failed} of the imported, which count as the lowest of their prompt, at most 0"),
+        ("rewards", f"by {cfg.reward.name}; of the {len(work)} imported {other} differ from the published ones"),
         ("taken as given", f"that {cfg.model.path} drew them under this run's sampling"),
     ]
     Screen().table(f"V* table {table.folder}", rows_shown)

@@ -252,13 +252,18 @@ class MegatronEnd(End):
 
 
 def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: bool = False) -> End:
-    """Return the end that lies at `path`. ValueError if neither kind does; `like` as in MegatronEnd.
+    """Return the end that lies at `path`. ValueError if neither kind does; `like` as in MegatronEnd, and of it alone.
 
     With `plan_only` a folder that has a config.json and no weights at all is one too.
     """
     if torch_dist.is_checkpoint(path):
         return MegatronEnd(path, like)
     if (Path(path) / "config.json").is_file():
+        if like is not None:
+            raise ValueError(
+                f"--like: of a checkpoint of Megatron, but {path} is a Hugging Face folder, which says itself what it "
+                "holds; leave it out"
+            )
         weights = (".safetensors", ".safetensors.index.json", *hf.PICKLES)
         bare = not any(file.name.endswith(weights) for file in Path(path).iterdir())
         return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)

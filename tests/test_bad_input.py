@@ -320,12 +320,16 @@ MODELS: list[Row] = [
      "eval --model {house}/other", "other has neither", "copy the weights there too"),
     ("eval: no benchmark", None, "eval --model {house}/model --benchmarks [ --data .", "benchmark '['",
      "there are gsm8k"),
+    ("eval: no name of a benchmark", None, "eval --model {house}/model --benchmarks ,", "--benchmarks: expected names",
+     "without it the run's prompts are asked"),
+    ("eval: a folder of no benchmarks", None, "eval --model {house}/model --data .", "--data: the folder of benchmarks",
+     "name them too, as --benchmarks"),
     ("eval: a benchmark twice", None, "eval --model {house}/model --benchmarks amc23,amc23 --data .",
      "eval.benchmarks: amc23 more than once", "name each once"),
     ("eval: no files", None, "eval --model {house}/model --benchmarks amc23 --data /", "eval.folder: amc23",
      "amc23.jsonl"),
     ("eval: no folder of files", None, "eval --benchmarks amc23,aime24 --model {house}/model",
-     "eval.folder: needed for eval.benchmarks amc23, aime24", "set it to the folder"),
+     "eval.folder: needed for eval.benchmarks amc23, aime24", "for `astar eval` also by --data"),
 ]  # fmt: skip
 
 CHECKPOINTS: list[Row] = [
@@ -425,6 +429,10 @@ CONVERSION: list[Row] = [
     ("index: a program", after(megatron, write(INDEX, b"cos\nsystem\n(S'true'\ntR.")), BACK, "os.system", "no index"),
     ("parts: none", after(megatron, remove("megatron/__0_0.distcp")), BACK, "__0_0.distcp is missing",
      ".metadata names"),
+    ("like: of no checkpoint", None, "convert inspect {house}/model --like {house}/model",
+     "--like: of a checkpoint of Megatron, but", "leave it out"),
+    ("like: of two folders", None, "convert verify {house}/model {house}/model --like {house}/model",
+     "--like: of a checkpoint of Megatron, but", "leave it out"),
     ("config.json: none", after(megatron, remove("megatron/config.json")), BACK, "has no config.json", "with --like"),
     ("config.json: another", after(megatron, changed("megatron/config.json", rms_norm_eps=0.5)), BACK,
      "conversion.json records another computation", "restore config.json"),

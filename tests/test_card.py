@@ -172,7 +172,8 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     words = text(export)
     assert "After 0 steps:" in words and "After 5 steps (these weights):" in words and "50.00 ± 1.25" in words
     assert "[arXiv 2505.20686](https://arxiv.org/abs/2505.20686)" in words and "nobody has compared" in words
-    assert "500 response tokens" in words and "1.5e+10 FLOPs" in words
+    assert "500 response tokens, with those of stage 1 if" in words
+    assert "1.5e+10 FLOPs of the model, in training and in generation, without stage 1\n" in words
     assert "| `optim.lr` | `3e-06` |" in words and r'`" a \| b, and/or\n"`' in words
     assert "grpo" not in words and "batch_size" not in words  # another method's keys, and defaults
 
@@ -239,6 +240,13 @@ def test_the_licence_of_the_base_goes_on_and_its_text_does_not(
     assert "own words" not in words and data.items() >= expected.items() and ("license" in data) == bool(expected)
     assert data.get("license_link") in (None, "https://x.org/l")
     assert (base / "README.md").read_text().endswith("own words\n")
+
+
+def test_only_the_card_of_a_run_s_export_promises_scores(export: Path, settings: dict[str, Any]) -> None:
+    training, run_dir = Training.of_run(settings, 5, None), export.parent
+    assert card.write(export, training, run_dir).endswith("; `astar eval` adds scores")
+    elsewhere = export.rename(run_dir / "elsewhere")
+    assert card.write(elsewhere, training, run_dir).endswith("describes the model")
 
 
 def test_a_card_that_somebody_changed_is_neither_overwritten_nor_replaced(

@@ -370,7 +370,7 @@ def test_a_folder_of_another_comparison_is_refused_by_field(
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_budget_that_stage_1_alone_reaches_is_refused_before_any_training(
-    is_there: bool, compare: Any, cfg: RunConfig
+    is_there: bool, compare: Any, cfg: RunConfig, tmp_path: Path
 ) -> None:
     if is_there:
         fill_table(cfg)
@@ -378,12 +378,13 @@ def test_a_budget_that_stage_1_alone_reaches_is_refused_before_any_training(
     with pytest.raises(ValueError, match=f"stage 1 alone, which spo reads, costs {STAGE_1_TOKENS} response tokens"):
         compare(runner, "grpo,spo", f"tokens={STAGE_1_TOKENS}")
     assert runner.calls == ([] if is_there else [("sweep", "stage-1")])
+    assert (tmp_path / "out").exists() != is_there  # what is refused from the beginning writes nothing
     assert compare(Astar(), "grpo,spo", f"tokens={STAGE_1_TOKENS + 1}") == 0
 
 
 @pytest.mark.parametrize(("samples_there", "least"), [(0, 8), (4, STAGE_1_TOKENS + 2)])
 def test_a_budget_that_stage_1_will_reach_is_refused_before_the_sweep(
-    samples_there: int, least: int, compare: Any, cfg: RunConfig
+    samples_there: int, least: int, compare: Any, cfg: RunConfig, tmp_path: Path
 ) -> None:
     """A sample that is lacking has a token at least."""
     if samples_there:
@@ -393,7 +394,7 @@ def test_a_budget_that_stage_1_will_reach_is_refused_before_the_sweep(
         ValueError, match=f"stage 1 alone, which astar reads, will cost {least} response tokens or more"
     ):
         compare(runner, "grpo,astar", f"tokens={least}", **own)
-    assert runner.calls == []
+    assert runner.calls == [] and not (tmp_path / "out").exists()
 
 
 def test_what_any_method_is_refused_for_is_said_before_anything_starts(compare: Any) -> None:
@@ -411,7 +412,7 @@ def test_seconds_of_a_table_that_others_filled_are_not_known(compare: Any, cfg: 
         compare(runner, "astar", "seconds=100")
     with pytest.raises(ValueError, match="how long stage 1"):  # nor is it where it has a part
         compare(runner, "astar", "seconds=100", sweep={"num_samples": 5})
-    assert runner.calls == []
+    assert runner.calls == [] and not (tmp_path / "out").exists()
     assert compare(Astar(), "astar", "tokens=100") == 0
     assert tree_of(tmp_path)["stage_1"]["astar"]["seconds"] is None
     assert "seconds that are not known, and not counted" in (tmp_path / "out" / "compare.md").read_text()

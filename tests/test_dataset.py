@@ -274,7 +274,8 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
     )
     status, report, error = stage1(_stage1(), other)
     assert status == 0, error
-    assert "6 imported" in report and "1 differ from the published ones" in report
+    assert "6 imported" in report and "of the 6 imported 1 differ from the published ones" in report
+    assert f"prompts: 2, written to {cfg.data.path}" in report
     prompts = read_prompts(cfg.data, cfg.model.path)
     table = VStarTable.open(cfg.table_dir, contract_of(cfg))
     assert [table.rewards()[prompt.uid] for prompt in prompts] == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
@@ -284,6 +285,7 @@ def test_published_stage1_data_becomes_prompts_and_a_table_with_the_run_s_reward
     assert all(math.isnan(value) for value in columns["logprob"].to_pylist())
     status, report, _ = stage1()
     assert status == 0 and "0 imported, 6 were there" in report
+    assert "of the 0 imported 0 differ" in report and f"prompts: 2, there already, in {cfg.data.path}" in report
 
 
 def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special_ones(

@@ -275,6 +275,9 @@ def test_flags_of_a_cluster_and_its_address_are_checked(astar: Callable[..., tup
             ("--nodes", "a", "--only-joined"),
             "astar: --nodes, --only-joined: of a cluster's nodes; name it, as --cluster",
         ),
+        (("--set", "optim.lr=1"), "astar: --set: of a run; name its file, as --config"),
+        (("--cluster", "host:1", "--program", "eval"), "astar: --program: of a run; name its file, as --config"),
+        (("--program", "eval"), "astar: --program: of a cluster's nodes; name it, as --cluster"),
         (
             ("--cluster", "nohost", "--seconds", "0"),
             "astar: cluster.address: expected host:port, for example 10.0.0.1:6379, got",

@@ -76,7 +76,9 @@ def test_prompts_with_one_sample_show_no_nan(
 
 def test_every_prompt_is_in_one_bar() -> None:
     mean = np.array([-0.5, 0.0, 0.0, 0.05, 0.1, 0.999, 1.0, 2.0, 0.55])
-    counts = [int(bar.split()[0]) for _, bar in _histogram(mean)]
+    names, bars = zip(*_histogram(mean), strict=True)
+    assert (names[0], names[-1]) == ("0 or less", "1 or more")
+    counts = [int(bar.split()[0]) for bar in bars]
     assert counts == [3, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 2]
 
 

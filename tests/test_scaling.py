@@ -267,9 +267,10 @@ def test_a_held_out_problem_that_is_trained_on_is_refused(study: Study, tmp_path
         study(Astar())
 
 
-def test_a_cell_whose_stage_1_costs_the_last_budget_is_refused(study: Study) -> None:
+def test_a_cell_whose_stage_1_costs_the_last_budget_is_refused(study: Study, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 1 alone, which astar reads, will cost 8 response tokens or more"):
         study(Astar(), budgets=["tokens=8"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_cells_of_paths_with_one_last_part_are_named_by_more_of_them(base: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from samples import evaluation
 from astar_megatron import scaling_fit
 from astar_megatron.data.files import StorageError
 from astar_megatron.run import scores
-from astar_megatron.run.tracking import Tracker
+from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.scaling_fit import fit as scale_fit
 from astar_megatron.studies import laws
 from astar_megatron.studies.comparison import Run
@@ -198,6 +199,23 @@ def test_a_curve_that_goes_on_otherwise_does_not_extrapolate() -> None:
 def test_noise_above_the_tolerance_is_named_as_the_reason() -> None:
     result = extrapolate("x", study(1, responses=16, runs=1), 0.02)
     assert result.verdict == "does not" and "more seeds or more prompts" in result.reason
+    assert result.best is not None and f"its error is {result.best.error:.3g}" in result.reason
+
+
+def test_an_error_of_many_times_the_noise_is_not_put_down_to_it() -> None:
+    tolerance = 0.002
+    result = extrapolate("x", study(0, lambda c: np.where(c < 0.51, sigmoid(c), 0.3), responses=512), tolerance)
+    assert result.verdict == "does not" and "more seeds" not in result.reason
+    error, noise = map(float, re.findall(r"its error is (\S+); .* by ± (\S+)", result.reason)[0])
+    assert error > 5 * noise > 5 * tolerance
+
+
+def test_an_asymptote_is_refused_where_the_sigmoid_misses_by_many_times_a_noise_above_the_tolerance() -> None:
+    compute, random = np.linspace(1 / 40, 1.0, 40), np.random.default_rng(0)
+    score = sigmoid(compute) + 0.01 * random.standard_normal((3, 40))
+    score[:, 20:] += 0.05
+    points = Points(np.tile(compute, 3), score.ravel(), np.repeat(np.arange(3), 40))
+    assert all("misses the later means" in refusals(extrapolate("x", points, t))["asymptote"] for t in (0.002, 0.02))
 
 
 def test_scores_in_per_cent_are_told_with_the_unit_of_the_tolerance() -> None:
@@ -307,6 +325,13 @@ def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([1, 15], [0.1, 0.3])
     (curve,) = read_curves([path], "cost", "val")
     assert curve.points.compute.tolist() == [1, 8]
+
+
+def test_a_folder_that_can_not_be_made_is_refused_before_the_fit(tmp_path: Path, monkeypatch: Any) -> None:
+    path = write_csv(tmp_path / "x.csv", {"spent_flops": [1, 2, 4, 8], "reward_mean": [0.1, 0.2, 0.3, 0.3]})
+    monkeypatch.setattr("astar_megatron.scaling_fit.extrapolate", lambda *_: pytest.fail("fitted"))
+    with pytest.raises(ValueError, match="can't create the folder"):
+        scale_fit([path], tmp_path / "x.csv" / "out", None, None, per_row=False, tolerance=0.05)
 
 
 def fitted(path: str, out: Path) -> tuple[dict[str, Any], str]:
@@ -453,6 +478,18 @@ def test_a_runs_folder_has_rewards_by_flops_and_scores_of_the_weights_that_a_ste
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([5, 10, 15], [0.0, 0.1, 0.2])
     (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens", "score")
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 20], [0.6, 0.6])
+
+
+def test_the_tokens_of_a_runs_folder_are_those_of_its_metrics_with_stage_1(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run")
+    for step in range(3):
+        tracker.log(metrics(step) | {"spent_tokens": 700 + 10 * (step + 1)})
+    for step in (0, 3):
+        scores.write(tmp_path / "run", step, [evaluation(0.5)])
+    (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens")
+    assert curve.points.compute.tolist() == [line["spent_tokens"] for line in read_metrics(tmp_path / "run")]
+    (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens", "score")
+    assert curve.points.compute.tolist() == [700, 730]
 
 
 def test_a_runs_folder_has_the_score_of_its_last_weights_as_a_study_has(tmp_path: Path) -> None:

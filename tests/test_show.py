@@ -134,7 +134,10 @@ def test_a_browser_tells_the_seconds_of_a_step_that_no_curve_draws(
     monkeypatch.setattr(page, "_MOST_CURVE_POINTS", 6)
     show.main(run, tmp_path / "x.html")
     assert data_of(tmp_path / "x.html")["x"] == [1, 3, 5, 7, 9, 11]
-    assert "engines idle" in browser.see(tmp_path / "x.html", "reward>=0&timeline=10").texts["timeline-words"][0]
+    seen = browser.see(tmp_path / "x.html", "reward>=0&timeline=10")
+    assert "engines idle" in seen.texts["timeline-words"][0]
+    assert "Seconds of each step, by part: means of 2 steps" in seen.texts["h3"]
+    assert any("One in 2 steps is drawn" in note for note in seen.texts["note"])
 
 
 @in_a_browser
@@ -276,7 +279,7 @@ def test_lines_of_metrics_that_lack_something_have_a_page_of_the_rest(browser: B
     show.main(run, None)
     data = data_of(run / show.PAGE_FILE)
     assert [chart["curves"] for chart in data["curves"]] == [
-        {"a": [None, None, None, 0.25]},
+        {"a": [0.25]},
         {"reward_mean": [None, None, 0.5, None]},
     ]
     seen = browser.see(run / show.PAGE_FILE)
@@ -299,6 +302,7 @@ def rows_of(run: Path, step: int) -> list[rollout_files.Trained]:
 def test_a_page_holds_what_the_run_wrote(run: Path, shown: Path) -> None:
     data, lines = data_of(shown), read_metrics(run)
     assert data["x"] == [line["step"] for line in lines] and data["all_rollouts"] == 96
+    assert data["seconds"] == [pytest.approx(line["seconds"]) for line in lines]
     (reward,) = [chart for chart in data["curves"] if chart["title"] == "Reward"]
     assert reward["curves"] == {"reward_mean": [line["reward_mean"] for line in lines]}
     assert data["timelines"]["11"] == {"spans": lines[11]["timeline"], "seconds": lines[11]["seconds"]}
@@ -306,6 +310,24 @@ def test_a_page_holds_what_the_run_wrote(run: Path, shown: Path) -> None:
     assert "".join(data["rollouts"]["pieces"][token] for token in row["tokens"]) == wanted.text
     assert data["rollouts"]["prompts"][row["prompt"]] == [wanted.prompt, wanted.answer]
     assert row["ratios"] == [round(100 * ratio) for ratio in wanted.logratios]
+
+
+def test_no_evaluation_skipped_step_or_second_is_lost_where_lines_are_too_many_to_draw(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = read_metrics(run)  # evaluated at steps 0, 4 and 8
+    lines[6]["skipped_steps"], lines[4]["seconds"]["eval"] = 1, 30.0
+    monkeypatch.setattr(page, "_MOST_CURVE_POINTS", 6)
+    (tmp_path / "x.html").write_text(page_of(run, lines).text, encoding="utf-8")
+    data = data_of(tmp_path / "x.html")
+    charts = {chart["title"]: chart for chart in (*data["health"], *data["curves"])}
+    assert charts["Reward"]["x"] == [1, 3, 5, 7, 9, 11] and data["ends"] == [0, 11]
+    evaluation, left_out = charts["Evaluation"], charts["Steps left out"]
+    assert evaluation["x"] == [0, 4, 8] and None not in evaluation["curves"]["prompts"]
+    assert left_out["x"] == [1, 3, 5, 6, 7, 9, 11]
+    assert left_out["curves"] == {"skipped_steps": [0, 0, 0, 1, 0, 0, 0]}
+    assert [seconds.get("eval", 0) for seconds in data["seconds"]] == [0, 0, 15.0, 0, 0, 0]
+    assert data["last_seconds"] == lines[-1]["seconds"]["total"]
 
 
 def test_what_is_too_much_for_a_page_is_left_out_evenly_and_counted(run: Path) -> None:

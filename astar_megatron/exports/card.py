@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from astar_megatron.config import EXPORT_FOLDER
 from astar_megatron.data.files import write_atomic
 from astar_megatron.exports.provenance import ORIGIN, TRAINING, Training, recorded_licence
 from astar_megatron.run import certificate, scores
@@ -38,7 +39,8 @@ def write(folder: Path, training: Training | None, run_dir: Path | None) -> str:
         return f"{path} was changed by hand and is left as it is: remove it to have it written again"
     scored = scores.scores_of(run_dir, training.step, scores.weights_digest(record)) if run_dir and training else []
     write_atomic(path, folders.sealed(text_of(record, training, scored)).encode())
-    return f"{path} describes the model" + ("" if scored else "; `astar eval` adds scores")
+    is_runs_own = run_dir is not None and folder.resolve() == (run_dir / EXPORT_FOLDER).resolve()
+    return f"{path} describes the model" + ("; `astar eval` adds scores" if is_runs_own and not scored else "")
 
 
 def text_of(record: Mapping[str, Any], training: Training | None, scored: Sequence[Scored]) -> str:
@@ -131,7 +133,7 @@ def _made(training: Training) -> Iterator[str]:
     if training.response_tokens is not None:
         yield f"- {training.response_tokens:,} response tokens, with those of stage 1 if the method reads it"
     if training.flops:
-        yield f"- {training.flops:.3g} FLOPs of the model, in training and in generation"
+        yield f"- {training.flops:.3g} FLOPs of the model, in training and in generation, without stage 1"
     yield f"- Software: {', '.join(f'{name} {version}' for name, version in training.versions.items())}\n"
 
 

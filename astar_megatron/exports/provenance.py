@@ -48,7 +48,7 @@ class Training:
     settings: dict[str, Any]
     licence: dict[str, str]  # what the base's own card says: license, license_name, license_link
     response_tokens: int | None  # of stage 1 too, where the method reads it; None: not known, as flops
-    flops: float | None  # of the model, in training and in generation
+    flops: float | None  # of the model, in training and in generation; stage 1's are recorded nowhere
     versions: dict[str, str]
     earlier: list[dict[str, Any]]
 

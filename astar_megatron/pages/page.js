@@ -49,7 +49,7 @@ function summary() {
     ["log-ratio of a response, nats", last.logratio_mean],
     ["KL a token, nats", last.kl_token],
     ["tokens spent", last.spent_tokens],
-    ["seconds of the last step", data.seconds.length ? data.seconds.at(-1).total : undefined],
+    ["seconds of the last step", data.last_seconds],
   ].filter(([, value]) => value !== undefined && value !== null);
   for (const [name, value] of tiles) {
     at("summary").append(element("div", { class: "card" }, element("b", {}, short(value)), element("span", {}, name)));
@@ -99,20 +99,20 @@ function keysOf(names) {
 }
 
 function chart(panel) {
-  const names = Object.keys(panel.curves), columns = Object.values(panel.curves);
+  const names = Object.keys(panel.curves), columns = Object.values(panel.curves), steps = panel.x, [first, last] = data.ends;
   const numbers = columns.flat().filter((value) => value !== null);
-  const xs = [data.x[0], data.x.at(-1) === data.x[0] ? data.x[0] + 1 : data.x.at(-1)], ys = range(numbers);
+  const xs = [first, last === first ? first + 1 : last], ys = range(numbers);
   const x = scale(...xs, LEFT, WIDTH - RIGHT), y = scale(...ys, HEIGHT - BOTTOM, TOP);
   const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": panel.title });
   frame(svg, x, y, xs, ys);
   columns.forEach((column, index) => {
     let path = "", pen = "M";
+    const alone = column.filter((value) => value !== null).length < 25;
     column.forEach((value, place) => {
       if (value === null) return;
-      path += `${pen}${x(data.x[place]).toFixed(1)} ${y(value).toFixed(1)}`;
+      path += `${pen}${x(steps[place]).toFixed(1)} ${y(value).toFixed(1)}`;
       pen = "L";
-      const alone = column.filter((other) => other !== null).length < 25;
-      if (alone) svg.append(drawn("circle", { cx: x(data.x[place]), cy: y(value), r: 2.2, fill: colour(index) }));
+      if (alone) svg.append(drawn("circle", { cx: x(steps[place]), cy: y(value), r: 2.2, fill: colour(index) }));
     });
     svg.append(drawn("path", { d: path, stroke: colour(index) }));
   });
@@ -122,7 +122,7 @@ function chart(panel) {
   const title = element("h3", {}, panel.title);
   const show = (place) => {
     say(columns.map((column) => short(column[place])));
-    title.textContent = `${panel.title}, step ${data.x[place]}`;
+    title.textContent = `${panel.title}, step ${steps[place]}`;
   };
   const showLast = () => {
     say(columns.map((column) => short(column.findLast((value) => value !== null))));
@@ -133,9 +133,9 @@ function chart(panel) {
     const box = svg.getBoundingClientRect();
     const pointed = ((event.clientX - box.left) / box.width) * WIDTH;
     let near = 0;
-    data.x.forEach((step, place) => { if (Math.abs(x(step) - pointed) < Math.abs(x(data.x[near]) - pointed)) near = place; });
-    cursor.setAttribute("x1", x(data.x[near]));
-    cursor.setAttribute("x2", x(data.x[near]));
+    steps.forEach((step, place) => { if (Math.abs(x(step) - pointed) < Math.abs(x(steps[near]) - pointed)) near = place; });
+    cursor.setAttribute("x1", x(steps[near]));
+    cursor.setAttribute("x2", x(steps[near]));
     cursor.setAttribute("visibility", "visible");
     show(near);
   });
@@ -148,7 +148,8 @@ function chart(panel) {
 
 function charts(section, panels) {
   const box = section.querySelector(".charts");
-  if (data.every > 1) box.before(element("p", { class: "note" }, `One in ${data.every} steps is drawn, with the newest.`));
+  const left = `One in ${data.every} steps is drawn, with the newest, and all evaluations and steps left out.`;
+  if (data.every > 1) box.before(element("p", { class: "note" }, left));
   if (!panels.length) box.replaceWith(element("p", { class: "note" }, "Nothing is measured yet."));
   else box.append(...panels.map(chart));
 }
@@ -226,14 +227,14 @@ function shares() {
     svg.append(drawn("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }));
     svg.append(drawn("text", { x: left - 5, y: y(value) + 3, "text-anchor": "end" }, short(value)));
   }
-  const slot = (width - left) / data.x.length;
+  const slot = (width - left) / data.x.length, step = data.every > 1 ? `mean of ${data.every} steps to` : "step";
   data.seconds.forEach((seconds, place) => {
     let sum = 0;
     for (const name of names) {
       const size = seconds[name] || 0;
       const bar = drawn("rect", { x: left + slot * (place + 0.1), width: slot * 0.8, y: y(sum + size),
         height: Math.max(0, y(sum) - y(sum + size)), fill: partColour(name) });
-      bar.append(drawn("title", {}, `step ${data.x[place]}, ${name}: ${short(size)} s`));
+      bar.append(drawn("title", {}, `${step} ${data.x[place]}, ${name}: ${short(size)} s`));
       svg.append(bar);
       sum += size;
     }
@@ -244,7 +245,7 @@ function shares() {
   });
   const keys = element("div", { class: "keys" });
   for (const name of names) keys.append(element("span", {}, square(partColour(name)), name));
-  at("shares").append(element("h3", {}, "Seconds of each step, by part"), svg, keys);
+  at("shares").append(element("h3", {}, `Seconds of each step, by part${data.every > 1 ? `: means of ${data.every} steps` : ""}`), svg, keys);
 }
 
 function timelines() {

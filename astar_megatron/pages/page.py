@@ -19,6 +19,7 @@ from astar_megatron.data import rollout_files
 from astar_megatron.data.files import without_nan
 from astar_megatron.data.rollout_files import Trained
 from astar_megatron.pages import panels
+from astar_megatron.run.tracking import greedy_scores
 
 MOST_ROLLOUTS, MOST_TOKENS = 10_000, 1_000_000  # in a page; more would make a browser slow
 MOST_TIMELINES = 500
@@ -46,16 +47,18 @@ def page_of(
     """Return the page of a run with these lines of metrics. Raises ValueError for a damaged file of rollouts."""
     rollouts, total = _rollouts(run_dir, most_rollouts, most_tokens)
     every = math.ceil(len(lines) / _MOST_CURVE_POINTS) or 1
-    drawn = lines[::-every][::-1]  # with the newest
+    groups = [lines[max(0, end - every) : end] for end in range(len(lines), 0, -every)][::-1]
     data = {
         "run": run_dir.resolve().name,
         "steps": len(lines),
-        "x": [line["step"] for line in drawn],
+        "ends": [line["step"] for line in (*lines[:1], *lines[-1:])],
         "every": every,
-        "health": _charts(panels.HEALTH, drawn),
-        "curves": [*_scores(drawn), *_charts(panels.CURVES, drawn)],
+        "health": _charts(panels.HEALTH, lines, every),
+        "curves": [*_scores(lines), *_charts(panels.CURVES, lines, every)],
         "last": {key: value for key, value in (lines[-1] if lines else {}).items() if _is_number(value)},
-        "seconds": [line.get("seconds") or {} for line in drawn],
+        "x": [group[-1]["step"] for group in groups],
+        "seconds": [_mean_seconds(group) for group in groups],
+        "last_seconds": (lines[-1].get("seconds") or {}).get("total") if lines else None,
         "timelines": {
             line["step"]: {"spans": line["timeline"], "seconds": line.get("seconds") or {}}
             for line in lines[-MOST_TIMELINES:]
@@ -78,13 +81,32 @@ def is_page(file: Path) -> bool:
         return opened.read(len(begins)) == begins
 
 
-def _charts(group: Sequence[panels.Panel], lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{"title": panel.title, "note": panel.note, "curves": known} for panel, known in panels.curves(group, lines)]
+def _charts(group: Sequence[panels.Panel], lines: Sequence[panels.Line], every: int) -> list[dict[str, Any]]:
+    charts = []
+    for panel in group:
+        drawn = panels.drawn(lines, every, panel.keys if panel.rare else ())
+        if known := panels.curves(panel, drawn):
+            charts.append(_chart(panel.title, panel.note, drawn, known))
+    return charts
 
 
-def _scores(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    known = panels.scores(lines)
-    return [{"title": "Evaluation", "note": "reward of greedy responses", "curves": known}] if known else []
+def _scores(lines: Sequence[panels.Line]) -> list[dict[str, Any]]:
+    evaluated = [line for line in lines if greedy_scores(line)]
+    note = "reward of greedy responses"
+    return [_chart("Evaluation", note, evaluated, panels.scores(evaluated))] if evaluated else []
+
+
+def _chart(title: str, note: str, lines: Sequence[panels.Line], curves: panels.Curves) -> dict[str, Any]:
+    return {"title": title, "note": note, "x": [line["step"] for line in lines], "curves": curves}
+
+
+def _mean_seconds(lines: Sequence[panels.Line]) -> dict[str, float]:
+    """The seconds of these steps by part, each their mean: what few steps have is left out nowhere."""
+    sums: dict[str, float] = {}
+    for line in lines:
+        for name, seconds in (line.get("seconds") or {}).items():
+            sums[name] = sums.get(name, 0.0) + (seconds or 0.0)
+    return {name: total / len(lines) for name, total in sums.items()}
 
 
 def _rollouts(run_dir: Path, most_rollouts: int, most_tokens: int) -> tuple[dict[str, Any], int]:

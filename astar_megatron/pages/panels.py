@@ -1,6 +1,6 @@
 """Which curves of a run's metrics belong together, and what to look for in each group."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,6 +15,7 @@ class Panel:
     title: str
     keys: tuple[str, ...]
     note: str = ""
+    rare: bool = False  # most lines have 0: of the others none is left out where lines are too many to draw
 
 
 HEALTH = (
@@ -38,7 +39,12 @@ HEALTH = (
     Panel(title="Engine's gap", keys=("engine_gap",), note="trainer's minus engines' log-prob of a response, nats"),
     Panel(title="Value", keys=("v_star_mean", "v_star_shift", "value_mean", "value_error"), note="in units of reward"),
     Panel(title="Prompts of no use", keys=("unstable_share", "flat_groups"), note="shares"),
-    Panel(title="Steps left out", keys=("skipped_steps", "critic_skipped_steps"), note="a loss was not finite"),
+    Panel(
+        title="Steps left out",
+        keys=("skipped_steps", "critic_skipped_steps"),
+        note="a loss was not finite",
+        rare=True,
+    ),
 )
 CURVES = (
     Panel(title="Reward", keys=("reward_mean",), note="mean over the step's responses"),
@@ -54,18 +60,25 @@ CURVES = (
 )
 
 
+type Line = Mapping[str, Any]
 type Curves = dict[str, list[Any]]
 
 
-def curves(panels: Sequence[Panel], lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Panel, Curves]]:
-    """Yield each panel that has a number in `lines`, with its curves by key: a value a line, None where it has none."""
-    for panel in panels:
-        values = {key: [line.get(key) for line in lines] for key in panel.keys}
-        if known := {key: column for key, column in values.items() if any(value is not None for value in column)}:
-            yield panel, known
+def drawn(lines: Sequence[Line], every: int, keys: Sequence[str] = ()) -> list[Line]:
+    """Return one in `every` lines, with the newest, and all others that have a number beside 0 under one of `keys`."""
+    newest = len(lines) - 1
+    return [
+        line for place, line in enumerate(lines) if not (newest - place) % every or any(line.get(key) for key in keys)
+    ]
 
 
-def scores(lines: Sequence[Mapping[str, Any]]) -> Curves:
+def curves(panel: Panel, lines: Sequence[Line]) -> Curves:
+    """Return the curves of a panel that have a number in `lines`, by key: a value a line, None where it has none."""
+    values = {key: [line.get(key) for line in lines] for key in panel.keys}
+    return {key: column for key, column in values.items() if any(value is not None for value in column)}
+
+
+def scores(lines: Sequence[Line]) -> Curves:
     """Return the greedy score of each set of problems that was evaluated while training, as a curve."""
     evaluated = [greedy_scores(line) for line in lines]
     return {name: [known.get(name) for known in evaluated] for name in dict.fromkeys(chain.from_iterable(evaluated))}

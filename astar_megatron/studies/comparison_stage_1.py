@@ -13,6 +13,23 @@ from astar_megatron.studies import comparison
 from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
 from astar_megatron.studies.comparison_files import STAGE_1
 
+type Samples = Mapping[tuple[str, int], Sequence[int]]  # tokens of responses by uid and sample
+
+
+def known_costs(configs: Mapping[Run, RunConfig], limit: Budget, inputs: Inputs, folder: Path) -> dict[str, Stage1Cost]:
+    """Return by method what stage 1 has cost where its table lacks nothing; writes nothing.
+
+    Raises ValueError where the budget can't be kept by a method whose table lacks something.
+    """
+    costs = {}
+    for method, cfg in _readers(configs).items():
+        drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
+        if lacking:
+            _check(cfg, limit, drawn, lacking, folder)
+        else:
+            costs[method] = _cost(cfg, inputs, drawn, folder)
+    return costs
+
 
 def stage_1_of(
     seed: int,
@@ -28,13 +45,12 @@ def stage_1_of(
     budget can't be kept.
     """
     costs, failures = {}, {}
-    for method, cfg in {run.cell: cfg for run, cfg in configs.items() if cfg.asks_stage_1}.items():
+    for method, cfg in _readers(configs).items():
         drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
         if lacking and failures:  # of the same table
             failures[method] = next(iter(failures.values()))
         elif lacking:
-            comparison.check_tokens(cfg, limit, sum(map(len, drawn.values())) + lacking)
-            comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, len(drawn)))
+            _check(cfg, limit, drawn, lacking, folder)
             end = sweep(cfg.model_copy(update={"run_dir": str(folder / STAGE_1), "seed": seed}))
             drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
             if end.status:
@@ -46,7 +62,17 @@ def stage_1_of(
     return costs, failures
 
 
-def _cost(cfg: RunConfig, inputs: Inputs, drawn: Mapping[tuple[str, int], Sequence[int]], folder: Path) -> Stage1Cost:
+def _readers(configs: Mapping[Run, RunConfig]) -> dict[str, RunConfig]:
+    """A configuration of each method that reads stage 1."""
+    return {run.cell: cfg for run, cfg in configs.items() if cfg.asks_stage_1}
+
+
+def _check(cfg: RunConfig, limit: Budget, drawn: Samples, lacking: int, folder: Path) -> None:
+    comparison.check_tokens(cfg, limit, sum(map(len, drawn.values())) + lacking)
+    comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, len(drawn)))
+
+
+def _cost(cfg: RunConfig, inputs: Inputs, drawn: Samples, folder: Path) -> Stage1Cost:
     prompts = {prompt.uid: prompt for prompt in inputs.prompts}
     return Stage1Cost(
         tokens=sum(map(len, drawn.values())),

@@ -206,7 +206,8 @@ def _result(law: Law, points: Points, first_half: Points, late: Late, tolerance:
         half = "" if whole is None else f", up to half of the compute, where there are {len(first_half)}"
         refusal = f"{reason}{half}"
     numbers = _numbers(whole, points) if whole else {}
-    if law is SIGMOID and share is not None and _is_missed(share, late, tolerance) and not numbers["asymptote"].refusal:
+    is_missed = error is not None and share is not None and _is_missed(error, share, late)
+    if law is SIGMOID and is_missed and not numbers["asymptote"].refusal:
         words = (
             f"fitted up to {EARLIER:.0%} of the compute the sigmoid misses the later means, by more than their noise"
         )
@@ -225,7 +226,7 @@ def _result(law: Law, points: Points, first_half: Points, late: Late, tolerance:
 def _verdict(
     best: LawResult | None, laws: Sequence[LawResult], late: Late, split: float, tolerance: float
 ) -> tuple[Verdict, str]:
-    if best is None or best.share is None:
+    if best is None or best.error is None or best.share is None:
         return "can't be told", "; ".join(law.refusal for law in laws if law.refusal) or "no point after the first half"
     parts = len(late.score)
     if parts < _LEAST_PARTS:
@@ -233,15 +234,13 @@ def _verdict(
     words = f"{best.law}, fitted up to {split:.3g}, is within {tolerance:g} of {best.share:.0%} of {parts} later means"
     if best.share >= NEEDED:
         return "extrapolates", words
-    noise = _noise(late)
-    if not _is_missed(best.share, late, tolerance):
-        return "does not", f"{words}; from one to the next they move by ± {noise:.3g}: more seeds or more prompts"
-    return "does not", f"{words}: its error is {best.error:.3g}; from one to the next they move by ± {noise:.3g}"
+    words += f": its error is {best.error:.3g}; from one to the next they move by ± {_noise(late):.3g}"
+    return "does not", words if _is_missed(best.error, best.share, late) else f"{words}: more seeds or more prompts"
 
 
-def _is_missed(share: float, late: Late, tolerance: float) -> bool:
-    """Whether a law misses the late means, and it is not for their noise, which is within the tolerance."""
-    return share < NEEDED and len(late.score) >= _LEAST_PARTS and _noise(late) <= tolerance
+def _is_missed(error: float, share: float, late: Late) -> bool:
+    """Whether a law misses the late means by more than their noise."""
+    return share < NEEDED and len(late.score) >= _LEAST_PARTS and error > _noise(late)
 
 
 def _noise(late: Late) -> float:

@@ -101,11 +101,14 @@ def _of_csv(text: str) -> list[dict[str, Any]]:
 def _of_run(path: Path) -> list[Row]:
     """What has been spent after each step with its reward, and what before it with the score of the weights then.
 
-    The scores are those that a study has too: also of the last weights, which no line of metrics has.
+    Of stage 1 that is the tokens, as in the lines of metrics: its FLOPs and seconds are in no run's. The scores are
+    those that a study has too: also of the last weights, which no line of metrics has.
     """
-    lines, spent, rows = read_metrics(path), Cost(), []
+    lines, rows = read_metrics(path), []
     if not lines:
         raise ValueError(f"{path}: no {METRICS_FILE} with steps, scale.csv or compare.csv there; give a run's folder")
+    first = lines[0]
+    spent = Cost(tokens=max(0, (first.get("spent_tokens") or 0) - (first.get("response_tokens") or 0)))
     for line in lines:
         rows += _score(path, line["step"], spent)
         spent += Cost.of_step(line)

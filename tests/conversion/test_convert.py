@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_models import fits, layouts, models, random_weights, write_folder
 
+from astar_megatron import convert
 from conversion import rewrite
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.families import Model
@@ -130,6 +131,10 @@ def test_a_checkpoint_without_configuration_needs_a_folder_like_it(
     rewrite.compare(MegatronEnd(tmp_path / "megatron", like=tied_llama), HuggingFaceEnd(tied_llama))
     with pytest.raises(ValueError, match=r"does not hold output_layer|expected"):
         MegatronEnd(tmp_path / "megatron", like=untied_qwen2)
+    for pair in [("megatron", tied_llama), (tied_llama, "megatron")]:  # of the checkpoint alone
+        convert.verify(*(str(tmp_path / path) for path in pair), like=str(tied_llama))
+    with pytest.raises(ValueError, match="--like: of a checkpoint of Megatron, but"):
+        convert.verify(str(tied_llama), str(tied_llama), like=str(tied_llama))
 
 
 @pytest.mark.slow
