@@ -307,6 +307,11 @@ def test_ranks_that_never_end_their_writing_end_training_and_hold_no_error_up(tm
     with pytest.raises(ClusterError), saves_of(checkpoints, Stuck(polls=9), lines.append) as saves:
         begin(saves, 1)
         begin(saves, 2)
+    assert lines == ["step_00000001 was not saved"]  # not waited for once more
+    lines.clear()
+    with pytest.raises(ZeroDivisionError), saves_of(checkpoints, Stuck(polls=9), lines.append) as saves:
+        begin(saves, 1)
+        raise ZeroDivisionError
     assert lines == [
         "step_00000001 is being written: waits for it",
         "step_00000001 was not saved: policy: save_state: no answer in 3600 s",

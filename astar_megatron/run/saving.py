@@ -62,6 +62,7 @@ class Saves:
     ) -> None:
         self._folder, self._cfg, self._record, self._policy, self._say = folder, cfg, record, policy, say
         self._begun: _Begun | None = None
+        self._is_given_up = False  # waiting for it has ended in an error
         self._failure: StorageError | None = None  # of the last one
         self._waits: list[tuple[float, float]] = []
 
@@ -75,7 +76,9 @@ class Saves:
             return None
         try:
             self.poll(_ANSWER_SECONDS)
-            if self._begun:
+            if self._begun and self._is_given_up:
+                self._say(f"{self._begun.name} was not saved")
+            elif self._begun:
                 self._say(f"{self._begun.name} is being written: waits for it")
                 self.wait()
         except ClusterError as silence:  # the error that brought us here is the one to see
@@ -116,7 +119,12 @@ class Saves:
         """Wait until nothing is under way. ClusterError where a rank is dead, or writes for longer than it may."""
         if self._begun is not None:
             start = time.perf_counter()
-            self._complete_if_written(self._begun, self._policy.save_states(wait=True))
+            try:
+                states = self._policy.save_states(wait=True)
+            except ClusterError:
+                self._is_given_up = True
+                raise
+            self._complete_if_written(self._begun, states)
             self._waits.append((start, time.perf_counter()))
 
     def _complete_if_written(self, begun: _Begun, states: Sequence[SaveState]) -> None:
