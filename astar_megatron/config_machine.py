@@ -104,7 +104,8 @@ class ClusterConfig(Section):
     start_timeout_seconds: Seconds = 300.0
     """[seconds] How long the engines may take to start, and the policy."""
     call_timeout_seconds: Seconds = 3600.0
-    """[seconds] How long anything else may take that ranks or engines are asked for, such as a step of training."""
+    """[seconds] How long anything else may take that ranks or engines are asked for, such as a step of training, or the
+    next response to requests that an engine was given at once."""
 
 
 class CheckpointConfig(Section):

@@ -2,14 +2,20 @@
 
 import dataclasses
 import math
+import threading
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fake_engines import FakeEngines
 
+from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.rollout.engine import Response
+from astar_megatron.rollout.member import Member
 from astar_megatron.run.decoding import DecodePath, StaleEngine
+from astar_megatron.run.fleet import Fleet
+from astar_megatron.run.weights import WeightSync
 
 
 class Policy:
@@ -119,6 +125,20 @@ def test_an_engine_that_is_replaced_during_a_look_is_looked_at_anew(engines: Fol
     for version in (0, 1):
         assert look(path, engines, policy, version) == ""
     assert look(path, engines, policy, 2)
+
+
+def test_an_engine_that_could_not_be_given_its_weights_is_looked_at_anew(engines: Following, path: DecodePath) -> None:
+    def publish(version: int, members: Sequence[Any]) -> None:
+        raise ClusterError("policy rank 0: was killed by SIGKILL")
+
+    policy, fleet = Policy("bfloat16", 0.0), Fleet.__new__(Fleet)
+    fleet._moving, fleet._published, fleet._decode_path = threading.Lock(), 1, path
+    fleet._weights = cast(WeightSync, SimpleNamespace(publish=publish))
+    look(path, engines, policy, 0)
+    assert look(path, engines, policy, 1)
+    with pytest.raises(ClusterError):
+        fleet.heal(cast(Member, SimpleNamespace(index=1)))
+    assert not path.is_proved
 
 
 @pytest.mark.parametrize("max_tokens", [2, 17, 20])

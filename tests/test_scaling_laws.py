@@ -13,8 +13,6 @@ import pytest
 from matplotlib import pyplot
 from samples import evaluation
 
-from astar_megatron import scaling_fit
-from astar_megatron.data.files import StorageError
 from astar_megatron.run import scores
 from astar_megatron.run.tracking import Tracker, read_metrics
 from astar_megatron.scaling_fit import fit as scale_fit
@@ -639,15 +637,6 @@ def test_a_folder_in_the_place_of_a_result_is_named_before_anything_is_written(t
     with pytest.raises(ValueError, match=r"--out .*out: fit\.png is a folder there; give another, or remove it"):
         scale_fit([path], tmp_path / "out", None, None, per_row=False, tolerance=0.02)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["fit.png"]
-
-
-def test_a_folder_that_can_t_be_made_is_named_before_anything_is_fitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_csv(tmp_path / "x.csv", {"num_tokens": [*range(1, 21)], "reward": [*range(20)]})
-    monkeypatch.setattr(scaling_fit, "extrapolate", lambda *_: pytest.fail("fitted"))
-    with pytest.raises(StorageError, match=r"x\.csv: can't create the folder"):
-        scale_fit([path], Path(path), None, None, per_row=False, tolerance=0.02)
 
 
 def test_which_law_is_nearest_does_not_depend_on_the_unit_of_the_scores() -> None:

@@ -4,6 +4,7 @@ Its last line is the cause, found in the output of the actor's processes on its 
 """
 
 import contextlib
+import math
 import re
 import socket
 import time
@@ -38,6 +39,7 @@ _ENDS = (RayActorError, OutOfMemoryError, WorkerCrashedError)  # of processes
 _NODES_ENDS = (NodeDiedError, LocalRayletDiedError, ObjectLostError)  # with the answers that lay there
 _DEFECTS = (ObjectFreedError, ReferenceCountingAssertionError)  # of these: somebody has thrown an answer away
 _LOGS = "the logs of Ray's session"
+_FOLLOWS_SECONDS = 60.0  # in which failures may follow from a kill that the first of them showed
 _OTHERS_SECONDS = 1.0  # after a failure, for the processes whose ends caused it to be heard of
 
 
@@ -55,7 +57,7 @@ class Failures:
         nodes: Mapping[str, Node],
     ) -> None:
         self._on_node, self._on_nodes, self._actors, self._nodes = on_node, on_nodes, actors, nodes
-        self._memory_kills = memory_kills()  # those that were told, or had been before
+        self._memory_kills, self._noticed = memory_kills(), -math.inf  # those that are known, and since when
 
     def failed(self, action: str, failed: Any, error: Exception, pending: Sequence[Any]) -> Exception:
         """Return what to raise for a failed call; the end of a process goes before the errors that it gave others."""
@@ -83,7 +85,8 @@ class Failures:
                 cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
                 is_lost = was_killed(cause)  # what the actor had started
         if (kills := memory_kills()) > self._memory_kills:
-            self._memory_kills = kills
+            self._memory_kills, self._noticed = kills, time.monotonic()
+        if time.monotonic() - self._noticed < _FOLLOWS_SECONDS:
             cause += " (the kernel killed a process for memory meanwhile)"
         logs = self.logs_of(actor)
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {logs}\n{name}: {cause}"

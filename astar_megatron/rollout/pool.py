@@ -171,8 +171,8 @@ class EnginePool:
         for stream in streams:
             if time.monotonic() - self._heard[stream] > limit:
                 member = self._streams[stream]
-                words = f"no response in {limit:.0f} s (cluster.call_timeout_seconds), though it says that it is well"
-                self.replace(member, f"engine {member.index}: {words}")
+                words = f"is well, but has answered nothing for {limit:.0f} s of what it was asked at once; raise"
+                self.replace(member, f"engine {member.index} {words} cluster.call_timeout_seconds if it needs longer")
 
     def running(self) -> list[Member]:
         """Return the engines that can be given weights now."""
@@ -315,13 +315,13 @@ class EnginePool:
             self.replace(fresh, cause_of(error))
             return
         self._note_starts([fresh])
+        with self._changed:
+            self._num_replaced += 1
         try:
             self.bring(fresh)
         except Exception as error:
             self._not_brought = error
             return
-        with self._changed:
-            self._num_replaced += 1
         _LOG.warning("engine %d: replaced in %.0f s", index, time.monotonic() - began)
 
     def hold_back(self) -> None:

@@ -158,11 +158,13 @@ class Fleet:
         is for all engines that run.
         """
         with self._moving:
-            if self._weights is None:
-                self._loaded.verify(self.engines, [engine])
-            elif self._published is not None:
-                self._weights.publish(self._published, [engine])
-            self._decode_path.forget(engine.index)
+            try:
+                if self._weights is None:
+                    self._loaded.verify(self.engines, [engine])
+                elif self._published is not None:
+                    self._weights.publish(self._published, [engine])
+            finally:  # one that failed may get weights from another policy
+                self._decode_path.forget(engine.index)
 
     def restart_policy(self, error: ActorLost) -> None:
         """Start all ranks anew where one died, for training to begin again at its newest checkpoint; engines stay.

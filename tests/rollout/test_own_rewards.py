@@ -12,6 +12,7 @@ import samples
 import yaml
 
 from astar_megatron.algorithm import rewards
+from astar_megatron.cluster import processes
 from astar_megatron.config import RewardConfig
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.commands import start
@@ -102,6 +103,24 @@ def test_a_command_of_a_command_finds_an_own_reward_among_files_of_any_name(
     with start(words, subprocess.PIPE) as process:
         output, _ = process.communicate(timeout=100)
     assert process.returncode == 0 and b"my_module:reward" in output, output.decode()
+
+
+def test_a_command_of_a_command_is_of_the_same_copy_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lies in the current folder, before an installed one; and one anywhere on the path."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    assert processes.module_path() == [str(Path.cwd()), *sys.path[1:]]
+    monkeypatch.chdir(tmp_path)
+    copied = {"__init__": "", "cli": "def main(): print('a copy')", "cluster/processes": "def die_with(*_): ..."}
+    for name, text in copied.items():
+        file = tmp_path / "copies/astar_megatron" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "copies"))
+    with start([], subprocess.PIPE) as process:
+        assert process.communicate(timeout=100)[0] == b"a copy\n"
 
 
 @pytest.mark.slow
