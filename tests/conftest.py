@@ -90,7 +90,7 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def cut_name() -> Iterator[None]:
     """This process has a name that the kernel has cut at 15 bytes, inside a letter, as anybody's may be."""
     file = Path("/proc/self/comm")
-    name = file.read_bytes()
+    name = file.read_bytes().rstrip(b"\n")  # the end of the line is none of it
     file.write_bytes("Testdurchgangsäle".encode()[:15])
     yield
     file.write_bytes(name)
