@@ -1,5 +1,7 @@
 """Publishing: the transfer folder, and that a publish which went wrong stops the run, by name."""
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from astar_megatron.cluster.errors import ClusterError
+from astar_megatron.cluster.session import remove_shared_folders
 from astar_megatron.config import ConversionConfig
 from astar_megatron.run.weights import LoadedWeights, TransferFolder, WeightSync
 from conversion import hf
@@ -33,7 +36,7 @@ import os
 from astar_megatron.run.weights import TransferFolder
 os.fork()
 with TransferFolder() as folder:
-    print(os.getpid(), folder.path, flush=True)
+    os.write(1, f"{os.getpid()} {folder.path}\\n".encode())  # at once, not between the other's words
     input()
 """
 
@@ -53,6 +56,22 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_holds_is_not() 
     finally:
         killed.communicate("\n")  # until the living one has ended
     assert not of_living.exists()
+
+
+def test_a_folder_just_made_is_not_taken_for_a_killed_runs() -> None:
+    ours = TransferFolder()
+    try:
+        with TransferFolder():  # another run starts before ours is locked
+            assert ours.path.is_dir()
+        with ours, TransferFolder():  # and another after that
+            assert ours.path.is_dir()
+        assert not ours.path.exists()
+        dead = TransferFolder()  # killed before it was locked
+        os.utime(dead.path, (0, 0))
+        remove_shared_folders()
+        assert not dead.path.exists()
+    finally:
+        shutil.rmtree(ours.path, ignore_errors=True)
 
 
 class Policy:

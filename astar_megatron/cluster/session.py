@@ -35,7 +35,7 @@ OBJECT_STORE_BYTES = 256 << 20  # Ray's, there: prompts and rollouts are small; 
 _RAY = "r"
 _LONGEST_FOLDER = 107 - 64 - len(f"/{PREFIX}12345678/{_RAY}")  # bytes of a folder in which the session's folder can lie
 _LOGS_SECONDS = 24 * 3600.0  # how long the logs of a run that failed are kept
-_START_SECONDS = 10.0  # within which a run that has made its lock also holds it
+_START_SECONDS = 10.0  # within which a run that has made its folder, or the lock in it, also holds the lock
 
 
 class SessionFolder:
@@ -191,11 +191,15 @@ def remove_left_behind() -> None:
 def remove_shared_folders() -> None:
     """Remove the folders in /dev/shm of runs that were killed before they could (run/weights.py makes them).
 
-    A living run holds the lock in its folder.
+    A living run holds the lock in its folder; one that has just made it has none yet, and nothing in it.
     """
     for folder in _own(SHARED_MEMORY.glob(f"{PREFIX}*-*")):
-        with contextlib.suppress(OSError), exclusive(folder / LOCK, "another run"):  # held, or just removed
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # held, or just removed
+            lock = folder / LOCK
+            if not lock.exists() and time.time() - folder.stat().st_mtime < _START_SECONDS:
+                continue
+            with exclusive(lock, "another run"):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _session_folders() -> set[Path]:

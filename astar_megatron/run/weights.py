@@ -46,10 +46,12 @@ class TransferFolder:
     def __init__(self) -> None:
         remove_shared_folders()
         self.path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED_MEMORY))
-        self._lock = exclusive(self.path / LOCK, "this run")
+        self._lock = exclusive(self.path / "new", "another run")
 
     def __enter__(self) -> Self:
+        # It gets its name once it is held: a run that starts at this instant would take it for a killed run's.
         self._lock.__enter__()
+        (self.path / "new").rename(self.path / LOCK)
         return self
 
     def __exit__(self, *error: object) -> None:
