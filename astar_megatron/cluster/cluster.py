@@ -178,15 +178,13 @@ class Cluster:
             return function(*arguments)
         if node not in self.nodes:
             raise ClusterError("an actor that has not begun is on no node yet")
-        try:
-            return ray.get(task_on(node, function).remote(*arguments), timeout=_NODE_SECONDS)
-        except RayError as error:
-            if isinstance(error, RayTaskError) and isinstance(error.cause, ClusterError | ValueError):
-                raise error.cause from None
-            raise ClusterError(
-                f"node {self.nodes[node].address} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
-                "that it is up, and that astar-megatron is installed there as it is here"
-            ) from None
+        return self._answer(node, task_on(node, function).remote(*arguments))
+
+    def on_each[T](self, function: Callable[..., T], *arguments: Any) -> dict[str, T]:
+        """Return by node, by Ray's id, what a function answers on every node, asked at once; else as `on_node`."""
+        calls = {node: task_on(node, function).remote(*arguments) for node in self.nodes if node != self._here}
+        here = {node: function(*arguments) for node in self.nodes if node == self._here}
+        return here | {node: self._answer(node, call) for node, call in calls.items()}
 
     def on_nodes(self, function: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]]) -> Answers[Any]:
         """Return by node, by Ray's id, what a function answers there, all at once; a string: why it did not.
@@ -201,13 +199,24 @@ class Cluster:
         """Return what a function answers on the node of an actor that has begun; as `on_node`."""
         return self.on_node(node_of(actor._actor_id.hex()), function, *arguments)
 
+    def _answer(self, node: str, call: Any) -> Any:
+        try:
+            return ray.get(call, timeout=_NODE_SECONDS)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, ClusterError | ValueError):
+                raise error.cause from None
+            raise ClusterError(
+                f"node {self.nodes[node].address} does not answer ({str(error).strip().splitlines()[-1]:.300}); see "
+                "that it is up, and that astar-megatron is installed there as it is here"
+            ) from None
+
     def _check_tokens(self) -> None:
-        for node in self.nodes.values():
-            if not self.on_node(node.id, nodes.asks_token):
+        for node, asks in self.on_each(nodes.asks_token).items():
+            if not asks:
                 raise ClusterError(
-                    f"cluster.address: Ray on node {node.address} asks no token of those who reach it; start Ray on "
-                    f"each of the {self.num_nodes} nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (or one file, "
-                    "RAY_AUTH_TOKEN_PATH), and `astar` with the same"
+                    f"cluster.address: Ray on node {self.nodes[node].address} asks no token of those who reach it; "
+                    f"start Ray on each of the {self.num_nodes} nodes with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN "
+                    "(or one file, RAY_AUTH_TOKEN_PATH), and `astar` with the same"
                 )
 
     @property

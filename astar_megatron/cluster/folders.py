@@ -15,12 +15,11 @@ def check_read(cluster: Cluster, key: str, folder: str) -> None:
     """
     names = [path.name for path in Path(folder).iterdir() if path.is_file()]
     here = nodes.sizes(folder, names)
-    for node in cluster.nodes.values():
-        there = cluster.on_node(node.id, nodes.sizes, folder, names)
+    for node, there in cluster.on_each(nodes.sizes, folder, names).items():
         if different := [name for name in names if there[name] != here[name]]:
             name = different[0]
             raise ClusterError(
-                f"{key}={folder}: node {node.address} sees {_size(there[name])} in place of {name} "
+                f"{key}={folder}: node {cluster.nodes[node].address} sees {_size(there[name])} in place of {name} "
                 f"({here[name]} bytes); put the folder where all nodes see it, at the same path, or copy it to each"
             )
 
@@ -32,16 +31,12 @@ def check_written(cluster: Cluster, key: str, folder: str) -> None:
     mark = Path(folder) / f".astar-{secrets.token_hex(8)}"
     try:
         mark.write_text(mark.name, encoding="utf-8")
-        for node in cluster.nodes.values():
-            if not cluster.on_node(node.id, nodes.appears, folder, mark.name):
-                fault = "does not see this folder"
-            elif not cluster.on_node(node.id, nodes.can_write, folder):
-                fault = "may not write to it"
-            else:
-                continue
-            raise ClusterError(
-                f"{key}={folder}: node {node.address} {fault}; choose a folder that all nodes share, at the same path"
-            )
+        for node, problem in cluster.on_each(nodes.folder_problem, folder, mark.name).items():
+            if problem:
+                raise ClusterError(
+                    f"{key}={folder}: node {cluster.nodes[node].address} {problem}; choose a folder that all nodes "
+                    "share, at the same path"
+                )
     finally:
         mark.unlink(missing_ok=True)
 

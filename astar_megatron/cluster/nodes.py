@@ -102,6 +102,8 @@ def appears(folder: str, mark: str) -> bool:
         time.sleep(0.2)
 
 
-def can_write(folder: str) -> bool:
-    """Return whether this node's processes may write to `folder`."""
-    return os.access(folder, os.W_OK)
+def folder_problem(folder: str, mark: str) -> str | None:
+    """Return why this node does not share a folder in which another has made the file `mark`; None if it does."""
+    if not appears(folder, mark):
+        return "does not see this folder"
+    return None if os.access(folder, os.W_OK) else "may not write to it"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray import exceptions
 
 from astar_megatron.cluster import cluster as module
@@ -178,3 +179,7 @@ def test_each_node_is_asked_with_its_own_arguments_before_any_answer_is_waited_f
     cluster._here = "here"
     given = {"far": (1,), "here": (2,), "off": (3,)}
     assert cluster.on_nodes(str, given) == {"here": "2", "far": "far 1", "off": "off 3"}
+    asked.clear()
+    monkeypatch.setattr(ray, "get", lambda call, timeout: call if asked == ["far", "off"] else "asked one by one")
+    cluster.nodes = {node: Node(address=node, num_gpus=0, id=node) for node in given}
+    assert cluster.on_each(str, 4) == {"here": "4", "far": "far 4", "off": "off 4"}

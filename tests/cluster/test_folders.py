@@ -1,5 +1,6 @@
 """Folders that all nodes must share: one that a node sees late is shared, one that it may not write to is named."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from astar_megatron.cluster import nodes
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.cluster.folders import check_written
 from astar_megatron.cluster.placement import Node
@@ -20,24 +20,25 @@ class FarNode:
     num_nodes = 2
     nodes: ClassVar = {"far": Node(address="10.0.0.2", num_gpus=0, id="far")}
 
-    def __init__(self, copy: Path, *, may_write: bool) -> None:
-        self._copy, self._may_write = copy, may_write
+    def __init__(self, copy: Path) -> None:
+        self._copy = copy
 
-    def on_node(self, _node: str, function: Callable[..., Any], folder: str, *arguments: Any) -> Any:
-        if function is nodes.can_write:
-            return self._may_write
+    def on_each(self, function: Callable[..., Any], folder: str, *arguments: Any) -> dict[str, Any]:
         later = Timer(0.5, shutil.copytree, (folder, self._copy))
         later.start()
         answer = function(str(self._copy), *arguments)
         later.join()
-        return answer
+        return {"far": answer}
 
 
-def test_a_file_that_a_node_sees_late_shows_that_the_folder_is_shared(tmp_path: Path) -> None:
+def test_a_file_that_a_node_sees_late_shows_that_the_folder_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run").mkdir()
-    cluster: Any = FarNode(tmp_path / "far", may_write=True)
+    cluster: Any = FarNode(tmp_path / "far")
     check_written(cluster, "run_dir", str(tmp_path / "run"))
     assert list((tmp_path / "run").iterdir()) == []
-    cluster = FarNode(tmp_path / "other", may_write=False)
+    cluster = FarNode(tmp_path / "other")
+    monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ClusterError, match=r"run_dir=.*run: node 10\.0\.0\.2 may not write to it"):
         check_written(cluster, "run_dir", str(tmp_path / "run"))
