@@ -39,11 +39,11 @@ def task_on(node: str, function: Callable[..., Any]) -> Any:
 class ActorProcesses:
     """What actors have started. It ends with them, although they hang or are dead already.
 
-    `on_node` calls a function on a node, `wait` waits for calls; both are Cluster's.
+    `on_nodes` calls a function on several nodes at once, `wait` waits for calls; both are Cluster's.
     """
 
-    def __init__(self, on_node: Callable[..., Any], wait: Callable[[str, Sequence[Any], float], list[Any]]) -> None:
-        self._on_node, self._wait = on_node, wait
+    def __init__(self, on_nodes: Callable[..., Any], wait: Callable[[str, Sequence[Any], float], list[Any]]) -> None:
+        self._on_nodes, self._wait = on_nodes, wait
         self._started: dict[str, tuple[str, Processes]] = {}  # by actor: its node, and what runs there
 
     def remember(self, actors: Sequence[Any]) -> None:
@@ -54,16 +54,23 @@ class ActorProcesses:
             if not isinstance(processes, ClusterError):
                 self._started[actor] = node_of(actor), processes
 
-    def end(self, handle: Any) -> None:
-        """End an actor and all that it has started."""
-        actor = handle._actor_id.hex()
-        node, processes = self._started.pop(actor, (node_of(actor), {}))
-        with contextlib.suppress(ClusterError):  # the node has ended, and with it what ran there
-            processes = processes or self._on_node(node, tree, alive_pid(actor))
-        with contextlib.suppress(RayActorError):
-            ray.kill(handle)
-        with contextlib.suppress(ClusterError):
-            self._on_node(node, kill, processes)
+    def end(self, handles: Sequence[Any]) -> None:
+        """End actors and all that they have started. A node that has ended took with it what ran there."""
+        processes: defaultdict[str, Processes] = defaultdict(dict)  # by node
+        unknown: defaultdict[str, list[int]] = defaultdict(list)  # actors that have not said what they started
+        for actor in (handle._actor_id.hex() for handle in handles):
+            if actor in self._started:
+                node, own = self._started.pop(actor)
+                processes[node] |= own
+            elif pid := alive_pid(actor):
+                unknown[node_of(actor)].append(pid)
+        trees = self._on_nodes(tree, unknown)
+        for node, answer in trees.items():
+            processes[node] |= {} if isinstance(answer, str) else answer
+        for handle in handles:
+            with contextlib.suppress(RayActorError):
+                ray.kill(handle)
+        self._on_nodes(kill, {node: (own,) for node, own in processes.items() if own})
 
     def end_elsewhere(self, here: str) -> None:
         """End what hangs on other nodes than this, while Ray is there to do it."""

@@ -62,7 +62,7 @@ class Cluster:
     def __init__(self, cfg: ClusterConfig) -> None:
         self._cfg = cfg
         self._actors: dict[str, tuple[str, int, Any]] = {}  # by Ray's id: the name in messages, the handle
-        self._processes = ActorProcesses(self.on_node, self.wait)
+        self._processes = ActorProcesses(self.on_nodes, self.wait)
         self.nodes: dict[str, Node] = {}  # by Ray's id; the driver's own first
         self._failures = Failures(self.on_node, self.on_nodes, self._actors, self.nodes)
         self._reservation: Reservation | None = None
@@ -142,9 +142,9 @@ class Cluster:
         """Note which processes actors have, to end them all when one is ended, or has been."""
         self._processes.remember(actors)
 
-    def end(self, actor: Any) -> None:
-        """End an actor and all that it has started, although they hang or their parent is dead."""
-        self._processes.end(actor)
+    def end(self, actors: Sequence[Any]) -> None:
+        """End actors and all that they have started, at once, although they hang or their parent is dead."""
+        self._processes.end(actors)
 
     @property
     def num_gpus(self) -> int:

@@ -96,8 +96,7 @@ class PolicyGroup:
 
     def restart(self) -> None:
         """End all ranks, whatever they do, and start as many anew, with the weights of the model folder."""
-        for rank in self._ranks:
-            self._cluster.end(rank)
+        self._cluster.end(self._ranks)
         self._ranks = [make() for make in self._make_rank]
         self.start()
 

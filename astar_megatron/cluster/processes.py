@@ -37,11 +37,10 @@ def process_tree(pid: int) -> set[int]:
     return members
 
 
-def tree(pid: int | None) -> Processes:
-    """Return a process and all its descendants, with when each began; none where there is no such process."""
-    if pid is None:
-        return {}
-    return {member: facts[_BEGAN] for member in process_tree(pid) if (facts := _facts(member))}
+def tree(*pids: int) -> Processes:
+    """Return processes and all their descendants, with when each began; none where there is no such process."""
+    members = {member for pid in pids for member in process_tree(pid)}
+    return {member: facts[_BEGAN] for member in members if (facts := _facts(member))}
 
 
 def kill(processes: Processes) -> None:

@@ -282,7 +282,7 @@ class EnginePool:
         began, index = time.monotonic(), member.index
         _LOG.warning("%s; it is being replaced", cause)
         try:
-            self._cluster.end(member.actor)
+            self._cluster.end([member.actor])
             if member.num_ends + 1 >= _MOST_ENDS:
                 raise ClusterError(
                     f"engine {index} has ended {_MOST_ENDS} times, and answered nothing in between: it is not replaced "

@@ -170,7 +170,7 @@ def test_an_actor_that_is_stopped_is_named_so_and_ends_with_all_that_it_has_star
     with pytest.raises(ActorLost, match=r"worker 0: no answer in 1 s; .*process \d+ is stopped \(SIGSTOP\)"):
         cluster.wait("work", [workers[0].obey.remote("")], 1)
     os.kill(int(pid), signal.SIGKILL)  # its child stays, and is stopped
-    cluster.end(workers[0])
+    cluster.end(workers[:1])
     wait_until_gone(int(child))
     with pytest.raises(ActorLost, match="worker 0: the process ended"):
         cluster.wait("work", [workers[0].obey.remote("")], 60)

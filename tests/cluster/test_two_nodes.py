@@ -40,7 +40,7 @@ with Cluster(ClusterConfig(address=sys.argv[1])) as cluster:
     for order in sys.argv[3:]:
         attempt(lambda: cluster.wait("work", [far.obey.remote(order)], 30))
     say(cluster.beside(far, is_gone, child))  # the actor itself has ended
-    cluster.end(far)
+    cluster.end([far])
     while not cluster.beside(far, is_gone, child):
         time.sleep(0.1)
     shared, own = Path(sys.argv[2]), Path("/dev/shm")  # which each node has for itself

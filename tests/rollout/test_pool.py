@@ -69,9 +69,10 @@ class Cluster:
                 raise ClusterError(f"{action}: failed\nengine {call.actor.index}: TransferError: late")
         return [[] for _ in calls]
 
-    def end(self, actor: Actor) -> None:
-        actor.is_dead = True
-        self.ended.append(actor)
+    def end(self, actors: list[Actor]) -> None:
+        for actor in actors:
+            actor.is_dead = True
+        self.ended += actors
 
     def logs_of(self, actor: Actor) -> str:
         return "/logs"
