@@ -143,13 +143,13 @@ def test_a_run_on_other_machines_is_not_checked_on_this_one() -> None:
 
 def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) -> None:
     cfg = run_config(run_dir=str(tmp_path / "not" / "yet"), checkpoint={"keep": 3}, model={"dtype": "float32"})
-    need = (4 * 12 + 4) * NUM_PARAMETERS
+    need = (4 * 16 + 4) * NUM_PARAMETERS
     resources.check_disk(cfg, NUM_PARAMETERS, free=need)
-    with pytest.raises(ResourceError, match=r"4 checkpoints of 1\.5 GiB.* lower checkpoint\.keep"):
+    with pytest.raises(ResourceError, match=r"4 checkpoints of 2\.0 GiB.* lower checkpoint\.keep"):
         resources.check_disk(cfg, NUM_PARAMETERS, free=need - 1)
     for method, bytes_a_parameter in (
-        ({"objective": {"name": "ppo"}}, 4 * 24 + 4),
-        ({"objective": {"name": "oapl"}, "oapl": {"refresh_steps": 5}}, 4 * 16 + 4),
+        ({"objective": {"name": "ppo"}}, 4 * 32 + 4),
+        ({"objective": {"name": "oapl"}, "oapl": {"refresh_steps": 5}}, 4 * 20 + 4),
     ):
         more = run_config(run_dir=str(tmp_path), checkpoint={"keep": 3}, model={"dtype": "float32"}, **method)
         resources.check_disk(more, NUM_PARAMETERS, free=bytes_a_parameter * NUM_PARAMETERS)
@@ -161,9 +161,9 @@ def test_a_run_whose_checkpoints_do_not_fit_the_disk_is_refused(tmp_path: Path) 
         train={"num_steps": 149},
         model={"dtype": "float32"},
     )
-    resources.check_disk(for_ever, NUM_PARAMETERS, free=need + 2 * 12 * NUM_PARAMETERS)
-    with pytest.raises(ResourceError, match=r"6 checkpoints of 1\.5 GiB.* raise checkpoint\.keep_every"):
-        resources.check_disk(for_ever, NUM_PARAMETERS, free=need + 2 * 12 * NUM_PARAMETERS - 1)
+    resources.check_disk(for_ever, NUM_PARAMETERS, free=need + 2 * 16 * NUM_PARAMETERS)
+    with pytest.raises(ResourceError, match=r"6 checkpoints of 2\.0 GiB.* raise checkpoint\.keep_every"):
+        resources.check_disk(for_ever, NUM_PARAMETERS, free=need + 2 * 16 * NUM_PARAMETERS - 1)
     resources.check_disk(cfg, 1000)
     with pytest.raises(ResourceError, match="not/yet"):
         resources.check_disk(cfg, 1 << 50)

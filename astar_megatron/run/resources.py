@@ -5,7 +5,7 @@ engines:
 
     policy     what all ranks hold: run/rank_state.py
     engines    E * (c * P + kv_cache_gib)
-    saving     (c + 8) * P         a copy of what a checkpoint holds, while it is written; the master weights if c = 2
+    saving     (c + 12) * P        a copy of what a checkpoint holds, while it is written
     shared     2 buckets a rank for the published weights, 2 for an export on its way to disk, at most c * P each,
                and 256 MiB for Ray's object store
     processes  the Python, torch, Megatron, vLLM and Ray of each process, as measured
@@ -150,12 +150,12 @@ def check_disk(cfg: RunConfig, num_parameters: int, free: int | None = None) -> 
 
 
 def checkpoint_bytes(cfg: RunConfig, num_parameters: int, dtype: ComputeType) -> int:
-    """Return the size of a checkpoint: weights, Adam's two fp32 moments, fp32 master weights beside bfloat16 ones.
+    """Return the size of a checkpoint: weights, fp32 master weights (in float32 too) and Adam's two fp32 moments.
 
     Of a critic it holds as much again, of a reference that is a copy its weights.
     """
     weights = NUMBER_BYTES[dtype]
-    parameter = (14 if dtype == "bfloat16" else 12) * (1 if cfg.critic_lr is None else 2)
+    parameter = (weights + 12) * (1 if cfg.critic_lr is None else 2)
     return (parameter + (weights if cfg.copies_reference else 0)) * num_parameters
 
 

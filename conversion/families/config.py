@@ -185,16 +185,18 @@ class Family:
 
     def _head_dim(self, config: Mapping[str, Any], hidden: int, heads: int) -> int:
         given = config.get("head_dim")
-        if self.head_dim == "given":
-            if given is None:
-                raise self._unsupported("head_dim is missing")
-            return given
-        if hidden % heads:
+        if self.head_dim == "given" and given is None:
+            raise self._unsupported("head_dim is missing")
+        if self.head_dim != "given" and hidden % heads:
             raise self._unsupported(f"hidden_size={hidden} does not divide by num_attention_heads={heads}")
-        if self.head_dim == "quotient" and given not in (None, hidden // heads):
-            # transformers would follow the key, vLLM does not read it
+        if self.head_dim == "quotient" and config.get("head_dim", hidden // heads) != hidden // heads:
+            # transformers would follow the key, null too; vLLM does not read it
             raise self._unsupported(f"head_dim={given} is not modelled, only hidden_size / num_attention_heads")
-        return given or hidden // heads
+        size = given or hidden // heads
+        if size % 2:
+            name = f"hidden_size / num_attention_heads = {size}" if given is None else f"head_dim={size}"
+            raise self._unsupported(f"{name} is odd: rotary embeddings turn the numbers of a head in pairs")
+        return size
 
     def transformer_options(self, config: Mapping[str, Any], dims: Dimensions) -> dict[str, Any]:
         """What Megatron's TransformerConfig must hold for this family, beside sizes and what all have in common."""

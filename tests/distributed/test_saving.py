@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import saving_ranks as work
 from ranks import Job
+from samples import run_config
 from test_layouts import batch
 
 from astar_megatron.model.compute_type import ComputeType
+from astar_megatron.run.resources import checkpoint_bytes
+from conversion.families import read_model
 
 LAYOUTS = [{}, {"data": 2}, {"tensor": 2}]
 DISK_BYTES = 24 << 20  # the model's checkpoint takes 17 MB
@@ -40,6 +43,9 @@ def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_the_step_it_n
     for digests, problem in answers:
         assert not problem and len(set(digests)) == 3
     assert ranks.run(work.loaded, job.world_size, job=job, folder=folder) == [digests[0] for digests, _ in answers]
+    cfg = run_config(objective={"name": "oapl"}, oapl={"refresh_steps": 5})  # the reference is a copy there too
+    forecast = checkpoint_bytes(cfg, read_model(untied_qwen2).num_parameters(), dtype)
+    assert 1 < sum(file.stat().st_size for file in Path(folder).iterdir()) / forecast < 1.1
 
 
 def test_a_disk_that_fills_up_during_a_write_is_named_and_costs_no_state(
