@@ -69,8 +69,10 @@ class Pending:
             part.add_done_callback(lambda _: None if next(left) else hear(self))
 
     def result(self) -> Indexed:
-        """Return the rollouts with their rewards (None: a failure); waits. Raises RewardError after too many."""
-        answers = [answer for part in self._parts for answer in part.result()]
+        """Return the rollouts with their rewards (None: a failure), once; waits. Raises RewardError after too many."""
+        # A part holds who hears of it, hence this: a cycle would keep the rollouts until Python looks for cycles.
+        parts, self._parts = self._parts, []
+        answers = [answer for part in parts for answer in part.result()]
         return [
             (index, self._scorer.rewarded(rollout, answer))
             for (index, rollout), answer in zip(self._rollouts, answers, strict=True)
@@ -217,14 +219,18 @@ class Scorer:
     def _serve(self, process: "_Process") -> None:
         """Thread of one process; what it starts dies with it."""
         while (task := self._tasks.get()) is not None:
-            items, future = task
-            try:
-                future.set_result(process.judge(items))
-            except RewardError as error:  # it can't be loaded
-                future.set_exception(error)
-            except Exception as error:  # the waiting driver must hear of it
-                future.set_exception(AssertionError(f"scoring: {error!r}"))
+            _judge(process, *task)
+            del task  # while it waits for the next
         process.end()
+
+
+def _judge(process: "_Process", items: list[tuple[str, str]], future: Future[list[Answer]]) -> None:
+    try:
+        future.set_result(process.judge(items))
+    except RewardError as error:  # it can't be loaded
+        future.set_exception(error)
+    except Exception as error:  # the waiting driver must hear of it
+        future.set_exception(AssertionError(f"scoring: {error!r}"))
 
 
 class _Process:

@@ -1,9 +1,11 @@
 """Requests in, scored rollouts out, with engines made by hand; tests/e2e has real ones."""
 
 import dataclasses
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -51,6 +53,21 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_nothing_keeps_rollouts_that_the_driver_has_let_go(source_of: Any) -> None:
+    """Python looks for what keeps itself alive after hundreds of steps, each of which may have gigabytes of them."""
+    source, gone = source_of(engines(num_engines=2, max_num_seqs=4)), list[Any]()
+    gc.collect()
+    gc.disable()
+    try:
+        draw = source.ask([request(index) for index in range(50)])
+        gone.append(weakref.ref(draw))
+        assert len(draw.rollouts()) == 50
+        del draw
+        wait_for(lambda: gone[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_each_draw_gets_its_rollouts_scored_in_the_order_of_its_requests(source_of: Any) -> None:
