@@ -59,8 +59,11 @@ def boxed_answer(response: str) -> str | None:
 
 
 def boxed_list(response: str) -> str | None:
-    """Return the last \\boxed{...} in normal form behind those that it ends a list of, with commas between."""
-    return ",".join(map(normalised, last_boxes(response))) or None
+    """Return the last \\boxed{...} in normal form behind those that it ends a list of, with commas between.
+
+    One of which the normal form leaves nothing ("\\text{ 5}") is as it stands.
+    """
+    return ",".join(normalised(box) or box.strip() for box in filled_boxes(response)) or None
 
 
 def boxed_integer(response: str, answer: str) -> float:
@@ -125,6 +128,11 @@ def last_boxes(text: str) -> list[str]:
         contents.append(box.content)
         end = box.start
     return contents[::-1]
+
+
+def filled_boxes(text: str) -> list[str]:
+    """Return what `last_boxes` does, but for those that hold nothing."""
+    return [box for box in last_boxes(text) if box.strip()]
 
 
 class _Box(NamedTuple):
