@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.data.splits import missing_shards, split_of
 from astar_megatron.data.tables import Fields, Table, python_values, shortest_floats
 
 _LOG = logging.getLogger(__name__)
@@ -103,11 +104,17 @@ def read_rows(source: str | Path, problems: Problems, files: Sequence[Path] | No
     """Return the rows of a .jsonl or .parquet file, or of `files` of a folder (none: `data_files`), in their order.
 
     A line that is no JSON object in UTF-8 or has a key twice goes to `problems`. Raises PromptError where nothing can
-    be read; a column of Parquet is read when a row is first asked for it, which raises too.
+    be read, and for a folder that lacks a shard or, without `files`, is of several splits; a column of Parquet is read
+    when a row is first asked for it, which raises too.
     """
     source = Path(source)
     if files is None:
-        files = data_files(source) if source.is_dir() else [source]
+        files = _files_of_one_split(source) if source.is_dir() else [source]
+    if source.is_dir() and (missing := missing_shards(files)):
+        raise PromptError(
+            f"{source}: {len(missing)} shards are missing: {', '.join(missing[:_SHOWN])}; copy them there too, or name "
+            "one file"
+        )
     rows = []
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
@@ -280,6 +287,17 @@ def data_files(folder: Path) -> list[Path]:
     read = set(files)
     if others := [str(path.relative_to(folder)) for path in inside if path not in read]:
         _LOG.warning("%s: %d other files not read: %s", folder, len(others), ", ".join(others[:_SHOWN]))
+    return files
+
+
+def _files_of_one_split(folder: Path) -> list[Path]:
+    """All files of a folder. Raises PromptError where their names are of several splits."""
+    files = data_files(folder)
+    if len(splits := {split_of(file.relative_to(folder)) for file in files} - {""}) > 1:
+        raise PromptError(
+            f"{folder}: its files are of the splits {', '.join(sorted(splits))}, all of which would be read; name one "
+            f"file or a folder of one split, or write one with astar data hf {shlex.quote(str(folder))} --split NAME"
+        )
     return files
 
 
