@@ -72,7 +72,4 @@ def shortest_floats(values: list[Any], kind: Any) -> list[Any]:
     narrow = {pa.float16(): np.float16, pa.float32(): np.float32}.get(kind)
     if narrow is None:
         return values
-    return [
-        value if value is None or float(value).is_integer() else float(str(narrow(value)))
-        for value in values
-    ]
+    return [value if value is None or float(value).is_integer() else float(str(narrow(value))) for value in values]

@@ -138,7 +138,7 @@ def test_a_number_of_parquet_has_the_digits_of_its_own_type(kind: pa.DataType, t
     assert [pair.answer for pair in pairs] == ["0.1", "27", "0.5"] and problems.count == 1
 
 
-@pytest.mark.parametrize(("kind", "number"), [(pa.float16(), 2051.0 * 2), (pa.float32(), 123456792.0)])
+@pytest.mark.parametrize(("kind", "number"), [(pa.float16(), 10008.0), (pa.float32(), 123456792.0)])
 def test_a_whole_number_of_parquet_keeps_all_its_digits(kind: pa.DataType, number: float, tmp_path: Path) -> None:
     table = pa.table({"q": ["text"], "a": pa.array([number], pa.float64()).cast(kind)})
     pq.write_table(table, tmp_path / "x.parquet")
