@@ -160,6 +160,13 @@ BOXED_25 = [  # response, whether it is 25 under boxed_integer
     (r"\boxed{\text{ 25 }}", 1),
     (r"\boxed{25 \text{ or } 27}", 0),
     (r"\boxed{25 \text{ and } 30}", 0),
+    (r"\boxed{25\text{ and more}}", 0),
+    *[
+        (rf"\boxed{{25\text{{ {word}}}}}", 0)
+        for word in ("hundred", "Thousand", "million", "billion dollars", "dozens")
+    ],
+    (r"\boxed{25\text{ trillionths}}", 0),
+    (r"\boxed{25\text{ pounds of sand}}", 1),
     (r"\boxed{25\text{ \%}}", 1),
     (r"\boxed{25\text{ US\$}}", 1),
     (r"\boxed{25\text{ m}^2\text{/s}}", 1),
