@@ -346,6 +346,18 @@ def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special
     assert columns_of(cfg.table_dir)["response"].to_pylist()[:2] == [[two, 4], [three, 3, two, 2]]
 
 
+@pytest.mark.parametrize(
+    ("response", "place"), [("2</s>3</s>", "2 of 3"), ("2</s></s>", "2 of 2"), ("</s>3", "1 of 2")]
+)
+def test_an_imported_response_that_goes_on_behind_a_stop_token_is_refused(
+    response: str, place: str, stage1: Command, cfg: RunConfig
+) -> None:
+    status, _, error = stage1(_stage1(), _stage1(prompt=_user("x"), response_1=response))
+    assert status == 2 and "1 of 6 responses go on behind a stop token" in error, error
+    assert f"row 2, response_1, has one at token {place}" in error.replace("\n", " ")
+    assert not Path(cfg.data.path).exists() and not cfg.table_dir.exists()
+
+
 def test_an_imported_response_that_the_model_has_no_row_for_is_refused(
     stage1: Command, cfg: RunConfig, tmp_path: Path
 ) -> None:
