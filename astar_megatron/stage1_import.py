@@ -17,7 +17,7 @@ from astar_megatron.data.files import make_folder
 from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import Problems, PromptError
 from astar_megatron.data.sources import refuse_other, rows_of
-from astar_megatron.data.stage1 import rollouts_of, stage1_rows, without_suffix
+from astar_megatron.data.stage1 import check_ends, rollouts_of, stage1_rows, without_suffix
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.tracking import Screen
@@ -51,6 +51,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str | None) -> None:
     published = [value for i in used for value in rows[i].evals]
     _check_lengths(cfg, drawn, source)
     _check_tokens(cfg, drawn, source)
+    check_ends([rows[i].pair.where for i in used for _ in rows[i].responses], drawn, contract.stop_token_ids, source)
     with Scorer(cfg.reward) as scorer:
         scorer.check(prompts)
     table = VStarTable.create_or_open(cfg.table_dir, contract)  # from here on, things are written

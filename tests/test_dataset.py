@@ -20,7 +20,7 @@ from astar_megatron.config import DataConfig, RunConfig
 from astar_megatron.data.chat import bare_template, tokenizer
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.prompts import read_prompts
-from astar_megatron.data.rows import hub_rows
+from astar_megatron.data.rows import PromptError, hub_rows
 from astar_megatron.data.v_star import VStarTable
 
 type Command = Callable[..., tuple[int, str, str]]
@@ -176,7 +176,14 @@ _GSM8K = [
         ("hf", ["train_sft.jsonl", "test.jsonl"], ["--split", "train_sft"], ["train_sft.jsonl"]),
         ("hf", ["gsm8k_train.jsonl", "gsm8k_test.jsonl"], [], ["gsm8k_train.jsonl"]),
         ("hf", ["a.jsonl", "part/b.jsonl"], [], ["a.jsonl", "part/b.jsonl"]),
-        ("jsonl", ["train.jsonl", "test.jsonl"], [], ["test.jsonl", "train.jsonl"]),
+        (
+            "jsonl",
+            ["a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl"],
+            [],
+            [f"a-0000{i}-of-00002.jsonl" for i in (0, 1)],
+        ),
+        ("jsonl", ["train.jsonl", "extra.jsonl"], [], ["extra.jsonl", "train.jsonl"]),
+        ("hf", ["train.jsonl", "test-00000-of-00002.jsonl"], [], ["train.jsonl"]),
     ],
 )
 def test_of_a_folder_as_the_hub_has_it_the_files_of_a_subset_and_a_split_are_read(
@@ -208,6 +215,45 @@ def test_files_of_a_folder_whose_split_or_subset_is_not_known_are_refused(
         _question(tmp_path / "set", name)
     status, _, error = data("hf", tmp_path / "set", "--out", tmp_path / "out.jsonl", *asked)
     assert status == 2 and message in error.replace("\n", " "), error
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet"],
+            "1 shards are missing: train-00001-of-00003;",
+        ),
+        (["part/train-00000-of-00002.jsonl"], "1 shards are missing: train-00001-of-00002;"),
+    ],
+)
+def test_a_folder_that_lacks_a_shard_is_refused_whoever_reads_it(
+    names: list[str], message: str, data: Command, tmp_path: Path, tied_llama: Path
+) -> None:
+    for name in names:
+        _question(tmp_path / "set", name)
+    for kind in ("hf", "jsonl"):
+        status, _, error = data(kind, tmp_path / "set", "--out", tmp_path / "out.jsonl")
+        assert status == 2 and message in error.replace("\n", " "), error
+    with pytest.raises(PromptError, match=message):
+        read_prompts(DataConfig(path=str(tmp_path / "set")), str(tied_llama))
+    assert len(read_prompts(DataConfig(path=str(tmp_path / "set" / names[0])), str(tied_llama))) == 1
+
+
+@pytest.mark.parametrize("names", [["train-0.parquet", "test-0.parquet"], ["x/train/0.jsonl", "x/test/0.jsonl"]])
+def test_a_folder_of_several_splits_is_not_read_as_one(
+    names: list[str], data: Command, tmp_path: Path, tied_llama: Path
+) -> None:
+    for name in names:
+        _question(tmp_path / "set", name)
+    message = "its files are of the splits test, train, all of which would be read; name one file or"
+    status, _, error = data("jsonl", tmp_path / "set", "--out", tmp_path / "out.jsonl")
+    assert status == 2 and message in error.replace("\n", " "), error
+    with pytest.raises(PromptError, match=message) as caught:
+        read_prompts(DataConfig(path=str(tmp_path / "set")), str(tied_llama))
+    command = shlex.split(str(caught.value).partition("write one with astar data ")[2].replace("NAME", "test"))
+    assert data(*command, "--out", tmp_path / "out.jsonl")[0] == 0
+    assert [row["question"] for row in read_jsonl(tmp_path / "out.jsonl")] == names[1:]
 
 
 def test_a_split_of_one_file_is_refused(data: Command, tmp_path: Path) -> None:
@@ -298,6 +344,18 @@ def test_an_imported_response_ends_at_any_stop_token_and_keeps_the_other_special
     assert status == 0 and "3 imported" in report, error
     two, three = (tokenizer(str(model)).convert_tokens_to_ids(text) for text in "23")
     assert columns_of(cfg.table_dir)["response"].to_pylist()[:2] == [[two, 4], [three, 3, two, 2]]
+
+
+@pytest.mark.parametrize(
+    ("response", "place"), [("2</s>3</s>", "2 of 3"), ("2</s></s>", "2 of 2"), ("</s>3", "1 of 2")]
+)
+def test_an_imported_response_that_goes_on_behind_a_stop_token_is_refused(
+    response: str, place: str, stage1: Command, cfg: RunConfig
+) -> None:
+    status, _, error = stage1(_stage1(), _stage1(prompt=_user("x"), response_1=response))
+    assert status == 2 and "1 of 6 responses go on behind a stop token" in error, error
+    assert f"row 2, response_1, has one at token {place}" in error.replace("\n", " ")
+    assert not Path(cfg.data.path).exists() and not cfg.table_dir.exists()
 
 
 def test_an_imported_response_that_the_model_has_no_row_for_is_refused(

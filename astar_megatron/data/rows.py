@@ -18,30 +18,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.data.splits import missing_shards, split_of
 from astar_megatron.data.tables import Fields, Table, python_values, shortest_floats
 
 _LOG = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".parquet")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 _SHOWN = 5  # problems that a message names
 _MOST_DIGITS = 400  # of a number; a float has fewer
 _BOM = b"\xef\xbb\xbf"
-_TO_LINES = "[print(json.dumps({row})) for row in {rows}]"
-_OTHER_KINDS = (  # how a file ends and begins that is not read, what it is, and what makes one of it that is
+# Each value as it stands, so that numbers keep their digits; line breaks stand between values alone.
+_JSON_TO_LINES = (
+    "python -c \"import json, re, sys; sys.stdin.reconfigure(encoding='utf-8-sig'); "
+    "sys.stdout.reconfigure(encoding='utf-8'); text, end = sys.stdin.read().replace('\\n', ' '), 0; {check}"
+    "[print(text[start:(end := json.JSONDecoder().raw_decode(text, start)[1])]) for start in "
+    "iter(lambda: re.compile(r'\\s*[][,]?\\s*').match(text, end).end(), len(text))]\" < {{file}} > {{lines}}"
+)
+_OTHER_KINDS = (  # how a name ends and a file begins that is not read, what it is, and what makes one of it that is
     ("", rb"\x1f\x8b", "compressed by gzip", "gunzip -c < {file} > {plain}"),
     ("", rb"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc < {file} > {plain}"),
-    (
-        *("", rb"\s*\[\s*\{", "a JSON array"),
-        'python -c "import json, sys; '
-        + _TO_LINES.format(row="row", rows="json.load(sys.stdin.buffer, parse_float=str)")
-        + '" < {file} > {lines}',
-    ),
-    ("", rb"\s*\{\s*\n", "JSON of several lines an object", "jq -c . {file} > {lines}"),
+    ("", rb"BZh[1-9]", "compressed by bzip2", "bzip2 -dc < {file} > {plain}"),
+    ("", rb"\xfd7zXZ\x00", "compressed by xz", "xz -dc < {file} > {plain}"),
+    ("", rb"PK\x03\x04", "a zip archive", "python -m zipfile -e {file} {plain}"),
+    (r"(?<!\.parquet)$", rb"PAR1", "Parquet under a name that does not end in .parquet", "mv {file} {file}.parquet"),
+    ("", rb"\s*\[\s*\{", "a JSON array", _JSON_TO_LINES.format(check="json.loads(text); ")),
+    ("", rb"\s*\{\s*\n", "JSON of several lines an object", _JSON_TO_LINES.format(check="")),
     (  # a row of another length than the header's, as after a comma without quotes, ends it
-        *(".csv", rb"(?!\s*\{)", "CSV"),
+        *(r"\.csv$", rb"(?!\s*\{)", "CSV"),
         "python -c \"import csv, json, sys; sys.stdin.reconfigure(encoding='utf-8-sig', newline=''); "
         "csv.field_size_limit(2**30); head, *rows = csv.reader(sys.stdin); assert len(set(head)) == len(head), head; "
-        + _TO_LINES.format(row="dict(zip(head, row, strict=True))", rows="rows if row")
-        + '" < {file} > {lines}',
+        '[print(json.dumps(dict(zip(head, row, strict=True)))) for row in rows if row]" < {file} > {lines}',
     ),
     (
         *("", rb"ARROW1|\xff\xff\xff\xff", "Arrow as the package datasets saves it"),
@@ -98,11 +104,17 @@ def read_rows(source: str | Path, problems: Problems, files: Sequence[Path] | No
     """Return the rows of a .jsonl or .parquet file, or of `files` of a folder (none: `data_files`), in their order.
 
     A line that is no JSON object in UTF-8 or has a key twice goes to `problems`. Raises PromptError where nothing can
-    be read; a column of Parquet is read when a row is first asked for it, which raises too.
+    be read, and for a folder that lacks a shard or, without `files`, is of several splits; a column of Parquet is read
+    when a row is first asked for it, which raises too.
     """
     source = Path(source)
     if files is None:
-        files = data_files(source) if source.is_dir() else [source]
+        files = _files_of_one_split(source) if source.is_dir() else [source]
+    if source.is_dir() and (missing := missing_shards(files)):
+        raise PromptError(
+            f"{source}: {len(missing)} shards are missing: {', '.join(missing[:_SHOWN])}; copy them there too, or name "
+            "one file"
+        )
     rows = []
     for file in files:
         within = f"{file.relative_to(source)}, " if source.is_dir() else ""
@@ -278,6 +290,17 @@ def data_files(folder: Path) -> list[Path]:
     return files
 
 
+def _files_of_one_split(folder: Path) -> list[Path]:
+    """All files of a folder. Raises PromptError where their names are of several splits."""
+    files = data_files(folder)
+    if len(splits := {split_of(file.relative_to(folder)) for file in files} - {""}) > 1:
+        raise PromptError(
+            f"{folder}: its files are of the splits {', '.join(sorted(splits))}, all of which would be read; name one "
+            f"file or a folder of one split, or write one with astar data hf {shlex.quote(str(folder))} --split NAME"
+        )
+    return files
+
+
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -312,9 +335,9 @@ def pattern_remedy(path: str) -> str:
 def _other_kind(file: Path) -> str:
     """Return what a file of another kind is, with the command that makes one of it that is read; "" for what is."""
     begin = _content(file, 4096).removeprefix(_BOM)
-    for suffix, pattern, kind, command in _OTHER_KINDS:
-        if file.name.lower().endswith(suffix) and re.match(pattern, begin):
-            plain = file.with_suffix("") if file.suffix.lower() in (".gz", ".zst") else f"{file}.plain"
+    for end, pattern, kind, command in _OTHER_KINDS:
+        if re.search(end, file.name.lower()) and re.match(pattern, begin):
+            plain = file.with_suffix("") if file.suffix.lower() in _COMPRESSED else f"{file}.plain"
             places = {"file": file, "plain": plain, "lines": f"{file.with_suffix('')}_lines.jsonl"}
             words = command.format(**{name: shlex.quote(str(place)) for name, place in places.items()})
             return f"{file}: is {kind}, expected one JSON object a line, or Parquet; convert it: {words}"

@@ -1,17 +1,14 @@
 """Where rows of prompts come from, files of this machine or the hub, and what they must not overwrite."""
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from astar_megatron.data.rows import Problems, PromptError, Row, data_files, hub_rows, pattern_remedy, read_rows
+from astar_megatron.data.splits import SPLITS, TRAIN, split_of
 
 _LOG = logging.getLogger(__name__)
-_TRAIN = "train"  # the split where none is asked for
-_SPLITS = {_TRAIN, "validation", "valid", "val", "dev", "test"}
-_SHARD = re.compile(r"(.+)-[0-9]{5}-of-[0-9]{5}\b")
 _SHOWN = 5  # names that a message has
 
 
@@ -40,7 +37,7 @@ def rows_of(
         raise PromptError(f"{source}: no such file or folder; {remedy}")
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or place.suffix in (".jsonl", ".parquet"):
         raise PromptError(f"{source}: no such file or folder, and no name of the hub (owner/name)")
-    return hub_rows(source, subset or known_subset, split or _TRAIN)
+    return hub_rows(source, subset or known_subset, split or TRAIN)
 
 
 def _files_of(folder: Path, subset: str | None, split: str | None, known_subset: str | None) -> list[Path]:
@@ -51,11 +48,11 @@ def _files_of(folder: Path, subset: str | None, split: str | None, known_subset:
         raise PromptError(
             f"{folder}: --subset {subset}: there is no such folder in it; leave that out, or name another"
         )
-    files, wanted = data_files(inside), split or _TRAIN
+    files, wanted = data_files(inside), split or TRAIN
     splits: defaultdict[str, list[Path]] = defaultdict(list)
     for file in files:
-        splits[_split_of(file.relative_to(inside), split)].append(file)
-    if not files or (split is None and len(splits) == 1 and not _SPLITS.intersection(splits)):
+        splits[split_of(file.relative_to(inside), split)].append(file)
+    if not files or (split is None and len(splits) == 1 and not SPLITS.intersection(splits)):
         return files
     chosen = splits.get(wanted, [])
     if not chosen:
@@ -66,25 +63,13 @@ def _files_of(folder: Path, subset: str | None, split: str | None, known_subset:
     if split is None and splits[""]:
         raise PromptError(
             f"{inside}: beside {_listed(chosen, inside)} there are files whose split is not known, "
-            f"{_listed(splits[''], inside)}; say --split {_TRAIN} for the former alone, or name one file"
+            f"{_listed(splits[''], inside)}; say --split {TRAIN} for the former alone, or name one file"
         )
     if len({file.parent for file in chosen}) > 1:
         raise PromptError(f"{inside}: {_listed(chosen, inside)} lie in several folders; name one of the folders")
     if len(chosen) < len(files):
         _LOG.warning("%s: %d of %d files are of the split %s and read", inside, len(chosen), len(files), wanted)
     return chosen
-
-
-def _split_of(file: Path, asked: str | None) -> str:
-    """The split that a file's name, or that of a folder around it, has in it; "" where none has, or several."""
-    if shard := _SHARD.match(file.name):
-        return shard[1]
-    for part in reversed(file.parts):
-        if asked and re.split(r"[-.]", part)[0] == asked:
-            return asked
-        if words := _SPLITS.intersection(re.split(r"[-._]", part)):
-            return words.pop() if len(words) == 1 else ""
-    return ""
 
 
 def _listed(files: Iterable[Path], folder: Path) -> str:

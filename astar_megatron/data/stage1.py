@@ -117,3 +117,16 @@ def rollouts_of(
         token_ids = token_ids if truncated else (*token_ids, ends[end])
         rollouts.append(Rollout.given(prompt, sample, token_ids, text, truncated=truncated))
     return rollouts
+
+
+def check_ends(places: Sequence[str], drawn: Sequence[Rollout], stops: tuple[int, ...], source: str) -> None:
+    """Raise PromptError where a response goes on behind a stop token; `places` says in words where each stands."""
+    bodies = [rollout.token_ids if rollout.truncated else rollout.token_ids[:-1] for rollout in drawn]
+    if beyond := [i for i, body in enumerate(bodies) if not set(stops).isdisjoint(body)]:
+        first = beyond[0]
+        place = min(bodies[first].index(stop) for stop in stops if stop in bodies[first])
+        raise PromptError(
+            f"{source}: {len(beyond)} of {len(drawn)} responses go on behind a stop token, so this run could not have "
+            f"drawn them; the first, {places[first]}, response_{drawn[first].sample}, has one at token {place + 1} of "
+            f"{len(bodies[first])}: cut it there or leave it out"
+        )

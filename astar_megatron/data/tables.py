@@ -64,10 +64,12 @@ def _python_value(scalar: Any) -> Any:
 def shortest_floats(values: list[Any], kind: Any) -> list[Any]:
     """Return the values of a column of type `kind`, floats below 64 bits by their shortest digits.
 
-    So a float32 is 0.1, not 0.10000000149011612.
+    So a float32 is 0.1, not 0.10000000149011612. A whole number is as it is: 123456792, not 123456790.
     """
     import numpy as np
     import pyarrow as pa
 
     narrow = {pa.float16(): np.float16, pa.float32(): np.float32}.get(kind)
-    return [value if value is None else float(str(narrow(value))) for value in values] if narrow else values
+    if narrow is None:
+        return values
+    return [value if value is None or float(value).is_integer() else float(str(narrow(value))) for value in values]

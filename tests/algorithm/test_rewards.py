@@ -160,6 +160,13 @@ BOXED_25 = [  # response, whether it is 25 under boxed_integer
     (r"\boxed{\text{ 25 }}", 1),
     (r"\boxed{25 \text{ or } 27}", 0),
     (r"\boxed{25 \text{ and } 30}", 0),
+    (r"\boxed{25\text{ and more}}", 0),
+    *[
+        (rf"\boxed{{25\text{{ {word}}}}}", 0)
+        for word in ("hundred", "Thousand", "million", "billion dollars", "dozens")
+    ],
+    (r"\boxed{25\text{ trillionths}}", 0),
+    (r"\boxed{25\text{ pounds of sand}}", 1),
     (r"\boxed{25\text{ \%}}", 1),
     (r"\boxed{25\text{ US\$}}", 1),
     (r"\boxed{25\text{ m}^2\text{/s}}", 1),
@@ -291,7 +298,11 @@ MATH_VERIFY = [
     (r"\boxed{50\%} or \boxed{0.5}", "0.5", 1),  # one answer in two forms
     (r"$\boxed{x = 3}$, $\boxed{3}$", "3", 1),
     (r"\boxed{ } and \boxed{5}", "5", 1),
-    ("the answer is 42", "42", 1),
+    ("the answer is 42", "42", 0),  # no box, as under math
+    ("so $42$", "42", 0),
+    (r"\boxed{42} wait, \boxed{42", "42", 0),  # the last one is not closed
+    (r"\boxed{} 42", "42", 0),
+    (r"\boxed{\text{ 42}}", "42", 1),
     (r"\boxed{\text{Paris}}", r"\text{Paris}", 1),
     (r"\boxed{\frac{1}{0}}", "5", 0),
     (r"\boxed{5", "7", 0),
@@ -580,6 +591,40 @@ def test_the_answer_that_a_reward_compares_can_be_extracted(name: str, response:
     assert extract(response) == answer
     assert extract("none") is None
     assert rewards.extractor("os.path:join") is None
+
+
+RIGHT = [
+    *[("last_number", response) for response, _, expected in LAST_NUMBER if expected == 1],
+    *[("gsm8k_strict", response) for response, _, strict, _ in GSM8K if strict == 1],
+    *[("gsm8k_flexible", response) for response, _, _, flexible in GSM8K if flexible == 1],
+    *[("math", response) for response, _, expected in MATH if expected == 1],
+    *[("math_verify", response) for response, _, expected in MATH_VERIFY if expected == 1],
+    *[("boxed_integer", response) for response, expected in BOXED_25 if expected == 1],
+    *[("countdown", response) for response, _, _, expected in COUNTDOWN if expected == 1],
+    *[(name, response) for name in ("multiply", "arithmetic") for response, _, expected in MULTIPLY if expected == 1],
+]
+
+
+def test_what_is_right_has_a_value_that_a_majority_can_be_of() -> None:
+    assert {name for name, _ in RIGHT} == set(rewards.names())
+    for name, response in RIGHT:
+        extract = rewards.extractor(name)
+        assert extract is not None and extract(response), (name, response)
+
+
+PIECES = [
+    *("5", "$5$", "= 5", " ", ".", ",", " and ", "{", "}", "$", "#### 5", "#### ", "<answer>5</answer>", "<answer>5"),
+    *(r"\boxed{5}", r"\boxed 5", r"\boxed{", r"\boxed{}", r"\boxed{ }", r"\fbox{5}", r"\boxed{\text{ 5}}", r"\text{ }"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(response=st.lists(st.sampled_from(PIECES), max_size=6).map("".join))
+def test_no_response_is_right_without_a_value(name: str, response: str) -> None:
+    extract = rewards.extractor(name)
+    assert extract is not None
+    if rewards.get(name)(response, ANSWERS.get(name, "5")) == 1.0:
+        assert extract(response)
 
 
 def test_a_reward_is_found_by_name_or_by_import() -> None:

@@ -1,13 +1,17 @@
 """Rows from files: JSONL, Parquet and folders, and what can't be used is counted and named."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import math
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +138,15 @@ def test_a_number_of_parquet_has_the_digits_of_its_own_type(kind: pa.DataType, t
     assert [pair.answer for pair in pairs] == ["0.1", "27", "0.5"] and problems.count == 1
 
 
+@pytest.mark.parametrize(("kind", "number"), [(pa.float16(), 10008.0), (pa.float32(), 123456792.0)])
+def test_a_whole_number_of_parquet_keeps_all_its_digits(kind: pa.DataType, number: float, tmp_path: Path) -> None:
+    table = pa.table({"q": ["text"], "a": pa.array([number], pa.float64()).cast(kind)})
+    pq.write_table(table, tmp_path / "x.parquet")
+    rows = read_rows(tmp_path / "x.parquet", problems := Problems("x"))
+    (pair,) = pairs_of(rows, "q", answer_field("a", "set a"), problems, remedy="set q")
+    assert pair.answer == str(int(number))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e400, None])
 def test_what_is_no_number_is_a_missing_answer(value: object, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"q": "text", "a": value}])
@@ -198,15 +211,26 @@ def _csv(rows: Any) -> bytes:
     return b"\xef\xbb\xbf" + text.getvalue().encode()
 
 
+def _zipped(name: str, content: bytes) -> bytes:
+    with zipfile.ZipFile(archive := io.BytesIO(), "w") as opened:
+        opened.writestr(name, content)
+    return archive.getvalue()
+
+
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
         ("x.jsonl.gz", gzip.compress(b"{}"), "compressed by gzip"),
         ("x.jsonl.zst", pa.Codec("zstd").compress(b"{}", asbytes=True), "compressed by zstd"),
+        ("x.jsonl.bz2", bz2.compress(b"{}"), "compressed by bzip2"),
+        ("x.jsonl.xz", lzma.compress(b"{}"), "compressed by xz"),
+        ("x.zip", _zipped("x.jsonl", b"{}"), "a zip archive"),
+        ("x.data", b"PAR1 and more", "Parquet under a name that does not end in .parquet"),
         ("x.json", json.dumps(ROWS, indent=2).encode(), "a JSON array"),
+        ("x.json", b"\xef\xbb\xbf" + json.dumps(ROWS, ensure_ascii=False, indent=2).encode(), "a JSON array"),
+        ("x.json", "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(), "JSON of several lines an object"),
         ("it's x.json", json.dumps(ROWS).encode(), "a JSON array"),
-        ("x.json", json.dumps({"data": ROWS}, indent=2).encode(), "JSON of several lines an object"),
         ("x.CSV", _csv([*ROWS, {"question": "9" * 200_000, "answer": "5"}]), "CSV"),
     ],
 )
@@ -220,11 +244,19 @@ def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
     assert words.endswith(f"{tmp_path / name}: is {kind}, expected one JSON object a line, or Parquet")
     if command.startswith("python "):
         subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    if "_lines.jsonl" in command:
         written = read_rows(tmp_path / f"{Path(name).stem}_lines.jsonl", Problems("x"))
         assert [row.fields for row in written][:2] == ROWS
-    if command.startswith("gunzip "):
+    if command.startswith(("gunzip ", "bzip2 ", "xz ")):
+        if shutil.which(command.split()[0]) is None:
+            pytest.skip(f"needs the program {command.split()[0]}")
         subprocess.run(command, shell=True, check=True)
         assert (tmp_path / "x.jsonl").read_bytes() == b"{}"
+    if name == "x.zip":
+        assert (tmp_path / "x" / "x.jsonl").read_bytes() == b"{}"
+    if command.startswith("mv "):
+        subprocess.run(command, shell=True, check=True)
+        assert (tmp_path / "x.data.parquet").exists()
 
 
 def test_each_file_of_a_folder_gets_its_command(tmp_path: Path) -> None:
@@ -251,13 +283,40 @@ def test_a_table_that_is_not_sound_is_not_converted(table: str, message: str, tm
     assert done.returncode and message in done.stderr
 
 
-def test_numbers_of_a_converted_array_keep_their_digits(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('[{"q": "x", "a": 12345678901234567890.50}]')
+NUMBERS = ["27.0", "12345678901234567890.50", "9007199254740993", "1e-7", "[27.0, 5]", "null", '"27.0"']
+
+
+@pytest.mark.parametrize("text", ["[{}]", "[\n {} ]\n", "{}\n"])
+def test_numbers_of_converted_json_are_read_as_those_of_lines(text: str, tmp_path: Path) -> None:
+    rows = [f'{{\r\n"q": "x, [y] \\n",\n\n"a":\t{number}}}' for number in NUMBERS]
+    between = ",\n" if text.startswith("[") else " "
+    (tmp_path / "x.json").write_bytes(text.replace("{}", between.join(rows)).encode())
+    _convert(tmp_path / "x.json")
+    (tmp_path / "y.jsonl").write_text("".join(f'{{"q": "x, [y] \\n", "a": {number}}}\n' for number in NUMBERS))
+    converted, lines = (
+        [dict(row.fields) for row in read_rows(tmp_path / name, Problems("x"))] for name in ("x_lines.jsonl", "y.jsonl")
+    )
+    assert converted == lines and len(lines) == len(NUMBERS)
+    texts = [
+        [pair.answer for pair in pairs_of(rows, "q", answer_field("a", "set a"), Problems("x"), remedy="set q")]
+        for rows in (read_rows(tmp_path / name, Problems("x")) for name in ("x_lines.jsonl", "y.jsonl"))
+    ]
+    assert texts[0] == texts[1] == ["27", "12345678901234567890.5", "9007199254740993", "0.0000001", "27.0"]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": 2}', '[{"a": 1} {"a": 2}]', '{\n"a": 1}\n{"a":'])
+def test_damaged_json_is_not_converted(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(subprocess.CalledProcessError):
+        _convert(tmp_path / "x.json")
+
+
+def _convert(path: Path) -> None:
+    """Run the command that a file of another kind is refused with."""
     with pytest.raises(PromptError) as caught:
-        read_rows(tmp_path / "x.json", Problems("x"))
+        read_rows(path, Problems("x"))
     command = str(caught.value).partition("; convert it: ")[2].replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True)
-    assert read_rows(tmp_path / "x_lines.jsonl", Problems("x"))[0].fields["a"] == "12345678901234567890.50"
+    subprocess.run(command, shell=True, check=True, stderr=subprocess.DEVNULL)
 
 
 def test_what_a_shell_would_expand_is_told_that_nothing_does(tmp_path: Path) -> None:

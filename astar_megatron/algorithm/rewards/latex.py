@@ -9,8 +9,8 @@ finds it too, but takes only a \\boxed apart, so that \\fbox{5} is 0 there and 1
 for. Linear in the response.
 
 `boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159; braces, bold,
-`\\text`, thin spaces, a unit behind it and the "m+n =" in front of it go. "25 \\text{ or } 27" is no integer. An empty
-box is no answer, so the one before it counts.
+`\\text`, thin spaces, a unit behind it and the "m+n =" in front of it go. "25 \\text{ or } 27" is no
+integer, nor is "25 \\text{ million}". An empty box is no answer, so the one before it counts.
 """
 
 import re
@@ -32,7 +32,9 @@ _UNIT = re.compile(  # "\text{ m}\cdot\text{s}^{-1}"; one letter in \mathrm is a
 )
 # None between digits: "2\,5" are two numbers. The last of "25\ " stands without its blank.
 _SPACE = re.compile(r"(?<![0-9])\\[,;:]|\\[,;:](?![0-9])|\\$")
-_NO_EQUATION = re.compile(r"[<>!]|\\not")
+_NO_INTEGER = re.compile(  # a relation, or words that make another number of one
+    r"[<>!]|\\not|(?<![A-Za-z])(?i:and|or)(?![A-Za-z])|(?<![A-Za-z])(?i:hundred|thousand|[mbt]r?illion|dozen)"
+)
 _GAP = r"(?:[\s$*]|\\[()\[\],;: ]|\\q?quad(?![a-z]))*"
 _AND = r"(?:[,;]|\\text\{\s*,?\s*(?:and|or)\s*\}|\\lor(?![a-z])|\\vee(?![a-z])|(?:and|or)\b)"
 _COMMA = re.compile(f"{_GAP}{_AND}(?:{_GAP}{_AND})?{_GAP}")  # between boxes that are a list
@@ -59,8 +61,11 @@ def boxed_answer(response: str) -> str | None:
 
 
 def boxed_list(response: str) -> str | None:
-    """Return the last \\boxed{...} in normal form behind those that it ends a list of, with commas between."""
-    return ",".join(map(normalised, last_boxes(response))) or None
+    """Return the last \\boxed{...} in normal form behind those that it ends a list of, with commas between.
+
+    One of which the normal form leaves nothing ("\\text{ 5}") is as it stands.
+    """
+    return ",".join(normalised(box) or box.strip() for box in filled_boxes(response)) or None
 
 
 def boxed_integer(response: str, answer: str) -> float:
@@ -94,7 +99,7 @@ def _integer(latex: str) -> str | None:
     if len(latex) > _LONGEST:
         return None
     text = _THOUSANDS.sub("", latex.replace("\\!", ""))
-    if _NO_EQUATION.search(text) or _TWO_NUMBERS.search(text):
+    if _NO_INTEGER.search(text) or _TWO_NUMBERS.search(text):
         return None
     # Without fonts: of a \text{ the normal form would cut off all that follows.
     text = _without_braces(_SPACE.sub("", normalised(_FONT.sub("", _UNIT.sub("", text)))))
@@ -125,6 +130,11 @@ def last_boxes(text: str) -> list[str]:
         contents.append(box.content)
         end = box.start
     return contents[::-1]
+
+
+def filled_boxes(text: str) -> list[str]:
+    """Return what `last_boxes` does, but for those that hold nothing."""
+    return [box for box in last_boxes(text) if box.strip()]
 
 
 class _Box(NamedTuple):

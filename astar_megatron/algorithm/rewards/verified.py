@@ -1,9 +1,12 @@
 """The reward `math_verify`: answers compared as mathematics by the library math-verify (huggingface/Math-Verify).
 
-It reads the last \\boxed{...} of a response, with those that it ends a list of ("\\boxed{1} and \\boxed{2}"), else its
-last 1000 characters, and asks the library whether that equals the answer: 1/2, 0.5 and \\frac12 are equal, unlike under
-`math`. A list is right too where each part of it equals the answer. A response that the library can't judge within a
-few seconds scores 0. It measures them by SIGALRM, so this reward runs in the main thread of a process.
+It reads the last \\boxed{...} of a response, with those that it ends a list of ("\\boxed{1} and \\boxed{2}"), and asks
+the library whether that equals the answer: 1/2, 0.5 and \\frac12 are equal, unlike under `math`. A list is right too
+where each part of it equals the answer. Without a box, or where the last one is not closed, a response scores 0.
+
+So does one that the library can't judge within a few seconds of CPU time: a busy machine changes no verdict. They are
+measured by SIGPROF, in place of the library's own alarm by the clock, so this reward runs in the main thread of a
+process.
 
 Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
 be equal to four digits too. And it reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
@@ -14,20 +17,25 @@ import importlib
 import itertools
 import logging
 import re
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
-from astar_megatron.algorithm.rewards.latex import last_boxed, last_boxes
+from astar_megatron.algorithm.rewards.latex import filled_boxes, last_boxed
 
 _LONGEST = 1000  # characters of an answer; the library's regular expressions take minutes on long text
-_SECONDS = 3  # for reading an answer, for a comparison, and for a number
+_SECONDS = 3.0  # of CPU time for reading an answer, for a comparison, and for a number
 _RELATIVE = 5e-4  # as far as rounding to four digits moves a number
 _DIGITS = 30  # of a number's value
 _SIGN = re.compile(
     r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
 )
 _SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
+
+
+class _OutOfTime(BaseException):
+    """What is computed takes too long; no Exception, for the library passes over those."""
 
 
 def math_verify(response: str, answer: str) -> float:
@@ -37,12 +45,10 @@ def math_verify(response: str, answer: str) -> float:
     library.
     """
     library = _library()
-    gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
-    if gold is None or not gold.strip() or not (golds := library.parse(_boxed(gold), parsing_timeout=_SECONDS)):
-        raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
-    boxes = [box for box in last_boxes(response) if box.strip()] or last_boxes(response)[-1:]
-    together = ", ".join(map(_boxed, boxes)) or response[-_LONGEST:]
-    if len(together) > 2 * _LONGEST:
+    golds = _golds(library, answer)
+    boxes = filled_boxes(response)
+    together = ", ".join(map(_boxed, boxes))
+    if not boxes or len(together) > 2 * _LONGEST:
         return 0.0
     is_right = _is(library, golds, together)
     if not is_right and len(boxes) > 1:  # one answer in several forms
@@ -56,22 +62,57 @@ def library_version() -> str:
     return metadata.version("math-verify")
 
 
+def _golds(library: Any, answer: str) -> Sequence[Any]:
+    """What the library reads in the answer of a prompt, one thing at least. Raises ValueError."""
+    gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
+    try:
+        golds = _limited(library.parse, _boxed(gold), parsing_timeout=None) if gold and gold.strip() else []
+    except _OutOfTime:
+        raise ValueError(
+            f"answer: math-verify had not read it after {_SECONDS:g} s of computing, got {answer[-80:]!r}; shorten it"
+        ) from None
+    if not golds:
+        raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
+    return golds
+
+
 def _is(library: Any, golds: Sequence[Any], text: str) -> bool:
     """Whether what the library reads in a text equals the answer, which it reads as `golds`."""
-    guess = library.parse(text, parsing_timeout=_SECONDS)
+    try:
+        guess = _limited(library.parse, text, parsing_timeout=None)
+    except _OutOfTime:
+        return False
     return _sign(golds) == _sign(guess) and any(_equal(library, *pair) for pair in itertools.product(golds, guess))
 
 
 def _equal(library: Any, gold: Any, guess: Any) -> bool:
     """Whether the library finds both equal, and the numbers that they are, if they are any, are not merely tiny."""
-    if not library.verify(gold, guess, timeout_seconds=_SECONDS):
+    try:
+        if not _limited(library.verify, gold, guess, timeout_seconds=None):
+            return False
+    except _OutOfTime:
         return False
     if isinstance(gold, str) or gold == guess:
         return True
     try:
-        return bool(library.utils.timeout(timeout_seconds=_SECONDS)(_are_close)(gold, guess))
-    except (Exception, library.errors.TimeoutException):  # sympy raises anything
+        return bool(_limited(_are_close, gold, guess))
+    except (Exception, _OutOfTime):  # sympy raises anything
         return True
+
+
+def _limited(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What the function returns; raises _OutOfTime once this process has computed for _SECONDS."""
+
+    def stop(*_: object) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+    try:
+        return function(*arguments, **options)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _sign(parsed: Sequence[Any]) -> str | None:
@@ -113,5 +154,5 @@ def _library() -> Any:
         raise ValueError(
             "reward.name: math_verify needs the package math-verify; install it, or take the reward math"
         ) from error
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it prints each response that takes too long
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it says that its own alarm is off
     return library
