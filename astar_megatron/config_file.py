@@ -5,6 +5,7 @@ And the words in which a tree is refused. Leaves out what the keys mean: config.
 
 import datetime
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logi
 _MOST_WHOLE = 10**15  # far from what 64 bits hold
 # As $HOME and ${HOME}. The one exception is a user's name, of NVIDIA's registry of images.
 NAMES_VARIABLE = re.compile(r"\$\{?(?!oauthtoken@)[A-Za-z_]")
+# What JSON may have as it stands, and YAML reads as a line's end, or not at all.
+_ESCAPED_FOR_YAML = re.compile("[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
 
 
@@ -96,6 +99,12 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     for key, value in values.items():
         tree = _merge(tree, _at(key, value))
     return dict(tree)
+
+
+def as_json(tree: Mapping[str, Any]) -> str:
+    """Return a tree as JSON that `read` reads as the same: of two escapes, as JSON has an emoji, YAML makes no one."""
+    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    return _ESCAPED_FOR_YAML.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
 
 
 class _Loader(yaml.SafeLoader):
