@@ -437,6 +437,23 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder of letters, digits and"),
         ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
         ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number from 0"),
+        (
+            "--set slurm.env=[ASTAR_SPARE_NODE=1]",
+            "slurm.env: ASTAR_SPARE_NODE: no such variable of the batch",
+        ),
+        (
+            "--set slurm.env=[ASTAR_PYTHONN=x]",
+            "ASTAR_PYTHONN: the nearest is ASTAR_PYTHON",
+        ),
+        ("--set slurm.env=[ASTAR_ADDRESS=x:1]", "slurm.env: ASTAR_ADDRESS: no such variable"),
+        ("--set slurm.env=[ASTAR_PREFLIGHT=no]", "ASTAR_PREFLIGHT=no: expected a whole number from 0 to 1"),
+        (
+            "--set slurm.env=[SBATCH_ARRAY_INX=0-3]",
+            "SBATCH_ARRAY_INX=0-3: an option of sbatch's own; say it in",
+        ),
+        ("--set slurm.flags=[--time-min=1]", "slurm.flags: --time-min: 1 is 60 s, and 300 s before the limit"),
+        ("--set slurm.flags=[--time-mi=1]", "--time-mi=1: sbatch takes it for --time-min"),
+        ("--set slurm.flags=[--time-min=soon]", "--time-min=soon: expected minutes, as 60, or days-hours"),
         ("--set slurm.env=[ASTAR_PORT=65535]", "ASTAR_PORT=65535: expected a whole number from 1024 to 65472"),
         ("--set slurm.env=[ASTAR_PORT=08192]", "ASTAR_PORT=08192: expected a whole number from 1024 to 65472"),
         ("--set slurm.env=[ASTAR_IMAGE=/no.sqsh]", "slurm.env: ASTAR_IMAGE=/no.sqsh: slurm.image sets that variable"),
