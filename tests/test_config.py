@@ -323,6 +323,17 @@ def test_json_that_is_written_for_yaml_is_read_as_it_was(tmp_path: Path) -> None
     assert json.loads(config.as_json(tree)) == tree
 
 
+@pytest.mark.parametrize("line", ["on: 1", "optim: {off: 1}", "1: x", "data: {null: x}"])
+def test_a_key_that_yaml_reads_as_no_text_is_named_as_it_stands(tmp_path: Path, line: str) -> None:
+    key = line.rpartition("{")[2].partition(":")[0]
+    assert f"the key {key!r} needs quotes: YAML reads on, off, yes, no as true" in refusal(tmp_path, text=f"{line}\n")
+
+
+@pytest.mark.parametrize("value", ["", "''", "[x]"])
+def test_a_base_that_names_no_file_is_refused(tmp_path: Path, value: str) -> None:
+    assert "base: expected a file name beside" in refusal(tmp_path, text=f"base: {value}\n{SMALLEST}")
+
+
 def test_what_is_derived_follows_the_keys(tmp_path: Path) -> None:
     cfg = load(tmp_path)
     assert (cfg.mini_batch_size, cfg.max_tokens) == (256, 1280)
