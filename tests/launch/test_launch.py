@@ -411,6 +411,8 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.image=./none.sqsh", "slurm.image: ./none.sqsh: no such file"),
         ("--set slurm.image=a/b:1 --backend local", "slurm.image: a/b:1, but local has no containers"),
         ("--set slurm.mounts=[/data:/data]", "slurm.mounts: /data:/data, but no container would see it"),
+        ("--set run_dir=some.jsonl/runs", "run_dir: some.jsonl/runs: {folder}/some.jsonl is no folder that you may"),
+        ("--set sweep.table=some.jsonl/v", "sweep.table: some.jsonl/v: {folder}/some.jsonl is no folder that you may"),
         ("--set data.path=/nope.jsonl", "data.path: /nope.jsonl is not here; name what is"),
         ("--set data.eval_path=nope.jsonl", "data.eval_path: nope.jsonl is not here"),
         ("--set eval.benchmarks=[amc23] --set eval.folder=/nope", "eval.folder: /nope is not here"),
@@ -443,7 +445,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ),
         (
             "--set slurm.env=[ASTAR_PYTHONN=x]",
-            "ASTAR_PYTHONN: the nearest is ASTAR_PYTHON",
+            "no such variable of the batch script; the nearest is ASTAR_PYTHON",
         ),
         ("--set slurm.env=[ASTAR_ADDRESS=x:1]", "slurm.env: ASTAR_ADDRESS: no such variable"),
         ("--set slurm.env=[ASTAR_PREFLIGHT=no]", "ASTAR_PREFLIGHT=no: expected a whole number from 0 to 1"),
@@ -468,6 +470,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
             words += ["--config", "run.yaml"]
         status, out, error = astar("launch", *words)
         assert (status, out, calls(folder)) == (2, "", []), words
+        message = message.replace("{folder}", str(folder))
         assert error.startswith("astar: ") and message in error and "Traceback" not in error, (words, error)
 
 
