@@ -4,12 +4,14 @@
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from astar_megatron.cluster.cluster import Cluster
 from astar_megatron.config import RunConfig
 from astar_megatron.config_secrets import without_logins
 from astar_megatron.data import chat
+from astar_megatron.data.files import StorageError, refusal_at
 from astar_megatron.data.header import MissingTableError
 from astar_megatron.run import resources
 from astar_megatron.run.prepare import Inputs, check_here, placement_of, prepare
@@ -28,9 +30,11 @@ def main(cfg: RunConfig) -> None:
     inputs = prepare(cfg)
     here = check_here(cfg)
     check_before_stage_1(cfg, inputs)
+    _check_writable("run_dir", cfg.run_dir)
     try:
         estimates = stage_1(cfg, inputs)
     except MissingTableError:
+        _check_writable("sweep.table", cfg.table_dir)
         done = "stage 1 is still to be done"
     else:
         check_training(cfg, inputs, estimates)
@@ -54,6 +58,11 @@ def main(cfg: RunConfig) -> None:
     screen.table(placement.describe(), placement.rows())
     if shares:
         screen.say(shares.describe())
+
+
+def _check_writable(key: str, folder: str | Path) -> None:
+    if problem := refusal_at(folder):
+        raise StorageError(f"{key}: {folder}: {problem}; choose another place")
 
 
 def _begins(cfg: RunConfig, inputs: Inputs) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from astar_megatron.config_file import ConfigError, Name, Seconds, Section, day, explain, nearest_divisor, read
+from astar_megatron.config_file import as_json as as_json
 from astar_megatron.config_file import with_values as with_values
 from astar_megatron.config_machine import (
     CheckpointConfig,

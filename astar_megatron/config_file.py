@@ -5,6 +5,7 @@ And the words in which a tree is refused. Leaves out what the keys mean: config.
 
 import datetime
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logi
 _MOST_WHOLE = 10**15  # far from what 64 bits hold
 # As $HOME and ${HOME}. The one exception is a user's name, of NVIDIA's registry of images.
 NAMES_VARIABLE = re.compile(r"\$\{?(?!oauthtoken@)[A-Za-z_]")
+# What JSON may have as it stands, and YAML reads as a line's end, or not at all.
+_ESCAPED_FOR_YAML = re.compile("[\x7f-\xa0\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _LEAST, _MOST = 1e-30, 1e30  # far from what float32 rounds to 0 or to infinity
 
 
@@ -79,8 +82,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises ConfigError naming the file, or the override, and the place in it.
     """
     tree = _read_yaml(Path(path))
-    if (base := tree.pop("base", None)) is not None:
-        if not isinstance(base, str):
+    if "base" in tree:
+        base = tree.pop("base")
+        if not isinstance(base, str) or not base:
             raise ConfigError(f"base: expected a file name beside {path}, got {base!r}")
         below = _read_yaml(Path(path).parent / base)
         if "base" in below:
@@ -98,10 +102,19 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
     return dict(tree)
 
 
+def as_json(tree: Mapping[str, Any]) -> str:
+    """Return a tree as JSON that `read` reads as the same: of two escapes, as JSON has an emoji, YAML makes no one."""
+    text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+    return _ESCAPED_FOR_YAML.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+
+
+_TAGS_OF_KEYS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge", "value")}
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads numbers as YAML 1.2 does: PyYAML follows 1.1, where 1e-5 is text, 010 is 8 and 1:30 is 90.
 
-    It refuses a key that stands twice: PyYAML would take the last in silence.
+    It refuses a key that stands twice, of which PyYAML would take the last in silence, and one that is no text.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
@@ -114,6 +127,12 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+            if key.tag not in _TAGS_OF_KEYS:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} needs quotes: YAML reads on, off, yes, no as true and false, and "
+                    "numbers, days and null as such",
+                    problem_mark=key.start_mark,
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
@@ -148,7 +167,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML in UTF-8: {_reason(error)}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not readable as YAML: brackets in brackets without end; repair the file") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+    if not isinstance(tree, dict):
         raise ConfigError(
             f"{path}: expected a mapping of keys to values, got {'nothing' if tree is None else type(tree).__name__}; "
             "the configurations that ship are in configs/"

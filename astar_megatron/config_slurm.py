@@ -1,5 +1,6 @@
 """The keys of starting a run elsewhere: what `astar launch` asks Slurm or nemo-run for."""
 
+import difflib
 import math
 import re
 from typing import Annotated, Any, Literal, Self
@@ -27,7 +28,9 @@ _NUMBERS = {
     "ASTAR_START_SECONDS": (1, 99_999),
     "ASTAR_MAX_REQUEUES": (0, 99_999),
     "ASTAR_SPARE_NODES": (0, 65_535),
+    "ASTAR_PREFLIGHT": (0, 1),
 }
+VARIABLES = (*_BY_KEYS, *_NUMBERS, "ASTAR_PYTHON", "ASTAR_LOGS", "ASTAR_INTERFACE", "ASTAR_SRUN")  # all there are
 
 
 # Flags of sbatch that launching sets itself, or that would undo what it says; and the keys that are there for them.
@@ -40,7 +43,8 @@ _OWN_FLAGS: dict[str, str | None] = {
     "clusters": None,  # others would be asked for the jobs
     "het-group": None,  # a run takes nodes of one kind
 }
-_WATCHED_FLAGS = (*_OWN_FLAGS, "export", "signal")
+_WATCHED_FLAGS = (*_OWN_FLAGS, "export", "signal", "time-min")
+_LIMIT = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE"  # a time limit of Slurm's
 
 
 def _variable(value: str) -> str:
@@ -49,6 +53,11 @@ def _variable(value: str) -> str:
     name, _, text = value.partition("=")
     if name.startswith("ASTAR_") and not text:
         raise ValueError(f"slurm.env: {value:.200}: empty; leave it out for its default")
+    if name.startswith("SBATCH_"):
+        raise ValueError(f"slurm.env: {value:.200}: an option of sbatch's own; say it in slurm.flags")
+    if name.startswith("ASTAR_") and name not in VARIABLES:
+        (nearest,) = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.0)
+        raise ValueError(f"slurm.env: {name:.200}: no such variable of the batch script; the nearest is {nearest}")
     if key := _BY_KEYS.get(name):
         raise ValueError(f"slurm.env: {value:.200}: slurm.{key} sets that variable; use the key")
     if name in _NUMBERS:
@@ -76,6 +85,8 @@ def _flag(value: str) -> str:
         key = _OWN_FLAGS[name]
         remedy = f"set {key}" if key else "leave it out: launching sets it, or needs it otherwise"
         raise ValueError(f"slurm.flags: {value:.200}: {remedy}")
+    if name == "time-min" and not re.fullmatch(_LIMIT, text):
+        raise ValueError(f"slurm.flags: {value:.200}: expected minutes, as 60, or days-hours:minutes:seconds")
     if name == "signal" and not re.fullmatch(r"B:(SIG)?USR1@\d+", text):
         raise ValueError(f"slurm.flags: {value:.200}: the batch script waits for --signal=B:USR1@<seconds>")
     return value
@@ -92,7 +103,7 @@ def _minutes(value: Any) -> Any:
 
 
 def _limit(value: str) -> str:
-    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE", value):
+    if not re.fullmatch(_LIMIT, value):
         raise ValueError(f"slurm.time: expected minutes, as 60, or days-hours:minutes:seconds, got {value!r:.200}")
     return value
 
@@ -184,6 +195,9 @@ class SlurmConfig(Section):
     def _time_for_work(self) -> Self:
         if self.time is not None and (problem := self.too_short(self.time)):
             raise ValueError(f"slurm.time: {problem}")
+        least = next((flag.partition("=")[2] for flag in self.flags if flag.startswith("--time-min=")), None)
+        if least is not None and (problem := self.too_short(least)):
+            raise ValueError(f"slurm.flags: --time-min: {problem}")
         return self
 
     def too_short(self, limit: str) -> str | None:

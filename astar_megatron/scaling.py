@@ -14,7 +14,7 @@ from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.launch import queue
 from astar_megatron.launch.program import submits
 from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
-from astar_megatron.run.commands import CommandEnd, Runner, astar, run_shown, write_configuration
+from astar_megatron.run.commands import LOG_FILE, CommandEnd, Runner, astar, run_shown
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import comparison, study_files
@@ -116,7 +116,7 @@ def _here(screen: Screen, runner: Runner) -> Ends:
 
 def _as_jobs(stage: Stage, configs: Mapping[str, RunConfig]) -> Iterator[tuple[str, CommandEnd]]:
     """All at once as jobs of Slurm's, in the order in which they end."""
-    submissions = {name: queue.submission_of(cfg, stage, *write_configuration(cfg)) for name, cfg in configs.items()}
+    submissions = {name: queue.submission_of(cfg, stage, Path(cfg.run_dir) / LOG_FILE) for name, cfg in configs.items()}
     for name, did_well in queue.ended(submissions):
         yield name, CommandEnd(status=0 if did_well else 1, log=submissions[name].log)
 

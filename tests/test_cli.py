@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -139,6 +140,19 @@ def test_too_little_memory_or_shared_memory_is_refused(
     machine(**{field: 1000})
     for name in ("sweep", "doctor"):
         assert refused(name).startswith(f"astar: {word}")
+
+
+@pytest.mark.parametrize("name", ["train --dry-run", "doctor"])
+@pytest.mark.parametrize("key", ["run_dir", "sweep.table"])
+def test_a_folder_that_can_not_be_made_is_refused_by_what_only_looks_at_a_run(
+    name: str, key: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a mount that can only be read, which tests that may be root's have not."""
+    (locked := tmp_path / "locked").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and (path != locked or mode == os.F_OK))
+    error = refused(name, f"{key}={locked}/x")
+    assert f"{key}: {locked}/x: {locked} is no folder that you may write to; choose another place" in error
 
 
 def test_more_ranks_than_accelerators_are_refused_with_a_layout_that_fits(

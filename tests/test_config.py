@@ -314,6 +314,26 @@ def test_a_base_file_lies_below_and_is_merged_key_by_key(tmp_path: Path) -> None
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.run_dir) == (1e-3, 0.0, "runs/x")
 
 
+def test_json_that_is_written_for_yaml_is_read_as_it_was(tmp_path: Path) -> None:
+    suffix = " \N{GRINNING FACE} \x7f\x85\u2028 x\ufeff # 1e-5\n"  # JSON as usual has an emoji as two escapes
+    tree = yaml.safe_load(SMALLEST) | {"seed": 7, "optim": {"lr": 1e-7}}
+    tree["data"]["suffix"] = suffix
+    cfg = load(tmp_path, text=config.as_json(tree))
+    assert (cfg.data.suffix, cfg.seed, cfg.optim.lr) == (suffix, 7, 1e-7)
+    assert json.loads(config.as_json(tree)) == tree
+
+
+@pytest.mark.parametrize("line", ["on: 1", "optim: {off: 1}", "1: x", "data: {null: x}"])
+def test_a_key_that_yaml_reads_as_no_text_is_named_as_it_stands(tmp_path: Path, line: str) -> None:
+    key = line.rpartition("{")[2].partition(":")[0]
+    assert f"the key {key!r} needs quotes: YAML reads on, off, yes, no as true" in refusal(tmp_path, text=f"{line}\n")
+
+
+@pytest.mark.parametrize("value", ["", "''", "[x]"])
+def test_a_base_that_names_no_file_is_refused(tmp_path: Path, value: str) -> None:
+    assert "base: expected a file name beside" in refusal(tmp_path, text=f"base: {value}\n{SMALLEST}")
+
+
 def test_what_is_derived_follows_the_keys(tmp_path: Path) -> None:
     cfg = load(tmp_path)
     assert (cfg.mini_batch_size, cfg.max_tokens) == (256, 1280)

@@ -58,6 +58,19 @@ def make_folder(path: str | Path) -> None:
         raise storage_error(f"{path}: can't create the folder", error) from error
 
 
+def refusal_at(path: str | Path) -> str | None:
+    """Return why nothing can be made at a path, by what is there of it and above it; None where it can. Makes nothing.
+
+    What root may write into and yet holds no folders, as /proc, is not known.
+    """
+    there = next(
+        place for place in (Path(path).absolute(), *Path(path).absolute().parents) if os.access(place, os.F_OK)
+    )
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    return f"{there} is no folder that you may write to"
+
+
 def storage_error(problem: str, error: OSError) -> StorageError:
     """Return a StorageError that adds to `problem` the system's reason and what to change."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

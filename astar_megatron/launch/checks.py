@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage, check_drawn_whole
+from astar_megatron.data.files import refusal_at
 from astar_megatron.launch.sbatch import logs_folder
 
 _IN_MEMORY = {"tmpfs", "ramfs"}
@@ -38,6 +39,9 @@ def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
         check_drawn_whole(cfg)
     if cfg.slurm.image or cfg.slurm.ssh:  # what a container or another machine sees is not known here
         return
+    for key, folder in (("run_dir", cfg.run_dir), *([("sweep.table", cfg.table_dir)] if "sweep" in stages else ())):
+        if problem := refusal_at(folder):
+            raise ConfigError(f"{key}: {folder}: {problem}; choose another place")
     if {*stages} - {"export"}:
         _there("model.path", Path(cfg.model.path, "config.json"))
         if {*stages} & {"sweep", "train"} or not cfg.eval.benchmarks:
@@ -117,7 +121,8 @@ def of_nemo_run(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mou
             f"NEMORUN_HOME: {home} is on {own}, which each node has for itself (run_dir is on {shared}); set it to a "
             "folder that all nodes share"
         )
-    _writable_home(Path(home))
+    if problem := refusal_at(home):
+        raise ConfigError(f"NEMORUN_HOME: {home}: {problem}; set it to another")
 
 
 def file_system(path: Path, mounts: Path) -> str:
@@ -137,13 +142,6 @@ def _image(cfg: SlurmConfig) -> None:
         raise ConfigError(f"slurm.image: {Path.cwd()}, with , or :, can't be mounted; launch from another folder")
     if cfg.image and cfg.image.startswith(("/", "./")) and not Path(cfg.image).is_file():
         raise ConfigError(f"slurm.image: {cfg.image}: no such file; a name of a registry has no leading / or ./")
-
-
-def _writable_home(home: Path) -> None:
-    """The first folder above it that is there must be one, and writable; nothing is made."""
-    there = next(path for path in (home.absolute(), *home.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"NEMORUN_HOME: {home}: {there} is no folder that you may write to; set it to another")
 
 
 def _committed(config_file: str) -> None:

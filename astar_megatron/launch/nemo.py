@@ -10,7 +10,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from paramiko.ssh_exception import SSHException  # pyright: ignore[reportMissing
 from astar_megatron.cluster.placement import counted
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, load, without_gpus
 from astar_megatron.launch import sbatch, scripts, slurm
+from astar_megatron.launch.copies import with_copy
 from astar_megatron.launch.stages import Job, jobs_of, names, title
 
 _REFUSALS = (OSError, SSHException, UnexpectedExit, AssertionError)  # of nemo-run, and of what it asks
@@ -114,7 +115,7 @@ def add_stages(
     """Add the stages of a run to an experiment, each to begin when the one before it has succeeded.
 
     Returns the name of the last, which what comes after takes as `dependencies`. `slurm.stages` says which. Of a
-    SlurmExecutor's nodes each gets those that it needs. `python` as in `script`.
+    SlurmExecutor's nodes each gets those that it needs, and a copy of what was read here. `python` as in `script`.
     Raises ConfigError where the executor has fewer nodes or GPUs than the run was planned for.
     """
     cfg, last = load(config_file, overrides), []
@@ -128,8 +129,31 @@ def add_stages(
                 parameters = (own.additional_parameters or {}).items()
                 kept = {name: _without_gpus(name, value) for name, value in parameters}
                 own.additional_parameters = {name: value for name, value in kept.items() if value is not None}
+            job = _with_shipped_copy(job, cfg, own)
         last = [experiment.add(script(job.command, own, python), own, name=job.stage, dependencies=last)]
     return last
+
+
+def _with_shipped_copy(job: Job, cfg: RunConfig, executor: Any) -> Job:
+    """Return the job with a copy of its configuration that comes to it as its code does.
+
+    `git` ships the run's file itself, which is committed; what other packagers ship is the user's matter.
+    """
+    packager = executor.packager
+    if type(packager) not in (run.Packager, run.PatternPackager):
+        return job
+    copied = with_copy(job, cfg, Path(executor.ray_template).parent)
+    file, patterns, folders = Path(copied.config_file), [], []
+    if isinstance(packager, run.PatternPackager):
+        patterns, folders = _listed(packager.include_pattern), _listed(packager.relative_path)
+    executor.packager = run.PatternPackager(
+        include_pattern=[*patterns, str(file)], relative_path=[*folders, str(file.parent)]
+    )
+    return replace(copied, config_file=file.name)  # as it is called in the folder of that code
+
+
+def _listed(paths: str | list[str]) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths
 
 
 def _without_gpus(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig
 from astar_megatron.launch import checks, sbatch
+from astar_megatron.launch.copies import with_copy
 from astar_megatron.launch.stages import jobs_of, names
 
 _ACTIONS = ("status", "logs", "cancel")
@@ -24,11 +25,14 @@ def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_r
     jobs = jobs_of(cfg, str(config_file), overrides)
     if not dry_run:
         checks.of_inputs(cfg, [job.stage for job in jobs])
+    if dry_run:
+        print("# Nothing is written. What --config names would be a copy of what was checked here")
     if cfg.slurm.backend == "nemo-run":
         checks.of_nemo_run(cfg, str(config_file))
         _nemo().submit(cfg, str(config_file), overrides, dry_run=dry_run)
         return 0
     checks.of_sbatch(cfg.slurm, dry_run=dry_run)
+    jobs = [with_copy(job, cfg, sbatch.copies_folder(job, cfg.slurm), dry_run=dry_run) for job in jobs]
     if cfg.slurm.backend == "local":
         return sbatch.run_here(jobs, cfg.slurm, dry_run=dry_run)
     sbatch.submit(jobs, cfg.slurm, names(cfg), dry_run=dry_run)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage
 from astar_megatron.launch import checks, sbatch, slurm
+from astar_megatron.launch.copies import with_copy
 from astar_megatron.launch.stages import Job, jobs_of
 
 POLL_SECONDS = 15.0
@@ -25,11 +26,15 @@ class Submission:
     log: Path
 
 
-def submission_of(cfg: RunConfig, stage: Stage, file: Path, log: Path) -> Submission:
-    """Return the job that runs a stage of a configuration, which lies in a file."""
+def submission_of(cfg: RunConfig, stage: Stage, log: Path) -> Submission:
+    """Return the job that runs a stage of a configuration, a copy of which is written beside the log."""
+    return Submission(job=with_copy(_job(cfg, stage), cfg, log.parent), cfg=cfg.slurm, log=log)
+
+
+def _job(cfg: RunConfig, stage: Stage) -> Job:
     own = cfg.slurm.model_copy(update={"stages": [stage]})
-    (job,) = jobs_of(cfg.model_copy(update={"slurm": own}), str(file))
-    return Submission(job=job, cfg=own, log=log)
+    (job,) = jobs_of(cfg.model_copy(update={"slurm": own}), "")
+    return job
 
 
 def check(cfg: RunConfig, stage: Stage) -> None:
@@ -38,7 +43,7 @@ def check(cfg: RunConfig, stage: Stage) -> None:
         raise ConfigError(f"slurm.backend: {cfg.slurm.backend} submits one run; for many take sbatch or local")
     checks.of_environment(cfg.slurm)
     checks.of_sbatch(cfg.slurm, dry_run=False)
-    submission_of(cfg, stage, Path(), Path())
+    _job(cfg, stage)
 
 
 def ended(submissions: Mapping[str, Submission], poll_seconds: float = POLL_SECONDS) -> Iterator[tuple[str, bool]]:

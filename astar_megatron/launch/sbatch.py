@@ -41,6 +41,11 @@ def logs_folder(cfg: SlurmConfig) -> Path:
     return Path(cfg.variables.get("ASTAR_LOGS", "logs"))
 
 
+def copies_folder(job: Job, cfg: SlurmConfig) -> Path:
+    """Return where the copy of the configuration that a job reads lies: a folder that its container sees."""
+    return Path(variables(job, cfg).get("ASTAR_LOGS", logs_folder(cfg)))
+
+
 def command(job: Job, cfg: SlurmConfig, after: str | None) -> list[str]:
     """Return the words of sbatch; `after` is the number of the job that must have succeeded."""
     flags = {

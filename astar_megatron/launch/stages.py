@@ -36,8 +36,8 @@ class Job:
 def jobs_of(cfg: RunConfig, config_file: str, overrides: Sequence[str] = ()) -> list[Job]:
     """Return the jobs of a run in their order, each of which begins when the one before it has succeeded.
 
-    All `overrides` are passed on: a job reads what was checked here. Raises ConfigError or PlacementError where the run
-    does not fit the nodes, or leaves some without work.
+    What a job reads in place of the file and `overrides` is a copy (copies.py). Raises ConfigError or PlacementError
+    where the run does not fit the nodes, or leaves some without work.
     """
     stages = sorted(set(cfg.slurm.stages or _usual(cfg)), key=STAGES.index)
     words = tuple(word for text in overrides for word in ("--set", text))

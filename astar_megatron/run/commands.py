@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from astar_megatron.cluster.processes import module_path
-from astar_megatron.config import RunConfig
+from astar_megatron.config import RunConfig, as_json
 from astar_megatron.data.files import make_folder, write_atomic
 from astar_megatron.run.tracking import Screen
 
@@ -68,7 +68,7 @@ def write_configuration(cfg: RunConfig) -> tuple[Path, Path]:
     make_folder(folder)
     file = folder / "run.json"  # JSON is YAML
     tree = cfg.model_dump() | {"slurm": {"backend": "local"}}  # the command itself submits nothing
-    write_atomic(file, (json.dumps(tree, indent=1) + "\n").encode())
+    write_atomic(file, as_json(tree).encode())
     return file, folder / LOG_FILE
 
 

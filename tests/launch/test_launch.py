@@ -16,7 +16,8 @@ from samples import run_config
 
 from astar_megatron.config import ConfigError, load, without_gpus
 from astar_megatron.launch import checks, scripts, slurm
-from astar_megatron.launch.stages import title
+from astar_megatron.launch.copies import with_copy
+from astar_megatron.launch.stages import jobs_of, title
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -103,9 +104,8 @@ def test_a_stage_begins_when_the_one_before_it_has_succeeded(folder: Path, astar
         ["--dependency=afterok:72", "--kill-on-invalid-dep=yes"],
     ]
     for call in calls(folder):
-        sets = ["--set", "optim.lr=1e-5", "--set", "slurm.time=60"]  # so that the job reads what was checked
-        assert call[-7:-1] == [str(ROOT / "slurm" / "train.sbatch"), "run.yaml", *sets]
-        assert "--time=60" in call
+        *_, script, file, _ = call
+        assert script == str(ROOT / "slurm" / "train.sbatch") and load(file).optim.lr == 1e-5 and "--time=60" in call
     assert out.splitlines()[1] == f"job 72: {named(folder)}-train on 1 node; logs/{named(folder)}-train-72.log"
     assert (folder / "logs").is_dir()  # Slurm does not make it
 
@@ -235,12 +235,50 @@ def test_flags_win_over_the_section(folder: Path, astar: Astar) -> None:
     assert "--nodes=2" in words and "--gpus-per-node=1" in words
 
 
-def test_a_job_reads_the_section_as_it_was_checked(folder: Path, astar: Astar) -> None:
-    """One that the file alone does not pass, for its flags were for another number of GPUs."""
-    (folder / "run.yaml").write_text(f"{SMALL}slurm: {{gpus_per_node: 8, flags: ['--gres=gpu:a100:4']}}\n")
-    assert astar("launch", "--config", "run.yaml", "--gpus-per-node", "4", "--stages", "train")[0] == 0
-    ((*_, file, option, text, _, _, _),) = calls(folder)
-    assert load(file, [text]).slurm.gpus_per_node == 4 and option == "--set"
+# --- what a job reads
+
+
+def test_a_job_reads_what_was_checked_whatever_becomes_of_the_file(folder: Path, astar: Astar) -> None:
+    """Two launches of one file, whose first is still in the queue when the file, and its base, are edited."""
+    (folder / "base.yaml").write_text(SMALL + "seed: 3\n")
+    for run_dir, seed in (("runs/a", 3), ("runs/b", 4)):
+        (folder / "run.yaml").write_text(f"base: base.yaml\nrun_dir: {run_dir}\n")
+        (folder / "base.yaml").write_text(f"{SMALL}seed: {seed}\n")
+        words = ["--stages", "train", "--set", "data.suffix=' \N{GRINNING FACE} # 1e-5'"]
+        assert astar("launch", "--config", "run.yaml", *words)[0] == 0
+    first, second = (load(call[-2]) for call in calls(folder))
+    assert (first.run_dir, first.seed, second.run_dir, second.seed) == ("runs/a", 3, "runs/b", 4)
+    assert first.data.suffix == " \N{GRINNING FACE} # 1e-5"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_copy_that_a_job_reads_is_the_same_run(path: Path, folder: Path) -> None:
+    own = load(path, ["data.date=2026-11-28", f"slurm.env=['MINE={'x' * 9}']"])
+    (job, *_) = jobs_of(own, str(path))
+    file = Path(with_copy(job, own, folder).config_file)
+    assert load(file).model_copy(update={"slurm": own.slurm}) == own
+    assert "MINE" not in file.read_text()  # the section may have what is nobody else's
+
+
+def test_a_copy_follows_the_umask_and_launches_of_other_content_do_not_share_it(folder: Path, astar: Astar) -> None:
+    before = os.umask(0o077)
+    try:
+        for lr in ("1e-5", "1e-6", "1e-5"):
+            assert astar("launch", "--config", "run.yaml", "--stages", "train", "--set", f"optim.lr={lr}")[0] == 0
+    finally:
+        os.umask(before)
+    first, second, third = (Path(call[-2]) for call in calls(folder))
+    assert first == third != second and first.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in Path("logs").iterdir()) == sorted((first.name, second.name))
+
+
+def test_a_container_sees_the_copy(folder: Path, astar: Astar) -> None:
+    """Which is in the folder that train.sbatch mounts, where logs go elsewhere than below the folder of submission."""
+    logs = folder.parent / "logs"
+    words = ["--set", "slurm.image=a/b:1", "--set", f"slurm.env=[ASTAR_LOGS={logs}]"]
+    assert astar("launch", "--config", "run.yaml", "--stages", "train", *words)[0] == 0
+    ((*_, file, settings),) = calls(folder)
+    assert Path(file).parent == Path(json.loads(settings)["ASTAR_LOGS"])
 
 
 def test_a_time_limit_that_leaves_time_is_accepted(folder: Path, astar: Astar) -> None:
@@ -271,13 +309,18 @@ def test_a_method_that_reads_no_table_has_no_sweep(folder: Path, astar: Astar) -
         ("filter.all_wrong=0", ["sweep", "train", "eval"]),
     ):
         out = astar("launch", "--dry-run", "--config", "run.yaml", "--set", "objective.name=grpo", "--set", setting)[1]
-        commands = [line.split()[0] for line in out.partition("\n\n")[0].splitlines()]
+        _, *lines = out.partition("\n\n")[0].splitlines()
+        commands = [line.split()[0] for line in lines]
         assert commands == [f"ASTAR_PROGRAM={stage}" for stage in stages]
 
 
-def test_a_dry_run_prints_the_batch_script(folder: Path, astar: Astar) -> None:
+def test_a_dry_run_prints_the_batch_script_and_the_file_that_would_be_read(folder: Path, astar: Astar) -> None:
     script = (ROOT / "slurm" / "train.sbatch").read_text()
-    assert astar("launch", "--dry-run", "--config", "run.yaml")[1].endswith(f"which each of them runs:\n{script}")
+    out = astar("launch", "--dry-run", "--config", "run.yaml", "--stages", "train")[1]
+    assert out.endswith(f"which each of them runs:\n{script}")
+    assert out.startswith("# Nothing is written. ") and not (folder / "logs").exists()
+    assert astar("launch", "--config", "run.yaml", "--stages", "train")[0] == 0
+    assert calls(folder)[0][-2] in out.splitlines()[1]
 
 
 # --- astar train
@@ -299,7 +342,7 @@ def test_train_submits_as_launch_does_where_the_section_says_so(
         assert "nemo-run needs nemo_run" in error
         return
     assert [json.loads(call[-1])["ASTAR_PROGRAM"] for call in calls(folder)] == ["sweep", "train", "eval"]
-    assert status == 0 and all(call[-4:-1] == ["run.yaml", "--set", "optim.lr=1e-5"] for call in calls(folder))
+    assert status == 0 and all(load(call[-2]).optim.lr == 1e-5 for call in calls(folder))
     refusal = astar("train", "--supervise", "--config", "run.yaml")[2]
     assert refusal.startswith("astar: --supervise: with slurm.backend=sbatch the job's script starts it again")
 
@@ -368,6 +411,8 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.image=./none.sqsh", "slurm.image: ./none.sqsh: no such file"),
         ("--set slurm.image=a/b:1 --backend local", "slurm.image: a/b:1, but local has no containers"),
         ("--set slurm.mounts=[/data:/data]", "slurm.mounts: /data:/data, but no container would see it"),
+        ("--set run_dir=some.jsonl/runs", "run_dir: some.jsonl/runs: {folder}/some.jsonl is no folder that you may"),
+        ("--set sweep.table=some.jsonl/v", "sweep.table: some.jsonl/v: {folder}/some.jsonl is no folder that you may"),
         ("--set data.path=/nope.jsonl", "data.path: /nope.jsonl is not here; name what is"),
         ("--set data.eval_path=nope.jsonl", "data.eval_path: nope.jsonl is not here"),
         ("--set eval.benchmarks=[amc23] --set eval.folder=/nope", "eval.folder: /nope is not here"),
@@ -394,6 +439,23 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.ssh=host --backend nemo-run", "slurm.ssh: expected user@host:/folder of letters, digits and"),
         ("--set slurm.env=[a=b]", "slurm.env: expected NAME=value with NAME in capitals, got 'a=b'"),
         ("--set slurm.env=[ASTAR_SPARE_NODES=few]", "slurm.env: ASTAR_SPARE_NODES=few: expected a whole number from 0"),
+        (
+            "--set slurm.env=[ASTAR_SPARE_NODE=1]",
+            "slurm.env: ASTAR_SPARE_NODE: no such variable of the batch",
+        ),
+        (
+            "--set slurm.env=[ASTAR_PYTHONN=x]",
+            "no such variable of the batch script; the nearest is ASTAR_PYTHON",
+        ),
+        ("--set slurm.env=[ASTAR_ADDRESS=x:1]", "slurm.env: ASTAR_ADDRESS: no such variable"),
+        ("--set slurm.env=[ASTAR_PREFLIGHT=no]", "ASTAR_PREFLIGHT=no: expected a whole number from 0 to 1"),
+        (
+            "--set slurm.env=[SBATCH_ARRAY_INX=0-3]",
+            "SBATCH_ARRAY_INX=0-3: an option of sbatch's own; say it in",
+        ),
+        ("--set slurm.flags=[--time-min=1]", "slurm.flags: --time-min: 1 is 60 s, and 300 s before the limit"),
+        ("--set slurm.flags=[--time-mi=1]", "--time-mi=1: sbatch takes it for --time-min"),
+        ("--set slurm.flags=[--time-min=soon]", "--time-min=soon: expected minutes, as 60, or days-hours"),
         ("--set slurm.env=[ASTAR_PORT=65535]", "ASTAR_PORT=65535: expected a whole number from 1024 to 65472"),
         ("--set slurm.env=[ASTAR_PORT=08192]", "ASTAR_PORT=08192: expected a whole number from 1024 to 65472"),
         ("--set slurm.env=[ASTAR_IMAGE=/no.sqsh]", "slurm.env: ASTAR_IMAGE=/no.sqsh: slurm.image sets that variable"),
@@ -408,6 +470,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
             words += ["--config", "run.yaml"]
         status, out, error = astar("launch", *words)
         assert (status, out, calls(folder)) == (2, "", []), words
+        message = message.replace("{folder}", str(folder))
         assert error.startswith("astar: ") and message in error and "Traceback" not in error, (words, error)
 
 
@@ -589,10 +652,11 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
         command, env=os.environ | job | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 7
-    sets = f"--set slurm.env=[ASTAR_PYTHON={python}] --set data.suffix=' x' --set slurm.backend=local"
-    assert done.stdout.splitlines() == [
-        f"{stage} --config run.yaml {sets} --set slurm.backend=local" for stage in ("sweep", "train")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [[stage, *rest] for stage, _, _, *rest in lines] == [
+        [stage, "--set", "slurm.backend=local"] for stage in ("sweep", "train")
     ]
+    assert [load(line[2]).data.suffix for line in lines] == [" x", " x"]
     assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from samples import run_config
 
+from astar_megatron.config import load
 from astar_megatron.launch.stages import title
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,3 +193,23 @@ def test_the_experiment_of_the_guide_runs(run: Run, tmp_path: Path) -> None:
     written = outputs(tmp_path)
     assert written.pop("report") == "all stages are done\n"
     assert list(written) == ["train"] and "<--set><optim.lr=2e-6>" in written["train"]
+
+
+@pytest.mark.parametrize("packager", [[], ["--set", "slurm.packager=some/*"]])
+def test_a_job_reads_what_was_checked_whatever_becomes_of_the_file(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packager: list[str]
+) -> None:
+    """The copy is shipped as code is, which the job's script looks at first."""
+    (tmp_path / "tools").mkdir()
+    for name, text in (("sbatch", 'for last; do :; done; cp "$last" "script-$$"; echo 70'), ("squeue", "")):
+        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "tools" / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    words = ["--config", "run.yaml", "--stages", "train", "--backend", "nemo-run", "--set", "data.suffix='a  b'"]
+    run("python", "-m", "astar_megatron.cli", "launch", *words, *packager)
+    (tmp_path / "run.yaml").write_text("")
+    (script,) = tmp_path.glob("script-*")
+    (name,) = re.findall(r"astar_megatron\.cli train --config (\S+)$", script.read_text(), re.MULTILINE)
+    (code,) = (tmp_path / "nemo" / "experiments").rglob("code")
+    assert load(code / name).data.suffix == "a  b" and load(code / name).run_dir == "runs/mine"
+    assert (code / "some" / "table").exists() == (packager != [])

@@ -11,7 +11,7 @@ import pytest
 from samples import run_config
 
 from astar_megatron.cluster.placement import PlacementError
-from astar_megatron.config import ConfigError
+from astar_megatron.config import ConfigError, load
 from astar_megatron.launch import queue
 from astar_megatron.launch.queue import Submission, submission_of
 
@@ -63,7 +63,6 @@ def submissions(**slurm: Any) -> dict[str, Submission]:
         name: submission_of(
             run_config(run_dir=f"runs/{name}", slurm={"backend": "sbatch", "gpus_per_node": 1, **slurm}),
             "train",
-            Path(f"runs/{name}/run.json"),
             Path(f"runs/{name}/log.txt"),
         )
         for name in ("a", "b")
@@ -87,7 +86,8 @@ def test_each_is_submitted_at_once_and_told_when_it_ends_and_a_requeued_one_has_
     )
     assert list(queue.ended(submissions(flags=["--exclusive"]), 0.0)) == [("b", False), ("a", True)]
     first, second = calls(tmp_path)
-    assert first[-1] == "runs/a/run.json" and second[-1] == "runs/b/run.json"
+    assert [load(words[-1]).run_dir for words in (first, second)] == ["runs/a", "runs/b"]
+    assert first[-1].startswith("runs/a/") and second[-1].startswith("runs/b/")
     assert "--exclusive" in first and "--output=runs/a/log.txt" in first and "--open-mode=append" in first
 
 
@@ -96,7 +96,7 @@ def test_a_job_that_waits_or_runs_is_taken_over_and_one_that_has_ended_is_submit
 ) -> None:
     slurm("3 {a} RUNNING; 4 {b} FAILED", "3 {a} COMPLETED; 4 {b} FAILED; 7 {b} COMPLETED")
     assert list(queue.ended(submissions(), 0.0)) == [("a", True), ("b", True)]
-    assert [words[-1] for words in calls(tmp_path)] == ["runs/b/run.json"]
+    assert [load(words[-1]).run_dir for words in calls(tmp_path)] == ["runs/b"]
 
 
 def test_a_job_that_slurm_has_forgotten_did_not_do_well(slurm: Slurm) -> None:

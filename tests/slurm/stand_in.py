@@ -2,9 +2,11 @@
 """What stands in for Python in tests of the batch scripts: a Ray of sockets, and programs that are configurations.
 
 The head listens and keeps a connection to each node that has joined with the right token. `doctor` waits for the nodes.
-Any other command runs its --config as a Python script, in which WORDS are the command's words.
+Any other command runs its --config as a Python script, in which WORDS are the command's words; of a launched run, whose
+configuration is JSON, that script is the value of data.suffix, and CONFIG all of it.
 """
 
+import json
 import os
 import runpy
 import socket
@@ -102,7 +104,12 @@ def main() -> None:
     if words[0] == "doctor":
         return doctor(words)
     joined = names(value(words, "cluster.address"))
-    runpy.run_path(value(words, "--config"), {"WORDS": words, "JOINED": joined})
+    config = value(words, "--config")
+    if config.endswith(".json"):
+        tree = json.loads(Path(config).read_text())
+        exec(tree["data"]["suffix"], {"WORDS": words, "JOINED": joined, "CONFIG": tree})
+    else:
+        runpy.run_path(config, {"WORDS": words, "JOINED": joined})
 
 
 if __name__ == "__main__":

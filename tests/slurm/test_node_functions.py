@@ -168,3 +168,43 @@ def test_an_array_asks_again_where_its_script_lies(call: Callable[..., str], tmp
     shutil.copy(TRAIN.with_name("sweep.sbatch"), tmp_path / "spool" / "slurm_script")
     line = "SLURM_JOB_ID=7 bash spool/slurm_script c.yaml"
     assert call(line, scontrol=fails, sleep="").endswith("sweep\n")
+
+
+def test_a_job_whose_program_had_begun_the_time_before_is_requeued_whatever_the_folder_of_logs_is_called(
+    call: Callable[..., str],
+) -> None:
+    folder = "mkdir 'a [1-4]*'; : >'a [1-4]*/driver-node1-8.log'"
+    printed = call(f"{REQUEUES}{folder}; ASTAR_LOGS='a [1-4]*' begun=''; requeue 75", scontrol="")
+    assert printed.endswith("node1: requeued\n")
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "sweep.sbatch"])
+def test_options_of_the_shell_that_the_environment_has_do_not_count(script: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/bash\necho $-\nls no*such\n[ no = yes ]\necho ended | grep -v x\n")
+    python.chmod(0o755)
+    (tmp_path / "run.yaml").touch()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "ASTAR_PYTHON": str(python),
+        "SHELLOPTS": "errexit:nounset:pipefail:xtrace:verbose:noclobber",
+        "BASHOPTS": "nullglob:failglob:nocasematch",
+    }
+    command = ["bash", str(TRAIN.with_name(script)), "run.yaml"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("ended\n")
+    assert not set(done.stdout.splitlines()[0]) & set("euxvC")
+    assert "exec" not in done.stderr  # of what the script traces, the lines before it takes that back
+
+
+@pytest.mark.parametrize("line", ["export HF_TOKEN=secret; false", "exit 3 # secret"])
+def test_of_a_setup_that_fails_nothing_but_the_status_is_said(call: Callable[..., str], line: str) -> None:
+    printed = call(f"export ASTAR_SETUP='{line}'; (set_up 1 :); echo $?")
+    assert "ASTAR_SETUP ended with status" in printed and "secret" not in printed
+
+
+def test_a_node_that_is_not_the_first_of_the_job_is_refused(call: Callable[..., str]) -> None:
+    job = "export SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node[0-1] SLURM_JOB_NUM_NODES=2 ASTAR_PYTHON=bash"
+    printed = call(f"{job}; touch run.yaml; main run.yaml; echo", scontrol="echo node0; echo node1")
+    message = "this is node1, but Ray's head and the program run on the job's first node, node0; begin there"
+    assert f"node1: {message}" in printed
