@@ -240,18 +240,31 @@ def test_a_folder_that_lacks_a_shard_is_refused_whoever_reads_it(
     assert len(read_prompts(DataConfig(path=str(tmp_path / "set" / names[0])), str(tied_llama))) == 1
 
 
-@pytest.mark.parametrize("names", [["train-0.parquet", "test-0.parquet"], ["x/train/0.jsonl", "x/test/0.jsonl"]])
+def test_data_sets_beside_each_other_are_read_as_one(tmp_path: Path, tied_llama: Path) -> None:
+    for name in ("gsm8k-00000-of-00001.parquet", "math-00000-of-00001.parquet", "train-more.parquet"):
+        _question(tmp_path / "set", name)
+    assert len(read_prompts(DataConfig(path=str(tmp_path / "set")), str(tied_llama))) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train-0.parquet", "test-0.parquet"], ["test", "train"]),
+        (["x/train/0.jsonl", "x/test/0.jsonl"], ["test", "train"]),
+        (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], ["test_sft", "train_sft"]),
+    ],
+)
 def test_a_folder_of_several_splits_is_not_read_as_one(
-    names: list[str], data: Command, tmp_path: Path, tied_llama: Path
+    names: list[str], splits: list[str], data: Command, tmp_path: Path, tied_llama: Path
 ) -> None:
     for name in names:
         _question(tmp_path / "set", name)
-    message = "its files are of the splits test, train, all of which would be read; name one file or"
+    message = f"its files are of the splits {', '.join(splits)}, all of which would be read; name one file or"
     status, _, error = data("jsonl", tmp_path / "set", "--out", tmp_path / "out.jsonl")
     assert status == 2 and message in error.replace("\n", " "), error
     with pytest.raises(PromptError, match=message) as caught:
         read_prompts(DataConfig(path=str(tmp_path / "set")), str(tied_llama))
-    command = shlex.split(str(caught.value).partition("write one with astar data ")[2].replace("NAME", "test"))
+    command = shlex.split(str(caught.value).partition("write one with astar data ")[2].replace("NAME", splits[0]))
     assert data(*command, "--out", tmp_path / "out.jsonl")[0] == 0
     assert [row["question"] for row in read_jsonl(tmp_path / "out.jsonl")] == names[1:]
 

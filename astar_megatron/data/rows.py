@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from astar_megatron.data.splits import missing_shards, split_of
+from astar_megatron.data.splits import SPLITS, missing_shards, split_of
 from astar_megatron.data.tables import Fields, Table, python_values, shortest_floats
 
 _LOG = logging.getLogger(__name__)
@@ -293,7 +293,8 @@ def data_files(folder: Path) -> list[Path]:
 def _files_of_one_split(folder: Path) -> list[Path]:
     """All files of a folder. Raises PromptError where their names are of several splits."""
     files = data_files(folder)
-    if len(splits := {split_of(file.relative_to(folder)) for file in files} - {""}) > 1:
+    names = {split_of(file.relative_to(folder)) for file in files}  # of shards also what else comes before their number
+    if len(splits := [name for name in names if SPLITS.intersection(re.split("[-._]", name))]) > 1:
         raise PromptError(
             f"{folder}: its files are of the splits {', '.join(sorted(splits))}, all of which would be read; name one "
             f"file or a folder of one split, or write one with astar data hf {shlex.quote(str(folder))} --split NAME"
