@@ -25,7 +25,7 @@ def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_r
     jobs = jobs_of(cfg, str(config_file), overrides)
     if not dry_run:
         checks.of_inputs(cfg, [job.stage for job in jobs])
-    if dry_run:
+    elif cfg.slurm.packager != "git":
         print("# Nothing is written. What --config names would be a copy of what was checked here")
     if cfg.slurm.backend == "nemo-run":
         checks.of_nemo_run(cfg, str(config_file))
