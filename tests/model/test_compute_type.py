@@ -67,7 +67,7 @@ def test_without_a_gpu_memory_and_disk_are_planned_for_what_ranks_compute_in(
     model = read_model(tied_llama)
     assert resources.needs(automatic, model, NO_GPU) == resources.needs(named, model, NO_GPU)
 
-    written = (4 * 14 + 2 if native else 4 * 12 + 4) * NUM_PARAMETERS
+    written = (4 * 14 + 2 if native else 4 * 16 + 4) * NUM_PARAMETERS
     resources.check_disk(automatic, NUM_PARAMETERS, free=written)
     with pytest.raises(ResourceError, match=r"^run_dir="):
         resources.check_disk(automatic, NUM_PARAMETERS, free=written - 1)
