@@ -103,7 +103,10 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 
 def as_json(tree: Mapping[str, Any]) -> str:
-    """Return a tree as JSON that `read` reads as the same: of two escapes, as JSON has an emoji, YAML makes no one."""
+    """Return a tree as JSON that `read` reads as the same.
+
+    Characters stand as they are where YAML lets them: JSON escapes an emoji as a pair, of which YAML reads two halves.
+    """
     text = json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
     return _ESCAPED_FOR_YAML.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
 

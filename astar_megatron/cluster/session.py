@@ -191,7 +191,7 @@ def remove_left_behind() -> None:
 def remove_shared_folders() -> None:
     """Remove the folders in /dev/shm of runs that were killed before they could (run/weights.py makes them).
 
-    A living run holds the lock in its folder; one that has just made it has none yet, and nothing in it.
+    A living run holds the lock in its folder; one that has just begun has no lock there yet, and no weights.
     """
     for folder in _own(SHARED_MEMORY.glob(f"{PREFIX}*-*")):
         with contextlib.suppress(OSError):  # held, or just removed
