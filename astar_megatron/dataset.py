@@ -15,6 +15,7 @@ from astar_megatron.algorithm import rewards
 from astar_megatron.config import RewardConfig
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
 from astar_megatron.data.benchmarks import BENCHMARKS, RENAME, Benchmark
+from astar_megatron.data.files import refusal_at
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
 from astar_megatron.data.sources import refuse_other, rows_of
 from astar_megatron.rollout.scoring import Scorer
@@ -71,6 +72,8 @@ def prepare(
         remedy = f"{RENAME}, or use astar data jsonl with --question-field and --answer-field"
     if source is None:
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
+    if problem := refusal_at(Path(out).parent):  # before all rows are read, and tried on a reward
+        raise PromptError(f"--out: {problem}; choose another path")
     problems = Problems(source)
     rows = rows_of(kind, source, subset, split, problems, known_subset=known_subset)
     total = len(rows) + problems.count

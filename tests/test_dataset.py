@@ -123,6 +123,14 @@ def test_what_is_there_with_other_prompts_is_kept(data: Command, tmp_path: Path)
         assert status == 2 and f"--out: {place} is no regular file" in error
 
 
+def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_rows_are_read(
+    data: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    status, _, error = data("jsonl", tmp_path / "not_there.jsonl", "--out", tmp_path / "file" / "x.jsonl")
+    assert status == 2 and f"--out: {tmp_path / 'file'} is no folder that you may write to" in error
+
+
 @pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])
 def test_what_is_made_is_read_as_prompts(kind: str, data: Command, tmp_path: Path, tied_llama: Path) -> None:
     status, report, _ = data(kind, "--out", tmp_path / "x.jsonl", "--rows", 30, "--seed", 5)
