@@ -173,8 +173,22 @@ def test_an_engine_may_take_its_time(path: DecodePath) -> None:
 def test_an_engine_that_is_not_there_is_looked_at_another_time(engines: Following, path: DecodePath) -> None:
     look(path, engines, Policy("float32", 5e-4), 0)
     engines.end(1)
-    assert look(path, engines, Policy("float32", 5e-4), 4) == ""
-    with pytest.raises(StaleEngine, match="engine 2 holds them"):
-        look(path, engines, Policy("float32", 5e-2), 5)
+    assert look(path, engines, Policy("float32", 5e-4), 4) == look(path, engines, Policy("float32", 5e-4), 5) == ""
     engines.join(1)
-    assert look(path, engines, Policy("float32", 5e-4), 6)
+    with pytest.raises(StaleEngine, match="engine 1 holds them"):
+        look(path, engines, Policy("float32", 5e-2), 6)
+    assert look(path, engines, Policy("float32", 5e-4), 7)
+    assert [engine for engine, _ in engines.asked] == [0, 1, 2, 0, 2, 1, 1]  # nobody that is proved is asked again
+
+
+def test_engines_are_asked_all_at_once(path: DecodePath) -> None:
+    class Waiting(Following):
+        """Nobody answers before each has been asked."""
+
+        def responses(self, streams: Sequence[Any], seconds: float) -> list[tuple[Any, list[Response] | None]]:
+            assert len(self.asked) % 3 == 0
+            return super().responses(streams, seconds)
+
+    waiting = Waiting(lambda request: ((53,), True), num_engines=3, streams_at_once=2)
+    assert look(path, waiting, Policy("float32", 0.0), 0) == ""
+    assert look(path, waiting, Policy("float32", 0.0), 1)

@@ -75,22 +75,23 @@ class DecodePath:
             self.is_proved = False
 
     def look(self, engines: Engines, policy: Policy, version: int, weights: Hashable) -> str:
-        """Ask the engines, which all have `version` of the policy, until all are proved; return in words that they are.
+        """Ask those engines that are not proved yet, which all have `version` of the policy; in words that now all are.
 
         `weights` differ where what was published differs. Raises StaleEngine.
         """
         if self.is_proved:
             return ""
-        num_replaced = self._num_replaced
-        answers = {index: self._greedy(engines, index) for index in engines.serving()}
-        given = {index: answer for index, answer in answers.items() if answer is not None}
+        with self._changed:
+            num_replaced = self._num_replaced
+            proved = {index for index, seen in self._seen.items() if seen.has_followed}
+        given = self._greedy(engines, [index for index in engines.serving() if index not in proved])
         largest = self._compare(given, policy, version) if given else 0.0
         with self._changed:
             if num_replaced != self._num_replaced:  # an answer may be of the engine that has ended
                 return ""
             for index, answer in given.items():
                 self._seen[index] = self._judge(index, self._seen.get(index), answer, version, weights)
-            self.is_proved = len(given) == len(engines) and all(self._seen[index].has_followed for index in given)
+            self.is_proved = sum(seen.has_followed for seen in self._seen.values()) == len(engines)
         if not self.is_proved:
             return ""
         return (
@@ -133,15 +134,17 @@ class DecodePath:
             )
         return _Seen(answer=answer, weights=weights, repeats=before.repeats + 1)
 
-    def _greedy(self, engines: Engines, index: int) -> Response | None:
-        """The response of an engine; None if it ended before."""
+    def _greedy(self, engines: Engines, indices: Sequence[int]) -> dict[int, Response]:
+        """The responses of engines that are asked all at once, by index; without those that end before."""
         request = Request(prompt=self._prompt, sample=0, seed=0, greedy=True)
-        stream, answers = engines.generate(index, [(0, request)], self._sampling), []
-        while True:
-            for _, responses in engines.responses([stream], _POLL_SECONDS):
+        streams = {engines.generate(index, [(index, request)], self._sampling) for index in indices}
+        given: dict[int, Response] = {}
+        while streams:
+            for stream, responses in engines.responses(list(streams), _POLL_SECONDS):
                 if responses is None:
-                    return answers[0] if answers else None
-                answers += responses
+                    streams.discard(stream)
+                given |= {response.tag: response for response in responses or ()}
+        return dict(sorted(given.items()))
 
 
 def _stale(index: int, version: int, sign: str) -> StaleEngine:
