@@ -3,11 +3,13 @@
 Nothing here reaches a network: MLflow's database is a file. W&B has a file of its own, test_wandb.py.
 """
 
+import gc
 import json
 import math
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +83,26 @@ def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path
     assert shown["seconds/ranks_idle"] == pytest.approx(written["seconds"]["ranks_idle"])
     no_curves = {"timeline"} | {name for name in written if written[name] is None}
     assert {name.partition("/")[0] for name in shown} == written.keys() - no_curves
+
+
+def test_a_run_that_goes_on_does_not_keep_its_earlier_lines(tmp_path: Path, tied_llama: Path) -> None:
+    class Lines(list[dict[str, Any]]):
+        """A list that one can refer to weakly."""
+
+    class Recalling(Tracker):
+        def begin(self, step: int) -> list[dict[str, Any]]:
+            lines = Lines(super().begin(step))
+            self.lines = weakref.ref(lines)
+            return lines
+
+    tracker = Recalling(tmp_path / "run", Console(quiet=True))
+    for step in range(3):
+        tracker.log(line(step))
+    cfg = run_of(tmp_path, tensorboard=True)
+    with record_of(cfg, read_model(tied_llama), tracker, 3, None, str) as record:
+        gc.collect()
+        assert tracker.lines() is None
+        assert record.spending.done == 3
 
 
 # --- MLflow

@@ -180,6 +180,7 @@ def dashboards_of(
         entry = _entry(line)
         for dashboard in dashboards:
             dashboard.put(entry)
+    del earlier  # a long run's are much to keep while this goes on
     failed = True
     try:
         yield Dashboards(dashboards, beginning)

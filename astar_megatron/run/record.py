@@ -46,7 +46,7 @@ def record_of(
     ):
         for line in earlier:
             board.add(line)
-        yield Record(
+        record = Record(
             model=model,
             tracker=tracker,
             board=board,
@@ -57,6 +57,8 @@ def record_of(
             spent_tokens=stage_1_tokens + sum(line.get("response_tokens", 0) for line in earlier),
             skipped=sum(map(skipped_of, earlier)),
         )
+        del earlier  # a long run's are much to keep while this goes on
+        yield record
 
 
 @dataclass(kw_only=True)
