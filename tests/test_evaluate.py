@@ -25,10 +25,10 @@ from astar_megatron.evaluate import hugging_face, main
 from astar_megatron.exports import card
 from astar_megatron.exports.provenance import Training
 from astar_megatron.exports.weights import weights_of
-from astar_megatron.run import scores
+from astar_megatron.run import evaluation, scores
 from astar_megatron.run.evaluation import evaluate, summary
 from astar_megatron.run.prepare import EvalSet, prepare, with_room
-from astar_megatron.run.scores import Evaluation, markdown
+from astar_megatron.run.scores import Evaluation, Measure, markdown
 from astar_megatron.run.tracking import Tracker
 from astar_megatron.types import Prompt, Request, Rollout
 from conversion.ends import open_end
@@ -185,6 +185,23 @@ def test_a_set_is_handed_on_before_the_next_is_asked(run: Callable[..., RunConfi
     assert (evaluation.name, len(responses)) == ("amc23", 2 * 3)
     with pytest.raises(RuntimeError, match="the engines are gone"):
         next(evaluations)
+
+
+def test_tokens_are_not_kept_until_all_problems_are_answered(
+    run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Rollout] = []
+
+    def seen(eval_set: EvalSet, measure: Measure, greedy: list[Rollout], sampled: list[Rollout]) -> Evaluation:
+        kept.extend([*greedy, *sampled])
+        return summary(eval_set, measure, greedy, sampled)
+
+    monkeypatch.setattr(evaluation, "summary", seen)
+    cfg = run(eval={"benchmarks": ["amc23"], "num_samples": 2})
+    engines = engines_that(lambda asked: "some tokens")
+    list(evaluate(cfg, prepare(cfg, for_training=False), engines, Tracker(cfg.run_dir, Console(quiet=True)), "eval"))
+    assert len(kept) == 3 * (1 + 2) and not any(rollout.token_ids or rollout.token_logprobs for rollout in kept)
+    assert {rollout.text for rollout in kept} == {"some tokens"}
 
 
 def test_a_problem_is_drawn_with_the_same_seeds_wherever_it_stands(

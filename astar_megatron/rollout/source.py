@@ -94,12 +94,11 @@ class Draw:
             raise news
         return news.result() if news else []
 
-    def rollouts(self, advance: Callable[[int], None] = lambda count: None) -> list[Rollout]:
-        """Return the scored rollouts in the order of their requests; `advance` hears how many more there are."""
+    def rollouts(self) -> list[Rollout]:
+        """Return the scored rollouts in the order of their requests."""
         by_number = self._early
         for pairs in self.scored():
             by_number.update(pairs)
-            advance(len(pairs))
         return [by_number[number] for number in range(self.num_asked)]
 
     def finished(self) -> list[Rollout]:

@@ -8,6 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
@@ -83,13 +84,18 @@ def show(title: str, evaluations: Sequence[Evaluation], tracker: Tracker) -> Non
 def _draw(
     run_seed: int, eval_set: EvalSet, source: RolloutSource, tracker: Tracker, name: str, num_samples: int | None
 ) -> list[Rollout]:
-    """Scored rollouts, problem by problem; greedy ones where no number of samples is given."""
+    """Scored rollouts without their tokens, problem by problem; greedy ones where no number of samples is given."""
     if num_samples == 0:
         return []
     requests = evaluation_requests(run_seed, eval_set.name, eval_set.prompts, num_samples)
     label = f"{name}, {eval_set.name}, {f'{num_samples} samples' if num_samples else 'greedy'}"
+    scored: dict[int, Rollout] = {}
     with tracker.progress(label, len(requests)) as advance:
-        return source.ask(requests).rollouts(advance)
+        for pairs in source.ask(requests).scored():
+            # The tokens of many long samples are gigabytes, beside training, and nothing reads them.
+            scored |= {number: replace(rollout, token_ids=(), token_logprobs=()) for number, rollout in pairs}
+            advance(len(pairs))
+    return [scored[number] for number in sorted(scored)]
 
 
 def _lines(eval_set: EvalSet, rollouts: Sequence[Rollout], *, greedy: bool) -> list[str]:
