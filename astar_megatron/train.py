@@ -72,49 +72,51 @@ def train(cfg: RunConfig, inputs: Inputs, estimates: Estimates | None, fleet: Fl
         record_of(cfg, inputs.model, tracker, first, estimates, fleet.engines.detokenize) as record,
         StepEnds(cfg.train.grace_seconds) as ends,
         checkpoints.saves(fleet.policy, tracker.say) as saves,
-        RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source,
     ):
-        batches = TrainingRollouts(
-            source,
-            prompts,
-            cfg.rollout,
-            cfg.seed,
-            versions=range(first, cfg.train.num_steps),
-            group_size=cfg.group_size,
-            drawn=checkpoints.in_flight(inputs.prompts),
-        )
-        spending = record.spending
-        for step in ends.steps(spending.steps()):
-            clock = Clock(record.board.now)
-            if objective.refreshes_reference(step):
-                fleet.policy.refresh_reference()
-            with fleet.generating(step, clock, batches.while_publishing):
-                evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock, is_due=spending.has_reached_a_part)
-                source.take_idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
-                rollouts = batches.take(step, clock.span)
-            batch = batch_of(rollouts, objective, step)
-            profile = profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say)
-            with fleet.training(clock), clock.span("train"), profile:
-                stats = fleet.policy.step(batch, objective.loss, options)
-                clock.note_ended(stats.spans)
-            health = health_of(objective, rollouts, batch, stats, options.mini_batch_size)
-            objective.learn(rollouts, health)
-            clock.note("generate", "engines", source.take_busy())
-            clock.note("checkpoint", "driver", saves.take_waits())
-            seconds = {"checkpoint": 0.0, **clock.stop(), "engines_idle": source.take_idle_seconds()}
-            record.add(rollouts, batch, stats, health, seconds, evaluated | clock.timeline() | fleet.measured())
-            if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
-                saves.begin(step + 1, batches, objective)
-                if ends.asked:
-                    saves.finish()
-                    ends.saved(step + 1)
-            saves.poll()
+        with RolloutSource(fleet.engines, cfg.sampling, cfg.reward, tracker.run_dir) as source:
+            batches = TrainingRollouts(
+                source,
+                prompts,
+                cfg.rollout,
+                cfg.seed,
+                versions=range(first, cfg.train.num_steps),
+                group_size=cfg.group_size,
+                drawn=checkpoints.in_flight(inputs.prompts),
+            )
+            spending = record.spending
+            for step in ends.steps(spending.steps()):
+                clock = Clock(record.board.now)
+                if objective.refreshes_reference(step):
+                    fleet.policy.refresh_reference()
+                with fleet.generating(step, clock, batches.while_publishing):
+                    evaluated = _evaluate(cfg, inputs, fleet, tracker, step, clock, is_due=spending.has_reached_a_part)
+                    source.take_idle_seconds()  # what came before was a publish, an evaluation or a checkpoint
+                    rollouts = batches.take(step, clock.span)
+                batch = batch_of(rollouts, objective, step)
+                profile = profiled(step, cfg.train.profile_steps, fleet.policy, tracker.run_dir, tracker.say)
+                with fleet.training(clock), clock.span("train"), profile:
+                    stats = fleet.policy.step(batch, objective.loss, options)
+                    clock.note_ended(stats.spans)
+                health = health_of(objective, rollouts, batch, stats, options.mini_batch_size)
+                objective.learn(rollouts, health)
+                clock.note("generate", "engines", source.take_busy())
+                clock.note("checkpoint", "driver", saves.take_waits())
+                clock.note("record", "driver", record.take_writes())
+                seconds = {"checkpoint": 0.0, "record": 0.0, **clock.stop(), "engines_idle": source.take_idle_seconds()}
+                record.add(rollouts, batch, stats, health, seconds, evaluated | clock.timeline() | fleet.measured())
+                if (step + 1) % cfg.checkpoint.interval == 0 or spending.ends or ends.asked:
+                    saves.begin(step + 1, batches, objective)
+                    if ends.asked:
+                        saves.finish()
+                        ends.saved(step + 1)
+                saves.poll()
         _finish(cfg, inputs, fleet, record)
 
 
 def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> None:
     """Say what ended the run, publish the last weights, evaluate them if asked to, and export them."""
     version, tracker = record.spending.done, record.tracker
+    fleet.engines.drop_requests()  # that were asked for ahead of steps which a budget leaves out
     for words in record.spending.reached:
         tracker.say(words)
     is_due = cfg.eval.interval is not None or record.spending.has_reached_a_part
@@ -124,12 +126,10 @@ def _finish(cfg: RunConfig, inputs: Inputs, fleet: Fleet, record: Record) -> Non
     with tracker.waiting(f"exporting to {cfg.export_dir}"):
         fleet.export(cfg.export_dir)
         agreement = certify(cfg.export_dir, fleet.policy.logprobs)
-    is_float32 = fleet.policy.dtype == "float32"
-    rounding = "; to round float32 to bfloat16 loses small changes: examples/BFLOAT16.md" * is_float32
+    rounding = "; rounded to bfloat16 it loses small changes: examples/BFLOAT16.md" * (fleet.policy.dtype == "float32")
     tracker.say(f"exported to {cfg.export_dir}: {agreement}{rounding}")
-    earlier = checkpoints_of(cfg, inputs).earlier_settings()
-    training = Training.of_run(config.flat(cfg), version, tracker.run_dir, earlier)
-    tracker.say(card.write(cfg.export_dir, training, tracker.run_dir))
+    run = Training.of_run(config.flat(cfg), version, tracker.run_dir, checkpoints_of(cfg, inputs).earlier_settings())
+    tracker.say(card.write(cfg.export_dir, run, tracker.run_dir))
 
 
 def _evaluate(

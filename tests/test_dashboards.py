@@ -76,6 +76,8 @@ def test_a_step_is_shown_as_the_line_that_stands_in_metrics_jsonl(tmp_path: Path
         record.add(
             rollouts, batch, stats, health, seconds, evaluated | {"timeline": [("generate", "driver", 0.0, 1.5)]}
         )
+        ((begun, ended),) = record.take_writes()
+        assert begun < ended and not record.take_writes()
     events = reader.EventAccumulator(str(tmp_path / "run" / FOLDER / "tensorboard")).Reload()
     shown = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
     (written,) = read_metrics(tmp_path / "run")

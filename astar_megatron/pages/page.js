@@ -157,7 +157,7 @@ function charts(section, panels) {
 // --- timeline
 
 const LANES = { driver: "the run is at", engines: "engines busy", ranks: "ranks busy" };
-const PARTS = ["generate", "policy", "publish", "reference", "eval", "score", "checkpoint", "train", "critic", "drain", "turns"];
+const PARTS = ["generate", "policy", "publish", "reference", "eval", "score", "checkpoint", "train", "critic", "drain", "turns", "record"];
 
 function partColour(name) {
   return colour(PARTS.includes(name) ? PARTS.indexOf(name) : 7);

@@ -1,8 +1,9 @@
 """What a run leaves of its steps, and when it ends: metrics, rollouts, bad batches, and what all that has cost."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from astar_megatron import config
@@ -74,6 +75,12 @@ class Record:
     settings: Mapping[str, Any]
     spent_tokens: int  # of responses, stage 1's too
     skipped: int  # optimiser steps that were left out
+    _writes: list[tuple[float, float]] = field(default_factory=list)
+
+    def take_writes(self) -> list[tuple[float, float]]:
+        """Return from when to when steps were written since the last call, by time.perf_counter()."""
+        writes, self._writes = self._writes, []
+        return writes
 
     def add(
         self,
@@ -90,7 +97,7 @@ class Record:
 
         Raises StorageError, and NotFiniteError where too many optimiser steps were left out.
         """
-        step, tracker = batch.version, self.tracker
+        began, step, tracker = time.perf_counter(), batch.version, self.tracker
         self.spent_tokens += stats.response_tokens
         drawn = ((rollout.prompt, rollout.token_ids) for rollout in rollouts)
         metrics = metrics_of(step, rollouts, health, stats, self.spent_tokens, seconds)
@@ -103,5 +110,6 @@ class Record:
         self.dashboards.log(metrics, rollouts, batch, stats)
         self.board.add(metrics)
         tracker.say(line_of(metrics, self.settings["train.num_steps"]))
+        self._writes.append((began, time.perf_counter()))
         self.skipped += skipped_of(metrics)
         check_skipped(self.skipped, self.settings["train.max_skipped_steps"], tracker.run_dir)

@@ -6,7 +6,8 @@
   that is fed, a prompt once however many responses it gets, attention to what came before, the head at response tokens;
 - seconds of the steps without those of evaluation, which looks at a run and does not make it.
 
-Leaves out stage 1, which runs share, what was drawn ahead and never trained, starting, checkpoints and the export.
+Leaves out stage 1, which runs share, what was drawn ahead and never trained, starting, checkpoints, the writing of
+metrics and rollouts, and the export.
 """
 
 from collections import defaultdict

@@ -34,7 +34,7 @@ from conversion.rewrite import compare
 
 SECONDS = {
     *("drain", "publish", "generate", "score", "train", "reference", "policy"),
-    *("engines_idle", "ranks_idle", "checkpoint", "total"),
+    *("engines_idle", "ranks_idle", "checkpoint", "record", "total"),
 }
 METHODS: dict[str, dict[str, Any]] = {
     "astar": {},
