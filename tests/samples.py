@@ -23,7 +23,7 @@ from astar_megatron.types import Prompt, Rollout, Span, StepStats
 MEASURED = dict.fromkeys(
     ("seconds", "timeline", "tokens_per_second", "peak_memory_bytes", "kept_bytes", "returned_bytes")
 )
-MEASURED_AFTER_DEATHS = MEASURED | dict.fromkeys(("engines_replaced", "engine_gap"))
+MEASURED_AFTER_DEATHS = MEASURED | dict.fromkeys(("engines_replaced", "engine_gap", "engine_gap_max"))
 
 # Files that a tokenizer alone can be read from.
 TOKENIZERS_OWN = [

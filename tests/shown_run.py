@@ -94,6 +94,7 @@ def _health(progress: float, chance: random.Random) -> dict[str, float]:
         "kl_token": abs(near(0.01 * progress)),
         "entropy": near(0.9 - 0.3 * progress),
         "engine_gap": near(0.0),
+        "engine_gap_max": abs(near(0.1)),
         "v_star_mean": near(0.6),
         "v_star_shift": 0.0,
         "unstable_share": math.nan,

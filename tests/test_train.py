@@ -24,12 +24,13 @@ KEYS = {
     *("step", "version", "reward_mean", "v_star_mean", "loss", "grad_norm", "lr", "skipped_steps"),
     *("logratio_mean", "logratio_std", "logratio_p05", "logratio_p50", "logratio_p95", "logratio_max"),
     *("kl_sequence", "kl_token", "entropy", "residual_mean", "residual_std", "slope", "r_squared"),
-    *("engine_gap", "truncated", "tokens", "response_tokens", "tokens_per_second", "model_flops", "mfu"),
+    *("engine_gap", "engine_gap_max", "truncated", "tokens", "response_tokens", "tokens_per_second"),
+    *("model_flops", "mfu"),
     *("peak_memory_bytes", "seconds", "v_star_shift", "spent_tokens", "changed_weights", "unstable_share"),
     *("staleness_mean", "staleness_max", "older_tokens"),
 }
 KEYS_OF_OTHER_METHODS = {
-    *("flat_groups", "value_mean", "value_error"),
+    *("flat_groups", "value_mean", "value_error", "weight_mean", "effective_share"),
     *("critic_loss", "critic_grad_norm", "critic_skipped_steps"),
 }
 PROMPT = Prompt(uid="a", token_ids=(1, 2), text="What is 1 + 1?", answer="2")
@@ -72,6 +73,13 @@ def test_the_age_of_rollouts_is_counted_by_response_and_by_token() -> None:
     assert steps.staleness(5, [ROLLOUT, across])["older_tokens"] == 1.0
     batch = steps.batch_of([across], OBJECTIVE, 3)
     assert math.isnan(steps.health_of(OBJECTIVE, [across], batch, STATS, 1)["engine_gap"])  # other weights drew
+
+
+def test_gaps_of_engines_that_cancel_are_seen() -> None:
+    stats = dataclasses.replace(STATS, logprobs=(-1.0, -5.0), reference_logprobs=(-1.0, -1.0))
+    drawn = [dataclasses.replace(ROLLOUT, token_logprobs=(-3.0, 0.0))] * 2
+    health = steps.health_of(OBJECTIVE, drawn, steps.batch_of(drawn, OBJECTIVE, 3), stats, 2)
+    assert (health["engine_gap"], health["engine_gap_max"]) == (0.0, 2.0)
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:

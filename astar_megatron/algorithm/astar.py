@@ -83,6 +83,12 @@ def importance_weight(logprob_train: Tensor, logprob_rollout: Tensor, cap: float
     return ratio.clamp(max=math.log(cap)).exp().clamp(max=cap)
 
 
+def weights_of(weights: Tensor) -> dict[str, float]:
+    """Return the mean of weights [B], and how many equal ones would be worth as much: (sum w)^2 / (B sum w^2)."""
+    share = weights.sum().square() / (len(weights) * weights.square().sum())  # NaN where all have vanished
+    return {"weight_mean": float(weights.mean()), "effective_share": float(share)}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SquaredResidual:
     """What losses of squared residuals have in common; see objective.Loss.
@@ -141,9 +147,9 @@ class Astar(Objective):
     def metrics(
         self, rollouts: Sequence[Rollout], columns: Mapping[str, Tensor], sums: LogprobSums
     ) -> dict[str, float]:
-        """Return `metrics.drift`, `fit_of` and `unstable_share`.
+        """Return `metrics.drift`, `fit_of`, `unstable_share` and, where responses are weighed, `weights_of`.
 
-        The last is the share of prompts whose V* lies above V at beta2. Over samples of the reference the regression
+        `unstable_share` is that of prompts whose V* lies above V at beta2. Over samples of the reference the regression
         has a fixed point that D returns to only where V* lies below (arXiv 2605.28150). V falls in beta, so with
         beta1 > beta2 it does, but for a V* that was refreshed.
         """
@@ -153,7 +159,12 @@ class Astar(Objective):
             "v_star_shift": self._v_star.shift(rollout.prompt.uid for rollout in rollouts),
             **drift(rollouts, sums),
             **fit_of(sums.logprobs, sums.reference, columns["reward"] - columns["v_star"], self.loss.beta2),
+            **self._weights(sums.logprobs, columns["rollout_logprob"]),
         }
+
+    def _weights(self, logprobs: Tensor, rollout_logprobs: Tensor) -> dict[str, float]:
+        cap = self.loss.importance_cap
+        return {} if cap is None else weights_of(importance_weight(logprobs, rollout_logprobs, cap))
 
     def _unstable_share(self, rollouts: Sequence[Rollout]) -> float:
         uids = [rollout.prompt.uid for rollout in rollouts if rollout.prompt.uid in self._at_beta2]

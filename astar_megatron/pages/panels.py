@@ -36,8 +36,13 @@ HEALTH = (
     ),
     Panel(title="KL a token", keys=("kl_token",), note="from the reference, nats"),
     Panel(title="Entropy a token", keys=("entropy",), note="nats; near 0 the policy explores no more"),
-    Panel(title="Engine's gap", keys=("engine_gap",), note="trainer's minus engines' log-prob of a response, nats"),
+    Panel(
+        title="Engine's gap",
+        keys=("engine_gap", "engine_gap_max"),
+        note="trainer's minus engines' log-prob of a response, nats: mean, and the largest by size",
+    ),
     Panel(title="Value", keys=("v_star_mean", "v_star_shift", "value_mean", "value_error"), note="in units of reward"),
+    Panel(title="Weights", keys=("weight_mean", "effective_share"), note="of responses that older weights drew"),
     Panel(title="Prompts of no use", keys=("unstable_share", "flat_groups"), note="shares"),
     Panel(
         title="Steps left out",

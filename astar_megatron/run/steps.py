@@ -57,8 +57,8 @@ def health_of(
         for logprob, rollout in zip(stats.logprobs[:on_policy], rollouts, strict=False)
         if rollout.first_version == batch.version
     ]
-    gap = sum(gaps) / len(gaps) if gaps else math.nan
-    return {**objective.metrics(rollouts, batch.columns, sums), "engine_gap": gap}
+    mean, largest = (sum(gaps) / len(gaps), max(map(abs, gaps))) if gaps else (math.nan, math.nan)
+    return {**objective.metrics(rollouts, batch.columns, sums), "engine_gap": mean, "engine_gap_max": largest}
 
 
 def metrics_of(

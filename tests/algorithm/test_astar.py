@@ -3,10 +3,12 @@
 Legend: X prompts, Y responses of the tabular policy (each response is one action).
 """
 
+import math
+
 import pytest
 import torch
 
-from astar_megatron.algorithm.astar import astar_loss, importance_weight, residual
+from astar_megatron.algorithm.astar import astar_loss, importance_weight, residual, weights_of
 from astar_megatron.algorithm.metrics import regression
 from astar_megatron.algorithm.value import v_star
 
@@ -96,6 +98,14 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         importance_weight(torch.zeros(4), torch.zeros(1), cap=2)
     with pytest.raises(ValueError, match="cap of at least 1"):
         importance_weight(torch.zeros(4), torch.zeros(4), cap=0.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "mean", "share"), [([0.7] * 5, 0.7, 1.0), ([2.0, 0, 0, 0], 0.5, 0.25), ([0.0, 0, 0], 0.0, math.nan)]
+)
+def test_weights_are_worth_as_much_as_so_many_equal_ones(weights: list[float], mean: float, share: float) -> None:
+    values = weights_of(torch.tensor(weights, dtype=torch.float64))
+    assert values == pytest.approx({"weight_mean": mean, "effective_share": share}, nan_ok=True)
     with pytest.raises(ValueError, match="beta2"):
         astar_loss(torch.zeros(4), torch.zeros(4), torch.zeros(4), 0.0)
 

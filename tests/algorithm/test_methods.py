@@ -165,6 +165,13 @@ def test_old_weights_that_drew_are_known_by_the_engines_log_probs() -> None:
         assert objective_of(run(name, rollout={"max_staleness": 1}), STAGE_1).loss.needs == others
 
 
+def test_astar_says_what_weighed_responses_are_worth() -> None:
+    drawn = rollouts(1.0, 0.0)[:1]
+    plain = health_of(objective_of(run("astar"), STAGE_1), drawn)
+    weighed = health_of(objective_of(run("astar", rollout={"max_staleness": 2}), STAGE_1), drawn)
+    assert weighed.keys() - plain.keys() == {"weight_mean", "effective_share"} <= test_train.KEYS_OF_OTHER_METHODS
+
+
 def test_astar_counts_the_prompts_whose_value_is_above_that_at_beta2() -> None:
     drawn = rollouts(1.0, 0.0)[:1]
     above = health_of(objective_of(run("astar"), STAGE_1), drawn)
