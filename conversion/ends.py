@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conversion import hf, torch_dist
+from conversion.checkpoint_index import MARK
 from conversion.families import Model, contrast, read_model
 from conversion.folders import PROGRESS_FILE, RECORD, ModelFolderError, read_record
 from conversion.plan import Copy, plan
@@ -269,7 +270,7 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
         return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)
     raise ValueError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a distributed checkpoint of "
-        f"Megatron ({torch_dist.MARK} and .metadata)"
+        f"Megatron ({MARK} and .metadata)"
     )
 
 

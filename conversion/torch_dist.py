@@ -3,13 +3,12 @@
 Such a folder belongs to no layout: tensors lie under their global names and shapes, cut into chunks, the layers of one
 kind stacked in a leading dimension. It is torch.distributed.checkpoint's format with a metadata.json beside it.
 
-The index of the chunks is a pickle. It is read by an unpickler that knows the dozen plain types such an index is made
-of and refuses everything else; the chunks themselves are read with weights_only, their numbers straight from the file.
+The index of the chunks is read as plain data (checkpoint_index.py), the chunks themselves with weights_only, their
+numbers straight from the file.
 """
 
 import io
 import json
-import pickle
 import warnings
 import zipfile
 from collections import defaultdict
@@ -37,36 +36,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from conversion.checkpoint_index import INDEX, MARK, DistributedCheckpointError, UnpicklingError, read_index
 from conversion.mapping import FileSlice, PiecewiseFile, mapped
 from conversion.tiles import Span
 
-MARK = "metadata.json"
-_INDEX = ".metadata"
 _ALIGNMENT = 64  # bytes: where a chunk may begin in a file that is written here
-_CHECKPOINT = "torch.distributed.checkpoint"
-_PLAIN_TYPES = {
-    (f"{_CHECKPOINT}.metadata", name)
-    for name in (
-        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorStorageMetadata"),
-        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-    )
-} | {
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("torch", "Size"),
-    *(("torch", name) for name in ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int32", "int64")),
-    *(("torch", name) for name in ("bool", "int16", "float8_e4m3fn", "float8_e5m2")),
-}
-
 Shape = tuple[int, ...]
 Index = tuple[Span, ...]  # one (start, stop) per dimension of a global tensor
-
-
-class DistributedCheckpointError(ValueError):
-    """A folder that is no distributed checkpoint, or a damaged one; the message names the file."""
 
 
 class CheckpointReader:
@@ -74,7 +50,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        metadata = _read_index(self.folder)
+        metadata = read_index(self.folder)
         self._storage: Mapping[MetadataIndex, Any] = metadata.storage_data
         self._tensors = {
             name: entry
@@ -100,7 +76,7 @@ class CheckpointReader:
                 place, path = self._storage[key], self.folder / file
                 if file not in sizes:
                     if not path.is_file():
-                        raise DistributedCheckpointError(f"{path} is missing, {self.folder / _INDEX} names it")
+                        raise DistributedCheckpointError(f"{path} is missing, {self.folder / INDEX} names it")
                     sizes[file] = path.stat().st_size
                 if place.offset + place.length > sizes[file]:
                     raise DistributedCheckpointError(
@@ -116,7 +92,7 @@ class CheckpointReader:
                 key = MetadataIndex(name, chunk.offsets)
                 file = getattr(self._storage.get(key), "relative_path", None)
                 if not isinstance(file, str) or Path(file).name != file:
-                    raise DistributedCheckpointError(f"{self.folder / _INDEX} names {file!r} for a part of {name}")
+                    raise DistributedCheckpointError(f"{self.folder / INDEX} names {file!r} for a part of {name}")
                 spans = tuple((start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
                 of_plane[tuple(chunk.offsets[:-2]) if stacked else ()].append((key, spans, file))
             self._of_plane[name] = dict(of_plane)
@@ -166,7 +142,7 @@ class CheckpointReader:
             ) from error
 
 
-_BAD_BLOB = (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError)
+_BAD_BLOB = (zipfile.BadZipFile, UnpicklingError, NotImplementedError)
 
 
 def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torch.dtype) -> int:
@@ -192,7 +168,7 @@ def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torc
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether the folder is a distributed checkpoint, by its metadata.json."""
-    return (Path(folder) / MARK).is_file() and (Path(folder) / _INDEX).is_file()
+    return (Path(folder) / MARK).is_file() and (Path(folder) / INDEX).is_file()
 
 
 def write(
@@ -330,51 +306,3 @@ class _Planner(SavePlanner):
         buffer = io.BytesIO()
         torch.save(self._objects[write_item.index.fqn], buffer)
         return buffer
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PLAIN_TYPES:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint needs")
-        return super().find_class(module, name)
-
-
-def _read_index(folder: Path) -> Metadata:
-    try:
-        backend = json.loads((folder / MARK).read_text(encoding="utf-8"))["sharded_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DistributedCheckpointError(f"{folder} is no distributed checkpoint: {MARK}: {error!r}") from error
-    if backend != "torch_dist":
-        raise DistributedCheckpointError(f"{folder / MARK}: sharded_backend {backend!r}, expected 'torch_dist'")
-    try:
-        with (folder / _INDEX).open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise TypeError(f"it holds a {type(metadata).__name__}")
-        _check_index(metadata)
-    except (OSError, pickle.UnpicklingError, EOFError, ArithmeticError, LookupError, *_OF_DAMAGE) as error:
-        raise DistributedCheckpointError(
-            f"{folder / _INDEX} is damaged or no index of a checkpoint: {error}"
-        ) from error
-    return metadata
-
-
-# What unpickling a damaged file, and looking at what comes out, was seen to raise.
-_OF_DAMAGE = (AttributeError, TypeError, ValueError, ImportError, MemoryError, RuntimeError)
-
-
-def _check_index(metadata: Metadata) -> None:
-    """Raise TypeError or AttributeError unless all that is read later has its type."""
-    places: Any = metadata.storage_data
-    numbers = [number for place in places.values() for number in (place.offset, place.length)]
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            if not isinstance(entry.properties.dtype, torch.dtype):
-                raise TypeError(f"the type of {name} is {entry.properties.dtype!r}")
-            for chunk in entry.chunks:
-                if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
-                    raise TypeError(f"a part of {name} has other dimensions")
-                numbers += [*chunk.offsets, *chunk.sizes]
-            numbers += entry.size
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise TypeError("a place in a file is no number")

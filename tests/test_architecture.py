@@ -104,7 +104,7 @@ WORDS_FOR_NOTHING = {"found", "one", "what", "held", "said"}
 NAMED_BY_THE_THING = ("conversion", "astar_megatron", "examples", "slurm", "tests")
 COMPOSES_THE_RUN = ("astar_megatron/run/fleet.py", "Fleet")  # it hands each part its branch of the configuration
 # The one subclass of pickle.Unpickler, which names the types it makes and refuses all others.
-RESTRICTED_UNPICKLER = "conversion/torch_dist.py"
+RESTRICTED_UNPICKLER = "conversion/checkpoint_index.py"
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 import samples
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -319,6 +320,27 @@ def test_weights_that_megatron_does_not_load_are_not_called_compared(tied_llama:
     done = subprocess.run(command, input="[[1, 2]]", capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith(f"Megatron can't load {tmp_path}: ")
+
+
+class Trap:
+    """When it is unpickled it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._mark),)
+
+
+def test_no_code_in_a_checkpoint_runs_when_its_log_probs_are_computed(tied_llama: Path, tmp_path: Path) -> None:
+    folder, mark = tmp_path / "megatron", tmp_path / "ran"
+    rewrite.write_megatron(open_end(tied_llama), folder, ParallelLayout())
+    torch.save({"x": Trap(mark)}, folder / "common.pt")
+    command = [sys.executable, "-m", "astar_megatron.model.alone", str(folder), str(tied_llama)]
+    users = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    done = subprocess.run(command, input="[[1, 2]]", capture_output=True, text=True, check=False, env=users)
+    assert done.returncode != 0 and "Weights only load failed" in done.stderr
+    assert not mark.exists()
 
 
 def test_a_dry_run_says_who_gives_how_much_to_whom(convert: Any, tied_llama: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def logprobs(folder: Path, model_folder: Path, sequences: Sequence[Sequence[int]
 
 def _fill(part: GPTModel, folder: Path) -> None:
     """Loads the weights; what Transformer Engine keeps beside them is not asked for, not every writer has it."""
+    backends.read_no_code()
     state = {name: entry for name, entry in part.sharded_state_dict().items() if not name.endswith("_extra_state")}
     try:
         loaded: Any = dist_checkpointing.load(state, str(folder))

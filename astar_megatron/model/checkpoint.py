@@ -23,8 +23,8 @@ from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.learning import Learning
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
+from conversion.checkpoint_index import read_index
 from conversion.folders import PROGRESS_FILE
-from conversion.torch_dist import CheckpointReader
 
 _PLAIN = (bool, int, float, str, list, tuple, type(None))  # what is kept of an optimizer's groups
 _COPIED = "reference_is_copy"
@@ -77,8 +77,7 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     problem, cause = "", None
     loaded: Any = {}
     try:
-        # The index is a pickle, which torch would run: this reads it as plain data, or refuses.
-        CheckpointReader(folder)
+        read_index(folder)  # or refuses, in words of its own
         loaded = dist_checkpointing.load(state, str(folder))
     # torch and megatron raise a dozen kinds for files that are cut or missing, one of them no Exception
     except (Exception, CheckpointException) as error:

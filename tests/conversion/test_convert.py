@@ -16,11 +16,12 @@ from tiny_models import fits, layouts, models, random_weights, write_folder
 
 from astar_megatron import convert
 from conversion import rewrite
+from conversion.checkpoint_index import DistributedCheckpointError
 from conversion.ends import HuggingFaceEnd, MegatronEnd, open_end
 from conversion.families import Model
 from conversion.folders import ModelFolderError, companions
 from conversion.tiles import ParallelLayout
-from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
+from conversion.torch_dist import CheckpointReader
 from conversion.verify import tensor_digests
 
 

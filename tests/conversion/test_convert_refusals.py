@@ -13,14 +13,17 @@ from safetensors.torch import load_file
 from samples import files_of_at_most
 from tiny_models import EXPERTS, config, random_weights, write_folder
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.serialization import _get_layout
 from transfer_process import memory_bytes
 
 from conversion import hf, rewrite, torch_dist
+from conversion.checkpoint_index import DistributedCheckpointError
 from conversion.ends import MegatronEnd, open_end
 from conversion.families import model_from_config
 from conversion.folders import ModelFolderError, add_to_record, read_record
 from conversion.tiles import ParallelLayout
-from conversion.torch_dist import CheckpointReader, DistributedCheckpointError
+from conversion.torch_dist import CheckpointReader
 
 ONE = ParallelLayout()
 
@@ -143,6 +146,33 @@ def test_a_buffer_of_another_type_is_no_mix(source: Path, tmp_path: Path) -> Non
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8, dtype=torch.float16)}
     old = changed(source, lambda w: w.update(extra), tmp_path / "old")
     rewrite.compare(open_end(old), open_end(source))
+
+
+def in_the_index(code: bytes) -> bytes:
+    """A pickle that runs `code`, and is an index of nothing."""
+    whole = b"ctorch.distributed.checkpoint.metadata\nMetadata\n)\x81}("
+    return b"\x80\x02" + code + whole + b"X\x13\0\0\0state_dict_metadata}X\x0c\0\0\0storage_data}ub."
+
+
+@pytest.mark.parametrize(
+    ("thing", "name", "value"),
+    [
+        (b"cpathlib\nPosixPath\n", b"exists", b"cpathlib\nPosixPath\n"),  # then a path is there, whatever it is
+        (b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n", b"__eq__", b"N"),
+        (b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n", b"__qualname__", b"X\1\0\0\0x"),
+        (b"ctorch.serialization\n_get_layout\n", b"__defaults__", b"N\x85"),
+    ],
+)
+def test_an_index_changes_nothing_that_it_names(thing: bytes, name: bytes, value: bytes, megatron: Path) -> None:
+    index, there = megatron / ".metadata", MetadataIndex("x", [0])
+    index.write_bytes(in_the_index(b""))
+    assert CheckpointReader(megatron).shapes() == {}
+    size = len(name).to_bytes(4, "little")
+    index.write_bytes(in_the_index(thing + b"N}X" + size + name + value + b"s\x86b0"))
+    with pytest.raises(DistributedCheckpointError, match="it changes "):
+        CheckpointReader(megatron)
+    assert not Path("/no/such/file").exists() and there == MetadataIndex("x", [0])
+    assert MetadataIndex.__qualname__ == "MetadataIndex" and _get_layout.__defaults__ is None
 
 
 def test_a_damaged_index_is_refused(megatron: Path) -> None:

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from tiny_models import EXPERTS, FAMILIES, config, random_weights, write_folder
 
 from conversion import hf, rewrite
+from conversion.checkpoint_index import DistributedCheckpointError
 from conversion.ends import HuggingFaceEnd, open_end
 from conversion.families import model_from_config
 from conversion.folders import ModelFolderError, read_record
 from conversion.ledger import config_verdict, weights_verdict
 from conversion.tiles import ParallelLayout
-from conversion.torch_dist import DistributedCheckpointError
 from conversion.verify import DIGEST_RULE
 
 NAME = "model.layers.1.mlp.experts.4.up_proj.weight"

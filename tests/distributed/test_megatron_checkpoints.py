@@ -1,5 +1,6 @@
 """Distributed checkpoints that conversion/ writes are loaded by Megatron itself, and the reverse (real ranks)."""
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -142,6 +143,26 @@ def plant_in_an_object(folder: Path, mark: Path) -> None:
             changes = {"relative_path": "__9_0.distcp", "offset": 0, "length": size}
             metadata.storage_data[key] = dataclasses.replace(place, **changes)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def plant_in_another_index(folder: Path, mark: Path) -> None:
+    """Which torch reads where it does not like the whole one."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    trapped = dataclasses.replace(metadata, planner_data=Trap(mark))
+    (folder / "__0.metadata").write_bytes(pickle.dumps(trapped))
+    metadata.storage_meta = 5
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_an_index_beside_that_of_a_checkpoint_is_not_read(ranks: Any, tied_llama: Path, tmp_path: Path) -> None:
+    job, folder, mark = Job(str(tied_llama)), tmp_path / "step_00000001", tmp_path / "ran"
+    ranks.run(work.steps, 1, job=job, batches=[batch(3)], load=None, save=str(folder))
+    plant_in_another_index(folder, mark)
+    ranks.run(work.steps, 1, job=job, batches=[batch(4)], load=str(folder), save=None)
+    assert not mark.exists()
+    with contextlib.suppress(AssertionError):
+        ranks.run(work.loaded_by_megatron, 1, job=job, folder=str(folder))
+    assert mark.exists()
 
 
 def test_no_code_in_a_checkpoint_runs_when_training_continues_from_it(
