@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,43 @@ def test_a_folder_of_another_comparison_is_refused_by_field(
         compare(runner, "grpo", budget, "0", **changes)
     assert words in str(error.value)
     assert runner.calls == [] and (tmp_path / "out" / "compare.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("prompts.jsonl", "prompts of data.path: "),
+        ("held_out.jsonl", "held-out problems: "),
+        ("model/config.json", "model, tokenizer and reward: "),
+    ],
+)
+def test_a_file_of_a_comparison_that_holds_something_else_now_is_refused(
+    file: str, words: str, compare: Any, cfg: RunConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(cfg.model.path, tmp_path / "model")
+    samples.write_jsonl(tmp_path / "held_out.jsonl", [{"question": "What is 1 + 7?", "answer": "8"}])
+    data = cfg.data.model_dump() | {"eval_path": str(tmp_path / "held_out.jsonl")}
+    own = {"data": data, "model": cfg.model.model_dump() | {"path": str(tmp_path / "model")}}
+    compare(Astar(), "grpo", seeds="0", **own)
+    before = (tmp_path / "out" / "compare.json").read_text()
+    with (tmp_path / file).open("a") as other:
+        other.write(" \n" if file == "model/config.json" else '{"question": "What is 2 + 2?", "answer": "4"}\n')
+    runner = Astar()
+    with pytest.raises(ValueError, match="holds another comparison") as error:
+        compare(runner, "grpo", seeds="1", **own)
+    assert [line.strip().startswith(words) for line in str(error.value).splitlines()] == [False, True]
+    assert runner.calls == [] and (tmp_path / "out" / "compare.json").read_text() == before
+
+
+def test_a_comparison_of_an_older_version_that_did_not_keep_which_prompts_it_has_is_refused(
+    compare: Any, tmp_path: Path
+) -> None:
+    compare(Astar(), "grpo", seeds="0")
+    older = tree_of(tmp_path)
+    del older["settings"]["prompts of data.path"]
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"prompts of data\.path: not known there, an older version wrote it"):
+        compare(Astar(), "grpo", seeds="0")
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -214,11 +214,16 @@ def test_a_folder_of_another_study_is_refused_by_field(changes: Any, words: str,
     assert runner.calls == [] and (tmp_path / "out" / "scale.json").read_text() == before
 
 
-def test_other_held_out_problems_are_another_study(study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "words"), [("prompts.jsonl", r"prompts of data\.path: "), ("held_out.jsonl", "held-out problems: ")]
+)
+def test_other_prompts_or_held_out_problems_are_another_study(
+    file: str, words: str, study: Study, tmp_path: Path
+) -> None:
     same = {"grid": [{"optim.lr": [1e-6]}], "seeds": [0]}
     study(Astar(), **same)
-    samples.write_jsonl(tmp_path / "held_out.jsonl", [{"question": "What is 1 + 5?", "answer": "6"}])
-    with pytest.raises(ValueError, match="held-out problems: "):
+    samples.write_jsonl(tmp_path / file, [{"question": f"What is {n} + 5?", "answer": str(n + 5)} for n in (1, 2)])
+    with pytest.raises(ValueError, match=words):
         study(Astar(), **same)
 
 
