@@ -322,6 +322,18 @@ def test_the_table_has_means_and_errors_at_each_budget(study: Study, tmp_path: P
     assert row == "| name=grpo | 2 | 0.141 ± 0.016 | 0.141 ± 0.016 |"
 
 
+def test_the_table_says_of_how_many_runs_a_mean_is_where_some_lack_it(study: Study, tmp_path: Path) -> None:
+    class Uneven(Astar):
+        def train(self, cfg: RunConfig, run_dir: Path, log: Path) -> int:
+            ends_early = run_dir.name.endswith("-1")
+            train = cfg.train.model_copy(update={"num_steps": 2 if ends_early else cfg.train.num_steps})
+            return super().train(cfg.model_copy(update={"train": train}), run_dir, log)
+
+    study(Uneven(), grid=[{"objective.name": ["grpo"]}], seeds=[0, 1, 2])
+    row = (tmp_path / "out" / "scale.md").read_text().splitlines()[2]
+    assert row == "| name=grpo | 3 | 0.156 ± 0.018 | 0.156 ± 0.031 (2) |"
+
+
 def test_a_run_that_num_steps_ends_first_is_named(study: Study, tmp_path: Path) -> None:
     study(Astar(), grid=[{"objective.name": ["grpo"]}], seeds=[0], set={"train.num_steps": 2})
     assert "before the last budget was reached: name=grpo-0." in (tmp_path / "out" / "scale.md").read_text()
