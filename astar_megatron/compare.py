@@ -27,12 +27,12 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     """Compare, and write `out`, by default `<run_dir>/compare`; return 1 where a run failed, else 0."""
     folder = out or Path(cfg.run_dir) / "compare"
     limit, asked = comparison.budget_of(budget), comparison.runs_of(methods, seeds)
-    settings = comparison.settings_of(cfg, limit)
     before, finished = comparison_files.read(folder)
-    comparison.check_settings(folder, before, settings)
     runs = list(dict.fromkeys([*asked, *finished]))
     configs = {run: comparison.run_config(cfg, run, folder) for run in runs}
     inputs, screen = _checked([own for run, own in configs.items() if run not in finished] or [cfg], folder), Screen()
+    settings = comparison.settings_of(cfg, inputs, limit)
+    comparison.check_settings(folder, before, settings)
     costs = known_costs(configs, limit, inputs, folder)
     for run, own in configs.items():
         if run.cell in costs or not own.asks_stage_1:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,13 +188,13 @@ def test_the_policy_is_evaluated_after_the_steps_that_reach_the_amounts_of_a_bud
 def test_drawing_costs_a_forward_pass_in_which_a_prompt_counts_once(tied_llama: Path) -> None:
     model = read_model(str(tied_llama))
     first, other = (Prompt(uid=uid, token_ids=ids, text="", answer="") for uid, ids in (("a", (1, 2, 3)), ("b", (4,))))
-    responses = [(first, (7, 8)), (other, (7,)), (first, (9, 9, 9))]
+    responses = [(first, [2]), (other, [1]), (first, [3])]
     shared = pack([[1, 2, 3, 7, 8], [1, 2, 3, 9, 9, 9]], [3, 3], share_prefix=True)
     alone = pack([[4, 7]], [1], share_prefix=False)
     assert generation_flops(model, responses) == forward_flops(model, shared) + forward_flops(model, alone)
     apart = sum(generation_flops(model, [response]) for response in responses)
-    again = generation_flops(model, [(first, (7,))]) - generation_flops(
-        model, [(Prompt(uid="c", token_ids=(3,), text="", answer=""), (7,))]
+    again = generation_flops(model, [(first, [1])]) - generation_flops(
+        model, [(Prompt(uid="c", token_ids=(3,), text="", answer=""), [1])]
     )
     assert 0 < apart - generation_flops(model, responses) <= again  # two tokens of the prompt, fed once
     assert generation_flops(model, []) == 0
@@ -272,7 +273,10 @@ def test_each_run_stops_at_the_first_step_at_which_it_has_cost_the_budget(
         assert run["spent"][measure] >= float(amount) * (1 - 1e-9) > run["spent"][measure] - a_step(run["method"])
 
 
-def test_stage_1_costs_what_drawing_its_responses_costs(compare: Any, cfg: RunConfig, tmp_path: Path) -> None:
+def test_stage_1_costs_what_drawing_its_responses_costs_which_are_not_read_for_it(
+    compare: Any, cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(VStarTable, "responses")
     compare(Astar(), "astar", seeds="0")
     model = read_model(cfg.model.path)
     prompts = read_prompts(cfg.data, cfg.model.path)
@@ -366,6 +370,43 @@ def test_a_folder_of_another_comparison_is_refused_by_field(
         compare(runner, "grpo", budget, "0", **changes)
     assert words in str(error.value)
     assert runner.calls == [] and (tmp_path / "out" / "compare.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("prompts.jsonl", "prompts of data.path: "),
+        ("held_out.jsonl", "held-out problems: "),
+        ("model/config.json", "model, tokenizer and reward: "),
+    ],
+)
+def test_a_file_of_a_comparison_that_holds_something_else_now_is_refused(
+    file: str, words: str, compare: Any, cfg: RunConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(cfg.model.path, tmp_path / "model")
+    samples.write_jsonl(tmp_path / "held_out.jsonl", [{"question": "What is 1 + 7?", "answer": "8"}])
+    data = cfg.data.model_dump() | {"eval_path": str(tmp_path / "held_out.jsonl")}
+    own = {"data": data, "model": cfg.model.model_dump() | {"path": str(tmp_path / "model")}}
+    compare(Astar(), "grpo", seeds="0", **own)
+    before = (tmp_path / "out" / "compare.json").read_text()
+    with (tmp_path / file).open("a") as other:
+        other.write(" \n" if file == "model/config.json" else '{"question": "What is 2 + 2?", "answer": "4"}\n')
+    runner = Astar()
+    with pytest.raises(ValueError, match="holds another comparison") as error:
+        compare(runner, "grpo", seeds="1", **own)
+    assert [line.strip().startswith(words) for line in str(error.value).splitlines()] == [False, True]
+    assert runner.calls == [] and (tmp_path / "out" / "compare.json").read_text() == before
+
+
+def test_a_comparison_of_an_older_version_that_did_not_keep_which_prompts_it_has_is_refused(
+    compare: Any, tmp_path: Path
+) -> None:
+    compare(Astar(), "grpo", seeds="0")
+    older = tree_of(tmp_path)
+    del older["settings"]["prompts of data.path"]
+    (tmp_path / "out" / "compare.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"prompts of data\.path: not known there, an older version wrote it"):
+        compare(Astar(), "grpo", seeds="0")
 
 
 @pytest.mark.parametrize("is_there", [True, False])

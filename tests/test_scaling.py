@@ -214,11 +214,16 @@ def test_a_folder_of_another_study_is_refused_by_field(changes: Any, words: str,
     assert runner.calls == [] and (tmp_path / "out" / "scale.json").read_text() == before
 
 
-def test_other_held_out_problems_are_another_study(study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "words"), [("prompts.jsonl", r"prompts of data\.path: "), ("held_out.jsonl", "held-out problems: ")]
+)
+def test_other_prompts_or_held_out_problems_are_another_study(
+    file: str, words: str, study: Study, tmp_path: Path
+) -> None:
     same = {"grid": [{"optim.lr": [1e-6]}], "seeds": [0]}
     study(Astar(), **same)
-    samples.write_jsonl(tmp_path / "held_out.jsonl", [{"question": "What is 1 + 5?", "answer": "6"}])
-    with pytest.raises(ValueError, match="held-out problems: "):
+    samples.write_jsonl(tmp_path / file, [{"question": f"What is {n} + 5?", "answer": str(n + 5)} for n in (1, 2)])
+    with pytest.raises(ValueError, match=words):
         study(Astar(), **same)
 
 
@@ -315,6 +320,18 @@ def test_the_table_has_means_and_errors_at_each_budget(study: Study, tmp_path: P
     study(Astar(), grid=[{"objective.name": ["grpo"]}])
     row = (tmp_path / "out" / "scale.md").read_text().splitlines()[2]
     assert row == "| name=grpo | 2 | 0.141 ± 0.016 | 0.141 ± 0.016 |"
+
+
+def test_the_table_says_of_how_many_runs_a_mean_is_where_some_lack_it(study: Study, tmp_path: Path) -> None:
+    class Uneven(Astar):
+        def train(self, cfg: RunConfig, run_dir: Path, log: Path) -> int:
+            ends_early = run_dir.name.endswith("-1")
+            train = cfg.train.model_copy(update={"num_steps": 2 if ends_early else cfg.train.num_steps})
+            return super().train(cfg.model_copy(update={"train": train}), run_dir, log)
+
+    study(Uneven(), grid=[{"objective.name": ["grpo"]}], seeds=[0, 1, 2])
+    row = (tmp_path / "out" / "scale.md").read_text().splitlines()[2]
+    assert row == "| name=grpo | 3 | 0.156 ± 0.018 | 0.156 ± 0.031 (2) |"
 
 
 def test_a_run_that_num_steps_ends_first_is_named(study: Study, tmp_path: Path) -> None:

@@ -67,21 +67,17 @@ def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt])
     return replace(estimates, at_beta2=table.estimate(cfg.method.other_beta, prompts, wanted).v_star)
 
 
-def run_samples(
-    cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]
-) -> tuple[dict[tuple[str, int], tuple[int, ...]], int]:
-    """Return the responses' tokens by (uid, sample) that the table has of what belongs to a run, and how many it lacks.
+def run_lengths(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]) -> tuple[list[list[int]], int]:
+    """Return the lengths of each prompt's responses that the table has of what belongs to a run, and how many it lacks.
 
     Where there is no table it lacks all. Raises TableError, ContractError.
     """
     try:
         table = VStarTable.open(cfg.table_dir, contract)
     except MissingTableError:
-        return {}, cfg.sweep.num_samples * len(prompts)
+        return [[] for _ in prompts], cfg.sweep.num_samples * len(prompts)
     wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
-    most = {prompt.uid: count for prompt, count in zip(prompts, wanted.tolist(), strict=True)}
-    drawn = {(row.uid, row.sample): row.token_ids for row in table.responses() if row.sample < most.get(row.uid, 0)}
-    return drawn, int(table.lacking(prompts, wanted).sum())
+    return table.lengths(prompts, wanted), int(table.lacking(prompts, wanted).sum())
 
 
 def stage_1_of(estimates: Estimates | None) -> Stage1:

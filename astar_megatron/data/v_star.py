@@ -195,6 +195,15 @@ class VStarTable:
             )
         return estimate(names, rows["reward"], rows["tokens"], starts[index], use, beta1, level=level)
 
+    def lengths(self, prompts: Sequence[Prompt], num_samples: np.ndarray) -> list[list[int]]:
+        """Return [P] the tokens of each response there is of the samples below `num_samples` [P]."""
+        rows, starts, counts = self._by_prompt()
+        lengths = []
+        for index, most in zip(self._index([prompt.uid for prompt in prompts]), num_samples, strict=True):
+            own = rows[starts[index] : starts[index] + counts[index]] if index >= 0 else rows[:0]
+            lengths.append(own["tokens"][own["sample"] < most].tolist())
+        return lengths
+
     def responses(self) -> Iterator[Response]:
         """Yield the response of every row there is, from the disk; what was drawn twice, twice."""
         for name in self._listed():

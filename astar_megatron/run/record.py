@@ -99,7 +99,7 @@ class Record:
         """
         began, step, tracker = time.perf_counter(), batch.version, self.tracker
         self.spent_tokens += stats.response_tokens
-        drawn = ((rollout.prompt, rollout.token_ids) for rollout in rollouts)
+        drawn = ((rollout.prompt, [len(rollout.token_ids)]) for rollout in rollouts)
         metrics = metrics_of(step, rollouts, health, stats, self.spent_tokens, seconds)
         metrics |= {"generation_flops": generation_flops(self.model, drawn), **also}
         self.spending.add(metrics)

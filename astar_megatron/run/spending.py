@@ -107,8 +107,8 @@ class Spending:
 
 
 def generation_flops(model: Model, responses: Iterable[tuple[Prompt, Sequence[int]]]) -> int:
-    """Return the model FLOPs of drawing responses (their tokens), in any order of the prompts."""
+    """Return the model FLOPs of drawing responses of these lengths, in any order of the prompts."""
     by_prompt: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-    for prompt, token_ids in responses:
-        by_prompt[prompt.token_ids].append(len(token_ids))
+    for prompt, lengths in responses:
+        by_prompt[prompt.token_ids] += lengths
     return sum(drawing_flops(model, len(prompt), lengths) for prompt, lengths in by_prompt.items())

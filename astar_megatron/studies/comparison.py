@@ -8,6 +8,7 @@ over its sets. What a run has cost is that of run/spending.py, and stage 1's whe
 started (the program compare) and how they are drawn (curves.py).
 """
 
+import hashlib
 import json
 import math
 import statistics
@@ -20,6 +21,7 @@ from astar_megatron import config
 from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
 from astar_megatron.run import scores
+from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import greedy_scores, read_metrics
 
@@ -31,6 +33,7 @@ _NOT_COMMON = (
     *("run_dir", "objective.name"),  # the first says where, runs have their own of the other
     *config.NO_RESULTS,
 )
+_CONTENTS = ("prompts of data.path", "held-out problems", "model, tokenizer and reward")  # settings have their digests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,17 +210,28 @@ def check_seconds(cfg: RunConfig, budget: Budget, stage_1_seconds: float | None)
         )
 
 
-def settings_of(cfg: RunConfig, budget: Budget) -> dict[str, Any]:
-    """Return what all runs of a comparison have in common, one value a key path, as JSON has it."""
+def settings_of(cfg: RunConfig, inputs: Inputs, budget: Budget) -> dict[str, Any]:
+    """Return what all runs of a comparison have in common, one value a key path, as JSON has it.
+
+    With digests of what the files hold that it names: a file may change under its name.
+    """
     settings = config.flat(cfg) | {"sweep.table": str(cfg.table_dir)}
     common = {key: value for key, value in settings.items() if not key.startswith(_NOT_COMMON)}
-    return json.loads(json.dumps(common | {"--budget": str(budget)}))
+    held_out = {eval_set.name: sorted(prompt.uid for prompt in eval_set.prompts) for eval_set in inputs.eval_sets}
+    contents = (sorted(prompt.uid for prompt in inputs.prompts), held_out, inputs.contract.fields())
+    digests = {name: _digest(content) for name, content in zip(_CONTENTS, contents, strict=True)}
+    return json.loads(json.dumps(common | digests | {"--budget": str(budget)}))
 
 
 def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, field by field, where a folder holds a comparison of other settings."""
     changed = [
         f"{key}: {before[key]} there, {now[key]} now" for key in now if key in before and before[key] != now[key]
+    ]
+    changed += [
+        f"{key}: not known there, an older version wrote it and alone can go on with it"
+        for key in (_CONTENTS if before else ())
+        if key not in before
     ]
     if changed:
         raise ValueError(
@@ -287,6 +301,10 @@ def summary_of(method: str, results: Iterable[Result]) -> Summary | None:
 
 def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _last_scores(run_dir: Path, steps: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from astar_megatron.config import RunConfig
-from astar_megatron.data.allocation import run_samples
+from astar_megatron.data.allocation import run_lengths
 from astar_megatron.run.commands import CommandEnd
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import generation_flops
@@ -13,7 +13,7 @@ from astar_megatron.studies import comparison
 from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
 from astar_megatron.studies.comparison_files import STAGE_1
 
-type Samples = Mapping[tuple[str, int], Sequence[int]]  # tokens of responses by uid and sample
+type Lengths = Sequence[Sequence[int]]  # of each prompt's responses, in tokens
 
 
 def known_costs(configs: Mapping[Run, RunConfig], limit: Budget, inputs: Inputs, folder: Path) -> dict[str, Stage1Cost]:
@@ -23,7 +23,7 @@ def known_costs(configs: Mapping[Run, RunConfig], limit: Budget, inputs: Inputs,
     """
     costs = {}
     for method, cfg in _readers(configs).items():
-        drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
+        drawn, lacking = run_lengths(cfg, inputs.contract, inputs.prompts)
         if lacking:
             _check(cfg, limit, drawn, lacking, folder)
         else:
@@ -46,13 +46,13 @@ def stage_1_of(
     """
     costs, failures = {}, {}
     for method, cfg in _readers(configs).items():
-        drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
+        drawn, lacking = run_lengths(cfg, inputs.contract, inputs.prompts)
         if lacking and failures:  # of the same table
             failures[method] = next(iter(failures.values()))
         elif lacking:
             _check(cfg, limit, drawn, lacking, folder)
             end = sweep(cfg.model_copy(update={"run_dir": str(folder / STAGE_1), "seed": seed}))
-            drawn, lacking = run_samples(cfg, inputs.contract, inputs.prompts)
+            drawn, lacking = run_lengths(cfg, inputs.contract, inputs.prompts)
             if end.status:
                 failures[method] = f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn"
             elif lacking:
@@ -67,15 +67,18 @@ def _readers(configs: Mapping[Run, RunConfig]) -> dict[str, RunConfig]:
     return {run.cell: cfg for run, cfg in configs.items() if cfg.asks_stage_1}
 
 
-def _check(cfg: RunConfig, limit: Budget, drawn: Samples, lacking: int, folder: Path) -> None:
-    comparison.check_tokens(cfg, limit, sum(map(len, drawn.values())) + lacking)
-    comparison.check_seconds(cfg, limit, read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, len(drawn)))
+def _check(cfg: RunConfig, limit: Budget, drawn: Lengths, lacking: int, folder: Path) -> None:
+    comparison.check_tokens(cfg, limit, sum(map(sum, drawn)) + lacking)
+    comparison.check_seconds(cfg, limit, _seconds(cfg, drawn, folder))
 
 
-def _cost(cfg: RunConfig, inputs: Inputs, drawn: Samples, folder: Path) -> Stage1Cost:
-    prompts = {prompt.uid: prompt for prompt in inputs.prompts}
+def _cost(cfg: RunConfig, inputs: Inputs, drawn: Lengths, folder: Path) -> Stage1Cost:
     return Stage1Cost(
-        tokens=sum(map(len, drawn.values())),
-        flops=generation_flops(inputs.model, ((prompts[uid], tokens) for (uid, _), tokens in drawn.items())),
-        seconds=read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, len(drawn)),
+        tokens=sum(map(sum, drawn)),
+        flops=generation_flops(inputs.model, zip(inputs.prompts, drawn, strict=True)),
+        seconds=_seconds(cfg, drawn, folder),
     )
+
+
+def _seconds(cfg: RunConfig, drawn: Lengths, folder: Path) -> float | None:
+    return read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, sum(map(len, drawn)))

@@ -9,9 +9,7 @@ Leaves out how runs are started (the program scaling) and what a cell and a seed
 method and seed (comparison.py).
 """
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,13 +99,11 @@ def read_study(file: Path) -> tuple[Study, dict[Run, RunConfig]]:
 
 
 def settings_of(cfg: RunConfig, inputs: Inputs, budgets: Sequence[Budget]) -> dict[str, Any]:
-    """Return what a cell's runs have in common, and the digest of the problems that they are evaluated on."""
-    held_out = {eval_set.name: sorted(prompt.uid for prompt in eval_set.prompts) for eval_set in inputs.eval_sets}
-    common = comparison.settings_of(cfg, budgets[-1])
+    """Return what a cell's runs have in common."""
+    common = comparison.settings_of(cfg, inputs, budgets[-1])
     return {key: value for key, value in common.items() if key != "seed"} | {
         "objective.name": cfg.objective.name,
         "budgets": ", ".join(map(str, budgets)),
-        "held-out problems": hashlib.sha256(json.dumps(held_out, sort_keys=True).encode()).hexdigest(),
     }
 
 

@@ -112,8 +112,8 @@ def as_markdown(progress: Progress) -> str:
         *(_row(progress, cell) for cell in study.cells),
         "",
         "Score: greedy, on the held-out problems, of the weights at which a run has cost so much, stage 1 included "
-        "where the cell reads it; mean over the finished runs ± its standard error. Where stage 1 alone costs more, it "
-        "is that of the weights before training, if they were evaluated.",
+        "where the cell reads it; mean over the finished runs ± its standard error, (n) where n of them alone have "
+        "one. Where stage 1 alone costs more, it is that of the weights before training, if they were evaluated.",
     ]
     if missing := [run for run in study.runs if run not in progress.courses]:
         lines += ["", "Not finished:", ""]
@@ -129,7 +129,8 @@ def _row(progress: Progress, cell: str) -> str:
     for budget in progress.study.budgets:
         scores = [score for course in courses if (score := score_at(course, budget)) is not None]
         mean, error = mean_and_error(scores) if scores else (None, None)
-        cells.append("" if mean is None else f"{mean:.3f}" + (f" ± {error:.3f}" if len(scores) > 1 else ""))
+        text = "" if mean is None else f"{mean:.3f}" + (f" ± {error:.3f}" if len(scores) > 1 else "")
+        cells.append(f"{text} ({len(scores)})" if 0 < len(scores) < len(courses) else text)
     return f"| {cell} | {len(courses)} | {' | '.join(cells)} |"
 
 

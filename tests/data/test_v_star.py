@@ -113,6 +113,15 @@ def test_of_a_sample_drawn_twice_the_same_row_counts_in_any_order(tmp_path: Path
     assert ahead.rewards() == VStarTable.open(tmp_path, CONTRACT).rewards()
 
 
+def test_the_lengths_of_responses_are_of_the_samples_that_are_asked_for(tmp_path: Path) -> None:
+    table = VStarTable.create_or_open(tmp_path, CONTRACT)
+    drawn = [scored(PROMPTS[0], 2), scored(PROMPTS[0], 0), scored(PROMPTS[1], 1), scored(PROMPTS[3], 0)]
+    table.append([dataclasses.replace(rollout, token_ids=(5,) * (i + 1)) for i, rollout in enumerate(drawn)])
+    prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[0]]
+    assert VStarTable.open(tmp_path, CONTRACT).lengths(prompts, np.array([1, 5, 3])) == [[], [], [2, 1]]
+    assert table.lengths(prompts, np.array([2, 5, 1])) == [[3], [], [2]]
+
+
 def test_the_summary_counts_prompts_that_are_all_wrong_or_all_right(tmp_path: Path) -> None:
     table = VStarTable.create_or_open(tmp_path, CONTRACT)
     assert math.isnan(table.summary().mean_reward)
