@@ -9,6 +9,7 @@ from typing import Any
 from astar_megatron.cluster.errors import NoAnswer
 
 _LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
+_LOOK_SECONDS = 0.001  # 0 would be the default of a wait
 
 
 class Member:
@@ -48,10 +49,12 @@ def watch(
     while not closing.is_set():
         until = time.monotonic() + patience_seconds
         beats = {member.actor.beat.remote(): member for member in running()}
+        with contextlib.suppress(Exception):  # each says below what it fails of
+            wait("engines: beat", list(beats), patience_seconds)
+        late = max(until, time.monotonic()) + _LATE_SECONDS  # for all: those that hang may be many
         for reference, member in beats.items():
-            left = max(_LATE_SECONDS, until - time.monotonic())
             try:
-                wait("engines: beat", [reference], left)
+                wait("engines: beat", [reference], max(_LOOK_SECONDS, late - time.monotonic()))
                 member.num_missed = 0
             except Exception as error:
                 member.num_missed += 1

@@ -182,8 +182,9 @@ class EnginePool:
         """Let engines draw that have the weights to draw with."""
         with self._changed:
             for member in members:
-                member.serves = not member.is_lost
-                self._drawing[member.index] = member
+                if not member.is_lost:  # else another may draw in its place by now
+                    member.serves = True
+                    self._drawing[member.index] = member
 
     def places(self, members: Sequence[Member]) -> list[list[Place]]:
         """Return where the weights of each engine's workers are."""

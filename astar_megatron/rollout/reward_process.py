@@ -23,7 +23,7 @@ from astar_megatron.cluster.processes import ask_kernel, die_with, process_tree
 
 _LONGEST = 1000  # characters of a reason: 32 of them fit into a pipe
 _HEARD = {signal.SIGCHLD, signal.SIGTERM}  # by a keeper
-_END_SECONDS = 5.0  # for the kernel to end what was killed; what is stuck in it is left to it
+END_SECONDS = 5.0  # for the kernel to end what was killed; what is stuck in it is left to it
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -100,7 +100,7 @@ def _kill_all(group: int) -> None:
     """Kill a process group, which can't grow meanwhile, and all other descendants."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    own, until = os.getpid(), time.monotonic() + _END_SECONDS
+    own, until = os.getpid(), time.monotonic() + END_SECONDS
     while (left := process_tree(own) - {own}) and time.monotonic() < until:
         for pid in left:
             with suppress(ProcessLookupError):

@@ -9,6 +9,7 @@ A reward is the user's code on a model's text: its processes inherit no secret a
 contain accidents and are no sandbox: SECURITY.md.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,6 +17,7 @@ import logging
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,9 +29,10 @@ from typing import Any, Self
 
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.cluster.endings import ended
-from astar_megatron.cluster.processes import module_path
+from astar_megatron.cluster.processes import kill, module_path, tree
 from astar_megatron.config import RewardConfig
 from astar_megatron.data.files import storage_error
+from astar_megatron.rollout.reward_process import END_SECONDS
 from astar_megatron.types import Prompt, Rollout
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ _AT_ONCE = 32  # responses a message
 _ENOUGH = 5  # responses that cost their processes, for a reward to be refused before a run
 _SAY_SECONDS = 15.0
 _START_SECONDS = 120.0  # to import a reward
+_LATE_SECONDS = 2.0  # for a process that has killed all below it to end itself
 _ENDED = "ended its process"
 _TOO_SLOW = "took more than {:g} s (reward.timeout_seconds) and was stopped"
 _PROGRAM = (
@@ -274,7 +278,7 @@ class _Process:
         """End what runs; the thread that serves it hears that and cleans up."""
         self._closed = True
         if (process := self._process) is not None:
-            process.terminate()  # it ends what the reward has started, and then itself
+            _ask_to_end(process)
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
@@ -350,11 +354,22 @@ class _Process:
     def end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.terminate()  # it ends what the reward has started, and then itself
-            process.wait()
+            _ask_to_end(process)
+            try:
+                process.wait(END_SECONDS + _LATE_SECONDS)
+            except subprocess.TimeoutExpired:  # a debugger holds it, or the reward has stopped it again
+                kill(tree(process.pid))
+                with contextlib.suppress(subprocess.TimeoutExpired):  # what is stuck in the kernel is left to it
+                    process.wait(_LATE_SECONDS)
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
+
+
+def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
+    """Let a process end what the reward has started, and then itself, though the reward has stopped it."""
+    process.terminate()
+    process.send_signal(signal.SIGCONT)  # before it nothing is heard
 
 
 def environment(driver: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +64,7 @@ class Saves:
         self._is_given_up = False  # waiting for it has ended in an error
         self._failure: StorageError | None = None  # of the last one
         self._waits: list[tuple[float, float]] = []
+        self._left: set[Path] = set()  # what can't be removed, and is said to be
 
     def __enter__(self) -> Self:
         return self
@@ -95,10 +95,9 @@ class Saves:
         temporary, in_flight = self._folder / (name + _INCOMPLETE), batches.in_flight()
         progress = {"step": step, "prompts": batches.state(), "in_flight": len(in_flight)}
         try:
-            for rest in self._folder.glob("*" + _INCOMPLETE):  # of a run that was killed
-                shutil.rmtree(rest)
-            for rest in self._folder.glob(f".{LATEST_FILE}.*.tmp"):
-                rest.unlink()
+            self._remove_leftovers()  # of a run that was killed
+            if temporary.exists():  # nothing old may lie among what the ranks write
+                raise StorageError(f"{temporary} can't be removed; remove it and run the same command again")
             make_folder(temporary)
             progress |= self._policy.begin_save(temporary)
         except OSError as error:
@@ -161,12 +160,11 @@ class Saves:
             sync(path)
         write_manifest(temporary, digests)
         if folder.exists():  # of a run that was set back by hand
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(f"{begun.name}.earlier{_INCOMPLETE}"))
         temporary.rename(folder)
         sync(self._folder)
         write_atomic(self._folder / LATEST_FILE, begun.name.encode())
-        with suppress(OSError):
-            self._remove_before(begun.name)
+        self._remove_before(begun.name)
 
     def _remove_before(self, name: str) -> None:
         """Remove the checkpoints before `name` that are not kept.
@@ -176,16 +174,50 @@ class Saves:
         earlier = sorted(path for path in self._folder.glob(STEPS) if path.name < name)
         for old in earlier[: max(0, len(earlier) + 1 - self._cfg.keep)]:
             if self._cfg.keep_every is None or step_of(old.name) % self._cfg.keep_every:
-                shutil.rmtree(old.rename(old.with_name(old.name + _INCOMPLETE)))  # half a folder is no checkpoint
+                try:
+                    old.rename(old.with_name(old.name + _INCOMPLETE))  # half a folder is no checkpoint
+                except OSError as error:
+                    self._leave(old, f"{old}: {error.strerror}")
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Remove what is no checkpoint, but for what can't be: there someone reads a file, or has mounted something."""
+        for rest in sorted((*self._folder.glob("*" + _INCOMPLETE), *self._folder.glob(f".{LATEST_FILE}.*.tmp"))):
+            reasons = _remove(rest)
+            if reasons and rest.exists():
+                self._leave(rest, reasons[0])
+
+    def _leave(self, path: Path, reason: str) -> None:
+        """Say, once, that something stays."""
+        if path not in self._left:
+            self._left.add(path)
+            self._say(f"{path} can't be removed ({reason}); the run does not need it: remove it when you can")
 
     def _fail(self, step: int, error: OSError) -> None:
         """Say that the checkpoint after `step` steps is not there, and make room again."""
-        for rest in self._folder.glob("*" + _INCOMPLETE):
-            shutil.rmtree(rest, ignore_errors=True)
+        self._remove_leftovers()
         if not isinstance(error, StorageError):
             error = storage_error(f"{self._folder}: can't be written", error)
         self._failure = StorageError(f"the checkpoint after {step} steps was not saved: {error}")
         self._say(
             f"{str(self._failure).partition('; ')[0]}. Nothing that was saved is changed. If steps are left training "
-            f"goes on, and tries again {self._cfg.interval} steps later: make room, or the folder writable, by then"
+            f"goes on, and tries again {self._cfg.interval} steps later: mend that by then (make room, or the folder "
+            "writable)"
         )
+
+
+def _remove(path: Path) -> list[str]:
+    """Remove a file, or of a folder all that can be; returns why the rest stays, where it has."""
+    reasons = list[str]()
+
+    def note(_call: object, name: str, error: BaseException) -> None:
+        reasons.append(f"{name}: {getattr(error, 'strerror', None) or error}")
+
+    if path.is_dir():
+        shutil.rmtree(path, onexc=note)
+        return reasons
+    try:
+        path.unlink()
+    except OSError as error:
+        note(path.unlink, str(path), error)
+    return reasons

@@ -49,6 +49,9 @@ def echo(response: str, answer: str) -> float:
                 time.sleep(0.2)  # until its parent has answered
         case "stops":
             Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+        case "stops its keeper":
+            os.kill(os.getppid(), signal.SIGSTOP)
+            time.sleep(600)
         case "closes its input":
             os.close(0)
         case "closes its output":

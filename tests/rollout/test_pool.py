@@ -137,6 +137,16 @@ def test_a_dead_engine_is_replaced_and_serves_when_it_has_its_weights(cluster: C
     assert pool.num_replaced() == 0
 
 
+def test_an_engine_that_has_ended_takes_no_requests_from_the_one_in_its_place(
+    cluster: Cluster, pool: EnginePool
+) -> None:
+    first, _ = pool.running()
+    cluster.actors[0].is_dead = True
+    wait_for(lambda: len(cluster.actors) == 3 and pool.serving() == [0, 1])
+    pool.serve([first])  # whoever checked its weights hears late of its end
+    assert pool.serving() == [0, 1] and pool.generate(0, [], SamplingConfig()).actor is cluster.actors[2]
+
+
 def test_an_engine_that_does_not_answer_or_whose_core_is_dead_is_ended_and_replaced(
     cluster: Cluster, pool: EnginePool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -160,6 +160,33 @@ def test_a_process_that_stands_still_costs_no_response_its_reward(characters: in
         assert _rewards(scorer, *long) == [0.25, 0.75]
 
 
+def test_a_reward_that_stops_what_keeps_it_costs_one_response_and_ends() -> None:
+    with Scorer(RewardConfig(name="faulty_reward:echo", timeout_seconds=2.0), num_processes=1) as scorer:
+        assert _rewards(scorer, _rollout("stops its keeper", "0.5"), _rollout("", "0.25")) == [None, 0.25]
+        assert len(_running(os.getpid())) == 2
+
+
+DEAF = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_that_hears_nothing_is_killed_with_all_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "END_SECONDS", 0.0)
+    monkeypatch.setattr(scoring, "_LATE_SECONDS", 0.1)
+    process = scoring._Process(RewardConfig(name="faulty_reward:echo"))
+    process._process = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, bufsize=0)
+    assert process._process.stdout is not None
+    statuses = [Path("/proc", process._process.stdout.readline().decode().strip(), "status") for _ in range(2)]
+    process.end()
+    for status in statuses:
+        _wait_for(lambda status=status: not status.exists() or "State:\tZ" in status.read_text())
+
+
 def test_what_a_stopped_reward_has_started_ends_with_it(tmp_path: Path) -> None:
     started = tmp_path / "pid"
     with Scorer(RewardConfig(name="faulty_reward:start", timeout_seconds=3.0), num_processes=1) as scorer:
