@@ -214,7 +214,7 @@ def unbegun_prompt(model_path: str, date: str | None) -> str | None:
     if not _adds_bos(tok) or encode(model_path, [_QUESTION], date, "a question")[0][:1] == (tok.bos_token_id,):
         return None
     return (
-        f"model.path: the tokenizer of {model_path} begins every text with {_named(tok, tok.bos_token_id)}, but the "
+        f"model.path: the tokenizer of {model_path} begins every text with {tok.bos_token!r}, but the "
         "chat template does not write it, so prompts lack it. To have them as the model was trained on, write "
         "{{ bos_token }} at the beginning of the folder's chat_template.jinja before stage 1; "
         f"{_bare_template(tok)} asks with the text of a question alone"
