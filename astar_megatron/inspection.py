@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from astar_megatron.config import RunConfig
+from astar_megatron.config import RunConfig, SweepConfig
 from astar_megatron.data.contract import contract_of, described
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.files import make_folder, write_figure
@@ -35,6 +35,7 @@ def main(cfg: RunConfig) -> None:
             ("samples a prompt", ", ".join(f"{n}: {count} prompts" for n, count in zip(*samples, strict=True))),
         ],
     )
+    tracker.say(_counting(cfg.sweep, estimates.samples))
     made = stored_contract(table.folder)
     tracker.table("made under this contract", described(made))
     tracker.say(_fits(cfg, table.folder))
@@ -46,6 +47,15 @@ def main(cfg: RunConfig) -> None:
     )
     make_folder(cfg.run_dir)
     tracker.say(f"plots in {plot(estimates, Path(cfg.run_dir) / 'v_star.png')}")
+
+
+def _counting(cfg: SweepConfig, samples: np.ndarray) -> str:
+    """Of which samples the shown V* is, and of which training's is where those are fewer."""
+    words = "V* is shown of all these samples"
+    if (samples <= cfg.num_samples).all():
+        return words
+    words += f"; training with this configuration takes the first {cfg.num_samples} of a prompt (sweep.num_samples)"
+    return words + f", and as many more as sweep.extra_tokens={cfg.extra_tokens} bought" * bool(cfg.extra_tokens)
 
 
 def _fits(cfg: RunConfig, folder: Path) -> str:

@@ -17,6 +17,7 @@ import samples
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
 
 from astar_megatron import config, doctor
 from astar_megatron.data.contract import contract_of
@@ -118,6 +119,19 @@ def test_a_template_whose_prompts_begin_no_answer_is_told(
     assert command("doctor")[0] == 0
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "takes no notice of add_generation_prompt: it writes '<assistant>' before an answer" in warning
+
+
+def test_a_template_whose_prompts_lack_the_bos_of_the_tokenizer_is_told(
+    command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(tree["model"]["path"])
+    inner = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert command("doctor")[0] == 0
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "write {{ bos_token }} at the beginning of the folder's chat_template.jinja" in warning
 
 
 def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_out(

@@ -74,6 +74,21 @@ def test_prompts_with_one_sample_show_no_nan(
     assert words in shown and "nan" not in shown and "inf" not in shown
 
 
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ({"num_samples": 8}, "V* is shown of all these samples made under"),
+        ({"num_samples": 4}, "training with this configuration takes the first 4 of a prompt (sweep.num_samples) made"),
+        ({"num_samples": 4, "extra_tokens": 9}, "(sweep.num_samples), and as many more as sweep.extra_tokens=9 bought"),
+    ],
+)
+def test_inspect_says_of_which_samples_its_v_star_is_and_training_s(
+    tmp_path: Path, sweep: dict[str, int], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(tmp_path / "v_star", (0.0, 1.0))
+    assert words in shown_of(tmp_path, capsys, sweep=sweep)
+
+
 def test_every_prompt_is_in_one_bar() -> None:
     mean = np.array([-0.5, 0.0, 0.0, 0.05, 0.1, 0.999, 1.0, 2.0, 0.55])
     names, bars = zip(*_histogram(mean), strict=True)

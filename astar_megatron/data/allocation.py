@@ -7,6 +7,7 @@ is none: so the budget is exceeded by the last round at most. Which prompts is a
 alone, so every job and every resumed sweep comes to the same answer, and training uses the same samples.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from astar_megatron.data.contract import Contract
 from astar_megatron.data.estimates import Estimates
 from astar_megatron.data.v_star import MissingTableError, VStarTable
 from astar_megatron.types import Prompt
+
+_LOG = logging.getLogger(__name__)
 
 
 def samples_wanted(table: VStarTable, prompts: Sequence[Prompt], cfg: SweepConfig, beta1: float) -> np.ndarray:
@@ -58,13 +61,38 @@ def widest(width: np.ndarray, cost: np.ndarray, budget: int) -> np.ndarray:
 
 
 def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]) -> Estimates:
-    """Return V* of a run's prompts, from the samples that belong to it. Raises MissingTableError, ContractError."""
+    """Return V* of a run's prompts, from the samples that belong to it; logs that the table has more, where it has.
+
+    Raises MissingTableError, ContractError.
+    """
     table = VStarTable.open(cfg.table_dir, contract)
     wanted = samples_wanted(table, prompts, cfg.sweep, cfg.beta1)
-    estimates = table.estimate(cfg.beta1, prompts, wanted)
+    try:
+        estimates = table.estimate(cfg.beta1, prompts, wanted)
+    except MissingTableError as error:
+        if not cfg.sweep.extra_tokens:
+            raise
+        raise MissingTableError(
+            f"{error}. Which prompts get those of sweep.extra_tokens depends on beta1, which is {cfg.beta1:g} here: "
+            "set the sweep's to use what it drew, or sweep.extra_tokens=0 to use the first of each prompt"
+        ) from error
+    if warning := _unused(table.held(prompts), wanted):
+        _LOG.warning("%s", warning)
     if cfg.method.other_beta is None:
         return estimates
     return replace(estimates, at_beta2=table.estimate(cfg.method.other_beta, prompts, wanted).v_star)
+
+
+def _unused(held: np.ndarray, used: np.ndarray) -> str | None:
+    """In words that V* is of fewer samples [P] than the table holds [P]; None where it is not."""
+    if not (held > used).any():
+        return None
+    most = held.max()
+    if (held == most).all() and (used == used.max()).all():
+        words = f"V* is of {used.max()} of the {most} samples a prompt that the table has"
+        return f"{words}; set sweep.num_samples={most} to use all"
+    words = f"V* is of {used.sum()} of the {held.sum()} samples that the table has of this run's prompts"
+    return f"{words}; set sweep.num_samples and sweep.extra_tokens as for the sweep that drew them to use all"
 
 
 def run_lengths(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt]) -> tuple[list[list[int]], int]:

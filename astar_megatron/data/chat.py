@@ -59,8 +59,11 @@ def bare_template(model_path: str) -> str:
 
 
 def _bare_template(tok: "PreTrainedTokenizerBase") -> str:
-    adds_bos = tok.bos_token_id is not None and tok("x")["input_ids"][:1] == [tok.bos_token_id]  # type: ignore[index]
-    return "{{ bos_token }}" * adds_bos + "{{ messages[0].content }}"
+    return "{{ bos_token }}" * _adds_bos(tok) + "{{ messages[0].content }}"
+
+
+def _adds_bos(tok: "PreTrainedTokenizerBase") -> bool:
+    return tok.bos_token_id is not None and tok("x")["input_ids"][:1] == [tok.bos_token_id]  # type: ignore[index]
 
 
 def vocab_size(model_path: str) -> int:
@@ -199,6 +202,22 @@ def unstopped_turn(model_path: str, date: str | None) -> str | None:
         f"at {', '.join(_named(tok, stop) for stop in stops)}: after its answer it may go on to "
         "sampling.max_response_tokens. To end it there, set eos_token_id in the folder's generation_config.json to "
         f"{[*stops, end]} before stage 1"
+    )
+
+
+def unbegun_prompt(model_path: str, date: str | None) -> str | None:
+    """Return in words that prompts lack the BOS with which the tokenizer begins a text; None where they have it.
+
+    None too where the tokenizer begins none with it.
+    """
+    tok = tokenizer(model_path)
+    if not _adds_bos(tok) or encode(model_path, [_QUESTION], date, "a question")[0][:1] == (tok.bos_token_id,):
+        return None
+    return (
+        f"model.path: the tokenizer of {model_path} begins every text with {tok.bos_token!r}, but the "
+        "chat template does not write it, so prompts lack it. To have them as the model was trained on, write "
+        "{{ bos_token }} at the beginning of the folder's chat_template.jinja before stage 1; "
+        f"{_bare_template(tok)} asks with the text of a question alone"
     )
 
 

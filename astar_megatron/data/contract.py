@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from astar_megatron.algorithm import rewards
 from astar_megatron.config import RunConfig
@@ -23,7 +26,8 @@ type Value = str | int | float | list[int]  # what a field is in JSON
 
 _LEFT_OUT = ("date", "kept_token_ids")  # where they hold nothing
 _MOST_SHOWN = 8  # numbers of a list
-_BLOCKS, _BLOCK_BYTES = 16, 4096  # sampled from each weight file
+_BLOCK_BYTES, _THREADS = 1024, 16
+_DIGEST_RULE = 2  # raise it when _model_digest changes; contracts of the first rule do not name it
 
 
 class ContractError(ValueError):
@@ -45,6 +49,7 @@ class Contract:
     reward: str  # rewards.version
     date: str | None = None  # data.date, where the chat template names the day
     kept_token_ids: tuple[int, ...] = ()  # special tokens that the text for the reward keeps
+    digest_rule: int = _DIGEST_RULE  # of model_digest
 
     def fields(self) -> dict[str, Value]:
         """Return the fields as JSON has them, without those of `_LEFT_OUT` that hold nothing."""
@@ -55,13 +60,25 @@ class Contract:
         """Return the SHA-256 of the fields, hexadecimal."""
         return digest_of(self.fields())
 
+    def is_of_other_rule(self, stored: Mapping[str, Value]) -> bool:
+        """Whether the model's digest in the stored fields of a contract was made by another rule than this one's."""
+        return stored.get("digest_rule") != self.digest_rule
+
     def difference(
         self, other: "Contract | Mapping[str, Value]", names: tuple[str, str] = ("this", "the other")
     ) -> list[str]:
         """Return the fields that differ, one line each in words; `other` may be the stored fields of a contract."""
         mine = self.fields()
         theirs = other.fields() if isinstance(other, Contract) else dict(other)
-        return [
+        lines = []
+        if self.is_of_other_rule(theirs):
+            age = "another" if "digest_rule" in theirs else "an older"
+            lines = [
+                f"model digest: {names[1]} is of {age} version of this project, which looked at other parts of the "
+                "weights, so that it can't be told whether the models are the same; use that version"
+            ]
+            theirs |= {name: mine[name] for name in ("model_digest", "digest_rule")}
+        return lines + [
             f"{name.replace('_', ' ')}: {names[0]} has {_shown(mine, name)}, {names[1]} {_shown(theirs, name)}"
             for name in [*mine, *(name for name in theirs if name not in mine)]
             if mine.get(name) != theirs.get(name)
@@ -92,33 +109,50 @@ def digest_of(fields: Mapping[str, Value]) -> str:
 
 
 def _model_digest(folder: Path) -> str:
-    """Return a digest of the model folder that takes milliseconds at any size.
+    """Return a digest of config.json and of every tensor's name, type, shape and three blocks of 1 KiB.
 
-    It covers config.json and each safetensors file's name, size, header (names, shapes, types) and sixteen blocks of
-    4 KiB spread over its weights. It does not read whole files: a change to a few weights elsewhere goes unseen.
+    The same for the same tensors in one file or in several. The blocks are a tensor's first, middle and last: what
+    changes most of a tensor's numbers, as training or the merging of an adapter does, is seen, in a single tensor too.
+    A change of a few numbers elsewhere goes unseen, of some tokens' embeddings say. Costs 25 us of a core a tensor and
+    about two seeks of the disk: half a second for 20,000 tensors that are in memory.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ContractError(f"model.path: no *.safetensors in {folder}; save the model with safe_serialization=True")
-    digest = hashlib.sha256()
     try:
-        config = (folder / "config.json").read_bytes()
-        digest.update(len(config).to_bytes(8, "little") + config)
-        for path in files:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{path.name}\0{size}\0".encode())
-                header_bytes = 8 + int.from_bytes(file.read(8), "little")
-                if size < 8 or header_bytes > size:
-                    raise ContractError(f"{path}: not a whole safetensors file ({size} bytes); copy the model again")
-                file.seek(0)
-                digest.update(file.read(header_bytes))
-                for block in range(_BLOCKS):
-                    file.seek(header_bytes + (size - header_bytes) * block // _BLOCKS)
-                    digest.update(file.read(_BLOCK_BYTES))
+        config = hashlib.sha256((folder / "config.json").read_bytes()).digest()
+        with ThreadPoolExecutor(_THREADS) as threads:
+            tensors = sorted(chain.from_iterable(threads.map(_tensor_digests, files)))
     except OSError as error:
         raise ContractError(f"model.path: can't read {folder}: {error}; check the folder and its rights") from error
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join([config, *tensors])).hexdigest()
+
+
+def _tensor_digests(path: Path) -> list[bytes]:
+    """One a tensor of a safetensors file: of its name, type, shape and blocks."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        try:
+            tensors = json.loads(file.read(start - 8) if start <= size else b"")
+            tensors.pop("__metadata__", None)
+            return [_tensor_digest(file.fileno(), name, tensor, start, size) for name, tensor in tensors.items()]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ContractError(
+                f"{path}: not a whole safetensors file ({size} bytes): {error}; copy the model again"
+            ) from error
+
+
+def _tensor_digest(file: int, name: str, tensor: Mapping[str, Any], start: int, size: int) -> bytes:
+    """Of a tensor in an open file of `size` bytes, whose weights begin at byte `start`."""
+    begin, end = (start + offset for offset in tensor["data_offsets"])
+    if not start <= begin <= end <= size:
+        raise ValueError(f"{name} is at bytes {begin} to {end}")
+    last = max(begin, end - _BLOCK_BYTES)
+    digest = hashlib.sha256(json.dumps([name, tensor["dtype"], tensor["shape"]]).encode())
+    for place in (begin, (begin + last) // 2, last):
+        digest.update(os.pread(file, min(_BLOCK_BYTES, end - begin), place))
+    return digest.digest()
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -11,6 +11,7 @@ from astar_megatron.data.files import storage_error, write_atomic
 from astar_megatron.data.shards import TableError
 
 FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
+_NAMES = ("this run", "the table")
 
 
 class MissingTableError(TableError, FileNotFoundError):
@@ -61,7 +62,7 @@ def differences(folder: Path, contract: Contract) -> list[str]:
 
     Raises what `stored_contract` does.
     """
-    return contract.difference(stored_contract(folder), ("this run", "the table"))
+    return contract.difference(stored_contract(folder), _NAMES)
 
 
 def check_header(folder: Path, contract: Contract | None) -> None:
@@ -69,15 +70,24 @@ def check_header(folder: Path, contract: Contract | None) -> None:
 
     Raises what `differences` does too.
     """
-    if contract is None:
-        stored_contract(folder)
-    elif lines := differences(folder, contract):
+    stored = stored_contract(folder)
+    if contract is not None and (lines := contract.difference(stored, _NAMES)):
         raise ContractError(
             f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
             + "\n  ".join(lines)
             + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
             + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
+            + (_mend(contract) if contract.is_of_other_rule(stored) else "")
         )
+
+
+def _mend(contract: Contract) -> str:
+    """What to do with a table whose model is known by other means than its digest."""
+    fields = {name: contract.fields()[name] for name in ("model_digest", "digest_rule")}
+    return (
+        "; if you know that the table was drawn with the model of model.path, set these in the contract of its "
+        f"header.json: {json.dumps(fields)}"
+    )
 
 
 def _header(fields: dict[str, Value]) -> bytes:

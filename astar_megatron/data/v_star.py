@@ -140,6 +140,10 @@ class VStarTable:
         wanted = np.broadcast_to(np.asarray(num_samples), len(prompts))
         return wanted - self._have(self._index([prompt.uid for prompt in prompts]), wanted)
 
+    def held(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Return [P] how many samples of each prompt there are."""
+        return self._have(self._index([prompt.uid for prompt in prompts]), np.full(len(prompts), 1 << 32))
+
     def missing(self, prompts: Sequence[Prompt], num_samples: int | np.ndarray) -> list[tuple[Prompt, int]]:
         """Return what a sweep still has to draw: (prompt, sample < `num_samples`), in order of `prompts`.
 

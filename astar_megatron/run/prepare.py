@@ -115,12 +115,12 @@ def _real(path: str | Path) -> Path:
 
 
 def _say_template(cfg: RunConfig, contract: Contract) -> None:
-    """Log what of the chat template no number shows: its day, prompts that begin no answer, turns that end none."""
+    """Log what of the chat template no number shows: its day, what prompts lack, turns that end no response."""
     if contract.date is not None:
         _LOG.warning("data.date: the chat template writes the day %s into each prompt of this run", contract.date)
     elif cfg.data.date is not None:
         _LOG.warning("data.date: %s has no effect: the chat template asks for no time", cfg.data.date)
-    for problem in (chat.unbegun_answer, chat.unstopped_turn):
+    for problem in (chat.unbegun_prompt, chat.unbegun_answer, chat.unstopped_turn):
         if warning := problem(cfg.model.path, cfg.data.date):
             _LOG.warning("%s", warning)
 

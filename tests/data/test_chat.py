@@ -24,6 +24,7 @@ from astar_megatron.data.chat import (
     stop_token_ids,
     tokenizer,
     unbegun_answer,
+    unbegun_prompt,
     unstopped_turn,
 )
 from astar_megatron.data.prompts import PromptError, read_prompts
@@ -117,19 +118,24 @@ def test_a_prompt_has_the_day_of_its_configuration_a_benchmark_s_too(tmp_path: P
         read_prompts(DataConfig(path=_file(tmp_path, "2 + 2?")), model)
 
 
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_bare_template_asks_with_what_the_tokenizer_makes_of_the_text_alone(
-    adds_bos: bool, model_folder: MakeModel
-) -> None:
+def _with_bos(folder: Path, adds_bos: bool) -> Path:
+    """The folder, whose tokenizer has the BOS <u> now, and begins every text with it or does not."""
     from tokenizers import Tokenizer, processors
 
-    folder = Path(model_folder())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<u>"}))
     if adds_bos:
         inner = Tokenizer.from_file(str(folder / "tokenizer.json"))
         inner.post_processor = processors.TemplateProcessing(single="<u> $A", special_tokens=[("<u>", 1)])
         inner.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_bare_template_asks_with_what_the_tokenizer_makes_of_the_text_alone(
+    adds_bos: bool, model_folder: MakeModel
+) -> None:
+    folder = _with_bos(Path(model_folder()), adds_bos)
     bare = bare_template(str(folder))
     assert bare == "{{ bos_token }}" * adds_bos + "{{ messages[0].content }}"
     (folder / "chat_template.jinja").write_text(bare + "\n")
@@ -137,6 +143,15 @@ def test_a_bare_template_asks_with_what_the_tokenizer_makes_of_the_text_alone(
     (ids,) = encode(str(folder), ["a b\n"], None, "here")
     assert list(ids) == tokenizer(str(folder))("a b\n")["input_ids"]
     assert (ids[0] == 1) == adds_bos
+
+
+def test_a_template_without_the_bos_that_the_tokenizer_adds_is_told(model_folder: MakeModel) -> None:
+    bare = "{{ messages[0].content }}"
+    warning = unbegun_prompt(str(_with_bos(Path(model_folder(template=bare)), adds_bos=True)), None)
+    assert warning is not None and "begins every text with '<u>'" in warning
+    assert "{{ bos_token }}{{ messages[0].content }} asks with the text of a question alone" in warning
+    for template, adds_bos in ((bare, False), ("{{ bos_token }}" + bare, True), ("<u>" + bare, True)):
+        assert unbegun_prompt(str(_with_bos(Path(model_folder(template=template)), adds_bos)), None) is None
 
 
 # --- tokens without a row in the model

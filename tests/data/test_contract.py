@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from samples import CONTRACT, TOKENIZERS_OWN, run_config
 
 from astar_megatron.data.chat import TokenizerError
@@ -104,6 +105,32 @@ def test_a_changed_model_folder_changes_one_field(
     assert line.startswith(f"{field}: ")
 
 
+def test_a_change_of_any_one_tensor_changes_the_model_digest(tied_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tied_llama, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    digests = {_contract(str(folder)).model_digest}
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor * 1.25}, folder / "model.safetensors")
+        digests.add(_contract(str(folder)).model_digest)
+    assert len(digests) == 1 + len(tensors)
+
+
+def test_the_same_tensors_in_one_file_and_in_several_have_one_model_digest(tied_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tied_llama, tmp_path / "copy")
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    for number in range(3):
+        save_file(dict(tensors[number::3]), folder / f"model-{number}.safetensors", {"by": "another program"})
+    assert _contract(str(folder)) == _contract(str(tied_llama))
+
+
+@pytest.mark.parametrize(("rule", "age"), [({}, "an older"), ({"digest_rule": 3}, "another")])
+def test_a_model_digest_of_another_version_is_said_to_be_one(rule: dict[str, int], age: str) -> None:
+    stored = {name: value for name, value in CONTRACT.fields().items() if name != "digest_rule"}
+    (line,) = CONTRACT.difference(stored | {"model_digest": "f" * 64} | rule, NAMES)
+    assert line.startswith(f"model digest: the table is of {age} version of this project")
+
+
 def test_a_field_that_only_one_side_has_is_a_difference() -> None:
     fields = CONTRACT.fields()
     del fields["top_p"]
@@ -138,9 +165,17 @@ def test_special_tokens_that_rewards_read_are_a_field_only_where_there_are_some(
 def test_a_model_folder_without_whole_weights_is_refused(model: str, tmp_path: Path) -> None:
     folder = shutil.copytree(model, tmp_path / "copy")
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:20])
-    with pytest.raises(ContractError, match="not a whole safetensors file"):
-        _contract(str(folder))
+    whole = weights.read_bytes()
+    for damaged in (
+        whole[:20],
+        whole[:-1],
+        b"",
+        whole.replace(b"[0, 64]", b"[-1,64]"),
+        whole.replace(b"dtype", b"dtyqe"),
+    ):
+        weights.write_bytes(damaged)
+        with pytest.raises(ContractError, match="not a whole safetensors file"):
+            _contract(str(folder))
     weights.unlink()
     with pytest.raises(ContractError, match=r"no \*\.safetensors"):
         _contract(str(folder))

@@ -204,6 +204,19 @@ def test_another_contract_is_refused_field_by_field(tmp_path: Path) -> None:
         assert "top p" not in message and "astar sweep" in message
 
 
+def test_a_table_of_an_older_version_says_so_and_opens_as_its_error_tells(tmp_path: Path) -> None:
+    VStarTable.create_or_open(tmp_path, CONTRACT).append([scored(PROMPTS[0], 0, 1.0)])
+    header = json.loads((tmp_path / "header.json").read_text())
+    del header["contract"]["digest_rule"]
+    header["contract"]["model_digest"] = "f" * 64
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    with pytest.raises(ContractError, match="the table is of an older version of this project") as caught:
+        VStarTable.open(tmp_path, CONTRACT)
+    header["contract"] |= json.loads(str(caught.value).partition("header.json: ")[2])
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    assert VStarTable.open(tmp_path, CONTRACT).rewards() == {"uid-0": [1.0]}
+
+
 def test_a_missing_table_says_to_run_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run `astar sweep`") as caught:
         VStarTable.open(tmp_path / "none", CONTRACT)
