@@ -35,7 +35,7 @@ def run(file: Path, runner: Runner = astar) -> int:
     (study, configs), screen = read_study(file), Screen()
     ends = _as_jobs if submits(next(iter(configs.values())).slurm) else _here(screen, runner)
     by_cell = {each.cell: cfg for each, cfg in configs.items()}
-    inputs = {cell: checked_inputs(cell, cfg, study.folder) for cell, cfg in by_cell.items()}
+    inputs = checked_inputs(by_cell, study.folder)
     settings = {cell: settings_of(cfg, inputs[cell], study.budgets) for cell, cfg in by_cell.items()}
     for cfg in by_cell.values() if ends is _as_jobs else ():
         queue.check(cfg, "train")

@@ -16,11 +16,12 @@ from astar_megatron import config
 from astar_megatron.config import RunConfig
 from astar_megatron.data.contract import contract_of
 from astar_megatron.data.v_star import VStarTable
-from astar_megatron.run import scores
+from astar_megatron.run import prepare, scores
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.scaling import run
 from astar_megatron.studies.score_curves import read_curves
 from astar_megatron.studies.study import read_study
+from astar_megatron.types import Prompt
 
 type Study = Callable[..., int]
 
@@ -128,6 +129,18 @@ def test_all_cells_of_a_model_share_a_table_and_pay_for_what_they_read_of_it(stu
         "num_samples=4,beta1=0.25": 40,
         "num_samples=4,beta1=0.5": 40,
     }
+
+
+def test_cells_of_the_same_problems_read_them_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def read_prompts(cfg: config.DataConfig, model_path: str, *path: str) -> list[Prompt]:
+        read.append(Path(*path or (str(cfg.path),)).name)
+        return test_compare.read_prompts(cfg, model_path, *path)
+
+    monkeypatch.setattr(prepare, "read_prompts", read_prompts)
+    study(Astar(), seeds=[0], grid=[GRID, {"data.suffix": [" Think."]}])
+    assert read == ["prompts.jsonl", "held_out.jsonl"] * 2
 
 
 def test_what_else_a_table_depends_on_gets_a_table_of_its_own(study: Study, tmp_path: Path) -> None:

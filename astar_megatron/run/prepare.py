@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +51,11 @@ class Inputs:
     model: Model
 
 
-def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
+def prepare(cfg: RunConfig, *, for_training: bool = True, known: Inputs | None = None) -> Inputs:
     """Read and check a run's inputs. Raises ValueError (its subclasses) naming what is wrong and what to change.
 
-    Without training, and with benchmarks to evaluate, the run's prompts are not needed and stay empty.
+    Without training, and with benchmarks to evaluate, the run's prompts are not needed and stay empty. Problems are not
+    read again that are `known` of another run whose sections data, model, reward and eval are equal.
     """
     if cfg.cluster.address is None:  # else its machines are asked when it is joined
         num_accelerators = resources.measure().num_accelerators
@@ -76,14 +77,12 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         hf.check_engines_read(cfg.model.path)
         hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
-    prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
-    eval_sets = _eval_sets(cfg, prompts)
-    by_reward = {cfg.reward.name: {prompt.uid: prompt for prompt in prompts}}
-    for eval_set in eval_sets:
-        by_reward.setdefault(eval_set.reward.name, {}).update({prompt.uid: prompt for prompt in eval_set.prompts})
-    for name, by_uid in by_reward.items():
-        with Scorer(cfg.reward.model_copy(update={"name": name})) as scorer:
-            scorer.check(list(by_uid.values()))
+    if known is None:
+        prompts = read_prompts(cfg.data, cfg.model.path) if for_training or not cfg.eval.benchmarks else []
+        eval_sets = _eval_sets(cfg, prompts)
+        _check_rewards(cfg.reward, prompts, eval_sets)
+    else:
+        prompts, eval_sets = known.prompts, known.eval_sets
     resources.check_run(cfg, model)
     if cfg.cluster.address is not None:
         address.knock(cfg.cluster.address)
@@ -94,6 +93,16 @@ def prepare(cfg: RunConfig, *, for_training: bool = True) -> Inputs:
         contract=contract,
         model=model,
     )
+
+
+def _check_rewards(cfg: RewardConfig, prompts: Sequence[Prompt], eval_sets: Sequence[EvalSet]) -> None:
+    """Raise ValueError where a reward can't score a problem."""
+    by_reward = {cfg.name: {prompt.uid: prompt for prompt in prompts}}
+    for eval_set in eval_sets:
+        by_reward.setdefault(eval_set.reward.name, {}).update({prompt.uid: prompt for prompt in eval_set.prompts})
+    for name, by_uid in by_reward.items():
+        with Scorer(cfg.model_copy(update={"name": name})) as scorer:
+            scorer.check(list(by_uid.values()))
 
 
 def _check_apart(cfg: RunConfig, *, for_training: bool) -> None:

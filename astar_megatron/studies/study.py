@@ -120,18 +120,23 @@ def _check_held_out(cfg: RunConfig, inputs: Inputs) -> None:
             )
 
 
-def checked_inputs(cell: str, cfg: RunConfig, folder: Path) -> Inputs:
-    """Return what the cell's runs read. Raises ValueError for what is refused without running it.
+def checked_inputs(cells: Mapping[str, RunConfig], folder: Path) -> dict[str, Inputs]:
+    """Return what each cell's runs read. Raises ValueError for what is refused without running it.
 
-    Checkpoints are not looked at: a damaged one is its own run's failure.
+    Cells of the same problems share them. Checkpoints are not looked at: a damaged one is its own run's failure.
     """
-    own = cfg.model_copy(update={"run_dir": str(folder / STAGE_1)})
-    try:
-        inputs = prepare(own)
-        _check_held_out(own, inputs)
-        check_before_stage_1(own, inputs)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cell {cell}: {error}") from error
+    inputs: dict[str, Inputs] = {}
+    by_sections: dict[str, Inputs] = {}
+    for cell, cfg in cells.items():
+        own = cfg.model_copy(update={"run_dir": str(folder / STAGE_1)})
+        sections = repr((own.data, own.model, own.reward, own.eval))
+        try:
+            inputs[cell] = prepare(own, known=by_sections.get(sections))
+            _check_held_out(own, inputs[cell])
+            check_before_stage_1(own, inputs[cell])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"cell {cell}: {error}") from error
+        by_sections.setdefault(sections, inputs[cell])
     return inputs
 
 
