@@ -76,22 +76,22 @@ def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt])
             f"{error}. Which prompts get those of sweep.extra_tokens depends on beta1, which is {cfg.beta1:g} here: "
             "set the sweep's to use what it drew, or sweep.extra_tokens=0 to use the first of each prompt"
         ) from error
-    if warning := _unused(table.held(prompts), wanted):
+    if warning := _unused(table.sample_counts(prompts), wanted):
         _LOG.warning("%s", warning)
     if cfg.method.other_beta is None:
         return estimates
     return replace(estimates, at_beta2=table.estimate(cfg.method.other_beta, prompts, wanted).v_star)
 
 
-def _unused(held: np.ndarray, used: np.ndarray) -> str | None:
+def _unused(there: np.ndarray, used: np.ndarray) -> str | None:
     """In words that V* is of fewer samples [P] than the table holds [P]; None where it is not."""
-    if not (held > used).any():
+    if not (there > used).any():
         return None
-    most = held.max()
-    if (held == most).all() and (used == used.max()).all():
+    most = there.max()
+    if (there == most).all() and (used == used.max()).all():
         words = f"V* is of {used.max()} of the {most} samples a prompt that the table has"
         return f"{words}; set sweep.num_samples={most} to use all"
-    words = f"V* is of {used.sum()} of the {held.sum()} samples that the table has of this run's prompts"
+    words = f"V* is of {used.sum()} of the {there.sum()} samples that the table has of this run's prompts"
     return f"{words}; set sweep.num_samples and sweep.extra_tokens as for the sweep that drew them to use all"
 
 

@@ -140,7 +140,7 @@ class VStarTable:
         wanted = np.broadcast_to(np.asarray(num_samples), len(prompts))
         return wanted - self._have(self._index([prompt.uid for prompt in prompts]), wanted)
 
-    def held(self, prompts: Sequence[Prompt]) -> np.ndarray:
+    def sample_counts(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Return [P] how many samples of each prompt there are."""
         return self._have(self._index([prompt.uid for prompt in prompts]), np.full(len(prompts), 1 << 32))
 

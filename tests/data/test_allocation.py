@@ -40,8 +40,8 @@ def test_training_says_that_the_table_has_more_samples_than_v_star_is_of(
     swept(all_cfg)
     assert set(run_estimates(all_cfg, CONTRACT, PROMPTS).samples) == {16} and not caplog.records
     assert set(run_estimates(run(tmp_path), CONTRACT, PROMPTS).samples) == {8}
-    (said,) = caplog.messages
-    assert said == "V* is of 8 of the 16 samples a prompt that the table has; set sweep.num_samples=16 to use all"
+    (warning,) = caplog.messages
+    assert warning == "V* is of 8 of the 16 samples a prompt that the table has; set sweep.num_samples=16 to use all"
 
 
 def test_training_without_the_sweeps_extra_tokens_says_what_it_leaves(
@@ -51,8 +51,8 @@ def test_training_without_the_sweeps_extra_tokens_says_what_it_leaves(
     drawn = swept(cfg).summary().samples
     assert run_estimates(cfg, CONTRACT, PROMPTS).samples.sum() == drawn and not caplog.records
     run_estimates(run(tmp_path), CONTRACT, PROMPTS)
-    (said,) = caplog.messages
-    assert f"V* is of 160 of the {drawn} samples" in said and "sweep.extra_tokens as for the sweep" in said
+    (warning,) = caplog.messages
+    assert f"V* is of 160 of the {drawn} samples" in warning and "sweep.extra_tokens as for the sweep" in warning
 
 
 def test_a_table_of_extra_tokens_that_lacks_samples_at_another_beta1_names_it(tmp_path: Path) -> None:
