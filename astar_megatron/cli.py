@@ -19,7 +19,11 @@ from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logi
 from conversion.plan import WeightMismatch
 
 app = typer.Typer(
-    help="A*PO on Megatron-Core with vLLM rollouts.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="A*PO on Megatron-Core with vLLM rollouts.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_show_locals=False,  # they may hold secrets
 )
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")

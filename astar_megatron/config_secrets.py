@@ -1,12 +1,13 @@
 """What is a secret by its form: variables by their names, and logins in addresses.
 
 A login is all between :// and @ of a URL, of a database's with the slashes in it as SQLAlchemy reads them; the values
-of a URL's parameters that have a secret's name; and in messages also user:password@ before a host without a scheme.
-Patterns have bounds, so that their time grows as a text does.
+of parameters that have a secret's name, behind a URL's ? or #; and in messages also user:password@ before a host
+without a scheme. Patterns have bounds, so that their time grows as a text does.
 """
 
 import re
 from collections.abc import Iterator
+from urllib.parse import unquote
 
 SECRET_NAME = re.compile(
     r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|JWT|AUTH|COOKIE|CONNECTION_STRING|_PWD|(^|_)(PAT|PW)($|_)", re.IGNORECASE
@@ -20,18 +21,16 @@ _LOGINS = (  # of a Path too, which has one slash
     re.compile(rf"""(?<=\w)(:/{{1,2}})([^/\s:@]{{1,200}}:(?!\d{{1,5}}\b)(?=\S)[^/\n"'<>@]{{1,200}}){_AT}(?=[\w\[])"""),
 )
 _URL = re.compile(r"""\w:/{1,2}[^\s"'<>\\]{1,4000}""")
-_NAMES = (
-    r"[\w.-]{0,50}(?:password|passwd|passphrase|secret|token|jwt|credentials?|signature|(?:api|access|secret)_?key)"
-    r"|pass|pwd|auth|sig"
-)
-_IN_QUERY = re.compile(rf"([?&;](?:{_NAMES})=)([^&;\s]+)", re.IGNORECASE)
+_PARAMETER, _VALUE = re.compile(r"[?&;#]([^?&;#=\s]{1,200})="), re.compile(r"[^&;\s]+")
+_MORE_NAMES = re.compile(r"SIGNATURE|(^|_)(PWD|SIG)$", re.IGNORECASE)  # of parameters
+_NO_SECRET = re.compile(r"author(?!i)|keyword|tokenizer|max_tokens|passage|sslkey", re.IGNORECASE)
 _DELIMITER = r"""\s/:@"'=(,\["""
 _WITHOUT_SCHEME = re.compile(
     rf"""(?<![^{_DELIMITER}])[^{_DELIMITER}]{{1,200}}:[^\s/@"']{{1,200}}{_AT}(?=[\w\[\]-]+(?:[/.]|:[\d/]))"""
 )
 LOGIN_REFUSED = (
     "a URL with a login, which logs and checkpoints would keep; leave out all between :// and @ and what is secret "
-    "behind ?, and give it to the program that opens the URL"
+    "behind ? or #, and give it to the program that opens the URL"
 )
 
 
@@ -44,7 +43,7 @@ def without_logins(text: str) -> str:
     """Return a text with <login> and <secret> in place of the logins in it."""
     for login in _LOGINS:
         text = login.sub(r"\1<login>@", text)
-    text = _URL.sub(lambda url: _IN_QUERY.sub(r"\1<secret>", url[0]), text)
+    text = _URL.sub(lambda url: _without_values(url[0]), text)
     return _WITHOUT_SCHEME.sub("<login>@", text)
 
 
@@ -55,5 +54,22 @@ def secrets_of(text: str) -> Iterator[str]:
             user, _, password = login.partition(":")
             yield password or user
     for url in _URL.findall(text):
-        for _, value in _IN_QUERY.findall(url):
-            yield value
+        for start, end in _secret_values(url):
+            yield url[start:end]
+
+
+def _without_values(url: str) -> str:
+    for start, end in reversed([*_secret_values(url)]):
+        url = f"{url[:start]}<secret>{url[end:]}"
+    return url
+
+
+def _secret_values(url: str) -> Iterator[tuple[int, int]]:
+    """Where the values of a URL's parameters that are secrets by their names begin and end."""
+    last = 0
+    for parameter in _PARAMETER.finditer(url):
+        name = _NO_SECRET.sub("", re.sub(r"\W", "_", unquote(parameter[1])))
+        is_secret = SECRET_NAME.search(name) or _MORE_NAMES.search(name)
+        if parameter.start() >= last and is_secret and (value := _VALUE.match(url, parameter.end())):
+            last = value.end()
+            yield value.span()

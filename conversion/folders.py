@@ -107,14 +107,27 @@ def _is_companion(name: str) -> bool:
 def companions(folder: Path) -> list[str]:
     """Return what belongs to a model beside weights and config.json: tokenizer, templates, generation defaults, sorted.
 
-    ModelFolderError for a link to what is not there, as a copy of a part of the hub's cache has them.
+    ModelFolderError for a link to what is not there, as a copy of a part of the hub's cache has them, and for one that
+    leads out of the folder: whoever made the model could have any file of this machine copied.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*"))}
     own = {name: path for name, path in sorted(paths.items()) if _is_companion(name)}
     for path in own.values():
         if not path.exists():
             raise ModelFolderError(f"{path} names {path.readlink()}, which is missing: copy it there too")
+        if not _belongs_to(path, folder.resolve()):
+            raise ModelFolderError(
+                f"{path} is a link to {path.resolve()}, outside the model's folder: if it is the model's, copy the "
+                "file there in place of the link"
+            )
     return [name for name, path in own.items() if path.is_file()]
+
+
+def _belongs_to(path: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder lies there, or among the files of the model that the hub's cache links to."""
+    file, snapshots = path.resolve(), folder.parent
+    is_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith(_CACHED)
+    return file.is_relative_to(folder) or (is_cache and file.parent == snapshots.parent / "blobs")
 
 
 def tokenizer_files(folder: Path) -> list[str]:

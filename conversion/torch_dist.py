@@ -132,7 +132,7 @@ class CheckpointReader:
                 return mapped(path, self._data_offsets[key], shape, dtype)
             with path.open("rb") as stream:
                 part: Any = FileSlice(stream, place.offset, place.length)
-                return torch.load(part, weights_only=True)
+                return _as_tensor(torch.load(part, weights_only=True))
         except OSError as error:
             raise DistributedCheckpointError(f"{path} is not readable: {error.strerror}") from error
         except (RuntimeError, ValueError, EOFError, KeyError, *_BAD_BLOB) as error:
@@ -145,6 +145,12 @@ class CheckpointReader:
 _BAD_BLOB = (zipfile.BadZipFile, UnpicklingError, NotImplementedError)
 
 
+def _as_tensor(chunk: object) -> Tensor:
+    if not isinstance(chunk, Tensor):
+        raise ValueError(f"a chunk is a {type(chunk).__name__}, expected a tensor")
+    return chunk
+
+
 def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torch.dtype) -> int:
     """Where in the file the numbers of a chunk begin; -1 if they do not lie there plain and in order.
 
@@ -155,7 +161,7 @@ def _data_offset(path: Path, offset: int, length: int, shape: Shape, dtype: torc
         with zipfile.ZipFile(blob) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
         blob.seek(0)
-        chunk = torch.load(blob, map_location="meta", weights_only=True)
+        chunk = _as_tensor(torch.load(blob, map_location="meta", weights_only=True))
         if tuple(chunk.shape) != shape or chunk.dtype != dtype:
             raise ValueError(f"a chunk of {tuple(chunk.shape)} in {chunk.dtype}, expected {shape} in {dtype}")
         plain = len(entries) == 1 and entries[0].compress_type == zipfile.ZIP_STORED and chunk.is_contiguous()

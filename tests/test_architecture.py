@@ -43,7 +43,10 @@ ROOMS = {
     "cluster": {"model", "data", "algorithm", "config", "types"},
     "rollout": {"cluster", "data", "algorithm", "config", "types"},
     "run": {"rollout", "cluster", "model", "data", "algorithm", "config", "config_secrets", "types"},
-    **{room: {"run", "cluster", "model", "data", "algorithm", "config", "types"} for room in BESIDE_A_RUN},
+    **{
+        room: {"run", "cluster", "model", "data", "algorithm", "config", "config_secrets", "types"}
+        for room in BESIDE_A_RUN
+    },
     "cli_options": set(),
     "cli_data": {"cli_options", "config"},
     "cli_convert": {"cli_options"},

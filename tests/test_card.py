@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,45 @@ def test_a_card_of_several_conversions_names_what_the_first_was_made_of(
 def test_words_of_an_error_stay_out_of_a_card() -> None:
     words = card.text_of({"logprobs": {"max_difference": None, "reason": "not compared, OSError: /a/b"}}, None, [])
     assert "not compared, OSError." in words and "/a/b" not in words
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "7"},
+        {"settings": None},
+        {"licence": {"license": 5}},
+        {"versions": ["torch"]},
+        {"flops": "many"},
+        {"earlier": [{"until": 3}]},
+        {"more": 1},
+    ],
+)
+def test_a_record_that_no_program_here_writes_is_not_told(
+    change: dict[str, Any], export: Path, settings: dict[str, Any]
+) -> None:
+    training = dataclasses.asdict(Training.of_run(settings, 5, None))
+    folders.add_to_record(export, {"training": training | change})
+    assert Training.of_folder(export) is None
+
+
+def test_a_record_from_elsewhere_writes_no_markup_and_no_fields_of_the_hub_s(
+    export: Path, settings: dict[str, Any]
+) -> None:
+    words = "x\n\n<img src=https://evil.example/a.png>\n[click](https://evil.example) `<b>` | "
+    own = dataclasses.replace(
+        Training.of_run(settings, 5, None),
+        base=words,
+        method=words,
+        settings={words: words, "data.path": words, "reward.name": words},
+        licence={"license": "mit", "base_model": "meta/other", "library_name": "evil"},
+        versions={words: words},
+        earlier=[{"until": 3, "settings": {words: words}}],
+    )
+    folders.add_to_record(export, {"training": dataclasses.asdict(own), "origin": words})
+    for training in (Training.of_folder(export), None):
+        told = card.text_of(folders.read_record(export) or {}, training, [])
+        data = ModelCard(told).data.to_dict()
+        assert (data.get("base_model"), data["library_name"]) == (None, "transformers")
+        body = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", told.rpartition("---\n")[2].replace(r"\`", ""))
+        assert not re.search(r"(?<!\\)[<\[](?!arXiv)", body)

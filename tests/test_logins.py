@@ -1,5 +1,6 @@
 """No message of the command line repeats a login, whatever it is given as: path, address, key or part of a file."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ URLS = [
     f"s3://{SECRET}@host/x",
     f"https://me:with blanks {SECRET}@host/x",
     f"mysql://host/db?user=me&password={SECRET}",
+    f"https://host/x?page=2#x-api-key={SECRET}",
 ]
 WITHOUT_SCHEME = f"me:{SECRET}@host:6379"
 WITH_CONFIG = ("eval", "export", "train")
@@ -90,6 +92,30 @@ def test_a_login_in_a_file_is_not_repeated(text: str, tmp_path: Path, astar: Any
             assert status == 2 and error and SECRET not in out + error
 
 
+@pytest.mark.parametrize("grid", [{"tracking.mlflow": ["URL"]}, {"cluster": [{"address": "URL"}]}, {"a.URL": [1]}])
+def test_a_login_in_a_study_is_refused_before_a_cell_is_named_by_it(
+    grid: dict[str, Any], run_file: Path, tmp_path: Path, astar: Any
+) -> None:
+    study = {"config": str(run_file), "grid": [grid], "budgets": ["tokens=9"], "out": str(tmp_path / "out")}
+    for url in (*URLS, WITHOUT_SCHEME):
+        (tmp_path / "study.yaml").write_text(json.dumps(study).replace("URL", url))
+        status, out, error = astar("scale", "run", tmp_path / "study.yaml")
+        assert status == 2 and "a URL with a login" in error and SECRET not in out + error
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("api-key", "x-api-key", "subscription-key", "key", "private_key", "sharedaccesskey", "pass%77ord", "cookie"),
+        *("pw", "pat", "pwd", "sig", "X-Amz-Signature", "authorization", "connection_string", "user[password]"),
+    ],
+)
+def test_a_parameter_under_a_secret_s_name_is_a_login(name: str) -> None:
+    for mark in ("?", "#", "?a=b&", "?a=b#", "?a=b;"):
+        url = f"https://host/x{mark}{name}="
+        assert has_login(f"{url}{SECRET}") and without_logins(f"{url}{SECRET}#{SECRET} x") == f"{url}<secret> x"
+
+
 @pytest.mark.parametrize(
     "text", ["docker://nvcr.io:5000#nvidia/pytorch@sha256:ab", "docker://nvcr.io#nvidia/pytorch@sha256:ab"]
 )
@@ -100,7 +126,8 @@ def test_a_digest_is_no_login(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "https://x.org/?key=5. and ?sort_key=a&tokenizer=b&max_tokens=9&passages=3",
+        "https://x.org/?page=5. and ?sort_key=a",
+        "https://x.org/?author=a&tokenizer=b&max_tokens=9&passages=3&keywords=c#top",
         "hdfs://nn:8020/user/me@REALM/data",
         "s3://bucket/user@x",
         'Is it right?\nkey="yes" Think;answer_key=A',

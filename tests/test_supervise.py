@@ -248,3 +248,14 @@ def test_a_secret_at_the_edge_of_what_is_kept_is_not_kept_in_part(
     folder = bundle.leave(samples.run_config(run_dir=str(tmp_path)), "why", output, 4711)
     kept = (folder / "output.txt").read_text()
     assert len(kept) == 256 << 10 and not {"secret", "cret-1"} & set(kept.split("x"))
+
+
+def test_the_rest_of_a_secret_that_was_cut_is_not_kept_where_characters_have_several_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-secret-1")
+    read = (256 << 10) + (8 << 10)
+    cut = "anted-secret-1" + "答" * (read // 3)  # as the last bytes of a log may begin
+    folder = bundle.leave(samples.run_config(run_dir=str(tmp_path)), "why", cut, 4711)
+    kept = (folder / "output.txt").read_text()
+    assert set(kept) == {"答"} and len(kept.encode()) > 255 << 10

@@ -6,6 +6,7 @@ that somebody has changed by hand is left as it is.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def text_of(record: Mapping[str, Any], training: Training | None, scored: Sequen
     about = (
         _of_training(training, scored)
         if training
-        else [f"# A conversion of {record.get(ORIGIN, record.get('source'))}\n"]
+        else [f"# A conversion of {_plain(record.get(ORIGIN, record.get('source')))}\n"]
     )
     return "\n".join([f"---\n{_metadata(record, training, scored).to_yaml()}\n---\n", *about, *_certificate(record)])
 
@@ -95,29 +96,42 @@ def _are_of_these(training: Training, scored: Sequence[Scored]) -> bool:
 
 def _of_training(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
     """The sections on how the model was trained."""
-    settings, title = training.settings, training.title.replace("*", r"\*")
-    yield f"# {training.base}, trained with {title}\n"
+    settings, title = training.settings, _plain(training.title)
+    yield f"# {_plain(training.base)}, trained with {title}\n"
     link = f"[{training.paper}]({_PAPER_ADDRESS}{training.paper.removeprefix('arXiv ')})" if training.paper else ""
-    yield f"## Method\n\n{', '.join(filter(None, [title, link, f'`objective.name: {training.method}`']))}\n"
+    yield f"## Method\n\n{', '.join(filter(None, [title, link, _code(f'objective.name: {training.method}')]))}\n"
     yield "## Data\n"
-    yield f"- Prompts: `{settings.get('data.path')}`"
-    yield f"- Reward: `{settings.get('reward.name')}`\n"
+    yield f"- Prompts: {_code(settings.get('data.path'))}"
+    yield f"- Reward: {_code(settings.get('reward.name'))}\n"
     yield "## Settings\n\nThose that differ from the defaults:\n\n| key | value |\n| --- | --- |"
     for key, value in settings.items():
         if key not in _DATA:
-            yield f"| `{key}` | {_cell(value)} |"
+            yield _row(key, value)
     for each in training.earlier:
         yield f"\nUntil step {each['until']} others:\n\n| key | value |\n| --- | --- |"
-        yield from (f"| `{key}` | {_cell(value)} |" for key, value in each["settings"].items())
+        yield from (_row(key, value) for key, value in each["settings"].items())
     yield "\n## Scores\n"
     yield from _scores(training, scored)
     yield "## How it was made\n"
     yield from _made(training)
 
 
-def _cell(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False).replace("|", r"\|")  # else it would end the cell
-    return f"`{text}`"
+def _row(key: str, value: Any) -> str:
+    cells = (_code(text).replace("|", r"\|") for text in (key, json.dumps(value, ensure_ascii=False)))  # | ends a cell
+    return f"| {' | '.join(cells)} |"
+
+
+def _code(text: object) -> str:
+    """A text as it stands, on one line: a record from elsewhere may hold what would end the code."""
+    words = re.sub(r"[\r\n]", " ", str(text))
+    longest = max(map(len, re.findall("`+", words)), default=0)
+    fence, blank = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{blank}{words}{blank}{fence}"
+
+
+def _plain(text: object) -> str:
+    """A text on one line, in which nothing is markup."""
+    return re.sub(r"([\\`*<>\[\]!&|])", r"\\\1", " ".join(str(text).split()))
 
 
 def _scores(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
@@ -129,12 +143,12 @@ def _scores(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
 
 
 def _made(training: Training) -> Iterator[str]:
-    yield f"- {training.step} steps from `{training.base}`"
+    yield f"- {training.step} steps from {_code(training.base)}"
     if training.response_tokens is not None:
         yield f"- {training.response_tokens:,} response tokens, with those of stage 1 if the method reads it"
     if training.flops:
         yield f"- {training.flops:.3g} FLOPs of the model, in training and in generation, without stage 1"
-    yield f"- Software: {', '.join(f'{name} {version}' for name, version in training.versions.items())}\n"
+    yield f"- Software: {_plain(', '.join(f'{name} {version}' for name, version in training.versions.items()))}\n"
 
 
 def _certificate(record: Mapping[str, Any]) -> Iterator[str]:

@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import yaml
 from huggingface_hub import ModelCard
+from pydantic import TypeAdapter, ValidationError
 
 from astar_megatron import config
 from astar_megatron.algorithm.methods import PAPERS
@@ -35,6 +36,13 @@ _TEXTS = ("data.suffix",)  # part of the prompt, word for word: a slash in it ma
 _LICENCE = ("license", "license_name", "license_link")  # of a card of the hub's
 
 
+class Earlier(TypedDict):
+    """Values that settings had before a step."""
+
+    until: int
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """How a model was trained. `settings` are the keys that differ from their defaults.
@@ -50,7 +58,7 @@ class Training:
     response_tokens: int | None  # of stage 1 too, where the method reads it; None: not known, as flops
     flops: float | None  # of the model, in training and in generation; stage 1's are recorded nowhere
     versions: dict[str, str]
-    earlier: list[dict[str, Any]]
+    earlier: list[Earlier]
 
     @classmethod
     def of_run(
@@ -93,9 +101,7 @@ class Training:
         Raises ValueError for damaged files.
         """
         if not (folder / PROGRESS_FILE).is_file():
-            fields = (read_record(folder) or {}).get(TRAINING)
-            names = {field.name for field in dataclasses.fields(cls)}
-            return cls(**fields) if isinstance(fields, dict) and fields.keys() == names else None
+            return cls._recorded((read_record(folder) or {}).get(TRAINING))
         try:
             progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             settings, step = progress.get("settings", {}), progress.get("step")
@@ -105,6 +111,17 @@ class Training:
         if not isinstance(settings, dict) or not own <= settings.keys() or not isinstance(step, int):
             return None  # another program's
         return cls.of_run(settings, step, run_dir_of(folder), progress.get("earlier", []))
+
+    @classmethod
+    def _recorded(cls, fields: object) -> Self | None:
+        """What a conversion.json says of the training; None for what no program here writes."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        try:
+            training = TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
+        except ValidationError:
+            return None
+        is_own = isinstance(fields, dict) and fields.keys() == names
+        return dataclasses.replace(training, licence=_licence(training.licence)) if is_own else None
 
     @property
     def title(self) -> str:

@@ -55,7 +55,7 @@ def leave(cfg: RunConfig, why: str, output: str, driver: int) -> Path:
         make_folder(incomplete / "logs")
         for name, text in texts.items():
             if text:
-                (incomplete / name).write_text(without_secrets(text, os.environ)[-_TAIL_BYTES:], encoding="utf-8")
+                (incomplete / name).write_text(_end(text), encoding="utf-8")
         if batches:
             shutil.copytree(batches[-1], incomplete / "bad_batch")
         incomplete.rename(folder)
@@ -111,6 +111,14 @@ def _ways(logs: Path | None) -> str:
 
 def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
+
+
+def _end(text: str) -> str:
+    """The end of a text, without secrets; of a long one neither what may be the rest of one that was cut in two."""
+    end = without_secrets(text, os.environ)
+    if len(text.encode(errors="replace")) >= _TAIL_BYTES + _LONGEST_SECRET:
+        end = end.encode(errors="replace")[_LONGEST_SECRET:].decode(errors="ignore")
+    return end[-_TAIL_BYTES:]
 
 
 def _tail(path: Path) -> str:

@@ -11,7 +11,7 @@ method and seed (comparison.py).
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 
 from astar_megatron import config
 from astar_megatron.config import BudgetConfig, ConfigError, Name, RunConfig, Section
+from astar_megatron.config_secrets import LOGIN_REFUSED, without_logins
 from astar_megatron.data.contract import contract_of
 from astar_megatron.run import scores
 from astar_megatron.run.prepare import Inputs, prepare
@@ -88,6 +89,7 @@ def read_study(file: Path) -> tuple[Study, dict[Run, RunConfig]]:
         raise ConfigError(f"seeds: expected one or more, each once, got {study.seeds}")
     if own := _among(study.set, _NAMED):
         raise ConfigError(f"set: {own[0]} can't be there; the study has its own key for it, {_NAMED[own[0]]}")
+    _check_logins(study)
     tree = config.read(study.config)
     cells = _cells(_points(study.grid))
     configs = {
@@ -157,6 +159,25 @@ def _budgets(texts: Sequence[str]) -> list[Budget]:
     if len({budget.measure for budget in budgets}) != 1 or sorted({*amounts}) != amounts:
         raise ConfigError(f"budgets: expected rising amounts, all flops=N or all tokens=N, got {texts}")
     return budgets
+
+
+def _check_logins(study: StudyFile) -> None:
+    """Raise ConfigError where a value has a login, before folders and messages are named by it."""
+    for section, values in (("set", study.set), *(("grid", grid) for grid in study.grid)):
+        for key, value in values.items():
+            if any(without_logins(text) != text for text in _texts({key: value})):
+                raise ConfigError(f"{section}: {key}: {LOGIN_REFUSED}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values, keys too."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, str):
+        yield value
 
 
 def _points(grids: Sequence[Mapping[str, Sequence[Any]]]) -> list[dict[str, Any]]:

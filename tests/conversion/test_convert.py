@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_models import fits, layouts, models, random_weights, write_folder
+from tiny_models import cached, fits, layouts, models, random_weights, write_folder
 
 from astar_megatron import convert
 from conversion import rewrite
@@ -72,6 +72,36 @@ def test_a_link_to_a_file_that_is_missing_is_refused_before_anything_is_written(
         with pytest.raises(ModelFolderError, match=f"{name} names ../blobs/missing, which is missing: copy it there"):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "my.codes", "additional_chat_templates/tool.jinja"])
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_a_link_out_of_the_model_s_folder_is_refused_before_anything_is_written(
+    name: str, *, is_cached: bool, tied_llama: Path, tmp_path: Path
+) -> None:
+    """A model from elsewhere could have any file of this machine copied into an export, and sent to the hub."""
+    (tmp_path / "private").write_text("password")
+    source = cached(tied_llama, tmp_path) if is_cached else shutil.copytree(tied_llama, tmp_path / "source")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(tmp_path / "private")
+    before, end = sorted(tmp_path.iterdir()), open_end(source)
+    for write in (
+        lambda: rewrite.write_hf(end, tmp_path / "out"),
+        lambda: rewrite.write_megatron(end, tmp_path / "out", ParallelLayout()),
+        lambda: rewrite.preview(end, None),
+    ):
+        with pytest.raises(ModelFolderError, match=f"{name} is a link to .*/private, .*, copy the file there in"):
+            write()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_link_in_a_model_s_folder_and_weights_on_another_disk_are_followed(tied_llama: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tied_llama, tmp_path / "source")
+    (source / "model.safetensors").rename(tmp_path / "weights")
+    (source / "model.safetensors").symlink_to(tmp_path / "weights")
+    (source / "vocab.txt").symlink_to("tokenizer.json")
+    rewrite.write_hf(open_end(source), tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])

@@ -11,7 +11,7 @@ import torch
 from exports import write_export
 from safetensors.torch import load_file
 from samples import files_of_at_most
-from tiny_models import EXPERTS, config, random_weights, write_folder
+from tiny_models import EXPERTS, cached, config, random_weights, write_folder
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.serialization import _get_layout
@@ -119,10 +119,7 @@ def test_a_destination_that_is_or_holds_the_source_is_refused(source: Path, tmp_
 
 def test_links_are_followed_at_both_ends(source: Path, tmp_path: Path) -> None:
     """The Hugging Face cache keeps files as links; a destination may be a link to another disk."""
-    (tmp_path / "cache").mkdir()
-    for path in source.iterdir():
-        (tmp_path / "cache" / path.name).symlink_to(path)
-    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    (tmp_path / "link").symlink_to(cached(source, tmp_path))
     (tmp_path / "out").symlink_to(tmp_path / "disk")
     for _ in range(2):  # the second replaces the first, not the link
         rewrite.write_megatron(open_end(tmp_path / "link"), tmp_path / "out", ONE)

@@ -1,6 +1,8 @@
 """What conversion.json records is compared with what is there; what is written, with what was read."""
 
+import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -232,3 +234,17 @@ def test_errors_of_files_are_said_in_words_of_ours(megatron: Path, exported: Pat
     with pytest.raises(DistributedCheckpointError, match=r"distcp is damaged: what begins at byte \d+ is no") as caught:
         rewrite.read_through(open_end(megatron))
     assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, None, [torch.zeros(2)], "text"])
+def test_a_chunk_that_is_no_tensor_is_damaged(content: object, megatron: Path) -> None:
+    torch.save(content, megatron / "odd.distcp")
+    index = pickle.loads((megatron / ".metadata").read_bytes())
+    for key, place in index.storage_data.items():
+        size = (megatron / "odd.distcp").stat().st_size
+        index.storage_data[key] = dataclasses.replace(place, relative_path="odd.distcp", offset=0, length=size)
+    (megatron / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(
+        DistributedCheckpointError, match=r"odd\.distcp is damaged: what begins at byte 0 is no part of"
+    ):
+        rewrite.read_through(open_end(megatron))

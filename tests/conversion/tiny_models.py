@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,3 +209,13 @@ def write_folder(folder: Path, model: Model, weights: Mapping[str, Tensor]) -> P
     (folder / "config.json").write_text(json.dumps(model.config))
     save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def cached(source: Path, folder: Path) -> Path:
+    """Return a model's folder as the hub's cache in `folder` keeps it: links to files that lie beside it."""
+    blobs, snapshot = (folder / "models--Org--Base-1B" / name for name in ("blobs", "snapshots/0a1b"))
+    snapshot.mkdir(parents=True)
+    shutil.copytree(source, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return snapshot
