@@ -229,7 +229,7 @@ DATA: list[Row] = [
     ("jsonl: --out is there", write("out.jsonl", "mine"), "data jsonl {house}/prompts.jsonl --out {house}/out.jsonl",
      "is there with other prompts", "remove it"),
     ("jsonl: --out in a file", None, "data jsonl {house}/prompts.jsonl --out {house}/prompts.jsonl/x",
-     "can't create the folder", "choose another folder"),
+     "is no folder that you may write to", "choose another path"),
     ("jsonl: no field", None, "data jsonl {house}/prompts.jsonl --out x --question-field q",
      "no field 'q'", "set --question-field"),
     ("jsonl: no answer", None, "data jsonl {house}/prompts.jsonl --out x --answer-field a",

@@ -1,12 +1,15 @@
 """What preflight says of nodes: each kind of bad one is named, and left out only where it can be."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from sockets import LOOPBACK, listening
 
-from astar_megatron.cluster.links import pairings
+from astar_megatron.cluster import nodes
+from astar_megatron.cluster.links import LinkEnd, pairings
 from astar_megatron.cluster.placement import Node
 from astar_megatron.cluster.survey import Clock
 from astar_megatron.preflight import wanted_nodes
@@ -145,3 +148,12 @@ def test_names_of_nodes_come_with_commas_or_as_a_number() -> None:
     for wrong in ("", "a,", "a,a"):
         with pytest.raises(ValueError, match="--nodes: expected names with commas, each once, or a number, got "):
             wanted_nodes(wrong)
+
+
+def test_one_end_of_a_link_listens_on_its_nodes_own_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "address", lambda: "127.0.0.1")
+    before = Counter(listening({os.getpid()}))
+    end = LinkEnd("gloo")
+    assert end.listen().startswith("127.0.0.1:")
+    opened = Counter(listening({os.getpid()})) - before
+    assert opened.total() == 1 and set(opened) <= LOOPBACK

@@ -5,6 +5,7 @@ its best partner, so that a slow partner does not make it slow. Of two nodes alo
 """
 
 import contextlib
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -38,8 +39,13 @@ class LinkEnd:
 
     def listen(self) -> str:
         """Return where the other end finds this one, host:port."""
-        self._store = TCPStore(own.address(), 0, 2, is_master=True, wait_for_workers=False)
-        return f"{own.address()}:{self._store.port}"
+        host = own.address()
+        listener = socket.create_server((host, 0))  # the store's own would listen on all interfaces
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            host, port, 2, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return f"{host}:{port}"
 
     def measure(self, address: str | None) -> float:
         """Return the bytes a second of an all-reduce with the other end: the one at `address`, or who comes here."""

@@ -1,7 +1,7 @@
 """The process in which rewards run, away from the driver: what hangs, leaks or dies here is killed and replaced.
 
 One line of JSON in, a list of [response, answer]; one line of JSON out for each as soon as it is judged,
-[number, reward or null, why there is none], numbered from 0 on. The first line out, number 0 too, says whether the
+[number, reward or null, why there is none], numbered from 0 on. The line before them, number -1, says whether the
 reward could be loaded.
 
 It is two processes: the one that serves, within limits of memory and CPU time, and its keeper, which does nothing but
@@ -13,7 +13,6 @@ import math
 import os
 import resource
 import signal
-import sys
 import time
 from contextlib import suppress
 from typing import IO, NoReturn
@@ -21,6 +20,7 @@ from typing import IO, NoReturn
 from astar_megatron.algorithm import rewards
 from astar_megatron.cluster.processes import ask_kernel, die_with, process_tree
 
+LOADED = -1  # the number of the line that says whether the reward could be loaded
 _LONGEST = 1000  # characters of a reason: 32 of them fit into a pipe
 _HEARD = {signal.SIGCHLD, signal.SIGTERM}  # by a keeper
 END_SECONDS = 5.0  # for the kernel to end what was killed; what is stuck in it is left to it
@@ -46,35 +46,45 @@ def main(name: str, parent: int, timeout_seconds: float, memory_bytes: int) -> N
 
 
 def _serve(name: str, timeout_seconds: float) -> None:
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    own, (questions, answers) = os.getpid(), _pipes()
+
+    def say(number: int, value: float | None, reason: str) -> None:
+        if os.getpid() != own:
+            os._exit(1)  # the reward forked, or its module did: the answer is its parent's to give
+        answers.write(json.dumps([number, value, reason]) + "\n")
+        answers.flush()
+
     try:
         rewards.version(name)  # imports what the reward imports when it is first used
         reward = rewards.get(name)
     except ValueError as error:
-        _say(answers, [0, None, str(error)])
+        say(LOADED, None, str(error))
         return
-    _say(answers, [0, 0.0, ""])
-    own, number = os.getpid(), 0
-    for line in sys.stdin.buffer:
+    say(LOADED, 0.0, "")
+    number = 0
+    for line in questions:
         for response, answer in json.loads(line):
             _limit_cpu(timeout_seconds)
             value, reason = rewards.judge(reward, response, answer)
-            if os.getpid() != own:
-                os._exit(1)  # the reward forked: the answer is its parent's to give
-            _say(answers, [number, value, reason[:_LONGEST]])
+            say(number, value, reason[:_LONGEST])
             number += 1
 
 
-def _say(answers: IO[str], answer: list[object]) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+def _pipes() -> tuple[IO[bytes], IO[str]]:
+    """The driver's pipes, which nothing that a reward starts inherits: its input is empty, what it prints is stderr."""
+    questions, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return questions, answers
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let this process compute no longer than `seconds` on every core; so much has each that it starts from now on.
+    """Let this process compute no longer than `seconds` on every core, from now on.
 
-    The driver's deadline comes first while there is a driver that waits.
+    What it starts inherits the limit, which all that this process has computed so far counts into, and begins at 0. The
+    driver's deadline comes first while there is a driver that waits.
     """
     times = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(times.ru_utime + times.ru_stime + seconds * len(os.sched_getaffinity(0))) + 1

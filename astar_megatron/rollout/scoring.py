@@ -32,7 +32,7 @@ from astar_megatron.cluster.endings import ended
 from astar_megatron.cluster.processes import kill, module_path, tree
 from astar_megatron.config import RewardConfig
 from astar_megatron.data.files import storage_error
-from astar_megatron.rollout.reward_process import END_SECONDS
+from astar_megatron.rollout.reward_process import END_SECONDS, LOADED
 from astar_megatron.types import Prompt, Rollout
 
 _LOG = logging.getLogger(__name__)
@@ -283,7 +283,7 @@ class _Process:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise EOFError("the scorer is closed")
-        self._unread, self._judged = b"", 0
+        self._unread, self._judged = b"", LOADED
         program = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path())]
         self._process = subprocess.Popen(
             [*program, self._cfg.name, *map(str, self._limits())],
@@ -300,6 +300,7 @@ class _Process:
         if value is None:
             self.end()
             raise RewardError(f"reward.name: {self._cfg.name} can't be loaded in its process: {reason}")
+        self._judged = 0
         return self._process
 
     def _limits(self) -> tuple[int, float, int]:

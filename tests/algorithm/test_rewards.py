@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -470,6 +470,9 @@ HUGE = {
     "empty boxes": r"\boxed{} " * (MILLION // 9),
     "equations": r"\boxed{" + "m=" * (MILLION // 2) + "}",
     "thin spaces": "\\,\\!" * (MILLION // 4),
+    "blanks in a list": r"\boxed{1}\text{" + " " * MILLION + r"x \boxed{2}",
+    "boxes of blanks": (r"\boxed{" + " " * 4900 + "x}, ") * (MILLION // 4900),
+    "boxes of units": (r"\boxed{" + r"\text{ m}" * 600 + "x}, ") * (MILLION // 4900),
 }
 ANSWERS = {"countdown": '{"numbers": [44, 19, 35], "target": 60}'}
 
@@ -523,9 +526,23 @@ def _raises(response: str, answer: str) -> float:
     raise KeyError("boom")
 
 
+class _MuteError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+def _raises_mute(response: str, answer: str) -> float:
+    raise _MuteError
+
+
 @pytest.mark.parametrize(
     ("reward", "reason"),
     [
+        (_raises_mute, "raised _MuteError: <_MuteError without a text>"),
+        (lambda response, answer: 10**5000, "returned <int without a text>, expected a number from -1 to 1"),
+        (lambda response, answer: cast(Any, _MuteError()), "returned <_MuteError without a text>, expected"),
         (_raises, "raised KeyError: 'boom'"),
         (lambda response, answer: mathematics.nan, "returned nan, expected a number from -1 to 1"),
         (lambda response, answer: -mathematics.inf, "returned -inf"),

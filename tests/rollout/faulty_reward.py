@@ -89,7 +89,9 @@ def tell(response: str, answer: str) -> float:
     """Write what this process has of its driver to the file `answer`."""
     open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
     inherited = Path("/proc/self/environ").read_bytes().decode().split("\0")
-    Path(answer).write_text(json.dumps({"environ": dict(os.environ), "inherited": inherited, "files": open_files}))
+    own_input = os.path.realpath("/proc/self/fd/0")
+    told = {"environ": dict(os.environ), "inherited": inherited, "files": open_files, "input": own_input}
+    Path(answer).write_text(json.dumps(told))
     return 0.5
 
 

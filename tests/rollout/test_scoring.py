@@ -150,6 +150,18 @@ def test_what_a_reward_does_to_its_process_changes_no_other_reward(way: str, tmp
         assert _rewards(scorer, *(_rollout("", value) for value in values)) == [0.25, 0.75, -0.5]
 
 
+def test_a_module_that_forks_when_it_is_imported_changes_no_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "forks.py").write_text(
+        "import os\nos.fork()\n\ndef reward(response, answer):\n    return float(answer)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = ["0.25", "0.75", "-0.5"]
+    with Scorer(RewardConfig(name="forks:reward"), num_processes=1) as scorer:
+        assert _rewards(scorer, *(_rollout("", value) for value in values)) == [0.25, 0.75, -0.5]
+
+
 @pytest.mark.parametrize("characters", [10, 100_000])
 def test_a_process_that_stands_still_costs_no_response_its_reward(characters: int) -> None:
     """Not even one that is longer than a pipe takes."""
@@ -226,6 +238,7 @@ def test_a_reward_inherits_no_secret_and_no_open_file(tmp_path: Path, monkeypatc
     assert "hunter2" not in text and not secrets.keys() & told["environ"].keys()
     assert told["environ"]["PATH"] == os.environ["PATH"] and told["environ"]["SOME_VISIBLE_DEVICES"] == "3"
     assert told["inherited"] and str(tmp_path / "private") not in told["files"]
+    assert told["input"] == "/dev/null"  # a program that it starts, and that reads, takes nothing of what is asked
 
 
 def test_a_reward_that_fills_its_memory_fails_alone_and_is_told_the_key() -> None:

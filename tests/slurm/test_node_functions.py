@@ -42,6 +42,21 @@ def test_who_holds_a_nodes_folder_is_found_where_tmp_is_a_link(call: Callable[..
     assert len(printed) > 1 and printed[0] in printed[1:]
 
 
+@pytest.mark.parametrize("owner", ["a link's", "another user's"])
+def test_of_a_folder_that_is_anothers_nothing_is_read(call: Callable[..., str], tmp_path: Path, owner: str) -> None:
+    """A pipe would be read for ever."""
+    (tmp_path / "others").mkdir()
+    os.mkfifo(tmp_path / "others" / "step")
+    if owner == "a link's":
+        (tmp_path / "temp.0").symlink_to("others")
+    elif os.geteuid() == 0:
+        (tmp_path / "others").rename(tmp_path / "temp.0")
+        os.chown(tmp_path / "temp.0", 1234, 1234)
+    else:
+        pytest.skip("only root can make a folder another user's")
+    assert "temp.0 is no folder of yours" in call("SLURM_JOB_ID=7 ASTAR_TEMP=./temp; refuse_beside")
+
+
 @pytest.fixture
 def call(tmp_path: Path) -> Callable[..., str]:
     """Return a function that runs a line of the script's shell and gives what it prints.

@@ -111,13 +111,21 @@ def judge(reward: Reward, response: str, answer: str) -> tuple[float | None, str
         value = reward(response, answer)
         if getattr(value, "shape", None) == ():  # of numpy or torch: an array of no dimensions, numpy.bool
             value = value.item()
+        if isinstance(value, numeric.Real) and -1 <= cast(float, value) <= 1:
+            return float(value), ""
     except MemoryError as error:
-        return None, f"raised {type(error).__name__}: {error}; reward.memory_gib limits its process"
+        return None, f"raised {type(error).__name__}: {_told(str, error)}; reward.memory_gib limits its process"
     except (Exception, SystemExit) as error:  # a stranger's function
-        return None, f"raised {type(error).__name__}: {error}"
-    if not isinstance(value, numeric.Real) or not -1 <= cast(float, value) <= 1:
-        return None, f"returned {value!r}, expected a number from -1 to 1"
-    return float(value), ""
+        return None, f"raised {type(error).__name__}: {_told(str, error)}"
+    return None, f"returned {_told(repr, value)}, expected a number from -1 to 1"
+
+
+def _told(tell: Callable[[Any], str], value: Any) -> str:
+    """What `tell`, str or repr, says of a stranger's object; its type where that raises, as of 10**5000."""
+    try:
+        return tell(value)
+    except (Exception, SystemExit):
+        return f"<{type(value).__name__} without a text>"
 
 
 def _file(name: str) -> Path:
@@ -173,8 +181,8 @@ def _imported(name: str) -> Reward:
             function = getattr(function, part)
     except (Exception, SystemExit) as error:  # a stranger's module may raise anything when it is imported
         raise ValueError(
-            f"reward.name: can't import {name!r}: {type(error).__name__}: {error}; expected package.module:function "
-            "in the current folder or on the Python path"
+            f"reward.name: can't import {name!r}: {type(error).__name__}: {_told(str, error)}; expected "
+            "package.module:function in the current folder or on the Python path"
         ) from error
     if kind := _other_kind(function):
         raise ValueError(

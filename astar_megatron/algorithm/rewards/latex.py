@@ -26,17 +26,19 @@ _INTEGER = re.compile(r"([+-]?[0-9]{1,4000})(?:\.0*)?")  # Python refuses to rea
 _THOUSANDS = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,|\s)(?=[0-9]{3}(?![0-9]))")  # 3,159 as TeX writes it
 _TWO_NUMBERS = re.compile(r"[0-9][\s,]+[0-9]")
 _FONT = re.compile(r"\\(?:text|textbf|textrm|mathbf|mathrm|boldsymbol)(?=\{)")
-_UNIT = re.compile(  # "\text{ m}\cdot\text{s}^{-1}"; one letter in \mathrm is a constant
-    r"(?:(?:\\[,;: ]|[\s~/]|\\cdot)*(?:\\text(?:rm)?\{|\\mathrm\{(?=[^{}]{2}))(?:[^{}0-9\\]|\\[ %$,])*\}"
-    r"(?:\^(?:[0-9]|\{-?[0-9]\}))?)+[\s.?$]*$"
+_GAP_OF_UNIT = r"(?:\\[,;: ]|[\s~/]|\\cdot)"
+_UNITS = re.compile(  # "\text{ m}\cdot\text{s}^{-1}"; one letter in \mathrm is a constant. Or a gap, as a whole: linear
+    rf"((?:{_GAP_OF_UNIT}*+(?:\\text(?:rm)?\{{|\\mathrm\{{(?=[^{{}}]{{2}}))(?:[^{{}}0-9\\]|\\[ %$,])*\}}"
+    rf"(?:\^(?:[0-9]|\{{-?[0-9]\}}))?)+)|{_GAP_OF_UNIT}++"
 )
+_BEHIND = re.compile(r"[\s.?$]*")
 # None between digits: "2\,5" are two numbers. The last of "25\ " stands without its blank.
 _SPACE = re.compile(r"(?<![0-9])\\[,;:]|\\[,;:](?![0-9])|\\$")
 _NO_INTEGER = re.compile(  # a relation, or words that make another number of one
     r"[<>!]|\\not|(?<![A-Za-z])(?i:and|or)(?![A-Za-z])|(?<![A-Za-z])(?i:hundred|thousand|[mbt]r?illion|dozen)"
 )
 _GAP = r"(?:[\s$*]|\\[()\[\],;: ]|\\q?quad(?![a-z]))*"
-_AND = r"(?:[,;]|\\text\{\s*,?\s*(?:and|or)\s*\}|\\lor(?![a-z])|\\vee(?![a-z])|(?:and|or)\b)"
+_AND = r"(?:[,;]|\\text\{\s*(?:,\s*)?(?:and|or)\s*\}|\\lor(?![a-z])|\\vee(?![a-z])|(?:and|or)\b)"
 _COMMA = re.compile(f"{_GAP}{_AND}(?:{_GAP}{_AND})?{_GAP}")  # between boxes that are a list
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _SLASH = re.compile(r"(-?(?:0|[1-9][0-9]*))/(-?(?:0|[1-9][0-9]*))")
@@ -102,10 +104,18 @@ def _integer(latex: str) -> str | None:
     if _NO_INTEGER.search(text) or _TWO_NUMBERS.search(text):
         return None
     # Without fonts: of a \text{ the normal form would cut off all that follows.
-    text = _without_braces(_SPACE.sub("", normalised(_FONT.sub("", _UNIT.sub("", text)))))
+    text = _without_braces(_SPACE.sub("", normalised(_FONT.sub("", _without_unit(text)))))
     name, equals, value = text.partition("=")
     match = _INTEGER.fullmatch(_without_braces(value if equals else name))
     return str(int(match[1])) if match else None
+
+
+def _without_unit(text: str) -> str:
+    """The text without the units that it ends with, and without what stands behind them."""
+    for run in _UNITS.finditer(text):
+        if run[1] and _BEHIND.fullmatch(text, run.end()):
+            return text[: run.start()]
+    return text
 
 
 def _without_braces(text: str) -> str:
