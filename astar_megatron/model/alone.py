@@ -21,6 +21,7 @@ from astar_megatron.algorithm.packing import pack
 from astar_megatron.model import backend as backends
 from astar_megatron.model.build import build, initialise, transformer_config
 from astar_megatron.model.forward import run_scoring
+from conversion.checkpoint_index import plain_in_torch
 from conversion.families import read_model
 from conversion.tiles import ParallelLayout
 
@@ -48,6 +49,7 @@ def logprobs(folder: Path, model_folder: Path, sequences: Sequence[Sequence[int]
 def _fill(part: GPTModel, folder: Path) -> None:
     """Loads the weights; what Transformer Engine keeps beside them is not asked for, not every writer has it."""
     backends.read_no_code()
+    plain_in_torch()
     state = {name: entry for name, entry in part.sharded_state_dict().items() if not name.endswith("_extra_state")}
     try:
         loaded: Any = dist_checkpointing.load(state, str(folder))

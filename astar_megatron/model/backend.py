@@ -19,7 +19,6 @@ import torch
 
 from astar_megatron.config import ModelConfig, OptimConfig
 from astar_megatron.model import cpu_shim, gpus
-from conversion.checkpoint_index import plain_in_torch
 
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}  # the variable may name an interface that is not there, or one that goes
 _FLOAT32_ERROR = 1e-5  # of a product
@@ -321,7 +320,6 @@ def stay_on_loopback() -> None:
 
 
 def read_no_code() -> None:
-    """Make torch in this process take plain data only from files, of checkpoints too, whatever its caller says."""
+    """Make torch in this process take plain data only from files, whatever its caller says; see plain_in_torch."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    plain_in_torch()

@@ -23,7 +23,7 @@ from astar_megatron.model.backend import read_no_code
 from astar_megatron.model.learning import Learning
 from astar_megatron.model.reference import Reference
 from astar_megatron.model.saving import Saving
-from conversion.checkpoint_index import read_index
+from conversion.checkpoint_index import plain_in_torch, read_index
 from conversion.folders import PROGRESS_FILE
 
 _PLAIN = (bool, int, float, str, list, tuple, type(None))  # what is kept of an optimizer's groups
@@ -74,6 +74,7 @@ def load(folder: Path, policy: Learning, reference: Reference, critic: Learning 
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint has for a sharded state; ValueError on all ranks where one can't read its part."""
     read_no_code()
+    plain_in_torch()
     problem, cause = "", None
     loaded: Any = {}
     try:
