@@ -336,20 +336,10 @@ def test_weights_that_megatron_does_not_load_are_not_called_compared(tied_llama:
     assert done.stderr.splitlines()[-1].startswith(f"Megatron can't load {tmp_path}: ")
 
 
-class Trap:
-    """When it is unpickled it makes a folder."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self._mark),)
-
-
 def test_no_code_in_a_checkpoint_runs_when_its_log_probs_are_computed(tied_llama: Path, tmp_path: Path) -> None:
     folder, mark = tmp_path / "megatron", tmp_path / "ran"
     rewrite.write_megatron(open_end(tied_llama), folder, ParallelLayout())
-    torch.save({"x": Trap(mark)}, folder / "common.pt")
+    torch.save({"x": samples.Trap(mark)}, folder / "common.pt")
     command = [sys.executable, "-m", "astar_megatron.model.alone", str(folder), str(tied_llama)]
     users = os.environ | {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     done = subprocess.run(command, input="[[1, 2]]", capture_output=True, text=True, check=False, env=users)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pickle
 import re
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import ranks as work
 import torch
 from ranks import Job
+from samples import Trap
 from test_layouts import batch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -118,16 +118,6 @@ def test_an_export_that_lost_a_row_is_named_on_every_rank(ranks: Any, tied_llama
         assert answers == [f"{name}, row {row}"] * 2
     sound = ranks.run(checkpoint_ranks.damaged_export, 2, fault=None, **arguments)
     assert sound == [f"{len(HuggingFaceEnd(tied_llama).model.parameters())} digests", "0 digests"]
-
-
-class Trap:
-    """When it is unpickled it makes a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self._mark),)
 
 
 def plant_in_the_index(folder: Path, mark: Path) -> None:
