@@ -36,8 +36,8 @@ class Fault:
 
 
 # Name: how many engines, and what happens. With one engine each step waits for its replacement. Of the ranks: before
-# there is a checkpoint, which comes every second step, while it starts anew, and twice after. By turns policy and engine
-# share memory.
+# there is a checkpoint, which comes every second step, while it starts anew, and twice after. By turns policy and
+# engine share memory.
 CASES = {
     "engine": (
         1,
