@@ -15,7 +15,7 @@ from astar_megatron.cli_data import data
 from astar_megatron.cli_options import Config, DryRun, Overrides, import_program
 from astar_megatron.cluster import signals
 from astar_megatron.cluster.errors import ActorLost, ClusterError
-from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, without_logins
+from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, shown
 from conversion.plan import WeightMismatch
 
 app = typer.Typer(
@@ -267,8 +267,8 @@ def _words(error: Exception) -> str:
 
 
 def _end(words: str, status: int) -> NoReturn:
-    """End with a message, in which no login is repeated."""
-    print(f"astar: {without_logins(words)}", file=sys.stderr)
+    """End with a message, as `shown` has it."""
+    print(f"astar: {shown(words)}", file=sys.stderr)
     raise SystemExit(status) from None
 
 
@@ -281,7 +281,7 @@ def main() -> None:
         with signals.kept():
             raise SystemExit(app(standalone_mode=False))
     except _UsageError as error:  # of the parser of options, which repeats words
-        error.message = without_logins(error.message)
+        error.message = shown(error.message)
         error.show()
         raise SystemExit(error.exit_code) from None
     except (ValueError, OSError) as error:

@@ -28,6 +28,8 @@ _DELIMITER = r"""\s/:@"'=(,\["""
 _WITHOUT_SCHEME = re.compile(
     rf"""(?<![^{_DELIMITER}])[^{_DELIMITER}]{{1,200}}:[^\s/@"']{{1,200}}{_AT}(?=[\w\[\]-]+(?:[/.]|:[\d/]))"""
 )
+# An escape sequence of a response could move the cursor, hide lines, or set a terminal's title and clipboard.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 LOGIN_REFUSED = (
     "a URL with a login, which logs and checkpoints would keep; leave out all between :// and @ and what is secret "
     "behind ? or #, and give it to the program that opens the URL"
@@ -45,6 +47,11 @@ def without_logins(text: str) -> str:
         text = login.sub(r"\1<login>@", text)
     text = _URL.sub(lambda url: _without_values(url[0]), text)
     return _WITHOUT_SCHEME.sub("<login>@", text)
+
+
+def shown(text: str) -> str:
+    """Return a text as a person is shown it: without logins, and with escapes in place of control characters."""
+    return without_logins(text).translate(_CONTROLS)
 
 
 def secrets_of(text: str) -> Iterator[str]:

@@ -33,13 +33,14 @@ class FakeEngines:
         streams_at_once: int = 1,
         seconds: float = 0.0,
         in_order: bool = False,
+        logprob: float = -0.5,
     ) -> None:
         self.max_num_seqs, self.detokenize = max_num_seqs, detokenize
         self.version = 0
         self.asked: list[tuple[int, Request]] = []
         self.answered: list[tuple[int, Request]] = []
         self._answer, self._num_engines, self._at_once, self._seconds = answer, num_engines, at_once, seconds
-        self._in_order, self._streams_at_once = in_order, streams_at_once
+        self._in_order, self._streams_at_once, self._logprob = in_order, streams_at_once, logprob
         self._shuffle, self._num_streams = random.Random(at_once), 0
         self._streams: dict[int, list[tuple[int, int, Request]]] = {}  # version, tag, request
         self._engine_of: dict[int, int] = {}
@@ -91,7 +92,7 @@ class FakeEngines:
             tag=tag,
             token_ids=token_ids,
             truncated=truncated,
-            token_logprobs=(-0.5,) * len(token_ids),
+            token_logprobs=(self._logprob,) * len(token_ids),
             first_version=version,
             last_version=self.version,
             tokens_by_version=(len(token_ids), *(0,) * (self.version - version)),

@@ -11,6 +11,8 @@ from broken_house import ROWS, House, checkpoint, prompts
 
 from astar_megatron import config, doctor
 from astar_megatron import train as program
+from astar_megatron.cluster.errors import ActorLost
+from astar_megatron.run.fleet import Fleet
 from astar_megatron.run.prepare import prepare
 from astar_megatron.run.tracking import Tracker
 
@@ -87,3 +89,29 @@ def test_an_interrupted_training_says_what_the_same_command_goes_on_from(
     with pytest.raises(KeyboardInterrupt):
         program.train_whatever_dies(cfg, inputs, None, cast(Any, SimpleNamespace()), Tracker(cfg.run_dir))
     assert "interrupted; the same command goes on after step 7, from the newest checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["load", "restart"])
+@pytest.mark.parametrize("num_deaths", [1, 2, 3])
+def test_a_rank_that_dies_while_ranks_start_anew_counts_as_one_that_dies_a_moment_later(
+    place: str, num_deaths: int, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, restarts, deaths = config.load(house / "run.yaml"), list[int](), ["load", *[place] * num_deaths]
+    inputs, tracker = prepare(cfg), Tracker(cfg.run_dir)
+
+    def pass_by(where: str) -> None:
+        if deaths[:1] == [where]:
+            deaths.pop(0)
+            raise ActorLost("policy rank 3: was killed", kind="policy rank", index=3)
+
+    def restart() -> None:
+        restarts.append(1)
+        pass_by("restart")
+
+    monkeypatch.setattr(program, "train", lambda *_: pass_by("load"))
+    fleet = Fleet(cfg, inputs.model, tracker)
+    fleet.policy = cast(Any, SimpleNamespace(restart=restart))
+    fleet.engines = cast(Any, SimpleNamespace(drop_requests=lambda: None, go_on=lambda: None))
+    with pytest.raises(ActorLost) if num_deaths == 3 else nullcontext():
+        program.train_whatever_dies(cfg, inputs, None, fleet, tracker)
+    assert not deaths and len(restarts) == min(3, num_deaths + 1)

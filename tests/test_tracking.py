@@ -99,6 +99,16 @@ def test_what_an_encoding_lacks_is_said_as_an_escape_and_a_login_is_not_said() -
     assert raw.getvalue().decode() == "0.5 \\xb1 0.1 of \\udc80.jsonl, at s3://<login>@hub/x/y\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_of_a_models_text_do_not_reach_the_terminal(terminal: bool) -> None:
+    text, answer = io.StringIO(), "\x1b]0;title\x07a\rb\x9b2J\tc"
+    screen = Screen(Console(file=text, force_terminal=terminal, width=200, color_system=None))
+    screen.say(answer)
+    screen.table("responses", [("the longest", answer)])
+    assert text.getvalue().count("\\x1b]0;title\\x07a\\x0db\\x9b2J") == 2
+    assert not set(text.getvalue()) & set("\x07\r\x1b\x9b")
+
+
 def run_on(console: Console) -> None:
     """Two steps of a run on a board, with an evaluation between them; then one that is waited for."""
     screen = Screen(console)

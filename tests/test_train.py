@@ -80,6 +80,9 @@ def test_gaps_of_engines_that_cancel_are_seen() -> None:
     drawn = [dataclasses.replace(ROLLOUT, token_logprobs=(-3.0, 0.0))] * 2
     health = steps.health_of(OBJECTIVE, drawn, steps.batch_of(drawn, OBJECTIVE, 3), stats, 2)
     assert (health["engine_gap"], health["engine_gap_max"]) == (0.0, 2.0)
+    stats = dataclasses.replace(stats, logprobs=(-1.0, math.nan))
+    health = steps.health_of(OBJECTIVE, drawn, steps.batch_of(drawn, OBJECTIVE, 3), stats, 2)
+    assert math.isnan(health["engine_gap"]) and math.isnan(health["engine_gap_max"])
 
 
 def test_a_batch_holds_the_sum_of_what_its_rollouts_hold() -> None:

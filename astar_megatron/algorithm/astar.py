@@ -85,7 +85,8 @@ def importance_weight(logprob_train: Tensor, logprob_rollout: Tensor, cap: float
 
 def weights_of(weights: Tensor) -> dict[str, float]:
     """Return the mean of weights [B], and how many equal ones would be worth as much: (sum w)^2 / (B sum w^2)."""
-    share = weights.sum().square() / (len(weights) * weights.square().sum())  # NaN where all have vanished
+    scaled = weights / weights.max()  # else squares vanish; NaN where all weights have
+    share = scaled.sum().square() / (len(weights) * scaled.square().sum())
     return {"weight_mean": float(weights.mean()), "effective_share": float(share)}
 
 

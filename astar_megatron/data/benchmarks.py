@@ -2,7 +2,7 @@
 
 The files are the user's (folder `eval.folder`); none ships with this project. An answer is taken as it is but for what
 belongs to the file's format and not to the answer: dollar signs around it, decimals of 27.0, leading zeros of an AIME
-answer. No row is left out: a benchmark's denominator is its number of problems.
+answer. No row is left out, and each is a problem of its own: a benchmark's denominator is its number of problems.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -99,7 +99,11 @@ def read_benchmark(name: str, folder: str | Path) -> list[Pair]:
         raise PromptError(f"eval.folder: {name} is read from {benchmark.file}, which is not in {folder}")
     problems = Problems(source)
     pairs = pairs_of(read_rows(source, problems), benchmark.question, benchmark.answer, problems, remedy=RENAME)
-    problems.refuse(len(pairs) + problems.count)
+    num_rows, first = len(pairs) + problems.count, dict[str, str]()
+    for pair in pairs:  # a repeat is drawn with the same seeds: it would only make the standard error too small
+        if (where := first.setdefault(pair.question, pair.where)) != pair.where:
+            problems.add(pair.where, f"the question of {where} again; keep one, eval.num_samples draws more")
+    problems.refuse(num_rows)
     return pairs
 
 

@@ -6,6 +6,7 @@ What an engine had when it ended is asked again with its seeds, of any engine.
 """
 
 import itertools
+import math
 import queue
 import threading
 from collections import defaultdict
@@ -260,6 +261,7 @@ class RolloutSource:
             self._hand_out()
             places = [self._draws[response.tag] for response in responses]
         for request, response, (draw, number) in zip(requests, responses, places, strict=True):
+            _check_logprobs(handed.engine, request, response)
             by_draw[draw].append((number, self._rollout(request, response)))
         for draw, pairs in by_draw.items():
             self._scorer.submit(pairs).when_done(draw.hear)
@@ -283,4 +285,17 @@ class RolloutSource:
             first_version=response.first_version,
             last_version=response.last_version,
             tokens_by_version=response.tokens_by_version,
+        )
+
+
+def _check_logprobs(engine: int, request: Request, response: Response) -> None:
+    """Raise ClusterError where a log-prob is not finite: what the engine computed is broken, and its tokens random."""
+    broken = [place for place, logprob in enumerate(response.token_logprobs) if not math.isfinite(logprob)]
+    if broken:
+        raise ClusterError(
+            f"engine {engine} drew {len(broken)} of {len(response.token_ids)} tokens with a log-prob that is no finite "
+            f"number, the first is token {broken[0]}: {response.token_logprobs[broken[0]]} (prompt "
+            f"{request.prompt.uid}, sample {request.sample}, weights of version {response.first_version} to "
+            f"{response.last_version}). The model's numbers overflow, or its GPU is faulty: try model.dtype=float32, "
+            "or another node"
         )

@@ -179,14 +179,17 @@ class Fleet:
         self._tracker.say(f"{str(error).splitlines()[-1]}; training goes on from the newest checkpoint")
         if self._turns:
             self.engines.hold_back()
-        with self._moving, self._tracker.waiting("starting the policy again"):
-            self._published = None
-            self.engines.drop_requests()
-            if self._weights is not None:
-                self._weights.close()
-            restart = self._turns.restart_policy if self._turns else self.policy.restart
-            restart()
-            self.engines.go_on()
+        try:
+            with self._moving, self._tracker.waiting("starting the policy again"):
+                self._published = None
+                self.engines.drop_requests()
+                if self._weights is not None:
+                    self._weights.close()
+                restart = self._turns.restart_policy if self._turns else self.policy.restart
+                restart()
+                self.engines.go_on()
+        except ActorLost as another:  # of those that start
+            self.restart_policy(another)
 
     def measured(self) -> dict[str, object]:
         """Return what a step's metrics say: engines replaced since the last call; shared memory, if any."""

@@ -57,8 +57,9 @@ def health_of(
         for logprob, rollout in zip(stats.logprobs[:on_policy], rollouts, strict=False)
         if rollout.first_version == batch.version
     ]
-    mean, largest = (sum(gaps) / len(gaps), max(map(abs, gaps))) if gaps else (math.nan, math.nan)
-    return {**objective.metrics(rollouts, batch.columns, sums), "engine_gap": mean, "engine_gap_max": largest}
+    gap = torch.tensor(gaps or [math.nan], dtype=torch.float64)
+    gaps_of_step = {"engine_gap": float(gap.mean()), "engine_gap_max": float(gap.abs().max())}
+    return {**objective.metrics(rollouts, batch.columns, sums), **gaps_of_step}
 
 
 def metrics_of(

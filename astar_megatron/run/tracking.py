@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from astar_megatron.config_secrets import without_logins
+from astar_megatron.config_secrets import shown
 from astar_megatron.data.files import storage_error, without_nan, write_atomic
 from astar_megatron.types import Span, Worker, seconds_of
 
@@ -85,8 +85,8 @@ class Screen:
         self.console = console or _Console(highlight=False)
 
     def say(self, text: str) -> None:
-        """Show one line, without logins in addresses; what its encoding lacks is written as an escape."""
-        text = without_logins(text).encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
+        """Show one line, as `shown` has it; what its encoding lacks is written as an escape too."""
+        text = shown(text).encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
         with suppress(OSError):  # the disk of a log is full
             self.console.print(text, soft_wrap=True, markup=False)
 
@@ -152,7 +152,7 @@ class Screen:
         table.add_column()
         table.add_column(overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(shown(cell)) for cell in row))
         self.console.print(table)
 
 

@@ -98,16 +98,22 @@ def test_shapes_that_would_broadcast_are_refused() -> None:
         importance_weight(torch.zeros(4), torch.zeros(1), cap=2)
     with pytest.raises(ValueError, match="cap of at least 1"):
         importance_weight(torch.zeros(4), torch.zeros(4), cap=0.5)
+    with pytest.raises(ValueError, match="beta2"):
+        astar_loss(torch.zeros(4), torch.zeros(4), torch.zeros(4), 0.0)
 
 
 @pytest.mark.parametrize(
-    ("weights", "mean", "share"), [([0.7] * 5, 0.7, 1.0), ([2.0, 0, 0, 0], 0.5, 0.25), ([0.0, 0, 0], 0.0, math.nan)]
+    ("weights", "mean", "share"),
+    [
+        ([0.7] * 5, 0.7, 1.0),
+        ([2.0, 0, 0, 0], 0.5, 0.25),
+        ([1e-200, 0, 0], 1e-200 / 3, 1 / 3),
+        ([0.0, 0, 0], 0.0, math.nan),
+    ],
 )
 def test_weights_are_worth_as_much_as_so_many_equal_ones(weights: list[float], mean: float, share: float) -> None:
     values = weights_of(torch.tensor(weights, dtype=torch.float64))
     assert values == pytest.approx({"weight_mean": mean, "effective_share": share}, nan_ok=True)
-    with pytest.raises(ValueError, match="beta2"):
-        astar_loss(torch.zeros(4), torch.zeros(4), torch.zeros(4), 0.0)
 
 
 def test_regression_recovers_a_line_and_survives_constants() -> None:

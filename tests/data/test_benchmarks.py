@@ -114,6 +114,11 @@ def test_a_contest_s_integer_is_right_in_any_form(name: str, text: str, tmp_path
             r"(?s)3 of 4 rows.*line 2: no field 'solution'.*line 3.*empty.*line 4",
         ),
         ("aime24", [{"problem": "q", "answer": "x"}], "1 of 1 rows"),
+        (
+            "amc23",
+            [{"problem": "q", "answer": "1"}, {"problem": "p", "answer": "1"}, *[{"problem": "q", "answer": "2"}] * 2],
+            r"(?s)2 of 4 rows.*line 3: the question of line 1 again; keep one.*line 4",
+        ),
         ("amc23", None, r"eval\.folder: amc23 is read from amc23\.jsonl"),
         ("aime25", None, r"no benchmark 'aime25'; there are gsm8k, math500"),
     ],
@@ -128,15 +133,15 @@ def test_a_benchmark_that_cannot_be_read_is_refused(
 
 
 def test_each_row_is_a_prompt_and_none_is_cut(tmp_path: Path, model_folder: Callable[..., str]) -> None:
-    write_jsonl(tmp_path / "amc23.jsonl", [{"problem": "How many?", "answer": 3}] * 2)
+    write_jsonl(tmp_path / "amc23.jsonl", [{"problem": f"How {word}?", "answer": 3} for word in ("many", "much")])
     model = model_folder()
     wide = DataConfig(path="none", max_prompt_tokens=1000)
     prompts = benchmark_prompts("amc23", tmp_path, wide, model)
-    assert [prompt.text for prompt in prompts] == ["How many?" + SUFFIXES["math"]] * 2
+    assert [prompt.text for prompt in prompts] == [f"How {word}?{SUFFIXES['math']}" for word in ("many", "much")]
     length = longest_prompt("amc23", tmp_path, wide, model)
-    assert length == len(prompts[0].token_ids)
+    assert length == max(len(prompt.token_ids) for prompt in prompts)
     assert benchmark_prompts("amc23", tmp_path, DataConfig(path="none", max_prompt_tokens=length), model) == prompts
-    with pytest.raises(PromptError, match=rf"2 of 2 prompts of amc23 exceed .* raise it to {length}"):
+    with pytest.raises(PromptError, match=rf"[12] of 2 prompts of amc23 exceed .* raise it to {length}"):
         benchmark_prompts("amc23", tmp_path, DataConfig(path="none", max_prompt_tokens=length - 1), model)
 
 

@@ -88,7 +88,7 @@ def losses_of(method: Method, data: RolloutBatch, responses: Sequence[Tokens], p
     return method.formula(responses, {name: column[part] for name, column in data.columns.items()} | of_tokens)
 
 
-@pytest.mark.parametrize(("name", "axes", "kind"), cases())
+@pytest.mark.parametrize(("name", "axes", "kind"), list(cases()))
 def test_the_gradient_of_each_method_is_autograds_on_full_logits(
     name: str, axes: dict[str, Any], kind: str, ranks: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -30,13 +30,14 @@ class Fault:
     """`signal` to the actor of the first engine that runs, to vLLM's core in it, or to the only rank, in a step."""
 
     step: int
-    moment: str  # update, generation, training
+    moment: str  # update, generation, training; start: of the rank that takes a killed one's place
     process: str  # actor, core, rank
     signal: int = signal.SIGKILL
 
 
 # Name: how many engines, and what happens. With one engine each step waits for its replacement. Of the ranks: before
-# there is a checkpoint, which comes every second step, and twice after. By turns policy and engine share memory.
+# there is a checkpoint, which comes every second step, while it starts anew, and twice after. By turns policy and
+# engine share memory.
 CASES = {
     "engine": (
         1,
@@ -60,6 +61,7 @@ CASES = {
         1,
         [
             Fault(step=1, moment="training", process="rank"),
+            Fault(step=1, moment="start", process="rank"),
             Fault(step=3, moment="generation", process="rank"),
             Fault(step=4, moment="update", process="rank"),
         ],
@@ -69,6 +71,7 @@ CASES = {
         [
             Fault(step=1, moment="generation", process="core"),
             Fault(step=2, moment="generation", process="rank"),
+            Fault(step=2, moment="start", process="rank"),
             Fault(step=3, moment="training", process="core"),
             Fault(step=4, moment="training", process="rank"),
         ],
@@ -93,8 +96,13 @@ def pid_of(fleet: Fleet, fault: Fault) -> int:
     return core
 
 
-def has_come(fleet: Fleet, run_dir: str, fault: Fault, versions: list[int | None]) -> bool:
-    """Whether a fault's moment is now; `versions` are those that have been looked at: what engines and policy had."""
+def has_come(fleet: Fleet, run_dir: str, fault: Fault, versions: list[int | None], done: list[int]) -> bool:
+    """Whether a fault's moment is now; `versions` are those that have been looked at: what engines and policy had.
+
+    `done` are the processes of the faults before.
+    """
+    if fault.moment == "start":
+        return alive_pid(fleet.policy._ranks[0]._actor_id.hex()) not in (None, *done)
     if len(read_metrics(run_dir)) < fault.step or not fleet.engines.serving():
         return False
     versions.append(fleet._published)
@@ -108,7 +116,7 @@ def has_come(fleet: Fleet, run_dir: str, fault: Fault, versions: list[int | None
 def inject(fleet: Fleet, run_dir: str, faults: list[Fault], done: list[int], ended: threading.Event) -> None:
     for fault in faults:
         versions: list[int | None] = []
-        while not has_come(fleet, run_dir, fault, versions):
+        while not has_come(fleet, run_dir, fault, versions, done):
             if ended.wait(0.001):
                 return
         done.append(pid_of(fleet, fault))

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -141,6 +142,13 @@ def test_a_response_that_can_t_be_read_ends_the_wait_for_it(source_of: Any) -> N
     draw = source_of(FakeEngines(lambda asked: ((255,), False))).ask([request(0)])  # no text in UTF-8
     draw.wait_for_engines()
     with pytest.raises(UnicodeDecodeError):
+        draw.rollouts()
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf])
+def test_a_log_prob_that_is_no_number_ends_the_run_by_its_engine_and_prompt(source_of: Any, logprob: float) -> None:
+    draw = source_of(engines(logprob=logprob)).ask([request(11, 1)])
+    with pytest.raises(ClusterError, match=rf"^engine 0 drew 2 of 2 tokens .*: {logprob} \(prompt u11, sample 1, "):
         draw.rollouts()
 
 

@@ -4,9 +4,9 @@ It reads the last \\boxed{...} of a response, with those that it ends a list of 
 the library whether that equals the answer: 1/2, 0.5 and \\frac12 are equal, unlike under `math`. A list is right too
 where each part of it equals the answer. Without a box, or where the last one is not closed, a response scores 0.
 
-So does one that the library can't judge within a few seconds of CPU time: a busy machine changes no verdict. They are
-measured by SIGPROF, in place of the library's own alarm by the clock, so this reward runs in the main thread of a
-process.
+So does one that the library can't judge within a few seconds of CPU time: a busy machine changes no verdict, while
+`reward.timeout_seconds` by the clock are more than what its processes wait for each other. They are measured by
+SIGPROF, in place of the library's own alarm by the clock, so this reward runs in the main thread of a process.
 
 Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
 be equal to four digits too. And it reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
