@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conversion import hf, torch_dist
 from conversion.checkpoint_index import MARK
-from conversion.families import Model, contrast, read_model
+from conversion.families import Model, contrast, how_to_download, read_model
 from conversion.folders import PROGRESS_FILE, RECORD, ModelFolderError, read_record
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
@@ -88,8 +88,8 @@ class ConfigEnd(End):
     def __init__(self, path: str | Path) -> None:
         self.path = self.companions = Path(path)
         self.model = read_model(path)
-        name = self.model.config.get("dtype") or self.model.config.get("torch_dtype") or "float32"
-        dtype = getattr(torch, str(name).removeprefix("torch."), None)
+        name = configured_dtype(self.model) or "float32"
+        dtype = getattr(torch, name, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{self.path / 'config.json'}: dtype {name!r}, expected for example 'bfloat16'")
         self.dtype = dtype
@@ -173,13 +173,18 @@ class MegatronEnd(End):
         self._check_nothing_more(stacks)
 
     def _check_padding(self, stored: str, vocabulary: int) -> None:
-        """Refuses more rows than padding explains: a multiple of 128 times as many ranks as the rows are cut for."""
+        """Refuses more rows than padding explains: a multiple of 128 times as many ranks as the rows are cut for.
+
+        Ranks hold equal parts; our own writer cuts those once more, for their size.
+        """
         rows = self._shapes[stored][0]
-        cuts = {spans[0] for _, spans, _ in self._reader.chunks(stored)}
-        if rows - vocabulary >= _VOCABULARY_MULTIPLE * len(cuts):
+        starts = {spans[0][0] for _, spans, _ in self._reader.chunks(stored)}
+        counts = [n for n in range(1, len(starts) + 1) if rows % n == 0 and starts >= {*range(0, rows, rows // n)}]
+        multiple = _VOCABULARY_MULTIPLE * max(counts, default=1)
+        if rows - vocabulary >= multiple:
             raise ValueError(
                 f"{self.path}: {stored} has {rows:,} rows, more than padding makes of the vocab_size {vocabulary:,} of "
-                f"{self.companions / 'config.json'} (to a multiple of {_VOCABULARY_MULTIPLE * len(cuts):,}): take both "
+                f"{self.companions / 'config.json'} (to a multiple of {multiple:,}): take both "
                 f"from the same model, or set vocab_size to {rows} there to keep all rows"
             )
 
@@ -268,6 +273,8 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
         weights = (".safetensors", ".safetensors.index.json", *hf.PICKLES)
         bare = not any(file.name.endswith(weights) for file in Path(path).iterdir())
         return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist: name a model's folder{how_to_download(path)}")
     raise ValueError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a distributed checkpoint of "
         f"Megatron ({MARK} and .metadata)"
@@ -280,6 +287,12 @@ def _layout(folder: Path, name: str) -> dict[str, int] | None:
     if layout is not None and not isinstance(layout, dict):
         raise ModelFolderError(f"{folder / name}: layout is no JSON object: remove it if the weights are sound")
     return layout
+
+
+def configured_dtype(model: Model) -> str | None:
+    """Return the type that config.json gives the weights, "bfloat16"; None where it gives none."""
+    name = model.config.get("dtype") or model.config.get("torch_dtype")
+    return None if name is None else str(name).removeprefix("torch.")
 
 
 def whole() -> ParallelLayout:

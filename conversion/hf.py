@@ -41,6 +41,12 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5e9
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_IGNORED = ".rotary_emb.inv_freq"  # by transformers, as a tied head is
+_STACKS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+_FUSED = (
+    "all experts of a layer in one tensor, which is not read: save the model without save_original_format=False; one "
+    "that transformers opened from such a folder, from a copy by from_config and load_state_dict"
+)
 _ROWS = 1024  # of a tied head, compared at once
 
 _LOG = logging.getLogger(__name__)
@@ -201,10 +207,11 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
             raise ModelFolderError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
         if not (folder / file).exists():
             raise ModelFolderError(f"{folder / INDEX} names {file}, which is missing: copy it there too")
-    if (folder / WEIGHTS).exists() and WEIGHTS not in files:
+    if (folder / WEIGHTS).exists() and files.keys() != {WEIGHTS}:
         raise ModelFolderError(
-            f"{folder} holds {WEIGHTS} beside {INDEX}, which names other files: transformers would read the first, "
-            f"vLLM those of the index; move away {WEIGHTS}, or the index with its files"
+            f"{folder} holds {WEIGHTS} beside {INDEX}, which names other files: transformers would read the first "
+            f"alone, vLLM those of the index; move away {WEIGHTS}, or the index with its files; or, if it is one of "
+            "the index's, give it another name, there too"
         )
     return files
 
@@ -232,13 +239,9 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
                     f"{folder / file} holds a {name} that {INDEX} does not place there, while vLLM would load it: "
                     "remove the tensor or mend the index; transformers writes both anew"
                 )
-            if (
-                name not in shapes and name != HEAD and not name.endswith(".rotary_emb.inv_freq")
-            ):  # HF ignores these two
-                raise ModelFolderError(
-                    f"{folder / file} holds {name}, which the model of config.json does not have: "
-                    "take both from the same model"
-                )
+            if name not in shapes and name != HEAD and not name.endswith(_IGNORED):
+                why = "which the model of config.json does not have: take both from the same model"
+                raise ModelFolderError(f"{folder / file} holds {name}, {_FUSED if name.endswith(_STACKS) else why}")
             shape, dtype = tuple(tensors[name]["shape"]), tensors[name]["dtype"]
             if shape != shapes.get(name, shape):
                 raise ModelFolderError(
@@ -253,6 +256,11 @@ def _check(folder: Path, files: dict[str, set[str] | None], shapes: Mapping[str,
                     f"{folder / file}: {name} has dtype {dtype}, expected one of {tuple(_DTYPES)}: "
                     "convert it, for example with transformers"
                 )
+    if HEAD in parameters and HEAD not in shapes and EMBEDDING not in parameters:
+        raise ModelFolderError(
+            f"{folder} holds the tied {EMBEDDING} under the name {HEAD} alone, which is not read: open the folder with "
+            "transformers, and save it with save_pretrained"
+        )
     for name in shapes:
         if name not in parameters:
             raise ModelFolderError(f"{folder} does not hold {name}: take weights and config.json from the same model")

@@ -280,6 +280,7 @@ def test_a_model_goes_to_megatron_and_back(convert: Any, tied_llama: Path, tmp_p
         status, out, error = convert(*command)
         assert status == 0, error
         assert ("of transformers'" in out) == (command[0] in ("hf-to-megatron", "megatron-to-hf"))
+        assert ("vocabulary: 263 rows, padded to 264: the rest is left out" in out) == (command[0] == "reshape")
     for folder in (megatron, back):
         logprobs = json.loads((folder / "conversion.json").read_text())["logprobs"]
         assert 0 < logprobs["max_difference"] < 1e-4
@@ -362,6 +363,14 @@ def write_config(folder: Path, kind: str, architecture: str, **sizes: Any) -> No
     """Write the configuration alone of a model, in bfloat16."""
     usual = {"model_type": kind, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(usual | {"architectures": [architecture]} | sizes))
+
+
+def test_weights_of_another_type_than_config_json_says_are_told(convert: Any, tied_llama: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tied_llama, tmp_path / "source")
+    for dtype, told in (("float32", False), ("bfloat16", True)):
+        edit_json(source / "config.json", dtype=dtype)
+        out = convert("hf-to-megatron", source, tmp_path / "out", "--dry-run")[1]
+        assert ("float32, while config.json says bfloat16)" in out) == told
 
 
 def test_a_dry_run_lists_ranks_by_their_numbers(convert: Any, tmp_path: Path) -> None:

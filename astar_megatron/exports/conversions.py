@@ -12,7 +12,7 @@ from astar_megatron.exports.provenance import Training, of_conversion, run_dir_o
 from astar_megatron.run.certificate import certify_conversion
 from astar_megatron.run.tracking import Screen
 from conversion import folders, rewrite
-from conversion.ends import End, MegatronEnd, open_end
+from conversion.ends import End, MegatronEnd, configured_dtype, open_end
 from conversion.ledger import check_record
 from conversion.tiles import ParallelLayout
 
@@ -51,9 +51,11 @@ def carry_out(
     """
     screen, origin = Screen(), of_conversion(end.path)
     preview = rewrite.preview(end, layout)
+    padded = end.notes().get("vocabulary")
+    padding = [("vocabulary", f"{end.model.vocab_size:,} rows, {padded}: the rest is left out")] if padded else []
     allowance = "" if layout is None else f" (with {rewrite.CHUNK_BYTES // 1024} KiB a part for its archive and index)"
     rows = [
-        ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {type_name(end.dtype)})"),
+        ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_stored(end)})"),
         ("to", destination),
         ("parameters", f"{preview.parameters:,}, {size_text(preview.num_bytes)}, in {preview.copies:,} copies"),
         ("reads", f"{size_text(sum(preview.reads.values()))} from {files_text(len(preview.reads))}"),
@@ -61,6 +63,7 @@ def carry_out(
             "disk",
             f"{size_text(preview.written_bytes)} needed{allowance}, {size_text(folders.free_bytes(destination))} free",
         ),
+        *padding,
         *links(preview.reads, preview.links),
         ("memory at most", f"{size_text(preview.peak_bytes)} beside the process itself"),
     ]
@@ -72,6 +75,12 @@ def carry_out(
         folders.add_to_record(Path(destination), origin)
         if (end.kind == MegatronEnd.kind) == (layout is None):  # else both are of one kind: see the digests
             screen.say(certify_conversion(end, Path(destination)))
+
+
+def _stored(end: End) -> str:
+    """The type of the weights, and what config.json says where it is another: the weights keep theirs."""
+    stored, configured = type_name(end.dtype), configured_dtype(end.model)
+    return stored if configured in (stored, None) else f"{stored}, while config.json says {configured}"
 
 
 @contextmanager

@@ -16,7 +16,16 @@ from conversion.families.qwen2 import QWEN2
 from conversion.families.qwen3 import QWEN3
 from conversion.families.qwen3_moe import QWEN3_MOE
 
-__all__ = ["FAMILIES", "Model", "RopeScaling", "UnsupportedModelError", "contrast", "model_from_config", "read_model"]
+__all__ = [
+    "FAMILIES",
+    "Model",
+    "RopeScaling",
+    "UnsupportedModelError",
+    "contrast",
+    "how_to_download",
+    "model_from_config",
+    "read_model",
+]
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE)
 
@@ -44,7 +53,7 @@ def read_model(path: str | Path) -> Model:
     except FileNotFoundError:
         raise ValueError(
             f"{path} is no model folder in Hugging Face's format: it has no config.json; name one that has"
-            f"{_download(path)}"
+            f"{how_to_download(path)}"
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: can't be read: {error.strerror}; name a model folder of this machine") from error
@@ -58,8 +67,8 @@ def read_model(path: str | Path) -> Model:
         raise UnsupportedModelError(f"{file}: {error}") from error
 
 
-def _download(path: str | Path) -> str:
-    """Words for a path that may be a model's name on the hub: how it becomes a folder. Nothing for another."""
+def how_to_download(path: str | Path) -> str:
+    """Return words for a path that may be a model's name on the hub: how it becomes a folder. Nothing for another."""
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) or Path(path).exists():
         return ""
     folder = f"runs/models/{Path(path).name}"

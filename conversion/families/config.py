@@ -58,7 +58,6 @@ _HARMLESS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id"),
         *("mask_token_id", "decoder_start_token_id", "tokenizer_class", "prefix"),
         *GENERATION,
-        "layer_types",  # checked below
     }
 )
 
@@ -90,9 +89,10 @@ class Family:
     """One architecture: its table of rows, and what its configuration may say.
 
     `transformer`: what its Megatron TransformerConfig has beside the sizes. `required`: keys that must hold a value;
-    `explicit`: keys that must be there, for transformers' default is not the value we model. `head_dim`: may be given,
-    must be given (transformers' default has nothing to do with the hidden size), or must be hidden_size /
-    num_attention_heads (vLLM does not read it).
+    `explicit`: keys that must be there, for transformers' default is not the value we model. `harmless`: keys that
+    change nothing, beside those of every family; `layer_types` once it is checked. `head_dim`: may be given, must be
+    given (transformers' default has nothing to do with the hidden size), or must be hidden_size / num_attention_heads
+    (vLLM does not read it).
     """
 
     architecture: str
@@ -148,6 +148,12 @@ class Family:
         fields.flag(config, "tie_word_embeddings")
         if set(kinds := fields.names(config, "layer_types")) - {"full_attention"}:
             raise UnsupportedModelError(f"layer_types={config['layer_types']!r} is not modelled, only 'full_attention'")
+        pad: Any = config.get("pad_token_id")
+        if pad is not None and (type(pad) is not int or not -config["vocab_size"] <= pad < config["vocab_size"]):
+            raise UnsupportedModelError(
+                f"pad_token_id={pad!r:.200}, expected null or a token below vocab_size={config['vocab_size']}, without "
+                "which transformers does not open the folder"
+            )
         layers = config["num_hidden_layers"]
         if config.get("layer_types") is not None and len(kinds) != layers:
             raise UnsupportedModelError(

@@ -64,6 +64,6 @@ LLAMA = Family(
     model_type="llama",
     rows=ROWS,
     only={"attention_bias": (False,), "mlp_bias": (False,), "rope_interleaved": (False,), "sliding_window": (None,)},
-    harmless=frozenset({"pretraining_tp", "is_llama_config"}),
+    harmless=frozenset({"pretraining_tp", "is_llama_config", "layer_types"}),
     rope_types=("default", "llama3"),
 )

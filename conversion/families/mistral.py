@@ -1,7 +1,8 @@
 """Mistral (7B and its successors of the same class): Llama's rows, without a sliding window.
 
 https://arxiv.org/abs/2310.06825; HF's name is MistralForCausalLM. Left out: the sliding window of the first releases,
-which transformers assumes where the configuration does not say `"sliding_window": null`.
+which transformers assumes where the configuration does not say `"sliding_window": null`, and Ministral, as which it
+opens a configuration with `layer_types`, null too.
 """
 
 from conversion.families import llama

@@ -23,6 +23,7 @@ QWEN2 = Family(
     # HF's default for a missing num_key_value_heads is 32 here, whatever the number of heads: never guess it.
     required=("num_key_value_heads",),
     only={"use_sliding_window": (False,), "use_mrope": (False,)},
-    harmless=frozenset({"sliding_window", "max_window_layers"}),  # unused while use_sliding_window is false
+    # No window while use_sliding_window is false.
+    harmless=frozenset({"sliding_window", "max_window_layers", "layer_types"}),
     head_dim="quotient",
 )

@@ -28,6 +28,7 @@ QWEN3 = Family(
     # HF's defaults for missing key-value heads and head size are 32 and 128, whatever the rest says.
     required=("num_key_value_heads",),
     only={"attention_bias": (False,), "use_sliding_window": (False,)},
-    harmless=frozenset({"sliding_window", "max_window_layers"}),  # unused while use_sliding_window is false
+    # No window while use_sliding_window is false.
+    harmless=frozenset({"sliding_window", "max_window_layers", "layer_types"}),
     head_dim="given",
 )

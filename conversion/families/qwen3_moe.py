@@ -48,7 +48,9 @@ QWEN3_MOE = Family(
         "norm_topk_prob": (True, False),
     },
     # No window while use_sliding_window is false; the auxiliary loss is a matter of pre-training.
-    harmless=frozenset({"sliding_window", "max_window_layers", "output_router_logits", "router_aux_loss_coef"}),
+    harmless=frozenset(
+        {"sliding_window", "max_window_layers", "layer_types", "output_router_logits", "router_aux_loss_coef"}
+    ),
     head_dim="given",
     experts=True,
     aliases={"num_local_experts": "num_experts"},  # what transformers 5 writes

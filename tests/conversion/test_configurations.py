@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, LLAMA3, config
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from conversion.ends import open_end
 from conversion.families import UnsupportedModelError, model_from_config, read_model
 from conversion.families.config import GENERATION
 
@@ -27,8 +29,9 @@ def whole(family: str) -> dict[str, Any]:
     """A configuration with every kind of field."""
     experts = {"num_local_experts": 6, "mlp_only_layers": [], "decoder_sparse_step": 1} if "moe" in family else {}
     scaled = ROPE if family == "llama3" else PLAIN
-    more = {"head_dim": 12, "layer_types": ["full_attention"] * 2, "hidden_act": "silu", "rope_theta": 1e4}
-    return config(family, **(more | {"rope_parameters": scaled, "rope_scaling": None} | experts))
+    kinds = {} if family == "mistral" else {"layer_types": ["full_attention"] * 2}
+    more = {"head_dim": 12, "hidden_act": "silu", "rope_theta": 1e4, "pad_token_id": 0}
+    return config(family, **(more | {"rope_parameters": scaled, "rope_scaling": None} | experts | kinds))
 
 
 def assert_understood_or_named(small: dict[str, Any], key: str) -> None:
@@ -129,6 +132,26 @@ def test_mistral_may_say_that_it_has_no_biases(key: str) -> None:
         model_from_config(config("mistral", **{key: True}))
 
 
+@pytest.mark.parametrize("kinds", [None, ["full_attention"] * 2])
+def test_what_transformers_opens_as_a_ministral_is_no_mistral(kinds: list[str] | None, tmp_path: Path) -> None:
+    small = config("mistral", layer_types=kinds)
+    with pytest.raises(UnsupportedModelError, match=r"layer_types=.* is not modelled: remove the key"):
+        model_from_config(small)
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
+
+
+@pytest.mark.parametrize(("token", "is_one"), [(-1, True), (130, True), (131, False), (-132, False)])
+def test_a_token_of_padding_is_one_that_transformers_can_embed(token: int, is_one: bool) -> None:
+    small: dict[str, Any] = config("llama", pad_token_id=token)
+    for build, error in (
+        (lambda: model_from_config(small), UnsupportedModelError),
+        (lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(**small)), AssertionError),
+    ):
+        with nullcontext() if is_one else pytest.raises(error, match=r"pad_token_id=|Padding_idx must be within"):
+            build()
+
+
 def test_the_same_said_twice_is_understood() -> None:
     old = {key: value for key, value in ROPE.items() if key != "rope_theta"} | {"type": "llama3"}
     model = model_from_config(config("llama", rope_theta=1e4, rope_scaling=old, rope_parameters=ROPE))
@@ -146,6 +169,10 @@ def test_a_file_that_is_no_json_is_named(data: bytes, tmp_path: Path) -> None:
 def test_a_name_of_the_hub_is_told_from_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hf download some/model-1\.5B --local-dir runs/models/model-1\.5B, then"):
         read_model("some/model-1.5B")
+    with pytest.raises(ValueError, match=r"does not exist: .*/hf download some/model-1\.5B --local-dir runs/models/m"):
+        open_end("some/model-1.5B")
+    with pytest.raises(ValueError, match=f"{tmp_path}/none does not exist: name a model's folder$"):
+        open_end(tmp_path / "none")
     for folder in ("../some-model", "model", "runs/models/model", "/model", str(tmp_path)):
         with pytest.raises(ValueError, match=r"name one that has$"):
             read_model(folder)

@@ -274,6 +274,19 @@ def test_a_checkpoint_that_holds_more_than_the_model_is_no_checkpoint_of_it(
         MegatronEnd(tmp_path / "megatron", like=source)
 
 
+def test_parts_that_are_cut_for_their_size_are_no_ranks(tmp_path: Path) -> None:
+    model = model_from_config(config(vocab_size=600))
+    source = write_folder(tmp_path / "source", model, random_weights(model))
+    parts_of_250_rows = 250 * 48 * 4
+    for tensor in (1, 2):
+        megatron = tmp_path / f"tensor-{tensor}"
+        rewrite.write_megatron(open_end(source), megatron, ParallelLayout(tensor=tensor), part_bytes=parts_of_250_rows)
+        (megatron / "config.json").write_text(json.dumps(model.config | {"vocab_size": 400}))
+    with pytest.raises(ValueError, match=r"has 600 rows, more than .* 400 of .* \(to a multiple of 128\)"):
+        open_end(tmp_path / "tensor-1")
+    assert open_end(tmp_path / "tensor-2").notes()["vocabulary"] == "padded to 600"  # to a multiple of 256
+
+
 def test_a_vocabulary_padded_as_megatron_lm_does_is_one(tmp_path: Path) -> None:
     model = model_from_config(config())
     source = write_folder(tmp_path / "source", model, random_weights(model))

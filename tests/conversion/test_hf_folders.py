@@ -9,7 +9,7 @@ import pytest
 import torch
 from exports import write_export
 from safetensors.torch import load_file, save_file
-from tiny_models import cached, config, random_weights, write_folder
+from tiny_models import EXPERTS, cached, config, random_weights, write_folder
 from torch import Tensor
 
 from conversion import folders, hf
@@ -171,9 +171,44 @@ def test_one_file_beside_an_index_of_others_is_refused(sharded: Path) -> None:
         loaded(sharded)
 
 
+def test_one_file_that_is_a_shard_of_an_index_is_refused(sharded: Path) -> None:
+    """transformers would read it alone."""
+    weight_map = json.loads((sharded / hf.INDEX).read_text())["weight_map"]
+    shard = weight_map["model.norm.weight"]
+    (sharded / shard).rename(sharded / hf.WEIGHTS)
+    renamed = {name: hf.WEIGHTS if file == shard else file for name, file in weight_map.items()}
+    (sharded / hf.INDEX).write_text(json.dumps({"weight_map": renamed}))
+    with pytest.raises(ModelFolderError, match=r"holds model\.safetensors beside .* give it another name, there too"):
+        loaded(sharded)
+
+
 def test_an_index_of_the_one_file_is_none_to_choose_between(source: Path) -> None:
     (source / hf.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, hf.WEIGHTS)}))
     assert_same(loaded(source), WEIGHTS)
+
+
+def test_a_tied_model_under_the_name_of_its_head_is_named(tmp_path: Path) -> None:
+    model = model_from_config(config(tie_word_embeddings=True))
+    weights = random_weights(model)
+    weights[hf.HEAD] = weights.pop(hf.EMBEDDING)
+    folder = write_folder(tmp_path, model, weights)
+    with pytest.raises(ModelFolderError, match=rf"the tied {hf.EMBEDDING} under the name {hf.HEAD} alone, .*save_pr"):
+        loaded(folder, model)
+
+
+def test_experts_in_one_tensor_are_named_and_as_transformers_saves_them_read(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights = random_weights(EXPERTS)
+    transformer = AutoModelForCausalLM.from_pretrained(write_folder(tmp_path / "source", EXPERTS, weights))
+    transformer.save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(ModelFolderError, match=r"all experts of a layer in one tensor, .*from a copy by from_config"):
+        loaded(tmp_path / "fused", EXPERTS)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+    copy = AutoModelForCausalLM.from_config(opened.config)
+    copy.load_state_dict(opened.state_dict())
+    copy.save_pretrained(tmp_path / "saved")
+    assert_same(loaded(tmp_path / "saved", EXPERTS), weights)
 
 
 @pytest.mark.parametrize("name", ["backup.safetensors", "consolidated.safetensors", "adapter_model.safetensors"])
