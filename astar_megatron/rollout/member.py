@@ -3,12 +3,11 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from astar_megatron.cluster.errors import NoAnswer
 
-_LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
 _LOOK_SECONDS = 0.001  # 0 would be the default of a wait
 
 
@@ -49,17 +48,26 @@ def watch(
     while not closing.is_set():
         until = time.monotonic() + patience_seconds
         beats = {member.actor.beat.remote(): member for member in running()}
-        with contextlib.suppress(Exception):  # each says below what it fails of
-            wait("engines: beat", list(beats), patience_seconds)
-        late = max(until, time.monotonic()) + _LATE_SECONDS  # for all: those that hang may be many
+        late: Mapping[int, str] = {}
+        try:
+            wait("engines: beat", list(beats), patience_seconds)  # for all: those that hang may be many
+        except NoAnswer as error:
+            late = error.causes
+        except Exception:
+            pass  # whoever has failed says so below
         for reference, member in beats.items():
-            try:
-                wait("engines: beat", [reference], max(_LOOK_SECONDS, late - time.monotonic()))
-                member.num_missed = 0
-            except Exception as error:
+            if member.index in late:
                 member.num_missed += 1
-                if not (isinstance(error, NoAnswer) and member.takes_weights and member.num_missed == 1):
-                    replace(member, cause_of(error))
+                if not (member.takes_weights and member.num_missed == 1):
+                    replace(member, late[member.index])
+                continue
+            try:
+                wait("engines: beat", [reference], _LOOK_SECONDS)
+                member.num_missed = 0
+            except NoAnswer:  # the failure of another has cut the wait short: the next beat tells
+                continue
+            except Exception as error:
+                replace(member, cause_of(error))
         closing.wait(max(0.0, until - time.monotonic()))
 
 
