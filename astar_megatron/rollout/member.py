@@ -8,6 +8,7 @@ from typing import Any
 
 from astar_megatron.cluster.errors import NoAnswer
 
+_LATE_SECONDS = 2.0
 _LOOK_SECONDS = 0.001  # 0 would be the default of a wait
 
 
@@ -48,18 +49,14 @@ def watch(
     while not closing.is_set():
         until = time.monotonic() + patience_seconds
         beats = {member.actor.beat.remote(): member for member in running()}
-        late: Mapping[int, str] = {}
-        try:
-            wait("engines: beat", list(beats), patience_seconds)  # for all: those that hang may be many
-        except NoAnswer as error:
-            late = error.causes
-        except Exception:
-            pass  # whoever has failed says so below
+        causes = _silent(wait, list(beats), patience_seconds)
+        # Once more: answers may have come while this process itself was held up.
+        late = _silent(wait, [beat for beat, member in beats.items() if member.index in causes], _LATE_SECONDS)
         for reference, member in beats.items():
             if member.index in late:
                 member.num_missed += 1
                 if not (member.takes_weights and member.num_missed == 1):
-                    replace(member, late[member.index])
+                    replace(member, causes[member.index])
                 continue
             try:
                 wait("engines: beat", [reference], _LOOK_SECONDS)
@@ -69,6 +66,20 @@ def watch(
             except Exception as error:
                 replace(member, cause_of(error))
         closing.wait(max(0.0, until - time.monotonic()))
+
+
+def _silent(wait: Callable[..., object], beats: Sequence[Any], seconds: float) -> Mapping[int, str]:
+    """Return why, by index, of engines that do not answer; of none where another fails meanwhile: the next beat tells.
+
+    All are waited for at once: those that hang may be many.
+    """
+    try:
+        wait("engines: beat", beats, seconds)
+    except NoAnswer as error:
+        return error.causes
+    except Exception:  # it says so where each is looked at
+        pass
+    return {}
 
 
 def cause_of(error: Exception) -> str:

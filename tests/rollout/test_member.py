@@ -80,7 +80,24 @@ def test_engines_that_hang_together_are_replaced_together(monkeypatch: pytest.Mo
         closing.set()
 
     watch(wait_by_clock, lambda: members, replace, 5.0, closing)
-    assert replaced == {index: f"engine {index}: no answer in 5 s" for index in range(1, 41)} and clock[0] == 5.0
+    assert replaced == {index: f"engine {index}: no answer in 5 s" for index in range(1, 41)} and clock[0] == 7.0
+
+
+def test_engines_whose_answers_lay_there_while_the_driver_was_held_up_are_well() -> None:
+    closing, waits = threading.Event(), list[float]()
+
+    def wait_held_up(action: str, references: Any, seconds: float) -> list[Any]:
+        waits.append(seconds)
+        if len(waits) == 1:
+            raise LATE
+        closing.set()
+        return list(references)
+
+    def replace(member: Member, cause: str) -> None:
+        raise AssertionError(cause)
+
+    watch(wait_held_up, lambda: [Member(0, actor(object), "log", 0)], replace, 0.001, closing)
+    assert len(waits) == 3
 
 
 def test_an_engine_that_is_asked_when_another_dies_has_until_the_next_beat() -> None:
