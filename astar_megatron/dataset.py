@@ -5,6 +5,7 @@ or left out where the user says so; exact duplicates are left out and counted; n
 """
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multipl
 from astar_megatron.data.benchmarks import BENCHMARKS, RENAME, Benchmark
 from astar_megatron.data.files import refusal_at
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
-from astar_megatron.data.sources import refuse_other, rows_of
+from astar_megatron.data.sources import refuse_no_file, refuse_other, rows_of
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.tracking import Screen
 from astar_megatron.types import Prompt
@@ -41,8 +42,9 @@ _GENERATED = {"countdown": countdown, "arithmetic": arithmetic, "multiply": mult
 
 def generate(kind: str, out: str, *, rows: int, seed: int) -> None:
     """Write `rows` problems that this project makes itself."""
+    _check_out(out)
     problems = _GENERATED[kind](rows, seed)
-    _check_out(out, jsonl(problems))
+    refuse_other("--out", Path(out), jsonl(problems))
     write_jsonl(out, problems)
     Screen().table(f"{kind}, seed {seed}", _settings(out, len(problems), kind, suffix=""))
 
@@ -72,8 +74,7 @@ def prepare(
         remedy = f"{RENAME}, or use astar data jsonl with --question-field and --answer-field"
     if source is None:
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
-    if problem := refusal_at(Path(out).parent):  # before all rows are read, and tried on a reward
-        raise PromptError(f"--out: {problem}; choose another path")
+    _check_out(out, source)  # before all rows are read, and tried on a reward
     problems = Problems(source)
     rows = rows_of(kind, source, subset, split, problems, known_subset=known_subset)
     total = len(rows) + problems.count
@@ -86,7 +87,7 @@ def prepare(
     if not kept:
         raise PromptError(problems.message(total))
     written = [{"question": pair.question, "answer": pair.answer} for pair in kept]
-    _check_out(out, jsonl(written), source)
+    refuse_other("--out", Path(out), jsonl(written))
     write_jsonl(out, written)
     table = _settings(out, len(kept), reward, suffix)
     if len(kept) < total:
@@ -127,11 +128,13 @@ def _settings(out: str, count: int, reward: str | None, suffix: str | None) -> l
     return [*rows, ("reward.name", reward)] if reward else rows
 
 
-def _check_out(out: str, data: bytes, source: str | None = None) -> None:
-    """Raises PromptError where `out` is what the rows came from, by any link, or has other content than `data`."""
+def _check_out(out: str, source: str | None = None) -> None:
+    """Raises PromptError where `out` is what the rows come from, by any link, or no file can be written there."""
+    if problem := refusal_at(Path(os.path.realpath(out)).parent):
+        raise PromptError(f"--out: {problem}; choose another path")
     path, place = Path(out), Path(source or out)
     if source and path.is_file() and place.exists():
         for file in [place, *place.rglob("*")] if place.is_dir() else [place]:
             if file.exists() and file.samefile(path):
                 raise PromptError(f"--out: {out} is {file}, which the rows come from; choose another path")
-    refuse_other("--out", path, data)
+    refuse_no_file("--out", path)

@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 from collections.abc import Mapping
+from enum import Enum, EnumType
 from pathlib import Path
 from types import FunctionType
 from typing import Any, BinaryIO
@@ -36,8 +37,9 @@ _PLAIN_TYPES = {
     *(("torch", name) for name in ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int32", "int64")),
     *(("torch", name) for name in ("bool", "int16", "float8_e4m3fn", "float8_e5m2")),
 }
-# What a class or function has beside its __dict__.
+# What a class, a function or a member of an enum has beside its __dict__.
 _OWN = ("__class__", "__bases__", "__name__", "__qualname__", "__code__", "__defaults__", "__kwdefaults__")
+_OWN += ("__module__", "__doc__", "__annotations__", "__type_params__")
 # What unpickling a damaged file, and looking at what comes out, was seen to raise.
 _OF_DAMAGE = (AttributeError, TypeError, ValueError, ImportError, MemoryError, RuntimeError)
 
@@ -59,21 +61,23 @@ def _unpickled(file: BinaryIO) -> Any:
     A pickle can set attributes of whatever it names, of a class too, which this process then has from it.
     """
     named = [getattr(sys.modules[module], name) for module, name in _PLAIN_TYPES if module in sys.modules]
-    before = [(thing, _attributes(thing)) for thing in named if isinstance(thing, type | FunctionType)]
+    named += [member for kind in named if isinstance(kind, EnumType) for member in kind]
+    before = [(thing, _attributes(thing)) for thing in named if isinstance(thing, type | FunctionType | Enum)]
     try:
         return _Unpickler(file).load()
     finally:
-        if changed := [thing.__qualname__ for thing, attributes in before if _put_back(thing, attributes)]:
-            raise UnpicklingError(f"it changes {', '.join(changed)}, which no index of a checkpoint does")
+        if changed := [thing for thing, attributes in before if _put_back(thing, attributes)]:
+            names = ", ".join(str(getattr(thing, "__qualname__", thing)) for thing in changed)
+            raise UnpicklingError(f"it changes {names}, which no index of a checkpoint does")
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    """The attributes of a class or function that can be set."""
+    """The attributes of a class, a function or a member of an enum that can be set."""
     return {name: getattr(thing, name) for name in _OWN if hasattr(thing, name)} | dict(vars(thing))
 
 
 def _put_back(thing: Any, attributes: Mapping[str, Any]) -> bool:
-    """Give a class or function these attributes again; returns whether it had others."""
+    """Give a thing these `_attributes` again; returns whether it had others."""
     now = _attributes(thing)
     new = now.keys() - attributes.keys()
     changed = [name for name, value in attributes.items() if now.get(name) is not value and now.get(name) != value]

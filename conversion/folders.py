@@ -125,9 +125,10 @@ def companions(folder: Path) -> list[str]:
 
 def _belongs_to(path: Path, folder: Path) -> bool:
     """Whether a file of a model's folder lies there, or among the files of the model that the hub's cache links to."""
-    file, snapshots = path.resolve(), folder.parent
-    is_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith(_CACHED)
-    return file.is_relative_to(folder) or (is_cache and file.parent == snapshots.parent / "blobs")
+    file = path.resolve()
+    caches = [parent for parent in folder.parents if parent.match(f"{_CACHED}*/snapshots")]
+    blobs = [(snapshots.parent / "blobs").resolve() for snapshots in caches]  # may be a link to another disk
+    return file.is_relative_to(folder) or file.parent in blobs
 
 
 def tokenizer_files(folder: Path) -> list[str]:

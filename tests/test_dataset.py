@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -118,17 +119,36 @@ def test_what_is_there_with_other_prompts_is_kept(data: Command, tmp_path: Path)
         status, _, error = data(*arguments)
         assert status == 2 and f"--out: {out} is there with other prompts; remove it" in error
     assert out.read_text() == "mine"
-    for place in ("/dev/null", "/dev/zero"):
-        status, _, error = data("jsonl", source, "--out", place)
-        assert status == 2 and f"--out: {place} is no regular file" in error
 
 
 def test_a_place_that_nothing_can_be_written_to_is_refused_before_the_rows_are_read(
     data: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("no folder")
-    status, _, error = data("jsonl", tmp_path / "not_there.jsonl", "--out", tmp_path / "file" / "x.jsonl")
-    assert status == 2 and f"--out: {tmp_path / 'file'} is no folder that you may write to" in error
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out, problem in (
+        (tmp_path / "file" / "x.jsonl", f"{tmp_path / 'file'} is no folder that you may write to"),
+        (tmp_path / "loop" / "x.jsonl", f"{tmp_path / 'loop'} is no folder that you may write to"),
+        (tmp_path, f"{str(tmp_path)!r} is a folder"),
+        *((device, f"{device} is no regular file") for device in ("/dev/null", "/dev/zero")),
+    ):
+        status, _, error = data("jsonl", tmp_path / "not_there.jsonl", "--out", out)
+        assert status == 2 and f"--out: {problem}" in error
+
+
+@pytest.mark.parametrize("place", ["link.jsonl", "folder/x.jsonl"])
+def test_a_link_is_written_where_it_points(
+    place: str, data: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, links = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "1"}]), tmp_path / "links"
+    links.mkdir()
+    (links / "link.jsonl").symlink_to(tmp_path / "new" / "x.jsonl")
+    (links / "folder").symlink_to(tmp_path / "new")
+    monkeypatch.setattr(
+        os, "access", lambda path, _, **__: Path(path) != links
+    )  # as in another's folder; root may write
+    assert data("jsonl", source, "--out", links / place)[0] == 0
+    assert read_jsonl(tmp_path / "new" / "x.jsonl") == [{"question": "a", "answer": "1"}]
 
 
 @pytest.mark.parametrize("kind", ["countdown", "arithmetic", "multiply"])

@@ -77,10 +77,13 @@ def test_a_checkpoint_takes_the_place_of_one_that_can_not_be_removed(busy: set[s
     checkpoints = checkpoints_of(tmp_path, keep=2)
     for step in (1, 2):
         save(checkpoints, step)
-    busy |= {"step_00000002", "step_00000002.earlier.incomplete"}
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000001")  # the run is set back by hand
-    save(checkpoints, 2)
-    assert names_in(tmp_path) == {"step_00000001", "step_00000002", "step_00000002.earlier.incomplete"}
+    busy |= {"step_00000002", "mounted"}
+    for _ in range(2):
+        (tmp_path / "checkpoints" / "step_00000002" / "mounted").mkdir()
+        (tmp_path / "checkpoints" / "latest").write_text("step_00000001")  # the run is set back by hand
+        save(checkpoints, 2)
+    earlier = {f"step_00000002.earlier-{number}.incomplete" for number in (1, 2)}
+    assert names_in(tmp_path) == {"step_00000001", "step_00000002", *earlier}
     checkpoints.verify()
     busy.clear()
     save(checkpoints, 3)

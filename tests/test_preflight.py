@@ -150,10 +150,11 @@ def test_names_of_nodes_come_with_commas_or_as_a_number() -> None:
             wanted_nodes(wrong)
 
 
-def test_one_end_of_a_link_listens_on_its_nodes_own_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "address", lambda: "127.0.0.1")
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_one_end_of_a_link_listens_on_its_nodes_own_address_only(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "address", lambda: address)
     before = Counter(listening({os.getpid()}))
     end = LinkEnd("gloo")
-    assert end.listen().startswith("127.0.0.1:")
+    assert end.listen().startswith(f"{address}:")
     opened = Counter(listening({os.getpid()})) - before
     assert opened.total() == 1 and set(opened) <= LOOPBACK

@@ -1,5 +1,7 @@
 """The errors of a running cluster, apart from what needs Ray: the command line knows them without importing it."""
 
+from collections.abc import Mapping
+
 
 class ClusterError(RuntimeError):
     """An actor that did not start, died or did not answer in time; the message names it and what it last said."""
@@ -14,7 +16,14 @@ class ActorLost(ClusterError):  # noqa: N818  it is what happened, not whose fau
 
 
 class NoAnswer(ActorLost):
-    """An actor that does not answer in time: it hangs, or waits for another that does."""
+    """Actors that do not answer in time: they hang, or wait for others that do; `causes` has each one's, by index.
+
+    It is lost of the first of them.
+    """
+
+    def __init__(self, message: str, *, kind: str, causes: Mapping[int, str]) -> None:
+        super().__init__(message, kind=kind, index=next(iter(causes)))
+        self.causes = causes
 
 
 class NoFolderError(ValueError):

@@ -97,15 +97,14 @@ class Failures:
         actors = list(dict.fromkeys(self._caller(reference) for reference in pending))
         words_of = self._last_words([actor for *_, actor in actors])
         folders = dict.fromkeys(words_of[actor][0] for *_, actor in actors)
-        lines = []
+        causes = {}
         for kind, index, actor in actors:
-            lines.append(f"\n{kind} {index}: {'; '.join([f'no answer in {seconds:.0f} s', *words_of[actor][1]])}")
+            causes[index] = f"{kind} {index}: {'; '.join([f'no answer in {seconds:.0f} s', *words_of[actor][1]])}"
         message = (
             f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
-            f"the stacks of all threads, lies in {' and '.join(folders)}{''.join(lines)}"
+            f"the stacks of all threads, lies in {'\n'.join([' and '.join(folders), *causes.values()])}"
         )
-        kind, index, _ = actors[0]
-        return NoAnswer(message, kind=kind, index=index)
+        return NoAnswer(message, kind=actors[0][0], causes=causes)
 
     def logs_of(self, actor: str) -> str:
         """Return the folder of an actor's output, with its node where there are several."""

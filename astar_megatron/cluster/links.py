@@ -40,7 +40,8 @@ class LinkEnd:
     def listen(self) -> str:
         """Return where the other end finds this one, host:port."""
         host = own.address()
-        listener = socket.create_server((host, 0))  # the store's own would listen on all interfaces
+        family = socket.getaddrinfo(host, None)[0][0]
+        listener = socket.create_server((host, 0), family=family)  # the store's own would listen on all interfaces
         port = listener.getsockname()[1]
         self._store = TCPStore(
             host, port, 2, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()

@@ -70,7 +70,7 @@ def run_estimates(cfg: RunConfig, contract: Contract, prompts: Sequence[Prompt])
     try:
         estimates = table.estimate(cfg.beta1, prompts, wanted)
     except MissingTableError as error:
-        if not cfg.sweep.extra_tokens:
+        if table.lacking(prompts, np.full(len(prompts), cfg.sweep.num_samples)).any():
             raise
         raise MissingTableError(
             f"{error}. Which prompts get those of sweep.extra_tokens depends on beta1, which is {cfg.beta1:g} here: "

@@ -5,6 +5,7 @@ The same seed gives the same problems everywhere, whatever the Python; no proble
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -77,8 +78,8 @@ def countdown(count: int, seed: int) -> list[Question]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write `rows` to `path`, one JSON object a line, whole or not at all. Raises StorageError."""
-    make_folder(Path(path).parent)
+    """Write `rows` to `path`, or where it is a link to, one JSON object a line, whole or not at all: StorageError."""
+    make_folder(Path(os.path.realpath(path)).parent)
     write_atomic(path, jsonl(rows))
 
 

@@ -216,7 +216,7 @@ def unbegun_prompt(model_path: str, date: str | None) -> str | None:
     return (
         f"model.path: the tokenizer of {model_path} begins every text with {tok.bos_token!r}, but the "
         "chat template does not write it, so prompts lack it. To have them as the model was trained on, write "
-        "{{ bos_token }} at the beginning of the folder's chat_template.jinja before stage 1; "
+        f"{{{{ bos_token }}}} at the beginning of {_template_place(model_path)} before stage 1; "
         f"{_bare_template(tok)} asks with the text of a question alone"
     )
 
@@ -238,8 +238,14 @@ def unbegun_answer(model_path: str, date: str | None) -> str | None:
     return (
         f"model.path: the chat template of {model_path} takes no notice of add_generation_prompt: it writes "
         f"{header!r} before an answer, and prompts end without it, so that the model has to write it. To begin the "
-        "answer, let chat_template.jinja of the folder write it where add_generation_prompt is true, before stage 1"
+        f"answer, let {_template_place(model_path)} write it where add_generation_prompt is true, before stage 1"
     )
+
+
+def _template_place(model_path: str) -> str:
+    """Return in words where a model's chat template stands: a file of its own takes the place of a setting."""
+    has_file = (Path(model_path) / "chat_template.jinja").exists()
+    return "the folder's chat_template.jinja" if has_file else "chat_template in the folder's tokenizer_config.json"
 
 
 def detokenizer(model_path: str) -> Callable[[Sequence[int]], str]:

@@ -75,7 +75,7 @@ class Contract:
             age = "another" if "digest_rule" in theirs else "an older"
             lines = [
                 f"model digest: {names[1]} is of {age} version of this project, which looked at other parts of the "
-                "weights, so that it can't be told whether the models are the same; use that version"
+                "weights, so that it can't be told whether the models are the same"
             ]
             theirs |= {name: mine[name] for name in ("model_digest", "digest_rule")}
         return lines + [

@@ -63,10 +63,8 @@ def refusal_at(path: str | Path) -> str | None:
 
     What root may write into and yet holds no folders, as /proc, is not known.
     """
-    there = next(
-        place for place in (Path(path).absolute(), *Path(path).absolute().parents) if os.access(place, os.F_OK)
-    )
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    there = next(place for place in (Path(path).absolute(), *Path(path).absolute().parents) if os.path.lexists(place))
+    if os.access(there, os.W_OK | os.X_OK) and there.is_dir():
         return None
     return f"{there} is no folder that you may write to"
 

@@ -62,7 +62,15 @@ def differences(folder: Path, contract: Contract) -> list[str]:
 
     Raises what `stored_contract` does.
     """
-    return contract.difference(stored_contract(folder), _NAMES)
+    stored = stored_contract(folder)
+    lines = contract.difference(stored, _NAMES)
+    if contract.is_of_other_rule(stored):
+        fields = {name: contract.fields()[name] for name in ("model_digest", "digest_rule")}
+        lines[0] += (
+            "; if you know that the table was drawn with the model of model.path, set these in the contract of its "
+            f"header.json: {json.dumps(fields)}"
+        )
+    return lines
 
 
 def check_header(folder: Path, contract: Contract | None) -> None:
@@ -70,24 +78,15 @@ def check_header(folder: Path, contract: Contract | None) -> None:
 
     Raises what `differences` does too.
     """
-    stored = stored_contract(folder)
-    if contract is not None and (lines := contract.difference(stored, _NAMES)):
+    if contract is None:
+        stored_contract(folder)
+    elif lines := differences(folder, contract):
         raise ContractError(
             f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
             + "\n  ".join(lines)
-            + "\nset these as the table has them, or choose another sweep.table and run `astar sweep`"
+            + "\nset the settings among these as the table has, or choose another sweep.table and run `astar sweep`"
             + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
-            + (_mend(contract) if contract.is_of_other_rule(stored) else "")
         )
-
-
-def _mend(contract: Contract) -> str:
-    """What to do with a table whose model is known by other means than its digest."""
-    fields = {name: contract.fields()[name] for name in ("model_digest", "digest_rule")}
-    return (
-        "; if you know that the table was drawn with the model of model.path, set these in the contract of its "
-        f"header.json: {json.dumps(fields)}"
-    )
 
 
 def _header(fields: dict[str, Value]) -> bytes:

@@ -77,11 +77,16 @@ def _listed(files: Iterable[Path], folder: Path) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def refuse_other(key: str, path: Path, data: bytes) -> None:
-    """Raise PromptError where the file of configuration key or option `key` holds other prompts than `data`."""
+def refuse_no_file(key: str, path: Path) -> None:
+    """Raise PromptError where something lies at the path of configuration key or option `key` that is no file."""
     if path.is_dir():
         raise PromptError(f"{key}: {str(path)!r} is a folder; name a file in it")
     if path.exists() and not path.is_file():
         raise PromptError(f"{key}: {path} is no regular file; name a file that this program may write")
+
+
+def refuse_other(key: str, path: Path, data: bytes) -> None:
+    """Raise PromptError where the file of configuration key or option `key` holds other prompts than `data`."""
+    refuse_no_file(key, path)
     if path.exists() and path.read_bytes() != data:
         raise PromptError(f"{key}: {path} is there with other prompts; remove it or choose another path")

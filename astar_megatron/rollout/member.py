@@ -3,12 +3,12 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from astar_megatron.cluster.errors import NoAnswer
 
-_LATE_SECONDS = 2.0  # for answers that came while this process itself was held up
+_LATE_SECONDS = 2.0
 _LOOK_SECONDS = 0.001  # 0 would be the default of a wait
 
 
@@ -49,18 +49,37 @@ def watch(
     while not closing.is_set():
         until = time.monotonic() + patience_seconds
         beats = {member.actor.beat.remote(): member for member in running()}
-        with contextlib.suppress(Exception):  # each says below what it fails of
-            wait("engines: beat", list(beats), patience_seconds)
-        late = max(until, time.monotonic()) + _LATE_SECONDS  # for all: those that hang may be many
+        causes = _silent(wait, list(beats), patience_seconds)
+        # Once more: answers may have come while this process itself was held up.
+        late = _silent(wait, [beat for beat, member in beats.items() if member.index in causes], _LATE_SECONDS)
         for reference, member in beats.items():
-            try:
-                wait("engines: beat", [reference], max(_LOOK_SECONDS, late - time.monotonic()))
-                member.num_missed = 0
-            except Exception as error:
+            if member.index in late:
                 member.num_missed += 1
-                if not (isinstance(error, NoAnswer) and member.takes_weights and member.num_missed == 1):
-                    replace(member, cause_of(error))
+                if not (member.takes_weights and member.num_missed == 1):
+                    replace(member, causes[member.index])
+                continue
+            try:
+                wait("engines: beat", [reference], _LOOK_SECONDS)
+                member.num_missed = 0
+            except NoAnswer:  # the failure of another has cut the wait short: the next beat tells
+                continue
+            except Exception as error:
+                replace(member, cause_of(error))
         closing.wait(max(0.0, until - time.monotonic()))
+
+
+def _silent(wait: Callable[..., object], beats: Sequence[Any], seconds: float) -> Mapping[int, str]:
+    """Return why, by index, of engines that do not answer; of none where another fails meanwhile: the next beat tells.
+
+    All are waited for at once: those that hang may be many.
+    """
+    try:
+        wait("engines: beat", beats, seconds)
+    except NoAnswer as error:
+        return error.causes
+    except Exception:  # it says so where each is looked at
+        pass
+    return {}
 
 
 def cause_of(error: Exception) -> str:

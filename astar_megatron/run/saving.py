@@ -5,6 +5,7 @@ progress, rollouts and manifest, renames the folder to step_<n>, points `latest`
 nothing of what was saved before is touched.
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -160,7 +161,8 @@ class Saves:
             sync(path)
         write_manifest(temporary, digests)
         if folder.exists():  # of a run that was set back by hand
-            folder.rename(folder.with_name(f"{begun.name}.earlier{_INCOMPLETE}"))
+            names = (f"{begun.name}.earlier-{number}{_INCOMPLETE}" for number in itertools.count(1))
+            folder.rename(next(aside for name in names if not (aside := folder.with_name(name)).exists()))
         temporary.rename(folder)
         sync(self._folder)
         write_atomic(self._folder / LATEST_FILE, begun.name.encode())

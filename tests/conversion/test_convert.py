@@ -104,6 +104,18 @@ def test_a_link_in_a_model_s_folder_and_weights_on_another_disk_are_followed(tie
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("subfolder", ["", "half/of two"])
+def test_the_hub_s_cache_may_hold_a_model_in_a_subfolder_and_its_files_on_another_disk(
+    subfolder: str, tied_llama: Path, tmp_path: Path
+) -> None:
+    source = cached(tied_llama, tmp_path, subfolder)
+    blobs = tmp_path / "models--Org--Base-1B" / "blobs"
+    blobs.rename(tmp_path / "disk")
+    blobs.symlink_to(tmp_path / "disk")
+    rewrite.write_hf(open_end(source), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tied_llama / "tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_files_are_for_whom_the_umask_lets_them_be(mask: int, tied_llama: Path, tmp_path: Path) -> None:
     with samples.umask_of(mask):

@@ -14,6 +14,7 @@ from samples import files_of_at_most
 from tiny_models import EXPERTS, cached, config, random_weights, write_folder
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.serialization import _get_layout
 from transfer_process import memory_bytes
 
@@ -151,6 +152,9 @@ def in_the_index(code: bytes) -> bytes:
     return b"\x80\x02" + code + whole + b"X\x13\0\0\0state_dict_metadata}X\x0c\0\0\0storage_data}ub."
 
 
+BYTE_IO = b"ctorch.distributed.checkpoint.planner\nWriteItemType\nK\3\x85R"
+
+
 @pytest.mark.parametrize(
     ("thing", "name", "value"),
     [
@@ -158,6 +162,9 @@ def in_the_index(code: bytes) -> bytes:
         (b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n", b"__eq__", b"N"),
         (b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n", b"__qualname__", b"X\1\0\0\0x"),
         (b"ctorch.serialization\n_get_layout\n", b"__defaults__", b"N\x85"),
+        (b"ctorch.serialization\n_get_layout\n", b"__module__", b"X\1\0\0\0x"),
+        (BYTE_IO, b"__class__", b"ctorch.distributed.checkpoint.metadata\nStorageMeta\n"),
+        (BYTE_IO, b"_value_", b"K\1"),
     ],
 )
 def test_an_index_changes_nothing_that_it_names(thing: bytes, name: bytes, value: bytes, megatron: Path) -> None:
@@ -170,6 +177,8 @@ def test_an_index_changes_nothing_that_it_names(thing: bytes, name: bytes, value
         CheckpointReader(megatron)
     assert not Path("/no/such/file").exists() and there == MetadataIndex("x", [0])
     assert MetadataIndex.__qualname__ == "MetadataIndex" and _get_layout.__defaults__ is None
+    assert _get_layout.__module__ == "torch.serialization"
+    assert [(type(kind), kind.value) for kind in WriteItemType] == [(WriteItemType, number) for number in (1, 2, 3)]
 
 
 def test_a_damaged_index_is_refused(megatron: Path) -> None:

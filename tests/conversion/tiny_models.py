@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -211,11 +212,11 @@ def write_folder(folder: Path, model: Model, weights: Mapping[str, Tensor]) -> P
     return folder
 
 
-def cached(source: Path, folder: Path) -> Path:
+def cached(source: Path, folder: Path, subfolder: str = "") -> Path:
     """Return a model's folder as the hub's cache in `folder` keeps it: links to files that lie beside it."""
-    blobs, snapshot = (folder / "models--Org--Base-1B" / name for name in ("blobs", "snapshots/0a1b"))
+    blobs, snapshot = (folder / "models--Org--Base-1B" / name for name in ("blobs", f"snapshots/0a1b/{subfolder}"))
     snapshot.mkdir(parents=True)
     shutil.copytree(source, blobs)
     for path in blobs.iterdir():
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+        (snapshot / path.name).symlink_to(os.path.relpath(path, snapshot))
     return snapshot

@@ -61,6 +61,7 @@ def test_a_table_of_extra_tokens_that_lacks_samples_at_another_beta1_names_it(tm
     with pytest.raises(MissingTableError, match=r"depends on beta1, which is 8 here: set the sweep's"):
         run_estimates(run(tmp_path, sweep=sweep, astar={"beta1": 8.0}), CONTRACT, PROMPTS)
     run_estimates(run(tmp_path, astar={"beta1": 8.0}), CONTRACT, PROMPTS)
-    with pytest.raises(MissingTableError) as caught:
-        run_estimates(run(tmp_path, sweep={"num_samples": 99}), CONTRACT, PROMPTS)
-    assert "beta1" not in str(caught.value)
+    for sweep in ({"num_samples": 99}, {"num_samples": 99, "extra_tokens": 200}):  # of those that all prompts get
+        with pytest.raises(MissingTableError) as caught:
+            run_estimates(run(tmp_path, sweep=sweep), CONTRACT, PROMPTS)
+        assert "beta1" not in str(caught.value)

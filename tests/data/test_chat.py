@@ -147,9 +147,17 @@ def test_a_bare_template_asks_with_what_the_tokenizer_makes_of_the_text_alone(
 
 def test_a_template_without_the_bos_that_the_tokenizer_adds_is_told(model_folder: MakeModel) -> None:
     bare = "{{ messages[0].content }}"
-    warning = unbegun_prompt(str(_with_bos(Path(model_folder(template=bare)), adds_bos=True)), None)
+    folder = _with_bos(Path(model_folder(template=bare)), adds_bos=True)
+    warning = unbegun_prompt(str(folder), None)
     assert warning is not None and "begins every text with '<u>'" in warning
+    assert "at the beginning of the folder's chat_template.jinja before" in warning
     assert "{{ bos_token }}{{ messages[0].content }} asks with the text of a question alone" in warning
+    (folder / "chat_template.jinja").unlink()  # where one would take the place of the setting
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": bare}))
+    tokenizer.cache_clear()
+    warning = unbegun_prompt(str(folder), None)
+    assert warning is not None and "of chat_template in the folder's tokenizer_config.json before" in warning
     for template, adds_bos in ((bare, False), ("{{ bos_token }}" + bare, True), ("<u>" + bare, True)):
         assert unbegun_prompt(str(_with_bos(Path(model_folder(template=template)), adds_bos)), None) is None
 
