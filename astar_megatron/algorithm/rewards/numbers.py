@@ -18,7 +18,7 @@ _NUMBER = re.compile(
 _OFFICIAL = re.compile(r"-?[0-9.,]+")
 _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
-_TEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
+TEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\,)(?=[0-9]{3}(?![0-9]))")
 
 
 def last_number(response: str, answer: str) -> float:
@@ -104,7 +104,7 @@ def _bare(text: str) -> str:
 
 def _plain(text: str) -> str:
     """The text with its numbers as plain text writes them: TeX's separators of thousands go, and "\\!" as in `math`."""
-    return _TEX_THOUSANDS.sub("", _plain_minus(text).replace("\\!", ""))
+    return TEX_THOUSANDS.sub("", _plain_minus(text).replace("\\!", ""))
 
 
 def _plain_minus(text: str) -> str:
