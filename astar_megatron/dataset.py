@@ -17,6 +17,7 @@ from astar_megatron.config import RewardConfig
 from astar_megatron.data.arithmetic import arithmetic, countdown, jsonl, multiply, write_jsonl
 from astar_megatron.data.benchmarks import BENCHMARKS, RENAME, Benchmark
 from astar_megatron.data.files import refusal_at
+from astar_megatron.data.nested import refuse_nested
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
 from astar_megatron.data.sources import refuse_no_file, refuse_other, rows_of
 from astar_megatron.rollout.scoring import Scorer
@@ -78,6 +79,8 @@ def prepare(
     problems = Problems(source)
     rows = rows_of(kind, source, subset, split, problems, known_subset=known_subset)
     total = len(rows) + problems.count
+    if not known:
+        refuse_nested(rows, question, answer, source)
     pairs = pairs_of(rows, question, read, problems, remedy=remedy)
     if reward:
         pairs = _readable(pairs, reward, problems)

@@ -201,7 +201,7 @@ DATA: list[Row] = [
     ("1e-300000000", write("prompts.jsonl", b'{"question": "a", "answer": 1e-300000000}'),
      "train", "the number 1e-300000000 has more than", "write it as text"),
     ("two answers", prompts(*ROWS, ROWS[0] | {"answer": "5"}), "train",
-     "line 3: its prompt has two answers, '2' (line 1) and '5' (line 3)", "keep the right one"),
+     "line 3: its prompt has two answers, '2' (line 1) and '5' (line 3)", "one, of two spellings either ("),
     ("one prompt of two", write("model/chat_template.jinja", "x"), "train", "are the same to the model", "repair its"),
     ("no number", prompts({"question": "a", "answer": "x"}), "train", "expected a number, got 'x'",
      "repair the reward"),

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import config_page
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import samples
 import test_train
 import torch
 import typer
 
-from astar_megatron import cli, config, dataset
+from astar_megatron import cli, config
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.objective import Objective, ResponseTokens
 from astar_megatron.data.benchmarks import BENCHMARKS
@@ -285,20 +283,6 @@ def test_the_method_of_the_page_is_an_objective(tmp_path: Path, monkeypatch: pyt
     assert "log-ratio +1.00" in steps.line_of(line, 1)
     objective.learn(drawn, health)
     objective.restore(objective.state())
-
-
-def test_messages_of_a_parquet_become_lines_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = [block for block in blocks(text_of(ROOT / "examples/OWN.md"), "python") if "train.parquet" in block]
-    monkeypatch.chdir(tmp_path)
-    asked = {"role": "user", "content": "What is 1 + 1?"}
-    row = {"prompt": [asked], "reward_model": {"style": "rule", "ground_truth": "2"}}
-    pq.write_table(pa.Table.from_pylist([row]), "train.parquet")
-    exec(compile(code, "OWN.md", "exec"), {})
-    dataset.prepare("jsonl", "my_problems.jsonl", "own.jsonl", reward="last_number")
-    assert samples.read_jsonl(tmp_path / "own.jsonl") == [{"question": "What is 1 + 1?", "answer": "2"}]
-    pq.write_table(pa.Table.from_pylist([row | {"prompt": [asked, asked]}]), "train.parquet")
-    with pytest.raises(ValueError, match="too many values"):
-        exec(compile(code, "OWN.md", "exec"), {})
 
 
 def test_the_library_page_runs(

@@ -14,6 +14,7 @@ from typing import Any
 
 from astar_megatron.config import DataConfig
 from astar_megatron.data import chat
+from astar_megatron.data.nested import refuse_nested
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, read_rows, without_duplicates
 from astar_megatron.types import Prompt
 
@@ -30,6 +31,7 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
     source = Path(path or cfg.path)
     problems = Problems(source)
     rows = read_rows(source, problems)
+    refuse_nested(rows, cfg.prompt_field, cfg.answer_field, source)
     pairs = pairs_of(
         rows,
         cfg.prompt_field,

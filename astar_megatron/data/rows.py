@@ -255,7 +255,7 @@ def without_duplicates(pairs: Sequence[Pair], keys: Sequence[object], problems: 
 def _cause(question: str, other: str) -> str:
     """What to do about one prompt with two answers: one question, or two that became the same tokens."""
     if question == other:
-        return f"keep the right one ({question!r:.200})"
+        return f"keep the right one, of two spellings either ({question!r:.200})"
     return (
         f"{question!r:.200} and {other!r:.200} are the same to the model: repair its chat template or its tokenizer, "
         "or leave one out"

@@ -42,6 +42,19 @@ LAST_NUMBER = [
     ("x = -$3", "-3", 1),
     ("10-7", "7", 1),  # a hyphen between numbers is no sign
     ("\N{MINUS SIGN}3", "-3", 1),
+    ("x = \N{EN DASH}4", "-4", 1),
+    ("2\N{EN DASH}4", "4", 1),  # a range
+    ("x = - 4", "-4", 1),
+    ("x =- 4", "-4", 1),
+    (r"$x = -\,4$", "-4", 1),
+    (r"\boxed{- $4}", "-4", 1),
+    ("(- .5", "-0.5", 1),
+    ("x = \N{MINUS SIGN} 4", "-4", 1),
+    ("x = 5 - 4", "4", 1),
+    ("x - 4", "4", 1),
+    ("(5) - 4", "4", 1),
+    ("We have x =\n- 4 apples", "4", 1),  # a bullet
+    ("2 \N{EN DASH} 4", "4", 1),
     ("1,2,3", "3", 1),
     ("1,234,567", "1234567", 1),
     ("half is .5", "0.5", 1),
@@ -138,6 +151,8 @@ MATH = [
     (r"\boxed{1+1}", "2", 0),  # nothing is computed
     (r"\boxed{-5}", "-5", 1),
     (r"\boxed{5}", "-5", 0),
+    ("\\boxed{\N{MINUS SIGN}5}", "-5", 1),
+    (r"\boxed{-x}", "$\N{MINUS SIGN}x$", 1),
     (r"\boxed{\frac{\sqrt{\frac{1}{2}}}{3}}", r"\dfrac{\sqrt{\tfrac{1}{2}}}{3}", 1),  # nested braces
     (r"\boxed{12\text{ m}^2}", "12", 1),
     (r"\boxed{27}", "$27$", 1),
@@ -340,6 +355,25 @@ MATH_VERIFY = [
     (r"\boxed{0.000495}", r"\frac{1}{2020}", 1),
     (r"\boxed{10^{10^{100}}}", "7", 0),
     (r"\boxed{\left[1,2\right]}", "[1,2]", 1),
+    (r"\boxed{2516_7}", "2516_8", 0),
+    (r"\boxed{2516}", "2516_8", 0),
+    (r"\boxed{2516_8}", "2516", 0),
+    (r"\boxed{n = 2516_{8}}", "2516_8", 1),
+    (r"\boxed{2516_{\text{seven}}}", r"2516_{\text{eight}}", 0),
+    (r"\boxed{2516_{\text{eight}}}", r"2516_{\text{eight}}", 1),
+    (r"\boxed{12_4}, \boxed{11_3}", "11_3, 12_4", 1),
+    (r"\boxed{11_4}, \boxed{12_3}", "11_3, 12_4", 0),
+    (r"\boxed{x_1 = 5}", "5", 1),
+    (r"\boxed{\log_2 5}", r"\log_{2}5", 1),
+    (r"\boxed{1\,000}", "1000", 1),
+    (r"\boxed{1{,}000\,000 \text{ m}}", "10^6", 1),
+    (r"\boxed{(1,\,200)}", "(1,200)", 1),
+    (r"\boxed{1.5e3}", "1500", 1),
+    (r"\boxed{1500}", "1.5e3", 1),
+    (r"\boxed{-2.5E-3}", "-0.0025", 1),
+    (r"\boxed{1e-19}", "2e-19", 0),
+    (r"\boxed{2e^3}", r"2e^{3}", 1),
+    (r"\boxed{2e^3}", "2000", 0),
 ]
 
 
@@ -375,6 +409,13 @@ def test_white_space_around_a_gold_answer_is_none_of_its_own(blank: str) -> None
 @pytest.mark.parametrize(("response", "expected"), BOXED_25)
 def test_an_integer_in_a_box_may_be_dressed(response: str, expected: float) -> None:
     assert rewards.get("boxed_integer")(response, "25") == expected
+
+
+def test_an_integer_in_a_box_may_have_any_sign_of_minus() -> None:
+    for sign in ("-", "\N{MINUS SIGN}"):
+        assert rewards.get("boxed_integer")(f"\\boxed{{{sign}25}}", "-25") == 1.0
+        assert rewards.get("boxed_integer")(r"\boxed{-25}", f"{sign}25") == 1.0
+        assert rewards.get("boxed_integer")(f"\\boxed{{{sign}25}}", "25") == 0.0
 
 
 @pytest.mark.parametrize(("response", "numbers", "target", "expected"), COUNTDOWN)

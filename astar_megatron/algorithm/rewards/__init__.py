@@ -48,13 +48,13 @@ class _Named:
 
 _NAMED: dict[str, _Named] = {
     "arithmetic": _Named(reward=multiply, version=1, extract=tagged_integer),  # the same rule for other data
-    "boxed_integer": _Named(reward=boxed_integer, version=5, extract=integer_in),
+    "boxed_integer": _Named(reward=boxed_integer, version=6, extract=integer_in),
     "countdown": _Named(reward=countdown, version=2, extract=tagged_value),
     "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=4, extract=flexible_answer),
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
-    "last_number": _Named(reward=last_number, version=3, extract=number_in),
-    "math": _Named(reward=math, version=4, extract=boxed_answer),
-    "math_verify": _Named(reward=math_verify, version=4, extract=boxed_list),
+    "last_number": _Named(reward=last_number, version=4, extract=number_in),
+    "math": _Named(reward=math, version=5, extract=boxed_answer),
+    "math_verify": _Named(reward=math_verify, version=5, extract=boxed_list),
     "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
 }
 

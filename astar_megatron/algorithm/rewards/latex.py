@@ -6,7 +6,7 @@ rewritten, nothing is computed, so "2" is not "1+1". Two repairs: an escaped bra
 however often that stands there; the official scorer compares the texts as they are where it stands more than once.
 Math signs around the whole (`$27$`, `\\(27\\)`) go. And without a \\boxed the last \\fbox counts: the official scorer
 finds it too, but takes only a \\boxed apart, so that \\fbox{5} is 0 there and 1 here. No end-of-text string is asked
-for. Linear in the response.
+for. The minus sign U+2212 is read as "-". Linear in the response.
 
 `boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159; braces, bold,
 `\\text`, thin spaces, a unit behind it and the "m+n =" in front of it go. "25 \\text{ or } 27" is no
@@ -179,7 +179,7 @@ def _last_box(text: str, end: int, name: str) -> _Box | None:
 
 def normalised(latex: str) -> str:
     """Return `latex` in the benchmark's normal form: two answers are equal where their normal forms are."""
-    text = latex.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    text = latex.replace("\N{MINUS SIGN}", "-").replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac")
     for removed in _REMOVED:
         text = text.replace(removed, "")

@@ -8,9 +8,12 @@ So does one that the library can't judge within a few seconds of CPU time: a bus
 `reward.timeout_seconds` by the clock are more than what its processes wait for each other. They are measured by
 SIGPROF, in place of the library's own alarm by the clock, so this reward runs in the main thread of a process.
 
-Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1 must
-be equal to four digits too. And it reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
-have the same. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
+Three of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1
+must be equal to four digits too. It reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
+have the same. And it drops a number's base, so that 52_7 is 52_8: the answer must have the same. Numbers within sets
+and tuples are compared as the library does, and so are those that take too long.
+
+It takes "1\\,000" and "1.5e3" for products, so it is given 1000 and 1.5 \\times 10^{3} in their places.
 """
 
 import importlib
@@ -23,6 +26,7 @@ from importlib import metadata
 from typing import Any
 
 from astar_megatron.algorithm.rewards.latex import filled_boxes, last_boxed
+from astar_megatron.algorithm.rewards.numbers import TEX_THOUSANDS
 
 _LONGEST = 1000  # characters of an answer; the library's regular expressions take minutes on long text
 _SECONDS = 3.0  # of CPU time for reading an answer, for a comparison, and for a number
@@ -31,6 +35,9 @@ _DIGITS = 30  # of a number's value
 _SIGN = re.compile(
     r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
 )
+_BASE = re.compile(r"([0-9]+)\s*_\s*(?:\{([^{}]*)\}|([^\s{}]))")
+_TEXT_BASE = re.compile(r"_\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")  # the library loses it: 52_{\text{eight}}
+_POWER_OF_TEN = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?![\w.^])")
 _SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
 
 
@@ -82,7 +89,8 @@ def _is(library: Any, golds: Sequence[Any], text: str) -> bool:
         guess = _limited(library.parse, text, parsing_timeout=None)
     except _OutOfTime:
         return False
-    return _sign(golds) == _sign(guess) and any(_equal(library, *pair) for pair in itertools.product(golds, guess))
+    is_same_form = _sign(golds) == _sign(guess) and _bases(golds) == _bases(guess)
+    return is_same_form and any(_equal(library, *pair) for pair in itertools.product(golds, guess))
 
 
 def _equal(library: Any, gold: Any, guess: Any) -> bool:
@@ -122,6 +130,12 @@ def _sign(parsed: Sequence[Any]) -> str | None:
     return _SIGNS.get(sign, sign)[:2] if sign else None
 
 
+def _bases(parsed: Sequence[Any]) -> set[tuple[str, str]]:
+    """The numbers of an answer that have a base, without leading zeros, each with its base."""
+    latex = parsed[-1] if parsed and isinstance(parsed[-1], str) else ""
+    return {(number.lstrip("0"), (braced or bare).strip()) for number, braced, bare in _BASE.findall(latex)}
+
+
 def _are_close(gold: Any, guess: Any) -> bool:
     """Whether two expressions are no numbers below 1 that differ in their first digits."""
     first, second = _value(gold), _value(guess)
@@ -143,7 +157,9 @@ def _value(expression: Any) -> Any:
 
 
 def _boxed(latex: str) -> str:
-    return f"$\\boxed{{{latex}}}$"
+    """The box that the library reads, with numbers as it reads them."""
+    latex = _TEXT_BASE.sub(r"_{\1}", TEX_THOUSANDS.sub("", latex))
+    return f"$\\boxed{{{_POWER_OF_TEN.sub(r'\1 \\times 10^{\2}', latex)}}}$"
 
 
 def _library() -> Any:
