@@ -336,7 +336,7 @@ CHECKPOINTS: list[Row] = [
     ("no table", None, "train", "no V* table here", "run `astar sweep`"),
     ("table: no folder", write("run/v_star", "x"), "sweep", "run/v_star: can't create", "choose another folder"),
     ("table: of another model", table(model_digest="f" * 64), "train", "the table ffffffffffff", "choose another"),
-    ("table: of other sampling", table(temperature=0.5), "doctor", "this run has 1.0, the table 0.5", "set these as"),
+    ("table: of other sampling", table(temperature=0.5), "doctor", "this run has 1.0", "set your settings"),
     ("table: header of a list", after(table(), write("run/v_star/header.json", "[]")), "train",
      "header.json: not the header of a V* table", "restore it"),
     ("table: header of later", after(table(), changed("run/v_star/header.json", format=9)), "train",
@@ -400,8 +400,8 @@ CHECKPOINTS: list[Row] = [
 CONVERT, BACK = "convert hf-to-megatron {house}/model", "convert megatron-to-hf {house}/megatron out"
 RECORD, INDEX = "megatron/conversion.json", "megatron/.metadata"
 PLANNED: list[Row] = [  # which a dry run refuses too
-    ("no source", None, "convert hf-to-megatron {house}/no out", "{house}/no is neither",
-     "config.json and safetensors"),
+    ("no source", None, "convert hf-to-megatron {house}/no out", "{house}/no does not exist",
+     "name a model's folder"),
     ("onto itself", None, f"{CONVERT} {{house}}/model", "no export of this project", "choose another place"),
     ("into itself", None, f"{CONVERT} {{house}}/model/out", "lies in the other", "beside the source"),
     ("onto a model", copied("model", "other"), f"{CONVERT} {{house}}/other", "it has no conversion.json", "another"),

@@ -84,7 +84,7 @@ def check_header(folder: Path, contract: Contract | None) -> None:
         raise ContractError(
             f"{folder}: the V* table was made under another contract, its rewards do not fit this run:\n  "
             + "\n  ".join(lines)
-            + "\nset the settings among these as the table has, or choose another sweep.table and run `astar sweep`"
+            + "\nset your settings as the table has them, or choose another sweep.table and run `astar sweep`"
             + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
         )
 
