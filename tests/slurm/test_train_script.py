@@ -194,6 +194,39 @@ def test_a_node_whose_ray_was_killed_is_named(slurm: Slurm, submit: Callable[...
     assert slurm.left_behind(job) == []
 
 
+@pytest.mark.parametrize("victim", ["Ray", "the program"])
+def test_a_job_whose_first_node_loses_ray_or_the_program_is_requeued(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, victim: str
+) -> None:
+    """The program has longer to end than what Ray has left on that node."""
+    program = """
+import os, time
+from pathlib import Path
+Path("begun").touch()
+if os.environ.get("SLURM_RESTART_COUNT"):
+    raise SystemExit
+while JOINED:
+    time.sleep(0.5)
+    JOINED = names(WORDS[-1].partition("=")[2])
+time.sleep(6)
+raise SystemExit(69)
+"""
+    program = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom stand_in import names\n{program}"
+    job = submit(program)
+    wait_for(tmp_path / "begun")
+    pattern = {"Ray": "stand_in.py -m ray.*--node-name=node1", "the program": "stand_in.py -m astar.* train "}[victim]
+    pid = slurm.run("pgrep", "-f", pattern).split()[-1]
+    slurm.run("kill", "-KILL", pid)
+    until = time.monotonic() + SECONDS
+    while "requeued\n" not in output(tmp_path, job):
+        assert time.monotonic() < until, output(tmp_path, job)
+        time.sleep(0.1)
+    assert " ended with status 69; its output: " in output(tmp_path, job)
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
 def test_an_array_runs_the_sweep_in_each_of_its_tasks_and_requeues_each_alone(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
