@@ -194,6 +194,20 @@ def test_a_node_whose_ray_was_killed_is_named(slurm: Slurm, submit: Callable[...
     assert slurm.left_behind(job) == []
 
 
+def test_other_nodes_are_cleared_when_the_first_has_lost_ray_and_its_folder(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("", env={"ABSENT": "node2", "ASTAR_START_SECONDS": "600"})  # there it is tried again and again
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    wait_for(logs / "preflight-node1-0.log")
+    wait_for(logs / "ray-node2-0.log")
+    slurm.run("pkill", "-KILL", "-f", "stand_in.py -m ray.*--node-name=node1")
+    assert slurm.wait(job) == "FAILED"
+    assert "preflight stops the job" in output(tmp_path, job)
+    assert "Ray did not end in 30 s" not in output(tmp_path, job)
+    assert slurm.left_behind(job) == []
+
+
 @pytest.mark.parametrize("victim", ["Ray", "the program"])
 def test_a_job_whose_first_node_loses_ray_or_the_program_is_requeued(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path, victim: str
