@@ -203,11 +203,15 @@ def refuse_queued(cfg: RunConfig, executor: Any) -> None:
     """Raise ConfigError where Slurm has one of the run's jobs already, or can't be asked."""
     tunnel = executor.tunnel
     words = slurm.states_command(names(cfg), tunnel.user or slurm.user())  # a LocalTunnel has no user
+    slurm.refuse_queued(_output_of(shlex.join(words), tunnel))
+
+
+def _output_of(command: str, tunnel: Any, *, may_fail: bool = False) -> str:
+    """Return what a command prints where the jobs are submitted. Raises ConfigError with its words where it fails."""
     try:
-        printed = tunnel.run(shlex.join(words)).stdout
+        return tunnel.run(command, warn=may_fail).stdout
     except _REFUSALS as error:
-        raise ConfigError(f"Slurm can't be asked for the run's jobs: {_reason(error)}") from None
-    slurm.refuse_queued(printed)
+        raise ConfigError(f"the run's jobs can't be asked for: {_reason(error)}") from None
 
 
 def clean_environment(executor: Any) -> None:
@@ -268,8 +272,8 @@ def look(cfg: RunConfig, action: str) -> None:
     tunnel = experiment.jobs[0].executor.tunnel
     user = tunnel.user or slurm.user()  # a LocalTunnel has none
     if action == "cancel":
-        if queued := slurm.waiting(tunnel.run(shlex.join(slurm.states_command(names(cfg), user))).stdout):
-            tunnel.run(shlex.join(slurm.cancel_command(queued)))
+        if queued := slurm.waiting(_output_of(shlex.join(slurm.states_command(names(cfg), user)), tunnel)):
+            _output_of(shlex.join(slurm.cancel_command(queued)), tunnel)
         print(slurm.cancelled(queued))
         commands = []
     elif action == "status":
@@ -279,7 +283,7 @@ def look(cfg: RunConfig, action: str) -> None:
         tail = f"tail -n {sbatch.SHOWN_LINES}"
         commands = [f"{tail} {folder}/log_*.out {folder}/ray/logs/driver-*.log" for folder in folders]
     for command in commands:  # a stage that has not begun has no log
-        print(tunnel.run(command, warn=action == "logs").stdout, end="")
+        print(_output_of(command, tunnel, may_fail=action == "logs"), end="")
     tunnel.cleanup()
 
 
