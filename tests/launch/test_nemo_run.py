@@ -146,6 +146,29 @@ def test_a_slurm_that_does_not_answer_is_one_line(
         run("python", "-m", "astar_megatron.cli", "jobs", action, *words)
 
 
+@pytest.mark.parametrize("logs", [None, "my logs"])
+def test_logs_are_the_ends_of_the_newest_launch_that_was_not_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: str | None
+) -> None:
+    tools(tmp_path, monkeypatch, sbatch="[ ! -e refuses ] || { echo invalid account >&2; exit 1; }\necho 70", squeue="")
+    env = f", env: ['ASTAR_LOGS={logs}']" if logs else ""
+    (tmp_path / "run.yaml").write_text(RUN + f"slurm: {{backend: nemo-run, stages: [train]{env}}}\n")
+    astar = ["python", "-m", "astar_megatron.cli"]
+    run(*astar, "launch", "--config", "run.yaml")
+    assert "no job of the run has a log in " in run(*astar, "jobs", "logs", "--config", "run.yaml")
+    (code,) = (tmp_path / "nemo" / "experiments").rglob("code")
+    name = title(run_config(run_dir=str(tmp_path / "runs" / "mine")))
+    driver = tmp_path / logs / f"{name}-train" if logs else code.parent / "ray" / "logs"
+    driver.mkdir(parents=True, exist_ok=True)
+    (code.parent / "log_mine_70.out").write_text("of the job\n")
+    (driver / "driver-node1-0.log").write_text("of the program\n")
+    (tmp_path / "refuses").touch()
+    with pytest.raises(AssertionError, match="invalid account; none is left"):
+        run(*astar, "launch", "--config", "run.yaml")
+    shown = run(*astar, "jobs", "logs", "--config", "run.yaml")
+    assert "of the job\n" in shown and "of the program\n" in shown
+
+
 def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -> None:
     large = "parallel: {data: 8}\nrollout: {num_engines: 8}\nslurm: {nodes: 2, gpus_per_node: 8}\n"
     (tmp_path / "run.yaml").write_text(RUN + large)
