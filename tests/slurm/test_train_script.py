@@ -208,6 +208,31 @@ def test_other_nodes_are_cleared_when_the_first_has_lost_ray_and_its_folder(
     assert slurm.left_behind(job) == []
 
 
+def test_usr1_to_all_steps_lets_the_program_save_with_ray_still_there(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """As scancel sends it without --batch, or Slurm by a --signal without B:."""
+    program = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGUSR1, lambda *_: None)
+Path("begun").touch()
+signal.pause()
+time.sleep(8)
+print("saved with", sorted(names(WORDS[-1].partition("=")[2])))
+raise SystemExit(75)
+"""
+    job = submit(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom stand_in import names\n{program}")
+    wait_for(tmp_path / "begun")
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_for(tmp_path / "logs" / f"slurm-{job}" / "preflight-node1-1.log")
+    log = tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log"
+    assert log.read_text() == "saved with ['node1', 'node2']\n" and "requeued\n" in output(tmp_path, job)
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
 @pytest.mark.parametrize("victim", ["Ray", "the program"])
 def test_a_job_whose_first_node_loses_ray_or_the_program_is_requeued(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path, victim: str
@@ -540,11 +565,14 @@ def test_a_signal_before_the_program_has_begun_requeues_the_job(
     assert slurm.left_behind(job) == []
 
 
-@pytest.mark.parametrize("where", ["setup", "preflight", "driver"])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [("setup", "TERM"), ("preflight", "TERM"), ("driver", "TERM"), ("preflight", "USR1"), ("driver", "USR1")],
+)
 def test_a_job_that_slurm_asks_to_end_before_its_program_heeds_that_is_requeued(
-    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, where: str
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, where: str, name: str
 ) -> None:
-    """SIGTERM to all steps and not to the script, as a preempted job with GraceTime gets it."""
+    """By a signal to all steps and not to the script, as a preempted job with GraceTime gets SIGTERM."""
     env = {
         "setup": {"ASTAR_SETUP": "touch begun; sleep 600 & wait"},
         "preflight": {"ABSENT": "node2", "ASTAR_START_SECONDS": "600"},
@@ -553,9 +581,11 @@ def test_a_job_that_slurm_asks_to_end_before_its_program_heeds_that_is_requeued(
     job = submit("import time\nopen('begun', 'w').close()\ntime.sleep(600)", env=env[where])
     logs = tmp_path / "logs" / f"slurm-{job}"
     wait_for(tmp_path / "begun" if where != "preflight" else logs / "ray-node2-0.log")
-    if where != "driver":
+    if where == "setup":
         wait_for(logs / "preflight-node1-0.log")
-    slurm.run("scancel", "--signal=TERM", job)
+    elif where == "preflight":
+        wait_for(Path(f"/tmp/astar-{job}-0.0/preflight"))
+    slurm.run("scancel", f"--signal={name}", job)
     wait_for(logs / "preflight-node1-1.log")
     assert "requeued\n" in output(tmp_path, job) and "ended with status 1" not in output(tmp_path, job)
     assert "Invalid job id" not in output(tmp_path, job)
