@@ -97,7 +97,15 @@ def test_a_node_is_reached_by_its_names_address_or_its_first_that_others_reach(
     assert printed.startswith(wanted)
 
 
-UNREACHED = "Unable to contact slurm controller (connect failure)"
+UNREACHED = [  # as Slurm says it
+    "Unable to contact slurm controller (connect failure)",
+    "Socket timed out on send/recv operation",
+    "Zero Bytes were transmitted or received",
+    "Slurm backup controller in standby mode",
+    "Message send failure",
+    "Message receive failure",
+    "Protocol authentication error",
+]
 # As at the end of a job.
 REQUEUES = """
 SLURM_JOB_ID=7 ASTAR_LOGS=. ASTAR_MAX_REQUEUES=3 ASTAR_ATTEMPT=9 begun=1 cancelled='' run_folder=. refusal=''
@@ -132,10 +140,11 @@ def test_what_is_not_requeued_says_why(call: Callable[..., str]) -> None:
     assert call(f"{REQUEUES}cancelled=1; requeue 0; requeue 1") == ""
 
 
-def test_slurm_is_asked_again_until_it_answers(call: Callable[..., str]) -> None:
-    fails = f"[ -e asked ] || {{ touch asked; echo '{UNREACHED}' >&2; exit 1; }}\necho JobId=7 Restarts=0"
+@pytest.mark.parametrize("unreached", UNREACHED)
+def test_slurm_is_asked_again_until_it_answers(call: Callable[..., str], unreached: str) -> None:
+    fails = f"[ -e asked ] || {{ touch asked; echo '{unreached}' >&2; exit 1; }}\necho JobId=7 Restarts=0"
     printed = call("SLURM_JOB_ID=7 cancelled=''; job_record ask_slurm", scontrol=fails, sleep="")
-    assert printed.startswith("JobId=7 Restarts=0\n") and printed.endswith(f"node1: {UNREACHED}\n")
+    assert printed.startswith("JobId=7 Restarts=0\n") and printed.endswith(f"node1: {unreached}\n")
 
 
 def test_what_slurm_refuses_is_not_asked_again_and_not_told_as_requeued(call: Callable[..., str]) -> None:
