@@ -136,7 +136,8 @@ def test_a_run_that_loses_a_process_twice_without_a_step_between_is_not_requeued
 
 
 def test_what_is_not_requeued_says_why(call: Callable[..., str]) -> None:
-    assert "not requeued: it was cancelled, or came to its time limit" in call(f"{REQUEUES}cancelled=1 requeue 75")
+    ended = call(f"{REQUEUES}cancelled=1 requeue 75")
+    assert "not requeued: Slurm has ended it; where it has requeued it itself (squeue -j 7), there is" in ended
     assert call(f"{REQUEUES}cancelled=1; requeue 0; requeue 1") == ""
 
 
