@@ -118,6 +118,18 @@ def test_a_bad_node_is_left_out_where_there_is_a_spare(
     assert slurm.left_behind(job) == []
 
 
+def test_what_a_file_for_every_bash_sets_of_the_shell_does_not_stay(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """With noclobber a node that is left out could not be ended."""
+    (tmp_path / "env.sh").write_text("set -C\n")
+    env = {"BASH_ENV": str(tmp_path / "env.sh"), "BAD": "node2", "ASTAR_SPARE_NODES": "1"}
+    job = submit("print(JOINED)", env=env)
+    assert slurm.wait(job) == "COMPLETED", output(tmp_path, job)
+    assert (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text() == "{'node1'}\n"
+    assert slurm.left_behind(job) == []
+
+
 def test_two_jobs_on_the_same_nodes_do_not_meet(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
     program = """
 import time
