@@ -393,6 +393,17 @@ def test_an_allocation_is_used_by_srun_and_refused_beside_its_nodes(slurm: Slurm
     assert log.read_text() == "['node1', 'node2']\n"
 
 
+def test_a_run_after_another_in_an_allocation_keeps_its_output_and_renews_rays(slurm: Slurm, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(f"print('{name}')")
+    run = f"srun -N1 -n1 bash {TRAIN}"
+    slurm.run("salloc", "-N2", "bash", "-c", f"{run} first.py; {run} second.py", cwd=tmp_path, env=STAND_IN)
+    (logs,) = tmp_path.glob("logs/slurm-*")
+    kept = [(logs / f"driver-node1-0.log{end}").read_text() for end in (".old", "")]
+    assert kept == ["first\n", "second\n"]
+    assert [file.name for file in (logs / "ray-node2-0").iterdir()] == ["raylet.out"]
+
+
 def test_a_second_run_in_an_allocation_is_refused_and_the_first_goes_on(slurm: Slurm, tmp_path: Path) -> None:
     program = "import time\nfrom pathlib import Path\nPath('begun').touch()\n"
     (tmp_path / "program.py").write_text(
