@@ -228,6 +228,14 @@ def test_of_a_setup_that_fails_nothing_but_the_status_is_said(call: Callable[...
     assert "ASTAR_SETUP ended with status" in printed and "secret" not in printed
 
 
+@pytest.mark.parametrize(("image", "default"), [("", "/.venv/bin/python"), ("a/b:1", "python3")])
+def test_a_container_has_its_own_python(call: Callable[..., str], image: str, default: str) -> None:
+    """The one of the folder of submission would look for the libraries of the host."""
+    venv = "touch run.yaml; mkdir -p .venv/bin; printf '#!/bin/sh' >.venv/bin/python; chmod +x .venv/bin/python"
+    printed = call(f"{venv}; ASTAR_IMAGE={image}; trap 'echo \"$ASTAR_PYTHON\"' EXIT; (main run.yaml)")
+    assert printed.endswith(f"{default}\n")
+
+
 def test_a_node_that_is_not_the_first_of_the_job_is_refused(call: Callable[..., str]) -> None:
     job = "export SLURM_JOB_ID=7 SLURM_JOB_NODELIST=node[0-1] SLURM_JOB_NUM_NODES=2 ASTAR_PYTHON=bash"
     printed = call(f"{job}; touch run.yaml; main run.yaml; echo", scontrol="echo node0; echo node1")
