@@ -510,6 +510,7 @@ def test_the_current_folder_is_one_that_slurm_and_a_container_can_take(
 ) -> None:
     for name, words, message in (
         ("50%", (), "50%/logs: logs would go there, and sbatch takes %"),
+        ("a\\b", (), "a\\b/logs: logs would go there, and sbatch takes \\"),
         ("a:b", ("--set", "slurm.image=a/b:1"), "a:b, with , or :, can't be mounted; launch from another folder"),
     ):
         shutil.copytree(folder, folder.parent / name)
