@@ -186,6 +186,12 @@ def test_a_node_without_the_interface_is_named(call: Callable[..., str]) -> None
     assert call(without).startswith("ASTAR_INTERFACE: the command ip is not here")
 
 
+def test_a_step_that_is_ended_says_nothing_although_ray_has_the_signal_first(call: Callable[..., str]) -> None:
+    variables = "SLURM_NODEID=0 ASTAR_PYTHON=true ASTAR_ADDRESS=x:1 ASTAR_START_SECONDS=9 log=log temp=."
+    line = f"{variables} in_folder=./ends; own_address() {{ address=; }}; trap 'echo ended; exit 0' TERM; join_ray"
+    assert call(line, ends="{ sleep 0.3; kill -TERM $PPID; } &\nexit 143") == "ended\n"
+
+
 def test_an_array_asks_again_where_its_script_lies(call: Callable[..., str], tmp_path: Path) -> None:
     fails = f"[ -e asked ] || {{ touch asked; exit 1; }}\necho '   Command={tmp_path}/sweep.sbatch c.yaml'"
     (tmp_path / "train.sbatch").write_text("echo $ASTAR_PROGRAM")
