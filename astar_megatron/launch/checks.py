@@ -79,11 +79,8 @@ def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
     if cfg.backend != "local" and shutil.which("sbatch") is None:
         raise ConfigError("slurm.backend: sbatch is not here; run this on a login node, or set slurm.backend=local")
     folder = logs_folder(cfg)
-    if "%" in str(folder.absolute()) and cfg.backend != "local":
-        raise ConfigError(
-            f"{folder.absolute()}: logs would go there, and sbatch takes % for one of its own patterns; launch from "
-            "another folder, or set slurm.env=[ASTAR_LOGS=/folder]"
-        )
+    if cfg.backend != "local":
+        of_log(folder, "launch from another folder, or set slurm.env=[ASTAR_LOGS=/folder]")
     try:
         folder.mkdir(parents=True, exist_ok=True)  # Slurm does not make it
         (folder / ".writable").touch()
@@ -93,6 +90,14 @@ def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:
             f"{folder.absolute()}: can't write logs there: {error.strerror}; set slurm.env=[ASTAR_LOGS=/folder] to one "
             "that you may write to and all nodes share"
         ) from None
+
+
+def of_log(path: Path, change: str) -> None:
+    """Refuse a place of logs that sbatch would read otherwise: the job would fail without a word."""
+    if sign := re.search(r"[%\\]", str(path.absolute())):
+        raise ConfigError(
+            f"{path.absolute()}: logs would go there, and sbatch takes {sign[0]} for one of its own signs; {change}"
+        )
 
 
 def of_nemo_run(cfg: RunConfig, config_file: str, mounts: Path = Path("/proc/mounts")) -> None:

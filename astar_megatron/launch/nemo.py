@@ -203,11 +203,15 @@ def refuse_queued(cfg: RunConfig, executor: Any) -> None:
     """Raise ConfigError where Slurm has one of the run's jobs already, or can't be asked."""
     tunnel = executor.tunnel
     words = slurm.states_command(names(cfg), tunnel.user or slurm.user())  # a LocalTunnel has no user
+    slurm.refuse_queued(_output_of(shlex.join(words), tunnel))
+
+
+def _output_of(command: str, tunnel: Any, *, may_fail: bool = False) -> str:
+    """Return what a command prints where the jobs are submitted. Raises ConfigError with its words where it fails."""
     try:
-        printed = tunnel.run(shlex.join(words)).stdout
+        return tunnel.run(command, warn=may_fail).stdout
     except _REFUSALS as error:
-        raise ConfigError(f"Slurm can't be asked for the run's jobs: {_reason(error)}") from None
-    slurm.refuse_queued(printed)
+        raise ConfigError(f"the run's jobs can't be asked for: {_reason(error)}") from None
 
 
 def clean_environment(executor: Any) -> None:
@@ -259,7 +263,7 @@ def look(cfg: RunConfig, action: str) -> None:
     Slurm is asked by the jobs' names: nemo-run's own status asks its accounting, which not every cluster has.
     """
     try:
-        experiment = run.Experiment.from_title(title(cfg))
+        experiment = _newest(title(cfg))
     except (OSError, AssertionError, TypeError, ValueError, IndexError) as error:  # a damaged one too
         raise ConfigError(
             f"{run.config.get_nemorun_home()}: no experiment {title(cfg)} there that nemo-run can read "
@@ -268,19 +272,33 @@ def look(cfg: RunConfig, action: str) -> None:
     tunnel = experiment.jobs[0].executor.tunnel
     user = tunnel.user or slurm.user()  # a LocalTunnel has none
     if action == "cancel":
-        if queued := slurm.waiting(tunnel.run(shlex.join(slurm.states_command(names(cfg), user))).stdout):
-            tunnel.run(shlex.join(slurm.cancel_command(queued)))
+        if queued := slurm.waiting(_output_of(shlex.join(slurm.states_command(names(cfg), user)), tunnel)):
+            _output_of(shlex.join(slurm.cancel_command(queued)), tunnel)
         print(slurm.cancelled(queued))
         commands = []
     elif action == "status":
         commands = [shlex.join(slurm.status_command(names(cfg), user))]
     else:
-        folders = [f"{shlex.quote(tunnel.job_dir)}/{job.id}" for job in experiment.jobs]
-        tail = f"tail -n {sbatch.SHOWN_LINES}"
-        commands = [f"{tail} {folder}/log_*.out {folder}/ray/logs/driver-*.log" for folder in folders]
-    for command in commands:  # a stage that has not begun has no log
-        print(tunnel.run(command, warn=action == "logs").stdout, end="")
+        commands = [_tail_of(job, shlex.quote(tunnel.job_dir)) for job in experiment.jobs]
+    printed = [_output_of(command, tunnel, may_fail=action == "logs") for command in commands]
+    print("".join(printed) or f"no job of the run has a log in {tunnel.job_dir} yet\n" * (action == "logs"), end="")
     tunnel.cleanup()
+
+
+def _newest(title: str) -> Any:
+    """The newest experiment that has submitted a job; the newest where none has: launches that were refused."""
+    newest_first = map(run.Experiment.from_id, reversed(run.Experiment.catalog(title)))
+    submitted = (experiment for experiment in newest_first if any(job.handle for job in experiment.jobs))
+    return next(submitted, None) or run.Experiment.from_title(title)
+
+
+def _tail_of(job: Any, folder: str) -> str:
+    """What shows the ends of a job's logs: nothing and a failure where it has not begun. See scripts.py for where."""
+    executor, own = job.executor, f"{folder}/{job.id}"
+    logs = executor.env_vars.get("ASTAR_LOGS")  # as quoted for its script
+    driver = f"{logs}/{executor.job_name_prefix}{job.id}" if logs else f"{own}/ray/logs"
+    begin = f"{executor.setup_lines}; " if executor.setup_lines else ""  # into the folder of relative paths
+    return f"{begin}tail -n {sbatch.SHOWN_LINES} {own}/log_*.out {driver}/driver-*.log"
 
 
 def _packager(name: str | None) -> Any:

@@ -43,6 +43,7 @@ def check(cfg: RunConfig, stage: Stage) -> None:
         raise ConfigError(f"slurm.backend: {cfg.slurm.backend} submits one run; for many take sbatch or local")
     checks.of_environment(cfg.slurm)
     checks.of_sbatch(cfg.slurm, dry_run=False)
+    checks.of_log(Path(cfg.run_dir), "choose another folder for its runs")
     _job(cfg, stage)
 
 

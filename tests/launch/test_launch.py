@@ -5,8 +5,10 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -508,6 +510,7 @@ def test_the_current_folder_is_one_that_slurm_and_a_container_can_take(
 ) -> None:
     for name, words, message in (
         ("50%", (), "50%/logs: logs would go there, and sbatch takes %"),
+        ("a\\b", (), "a\\b/logs: logs would go there, and sbatch takes \\"),
         ("a:b", ("--set", "slurm.image=a/b:1"), "a:b, with , or :, can't be mounted; launch from another folder"),
     ):
         shutil.copytree(folder, folder.parent / name)
@@ -658,6 +661,27 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
     ]
     assert [load(line[2]).data.suffix for line in lines] == [" x", " x"]
     assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_signal_lets_the_stage_that_runs_here_save_and_no_other_begins(
+    folder: Path, number: signal.Signals, heeds: bool
+) -> None:
+    python = folder / "python"
+    saves = "trap 'sleep 1; touch saved; exit 75' TERM USR1\n" if heeds else ""
+    python.write_text(f"#!/bin/bash\n{saves}touch begun-$3\nwhile :; do sleep 0.1; done\n")
+    python.chmod(0o700)
+    words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
+    command = [sys.executable, "-m", "astar_megatron.cli", "launch", *words]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as launched:
+        until = time.monotonic() + 300
+        while not (folder / "begun-sweep").exists():
+            assert time.monotonic() < until and launched.poll() is None
+            time.sleep(0.1)
+        launched.send_signal(number)
+        assert launched.wait(300) == 75
+    assert (folder / "saved").exists() == heeds and not (folder / "begun-train").exists()
 
 
 # --- the body as nemo-run takes it

@@ -55,6 +55,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
+def tools(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """Put programs of shell, by their names, before all others."""
+    (folder / "tools").mkdir()
+    for name, text in texts.items():
+        (folder / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "tools" / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder / 'tools'}:{os.environ['PATH']}")
+
+
 def outputs(folder: Path) -> dict[str, str]:
     """What each job of the newest experiment has written, by its name."""
     return {file.parents[1].name: file.read_text() for file in folder.glob("nemo/experiments/*/*/*/*/*/*/0/stdout.log")}
@@ -118,15 +127,46 @@ def test_a_container_whose_name_its_scripts_would_cut_or_run_is_refused(
 
 
 def test_jobs_that_could_not_be_cancelled_are_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tools").mkdir()
     accepts = "[ -e first ] && { echo invalid account >&2; exit 1; }; touch first; echo 70"
-    for name, text in (("sbatch", accepts), ("squeue", ""), ("scancel", "echo no answer >&2; exit 1")):
-        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "tools" / name).chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    tools(tmp_path, monkeypatch, sbatch=accepts, squeue="", scancel="echo no answer >&2; exit 1")
     words = ["--config", "run.yaml", "--stages", "train,eval", "--backend", "nemo-run"]
     with pytest.raises(AssertionError, match=r"invalid account; left in the queue, for .* no answer\): do scancel 70"):
         run("python", "-m", "astar_megatron.cli", "launch", *words)
+
+
+@pytest.mark.parametrize("action", ["status", "cancel"])
+def test_a_slurm_that_does_not_answer_is_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    tools(tmp_path, monkeypatch, sbatch="echo 70", squeue="[ ! -e down ] || { echo Slurm is down >&2; exit 1; }")
+    words = ["--config", "run.yaml", "--set", "slurm.backend=nemo-run"]
+    run("python", "-m", "astar_megatron.cli", "launch", *words)
+    (tmp_path / "down").touch()
+    with pytest.raises(AssertionError, match=r"^astar: the run's jobs can't be asked for: squeue .*: Slurm is down\n"):
+        run("python", "-m", "astar_megatron.cli", "jobs", action, *words)
+
+
+@pytest.mark.parametrize("logs", [None, "my logs"])
+def test_logs_are_the_ends_of_the_newest_launch_that_was_not_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: str | None
+) -> None:
+    tools(tmp_path, monkeypatch, sbatch="[ ! -e refuses ] || { echo invalid account >&2; exit 1; }\necho 70", squeue="")
+    env = f", env: ['ASTAR_LOGS={logs}']" if logs else ""
+    (tmp_path / "run.yaml").write_text(RUN + f"slurm: {{backend: nemo-run, stages: [train]{env}}}\n")
+    astar = ["python", "-m", "astar_megatron.cli"]
+    run(*astar, "launch", "--config", "run.yaml")
+    assert "no job of the run has a log in " in run(*astar, "jobs", "logs", "--config", "run.yaml")
+    (code,) = (tmp_path / "nemo" / "experiments").rglob("code")
+    name = title(run_config(run_dir=str(tmp_path / "runs" / "mine")))
+    driver = tmp_path / logs / f"{name}-train" if logs else code.parent / "ray" / "logs"
+    driver.mkdir(parents=True, exist_ok=True)
+    (code.parent / "log_mine_70.out").write_text("of the job\n")
+    (driver / "driver-node1-0.log").write_text("of the program\n")
+    (tmp_path / "refuses").touch()
+    with pytest.raises(AssertionError, match="invalid account; none is left"):
+        run(*astar, "launch", "--config", "run.yaml")
+    shown = run(*astar, "jobs", "logs", "--config", "run.yaml")
+    assert "of the job\n" in shown and "of the program\n" in shown
 
 
 def test_an_executor_smaller_than_the_run_is_refused(run: Run, tmp_path: Path) -> None:
@@ -153,13 +193,9 @@ def test_nothing_is_written_where_the_home_of_nemo_run_is_not_set(
 def test_jobs_get_the_environment_whatever_the_site_has_set_but_for_what_wins_over_their_scripts(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tools").mkdir()
     names = ("EXPORT", "JOB_NAME", "QOS", "MEM_PER_NODE", "PARTITION", "RESERVATION")
     shown = " ".join([*(f"$SBATCH_{name}" for name in names), "$MINE"])
-    for name, text in (("sbatch", f'echo "{shown}" >>exports; echo 70'), ("squeue", "")):
-        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "tools" / name).chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    tools(tmp_path, monkeypatch, sbatch=f'echo "{shown}" >>exports; echo 70', squeue="")
     for name in names:
         monkeypatch.setenv(f"SBATCH_{name}", "other")
     monkeypatch.setenv("MINE", "own")
@@ -200,11 +236,7 @@ def test_a_job_reads_what_was_checked_whatever_becomes_of_the_file(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packager: list[str]
 ) -> None:
     """The copy is shipped as code is, which the job's script looks at first."""
-    (tmp_path / "tools").mkdir()
-    for name, text in (("sbatch", 'for last; do :; done; cp "$last" "script-$$"; echo 70'), ("squeue", "")):
-        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / "tools" / name).chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:{os.environ['PATH']}")
+    tools(tmp_path, monkeypatch, sbatch='for last; do :; done; cp "$last" "script-$$"; echo 70', squeue="")
     words = ["--config", "run.yaml", "--stages", "train", "--backend", "nemo-run", "--set", "data.suffix='a  b'"]
     run("python", "-m", "astar_megatron.cli", "launch", *words, *packager)
     (tmp_path / "run.yaml").write_text("")

@@ -121,6 +121,9 @@ def test_what_could_not_be_submitted_is_refused_before(slurm: Slurm, monkeypatch
     queue.check(run_config(slurm=sbatch), "train")
     with pytest.raises(ConfigError, match=r"slurm\.backend: nemo-run submits one run; for many take sbatch or local"):
         queue.check(run_config(slurm={"backend": "nemo-run"}), "train")
+    for name in ("50%", "a\\b"):
+        with pytest.raises(ConfigError, match=r"logs would go there, and sbatch takes .* choose another folder for"):
+            queue.check(run_config(slurm=sbatch, run_dir=f"{name}/run"), "train")
     with pytest.raises(PlacementError, match="at least 4 shared"):
         queue.check(run_config(slurm=sbatch, parallel={"data": 4}), "train")
     monkeypatch.setenv("ASTAR_PORT", "7000")

@@ -97,7 +97,15 @@ def test_a_node_is_reached_by_its_names_address_or_its_first_that_others_reach(
     assert printed.startswith(wanted)
 
 
-UNREACHED = "Unable to contact slurm controller (connect failure)"
+UNREACHED = [  # as Slurm says it
+    "Unable to contact slurm controller (connect failure)",
+    "Socket timed out on send/recv operation",
+    "Zero Bytes were transmitted or received",
+    "Slurm backup controller in standby mode",
+    "Message send failure",
+    "Message receive failure",
+    "Protocol authentication error",
+]
 # As at the end of a job.
 REQUEUES = """
 SLURM_JOB_ID=7 ASTAR_LOGS=. ASTAR_MAX_REQUEUES=3 ASTAR_ATTEMPT=9 begun=1 cancelled='' run_folder=. refusal=''
@@ -128,14 +136,16 @@ def test_a_run_that_loses_a_process_twice_without_a_step_between_is_not_requeued
 
 
 def test_what_is_not_requeued_says_why(call: Callable[..., str]) -> None:
-    assert "not requeued: it was cancelled, or came to its time limit" in call(f"{REQUEUES}cancelled=1 requeue 75")
+    ended = call(f"{REQUEUES}cancelled=1 requeue 75")
+    assert "not requeued: Slurm has ended it; where it has requeued it itself (squeue -j 7), there is" in ended
     assert call(f"{REQUEUES}cancelled=1; requeue 0; requeue 1") == ""
 
 
-def test_slurm_is_asked_again_until_it_answers(call: Callable[..., str]) -> None:
-    fails = f"[ -e asked ] || {{ touch asked; echo '{UNREACHED}' >&2; exit 1; }}\necho JobId=7 Restarts=0"
+@pytest.mark.parametrize("unreached", UNREACHED)
+def test_slurm_is_asked_again_until_it_answers(call: Callable[..., str], unreached: str) -> None:
+    fails = f"[ -e asked ] || {{ touch asked; echo '{unreached}' >&2; exit 1; }}\necho JobId=7 Restarts=0"
     printed = call("SLURM_JOB_ID=7 cancelled=''; job_record ask_slurm", scontrol=fails, sleep="")
-    assert printed.startswith("JobId=7 Restarts=0\n") and printed.endswith(f"node1: {UNREACHED}\n")
+    assert printed.startswith("JobId=7 Restarts=0\n") and printed.endswith(f"node1: {unreached}\n")
 
 
 def test_what_slurm_refuses_is_not_asked_again_and_not_told_as_requeued(call: Callable[..., str]) -> None:
@@ -174,6 +184,12 @@ def test_a_node_without_the_interface_is_named(call: Callable[..., str]) -> None
     assert "node1: ASTAR_INTERFACE=ib9: no IPv4 address here that other" in call(f"{variables}; join_ray", ip="")
     without = "command() { return 1; }; ip() { return 127; }; ASTAR_INTERFACE=ib9; own_address || echo $no_address"
     assert call(without).startswith("ASTAR_INTERFACE: the command ip is not here")
+
+
+def test_a_step_that_is_ended_says_nothing_although_ray_has_the_signal_first(call: Callable[..., str]) -> None:
+    variables = "SLURM_NODEID=0 ASTAR_PYTHON=true ASTAR_ADDRESS=x:1 ASTAR_START_SECONDS=9 log=log temp=."
+    line = f"{variables} in_folder=./ends; own_address() {{ address=; }}; trap 'echo ended; exit 0' TERM; join_ray"
+    assert call(line, ends="{ sleep 0.3; kill -TERM $PPID; } &\nexit 143") == "ended\n"
 
 
 def test_an_array_asks_again_where_its_script_lies(call: Callable[..., str], tmp_path: Path) -> None:
@@ -216,6 +232,14 @@ def test_options_of_the_shell_that_the_environment_has_do_not_count(script: str,
 def test_of_a_setup_that_fails_nothing_but_the_status_is_said(call: Callable[..., str], line: str) -> None:
     printed = call(f"export ASTAR_SETUP='{line}'; (set_up 1 :); echo $?")
     assert "ASTAR_SETUP ended with status" in printed and "secret" not in printed
+
+
+@pytest.mark.parametrize(("image", "default"), [("", "/.venv/bin/python"), ("a/b:1", "python3")])
+def test_a_container_has_its_own_python(call: Callable[..., str], image: str, default: str) -> None:
+    """The one of the folder of submission would look for the libraries of the host."""
+    venv = "touch run.yaml; mkdir -p .venv/bin; echo 'echo $0' >.venv/bin/python; chmod +x .venv/bin/python"
+    printed = call(f"{venv}; ASTAR_IMAGE={image}; (trap 'echo $ASTAR_PYTHON' EXIT; main run.yaml 2>/dev/null)")
+    assert printed.endswith(f"{default}\n")
 
 
 def test_a_node_that_is_not_the_first_of_the_job_is_refused(call: Callable[..., str]) -> None:

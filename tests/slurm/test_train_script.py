@@ -118,6 +118,18 @@ def test_a_bad_node_is_left_out_where_there_is_a_spare(
     assert slurm.left_behind(job) == []
 
 
+def test_what_a_file_for_every_bash_sets_of_the_shell_does_not_stay(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """With noclobber a node that is left out could not be ended."""
+    (tmp_path / "env.sh").write_text("set -C\n")
+    env = {"BASH_ENV": str(tmp_path / "env.sh"), "BAD": "node2", "ASTAR_SPARE_NODES": "1"}
+    job = submit("print(JOINED)", env=env)
+    assert slurm.wait(job) == "COMPLETED", output(tmp_path, job)
+    assert (tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log").read_text() == "{'node1'}\n"
+    assert slurm.left_behind(job) == []
+
+
 def test_two_jobs_on_the_same_nodes_do_not_meet(slurm: Slurm, submit: Callable[..., str], tmp_path: Path) -> None:
     program = """
 import time
@@ -191,6 +203,78 @@ def test_a_node_whose_ray_was_killed_is_named(slurm: Slurm, submit: Callable[...
     slurm.run("scancel", f"--signal={signal.SIGUSR1.name[3:]}", "--batch", job)
     assert slurm.wait(job) == "FAILED"
     assert slurm.fact(job, "ExitCode") == "69:0"
+    assert slurm.left_behind(job) == []
+
+
+def test_other_nodes_are_cleared_when_the_first_has_lost_ray_and_its_folder(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    job = submit("", env={"ABSENT": "node2", "ASTAR_START_SECONDS": "600"})  # there it is tried again and again
+    logs = tmp_path / "logs" / f"slurm-{job}"
+    wait_for(logs / "preflight-node1-0.log")
+    wait_for(logs / "ray-node2-0.log")
+    slurm.run("pkill", "-KILL", "-f", "stand_in.py -m ray.*--node-name=node1")
+    assert slurm.wait(job) == "FAILED"
+    assert "preflight stops the job" in output(tmp_path, job)
+    assert "Ray did not end in 30 s" not in output(tmp_path, job)
+    assert slurm.left_behind(job) == []
+
+
+def test_usr1_to_all_steps_lets_the_program_save_with_ray_still_there(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """As scancel sends it without --batch, or Slurm by a --signal without B:."""
+    program = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGUSR1, lambda *_: None)
+Path("begun").touch()
+signal.pause()
+time.sleep(8)
+print("saved with", sorted(names(WORDS[-1].partition("=")[2])))
+raise SystemExit(75)
+"""
+    job = submit(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom stand_in import names\n{program}")
+    wait_for(tmp_path / "begun")
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_for(tmp_path / "logs" / f"slurm-{job}" / "preflight-node1-1.log")
+    log = tmp_path / "logs" / f"slurm-{job}" / "driver-node1-0.log"
+    assert log.read_text() == "saved with ['node1', 'node2']\n" and "requeued\n" in output(tmp_path, job)
+    slurm.run("scancel", job)
+    slurm.wait(job)
+    assert slurm.left_behind(job) == []
+
+
+@pytest.mark.parametrize("victim", ["Ray", "the program"])
+def test_a_job_whose_first_node_loses_ray_or_the_program_is_requeued(
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, victim: str
+) -> None:
+    """The program has longer to end than what Ray has left on that node."""
+    program = """
+import os, time
+from pathlib import Path
+Path("begun").touch()
+if os.environ.get("SLURM_RESTART_COUNT"):
+    raise SystemExit
+while JOINED:
+    time.sleep(0.5)
+    JOINED = names(WORDS[-1].partition("=")[2])
+time.sleep(6)
+raise SystemExit(69)
+"""
+    program = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom stand_in import names\n{program}"
+    job = submit(program)
+    wait_for(tmp_path / "begun")
+    pattern = {"Ray": "stand_in.py -m ray.*--node-name=node1", "the program": "stand_in.py -m astar.* train "}[victim]
+    pid = slurm.run("pgrep", "-f", pattern).split()[-1]
+    slurm.run("kill", "-KILL", pid)
+    until = time.monotonic() + SECONDS
+    while "requeued\n" not in output(tmp_path, job):
+        assert time.monotonic() < until, output(tmp_path, job)
+        time.sleep(0.1)
+    assert " ended with status 69; its output: " in output(tmp_path, job)
+    slurm.run("scancel", job)
+    slurm.wait(job)
     assert slurm.left_behind(job) == []
 
 
@@ -307,6 +391,17 @@ def test_an_allocation_is_used_by_srun_and_refused_beside_its_nodes(slurm: Slurm
     assert re.search(r"of job \d+, but on none of its nodes; submit the script", (tmp_path / "beside").read_text())
     (log,) = tmp_path.glob("logs/slurm-*/driver-*-0.log")
     assert log.read_text() == "['node1', 'node2']\n"
+
+
+def test_a_run_after_another_in_an_allocation_keeps_its_output_and_renews_rays(slurm: Slurm, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(f"print('{name}')")
+    run = f"srun -N1 -n1 bash {TRAIN}"
+    slurm.run("salloc", "-N2", "bash", "-c", f"{run} first.py; {run} second.py", cwd=tmp_path, env=STAND_IN)
+    (logs,) = tmp_path.glob("logs/slurm-*")
+    kept = [(logs / f"driver-node1-0.log{end}").read_text() for end in (".old", "")]
+    assert kept == ["first\n", "second\n"]
+    assert [file.name for file in (logs / "ray-node2-0").iterdir()] == ["raylet.out"]
 
 
 def test_a_second_run_in_an_allocation_is_refused_and_the_first_goes_on(slurm: Slurm, tmp_path: Path) -> None:
@@ -493,11 +588,14 @@ def test_a_signal_before_the_program_has_begun_requeues_the_job(
     assert slurm.left_behind(job) == []
 
 
-@pytest.mark.parametrize("where", ["setup", "preflight", "driver"])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [("setup", "TERM"), ("preflight", "TERM"), ("driver", "TERM"), ("preflight", "USR1"), ("driver", "USR1")],
+)
 def test_a_job_that_slurm_asks_to_end_before_its_program_heeds_that_is_requeued(
-    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, where: str
+    slurm: Slurm, submit: Callable[..., str], tmp_path: Path, where: str, name: str
 ) -> None:
-    """SIGTERM to all steps and not to the script, as a preempted job with GraceTime gets it."""
+    """By a signal to all steps and not to the script, as a preempted job with GraceTime gets SIGTERM."""
     env = {
         "setup": {"ASTAR_SETUP": "touch begun; sleep 600 & wait"},
         "preflight": {"ABSENT": "node2", "ASTAR_START_SECONDS": "600"},
@@ -506,9 +604,11 @@ def test_a_job_that_slurm_asks_to_end_before_its_program_heeds_that_is_requeued(
     job = submit("import time\nopen('begun', 'w').close()\ntime.sleep(600)", env=env[where])
     logs = tmp_path / "logs" / f"slurm-{job}"
     wait_for(tmp_path / "begun" if where != "preflight" else logs / "ray-node2-0.log")
-    if where != "driver":
+    if where == "setup":
         wait_for(logs / "preflight-node1-0.log")
-    slurm.run("scancel", "--signal=TERM", job)
+    elif where == "preflight":
+        wait_for(Path(f"/tmp/astar-{job}-0.0/preflight"))
+    slurm.run("scancel", f"--signal={name}", job)
     wait_for(logs / "preflight-node1-1.log")
     assert "requeued\n" in output(tmp_path, job) and "ended with status 1" not in output(tmp_path, job)
     assert "Invalid job id" not in output(tmp_path, job)
