@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -272,9 +273,18 @@ def _end(words: str, status: int) -> NoReturn:
     raise SystemExit(status) from None
 
 
+class _Shown(logging.Formatter):
+    """Warnings as `shown` has them: one may quote a response."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 def main() -> None:
     """Run the command line; what a user can mend ends as one message and exit status 2, without a traceback."""
     signals.heed()
+    assert logging.lastResort is not None
+    logging.lastResort.setFormatter(_Shown())
     try:
         _check_logins(sys.argv)
         _check_sets(sys.argv)

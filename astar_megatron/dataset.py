@@ -79,9 +79,9 @@ def prepare(
     problems = Problems(source)
     rows = rows_of(kind, source, subset, split, problems, known_subset=known_subset)
     total = len(rows) + problems.count
-    if not known:
-        refuse_nested(rows, question, answer, source)
     pairs = pairs_of(rows, question, read, problems, remedy=remedy)
+    if not (pairs or known):
+        refuse_nested(rows, question, answer, source)
     if reward:
         pairs = _readable(pairs, reward, problems)
     kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]

@@ -129,7 +129,7 @@ def test_a_digest_is_no_login(text: str) -> None:
     [
         "https://x.org/?page=5. and ?sort_key=a",
         "https://x.org/?author=a&tokenizer=b&max_tokens=9&passages=3&keywords=c#top",
-        "https://x.org/?keyboard=1&max_new_tokens=2&num_tokens=3&primary_key=id&monkey=d&bypass=1&authority=e&compass=n",
+        "https://x.org/?keyboard=1&max_new_tokens=2&num_tokens=3&primary_key=id&monkey=d&authority=e&compass=n",
         "mysql+pymysql://db/mlflow?ssl_ca=/keys/ca.pem&ssl_key=/keys/client-key.pem",
         "postgresql://db/mlflow?sslkey=/keys/key.pem&passfile=/keys/.pgpass",
         "hdfs://nn:8020/user/me@REALM/data",

@@ -109,6 +109,22 @@ def test_control_characters_of_a_models_text_do_not_reach_the_terminal(terminal:
     assert not set(text.getvalue()) & set("\x07\r\x1b\x9b")
 
 
+WARNS = """
+import logging, sys
+from astar_megatron import cli
+sys.argv = ["astar", "--help"]
+try:
+    cli.main()
+finally:
+    logging.getLogger("reward").warning("can't read \\x1b[2J of s3://me:S3cret@hub/x")
+"""
+
+
+def test_a_warning_that_quotes_a_response_is_shown_as_all_else_is() -> None:
+    done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, check=True)
+    assert done.stderr == "can't read \\x1b[2J of s3://<login>@hub/x\n"
+
+
 def run_on(console: Console) -> None:
     """Two steps of a run on a board, with an evaluation between them; then one that is waited for."""
     screen = Screen(console)

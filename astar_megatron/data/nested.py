@@ -17,11 +17,14 @@ _OF_VERL = ["reward_model", "ground_truth"]  # where an answer is looked for tha
 _TO_LINES = (
     "import json, sys; from astar_megatron.data.rows import Problems, read_rows, text_of; "
     "rows = read_rows(sys.argv[1], problems := Problems(sys.argv[1])); problems.refuse(len(rows) + problems.count); "
-    '[print(json.dumps({{"question": question, "answer": '
-    'text_of(row.fields{within}, {last}, "name another in this command", number=True)}})) '
-    "for row in rows for (question,) in [{questions}]]"
+    'print(*[json.dumps({{"question": question, "answer": '
+    'text_of(row.fields{within}, {last}, "name another in this command", number=True)}}) '
+    'for row in rows for (question,) in [{questions}]], sep="\\n")'
 )
-_MESSAGES = '[message["content"] for message in row.fields[{field}] if message["role"] != "system"]'
+_MESSAGES = (
+    '[text_of(message, "content", "leave the row out") for message in row.fields[{field}] '
+    'if message["role"] != "system"]'
+)
 
 
 def refuse_nested(rows: Sequence[Row], question: str, answer: str, source: str | Path) -> None:
@@ -45,7 +48,9 @@ def refuse_nested(rows: Sequence[Row], question: str, answer: str, source: str |
         return
     *outer, last = map(json.dumps, place)
     code = _TO_LINES.format(within="".join(f"[{name}]" for name in outer), last=last, questions=questions)
-    path, remedy = (Path(source), "") if Path(source).exists() else (Path("FILE"), "download it, and with its FILE ")
+    path, remedy = (
+        (Path(source).absolute(), "") if Path(source).exists() else (Path("FILE"), "download it, and with its FILE ")
+    )
     command = [sys.executable, "-c", code, str(path)]
     lines = shlex.quote(f"{path.with_suffix('')}_lines.jsonl")
     raise PromptError(f"{source}, {rows[0].where}: {kind}; {remedy}convert it: {shlex.join(command)} > {lines}")

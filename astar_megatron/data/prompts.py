@@ -31,7 +31,6 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
     source = Path(path or cfg.path)
     problems = Problems(source)
     rows = read_rows(source, problems)
-    refuse_nested(rows, cfg.prompt_field, cfg.answer_field, source)
     pairs = pairs_of(
         rows,
         cfg.prompt_field,
@@ -39,6 +38,8 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
         problems,
         remedy="set data.prompt_field",
     )
+    if not pairs:
+        refuse_nested(rows, cfg.prompt_field, cfg.answer_field, source)
     problems.refuse(len(pairs) + problems.count)
     return list(usable_prompts(pairs, cfg, model_path, source).values())
 

@@ -114,6 +114,9 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
         words = ["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words]
         if dry_run:
             print(_shown(chosen, words))
+        elif child.asked:
+            print(f"asked to end before {job.name} has begun; the same command goes on", file=sys.stderr)
+            return RESUME
         elif status := child.run(words, slurm.environment() | chosen):
             print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
             return status
@@ -125,28 +128,27 @@ class _Child:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked = 0
+        self.asked = 0  # the signal
 
     def pass_signals_on(self) -> None:
-        """Pass on what asks a program to save and to end, from now on."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._pass_on)
+        """Pass on what asks a program to end, from now on. Ctrl-C too, unless it is ignored, as in the background."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, _frame: object) -> None:
-        self._asked = number
+        self.asked = number
         if self._process is not None:
             self._process.send_signal(number)
 
     def run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
         """Run it to its end and return the exit status; RESUME where it was asked to end before it could heed that."""
-        if self._asked:
-            return RESUME
-        self._process = subprocess.Popen(words, env=environment)
-        if self._asked:  # in the moment before
-            self._process.send_signal(self._asked)
+        self._process = subprocess.Popen(words, env=environment, process_group=0)  # each signal reaches it once
+        if self.asked:  # in the moment before
+            self._process.send_signal(self.asked)
         status = self._process.wait()
         self._process = None
-        if self._asked and status in (-signal.SIGTERM, -signal.SIGUSR1, 128 + signal.SIGTERM):
+        if self.asked and status in (-signal.SIGTERM, -signal.SIGUSR1, 128 + signal.SIGTERM):
             return RESUME
         return status if status >= 0 else 128 - status
 

@@ -52,6 +52,25 @@ def test_messages_and_a_deep_answer_are_refused_with_the_command_that_makes_line
     assert read_jsonl(tmp_path / f"{source.stem}_lines.jsonl") == [{"question": ASKED["content"], "answer": "2"}]
 
 
+def test_rows_that_can_be_used_are_kept_where_others_are_nested(tmp_path: Path) -> None:
+    source, out = (
+        write_jsonl(tmp_path / "x.jsonl", [OF_VERL, {"prompt": "1 + 1?", "answer": "2"}]),
+        tmp_path / "o.jsonl",
+    )
+    dataset.prepare("jsonl", str(source), str(out), question="prompt", answer="answer", drop=True)
+    assert read_jsonl(out) == [{"question": "1 + 1?", "answer": "2"}]
+
+
+def test_rows_of_this_folder_are_refused_with_a_command_that_runs_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "x.jsonl", [OF_VERL])
+    monkeypatch.chdir(tmp_path / "rows")
+    assert _run(_refused(Path(), "prompt", "answer")).returncode == 0
+    assert len(read_jsonl(tmp_path / "rows_lines.jsonl")) == 1
+
+
 def test_a_run_refuses_messages_with_the_command_too(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", [OF_VERL])
     with pytest.raises(PromptError, match=r"line 1: field 'prompt' is a list of messages, .*; convert it: "):
@@ -62,6 +81,7 @@ def test_a_run_refuses_messages_with_the_command_too(tmp_path: Path) -> None:
     ("second", "message"),
     [
         (OF_VERL | {"prompt": [ASKED, ASKED]}, "too many values"),
+        (OF_VERL | {"prompt": [ASKED | {"content": [{"type": "text"}]}]}, "field 'content' is list, expected text"),
         (OF_VERL | {"reward_model": {"ground_truth": ["2", "3"]}}, "is list, expected text; repair it or name another"),
         (["no object"], "1 of 2 rows"),
     ],
@@ -69,7 +89,8 @@ def test_a_run_refuses_messages_with_the_command_too(tmp_path: Path) -> None:
 def test_the_command_stops_at_a_row_that_it_can_not_make_a_line_of(second: Any, message: str, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "x.jsonl", [OF_VERL, second])
     done = _run(_refused(source, "prompt", "answer"))
-    assert done.returncode and message in done.stderr
+    assert done.returncode and message in done.stderr and not done.stdout
+    assert not (tmp_path / "x_lines.jsonl").read_text()
 
 
 def test_an_answer_that_is_nowhere_is_named_by_the_command(tmp_path: Path) -> None:

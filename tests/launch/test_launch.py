@@ -1,5 +1,6 @@
 """`astar launch` and `astar jobs` with a Slurm of scripts: what is submitted, and what is refused before it is."""
 
+import itertools
 import json
 import os
 import pwd
@@ -663,13 +664,15 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
     assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("heeds", [True, False])
+@pytest.mark.parametrize(
+    ("number", "heeds"),
+    [*itertools.product([signal.SIGTERM, signal.SIGUSR1], [True, False]), (signal.SIGINT, True)],
+)
 def test_a_signal_lets_the_stage_that_runs_here_save_and_no_other_begins(
     folder: Path, number: signal.Signals, heeds: bool
 ) -> None:
     python = folder / "python"
-    saves = "trap 'sleep 1; touch saved; exit 75' TERM USR1\n" if heeds else ""
+    saves = "trap 'sleep 1; touch saved; exit 75' TERM USR1 INT\n" if heeds else ""
     python.write_text(f"#!/bin/bash\n{saves}touch begun-$3\nwhile :; do sleep 0.1; done\n")
     python.chmod(0o700)
     words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]

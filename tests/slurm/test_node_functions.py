@@ -228,6 +228,16 @@ def test_options_of_the_shell_that_the_environment_has_do_not_count(script: str,
     assert "exec" not in done.stderr  # of what the script traces, the lines before it takes that back
 
 
+@pytest.mark.parametrize("end", ["", "; exit 3"])
+def test_names_that_a_setup_sets_are_not_those_that_the_job_removes(call: Callable[..., str], end: str) -> None:
+    names = "ASTAR_TEMP=$PWD/t ASTAR_LOGS=$PWD/logs SLURM_NODEID=0 ASTAR_ATTEMPT=0 ASTAR_PYTHON=python3 child=''"
+    setup = f"ASTAR_SETUP='temp=$PWD/mine log=$PWD/mine.log{end}'"
+    steps = "mkdir mine t.0; name_folder; (set_up 1 leave_node; echo is-${temp##*/} is-${log##*/}); ls"
+    printed = call(f"{names}; {setup}; {steps}").split()
+    assert "mine" in printed and "t.0" not in printed
+    assert ({"is-t.0", "is-ray-node1-0.log"} <= {*printed}) == (not end)
+
+
 @pytest.mark.parametrize("line", ["export HF_TOKEN=secret; false", "exit 3 # secret"])
 def test_of_a_setup_that_fails_nothing_but_the_status_is_said(call: Callable[..., str], line: str) -> None:
     printed = call(f"export ASTAR_SETUP='{line}'; (set_up 1 :); echo $?")

@@ -18,6 +18,7 @@ _NUMBER = re.compile(
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
 )
 _GAP_BEHIND_SIGN = re.compile(r"([={(\[][ \t]*-)(?:[ \t]|\\[,;: ])+(?=\$?[.0-9])")
+_SIGN_BY_DASH = re.compile(r"(?<![^\s={(\[])\N{EN DASH}")  # elsewhere it is a range's
 _OFFICIAL = re.compile(r"-?[0-9.,]+")
 _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -36,7 +37,7 @@ def last_number(response: str, answer: str) -> float:
 
 def number_in(response: str) -> str | None:
     """Return what `last_number` compares: the last number of `response`, in its shortest form ("7.50" is "7.5")."""
-    text = _GAP_BEHIND_SIGN.sub(r"\1", _plain(response).replace("\N{EN DASH}", "-"))
+    text = _GAP_BEHIND_SIGN.sub(r"\1", _SIGN_BY_DASH.sub("-", _plain(response)))
     number = next(reversed(_NUMBER.findall(text)), None)
     return _shortest(_decimal(number)) if number is not None else None
 

@@ -35,9 +35,9 @@ _DIGITS = 30  # of a number's value
 _SIGN = re.compile(
     r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
 )
-_BASE = re.compile(r"([0-9]+)\s*_\s*(?:\{([^{}]*)\}|([^\s{}]))")
+_BASE = re.compile(r"(?<![\^0-9])([0-9]+)\s*_\s*(?:\{([^{}]*)\}|([^\s{}]))")
 _TEXT_BASE = re.compile(r"_\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")  # the library loses it: 52_{\text{eight}}
-_POWER_OF_TEN = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?![\w.^])")
+_POWER_OF_TEN = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})\s*")  # alone: within more, e is Euler's
 _SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
 
 
@@ -131,9 +131,13 @@ def _sign(parsed: Sequence[Any]) -> str | None:
 
 
 def _bases(parsed: Sequence[Any]) -> set[tuple[str, str]]:
-    """The numbers of an answer that have a base, without leading zeros, each with its base."""
-    latex = parsed[-1] if parsed and isinstance(parsed[-1], str) else ""
-    return {(number.lstrip("0"), (braced or bare).strip()) for number, braced, bare in _BASE.findall(latex)}
+    """The numbers of an answer that have another base than ten, without leading zeros, each with its base.
+
+    Of a chain, "11_2 = 3", its end alone counts, as for the library.
+    """
+    latex = parsed[-1].rpartition("=")[2] if parsed and isinstance(parsed[-1], str) else ""
+    bases = {(number.lstrip("0"), (braced or bare).strip()) for number, braced, bare in _BASE.findall(latex)}
+    return {(number, base) for number, base in bases if base not in ("10", "ten")}
 
 
 def _are_close(gold: Any, guess: Any) -> bool:
@@ -159,7 +163,9 @@ def _value(expression: Any) -> Any:
 def _boxed(latex: str) -> str:
     """The box that the library reads, with numbers as it reads them."""
     latex = _TEXT_BASE.sub(r"_{\1}", TEX_THOUSANDS.sub("", latex))
-    return f"$\\boxed{{{_POWER_OF_TEN.sub(r'\1 \\times 10^{\2}', latex)}}}$"
+    if power := _POWER_OF_TEN.fullmatch(latex):
+        latex = rf"{power[1]} \times 10^{{{power[2]}}}"
+    return f"$\\boxed{{{latex}}}$"
 
 
 def _library() -> Any:
