@@ -676,7 +676,8 @@ def test_a_signal_lets_the_stage_that_runs_here_save_and_no_other_begins(
     python.write_text(f"#!/bin/bash\n{saves}touch begun-$3\nwhile :; do sleep 0.1; done\n")
     python.chmod(0o700)
     words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
-    command = [sys.executable, "-m", "astar_megatron.cli", "launch", *words]
+    # What runs in the background, as tests may, ignores Ctrl-C, and so would what it starts.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", "launch", *words]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as launched:
         until = time.monotonic() + 300
         while not (folder / "begun-sweep").exists():
