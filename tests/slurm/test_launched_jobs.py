@@ -24,7 +24,7 @@ reward: {{name: last_number}}
 data:
   path: d
   suffix: |
-    print(WORDS, CONFIG["data"].get("prompt_field"))
+    print(WORDS, CONFIG["data"].get("prompt_field"), flush=True)
     print(len(JOINED))
     if CONFIG.get("seed") == 3 and "train" in WORDS:
       exit(3)
