@@ -340,7 +340,7 @@ INHERITED = {
 def test_what_the_job_that_submits_hands_on_changes_nothing(
     slurm: Slurm, submit: Callable[..., str], tmp_path: Path
 ) -> None:
-    program = "import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ)\n"
+    program = "import os\nprint(os.getcwd(), 'SLURM_ARRAY_TASK_ID' in os.environ, flush=True)\n"
     program += f"os.system('{shutil.which('squeue')} --steps --noheader --format=%l --job=$SLURM_JOB_ID')"
     job = submit(program, "-N2", "--mem=500", env=INHERITED)
     assert slurm.wait(job) == "COMPLETED", output(tmp_path, job)
