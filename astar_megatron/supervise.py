@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.cluster.endings import ended, ended_by_ray
-from astar_megatron.cluster.signals import LOST, RESUME
+from astar_megatron.cluster.signals import LOST, RESUME, PassedOn
 from astar_megatron.config import RunConfig
 from astar_megatron.run import bundle, commands
 from astar_megatron.run.tracking import PLACEMENT_FILE, Screen, read_metrics
@@ -40,10 +40,8 @@ class ChildEnd:
 
 def main(cfg: RunConfig, words: Sequence[str]) -> int:
     """Run `astar WORDS`, a training under `cfg`, until it ends for good; return the exit status of the last one."""
-    child = Child(words)
-    child.pass_signals_on()
-    screen = Screen()
-    end, reason = supervise(cfg, child.run, lambda: child.stopped, screen)
+    signals, screen = PassedOn(), Screen()
+    end, reason = supervise(cfg, lambda: run_child(words, signals), lambda: bool(signals.asked), screen)
     if reason:
         why = f"astar {' '.join(words)}\nThe last process {ended(end.status)}: {reason}."
         try:
@@ -51,9 +49,7 @@ def main(cfg: RunConfig, words: Sequence[str]) -> int:
             screen.say(f"supervise: {ended(end.status)}; {reason}; what there is to look at lies in {folder}")
         except OSError as error:
             screen.say(f"supervise: {ended(end.status)}; {reason}; {error}")
-    if child.stopped and end.status in (-signal.SIGTERM, -signal.SIGUSR1):  # before it could heed them
-        return RESUME
-    return end.status if end.status >= 0 else 128 - end.status
+    return signals.exit_status(end.status)
 
 
 def supervise(
@@ -88,38 +84,16 @@ def supervise(
         screen.say(f"supervise: {ended(end.status)} after {steps} steps; started again, restart {len(restarts)}")
 
 
-class Child:
-    """`astar` with `words` in a process of its own, which is asked to end when this one has died."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self._words, self._process = words, None
-        self.stopped = False
-
-    def pass_signals_on(self) -> None:
-        """Pass on what asks a program to end, from now on. Ctrl-C too, unless it is ignored, as in the background."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._pass_on)
-
-    def _pass_on(self, number: int, _frame: object) -> None:
-        self.stopped = True
-        if self._process is None:
-            raise SystemExit(RESUME)
-        self._process.send_signal(number)
-
-    def run(self) -> ChildEnd:
-        """Start it and wait for its end, and for that of all that it had started; its output is shown."""
-        process = commands.start(self._words, subprocess.PIPE, own_group=True)  # each signal reaches it once, from here
-        assert process.stdout is not None
-        self._process, output = process, bytearray()
-        if self.stopped:  # in the moment before
-            process.terminate()
-        reader = threading.Thread(target=_show, args=(process.stdout.fileno(), output), daemon=True)
-        reader.start()
-        status = process.wait()
-        reader.join(_CARE_SECONDS)
-        self._process = None
-        return ChildEnd(status=status, pid=process.pid, output=output.decode(errors="replace"))
+def run_child(words: Sequence[str], signals: PassedOn) -> ChildEnd:
+    """Run `astar WORDS` to its end, and that of all that it had started; its output is shown."""
+    process = commands.start(words, subprocess.PIPE, own_group=True)
+    assert process.stdout is not None
+    output = bytearray()
+    reader = threading.Thread(target=_show, args=(process.stdout.fileno(), output), daemon=True)
+    reader.start()
+    status = signals.wait(process)
+    reader.join(_CARE_SECONDS)
+    return ChildEnd(status=status, pid=process.pid, output=output.decode(errors="replace"))
 
 
 def _show(descriptor: int, output: bytearray) -> None:

@@ -107,11 +107,11 @@ def test_nothing_is_started_again_once_a_signal_has_come(tmp_path: Path) -> None
 
 PARENT = """
 import os, sys
-from astar_megatron.supervise import Child
-child = Child(["plan", "--config", sys.argv[1]])
-child.pass_signals_on()
-end = child.run()
-print("ended", end.status, child.stopped, len(end.output), flush=True)
+from astar_megatron.cluster.signals import PassedOn
+from astar_megatron.supervise import run_child
+signals = PassedOn()
+end = run_child(["plan", "--config", sys.argv[1]], signals)
+print("ended", end.status, bool(signals.asked), len(end.output), flush=True)
 """
 
 

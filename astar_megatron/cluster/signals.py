@@ -2,12 +2,13 @@
 
 At once, as on an error, so that what is half written is removed; training at the end of a step, which it saves first,
 unless the time given is too short for it. A second signal ends the process and nothing else: what it has started is
-then ended by caretaker.py. Ctrl-C is Python's own.
+then ended by caretaker.py. Ctrl-C is Python's own. A program that waits for another passes all of them on to it.
 """
 
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from astar_megatron.cluster.errors import ClusterError
 RESUME = 75  # EX_TEMPFAIL of sysexits.h: what failed may be tried again
 LOST = 69  # EX_UNAVAILABLE: a process of the run ended by itself; the same command goes on too, if that was chance
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_UNHEEDED = (-signal.SIGTERM, -signal.SIGUSR1, 128 + signal.SIGTERM)  # the last as a shell says it
 _SAME_SECONDS = 1.0  # `timeout`, among others, sends a signal to the process and to its group: that is no second one
 _END_SECONDS = 10.0  # of the time given, for the run's processes to end in
 _ends: list[SystemExit] = []  # that signals have asked for
@@ -96,6 +98,40 @@ class StepEnds:
         if most <= left:
             _end_at_once(f"{name}, and {too_short}")
         _say(f"{name}: ends when this step is saved, in {most:.0f} s at most; a second signal ends it at once")
+
+
+class PassedOn:
+    """Passes what asks this program to end on to the process that it waits for. For the main thread.
+
+    Ctrl-C too, unless it is ignored, as in the background. A process in a group of its own hears of each signal once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0  # the number of the last signal; 0: none has come
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in (*_SIGNALS, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _frame: object) -> None:
+        self.asked = number
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the end of a process and return its status; a signal that came before its start reaches it now."""
+        self._process = process
+        if self.asked:
+            process.send_signal(self.asked)
+        status = process.wait()
+        self._process = None
+        return status
+
+    def exit_status(self, status: int) -> int:
+        """Return what this program has to end with after such a process: RESUME where it was ended before it heeded."""
+        if self.asked and status in _UNHEEDED:
+            return RESUME
+        return status if status >= 0 else 128 - status
 
 
 def _call_on_first(act: Callable[[str], None]) -> None:

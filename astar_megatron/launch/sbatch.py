@@ -6,14 +6,13 @@ Jobs are known by their names, so nothing has to be kept: `status` and `cancel` 
 import importlib.util
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from astar_megatron.cluster.placement import counted
-from astar_megatron.cluster.signals import RESUME
+from astar_megatron.cluster.signals import RESUME, PassedOn
 from astar_megatron.config import ConfigError, SlurmConfig, without_gpus
 from astar_megatron.launch import scripts, slurm
 from astar_megatron.launch.stages import Job
@@ -106,51 +105,22 @@ def submit_job(job: Job, cfg: SlurmConfig, after: str | None) -> str:
 
 def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
     """Run the stages one after the other until one fails or a signal asks for the end; return the last exit status."""
-    child = _Child()
-    if not dry_run:
-        child.pass_signals_on()
-    for job in jobs:
-        chosen = variables(job, cfg)
-        words = ["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words]
-        if dry_run:
-            print(_shown(chosen, words))
-        elif child.asked:
+    commands = [["bash", str(scripts.path("train.sbatch")), job.config_file, *job.words] for job in jobs]
+    if dry_run:
+        for job, words in zip(jobs, commands, strict=True):
+            print(_shown(variables(job, cfg), words))
+        return 0
+    signals = PassedOn()
+    for job, words in zip(jobs, commands, strict=True):
+        if signals.asked:
             print(f"asked to end before {job.name} has begun; the same command goes on", file=sys.stderr)
             return RESUME
-        elif status := child.run(words, slurm.environment() | chosen):
+        environment = slurm.environment() | variables(job, cfg)
+        process = subprocess.Popen(words, env=environment, process_group=0)  # each signal reaches it once
+        if status := signals.exit_status(signals.wait(process)):
             print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
             return status
     return 0
-
-
-class _Child:
-    """One process at a time, which is asked to end as this one is."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self.asked = 0  # the signal
-
-    def pass_signals_on(self) -> None:
-        """Pass on what asks a program to end, from now on. Ctrl-C too, unless it is ignored, as in the background."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._pass_on)
-
-    def _pass_on(self, number: int, _frame: object) -> None:
-        self.asked = number
-        if self._process is not None:
-            self._process.send_signal(number)
-
-    def run(self, words: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Run it to its end and return the exit status; RESUME where it was asked to end before it could heed that."""
-        self._process = subprocess.Popen(words, env=environment, process_group=0)  # each signal reaches it once
-        if self.asked:  # in the moment before
-            self._process.send_signal(self.asked)
-        status = self._process.wait()
-        self._process = None
-        if self.asked and status in (-signal.SIGTERM, -signal.SIGUSR1, 128 + signal.SIGTERM):
-            return RESUME
-        return status if status >= 0 else 128 - status
 
 
 def status(names: Sequence[str]) -> None:
