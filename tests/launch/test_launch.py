@@ -673,18 +673,21 @@ def test_a_signal_lets_the_stage_that_runs_here_save_and_no_other_begins(
 ) -> None:
     python = folder / "python"
     saves = "trap 'sleep 1; touch saved; exit 75' TERM USR1 INT\n" if heeds else ""
-    python.write_text(f"#!/bin/bash\n{saves}touch begun-$3\nwhile :; do sleep 0.1; done\n")
+    python.write_text(f"#!/bin/bash\n{saves}touch begun-$3\nfor _ in {{1..6000}}; do sleep 0.1; done\n")
     python.chmod(0o700)
     words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
     # What runs in the background, as tests may, ignores Ctrl-C, and so would what it starts.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", "launch", *words]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as launched:
-        until = time.monotonic() + 300
-        while not (folder / "begun-sweep").exists():
-            assert time.monotonic() < until and launched.poll() is None
-            time.sleep(0.1)
-        launched.send_signal(number)
-        assert launched.wait(300) == 75
+        try:
+            until = time.monotonic() + 300
+            while not (folder / "begun-sweep").exists():
+                assert time.monotonic() < until and launched.poll() is None
+                time.sleep(0.1)
+            launched.send_signal(number)
+            assert launched.wait(300) == 75
+        finally:
+            launched.kill()
     assert (folder / "saved").exists() == heeds and not (folder / "begun-train").exists()
 
 
