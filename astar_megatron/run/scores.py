@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
+from astar_megatron.data.table_text import markdown_table
 
 OWN_PROMPTS = "prompts"  # the set of a run's own problems; others are benchmarks
 
@@ -114,12 +115,9 @@ class Scored:
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Return the evaluations as a table in Markdown, in per cent with standard errors."""
     columns = list(dict.fromkeys(name for evaluation in evaluations for name, _ in evaluation.rows()))
-    lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for evaluation in evaluations:
-        cells = dict(evaluation.rows())
-        title = evaluation.title.replace("|", r"\|")  # else it would end the cell
-        lines.append(f"| {title} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
-    return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
+    cells = ((evaluation.title, dict(evaluation.rows())) for evaluation in evaluations)
+    rows = ([title, *(own.get(column, "") for column in columns)] for title, own in cells)
+    return markdown_table(["set", *columns], rows) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
 def name_of(weights: str) -> str:
