@@ -49,8 +49,8 @@ class Ledger:
             raise ModelFolderError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
         if wrong := differing(recorded(self.end), self.digests()):
             raise ModelFolderError(
-                f"{self.end.path}: {first_few(wrong)}: not what {RECORD} there records, so the folder is damaged or was "
-                f"changed: take it from a copy, or, if it was changed on purpose, remove {RECORD}"
+                f"{self.end.path}: {first_few(wrong)}: not what {RECORD} there records, so the folder is damaged or "
+                f"was changed: take it from a copy, or, if it was changed on purpose, remove {RECORD}"
             )
 
     def record(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ several may run at once.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.data.contract import digest_of
 from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from astar_megatron.data.table_text import markdown_table
@@ -66,7 +66,7 @@ class Evaluation:
     def key(self) -> str:
         """Eight digits of what was measured, wherever its file lies."""
         measured = dataclasses.asdict(self.measure) | {"problems": self.name, "num_samples": self.num_samples}
-        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
+        return digest_of(measured)[:8]
 
     @property
     def title(self) -> str:
@@ -192,7 +192,7 @@ def forget(run_dir: Path, first: int) -> None:
 def weights_digest(record: Mapping[str, Any] | None) -> str | None:
     """Return a digest of all the weights that a conversion.json records, hexadecimal; None where it has none."""
     digests = (record or {}).get("digests")
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
+    return digest_of(digests) if digests else None
 
 
 def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:
