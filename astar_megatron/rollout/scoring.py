@@ -380,14 +380,4 @@ def environment(driver: Mapping[str, str]) -> dict[str, str]:
 
 
 def _empty_response(prompt: Prompt) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        sample=0,
-        seed=0,
-        token_ids=(),
-        text="",
-        truncated=False,
-        token_logprobs=(),
-        first_version=0,
-        last_version=0,
-    )
+    return Rollout.given(prompt, 0, (), "", truncated=False)
