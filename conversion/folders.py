@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ _EXPORTED = re.compile(
 CARD = "README.md"  # of a model; the last line of one that was written here says so, until somebody changes the text
 _SEAL = re.compile(r"<!-- written by a program, sha256 of the lines above: ([0-9a-f]{64}) -->\n")
 _LOCK, _NEW, _OLD = "lock", "new", "old"  # in the folder that holds a new export until it takes its place
-_NAMED = 8  # files that an error lists
+_FEW = 5  # names that a message has
 
 
 class ModelFolderError(ValueError):
@@ -67,10 +67,9 @@ def check_destination(folder: str | Path) -> None:
             "it yourself"
         )
     if others := strangers(folder):
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         changed = f" ({CARD} was changed by hand)" if CARD in others else ""
         raise ModelFolderError(
-            f"{folder} is an export, but holds files that no export has: {', '.join(others[:_NAMED])}{more}{changed}; "
+            f"{folder} is an export, but holds files that no export has: {first_few(others)}{changed}; "
             "to replace it would delete them: move them away, or choose another place"
         )
 
@@ -83,6 +82,11 @@ def strangers(folder: Path) -> list[str]:
     own = {name for name in names if _is_companion(name) or _EXPORTED.fullmatch(name)}
     others = [name for name in names if name not in own or (folder / name).is_dir()]
     return [name for name in others if name != CARD or not is_sealed(folder / CARD)]
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return a list for a message: the first names, and how many more there are."""
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def files(folder: Path) -> list[str]:

@@ -4,7 +4,6 @@ A digest is entered part by part, in any order and from any thread; see `verify`
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from conversion.ends import End
 from conversion.families import contrast
-from conversion.folders import RECORD, ModelFolderError, model_name, read_record
+from conversion.folders import RECORD, ModelFolderError, first_few, model_name, read_record
 from conversion.plan import Rectangle
 from conversion.tiles import Span
 from conversion.verify import DIGEST_RULE, digest
-
-_NAMED = 8  # parameters that an error lists
 
 
 class Ledger:
@@ -52,8 +49,8 @@ class Ledger:
             raise ModelFolderError(f"{self.end.path}: {listed(self.bad)}: such a model computes nothing; not converted")
         if wrong := differing(recorded(self.end), self.digests()):
             raise ModelFolderError(
-                f"{self.end.path}: {_named(wrong)}: not what {RECORD} there records, so the folder is damaged or was "
-                f"changed: take it from a copy, or, if it was changed on purpose, remove {RECORD}"
+                f"{self.end.path}: {first_few(wrong)}: not what {RECORD} there records, so the folder is damaged or "
+                f"was changed: take it from a copy, or, if it was changed on purpose, remove {RECORD}"
             )
 
     def record(self) -> dict[str, Any]:
@@ -133,7 +130,7 @@ def num_not_finite(values: Tensor) -> int:
 
 def listed(bad: Counter[str]) -> str:
     """Return in words which parameters hold values that are not finite."""
-    return f"NaN or Inf in {_named([f'{name} ({count} values)' for name, count in sorted(bad.items()) if count])}"
+    return f"NaN or Inf in {first_few([f'{name} ({count} values)' for name, count in sorted(bad.items()) if count])}"
 
 
 def doubt(end: End, digests: dict[str, str]) -> str:
@@ -158,7 +155,7 @@ def _weights_doubt(end: End, digests: dict[str, str]) -> str:
     if not expected:
         return f"nothing records what the weights should be (no digests in {RECORD})"
     wrong = differing(expected, digests)
-    return f"not as recorded in {RECORD}: {_named(wrong)}" if wrong else ""
+    return f"not as recorded in {RECORD}: {first_few(wrong)}" if wrong else ""
 
 
 def config_verdict(end: End) -> str:
@@ -171,8 +168,3 @@ def config_verdict(end: End) -> str:
     if not has_config:
         return f"nothing records what config.json should say (no config in {RECORD})"
     return f"config.json computes as recorded in {RECORD}"
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

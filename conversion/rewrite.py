@@ -121,7 +121,8 @@ def write_hf(end: End, folder: str | Path, advance: Advance = lambda _: None, pa
 
 def hf_parts(model: Model, dtype: torch.dtype, part_bytes: int = PART_BYTES) -> list[tuple[str, Span]]:
     """Return the parts of HF parameters that are moved at once: their names and rows."""
-    return [(name, rows) for name, shape in model.parameters().items() for rows in _slabs(shape, (0, shape[0]), dtype)]
+    shapes = model.parameters()
+    return [(name, rows) for name in shapes for rows in _slabs(shapes[name], (0, shapes[name][0]), dtype, part_bytes)]
 
 
 def write_megatron(

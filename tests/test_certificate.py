@@ -12,7 +12,7 @@ from exports import write_export
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from astar_megatron.run.certificate import DisagreementError, certify, fixed_sequences
+from astar_megatron.run.certificate import DisagreementError, certify, certify_conversion, fixed_sequences
 from conversion import rewrite
 from conversion.ends import open_end
 
@@ -131,6 +131,19 @@ def test_a_comparison_that_fails_is_recorded_with_its_reason(export: Path) -> No
     with pytest.raises(ValueError, match=rf"{export} is written .* not compared, RuntimeError: no such kernel"):
         certify(export, failing)
     assert "no such kernel" in recorded(export)["reason"]
+
+
+def test_megatrons_log_probs_are_of_the_copy_of_the_package_that_runs(
+    export: Path, tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a clone that is not installed: another copy, which is, would be found by its name."""
+    for name, text in {"__init__": "", "model/alone": "def main(): raise SystemExit('this copy ran')"}.items():
+        file = tmp_path / "copies/astar_megatron" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "copies"))
+    with pytest.raises(ValueError, match="this copy ran"):
+        certify_conversion(open_end(tied_llama), export)
 
 
 def test_large_logits_may_differ_by_more(tied_llama: Path, tmp_path: Path) -> None:

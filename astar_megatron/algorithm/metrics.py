@@ -11,7 +11,6 @@ for the mini-batch whose weights drew the rollouts, at the sampling temperature 
 Legend: B sequences.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,22 +26,6 @@ class LogprobSums:
     logprobs: torch.Tensor  # of the policy
     reference: torch.Tensor  # of the reference
     on_policy: int  # so many, the first, were scored by the weights that drew them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Divergence:
-    """Of D of whole responses. "On-policy": over the sequences whose weights drew them."""
-
-    logratio_mean: float  # of D, nats
-    logratio_std: float
-    logratio_p05: float
-    logratio_p50: float
-    logratio_p95: float
-    logratio_max: float  # of |D|: exactly 0 before the first optimiser step
-    # of the first mini-batch, whose weights drew it; where rollouts lag, earlier ones did, and these are biased
-    kl_sequence: float  # nats a response
-    kl_token: float  # nats a response token
-    entropy: float  # nats a response token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,30 +57,31 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> Regression:
 def drift(rollouts: Sequence[Rollout], sums: LogprobSums) -> dict[str, float]:
     """Return `divergence` of a step's rollouts as metrics."""
     num_tokens = torch.tensor([len(rollout.token_ids) for rollout in rollouts])
-    return dataclasses.asdict(divergence(sums.logprobs, sums.reference, num_tokens, sums.on_policy))
+    return divergence(sums.logprobs, sums.reference, num_tokens, sums.on_policy)
 
 
 def divergence(
     logprob: torch.Tensor, reference_logprob: torch.Tensor, response_tokens: torch.Tensor, on_policy: int
-) -> Divergence:
-    """Return it from [B] sums of log-probs (nats) and lengths of the responses.
+) -> dict[str, float]:
+    """Return numbers of D from [B] sums of log-probs (nats) and lengths of the responses.
 
-    The first `on_policy` sequences were scored by the weights that drew them. NaN in, NaN out.
+    The first `on_policy` sequences were scored by the weights that drew them, and the last three numbers are of these:
+    where rollouts lag, earlier weights drew them, and the numbers are biased. NaN in, NaN out.
     """
     logratio = (logprob - reference_logprob).double()
     low, median, high = logratio.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     num_tokens = float(response_tokens[:on_policy].sum())
-    return Divergence(
-        logratio_mean=float(logratio.mean()),
-        logratio_std=float(logratio.std(correction=0)),
-        logratio_p05=low,
-        logratio_p50=median,
-        logratio_p95=high,
-        logratio_max=float(logratio.abs().max()),
-        kl_sequence=float(logratio[:on_policy].mean()),
-        kl_token=_ratio(logratio[:on_policy].sum(), num_tokens),
-        entropy=_ratio(-logprob[:on_policy].sum(), num_tokens),
-    )
+    return {
+        "logratio_mean": float(logratio.mean()),  # nats
+        "logratio_std": float(logratio.std(correction=0)),
+        "logratio_p05": low,
+        "logratio_p50": median,
+        "logratio_p95": high,
+        "logratio_max": float(logratio.abs().max()),  # exactly 0 before the first optimiser step
+        "kl_sequence": float(logratio[:on_policy].mean()),  # nats a response
+        "kl_token": _ratio(logratio[:on_policy].sum(), num_tokens),  # nats a response token
+        "entropy": _ratio(-logprob[:on_policy].sum(), num_tokens),  # nats a response token
+    }
 
 
 def _ratio(total: torch.Tensor, count: float) -> float:

@@ -5,20 +5,15 @@ until it is done: who reads that to its end knows that nothing is left.
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from astar_megatron.cluster.processes import module_path, trackers
+from astar_megatron.cluster.processes import python, trackers
 
-_PROGRAM = (
-    "import json, pathlib, sys; sys.path[:] = json.loads(sys.argv[1]); from astar_megatron.cluster import session; "
-    "session.care(pathlib.Path(sys.argv[2]))"
-)
+_PROGRAM = "import pathlib; from astar_megatron.cluster import session; session.care(pathlib.Path(sys.argv[1]))"
 _SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # of which those of a run are the driver's
 _END_SECONDS = 20.0  # a killed process may still have gigabytes to give back
 _TRACKER_SECONDS = 10.0  # of these, for a tracker on a busy machine
@@ -26,7 +21,7 @@ _TRACKER_SECONDS = 10.0  # of these, for a tracker on a busy machine
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
     """Start the process that cares for a session's folder once its input has ended."""
-    command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path()), str(folder)]
+    command = python(_PROGRAM, str(folder))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)  # with them blocked from its beginning

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -14,8 +15,14 @@ _PARENT, _BEGAN = 1, 19  # of the words of `_facts`; when, in ticks since the ke
 _PR_SET_PDEATHSIG = 1
 
 
+def python(code: str, *arguments: str) -> list[str]:
+    """Return the command that runs code of ours, with this process's modules and the arguments in sys.argv[1:]."""
+    begin = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+    return [sys.executable, "-P", "-c", begin + code, json.dumps(module_path()), *arguments]
+
+
 def module_path() -> list[str]:
-    """Return the Python path for a program of ours, to be started with -P: the current folder last.
+    """Return the Python path for a program of ours: the current folder last.
 
     So a numbers.py there takes no module's place, wherever the folder stands here, and a reward is found: rewards.get.
     Only where this package itself lies there all stays as it is, so that both run the same copy.

@@ -91,7 +91,7 @@ def contract_of(cfg: RunConfig) -> Contract:
     return Contract(
         model_digest=_model_digest(Path(cfg.model.path)),
         tokenizer_digest=tokenizer_digest(Path(cfg.model.path)),
-        template_digest=hashlib.sha256(json.dumps([tok.get_chat_template(), cfg.data.suffix]).encode()).hexdigest(),
+        template_digest=digest_of([tok.get_chat_template(), cfg.data.suffix]),
         temperature=cfg.sampling.temperature,
         top_p=cfg.sampling.top_p,
         max_prompt_tokens=cfg.data.max_prompt_tokens,
@@ -103,9 +103,9 @@ def contract_of(cfg: RunConfig) -> Contract:
     )
 
 
-def digest_of(fields: Mapping[str, Value]) -> str:
-    """Return the SHA-256 of a contract's fields, hexadecimal."""
-    return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON has it, hexadecimal; the order of keys makes no difference."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _model_digest(folder: Path) -> str:

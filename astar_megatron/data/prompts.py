@@ -17,9 +17,9 @@ from astar_megatron.data import chat
 from astar_megatron.data.nested import refuse_nested
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, read_rows, without_duplicates
 from astar_megatron.types import Prompt
+from conversion.folders import first_few
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 5  # lines that a message names
 
 
 def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> list[Prompt]:
@@ -88,7 +88,7 @@ def say_control_tokens(pairs: Sequence[Pair], model_path: str, source: object) -
             source,
             len(hits),
             len(pairs),
-            _first_few([f"{pairs[index].where} {token!r}" for index, token in hits]),
+            first_few([f"{pairs[index].where} {token!r}" for index, token in hits]),
         )
 
 
@@ -106,7 +106,7 @@ def say_unknown_tokens(
             len(hits),
             len(prompts),
             chat.tokenizer(model_path).unk_token,
-            _first_few([pairs[index].where for index in hits]),
+            first_few([pairs[index].where for index in hits]),
             model_path,
         )
 
@@ -200,11 +200,6 @@ class PromptStream:
             return int.from_bytes(digest, "big") < weight * 2**64
 
         return drawn
-
-
-def _first_few(lines: Sequence[str]) -> str:
-    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-    return ", ".join(lines[:_SHOWN]) + more
 
 
 def _within_limit(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from astar_megatron.data.rows import Problems, PromptError, Row, data_files, hub_rows, pattern_remedy, read_rows
 from astar_megatron.data.splits import SPLITS, TRAIN, split_of
+from conversion.folders import first_few
 
 _LOG = logging.getLogger(__name__)
-_SHOWN = 5  # names that a message has
 
 
 def rows_of(
@@ -73,8 +73,7 @@ def _files_of(folder: Path, subset: str | None, split: str | None, known_subset:
 
 
 def _listed(files: Iterable[Path], folder: Path) -> str:
-    names = [str(file.relative_to(folder)) for file in files]
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return first_few([str(file.relative_to(folder)) for file in files])
 
 
 def refuse_no_file(key: str, path: Path) -> None:

@@ -1,9 +1,8 @@
 """Which model a folder is, by what is read in it."""
 
-import hashlib
-import json
 from pathlib import Path
 
+from astar_megatron.data.contract import digest_of
 from astar_megatron.run.scores import weights_digest
 from conversion import ledger, rewrite
 from conversion.ends import open_end
@@ -21,4 +20,4 @@ def weights_of(folder: Path) -> tuple[str, str]:
     if not reason and (recorded := weights_digest(read_record(folder))):
         return recorded, ""
     own = {"digests": digests, "config": end.model.computation()}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(), reason
+    return digest_of(own), reason

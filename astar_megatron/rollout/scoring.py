@@ -19,7 +19,6 @@ import queue
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from typing import Any, Self
 
 from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.cluster.endings import ended
-from astar_megatron.cluster.processes import kill, module_path, tree
+from astar_megatron.cluster.processes import kill, python, tree
 from astar_megatron.config import RewardConfig
 from astar_megatron.data.files import storage_error
 from astar_megatron.rollout.reward_process import END_SECONDS, LOADED
@@ -44,9 +43,8 @@ _LATE_SECONDS = 2.0  # for a process that has killed all below it to end itself
 _ENDED = "ended its process"
 _TOO_SLOW = "took more than {:g} s (reward.timeout_seconds) and was stopped"
 _PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from astar_megatron.rollout import reward_process; "
-    "reward_process.main(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))"
+    "reward_process.main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))"
 )
 # What a reward gets of the driver's environment, which has keys and tokens too.
 _PASSED_ON = {
@@ -284,9 +282,8 @@ class _Process:
         if self._closed:
             raise EOFError("the scorer is closed")
         self._unread, self._judged = b"", LOADED
-        program = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path())]
         self._process = subprocess.Popen(
-            [*program, self._cfg.name, *map(str, self._limits())],
+            python(_PROGRAM, self._cfg.name, *map(str, self._limits())),
             env=environment(os.environ),
             bufsize=0,
             stdin=subprocess.PIPE,
@@ -383,14 +380,4 @@ def environment(driver: Mapping[str, str]) -> dict[str, str]:
 
 
 def _empty_response(prompt: Prompt) -> Rollout:
-    return Rollout(
-        prompt=prompt,
-        sample=0,
-        seed=0,
-        token_ids=(),
-        text="",
-        truncated=False,
-        token_logprobs=(),
-        first_version=0,
-        last_version=0,
-    )
+    return Rollout.given(prompt, 0, (), "", truncated=False)

@@ -9,13 +9,13 @@ import importlib.metadata
 import json
 import math
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from astar_megatron.cluster.processes import python
 from astar_megatron.model.backend import FLOAT32_ENVIRONMENT
 from astar_megatron.run import resources
 from conversion import folders
@@ -115,8 +115,8 @@ def certify_conversion(source: End, destination: Path) -> str:
 
     def logprobs(sequences: Sequence[Sequence[int]], _prompt_tokens: Sequence[int]) -> list[list[float]]:
         variables = [f"{name}={value}" for name, value in FLOAT32_ENVIRONMENT.items()]
-        program = [sys.executable, "-P", "-m", "astar_megatron.model.alone"]
-        command = ["env", *variables, *program, str(megatron), str(hugging_face)]
+        code = "from astar_megatron.model import alone; alone.main()"
+        command = ["env", *variables, *python(code, str(megatron), str(hugging_face))]
         done = subprocess.run(command, input=json.dumps(sequences), capture_output=True, text=True, check=False)
         if done.returncode:
             last_line = done.stderr.strip().splitlines()[-1:] or [f"its process ended with {done.returncode}"]

@@ -5,7 +5,7 @@ them.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from astar_megatron.data.run_folder import STEPS
 from astar_megatron.model.compute_type import ComputeType
 from astar_megatron.run.saving import IN_FLIGHT_FILE, LATEST_FILE, Saves
 from astar_megatron.types import Prompt, Rollout
-from conversion.folders import PROGRESS_FILE
+from conversion.folders import PROGRESS_FILE, first_few
 
 CHECKPOINTS_FOLDER = "checkpoints"  # of a run
-_NAMED = 5  # files that an error lists
 _LONGEST_NAME = 100  # bytes of `latest` that are read
 type _Prompts = PromptStream | PrioritisedPrompts
 # What progress.json holds, beside the objective's and what the ranks read of it.
@@ -55,10 +54,10 @@ class Checkpoints:
         if folder is None:
             return
         if faults := problems(folder):
-            raise _error(self._folder, f"{folder} is damaged: {_listed(faults)}", folder.name)
+            raise _error(self._folder, f"{folder} is damaged: {first_few(faults)}", folder.name)
         if others := strangers(folder):
             raise DamagedCheckpointError(
-                f"{folder} is whole, but holds files that are not in {MANIFEST_FILE}: {_listed(others)}; move them "
+                f"{folder} is whole, but holds files that are not in {MANIFEST_FILE}: {first_few(others)}; move them "
                 "away and run the same command again"
             )
 
@@ -236,11 +235,6 @@ def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
     else:
         remedy = f"{whole} is whole: write its name into {pointer} and run the same command again"
     return DamagedCheckpointError(f"{culprit}; {remedy}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _method(settings: dict[str, Any]) -> str:

@@ -1,15 +1,13 @@
 """`astar` commands in processes of their own, each with its configuration and its log in the folder of its run."""
 
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from astar_megatron.cluster.processes import module_path
+from astar_megatron.cluster.processes import python
 from astar_megatron.config import RunConfig, as_json
 from astar_megatron.data.files import make_folder, write_atomic
 from astar_megatron.run.tracking import Screen
@@ -18,12 +16,11 @@ LOG_FILE = "log.txt"
 _TAIL_BYTES = 8192
 _SECONDS_A_LINE = 60.0  # of waiting, where there is no terminal
 _PROGRAM = """
-import json, signal, sys
-sys.path[:] = json.loads(sys.argv[1])
+import signal
 from astar_megatron import cli
 from astar_megatron.cluster.processes import die_with
-die_with(int(sys.argv[2]), signal.SIGTERM)
-sys.argv = ["astar", *sys.argv[3:]]
+die_with(int(sys.argv[1]), signal.SIGTERM)
+sys.argv = ["astar", *sys.argv[2:]]
 cli.main()
 """
 
@@ -90,7 +87,7 @@ def start(words: Sequence[str], output: int | IO[bytes], *, own_group: bool = Fa
 
     In a process group of its own it hears of Ctrl-C, and what else is sent to this one's, only by this process.
     """
-    command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(module_path()), str(os.getpid()), *words]
+    command = python(_PROGRAM, str(os.getpid()), *words)
     return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, process_group=0 if own_group else None)
 
 

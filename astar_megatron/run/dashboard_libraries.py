@@ -26,6 +26,7 @@ import numpy as np
 from astar_megatron.config import TrackingConfig
 from astar_megatron.data.files import without_nan
 from astar_megatron.data.run_folder import step_name
+from astar_megatron.data.table_text import markdown_table
 
 CLOSE_SECONDS = 5.0  # of waiting for what is still on its way; a run that a signal ends has 10 for all that it ends
 _ANSWER_SECONDS = 30.0  # in which W&B must have begun the run
@@ -193,7 +194,7 @@ class TensorBoard:
         for name, values in entry.histograms.items():
             self._writer.add_histogram(name, np.asarray(values), entry.step)
         for name, table in entry.tables.items():
-            self._writer.add_text(name, _markdown(table), entry.step)
+            self._writer.add_text(name, markdown_table(table.columns, table.rows), entry.step)
         self._writer.flush()
 
     def close(self, *, failed: bool) -> None:
@@ -254,11 +255,3 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, An
         inner = isinstance(value, Mapping)
         leaves += _leaves(value, f"{prefix}{name}.") if inner else [(prefix + name, value)]
     return leaves
-
-
-def _markdown(table: Table) -> str:
-    def line(cells: Sequence[Any]) -> str:
-        texts = (str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells)
-        return f"| {' | '.join(texts)} |"
-
-    return "\n".join([line(table.columns), line(["---"] * len(table.columns)), *map(line, table.rows)])

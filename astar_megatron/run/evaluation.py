@@ -3,7 +3,6 @@
 evaluate.py says what is measured. Training evaluates through this too.
 """
 
-import hashlib
 import json
 import math
 from collections import defaultdict
@@ -13,6 +12,7 @@ from dataclasses import replace
 from astar_megatron.algorithm import rewards
 from astar_megatron.algorithm.estimators import majority, mean_and_error, pass_at_k
 from astar_megatron.config import RunConfig, SamplingConfig
+from astar_megatron.data.contract import digest_of
 from astar_megatron.rollout.requests import evaluation_requests
 from astar_megatron.rollout.source import Engines, RolloutSource
 from astar_megatron.run.prepare import EvalSet, Inputs
@@ -40,7 +40,7 @@ def _measure(eval_set: EvalSet, sampling: SamplingConfig) -> Measure:
     asked = [rewards.version(eval_set.reward.name), *sorted(prompt.uid for prompt in eval_set.prompts)]
     return Measure(
         problems=eval_set.source,
-        digest=hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        digest=digest_of(asked)[:16],
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_response_tokens=sampling.max_response_tokens,

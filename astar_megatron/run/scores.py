@@ -9,7 +9,6 @@ several may run at once.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import statistics
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from astar_megatron.data.contract import digest_of
 from astar_megatron.data.files import without_nan, write_atomic
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
+from astar_megatron.data.table_text import markdown_table
 
 OWN_PROMPTS = "prompts"  # the set of a run's own problems; others are benchmarks
 
@@ -65,7 +66,7 @@ class Evaluation:
     def key(self) -> str:
         """Eight digits of what was measured, wherever its file lies."""
         measured = dataclasses.asdict(self.measure) | {"problems": self.name, "num_samples": self.num_samples}
-        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
+        return digest_of(measured)[:8]
 
     @property
     def title(self) -> str:
@@ -114,12 +115,9 @@ class Scored:
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Return the evaluations as a table in Markdown, in per cent with standard errors."""
     columns = list(dict.fromkeys(name for evaluation in evaluations for name, _ in evaluation.rows()))
-    lines = ["| set | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for evaluation in evaluations:
-        cells = dict(evaluation.rows())
-        title = evaluation.title.replace("|", r"\|")  # else it would end the cell
-        lines.append(f"| {title} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
-    return "\n".join(lines) + "\n\nPer cent, with the standard error over the problems.\n"
+    cells = ((evaluation.title, dict(evaluation.rows())) for evaluation in evaluations)
+    rows = ([title, *(own.get(column, "") for column in columns)] for title, own in cells)
+    return markdown_table(["set", *columns], rows) + "\n\nPer cent, with the standard error over the problems.\n"
 
 
 def name_of(weights: str) -> str:
@@ -194,7 +192,7 @@ def forget(run_dir: Path, first: int) -> None:
 def weights_digest(record: Mapping[str, Any] | None) -> str | None:
     """Return a digest of all the weights that a conversion.json records, hexadecimal; None where it has none."""
     digests = (record or {}).get("digests")
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest() if digests else None
+    return digest_of(digests) if digests else None
 
 
 def scores_of(run_dir: Path, step: int, weights: str | None) -> list[Scored]:

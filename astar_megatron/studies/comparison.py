@@ -8,7 +8,6 @@ over its sets. What a run has cost is that of run/spending.py, and stage 1's whe
 started (the program compare) and how they are drawn (curves.py).
 """
 
-import hashlib
 import json
 import math
 import statistics
@@ -20,6 +19,7 @@ from typing import Any, get_args
 from astar_megatron import config
 from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
+from astar_megatron.data.contract import digest_of
 from astar_megatron.run import scores
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import Cost, Measure
@@ -219,7 +219,7 @@ def settings_of(cfg: RunConfig, inputs: Inputs, budget: Budget) -> dict[str, Any
     common = {key: value for key, value in settings.items() if not key.startswith(_NOT_COMMON)}
     held_out = {eval_set.name: sorted(prompt.uid for prompt in eval_set.prompts) for eval_set in inputs.eval_sets}
     contents = (sorted(prompt.uid for prompt in inputs.prompts), held_out, inputs.contract.fields())
-    digests = {name: _digest(content) for name, content in zip(_CONTENTS, contents, strict=True)}
+    digests = {name: digest_of(content) for name, content in zip(_CONTENTS, contents, strict=True)}
     return json.loads(json.dumps(common | digests | {"--budget": str(budget)}))
 
 
@@ -301,10 +301,6 @@ def summary_of(method: str, results: Iterable[Result]) -> Summary | None:
 
 def _separated(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _last_scores(run_dir: Path, steps: int) -> dict[str, float]:

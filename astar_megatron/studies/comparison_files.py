@@ -1,14 +1,13 @@
 """What a comparison leaves: compare.json with everything, compare.csv a line a step, compare.md for people."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
 from astar_megatron.studies.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
 from astar_megatron.studies.curves import plot
@@ -16,10 +15,11 @@ from astar_megatron.studies.curves import plot
 JSON_FILE = "compare.json"
 STAGE_1 = "stage-1"  # folder of the sweep
 _BEFORE = {"compare.lock", STAGE_1}  # what there is before the first run
-_COLUMNS = (
+_CSV_COLUMNS = (
     *("method", "seed", "step", "spent_tokens", "spent_flops", "spent_seconds"),
     *("reward_mean", "kl_token", "entropy", "truncated", "score_before"),
 )
+_COLUMNS = ("method", "runs", "score", "KL", "seconds", "peak memory, GiB", "tokens", "FLOPs", "steps")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +105,14 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def as_csv(results: Sequence[Result]) -> str:
     """Return a line a step of the finished runs."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
+    rows = []
     for result in results:
         for step in result.steps:
             score = sum(step.scores.values()) / len(step.scores) if step.scores else None
             spent = (step.spent.tokens, step.spent.flops, step.spent.seconds)
             health = (step.reward_mean, step.kl_token, step.entropy, step.truncated)
-            writer.writerow((result.run.cell, result.run.seed, step.step, *spent, *health, score))
-    return text.getvalue()
+            rows.append((result.run.cell, result.run.seed, step.step, *spent, *health, score))
+    return csv_text(_CSV_COLUMNS, rows)
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -124,9 +122,7 @@ def as_markdown(comparison: Comparison) -> str:
         f"Budget of each run: {comparison.budget.amount:.12g} {UNITS[comparison.budget.measure]}, stage 1 included "
         f"where the method reads it. Seeds: {seeds}.",
         "",
-        "| method | runs | score | KL | seconds | peak memory, GiB | tokens | FLOPs | steps |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        *map(_row, comparison.summaries),
+        markdown_table(_COLUMNS, map(_row, comparison.summaries)),
         "",
         "Score: greedy, of the last weights, mean over the finished runs ± its standard error. KL: to the reference, "
         "nats a response token, at the last step; empty where it is to a copy of the policy (oapl.refresh_steps). "
@@ -146,9 +142,9 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(summary: Summary) -> str:
+def _row(summary: Summary) -> Sequence[str]:
     error = "" if summary.score_error is None else f" ± {summary.score_error:.3f}"
-    cells = (
+    return (
         summary.method,
         str(summary.num_runs),
         f"{summary.score:.3f}{error}",
@@ -159,7 +155,6 @@ def _row(summary: Summary) -> str:
         f"{summary.flops:.3g}",
         f"{summary.steps:.1f}",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 def _state(comparison: Comparison, run: Run) -> dict[str, Any]:

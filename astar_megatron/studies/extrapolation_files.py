@@ -1,7 +1,5 @@
 """What `astar scale fit` leaves: fit.json with everything, fit.csv a line a law, fit.md for people, fit.png."""
 
-import csv
-import io
 import json
 import math
 import textwrap
@@ -13,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from astar_megatron.data.files import write_atomic, write_figure
+from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResult, Number
 from astar_megatron.studies.laws import LEVEL
 from astar_megatron.studies.score_curves import Curve
 
 FILES = ("fit.json", "fit.csv", "fit.md", "fit.png")
 _NUMBERS = ("asymptote", "exponent", "middle", "start")
-_COLUMNS = (
+_CSV_COLUMNS = (
     *("curve", "runs", "asked_runs", "lost_rows"),
     *("law", "is_best", "verdict", "late_error", "late_share", "sigma", "refusal"),
+    *(name + end for name in _NUMBERS for end in ("", "_low", "_high")),
 )
+_COLUMNS = ("curve", "runs", "points", "verdict", "nearest law", "late error", "asymptote", "exponent")
 _PANELS, _MOST_PANELS = 3, 60  # in a row of the picture, and in all
 _DRAWN = 200  # points of a line
 _LETTERS, _MOST_LINES = 56, 8  # of a title over one panel
@@ -91,9 +92,7 @@ def _ends(number: Number) -> list[float | None] | None:
 
 def as_csv(curves: Sequence[Curve], results: Sequence[Extrapolation]) -> str:
     """Return a line a curve and law, with the numbers that the points can tell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*_COLUMNS, *(name + end for name in _NUMBERS for end in ("", "_low", "_high"))))
+    rows = []
     for curve, result in zip(curves, results, strict=True):
         own = (curve.name, curve.runs, curve.asked_runs, len(curve.lost))
         for law in result.laws:
@@ -107,26 +106,22 @@ def as_csv(curves: Sequence[Curve], results: Sequence[Extrapolation]) -> str:
             sigma = law.whole and law.whole.sigma
             is_best = result.best is law
             judged = (law.law, is_best, result.verdict, law.error, law.share, sigma, law.refusal)
-            writer.writerow((*own, *judged, *numbers))
-    return text.getvalue()
+            rows.append((*own, *judged, *numbers))
+    return csv_text(_CSV_COLUMNS, rows)
 
 
 def as_markdown(curves: Sequence[Curve], results: Sequence[Extrapolation], tolerance: float) -> str:
     """Return the verdicts as a table, and why."""
-    lines = [
-        "| curve | runs | points | verdict | nearest law | late error | asymptote | exponent |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for curve, result in zip(curves, results, strict=True):
         runs = f"{curve.runs} of {curve.asked_runs}" if curve.runs < curve.asked_runs else str(curve.runs)
         numbers = result.laws[0].numbers
         error = "" if result.best is None else f"{result.best.error:.3g}"
-        cells = (_shown(numbers.get("asymptote")), _shown(numbers.get("exponent")))
+        own = (_shown(numbers.get("asymptote")), _shown(numbers.get("exponent")))
         nearest = result.best.law if result.best else ""
-        name = result.name.replace("|", "&#124;")
-        cells = (name, runs, str(len(result.points)), result.verdict, nearest, error, *cells)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+        rows.append((result.name, runs, len(result.points), result.verdict, nearest, error, *own))
+    lines = [
+        markdown_table(_COLUMNS, rows),
         "",
         "Fitted to the points up to half of the largest compute, compared with the means of ten equal parts of the "
         f"rest. A curve extrapolates where the nearest law is within {tolerance:g} of {NEEDED:.0%} of them. Asymptote "

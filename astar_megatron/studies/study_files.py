@@ -1,8 +1,6 @@
 """What a scaling study leaves: scale.json, by which it goes on, scale.csv a line a step, scale.md for people."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.data.files import write_atomic
+from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
 from astar_megatron.studies.comparison import UNITS, Budget, Run, Stage1Cost
 from astar_megatron.studies.study import Score, Study
@@ -90,16 +89,14 @@ def _state(progress: Progress, run: Run) -> dict[str, Any]:
 def as_csv(progress: Progress) -> str:
     """Return the courses of the finished runs, which `astar scale fit` reads, with the values of each cell's keys."""
     keys = list(dict.fromkeys(key for values in progress.study.cells.values() for key in values))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*_COLUMNS, *keys))
+    rows = []
     for run, course in progress.courses.items():
         values = progress.study.cells[run.cell]
         for score in course:
             spent = (score.spent.tokens, score.spent.flops, score.spent.seconds)
             own = (score.reward_mean, score.score, *(values.get(key) for key in keys))
-            writer.writerow((run.cell, run.seed, score.steps, *spent, *own))
-    return text.getvalue()
+            rows.append((run.cell, run.seed, score.steps, *spent, *own))
+    return csv_text((*_COLUMNS, *keys), rows)
 
 
 def as_markdown(progress: Progress) -> str:
@@ -107,9 +104,7 @@ def as_markdown(progress: Progress) -> str:
     study = progress.study
     columns = [f"{budget.amount:.4g} {UNITS[budget.measure]}" for budget in study.budgets]
     lines = [
-        f"| cell | runs | {' | '.join(columns)} |",
-        "| --- | --- |" + " --- |" * len(columns),
-        *(_row(progress, cell) for cell in study.cells),
+        markdown_table(("cell", "runs", *columns), (_row(progress, cell) for cell in study.cells)),
         "",
         "Score: greedy, on the held-out problems, of the weights at which a run has cost so much, stage 1 included "
         "where the cell reads it; mean over the finished runs ± its standard error, (n) where n of them alone have "
@@ -123,7 +118,7 @@ def as_markdown(progress: Progress) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(progress: Progress, cell: str) -> str:
+def _row(progress: Progress, cell: str) -> Sequence[Any]:
     courses = [course for run, course in progress.courses.items() if run.cell == cell]
     cells = []
     for budget in progress.study.budgets:
@@ -131,7 +126,7 @@ def _row(progress: Progress, cell: str) -> str:
         mean, error = mean_and_error(scores) if scores else (None, None)
         text = "" if mean is None else f"{mean:.3f}" + (f" ± {error:.3f}" if len(scores) > 1 else "")
         cells.append(f"{text} ({len(scores)})" if 0 < len(scores) < len(courses) else text)
-    return f"| {cell} | {len(courses)} | {' | '.join(cells)} |"
+    return cell, len(courses), *cells
 
 
 def score_at(course: Sequence[Score], budget: Budget) -> float | None:

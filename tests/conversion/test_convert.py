@@ -180,6 +180,14 @@ def test_a_checkpoint_without_configuration_needs_a_folder_like_it(
         convert.verify(str(tied_llama), str(tied_llama), like=str(tied_llama))
 
 
+def test_no_part_has_more_bytes_than_asked_for_but_those_of_one_row(untied_qwen2: Path) -> None:
+    end = HuggingFaceEnd(untied_qwen2)
+    parts = rewrite.hf_parts(end.model, end.dtype, 1500)
+    assert len(parts) > len(rewrite.hf_parts(end.model, end.dtype)) == len(end.model.parameters())
+    for name, (start, stop) in parts:
+        assert stop - start == 1 or end.rows(name, start, stop).nbytes <= 1500
+
+
 @pytest.mark.slow
 @given(
     model=models(),
