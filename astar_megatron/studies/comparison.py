@@ -164,12 +164,14 @@ def run_config(cfg: RunConfig, run: Run, folder: Path) -> RunConfig:
     """Return the configuration of a run, without its budget. Raises ConfigError where its method can't have it."""
     if cfg.budget != BudgetConfig():
         raise ValueError("budget: a comparison takes it from --budget; leave the keys out")
-    tree = cfg.model_dump()
-    tree |= {"run_dir": str(folder / run.name), "seed": run.seed}
-    tree["objective"]["name"] = run.cell
-    tree["sweep"]["table"] = str(cfg.table_dir)
-    tree["eval"]["interval"] = cfg.eval.interval or cfg.train.num_steps
-    return config.validate(tree)
+    own = {
+        "run_dir": str(folder / run.name),
+        "seed": run.seed,
+        "objective.name": run.cell,
+        "sweep.table": str(cfg.table_dir),
+        "eval.interval": cfg.eval.interval or cfg.train.num_steps,
+    }
+    return config.validate(config.with_values(cfg.model_dump(), own))
 
 
 def with_budget(cfg: RunConfig, budgets: Sequence[Budget], stage_1: Stage1Cost | None) -> RunConfig:
