@@ -43,6 +43,13 @@ def write_atomic(path: str | Path, data: bytes, *, replace: bool = True) -> None
         raise storage_error(f"{path}: can't write {len(data)} bytes", error) from error
 
 
+def tail(path: Path, num_bytes: int) -> bytes:
+    """Return the last bytes of a file, or all that it has. Raises OSError."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
+        return file.read()
+
+
 def write_figure(path: Path, figure: Any) -> None:
     """Draw a figure of matplotlib into an image file, in the format of its ending, as `write_atomic` does."""
     image = io.BytesIO()
