@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.data.files import storage_error, write_atomic, write_json
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
 from astar_megatron.studies.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
@@ -81,7 +81,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
 
 def write(folder: Path, comparison: Comparison) -> None:
     """Write all files of a comparison, each whole; compare.json first, by which a later one goes on."""
-    write_atomic(folder / JSON_FILE, (json.dumps(as_json(comparison), indent=1) + "\n").encode())
+    write_json(folder / JSON_FILE, as_json(comparison))
     write_atomic(folder / "compare.csv", as_csv(comparison.finished).encode())
     write_atomic(folder / "compare.md", as_markdown(comparison).encode())
     plot(comparison.finished, folder / "compare.png")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.estimators import mean_and_error
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.files import write_atomic, write_json
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
 from astar_megatron.studies.comparison import UNITS, Budget, Run, Stage1Cost
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def write(progress: Progress) -> None:
     """Write all files of a study, each whole; scale.json first."""
     folder = progress.study.folder
-    write_atomic(folder / JSON_FILE, (json.dumps(as_json(progress), indent=1) + "\n").encode())
+    write_json(folder / JSON_FILE, as_json(progress))
     write_atomic(folder / "scale.csv", as_csv(progress).encode())
     write_atomic(folder / "scale.md", as_markdown(progress).encode())
 
