@@ -10,6 +10,7 @@ started (the program compare) and how they are drawn (curves.py).
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
 from astar_megatron.data.contract import digest_of
 from astar_megatron.run import scores
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import greedy_scores, read_metrics
@@ -62,6 +64,12 @@ class Run:
     def name(self) -> str:
         """Also of its folder."""
         return f"{self.cell}-{self.seed}"
+
+
+def remove_checkpoints(folder: Path, finished: Iterable[Run]) -> None:
+    """Remove what only a run that goes on needs."""
+    for run in finished:
+        shutil.rmtree(folder / run.name / CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

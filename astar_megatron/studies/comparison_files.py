@@ -9,6 +9,7 @@ from typing import Any
 from astar_megatron.data.files import storage_error, write_atomic, write_json
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
+from astar_megatron.studies import unfinished
 from astar_megatron.studies.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
 from astar_megatron.studies.curves import plot
 
@@ -136,9 +137,7 @@ def as_markdown(comparison: Comparison) -> str:
             "",
             f"Ended by train.num_steps before the budget was reached: {', '.join(comparison.ended_by_num_steps)}.",
         ]
-    if missing := [run for run in comparison.runs if run not in comparison.results]:
-        lines += ["", "Not finished:", ""]
-        lines += [f"- {run.name}: {comparison.errors.get(run, 'has not run yet')}" for run in missing]
+    lines += unfinished.listed(comparison.runs, comparison.results, comparison.errors)
     return "\n".join(lines) + "\n"
 
 
@@ -159,8 +158,7 @@ def _row(summary: Summary) -> Sequence[str]:
 
 def _state(comparison: Comparison, run: Run) -> dict[str, Any]:
     if (result := comparison.results.get(run)) is None:
-        error = comparison.errors.get(run)
-        return {"state": "failed", "error": error} if error else {"state": "waiting"}
+        return unfinished.state_of(run, comparison.errors)
     return {
         "state": "finished",
         "score": result.score,
