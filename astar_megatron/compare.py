@@ -5,14 +5,12 @@ lacks something. Run again it goes on: finished runs stay, others continue from 
 down as finished its checkpoints are removed; its export stays. What is compared: studies/comparison.py.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from astar_megatron.config import RunConfig
 from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.run import resources
-from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.commands import Runner, astar, run_shown
 from astar_megatron.run.prepare import Inputs, prepare
 from astar_megatron.run.tracking import Screen
@@ -42,10 +40,14 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
         if comparison_files.read(folder)[1] != finished:
             raise ValueError(f"{folder}: another comparison has just gone on there; run the same command again")
         stage_1, failures = stage_1_of(
-            cfg.seed, configs, limit, inputs, folder, lambda own: run_shown("sweep", own, "stage 1", screen, runner)
+            cfg.seed,
+            configs,
+            limit,
+            inputs,
+            folder,
+            finished,
+            lambda own: run_shown("sweep", own, "stage 1", screen, runner),
         )
-        if lost := [run for run in finished if run.cell in failures]:
-            raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
         errors = {run: failures[run.cell] for run in runs if run.cell in failures}
         runnable = {run: own for run, own in configs.items() if run not in errors}
         configs = {run: comparison.with_budget(own, [limit], stage_1.get(run.cell)) for run, own in runnable.items()}
@@ -88,10 +90,8 @@ def _result(known: Comparison, run: Run, cfg: RunConfig, folder: Path) -> Result
 
 
 def _write(known: Comparison, folder: Path) -> None:
-    """Write what is known; then remove what only a run that goes on needs."""
     comparison_files.write(folder, known)
-    for run in known.results:
-        shutil.rmtree(folder / run.name / CHECKPOINTS_FOLDER, ignore_errors=True)
+    comparison.remove_checkpoints(folder, known.results)
 
 
 def _checked(configs: Sequence[RunConfig], folder: Path) -> Inputs:

@@ -4,7 +4,6 @@ It waits for the nodes, asks each what it has, and measures what lies between th
 acts on the lines `left out: NODE`, and on the exit status: 0 where the run can start without these.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from astar_megatron.cluster.nodes import appears
 from astar_megatron.cluster.placement import Node
 from astar_megatron.cluster.survey import Clock
 from astar_megatron.config import ClusterConfig, RunConfig
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.files import write_json
 from astar_megatron.run import node_facts
 from astar_megatron.run.node_facts import NodeFacts
 from astar_megatron.run.node_faults import Fault, Report, Verdict, absent, judge, verdict
@@ -68,7 +67,7 @@ def main(
         reported = {name: asdict(report) for name, report in reports.items()}
         tree = {"nodes": names, "collective": collective, "reports": reported}
         tree |= {"faults": [asdict(fault) for fault in faults], **asdict(result)}
-        write_atomic(file, json.dumps(tree, indent=2).encode())
+        write_json(file, tree)
     return int(bool(result.refusal))
 
 

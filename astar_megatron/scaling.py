@@ -5,7 +5,6 @@ has got since are added. Once a run is written down as finished its checkpoints 
 study is: studies/study.py; what its scores say: the program scaling_fit.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from astar_megatron.config import RunConfig, Stage
 from astar_megatron.data.files import exclusive, make_folder
 from astar_megatron.launch import queue
 from astar_megatron.launch.program import submits
-from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.commands import LOG_FILE, CommandEnd, Runner, astar, run_shown
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Screen
@@ -80,12 +78,11 @@ def _stage_1(
             study.limit,
             cell_inputs,
             study.folder,
+            finished,
             lambda cfg, cell=cell: next(ends("sweep", {f"stage 1 for {cell}": cfg}))[1],
         )
         progress.stage_1.update(costs)
         if reason := failures.get(cell):
-            if lost := [each.name for each in finished if each.cell == cell]:
-                raise ValueError(f"{reason} {lost[0]} has finished, and what it cost is not known")
             progress.errors.update(dict.fromkeys(own, reason))
             screen.say(f"{cell}: {reason}")
 
@@ -138,7 +135,5 @@ def _course(progress: Progress, run: Run) -> list[Score]:
 
 
 def _write(progress: Progress) -> None:
-    """Write what is known; then remove what only a run that goes on needs."""
     study_files.write(progress)
-    for run in progress.courses:
-        shutil.rmtree(progress.study.folder / run.name / CHECKPOINTS_FOLDER, ignore_errors=True)
+    comparison.remove_checkpoints(progress.study.folder, progress.courses)

@@ -197,12 +197,6 @@ class StepStats:
         """How long each part took."""
         return seconds_of(self.spans)
 
-    @property
-    def logratio_max(self) -> float:
-        """The largest |ln pi - ln pi_ref| of a response (nats): exactly 0 before the first optimiser step."""
-        pairs = zip(self.logprobs, self.reference_logprobs, strict=True)
-        return max(abs(logprob - reference) for logprob, reference in pairs)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveState:

@@ -248,18 +248,20 @@ class _Assembled:
         shape, size = [stop - start for start, stop in index], [stop - start for start, stop in part]
         out, filled = torch.empty(size, dtype=self._end.dtype), 0
         for copy in self._copies[name]:
-            common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part, copy.target.index, strict=True)]
-            if any(start >= stop for start, stop in common):
+            in_tensor = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(part, copy.target.index, strict=True)]
+            if any(start >= stop for start, stop in in_tensor):
                 continue
-            moved = zip(common, copy.target.index, copy.source.index, strict=True)
-            (r0, r1), *columns = [(a - c + e, b - c + e) for (a, b), (c, _), (e, _) in moved]
+            in_out = [slice(a - c, b - c) for (a, b), (c, _) in zip(in_tensor, part, strict=True)]
+            moved = zip(in_tensor, copy.target.index, copy.source.index, strict=True)
+            in_parameter = [(a - c + e, b - c + e) for (a, b), (c, _), (e, _) in moved]
+            (r0, r1), *columns = in_parameter
             values = self._end.rows(copy.source.name, r0, r1)[(slice(None), *(slice(*span) for span in columns))]
             c0, c1 = columns[0] if columns else (0, 1)
             self._ledger.enter(copy.source.name, (r0, r1, c0, c1), values)
             if values.numel() == out.numel() and values.is_contiguous():
                 out = values
             else:
-                out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, part, strict=True))] = values
+                out[tuple(in_out)] = values
             filled += values.numel()
         if filled < out.numel():  # the vocabulary's padding is at the end
             out[filled // max(1, math.prod(size[1:])) :] = 0

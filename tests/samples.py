@@ -67,10 +67,15 @@ STATS = StepStats(
     losses=(0.25,),
 )
 
-
 MEASURE = Measure(
     problems="/data/of/me/problems.jsonl", digest=16 * "a", temperature=1.0, top_p=1.0, max_response_tokens=8
 )
+
+
+def logratio_max(stats: StepStats) -> float:
+    """The largest |ln pi - ln pi_ref| of a response (nats): exactly 0 before the first optimiser step."""
+    pairs = zip(stats.logprobs, stats.reference_logprobs, strict=True)
+    return max(abs(logprob - reference) for logprob, reference in pairs)
 
 
 def evaluation(mean: float, name: str = "gsm8k") -> Evaluation:

@@ -12,7 +12,7 @@ from astar_megatron import config
 from astar_megatron.launch.stages import jobs_of
 from astar_megatron.model import gpus
 from astar_megatron.planning.forecast import forecast
-from astar_megatron.planning.nearest import changed, nearest
+from astar_megatron.planning.nearest import nearest
 from conversion.families import model_from_config
 
 
@@ -59,7 +59,7 @@ def test_nodes_without_work_are_told_as_by_launch_and_never_offered(packs: int) 
     offered = nearest(cfg, QWEN, H100, None)
     assert offered and (packs > 1024 or [near.change for near in offered] == [{"slurm.nodes": 2}])
     for near in offered:
-        jobs_of(config.validate(changed(cfg, near.change)), "run.yaml")
+        jobs_of(config.validate(config.with_values(cfg.model_dump(), near.change)), "run.yaml")
 
 
 def test_fp8_on_a_gpu_without_it_is_refused_and_none_is_offered() -> None:

@@ -15,7 +15,7 @@ from astar_megatron.model.profiles import write_trace
 from astar_megatron.run.profiles import profiled
 from astar_megatron.types import Trace
 
-BACKEND = Backend(name="cpu", collectives="gloo", uses_transformer_engine=False, has_triton=False, reason="a test")
+BACKEND = Backend(name="cpu", uses_transformer_engine=False, has_triton=False, reason="a test")
 
 
 class Policy:

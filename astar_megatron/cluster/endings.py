@@ -10,6 +10,8 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+from astar_megatron.data.files import tail
+
 _LONGEST = 1000  # characters of a cause
 _TAIL_BYTES = 256 << 10  # of an output that is read: a traceback of every worker fits
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -108,9 +110,8 @@ def cause_in(outputs: Iterable[Path]) -> str | None:
     """Return the last error of `outputs`, read one after the other; files that are not there hold none."""
     texts = []
     for path in outputs:
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            texts.append(file.read().decode(errors="replace"))
+        with contextlib.suppress(OSError):
+            texts.append(tail(path, _TAIL_BYTES).decode(errors="replace"))
     return last_error("\n".join(texts))
 
 

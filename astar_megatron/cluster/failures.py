@@ -63,34 +63,32 @@ class Failures:
         """Return what to raise for a failed call; the end of a process goes before the errors that it gave others."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
             return error.cause  # a wrong input that only the actor could see: its message says it all
-        others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
-        for reference, other in ((failed, error), *((reference, error_of(reference)) for reference in others)):
-            if other is not None and _is_end(other):
-                failed, error = reference, other
-                break
+        failed, error = _first_end(failed, error, pending)
         kind, index, actor = self._caller(failed)
-        name = f"{kind} {index}"
-        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or repr(error))  # without Ray's colours
-        is_lost = _is_end(error)
-        if is_lost and isinstance(error, _ENDS):
-            event = "the process ended"
-            cause = low_memory(text) or end_of_process(text, self._last_error(actor))
-        else:
-            event, cause = text, text.strip().splitlines()[-1]
-            if not self._is_up(node_of(actor)):
-                is_lost, cause = True, "Ray's own process of its node, the raylet, has ended"
-            elif is_lost:
-                cause = f"its node has ended, or does not answer: {cause}"
-            elif is_secondary(cause):
-                cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
-                is_lost = was_killed(cause)  # what the actor had started
+        event, cause, is_lost = self._cause(error, actor)
         if (kills := memory_kills()) > self._memory_kills:
             self._memory_kills, self._noticed = kills, time.monotonic()
         if time.monotonic() - self._noticed < _FOLLOWS_SECONDS:
             cause += " (the kernel killed a process for memory meanwhile)"
+        name = f"{kind} {index}"
         logs = self.logs_of(actor)
         message = f"{action}: {name}: {event}\nThe output of its processes lies in {logs}\n{name}: {cause}"
         return ActorLost(message, kind=kind, index=index) if is_lost else ClusterError(message)
+
+    def _cause(self, error: Exception, actor: str) -> tuple[str, str, bool]:
+        """What happened to an actor, why, and whether the actor is lost."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error) or repr(error))  # without Ray's colours
+        if _is_end(error) and isinstance(error, _ENDS):
+            return "the process ended", low_memory(text) or end_of_process(text, self._last_error(actor)), True
+        cause = text.strip().splitlines()[-1]
+        if not self._is_up(node_of(actor)):
+            return text, "Ray's own process of its node, the raylet, has ended", True
+        if _is_end(error):
+            return text, f"its node has ended, or does not answer: {cause}", True
+        if is_secondary(cause):
+            cause = self._last_error(actor, _OTHERS_SECONDS) or core_end(cause) or cause
+            return text, cause, was_killed(cause)  # what the actor had started
+        return text, cause, False
 
     def late(self, action: str, pending: Sequence[Any], seconds: float, key: str) -> NoAnswer:
         """Return what to raise for no answer in time: by the last error of each that did not, and where it is."""
@@ -167,6 +165,18 @@ def error_of(reference: Any) -> Exception | None:
     except ERRORS as error:
         return error
     return None
+
+
+def _first_end(failed: Any, error: Exception, pending: Sequence[Any]) -> tuple[Any, Exception]:
+    """The first call that a process's end failed, with its error, of a failed one and of those that fail beside it.
+
+    The failed one itself where no process has ended.
+    """
+    others, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_OTHERS_SECONDS) if pending else ([], [])
+    for reference, other in ((failed, error), *((reference, error_of(reference)) for reference in others)):
+        if other is not None and _is_end(other):
+            return reference, other
+    return failed, error
 
 
 def _is_end(error: Exception) -> bool:

@@ -61,10 +61,7 @@ class SessionFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        shared = shared_files_of(caretaker.writers(self.path))  # also of an engine that was about to start
-        caretaker.end_writers(self.path)
-        _remove_shared(shared)
-        _remove_shared_files(self.path)
+        _end_processes(self.path)
         if kind is not None and issubclass(kind, Exception):
             _remove_all_but_logs(self.path)
         else:
@@ -98,10 +95,7 @@ def care(folder: Path) -> None:
     sys.stdin.buffer.read()  # the driver holds it open
     if folder.exists():
         write_stacks(folder)
-        shared = shared_files_of(caretaker.writers(folder))
-        caretaker.end_writers(folder)
-        _remove_shared(shared)
-        _remove_shared_files(folder)
+        _end_processes(folder)
         _remove_all_but_logs(folder)
     remove_shared_folders()
 
@@ -223,6 +217,14 @@ def _driver_of(folder: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
         return int((folder / LOCK).read_text(encoding="utf-8"))
     return None
+
+
+def _end_processes(folder: Path) -> None:
+    """End what writes into a session's folder, and remove what that has in /dev/shm."""
+    shared = shared_files_of(caretaker.writers(folder))  # also of an engine that was about to start
+    caretaker.end_writers(folder)
+    _remove_shared(shared)
+    _remove_shared_files(folder)
 
 
 def _remove_shared_files(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import json
 import math
 import os
 import secrets
@@ -41,6 +42,18 @@ def write_atomic(path: str | Path, data: bytes, *, replace: bool = True) -> None
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(f"{path}: can't write {len(data)} bytes", error) from error
+
+
+def write_json(path: Path, tree: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Write a tree as JSON, indented, as `write_atomic` does."""
+    write_atomic(path, (json.dumps(tree, indent=1) + "\n").encode(), replace=replace)
+
+
+def tail(path: Path, num_bytes: int) -> bytes:
+    """Return the last bytes of a file, or all that it has. Raises OSError."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
+        return file.read()
 
 
 def write_figure(path: Path, figure: Any) -> None:

@@ -6,8 +6,8 @@ Nobody replaces it, not even while the table has no rows: another job may be dra
 import json
 from pathlib import Path
 
-from astar_megatron.data.contract import Contract, ContractError, Value, digest_of
-from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.data.contract import Contract, ContractError, Value
+from astar_megatron.data.files import storage_error, write_json
 from astar_megatron.data.shards import TableError
 
 FORMAT = 1  # raise it when an older reader would misread a shard; a new column is no reason
@@ -20,7 +20,8 @@ class MissingTableError(TableError, FileNotFoundError):
 
 def make_header(folder: Path, contract: Contract) -> None:
     """Write the header of a table that has none; what is there stays, whatever it says. Raises StorageError."""
-    write_atomic(folder / "header.json", _header(contract.fields()), replace=False)
+    header = {"format": FORMAT, "contract": contract.fields()}
+    write_json(folder / "header.json", header, replace=False)
 
 
 def stored_contract(folder: Path) -> dict[str, Value]:
@@ -87,8 +88,3 @@ def check_header(folder: Path, contract: Contract | None) -> None:
             + "\nset your settings as the table has them, or choose another sweep.table and run `astar sweep`"
             + ("" if any(folder.glob("shard-*")) else f"; it has no rows yet: if no job draws for it, delete {folder}")
         )
-
-
-def _header(fields: dict[str, Value]) -> bytes:
-    header = {"format": FORMAT, "contract": fields, "contract_digest": digest_of(fields)}
-    return json.dumps(header, indent=1).encode()

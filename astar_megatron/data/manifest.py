@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.files import write_json
 
 MANIFEST_FILE = "manifest.json"
 _CHUNK_BYTES = 4 << 20
@@ -49,7 +49,7 @@ def write_manifest(folder: Path, known: Mapping[str, FileDigest]) -> None:
     """Write the manifest of `folder`. Files in `known` are not read again. Raises StorageError."""
     digests = {**known, **digests_of(folder, [name for name in _names(folder) if name not in known])}
     entries = {name: {"bytes": each.num_bytes, "xxh3_128": each.xxh3_128} for name, each in sorted(digests.items())}
-    write_atomic(folder / MANIFEST_FILE, (json.dumps({"files": entries}, indent=1) + "\n").encode())
+    write_json(folder / MANIFEST_FILE, {"files": entries})
 
 
 def problems(folder: Path) -> list[str]:

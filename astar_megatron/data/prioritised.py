@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from astar_megatron.data.prompts import check_same_prompts
+from astar_megatron.data.prompts import check_same_prompts, digest_of_prompts
 from astar_megatron.data.rows import PromptError
 from astar_megatron.types import Prompt
 
@@ -38,8 +38,7 @@ class PrioritisedPrompts:
             )
         self._uids = [prompt.uid for prompt in self._prompts]
         self._batch_size, self._seed, self._priorities = batch_size, seed, priorities
-        listed = self._uids + [f"{uid} {weight!r}" for uid, weight in sorted(self._weights.items())]
-        self._digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+        self._digest = digest_of_prompts(self._uids, self._weights)
         digests = (hashlib.blake2b(f"{seed}:{uid}".encode(), digest_size=8).digest() for uid in self._uids)
         self._begin = np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
         self._weight = np.array([self._weights.get(uid, 1.0) for uid in self._uids])

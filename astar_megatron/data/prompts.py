@@ -111,6 +111,12 @@ def say_unknown_tokens(
         )
 
 
+def digest_of_prompts(uids: Sequence[str], weights: Mapping[str, float]) -> str:
+    """Return a digest of prompts and of the weights that they have."""
+    weighted = [f"{uid} {weight!r}" for uid, weight in sorted(weights.items())]
+    return hashlib.sha256("\n".join([*uids, *weighted]).encode()).hexdigest()
+
+
 def check_same_prompts(cursor: Mapping[str, Any], seed: int, digest: str) -> None:
     """Raise PromptError where a saved `cursor` is of another seed, or of prompts with another digest."""
     if cursor.get("seed") != seed:
@@ -150,9 +156,7 @@ class PromptStream:
                 f"PromptStream: the weights of {len(prompts)} prompts add up to {an_epoch:g}, less than one prompt an "
                 "epoch; raise filter.all_wrong, filter.all_right or filter.wide"
             )
-        listed = [prompt.uid for prompt in self._prompts]
-        listed += [f"{uid} {weight!r}" for uid, weight in sorted(self._weights.items())]
-        self._digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+        self._digest = digest_of_prompts([prompt.uid for prompt in self._prompts], self._weights)
         self._epoch, self._taken = 0, 0
         self._order = self._permutation(0)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from astar_megatron.cluster.placement import counted
 from astar_megatron.exports import card
-from astar_megatron.exports.link_table import files_text, links, size_text
+from astar_megatron.exports.link_table import links, size_text
 from astar_megatron.exports.provenance import Training, of_conversion, run_dir_of
 from astar_megatron.run.certificate import certify_conversion
 from astar_megatron.run.tracking import Screen
@@ -58,7 +59,7 @@ def carry_out(
         ("from", f"{end.path} ({end.kind}, {end.model.architecture}, {_stored(end)})"),
         ("to", destination),
         ("parameters", f"{preview.parameters:,}, {size_text(preview.num_bytes)}, in {preview.copies:,} copies"),
-        ("reads", f"{size_text(sum(preview.reads.values()))} from {files_text(len(preview.reads))}"),
+        ("reads", f"{size_text(sum(preview.reads.values()))} from {counted(len(preview.reads), 'file')}"),
         (
             "disk",
             f"{size_text(preview.written_bytes)} needed{allowance}, {size_text(folders.free_bytes(destination))} free",

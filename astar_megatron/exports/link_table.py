@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
+from astar_megatron.cluster.placement import counted
+
 LINKS_SHOWN = 16  # more are summed up
 
 
@@ -15,9 +17,9 @@ def links(reads: dict[str, int], links: dict[tuple[str, str], int]) -> Iterable[
     gets: Counter[str] = Counter()
     for (_, target), size in links.items():
         gets[target] += size
-    ends = f"{len(gets)} ranks" if all(name.startswith("rank ") for name in gets) else files_text(len(gets))
+    ends = f"{len(gets)} ranks" if all(name.startswith("rank ") for name in gets) else counted(len(gets), "file")
     return [
-        (f"each of {files_text(len(reads))} gives", _range(reads.values())),
+        (f"each of {counted(len(reads), 'file')} gives", _range(reads.values())),
         (f"each of {ends} gets", _range(gets.values())),
         ("a link", f"{_range(links.values())}, {len(links):,} of them"),
     ]
@@ -30,11 +32,6 @@ def _numbered(name: str) -> list[int | str]:
 
 def _range(sizes: Collection[int]) -> str:
     return " to ".join(dict.fromkeys((size_text(min(sizes)), size_text(max(sizes)))))
-
-
-def files_text(count: int) -> str:
-    """Return a number of files in words."""
-    return f"{count} file{'s' if count > 1 else ''}"
 
 
 def size_text(num_bytes: int) -> str:

@@ -158,17 +158,28 @@ def run_dir_of(checkpoint: Path) -> Path | None:
 def _told(settings: Mapping[str, Any], method: str, *, defaults: bool = False) -> dict[str, Any]:
     """The settings that may be told and are not the defaults, or these too."""
     others = tuple(f"{name}." for name in PAPERS if name != method)
-    sections = config.keys()
     told = {}
     for key, value in settings.items():
-        if key.startswith((*_NOT_TOLD, *others)):
-            continue
-        known = sections[key].model_fields[key.rpartition(".")[2]] if key in sections and not defaults else None
-        default = known.get_default(call_default_factory=True) if known and not known.is_required() else ...
-        value = list(value) if isinstance(value, tuple) else value
-        if value != (list(default) if isinstance(default, tuple) else default):
-            told[key] = Path(value).name if key in _FILES and isinstance(value, str) else value
-    return {key: value if key in _TEXTS else _without_places(value) for key, value in told.items()}
+        if not key.startswith((*_NOT_TOLD, *others)):
+            value = list(value) if isinstance(value, tuple) else value
+            if defaults or value != _default(key):
+                told[key] = _as_told(key, value)
+    return told
+
+
+def _default(key: str) -> Any:
+    """The default of a key, as JSON has it; an ellipsis for a key that has none, or that no version here knows."""
+    section, name = config.keys().get(key), key.rpartition(".")[2]
+    if section is None or section.model_fields[name].is_required():
+        return ...
+    default = section.model_fields[name].get_default(call_default_factory=True)
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _as_told(key: str, value: Any) -> Any:
+    if key in _TEXTS:
+        return value
+    return Path(value).name if key in _FILES and isinstance(value, str) else _without_places(value)
 
 
 def _without_places(value: Any) -> Any:

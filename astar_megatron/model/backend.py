@@ -70,7 +70,6 @@ class Backend:
     """What a Megatron rank runs on."""
 
     name: Literal["cpu", "cuda"]
-    collectives: Literal["gloo", "nccl"]
     uses_transformer_engine: bool  # its layers and attention; else megatron's local layers and model/attention.py
     has_triton: bool  # and a device to run its kernels on
     reason: str
@@ -78,6 +77,10 @@ class Backend:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu") if self.name == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def collectives(self) -> Literal["gloo", "nccl"]:
+        return "gloo" if self.name == "cpu" else "nccl"
 
     @property
     def shares_prefix(self) -> bool:
@@ -188,7 +191,6 @@ def choose() -> Backend:
         cpu_shim.install()
         return Backend(
             name="cpu",
-            collectives="gloo",
             uses_transformer_engine=False,
             has_triton=False,
             reason=f"torch {torch.__version__} sees no CUDA device; {_LOCAL}; the head in plain torch",
@@ -199,7 +201,6 @@ def choose() -> Backend:
         cpu_shim.repair_optimizer_state()
     return Backend(
         name="cuda",
-        collectives="nccl",
         uses_transformer_engine=engine,
         has_triton=triton,
         reason=f"CUDA device {torch.cuda.get_device_name(0)}; "

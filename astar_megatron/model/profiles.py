@@ -5,12 +5,11 @@ leaves half a trace without an error.
 """
 
 import gzip
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from astar_megatron.data.files import StorageError, make_folder, storage_error, sync
+from astar_megatron.data.files import StorageError, make_folder, storage_error, sync, tail
 from astar_megatron.types import Trace
 
 _LEVEL = 3  # of 9: the ranks wait for it
@@ -46,10 +45,6 @@ def write_trace(export: Callable[[str], object], path: Path) -> Trace:
 
 def _check_whole(plain: Path) -> None:
     """Raise StorageError where a trace has no end: the profiler writes it, and tells nobody of a full disk."""
-    end = b""
-    if plain.exists():
-        with plain.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
-            end = file.read().rstrip()
+    end = tail(plain, _END_BYTES).rstrip() if plain.exists() else b""
     if b'"traceName"' not in end or not end.endswith(b"}"):
         raise StorageError(f"{plain.parent.parent}: no room for a trace before it is compressed; free some space there")

@@ -62,7 +62,7 @@ def _cost(neighbour: Neighbour) -> float:
 def _neighbour(cfg: RunConfig, change: Change, model: Model, gpu: Gpu, num_prompts: int | None) -> Neighbour | None:
     """None where the settings don't fit or can't be had, for whatever reason: another neighbour may do."""
     try:
-        near = config.validate(changed(cfg, change))
+        near = config.validate(config.with_values(cfg.model_dump(), change))
         own = processes(near, model, gpu)
         if not all(process.fits for process in own):
             return None
@@ -76,15 +76,6 @@ def _neighbour(cfg: RunConfig, change: Change, model: Model, gpu: Gpu, num_promp
         return Neighbour(change=change, forecast=forecast(near, model, gpu, num_prompts))
     except ValueError:
         return None
-
-
-def changed(cfg: RunConfig, change: Change) -> dict[str, Any]:
-    """Return the tree of a configuration with these keys in place of its own."""
-    tree = cfg.model_dump()
-    for key, value in change.items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    return tree
 
 
 def _choices(cfg: RunConfig) -> Iterator[list[tuple[list[Change], ...]]]:
@@ -166,7 +157,7 @@ def _joined(cfg: RunConfig, changes: Iterable[Change]) -> Change:
     """Return all of the changes, with as many nodes as both sides then need."""
     change = {key: value for part in changes for key, value in part.items()}
     if "slurm.nodes" in change:
-        tree = changed(cfg, change)
+        tree = config.with_values(cfg.model_dump(), change)
         axes, engines = tree["parallel"], tree["rollout"]
         ranks = axes["tensor"] * axes["pipeline"] * axes["context"] * axes["data"]
         sides = ranks, engines["num_engines"] * engines["tensor"]

@@ -27,7 +27,6 @@ their micro-batches, the first 1 + (p - 1) / (p * v) times T * L. Less where the
 Qwen2.5-1.5B's shape, T = 16,384, took 60.4 GiB on one H200, where this says 62.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +36,7 @@ from astar_megatron.config import Offload, ParallelConfig, RunConfig
 from astar_megatron.model.compute_type import NUMBER_BYTES, compute_type
 from astar_megatron.run.rank_state import state_of_rank
 from astar_megatron.run.resources import GIB, ResourceError, gib
-from conversion.families import Model, model_from_config
+from conversion.families import Model
 
 CONTEXT_BYTES = 2 * GIB  # of both processes: the device's contexts, libraries' own allocations
 HEAD_BYTES = 2 * GIB
@@ -171,12 +170,12 @@ def _mini_batch_tokens(cfg: RunConfig) -> int:
 
 def worker_bytes(cfg: RunConfig, model: Model) -> int:
     """Return the bytes of weights of an engine's worker, padding included."""
-    return number_bytes(cfg) * _worker_parameters(json.dumps(model.config), cfg.rollout.tensor)
+    return number_bytes(cfg) * _worker_parameters(model, cfg.rollout.tensor)
 
 
 @lru_cache(maxsize=256)
-def _worker_parameters(config: str, tensor: int) -> int:
-    return sum(map(prod, model_from_config(json.loads(config)).vllm_shapes(tensor, 0).values()))
+def _worker_parameters(model: Model, tensor: int) -> int:
+    return sum(map(prod, model.vllm_shapes(tensor, 0).values()))
 
 
 def token_bytes(cfg: RunConfig, model: Model) -> int:

@@ -22,7 +22,7 @@ from astar_megatron.cluster import session
 from astar_megatron.cluster.session_stacks import STACKS_FILE
 from astar_megatron.config import RunConfig
 from astar_megatron.config_secrets import SECRET_NAME, has_login, secrets_of, without_logins
-from astar_megatron.data.files import make_folder, storage_error
+from astar_megatron.data.files import make_folder, storage_error, tail
 from astar_megatron.data.run_folder import BAD_BATCHES
 from astar_megatron.run import machine
 from astar_megatron.run.tracking import METRICS_FILE
@@ -123,8 +123,6 @@ def _end(text: str) -> str:
 
 def _tail(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES - _LONGEST_SECRET))
-            return file.read().decode(errors="replace")
+        return tail(path, _TAIL_BYTES + _LONGEST_SECRET).decode(errors="replace")
     except OSError:  # it is not there
         return ""

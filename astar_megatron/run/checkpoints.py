@@ -42,6 +42,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, contract: Contract, settings: dict[str, Any]) -> None:
         self._folder = run_dir / CHECKPOINTS_FOLDER
         self._cfg, self._contract, self._settings = cfg, contract, settings
+        self._read: tuple[Path | None, dict[str, Any]] = None, {}  # the last checkpoint whose progress was read
 
     @property
     def latest(self) -> Path | None:
@@ -118,12 +119,9 @@ class Checkpoints:
 
     def changed_settings(self) -> list[str]:
         """Return in words the keys whose values are not those of the run that wrote the newest checkpoint."""
-        folder = self.latest
-        before = self._progress(folder)["settings"] if folder else {}
         return [
-            f"{key} {before[key]} -> {new}{_AT_THE_START.get(key, '')}"
-            for key, new in self._settings.items()
-            if before.get(key, new) != new
+            f"{key} {before} -> {self._settings[key]}{_AT_THE_START.get(key, '')}"
+            for key, before in self._other_settings().items()
         ]
 
     def earlier_settings(self) -> list[dict[str, Any]]:
@@ -131,11 +129,15 @@ class Checkpoints:
         folder = self.latest
         if folder is None:
             return []
-        progress = self._progress(folder)
-        before = progress["settings"]
-        changed = {key: before[key] for key, new in self._settings.items() if before.get(key, new) != new}
+        progress, changed = self._progress(folder), self._other_settings()
         last = [{"until": progress["step"], "settings": changed}] if changed else []
         return [*progress["earlier"], *last]
+
+    def _other_settings(self) -> dict[str, Any]:
+        """The values that settings had in the run that wrote the newest checkpoint, where they have others now."""
+        folder = self.latest
+        before = self._progress(folder)["settings"] if folder else {}
+        return {key: before[key] for key, new in self._settings.items() if before.get(key, new) != new}
 
     def check_type(self, dtype: ComputeType) -> None:
         """Raise ValueError where the newest checkpoint was trained in another type: its weights would be others.
@@ -167,6 +169,12 @@ class Checkpoints:
             )
 
     def _progress(self, folder: Path) -> dict[str, Any]:
+        """What a checkpoint has in progress.json, which is large where a method keeps something of each prompt."""
+        if folder != self._read[0]:
+            self._read = folder, self._read_progress(folder)
+        return self._read[1]
+
+    def _read_progress(self, folder: Path) -> dict[str, Any]:
         try:
             progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             wrong = [name for name, kind in _PROGRESS.items() if type(progress.get(name)) is not kind]

@@ -9,7 +9,7 @@ from typing import IO
 
 from astar_megatron.cluster.processes import python
 from astar_megatron.config import RunConfig, as_json
-from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.files import make_folder, tail, write_atomic
 from astar_megatron.run.tracking import Screen
 
 LOG_FILE = "log.txt"
@@ -54,9 +54,7 @@ def last_heading(log: Path) -> str:
 def _newest_first(log: Path) -> list[str]:
     if not log.exists():
         return []
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-        return file.read().decode(errors="replace").splitlines()[::-1]
+    return tail(log, _TAIL_BYTES).decode(errors="replace").splitlines()[::-1]
 
 
 def write_configuration(cfg: RunConfig) -> tuple[Path, Path]:

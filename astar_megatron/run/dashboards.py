@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.config import RunConfig
-from astar_megatron.data.files import make_folder, write_atomic
+from astar_megatron.data.files import make_folder, write_json
 from astar_megatron.run.bundle import settings_without_secrets
 from astar_megatron.run.dashboard_libraries import CLOSE_SECONDS, About, Entry, Library, Table, libraries_of
 from astar_megatron.types import Rollout, RolloutBatch, StepStats
@@ -115,7 +115,7 @@ class Dashboard:
     def _write(self, progress: _Progress) -> _Progress:
         if self._stopped.is_set():
             raise TimeoutError  # the run has left this thread behind, and may have begun again
-        write_atomic(self._file, json.dumps(asdict(progress)).encode())
+        write_json(self._file, asdict(progress))
         return progress
 
 

@@ -1,6 +1,5 @@
 """Who computes: the policy's Megatron ranks, the engines, and what moves weights from the one to the others."""
 
-import json
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,7 +12,7 @@ from astar_megatron.cluster.errors import ActorLost
 from astar_megatron.cluster.policy_group import PolicyGroup
 from astar_megatron.config import RunConfig
 from astar_megatron.data import chat
-from astar_megatron.data.files import exclusive, write_atomic
+from astar_megatron.data.files import exclusive, write_json
 from astar_megatron.model.backend import check_features
 from astar_megatron.model.compute_type import compute_type
 from astar_megatron.model.options import PolicyOptions
@@ -69,8 +68,7 @@ class Fleet:
         folders.check_read(cluster, "model.path", _absolute(cfg.model.path))
         folders.check_written(cluster, "run_dir", _absolute(cfg.run_dir))
         placement = cluster.reservation.placement
-        text = json.dumps(placement.fields(), indent=1) + "\n"
-        write_atomic(tracker.run_dir / PLACEMENT_FILE, text.encode())
+        write_json(tracker.run_dir / PLACEMENT_FILE, placement.fields())
         tracker.say(placement.describe())
         tracker.say(f"computing in {compute_type(cfg.model.dtype, cluster.num_gpus)[1]}")
         take_turns = bool(placement.shared) or cfg.cluster.share_gpus is True

@@ -14,14 +14,13 @@ gradients and optimiser are aligned, 512 bytes a parameter at most, and the H nu
 model the critic's other head, which learns nothing, is counted as if it did.
 """
 
-import json
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from math import prod
 
 from astar_megatron.config import ParallelConfig, RunConfig
 from astar_megatron.model.layouts import layout_of
-from conversion.families import Model, model_from_config
+from conversion.families import Model
 from conversion.tiles import ParallelLayout
 
 
@@ -67,11 +66,11 @@ def state_of_all(cfg: RunConfig, model: Model, number_bytes: int) -> RankState:
 def _parameters(parallel: ParallelConfig, model: Model, stage: int) -> tuple[int, int]:
     """Return the parameters of a rank of a stage, padding included: of experts last, and all others first."""
     first = stage * parallel.tensor * parallel.replicas  # a stage's ranks follow each other
-    return _parameters_of(json.dumps(model.config), layout_of(parallel, fused_norms=False), first)
+    return _parameters_of(model, layout_of(parallel, fused_norms=False), first)
 
 
 @lru_cache(maxsize=4096)  # whoever looks for a layout that fits asks for each many times
-def _parameters_of(config: str, layout: ParallelLayout, rank: int) -> tuple[int, int]:
-    shapes = model_from_config(json.loads(config)).megatron_shapes(layout, rank)
+def _parameters_of(model: Model, layout: ParallelLayout, rank: int) -> tuple[int, int]:
+    shapes = model.megatron_shapes(layout, rank)
     experts = sum(prod(shape) for name, shape in shapes.items() if ".experts." in name)
     return sum(map(prod, shapes.values())) - experts, experts

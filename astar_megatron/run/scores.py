@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from astar_megatron.data.contract import digest_of
-from astar_megatron.data.files import without_nan, write_atomic
+from astar_megatron.data.files import without_nan, write_atomic, write_json
 from astar_megatron.data.run_folder import STEPS, step_name, step_of
 from astar_megatron.data.table_text import markdown_table
 
@@ -214,8 +214,7 @@ def _by_set(evaluations: Sequence[Evaluation]) -> dict[tuple[str, str], Evaluati
 
 def _write(path: Path, weights: str | None, evaluations: Sequence[Evaluation]) -> None:
     sets = [dataclasses.asdict(evaluation) for evaluation in evaluations]
-    text = json.dumps(without_nan({"weights": weights, "sets": sets}), indent=1) + "\n"
-    write_atomic(path, text.encode())
+    write_json(path, without_nan({"weights": weights, "sets": sets}))
 
 
 def _read(path: Path) -> tuple[str | None, list[Evaluation]]:

@@ -1,4 +1,4 @@
-"""Metrics out: one JSON line a step always, timed spans, progress on the screen, the reward curve.
+"""Metrics out: one JSON line a step always, timed spans, progress on the screen.
 
 On a terminal progress is drawn by rich; elsewhere it is plain lines.
 """

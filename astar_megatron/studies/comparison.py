@@ -10,6 +10,7 @@ started (the program compare) and how they are drawn (curves.py).
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from astar_megatron.algorithm.estimators import mean_and_error
 from astar_megatron.config import BudgetConfig, MethodName, RunConfig
 from astar_megatron.data.contract import digest_of
 from astar_megatron.run import scores
+from astar_megatron.run.checkpoints import CHECKPOINTS_FOLDER
 from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.spending import Cost, Measure
 from astar_megatron.run.tracking import greedy_scores, read_metrics
@@ -62,6 +64,12 @@ class Run:
     def name(self) -> str:
         """Also of its folder."""
         return f"{self.cell}-{self.seed}"
+
+
+def remove_checkpoints(folder: Path, finished: Iterable[Run]) -> None:
+    """Remove what only a run that goes on needs."""
+    for run in finished:
+        shutil.rmtree(folder / run.name / CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +172,14 @@ def run_config(cfg: RunConfig, run: Run, folder: Path) -> RunConfig:
     """Return the configuration of a run, without its budget. Raises ConfigError where its method can't have it."""
     if cfg.budget != BudgetConfig():
         raise ValueError("budget: a comparison takes it from --budget; leave the keys out")
-    tree = cfg.model_dump()
-    tree |= {"run_dir": str(folder / run.name), "seed": run.seed}
-    tree["objective"]["name"] = run.cell
-    tree["sweep"]["table"] = str(cfg.table_dir)
-    tree["eval"]["interval"] = cfg.eval.interval or cfg.train.num_steps
-    return config.validate(tree)
+    own = {
+        "run_dir": str(folder / run.name),
+        "seed": run.seed,
+        "objective.name": run.cell,
+        "sweep.table": str(cfg.table_dir),
+        "eval.interval": cfg.eval.interval or cfg.train.num_steps,
+    }
+    return config.validate(config.with_values(cfg.model_dump(), own))
 
 
 def with_budget(cfg: RunConfig, budgets: Sequence[Budget], stage_1: Stage1Cost | None) -> RunConfig:

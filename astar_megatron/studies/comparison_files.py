@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.data.files import storage_error, write_atomic
+from astar_megatron.data.files import storage_error, write_atomic, write_json
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
+from astar_megatron.studies import unfinished
 from astar_megatron.studies.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
 from astar_megatron.studies.curves import plot
 
@@ -81,7 +82,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
 
 def write(folder: Path, comparison: Comparison) -> None:
     """Write all files of a comparison, each whole; compare.json first, by which a later one goes on."""
-    write_atomic(folder / JSON_FILE, (json.dumps(as_json(comparison), indent=1) + "\n").encode())
+    write_json(folder / JSON_FILE, as_json(comparison))
     write_atomic(folder / "compare.csv", as_csv(comparison.finished).encode())
     write_atomic(folder / "compare.md", as_markdown(comparison).encode())
     plot(comparison.finished, folder / "compare.png")
@@ -136,9 +137,7 @@ def as_markdown(comparison: Comparison) -> str:
             "",
             f"Ended by train.num_steps before the budget was reached: {', '.join(comparison.ended_by_num_steps)}.",
         ]
-    if missing := [run for run in comparison.runs if run not in comparison.results]:
-        lines += ["", "Not finished:", ""]
-        lines += [f"- {run.name}: {comparison.errors.get(run, 'has not run yet')}" for run in missing]
+    lines += unfinished.listed(comparison.runs, comparison.results, comparison.errors)
     return "\n".join(lines) + "\n"
 
 
@@ -159,8 +158,7 @@ def _row(summary: Summary) -> Sequence[str]:
 
 def _state(comparison: Comparison, run: Run) -> dict[str, Any]:
     if (result := comparison.results.get(run)) is None:
-        error = comparison.errors.get(run)
-        return {"state": "failed", "error": error} if error else {"state": "waiting"}
+        return unfinished.state_of(run, comparison.errors)
     return {
         "state": "finished",
         "score": result.score,

@@ -1,6 +1,6 @@
 """Stage 1 of a comparison: one V* table for all methods that read it, and what it cost each of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from astar_megatron.config import RunConfig
@@ -37,12 +37,13 @@ def stage_1_of(
     limit: Budget,
     inputs: Inputs,
     folder: Path,
+    finished: Iterable[Run],
     sweep: Callable[[RunConfig], CommandEnd],
 ) -> tuple[dict[str, Stage1Cost], dict[str, str]]:
     """Fill the V* table as each method reads it, and return by method what that cost, or why it could not be filled.
 
     Nothing of a method that does not read it. `sweep` runs stage 1 of a configuration. Raises ValueError where the
-    budget can't be kept.
+    budget can't be kept, and where what a run of `finished` has cost is not known.
     """
     costs, failures = {}, {}
     for method, cfg in _readers(configs).items():
@@ -59,6 +60,8 @@ def stage_1_of(
                 failures[method] = f"stage 1 left {lacking} samples undrawn; run the same command again"
         if method not in failures:
             costs[method] = _cost(cfg, inputs, drawn, folder)
+    if lost := [run for run in finished if run.cell in failures]:
+        raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
     return costs, failures
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from astar_megatron.algorithm.estimators import mean_and_error
-from astar_megatron.data.files import write_atomic
+from astar_megatron.data.files import write_atomic, write_json
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
+from astar_megatron.studies import unfinished
 from astar_megatron.studies.comparison import UNITS, Budget, Run, Stage1Cost
 from astar_megatron.studies.study import Score, Study
 
@@ -52,7 +53,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def write(progress: Progress) -> None:
     """Write all files of a study, each whole; scale.json first."""
     folder = progress.study.folder
-    write_atomic(folder / JSON_FILE, (json.dumps(as_json(progress), indent=1) + "\n").encode())
+    write_json(folder / JSON_FILE, as_json(progress))
     write_atomic(folder / "scale.csv", as_csv(progress).encode())
     write_atomic(folder / "scale.md", as_markdown(progress).encode())
 
@@ -80,8 +81,7 @@ def as_json(progress: Progress) -> dict[str, Any]:
 
 def _state(progress: Progress, run: Run) -> dict[str, Any]:
     if (course := progress.courses.get(run)) is None:
-        error = progress.errors.get(run)
-        return {"state": "failed", "error": error} if error else {"state": "waiting"}
+        return unfinished.state_of(run, progress.errors)
     scores = [dataclasses.asdict(score) for score in course if score.score is not None]
     return {"state": "finished", "spent": dataclasses.asdict(course[-1].spent), "scores": scores}
 
@@ -110,9 +110,7 @@ def as_markdown(progress: Progress) -> str:
         "where the cell reads it; mean over the finished runs ± its standard error, (n) where n of them alone have "
         "one. Where stage 1 alone costs more, it is that of the weights before training, if they were evaluated.",
     ]
-    if missing := [run for run in study.runs if run not in progress.courses]:
-        lines += ["", "Not finished:", ""]
-        lines += [f"- {run.name}: {progress.errors.get(run, 'has not run yet')}" for run in missing]
+    lines += unfinished.listed(study.runs, progress.courses, progress.errors)
     if short := _ended_by_num_steps(progress):
         lines += ["", f"Ended by train.num_steps before the last budget was reached: {', '.join(short)}."]
     return "\n".join(lines) + "\n"

@@ -21,6 +21,9 @@ class Model:
     config: dict[str, Any]
     dims: Dimensions
 
+    def __hash__(self) -> int:
+        return hash((self.architecture, self.dims))  # a dict, as `config` is, has none
+
     @property
     def architecture(self) -> str:
         """HF's class name."""

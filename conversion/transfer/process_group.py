@@ -30,10 +30,9 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from conversion.plan import WeightPlan
 from conversion.transfer import TransferError
-from conversion.transfer.buckets import BUCKET_BYTES, part, schedule, wanted
+from conversion.transfer.buckets import part, schedule, wanted
 from conversion.transfer.pieces import placed, view
 
-TIMEOUT_SECONDS = 120.0
 Way = Literal["shared memory", "cuda ipc", "gloo", "nccl"]
 
 
@@ -175,10 +174,10 @@ class GroupSender:
         rank: int,
         tensors: Mapping[str, Tensor],
         world: World,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
         *,
-        bucket_bytes: int = BUCKET_BYTES,
-        timeout_seconds: float = TIMEOUT_SECONDS,
+        bucket_bytes: int,
+        timeout_seconds: float,
     ) -> None:
         self._member = _Member(world, rank, tensors, timeout_seconds)
         order = schedule(plan, rank, dtype.itemsize, bucket_bytes, apart=True)
@@ -259,11 +258,11 @@ class GroupReceiver:
         rank: int,
         tensors: Mapping[str, Tensor],
         world: World,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
         *,
-        bucket_bytes: int = BUCKET_BYTES,
-        engine: int = 0,
-        timeout_seconds: float = TIMEOUT_SECONDS,
+        bucket_bytes: int,
+        engine: int,
+        timeout_seconds: float,
     ) -> None:
         self._member = _Member(world, world.worker(engine, rank), tensors, timeout_seconds)
         sources = sorted({copy.source.rank for copy in plan.to_rank(rank)})

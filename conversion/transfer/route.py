@@ -26,7 +26,7 @@ from conversion.transfer.buckets import BUCKET_BYTES
 from conversion.transfer.cuda_ipc import DeviceSlots, device_name
 from conversion.transfer.mapped_file import IN_THE_FILE, Slots
 from conversion.transfer.process_group import GroupReceiver, GroupSender, Way, World
-from conversion.transfer.shared_memory import SHARED_MEMORY, SharedMemoryReceiver, SharedMemorySender
+from conversion.transfer.shared_memory import SHARED_MEMORY, TIMEOUT_SECONDS, SharedMemoryReceiver, SharedMemorySender
 
 type Sender = SharedMemorySender | GroupSender
 type Receiver = SharedMemoryReceiver | GroupReceiver
@@ -48,7 +48,7 @@ class Route(World):
 
     folder: str = ""  # of shared memory and CUDA IPC
     bucket_bytes: int = BUCKET_BYTES
-    timeout_seconds: float = 120.0  # without any progress of the other side
+    timeout_seconds: float = TIMEOUT_SECONDS
 
     def sender(self, plan: WeightPlan, rank: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Sender:
         """The end at source rank `rank`, which holds `tensors`; they travel as `dtype`."""

@@ -32,7 +32,7 @@ from conversion.transfer.mapped_file import CREATOR, IN_THE_FILE, LINE_BYTES, Ma
 from conversion.transfer.pieces import placed, view
 
 SHARED_MEMORY = Path("/dev/shm")
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0  # without any progress of the other side
 
 _FINGERPRINT, _VERSION, _STATE, _FIRST_RECEIVER = 0, 1, 2, 3  # lines of the header
 _GAVE_UP = -1
@@ -54,7 +54,7 @@ class SharedMemorySender:
         plan: WeightPlan,
         rank: int,
         tensors: Mapping[str, Tensor],
-        folder: str | Path = SHARED_MEMORY,
+        folder: str | Path,
         dtype: torch.dtype = torch.float32,
         *,
         bucket_bytes: int = BUCKET_BYTES,
@@ -164,7 +164,7 @@ class SharedMemoryReceiver:
         plan: WeightPlan,
         rank: int,
         tensors: Mapping[str, Tensor],
-        folder: str | Path = SHARED_MEMORY,
+        folder: str | Path,
         dtype: torch.dtype = torch.float32,
         *,
         bucket_bytes: int = BUCKET_BYTES,

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,16 +32,14 @@ BUCKET_BYTES = 3000
 
 
 def run(number: int, world: World, folder: Path, fault: str) -> None:
-    seconds = 1.0 if fault == "late" else 60.0
+    bounds: dict[str, Any] = {"bucket_bytes": BUCKET_BYTES, "timeout_seconds": 1.0 if fault == "late" else 60.0}
     counted: dict[str, int] = {}
     tensors = {}
     try:
         if number < 2:
             shapes = {r: MODEL.megatron_shapes(LAYOUT, r) for r in range(2)}
             weights = reference_world(MODEL.megatron_tiles(LAYOUT), random_weights(MODEL), empty_world(shapes))
-            sender = GroupSender(
-                PLAN, number, weights[number], world, bucket_bytes=BUCKET_BYTES, timeout_seconds=seconds
-            )
+            sender = GroupSender(PLAN, number, weights[number], world, torch.float32, **bounds)
             sizes = messages_of(sender, "send")
             for version in (3, 4):
                 if fault == "late" and number == 1:
@@ -53,9 +52,7 @@ def run(number: int, world: World, folder: Path, fault: str) -> None:
         else:
             engine, rank = divmod(number - 2, 2)
             tensors = empty_world({0: MODEL.vllm_shapes(2, rank)})[0]
-            receiver = GroupReceiver(
-                PLAN, rank, tensors, world, bucket_bytes=BUCKET_BYTES, engine=engine, timeout_seconds=seconds
-            )
+            receiver = GroupReceiver(PLAN, rank, tensors, world, torch.float32, engine=engine, **bounds)
             sizes = messages_of(receiver, "receive")
             for version in (3, 4):
                 receiver.receive(version)

@@ -10,6 +10,7 @@ import torch
 import training as work
 from ranks import Job
 from safetensors.torch import load_file
+from samples import logratio_max
 from test_layouts import batch
 from training import Run, Trained
 
@@ -99,7 +100,7 @@ def test_step_0_is_exact_and_from_then_on_more_weights_change_than_without(ranks
     assert "master weights dithered" in dithered.reason
     assert "dithered" not in without.reason
     for trained in (dithered, without):
-        assert trained.stats[0].logratio_max == trained.stats[0].changed_weights == 0.0
+        assert logratio_max(trained.stats[0]) == trained.stats[0].changed_weights == 0.0
     # One step of 1e-5 is 1.8 % of the grid's step at a weight of 0.15, the models' rms.
     assert 0.01 < dithered.stats[1].changed_weights < 0.1
     assert without.stats[1].changed_weights < 0.7 * dithered.stats[1].changed_weights
