@@ -108,7 +108,14 @@ def test_a_login_in_a_study_is_refused_before_a_cell_is_named_by_it(
     [
         *("api-key", "x-api-key", "subscription-key", "key", "private_key", "sharedaccesskey", "pass%77ord", "cookie"),
         *("pw", "pat", "pwd", "sig", "X-Amz-Signature", "authorization", "connection_string", "user[password]"),
-        *("sslpassword", "authorisation", "primary_access_key", "monkey_token", "max_tokens_key"),
+        *(
+            "sslpassword",
+            "authorisation",
+            "primary_access_key",
+            "account_primary_key",
+            "monkey_token",
+            "max_tokens_key",
+        ),
     ],
 )
 def test_a_parameter_under_a_secret_s_name_is_a_login(name: str) -> None:
@@ -129,7 +136,7 @@ def test_a_digest_is_no_login(text: str) -> None:
     [
         "https://x.org/?page=5. and ?sort_key=a",
         "https://x.org/?author=a&tokenizer=b&max_tokens=9&passages=3&keywords=c#top",
-        "https://x.org/?keyboard=1&max_new_tokens=2&num_tokens=3&primary_key=id&monkey=d&authority=e&compass=n",
+        "https://x.org/?keyboard=1&max_new_tokens=2&num_tokens=3&monkey=d&authority=e&compass=n",
         "mysql+pymysql://db/mlflow?ssl_ca=/keys/ca.pem&ssl_key=/keys/client-key.pem",
         "postgresql://db/mlflow?sslkey=/keys/key.pem&passfile=/keys/.pgpass",
         "hdfs://nn:8020/user/me@REALM/data",

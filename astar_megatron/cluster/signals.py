@@ -103,11 +103,13 @@ class StepEnds:
 class PassedOn:
     """Passes what asks this program to end on to the process that it waits for. For the main thread.
 
-    Ctrl-C too, unless it is ignored, as in the background. A process in a group of its own hears of each signal once.
+    Ctrl-C too, unless it is ignored, as in the background, and a terminal sends it to that process itself: to all that
+    is in this one's group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_own_group: bool) -> None:
         self.asked = 0  # the number of the last signal; 0: none has come
+        self._hears_ctrl_c = not in_own_group
         self._process: subprocess.Popen[bytes] | None = None
         for number in (*_SIGNALS, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -115,7 +117,7 @@ class PassedOn:
 
     def _hear(self, number: int, _frame: object) -> None:
         self.asked = number
-        if self._process is not None:
+        if self._process is not None and not (self._hears_ctrl_c and number == signal.SIGINT):
             self._process.send_signal(number)
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:

@@ -110,13 +110,13 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
         for job, words in zip(jobs, commands, strict=True):
             print(_shown(variables(job, cfg), words))
         return 0
-    signals = PassedOn()
+    signals = PassedOn(in_own_group=False)
     for job, words in zip(jobs, commands, strict=True):
         if signals.asked:
             print(f"asked to end before {job.name} has begun; the same command goes on", file=sys.stderr)
             return RESUME
-        environment = slurm.environment() | variables(job, cfg)
-        process = subprocess.Popen(words, env=environment, process_group=0)  # each signal reaches it once
+        # In this group: slurm.setup may ask at the terminal, and the terminal's end is the stage's.
+        process = subprocess.Popen(words, env=slurm.environment() | variables(job, cfg))
         if status := signals.exit_status(signals.wait(process)):
             print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
             return status

@@ -678,17 +678,33 @@ def test_a_signal_lets_the_stage_that_runs_here_save_and_no_other_begins(
     words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
     # What runs in the background, as tests may, ignores Ctrl-C, and so would what it starts.
     command = ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", "launch", *words]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as launched:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as launched:
         try:
             until = time.monotonic() + 300
             while not (folder / "begun-sweep").exists():
                 assert time.monotonic() < until and launched.poll() is None
                 time.sleep(0.1)
-            launched.send_signal(number)
+            if number == signal.SIGINT:
+                os.killpg(launched.pid, number)  # as a terminal sends it
+            else:
+                launched.send_signal(number)
             assert launched.wait(300) == 75
         finally:
             launched.kill()
     assert (folder / "saved").exists() == heeds and not (folder / "begun-train").exists()
+
+
+def test_a_setup_of_a_stage_that_runs_here_may_use_the_terminal(folder: Path) -> None:
+    python = folder / "python"
+    python.write_text("#!/bin/sh\necho began $3\n")
+    python.chmod(0o700)
+    words = f"--config run.yaml --backend local --set slurm.env=[ASTAR_PYTHON={python}] --set 'slurm.setup=stty -ixon'"
+    command = ["script", "-qec", f"{sys.executable} -m astar_megatron.cli launch {words}", "/dev/null"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    lines = [f"began {stage}" for stage in ("sweep", "train", "eval")]
+    assert (done.returncode, done.stdout.splitlines()) == (0, lines), done.stdout
 
 
 # --- the body as nemo-run takes it
