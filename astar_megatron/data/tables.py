@@ -80,9 +80,9 @@ def _shortest(kind: Any) -> Callable[[Any], Any] | None:
     if pa.types.is_struct(kind):
         within = {field.name: shortest for field in kind if (shortest := _shortest(field.type))}
         return (lambda value: _with_short(value, within)) if within else None
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        if of_item := _shortest(kind.value_type):
-            return lambda value: [of_item(item) for item in value] if isinstance(value, list) else value
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if is_list and (of_item := _shortest(kind.value_type)):
+        return lambda value: [of_item(item) for item in value] if isinstance(value, list) else value
     return None
 
 
