@@ -81,7 +81,7 @@ def prepare(
     total = len(rows) + problems.count
     pairs = pairs_of(rows, question, read, problems, remedy=remedy)
     if not (pairs or known):
-        refuse_nested(rows, question, answer, source)
+        refuse_nested(rows, question, answer, source, kind, subset, split)
     if reward:
         pairs = _readable(pairs, reward, problems)
     kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]

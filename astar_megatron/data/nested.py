@@ -10,50 +10,83 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from astar_megatron.data.rows import PromptError, Row
+from astar_megatron.data.rows import Problems, PromptError, Row, text_of
+from astar_megatron.data.sources import rows_of
 
-_OF_VERL = ["reward_model", "ground_truth"]  # where an answer is looked for that has no field of its own
-# Of the messages that are no system's there must be one alone, else the loop stops.
-_TO_LINES = (
-    "import json, sys; from astar_megatron.data.rows import Problems, read_rows, text_of; "
-    "rows = read_rows(sys.argv[1], problems := Problems(sys.argv[1])); problems.refuse(len(rows) + problems.count); "
-    'print(*[json.dumps({{"question": question, "answer": '
-    'text_of(row.fields{within}, {last}, "name another in this command", number=True)}}) '
-    'for row in rows for (question,) in [{questions}]], sep="\\n")'
-)
+_OF_VERL = ["reward_model", "ground_truth"]  # where an answer is looked for that is nowhere else
 _MESSAGES = (
-    '[text_of(message, "content", "leave the row out") for message in row.fields[{field}] '
-    'if message["role"] != "system"]'
+    "is a list of messages, expected text; one message of the user is a question, and system messages, which this "
+    "leaves out, are written into the chat template (examples/OWN.md)"
 )
 
 
-def refuse_nested(rows: Sequence[Row], question: str, answer: str, source: str | Path) -> None:
-    """Raise PromptError, with the command that makes lines of the rows, where the first has messages or a deep answer.
+def refuse_nested(
+    rows: Sequence[Row],
+    question: str,
+    answer: str,
+    source: str | Path,
+    kind: str = "jsonl",
+    subset: str | None = None,
+    split: str | None = None,
+) -> None:
+    """Raise PromptError where rows have messages or a deep answer, with the command that makes lines where one can be.
 
-    `question` and `answer` are the fields that were asked for; with dots ("prompt.0.content") they lead into one.
+    `question` and `answer` are the fields that were asked for; with dots ("prompt.0.content") they lead into one. The
+    rest is what `rows_of` was asked for.
     """
-    if not rows:
-        return
-    fields = rows[0].fields
-    head = question if question in fields else question.partition(".")[0]
-    place = next((p for p in ([answer], answer.split("."), _OF_VERL) if _is_answer(_value(fields, p))), [answer])
-    if _is_messages(_value(fields, [head])):
-        kind = f"field {head!r} is a list of messages, expected text; one message of the user is a question, and "
-        kind += "system messages, which this leaves out, are written into the chat template (examples/OWN.md)"
-        questions = _MESSAGES.format(field=json.dumps(head))
-    elif len(place) > 1 and question in fields:
-        kind = f"the answer is in the object {place[0]!r}, expected text in a field of its own"
-        questions = f"[row.fields[{json.dumps(question)}]]"
-    else:
-        return
-    *outer, last = map(json.dumps, place)
-    code = _TO_LINES.format(within="".join(f"[{name}]" for name in outer), last=last, questions=questions)
-    path, remedy = (
-        (Path(source).absolute(), "") if Path(source).exists() else (Path("FILE"), "download it, and with its FILE ")
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    lines = shlex.quote(f"{path.with_suffix('')}_lines.jsonl")
-    raise PromptError(f"{source}, {rows[0].where}: {kind}; {remedy}convert it: {shlex.join(command)} > {lines}")
+    refused = ""
+    for row in rows:
+        head = question if question in row.fields else question.partition(".")[0]
+        asked, place = _value(row.fields, [head]), _place(row.fields, answer)
+        if _is_messages(asked):
+            problem = f"field {head!r} {_MESSAGES}"
+            seen = f"at {answer!r}; the fields are {', '.join(map(repr, row.fields))}: name the right ones"
+            refused = refused or f"{source}, {row.where}: {problem}; no row has that, and a text or a number {seen}"
+        elif len(place) > 1 and question in row.fields:
+            problem = f"the answer is in the object {place[0]!r}, expected text in a field of its own"
+        else:
+            continue
+        if isinstance(_question(asked), str) and _is_answer(_value(row.fields, place)):
+            command = _to_lines(head, place, kind, source, subset, split)
+            raise PromptError(f"{source}, {row.where}: {problem}; convert it: {command}")
+    if refused:
+        raise PromptError(refused)
+
+
+def print_lines(
+    question: str, place: Sequence[str], kind: str, source: str, subset: str | None, split: str | None
+) -> None:
+    """Print a line of each row, its answer what lies at a `place`.
+
+    What can't be used stands there as it is, for `astar data` or a run to refuse. Raises PromptError as `rows_of` does.
+    """
+    rows = rows_of(kind, source, subset, split, problems := Problems(source))
+    problems.refuse(len(rows) + problems.count)
+    lines = [
+        {"question": _question(_value(row.fields, [question])), "answer": _answer(_value(row.fields, place))}
+        for row in rows
+    ]
+    print(*map(json.dumps, lines), sep="\n")
+
+
+def _to_lines(
+    question: str, place: Sequence[str], kind: str, source: str | Path, subset: str | None, split: str | None
+) -> str:
+    """The command that writes the rows as lines beside them; those of the hub, where it is run."""
+    path = Path(source).absolute() if Path(source).exists() else Path(source)
+    code = f"from {__name__} import print_lines; print_lines{(question, place, kind, str(path), subset, split)!r}"
+    of_which = "".join(f"_{name}" for name in (subset, split) if name)
+    beside = path.with_suffix("") if path.is_file() else path if path.is_dir() else path.name
+    return f"{shlex.join([sys.executable, '-c', code])} > {shlex.quote(f'{beside}{of_which}_lines.jsonl')}"
+
+
+def _place(fields: Mapping[str, Any], answer: str) -> list[str]:
+    """Where a row has the answer that was asked for; verl's place where it has none, or the object around that."""
+    places = (_OF_VERL, [answer]) if answer == _OF_VERL[0] else ([answer], answer.split("."), _OF_VERL)
+    for *outer, last in places:
+        if isinstance(around := _value(fields, outer), Mapping) and last in around:
+            return [*outer, last]
+    return [answer]
 
 
 def _value(fields: Mapping[str, Any], place: Sequence[str]) -> Any:
@@ -67,8 +100,24 @@ def _value(fields: Mapping[str, Any], place: Sequence[str]) -> Any:
     return value
 
 
+def _question(asked: Any) -> Any:
+    """The content of messages of which one alone is no system's; anything else as it is."""
+    if _is_messages(asked):
+        others = [message["content"] for message in asked if message["role"] != "system"]
+        return others[0] if len(others) == 1 else asked
+    return asked
+
+
+def _answer(value: Any) -> Any:
+    """A number as text, with all its digits; anything else as it is."""
+    try:
+        return text_of({"answer": value}, "answer", "", number=True)
+    except ValueError:
+        return value
+
+
 def _is_answer(value: Any) -> bool:
-    return isinstance(value, str | int | float)
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _is_messages(value: Any) -> bool:

@@ -62,14 +62,31 @@ def _python_value(scalar: Any) -> Any:
 
 
 def shortest_floats(values: list[Any], kind: Any) -> list[Any]:
-    """Return the values of a column of type `kind`, floats below 64 bits by their shortest digits.
+    """Return the values of a column of type `kind`, floats below 64 bits by their shortest digits, in objects too.
 
     So a float32 is 0.1, not 0.10000000149011612. A whole number is as it is: 123456792, not 123456790.
     """
+    shortest = _shortest(kind)
+    return [shortest(value) for value in values] if shortest else values
+
+
+def _shortest(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes the floats below 64 bits within a value of type `kind` short; None where the type has none."""
     import numpy as np
     import pyarrow as pa
 
-    narrow = {pa.float16(): np.float16, pa.float32(): np.float32}.get(kind)
-    if narrow is None:
-        return values
-    return [value if value is None or float(value).is_integer() else float(str(narrow(value))) for value in values]
+    if narrow := {pa.float16(): np.float16, pa.float32(): np.float32}.get(kind):
+        return lambda value: value if value is None or float(value).is_integer() else float(str(narrow(value)))
+    if pa.types.is_struct(kind):
+        within = {field.name: shortest for field in kind if (shortest := _shortest(field.type))}
+        return (lambda value: _with_short(value, within)) if within else None
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if is_list and (of_item := _shortest(kind.value_type)):
+        return lambda value: [of_item(item) for item in value] if isinstance(value, list) else value
+    return None
+
+
+def _with_short(value: Any, within: Mapping[str, Callable[[Any], Any]]) -> Any:
+    if not isinstance(value, dict):  # none, or an error that stands in its place
+        return value
+    return value | {name: shortest(value[name]) for name, shortest in within.items()}

@@ -138,6 +138,13 @@ def test_a_number_of_parquet_has_the_digits_of_its_own_type(kind: pa.DataType, t
     assert [pair.answer for pair in pairs] == ["0.1", "27", "0.5"] and problems.count == 1
 
 
+def test_a_number_within_an_object_of_parquet_has_the_digits_of_its_own_type(tmp_path: Path) -> None:
+    narrow = pa.list_(pa.struct({"a": pa.float32(), "b": pa.float64(), "c": pa.list_(pa.float16())}))
+    values = [[{"a": 0.1, "b": 0.1, "c": [0.5, None]}, None], None, []]
+    pq.write_table(pa.table({"x": pa.array(values, narrow)}), tmp_path / "x.parquet")
+    assert [row.fields["x"] for row in read_rows(tmp_path / "x.parquet", Problems("x"))] == values
+
+
 @pytest.mark.parametrize(("kind", "number"), [(pa.float16(), 10008.0), (pa.float32(), 123456792.0)])
 def test_a_whole_number_of_parquet_keeps_all_its_digits(kind: pa.DataType, number: float, tmp_path: Path) -> None:
     table = pa.table({"q": ["text"], "a": pa.array([number], pa.float64()).cast(kind)})
