@@ -294,6 +294,20 @@ MULTIPLY = [
     ("<answer>" + "9" * 5000 + "</answer>", "42", 0),
 ]
 
+THOUSANDS_AND_A_HALF = [
+    *("1.5e3", "+1.5e3", "(1.5e3)", "{1.5e3}", "$1.5e3$", "1.5e3 m", "1.5E+3", "L = 1.5e3"),
+    *(r"\,1.5e3", r"1.5e3\text{ m}", r"1.5 \times 10^3\text{ m}"),
+]
+BASE_EIGHT = [
+    *("52_8", "52_{(8)}", "52_{[8]}", "52_{eight}", "(52)_8", "052_8", "N=52_8", "$52_8$"),
+    *(r"52_{\,8}", r"52\,_8", r"52_\text{8}", r"52_{\text{ eight}}", r"52_{\text{base }8}", r"52_{\rm eight}"),
+]
+
+
+def _both_ways(text: str, other: str) -> list[tuple[str, str, float]]:
+    return [(f"\\boxed{{{text}}}", other, 1), (f"\\boxed{{{other}}}", text, 1)]
+
+
 MATH_VERIFY = [
     (r"\boxed{1/2}", r"\frac{1}{2}", 1),
     (r"\boxed{0.5}", r"\frac{1}{2}", 1),
@@ -383,6 +397,25 @@ MATH_VERIFY = [
     (r"\boxed{2e^3}", "2000", 0),
     (r"\boxed{(e-1)(2e-1)}", "2e^2-3e+1", 1),
     (r"\boxed{\ln(2e-1)}", r"\ln(2e - 1)", 1),
+    *[pair for text in (*THOUSANDS_AND_A_HALF, "1500") for pair in _both_ways(text, "1.5e3")],
+    *[pair for text in (r"2e-19\text{ m}", r"2 \times 10^{-19}", "L=2e-19") for pair in _both_ways(text, "2e-19")],
+    *[pair for text in ("2e - 19", "-19+2e") for pair in _both_ways(text, "2e-19")],
+    ("\\boxed{\N{MINUS SIGN}3e8}", "-3e8", 1),
+    (r"\boxed{1.5e3}, \boxed{2}", "1.5e3,2", 1),
+    (r"\boxed{1e-19\text{ m}}", "2e-19", 0),
+    (r"\boxed{8e3}", "3e8", 0),
+    (r"\boxed{8e3\text{ m}}", "3e8", 0),
+    (r"\boxed{3e2x}", "300x", 0),
+    *[pair for text in BASE_EIGHT for pair in _both_ways(text, "52_8")],
+    *[(f"\\boxed{{{text.replace('8', '7')}}}", text, 0) for text in BASE_EIGHT if "8" in text],
+    (r"\boxed{x=5_8\text{ and }y=6_8}", "5_8,6_8", 1),
+    (r"\boxed{A=5_7, B=6_8}", "A=5_8, B=6_8", 0),
+    (r"\boxed{1000_{two}}", "1000_2", 1),
+    (r"\boxed{1.10_2}", "1.1_2", 1),
+    (r"\boxed{1,000_2}", "1{,}000_2", 1),
+    (r"\boxed{52_b}", "52_c", 0),
+    (r"\boxed{k_{\text{B}} T_{\text{hot}}}", "k_B T_{hot}", 1),
+    (r"\boxed{A_{\text{log}}}", r"A_{\text{sum}}", 0),
 ]
 
 

@@ -8,12 +8,13 @@ So does one that the library can't judge within a few seconds of CPU time: a bus
 `reward.timeout_seconds` by the clock are more than what its processes wait for each other. They are measured by
 SIGPROF, in place of the library's own alarm by the clock, so this reward runs in the main thread of a process.
 
-Three of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1
+Two of its verdicts are not taken. It rounds to six decimals, by which all tiny numbers are equal: numbers below 1
 must be equal to four digits too. It reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
-have the same. And it drops a number's base, so that 52_7 is 52_8: the answer must have the same. Numbers within sets
-and tuples are compared as the library does, and so are those that take too long.
+have the same. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
 
-It takes "1\\,000" and "1.5e3" for products, so it is given 1000 and 1.5 \\times 10^{3} in their places.
+What it misreads it is given in other words. It takes "1\\,000" and "1.5e3" for products: it reads 1000 and
+1.5 \\times 10^{3} in their places. "2e-3" may be 2e less 3 as well: an answer is right where it is by either reading of
+both. And it drops a number's base, so that 52_7 were 52_8: it reads the base as a factor, 52\\beta_{7}.
 """
 
 import importlib
@@ -35,9 +36,21 @@ _DIGITS = 30  # of a number's value
 _SIGN = re.compile(
     r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
 )
-_BASE = re.compile(r"(?<![\^0-9])([0-9]+)\s*_\s*(?:\{([^{}]*)\}|([^\s{}]))")
-_TEXT_BASE = re.compile(r"_\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")  # the library loses it: 52_{\text{eight}}
-_POWER_OF_TEN = re.compile(r"\s*(-?[0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})\s*")  # alone: within more, e is Euler's
+_BASE = re.compile(
+    r"(?<![\^0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\)?)(?:\s|\\[,;: ])*_\s*"
+    r"([0-9]+|[A-Za-z]|(?:\\[a-z]+\s*)?\{(?:[^{}]|\{[^{}]*\})*\})"
+)
+_TEXT_SUBSCRIPT = re.compile(r"_\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")  # the library loses it: v_{\text{max}}
+_NO_NAME = re.compile(r"\\[A-Za-z]+|[^0-9A-Za-z]|base")  # of a base: (8), \text{ eight}
+_WORDS = [
+    *("two", "three", "four", "five", "six", "seven", "eight", "nine"),
+    *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
+]
+_BASES = {word: str(base) for base, word in enumerate(_WORDS, start=2)}
+_POWERS_OF_TEN = [  # all, and those that can't be a sum with Euler's e, as 2e-3 can
+    re.compile(rf"(?<![\w.^])([0-9]+(?:\.[0-9]+)?)[eE]({sign}[0-9]{{1,3}})(?!\w|\s*[\^(]|\.[0-9])")
+    for sign in ("[+-]?", "")
+]
 _SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
 
 
@@ -52,15 +65,10 @@ def math_verify(response: str, answer: str) -> float:
     library.
     """
     library = _library()
-    golds = _golds(library, answer)
     boxes = filled_boxes(response)
-    together = ", ".join(map(_boxed, boxes))
-    if not boxes or len(together) > 2 * _LONGEST:
-        return 0.0
-    is_right = _is(library, golds, together)
-    if not is_right and len(boxes) > 1:  # one answer in several forms
-        is_right = all(_is(library, golds, _boxed(box)) for box in boxes)
-    return float(is_right)
+    texts = [_gold(answer), *(boxes if sum(map(len, boxes)) <= 2 * _LONGEST else [])]
+    readings = dict.fromkeys(tuple(_read(text, powers) for text in texts) for powers in _POWERS_OF_TEN)
+    return float(any(_is_right(library, *reading) for reading in readings))
 
 
 def library_version() -> str:
@@ -69,17 +77,34 @@ def library_version() -> str:
     return metadata.version("math-verify")
 
 
-def _golds(library: Any, answer: str) -> Sequence[Any]:
-    """What the library reads in the answer of a prompt, one thing at least. Raises ValueError."""
+def _gold(answer: str) -> str:
+    """What the answer of a prompt says. Raises ValueError."""
     gold = last_boxed(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
+    if not gold or not gold.strip():
+        raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
+    return gold
+
+
+def _is_right(library: Any, gold: str, *boxes: str) -> bool:
+    """Whether the boxes, as a list or each of them, equal the answer. Raises ValueError."""
+    golds = _golds(library, gold)
+    if not boxes:
+        return False
+    if _is(library, golds, ", ".join(map(_boxed, boxes))):
+        return True
+    return len(boxes) > 1 and all(_is(library, golds, _boxed(box)) for box in boxes)  # one answer in several forms
+
+
+def _golds(library: Any, gold: str) -> Sequence[Any]:
+    """What the library reads in an answer, one thing at least. Raises ValueError."""
     try:
-        golds = _limited(library.parse, _boxed(gold), parsing_timeout=None) if gold and gold.strip() else []
+        golds = _limited(library.parse, _boxed(gold), parsing_timeout=None)
     except _OutOfTime:
         raise ValueError(
-            f"answer: math-verify had not read it after {_SECONDS:g} s of computing, got {answer[-80:]!r}; shorten it"
+            f"answer: math-verify had not read it after {_SECONDS:g} s of computing, got {gold[-80:]!r}; shorten it"
         ) from None
     if not golds:
-        raise ValueError(f"answer: expected LaTeX or a solution with a closed \\boxed{{...}}, got {answer[-80:]!r}")
+        raise ValueError(f"answer: expected LaTeX that math-verify reads, got {gold[-80:]!r}")
     return golds
 
 
@@ -89,8 +114,7 @@ def _is(library: Any, golds: Sequence[Any], text: str) -> bool:
         guess = _limited(library.parse, text, parsing_timeout=None)
     except _OutOfTime:
         return False
-    is_same_form = _sign(golds) == _sign(guess) and _bases(golds) == _bases(guess)
-    return is_same_form and any(_equal(library, *pair) for pair in itertools.product(golds, guess))
+    return _sign(golds) == _sign(guess) and any(_equal(library, *pair) for pair in itertools.product(golds, guess))
 
 
 def _equal(library: Any, gold: Any, guess: Any) -> bool:
@@ -130,16 +154,6 @@ def _sign(parsed: Sequence[Any]) -> str | None:
     return _SIGNS.get(sign, sign)[:2] if sign else None
 
 
-def _bases(parsed: Sequence[Any]) -> set[tuple[str, str]]:
-    """The numbers of an answer that have another base than ten, without leading zeros, each with its base.
-
-    Of a chain, "11_2 = 3", its end alone counts, as for the library.
-    """
-    latex = parsed[-1].rpartition("=")[2] if parsed and isinstance(parsed[-1], str) else ""
-    bases = {(number.lstrip("0"), (braced or bare).strip()) for number, braced, bare in _BASE.findall(latex)}
-    return {(number, base) for number, base in bases if base not in ("10", "ten")}
-
-
 def _are_close(gold: Any, guess: Any) -> bool:
     """Whether two expressions are no numbers below 1 that differ in their first digits."""
     first, second = _value(gold), _value(guess)
@@ -160,11 +174,22 @@ def _value(expression: Any) -> Any:
     return sympy.Integer(0) if getattr(number, "_prec", 0) == 1 else number  # 1: no digit of it differs from 0
 
 
+def _read(latex: str, powers: re.Pattern[str]) -> str:
+    """The text with numbers and subscripts as the library reads them."""
+    plain = TEX_THOUSANDS.sub("", latex.replace("\N{MINUS SIGN}", "-"))
+    plain = _TEXT_SUBSCRIPT.sub(r"_{\1}", plain)
+    return powers.sub(r"\1 \\times 10^{\2}", _BASE.sub(_with_factor, plain))
+
+
+def _with_factor(match: re.Match[str]) -> str:
+    """A number with its base as a factor, and without it where that is ten."""
+    base = _NO_NAME.sub("", match[3])
+    base = _BASES.get(base.lower(), base)
+    number = match[1].replace(",", "") + match[2]
+    return number if base == "10" else rf"{number}\beta_{{{base}}}"
+
+
 def _boxed(latex: str) -> str:
-    """The box that the library reads, with numbers as it reads them."""
-    latex = _TEXT_BASE.sub(r"_{\1}", TEX_THOUSANDS.sub("", latex))
-    if power := _POWER_OF_TEN.fullmatch(latex):
-        latex = rf"{power[1]} \times 10^{{{power[2]}}}"
     return f"$\\boxed{{{latex}}}$"
 
 
