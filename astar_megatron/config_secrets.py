@@ -25,7 +25,7 @@ _PARAMETER, _VALUE = re.compile(r"[?&;#]([^?&;#=\s]{1,200})="), re.compile(r"[^&
 _MORE_NAMES = re.compile(r"SIGNATURE|(^|_)(PWD|SIG)$", re.IGNORECASE)  # of parameters
 _NO_SECRET = re.compile(  # words, numbers, and paths of files that hold secrets
     r"author(?!i[sz])|keyboard|keyword|monkey|compass|passage|tokenizer"
-    r"|(max|min|num)_([a-z]+_)?tokens|ssl_?key|passfile",
+    r"|(?<![a-z])(max|min|num)_([a-z]+_)?tokens|ssl_?key|passfile",
     re.IGNORECASE,
 )
 _DELIMITER = r"""\s/:@"'=(,\["""

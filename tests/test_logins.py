@@ -113,6 +113,7 @@ def test_a_login_in_a_study_is_refused_before_a_cell_is_named_by_it(
             "authorisation",
             "primary_access_key",
             "account_primary_key",
+            "admin_tokens",
             "monkey_token",
             "max_tokens_key",
         ),

@@ -101,10 +101,10 @@ def _value(fields: Mapping[str, Any], place: Sequence[str]) -> Any:
 
 
 def _question(asked: Any) -> Any:
-    """The content of messages of which one alone is no system's; anything else as it is."""
+    """The content of the user's message, where all others are the system's; anything else as it is."""
     if _is_messages(asked):
-        others = [message["content"] for message in asked if message["role"] != "system"]
-        return others[0] if len(others) == 1 else asked
+        others = [message for message in asked if message["role"] != "system"]
+        return others[0]["content"] if [message["role"] for message in others] == ["user"] else asked
     return asked
 
 

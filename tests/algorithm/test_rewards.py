@@ -42,7 +42,11 @@ LAST_NUMBER = [
     ("x = -$3", "-3", 1),
     ("10-7", "7", 1),  # a hyphen between numbers is no sign
     ("\N{MINUS SIGN}3", "-3", 1),
-    ("x = \N{EN DASH}4", "-4", 1),
+    *((f"It is {before}\N{EN DASH}4{after}", "-4", 1) for before, after in [("x = ", ""), ("**", "**"), ("$", "$")]),
+    *((f"It is {before}\N{EN DASH}4", "-4", 1) for before in ("x:", "<answer>", "|")),
+    ("x = $- 4$", "-4", 1),
+    ("**2**\N{EN DASH}4", "4", 1),
+    ("$6$ - 4", "4", 1),
     ("2\N{EN DASH}4", "4", 1),  # a range
     ("from $5$\N{EN DASH}$10$", "10", 1),
     ("10%\N{EN DASH}20%", "20", 1),

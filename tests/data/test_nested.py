@@ -145,6 +145,7 @@ def test_a_number_keeps_its_digits_in_the_lines(tmp_path: Path) -> None:
         (OF_VERL | {"answer": ["2"]}, "answer"),
         (OF_VERL | {"extra": {"answer": None}}, "extra.answer"),
         (OF_VERL | {"prompt": [ASKED, ASKED]}, "answer"),
+        (OF_VERL | {"prompt": [{"role": "assistant", "content": "2"}]}, "answer"),
     ],
 )
 def test_messages_without_one_question_and_the_answer_asked_for_are_refused_without_a_command(

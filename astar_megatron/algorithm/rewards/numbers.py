@@ -1,9 +1,9 @@
 """Rewards whose answer is a number: `last_number` and the two GSM8K rules.
 
 Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". By `last_number` so
-is an en dash, and a minus with a gap behind it where only a sign can stand, as in "x = - 4" and "(- 4". Exponents are
-not read: the last number of "1.5e3" is 3. An answer that is not one number ("1/2", "50%", "70 dollars") raises
-ValueError: such a reward could only ever be 0.
+is an en dash that is no range's, and a minus with a gap behind it where only a sign can stand, as in "x = - 4" and
+"$- 4$". Exponents are not read: the last number of "1.5e3" is 3. An answer that is not one number ("1/2", "50%",
+"70 dollars") raises ValueError: such a reward could only ever be 0.
 
 TeX's thousands, "9{,}500", "9\\,500" and "9,\\!500", are 9500, as `boxed_integer` reads them, but for `gsm8k_strict`:
 its official rule ends at the brace or the backslash.
@@ -17,8 +17,8 @@ _NUMBER = re.compile(
     r"(?:(?<!\w)-\$?)?"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
 )
-_GAP_BEHIND_SIGN = re.compile(r"([={(\[][ \t]*-)(?:[ \t]|\\[,;: ])+(?=\$?[.0-9])")
-_SIGN_BY_DASH = re.compile(r"(?<![^\s={(\[])\N{EN DASH}")  # elsewhere it is a range's
+_GAP_BEHIND_SIGN = re.compile(r"((?:[={(\[][ \t]*|(?<!\S)\$)-)(?:[ \t]|\\[,;: ])+(?=\$?[.0-9])")
+_SIGN_BY_DASH = re.compile(r"((?:^|[\s={(\[:>|])[*$]*)\N{EN DASH}")  # elsewhere it is a range's
 _OFFICIAL = re.compile(r"-?[0-9.,]+")
 _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -37,7 +37,7 @@ def last_number(response: str, answer: str) -> float:
 
 def number_in(response: str) -> str | None:
     """Return what `last_number` compares: the last number of `response`, in its shortest form ("7.50" is "7.5")."""
-    text = _GAP_BEHIND_SIGN.sub(r"\1", _SIGN_BY_DASH.sub("-", _plain(response)))
+    text = _GAP_BEHIND_SIGN.sub(r"\1", _SIGN_BY_DASH.sub(r"\1-", _plain(response)))
     number = next(reversed(_NUMBER.findall(text)), None)
     return _shortest(_decimal(number)) if number is not None else None
 
