@@ -24,7 +24,7 @@ from astar_megatron.run import accelerators
 from astar_megatron.run.resources import GIB
 from conversion.families import model_from_config
 
-H100 = gpus.named("H100")
+H100, H200 = gpus.named("H100"), gpus.named("H200")
 QWEN = model_from_config(SHAPES["1.5b"])
 EXPERTS = model_from_config(
     SHAPES["0.6b"]
@@ -295,12 +295,23 @@ def test_host_memory_has_what_keys_move_there() -> None:
 
 
 def test_a_small_model_several_gpus_and_an_unmeasured_kind_are_cautioned() -> None:
-    assert forecast(run_config(), QWEN, H100, None).cautions == ()
+    assert forecast(run_config(), QWEN, H200, None).cautions == ()
     small = model_from_config(SHAPES["smollm2"])
     cfg = run_config(parallel={"data": 2}, model={"dtype": "float32"})
     words = " ".join(forecast(cfg, small, gpus.named("a100"), None).cautions)
     assert all(word in words for word in ("launches", "data sheet", "no run on A100", "float32", "flash-attn"))
     assert not any("flash-attn" in caution for caution in forecast(cfg, small, H100, None).cautions)
+
+
+def test_experts_an_optimiser_on_the_host_and_layers_on_another_kind_of_gpu_are_cautioned() -> None:
+    for cfg, model, gpu, words in (
+        (run_config(), EXPERTS, H200, "no model with experts has been measured"),
+        (run_config(optim={"offload": True}), QWEN, H200, "Adam computes on the host"),
+        (run_config(), QWEN, H100, "no run on H100 has been measured: the share of its peak that layers reach"),
+    ):
+        cautions = forecast(cfg, model, gpu, None).cautions
+        assert sum(words in caution for caution in cautions) == 1, cautions
+        assert len(cautions) == 1 or model is EXPERTS
 
 
 # --- the command

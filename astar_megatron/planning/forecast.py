@@ -23,7 +23,7 @@ from conversion.families import Model
 
 _USUAL_GPUS = 8  # of a node
 _SMALL_MODEL = 1_000_000_000  # parameters
-_MEASURED = ("H100", "H200")  # the former by its LM head alone
+_MEASURED = "H200"  # of an H100 the LM head alone was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +152,12 @@ def _cautions(cfg: RunConfig, model: Model, gpu: Gpu) -> Iterator[str]:
             f"Transformer Engine has no fused attention for packs on {gpu.name}: without flash-attn, which it takes "
             "then, attention needs memory by the square of the length, which is not counted"
         )
-    if gpu.name not in _MEASURED:
-        yield f"no run on {gpu.name} has been measured: shares of its peak are those of an H200"
+    if model.dims.num_experts:
+        yield "no model with experts has been measured: its layers' share of the peak is that of a dense model"
+    if cfg.optim.offload:
+        yield "with optim.offload Adam computes on the host, which takes longer: only what the link moves is counted"
+    if gpu.name != _MEASURED:
+        yield f"no run on {gpu.name} has been measured: the share of its peak that layers reach is an {_MEASURED}'s"
 
 
 def _num_held(cfg: RunConfig, placement: Placement) -> int:

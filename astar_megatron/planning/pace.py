@@ -18,8 +18,9 @@ forward pass (model/flops.py) of the sequences of a data rank, over the ranks th
 
 Bytes between ranks: 4 collectives of the hidden states a layer for tensor, keys and values once for context, the
 tokens' way to their experts and back for expert; all at the data sheet's rates, which no run has measured yet.
-Leaves out: launches of kernels (a model below about 1B is slower than this), pipeline's own messages, the policy's
-scores before the step that clipped methods take, rewards, evaluations, checkpoints, the start (minutes).
+Leaves out: launches of kernels (a model below about 1B is slower than this), Adam's own time on the host with
+optim.offload, pipeline's own messages, the policy's scores before the step that clipped methods take, rewards,
+evaluations, checkpoints, the start (minutes).
 """
 
 from dataclasses import asdict, dataclass
