@@ -549,7 +549,10 @@ def test_the_csv_has_a_line_a_step_with_stage_1_counted(compare: Any, tmp_path: 
     first = rows[0]
     assert (first["method"], first["seed"], first["step"]) == ("astar", "0", "0")
     assert (first["spent_tokens"], first["spent_seconds"]) == (str(STAGE_1_TOKENS + 10), str(STAGE_1_SECONDS + 1.0))
-    assert [row["spent_tokens"] for row in rows if row["method"] == "grpo"] == ["40", "80", "120"] * 2
+    grpo = [row for row in rows if row["method"] == "grpo"]
+    assert [row["spent_tokens"] for row in grpo] == ["40", "80", "120"] * 2
+    assert [row["spent_tokens_before"] for row in grpo] == ["0", "40", "80"] * 2
+    assert (first["spent_tokens_before"], first["spent_seconds_before"]) == (str(STAGE_1_TOKENS), str(STAGE_1_SECONDS))
 
 
 def test_the_final_score_is_the_mean_of_the_sets_of_the_last_evaluation(tmp_path: Path) -> None:

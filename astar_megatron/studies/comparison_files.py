@@ -9,6 +9,7 @@ from typing import Any
 from astar_megatron.data.files import storage_error, write_atomic, write_json
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.run import machine
+from astar_megatron.run.spending import Cost
 from astar_megatron.studies import unfinished
 from astar_megatron.studies.comparison import METHODS, UNITS, Budget, Result, Run, Stage1Cost, Summary, summary_of
 from astar_megatron.studies.curves import plot
@@ -18,7 +19,8 @@ STAGE_1 = "stage-1"  # folder of the sweep
 _BEFORE = {"compare.lock", STAGE_1}  # what there is before the first run
 _CSV_COLUMNS = (
     *("method", "seed", "step", "spent_tokens", "spent_flops", "spent_seconds"),
-    *("reward_mean", "kl_token", "entropy", "truncated", "score_before"),
+    *("reward_mean", "kl_token", "entropy", "truncated"),
+    *("score_before", "spent_tokens_before", "spent_flops_before", "spent_seconds_before"),  # of a step's first weights
 )
 _COLUMNS = ("method", "runs", "score", "KL", "seconds", "peak memory, GiB", "tokens", "FLOPs", "steps")
 
@@ -83,7 +85,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Run]]:
 def write(folder: Path, comparison: Comparison) -> None:
     """Write all files of a comparison, each whole; compare.json first, by which a later one goes on."""
     write_json(folder / JSON_FILE, as_json(comparison))
-    write_atomic(folder / "compare.csv", as_csv(comparison.finished).encode())
+    write_atomic(folder / "compare.csv", as_csv(comparison).encode())
     write_atomic(folder / "compare.md", as_markdown(comparison).encode())
     plot(comparison.finished, folder / "compare.png")
 
@@ -104,15 +106,18 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def as_csv(results: Sequence[Result]) -> str:
+def as_csv(comparison: Comparison) -> str:
     """Return a line a step of the finished runs."""
     rows = []
-    for result in results:
+    for result in comparison.finished:
+        stage_1 = comparison.stage_1.get(result.run.cell)
+        before = _amounts(stage_1.known if stage_1 else Cost())
         for step in result.steps:
             score = sum(step.scores.values()) / len(step.scores) if step.scores else None
-            spent = (step.spent.tokens, step.spent.flops, step.spent.seconds)
+            spent = _amounts(step.spent)
             health = (step.reward_mean, step.kl_token, step.entropy, step.truncated)
-            rows.append((result.run.cell, result.run.seed, step.step, *spent, *health, score))
+            rows.append((result.run.cell, result.run.seed, step.step, *spent, *health, score, *before))
+            before = spent
     return csv_text(_CSV_COLUMNS, rows)
 
 
@@ -139,6 +144,10 @@ def as_markdown(comparison: Comparison) -> str:
         ]
     lines += unfinished.listed(comparison.runs, comparison.results, comparison.errors)
     return "\n".join(lines) + "\n"
+
+
+def _amounts(spent: Cost) -> tuple[float, ...]:
+    return spent.tokens, spent.flops, spent.seconds
 
 
 def _row(summary: Summary) -> Sequence[str]:

@@ -41,6 +41,7 @@ _KINDS = (
     Columns(compute="train/num_tokens", score="train/reward"),  # TRL, by W&B
     Columns(compute="num_tokens", score="reward"),  # TRL, its own
 )
+_SPENT_AFTER = ("spent_tokens", "spent_flops", "spent_seconds")  # a step, of a comparison
 OF_A_STEP = frozenset(kind.compute for kind in _KINDS if kind.per_row)
 _CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 
@@ -102,6 +103,11 @@ def _columns(names: Sequence[str], compute: str | None, score: str | None, *, pe
             return None
         known = Columns(compute=compute, score=score)
     own_compute, own_score = _asked(known, compute, score)
+    if own_score == "score_before" and own_compute in _SPENT_AFTER:
+        raise ValueError(
+            f"--score score_before: is of the weights before a step, and {own_compute} has the step too; add --compute "
+            f"{own_compute}_before, which a compare.csv of an older version lacks: fit its runs' folders, --score score"
+        )
     return Columns(
         compute=own_compute,
         score=own_score,
