@@ -519,6 +519,21 @@ def test_steps_of_a_run_that_lack_a_number_have_cost_what_they_say(tmp_path: Pat
         read_curves([str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([2, 3], "line 1: expected step 0, got 2"),
+        ([0, 1, 4], "line 3: expected step 2, got 4"),
+        ([0, 1, 1, 2], "line 3: expected step 2, got 1"),
+    ],
+    ids=["late", "missing", "repeated"],
+)
+def test_a_runs_folder_whose_steps_do_not_add_up_is_refused(steps: list[int], words: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics(step)) + "\n" for step in steps))
+    with pytest.raises(ValueError, match=words):
+        read_curves([str(tmp_path)])
+
+
 def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> None:
     columns = {"method": list("aabb"), "seed": [0, 1, 0, 0], "spent_flops": [3, 4, 5, 6], "reward_mean": [0, 1, 2, 3]}
     write_csv(tmp_path / "compare.csv", columns)
@@ -552,7 +567,7 @@ def test_tables_are_one_curve_only_where_they_are_given_one_name(tmp_path: Path)
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         tables.append(write_csv(tmp_path / folder / "log.csv", {"num_tokens": [1], "reward": [0.1]}))
-        Tracker(tmp_path / folder / "run").log(metrics(1))
+        Tracker(tmp_path / folder / "run").log(metrics(0))
         runs.append(str(tmp_path / folder / "run"))
     comparisons = [
         write_csv(tmp_path / f"{number}.csv", {"method": ["a"], "seed": [0], "spent_flops": [1], "reward_mean": [1]})

@@ -107,6 +107,7 @@ def _of_run(path: Path) -> list[Row]:
     lines, rows = read_metrics(path), []
     if not lines:
         raise ValueError(f"{path}: no {METRICS_FILE} with steps, scale.csv or compare.csv there; give a run's folder")
+    _check_steps([line["step"] for line in lines], path)
     first = lines[0]
     spent = Cost(tokens=max(0, (first.get("spent_tokens") or 0) - (first.get("response_tokens") or 0)))
     for line in lines:
@@ -114,6 +115,15 @@ def _of_run(path: Path) -> list[Row]:
         spent += Cost.of_step(line)
         rows.append(_costs(spent) | {"reward_mean": line.get("reward_mean", "")})
     return rows + _score(path, lines[-1]["step"] + 1, spent)
+
+
+def _check_steps(steps: Sequence[int], path: Path) -> None:
+    """Raise ValueError where lines of metrics, whose costs are added up, are not of all steps from 0 on, each once."""
+    if (wrong := next((place for place, step in enumerate(steps) if step != place), None)) is not None:
+        raise ValueError(
+            f"{path / METRICS_FILE}, line {wrong + 1}: expected step {wrong}, got {steps[wrong]}; what steps cost "
+            "is added up from 0 on; give a run with all of its steps in order, each once, as a resumed run leaves them"
+        )
 
 
 def _score(path: Path, steps: int, spent: Cost) -> list[Row]:
