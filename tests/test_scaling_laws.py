@@ -216,6 +216,18 @@ def test_an_asymptote_is_refused_where_the_sigmoid_misses_by_many_times_a_noise_
     assert all("misses the later means" in refusals(extrapolate("x", points, t))["asymptote"] for t in (0.002, 0.02))
 
 
+def test_a_rise_that_hides_in_the_tolerance_is_not_called_foretold() -> None:
+    compute = np.arange(1, 41.0)
+    rise = 0.004 + 0.017 * np.maximum(0, compute - 20) / 20
+    noise = 0.0005 * np.random.default_rng(0).standard_normal(40)
+    points = Points(compute, rise + noise, np.zeros(40, int))
+    result = extrapolate("x", points, 0.02)
+    assert result.verdict == "can't be told" and "lower --tolerance" in result.reason
+    assert extrapolate("x", points, 0.002).verdict == "does not"
+    level = Points(compute, 0.004 + noise, points.run)
+    assert extrapolate("x", level, 0.02).verdict == "extrapolates"
+
+
 def test_scores_in_per_cent_are_told_with_the_unit_of_the_tolerance() -> None:
     words = "scores look like per cent, --tolerance is in their unit"
     points = study(0, sigmoid, responses=4096)

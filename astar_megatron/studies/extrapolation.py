@@ -2,8 +2,8 @@
 
 The first half has the points up to half of the largest compute. The second is cut into ten equal parts of compute, and
 the mean of the points of each part is what a law has to predict. The law that comes nearest is the curve's; it
-extrapolates where `NEEDED` of those means are within a tolerance. Asymptote and exponent are those of all points, and
-are refused, in words, where the points can't tell them.
+extrapolates where `NEEDED` of those means are within a tolerance, unless the scores' own change hides in that.
+Asymptote and exponent are those of all points, and are refused, in words, where the points can't tell them.
 
 Real curves are no sigmoids, and a profile likelihood believes the law. So the asymptote's interval also holds those of
 the first half and of the points from `LATER` of the compute on, where the rise does not set the law; it is refused
@@ -24,6 +24,7 @@ from astar_megatron.studies.laws import CONSTANT, LAWS, LEVEL, SIGMOID, Fit, Int
 NEEDED = 0.9
 EARLIER, LATER = 0.5, 0.25  # of the largest compute: up to there, and from there on
 _PARTS, _LEAST_PARTS = 10, 3
+_LARGE = 0.2  # an error, of how far the scores span
 _NO_CHANGE = "a constant fits as well, within the noise: more compute, more seeds or more prompts"
 
 type Verdict = Literal["extrapolates", "does not", "can't be told"]
@@ -87,6 +88,11 @@ def extrapolate(name: str, points: Points, tolerance: float, lost_at_end: int = 
     unit = _unit(points.score)
     best = min(fitted, key=lambda law: round((law.error or 0.0) / unit, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
+    span = float(np.ptp(points.score)) if len(points) else 0.0
+    if verdict == "extrapolates" and best and (best.error or 0.0) > max(_noise(late), _LARGE * span):
+        verdict = "can't be told"
+        reason += f", but misses them by {best.error:.3g}, above their noise, where all scores span {span:.3g}: "
+        reason += "lower --tolerance"
     if not len(points):
         reason = "no row has a score"
     if lost_at_end and verdict == "extrapolates":
