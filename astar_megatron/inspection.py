@@ -3,6 +3,8 @@
 Leaves out: the responses, which stay on disk (column `response` of the shards, any Parquet reader).
 """
 
+import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +79,16 @@ def _quantiles(values: np.ndarray) -> str:
 
 
 def _histogram(mean: np.ndarray) -> list[tuple[str, str]]:
-    """Ten ranges of the mean reward with a bar each, before and after them what is not between 0 and 1."""
-    counts = [int((mean <= 0).sum())]
-    inner = mean[(mean > 0) & (mean < 1)]
-    counts += np.histogram(inner, bins=10, range=(0, 1))[0].tolist()
-    counts += [int((mean >= 1).sum())]
-    names = ["0 or less", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)), "1 or more"]
+    """Ten ranges of the mean reward with a bar each, before and after them what is at its ends.
+
+    These are 0 and 1, or the whole numbers around what is less or more.
+    """
+    low, high = min(0, math.floor(mean.min())), max(1, math.ceil(mean.max()))
+    inner = mean[(mean > low) & (mean < high)]
+    counts, edges = np.histogram(inner, bins=10, range=(low, high))
+    counts = [int((mean <= low).sum()), *counts.tolist(), int((mean >= high).sum())]
+    ranges = [f"{start:z.1f} to {end:z.1f}" for start, end in pairwise(edges)]
+    names = [f"{low} or less", *ranges, f"{high} or more"]
     most = max(counts)
     return [(name, f"{n:>8} {'#' * round(_BAR * n / most)}".rstrip()) for name, n in zip(names, counts, strict=True)]
 

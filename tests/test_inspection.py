@@ -89,12 +89,20 @@ def test_inspect_says_of_which_samples_its_v_star_is_and_training_s(
     assert words in shown_of(tmp_path, capsys, sweep=sweep)
 
 
-def test_every_prompt_is_in_one_bar() -> None:
-    mean = np.array([-0.5, 0.0, 0.0, 0.05, 0.1, 0.999, 1.0, 2.0, 0.55])
-    names, bars = zip(*_histogram(mean), strict=True)
-    assert (names[0], names[-1]) == ("0 or less", "1 or more")
-    counts = [int(bar.split()[0]) for bar in bars]
-    assert counts == [3, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 2]
+@pytest.mark.parametrize(
+    ("mean", "ends", "counts"),
+    [
+        ([0.0, 0.0, 0.05, 0.1, 0.999, 1.0, 0.55], ("0 or less", "1 or more"), [2, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 1]),
+        ([-1.0, -0.95, -0.5, 0.0, 0.5, 1.0], ("-1 or less", "1 or more"), [1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1]),
+        ([-0.7, 1.5], ("-1 or less", "2 or more"), [0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0, 0]),
+    ],
+)
+def test_every_prompt_is_in_one_bar_and_the_bars_reach_the_least_and_largest_reward(
+    mean: list[float], ends: tuple[str, str], counts: list[int]
+) -> None:
+    names, bars = zip(*_histogram(np.array(mean)), strict=True)
+    assert (names[0], names[-1]) == ends and len(set(names)) == 12
+    assert [int(bar.split()[0]) for bar in bars] == counts
 
 
 def test_a_table_without_rows_or_none_at_all_is_a_clear_error(tmp_path: Path) -> None:

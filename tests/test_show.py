@@ -1,13 +1,14 @@
 """`astar show`: a page of a run, looked at in a real browser, with rollouts that would like to be more than text."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -238,6 +239,82 @@ def test_curves_that_differ_by_rounding_or_are_huge_are_drawn_with_all_that_foll
     assert {"Value", "Entropy a token", "Learning rate", "Gradient's norm"} <= set(seen.texts["h3"])
 
 
+def with_metrics(folder: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    """A run of one step of rollouts with these lines of metrics, shown."""
+    run = shown_run.write_run(folder, steps=1)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    show.main(run, None)
+    return run / show.PAGE_FILE
+
+
+def figure_of(dom: str, title: str) -> str:
+    (figure,) = [part for part in dom.split("<figure")[1:] if f">{title}</h3>" in part]
+    return figure.partition("</figure>")[0]
+
+
+@in_a_browser
+def test_every_tick_of_an_axis_has_a_text_of_its_own(browser: Browser, tmp_path: Path) -> None:
+    ends = {
+        "reward_mean": (0.99901, 0.99909),
+        "response_tokens": (1_047_700, 1_049_400),
+        "entropy": (0.0312, 0.0318),
+        "loss": (1e30, 1.0001e30),
+        "kl_token": (-2e-7, 3e-7),
+        "mfu": (0.0, 0.3),
+    }
+    lines = [{"step": step, **{key: pair[step] for key, pair in ends.items()}} for step in (0, 1)]
+    dom = browser.dom(with_metrics(tmp_path / "run", lines), "")
+    texts = [re.findall(r'text-anchor="end">([^<]*)<', part.partition("</figure>")[0]) for part in dom.split("<figure")]
+    assert len(texts) == 1 + len(ends)
+    for of_axis in texts[1:]:
+        numbers = [float(text) for text in of_axis]
+        assert len(set(of_axis)) == len(of_axis) >= 2, of_axis
+        apart = [after - before for before, after in itertools.pairwise(numbers)]
+        assert apart == pytest.approx([apart[0]] * len(apart)), of_axis
+
+
+@in_a_browser
+def test_a_curve_is_cut_where_a_step_or_its_value_is_missing(browser: Browser, tmp_path: Path) -> None:
+    steps = [step for step in range(60) if not 20 <= step < 30]
+    lines: list[dict[str, Any]] = [{"step": step, "reward_mean": step / 60, "loss": 1.0} for step in steps]
+    for line in lines:
+        if line["step"] in (9, 11):
+            line["loss"] = None
+        if line["step"] % 10 == 0:
+            line["eval"] = {"a": {"greedy": 0.5}}
+    dom = browser.dom(with_metrics(tmp_path / "run", lines), "")
+    drawn = {}
+    for title in ("Reward", "Loss", "Evaluation"):
+        figure = figure_of(dom, title)
+        (path,) = re.findall(r'<path d="([^"]*)"', figure)
+        drawn[title] = (path.count("M"), path.count("L"), figure.count("<circle"))
+    assert drawn == {"Reward": (2, 48, 0), "Loss": (4, 44, 1), "Evaluation": (1, 4, 5)}
+
+
+@in_a_browser
+def test_the_log_ratio_of_a_response_is_no_sum_of_rounded_tokens(browser: Browser, tmp_path: Path) -> None:
+    run, count = shown_run.write_run(tmp_path / "run", steps=0), 100
+    files = rollout_files.RolloutFiles(run, None, lambda token_ids: " w" * len(token_ids))
+    rollouts = [
+        samples.rollout(
+            Prompt(uid=f"{n}", token_ids=(1,), text="?", answer="!"),
+            token_ids=(1,) * count,
+            text=" w" * count,
+            token_logprobs=(-1.0,) * count,
+        )
+        for n in range(3)
+    ]
+    ratios = array("f", [ratio for ratio in (0.004, -0.006, math.nan) for _ in range(count)])
+    stats = dataclasses.replace(
+        samples.STATS, token_logprobs=ratios, reference_token_logprobs=array("f", [0.0] * 3 * count)
+    )
+    files.write(0, rollouts, stats)
+    show.main(run, None)
+    dom = browser.dom(run / show.PAGE_FILE, "order=drift")
+    shown = re.findall(rf"<span>{count}</span><span>([^<]*)</span>", dom)
+    assert shown == ["\u2013", "-0.600", "0.400"] and "log-ratio, nats" in Seen(dom).texts["head"][-1]
+
+
 @in_a_browser
 @pytest.mark.slow
 def test_ten_thousand_rollouts_are_filtered_and_paged(browser: Browser, tmp_path: Path) -> None:
@@ -310,6 +387,7 @@ def test_a_page_holds_what_the_run_wrote(run: Path, shown: Path) -> None:
     assert "".join(data["rollouts"]["pieces"][token] for token in row["tokens"]) == wanted.text
     assert data["rollouts"]["prompts"][row["prompt"]] == [wanted.prompt, wanted.answer]
     assert row["ratios"] == [round(100 * ratio) for ratio in wanted.logratios]
+    assert row["logratio"] == pytest.approx(sum(wanted.logratios))
 
 
 def test_no_evaluation_skipped_step_or_second_is_lost_where_lines_are_too_many_to_draw(
@@ -359,6 +437,11 @@ def test_every_curve_is_a_key_of_the_metrics() -> None:
     assert keys <= test_train.KEYS | test_train.KEYS_OF_OTHER_METHODS
 
 
+def test_the_slope_is_promised_1_with_equal_betas_alone() -> None:
+    notes = {panel.title: panel.note for panel in panels.HEALTH}
+    assert "with equal betas alone" in notes["Regression: slope and R²"] and "line" not in notes["Residual"]
+
+
 def test_a_folder_that_is_no_run_is_named(astar: Any, tmp_path: Path) -> None:
     status, _, error = astar("show", tmp_path)
     assert (status, error.count("\n")) == (2, 1) and f"RUN: {tmp_path} is no folder of a run" in error
@@ -376,4 +459,4 @@ def test_a_log_ratio_that_is_not_finite_has_no_number_in_the_page(tmp_path: Path
     files.write(0, [samples.rollout(prompt, text="<5><2>")], stats)
     show.main(run, None)
     (row,) = data_of(run / show.PAGE_FILE)["rollouts"]["rows"]
-    assert row["ratios"] == [None, -50]
+    assert row["ratios"] == [None, -50] and row["logratio"] is None

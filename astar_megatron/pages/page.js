@@ -57,12 +57,18 @@ function summary() {
   if (!data.steps) at("summary").append(element("p", {}, "No step is done yet."));
 }
 
+const LONGEST_TICK = 8;  // characters; more go beyond the axis
+
 function ticks(low, high, count = 4) {
-  const rough = (high - low) / count;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const rough = (high - low) / count, exponent = Math.floor(Math.log10(rough));
+  const factor = [1, 2, 2.5, 5, 10].find((factor) => factor * 10 ** exponent >= rough), step = factor * 10 ** exponent;
   const first = Math.ceil(low / step), length = Math.min(count + 2, Math.floor(high / step + 1e-9) - first + 1);
-  return Array.from({ length }, (_, number) => (first + number) * step);  // so many, however small a step is beside them
+  const values = Array.from({ length }, (_, number) => (first + number) * step);  // so many, however small a step is beside them
+  const last = factor === 2.5 ? exponent - 1 : factor === 10 ? exponent + 1 : exponent;  // of the step's digits, a power of 10
+  const largest = Math.floor(Math.log10(Math.max(...values.map(Math.abs)))), digits = (number) => Math.min(100, Math.max(0, number));
+  const texts = values.map((value) => value.toFixed(digits(-last)));
+  if (texts.every((text) => text.length <= LONGEST_TICK)) return values.map((value, place) => [value, texts[place]]);
+  return values.map((value) => [value, value === 0 ? "0" : value.toExponential(digits(largest - last))]);
 }
 
 function range(values) {
@@ -74,11 +80,11 @@ function range(values) {
 const WIDTH = 380, HEIGHT = 170, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
 
 function frame(svg, x, y, [xLow, xHigh], [yLow, yHigh]) {
-  for (const value of ticks(yLow, yHigh)) {
+  for (const [value, text] of ticks(yLow, yHigh)) {
     svg.append(drawn("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
-    svg.append(drawn("text", { x: LEFT - 5, y: y(value) + 3, "text-anchor": "end" }, short(value)));
+    svg.append(drawn("text", { x: LEFT - 5, y: y(value) + 3, "text-anchor": "end" }, text));
   }
-  for (const value of ticks(xLow, xHigh, 6).filter(Number.isInteger)) {
+  for (const [value] of ticks(xLow, xHigh, 6).filter(([value]) => Number.isInteger(value))) {
     svg.append(drawn("text", { x: x(value), y: HEIGHT - 5, "text-anchor": "middle" }, String(value)));
   }
   if (yLow < 0 && yHigh > 0) svg.append(drawn("line", { class: "zero", x1: LEFT, x2: WIDTH - RIGHT, y1: y(0), y2: y(0) }));
@@ -106,13 +112,14 @@ function chart(panel) {
   const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": panel.title });
   frame(svg, x, y, xs, ys);
   columns.forEach((column, index) => {
-    let path = "", pen = "M";
-    const alone = column.filter((value) => value !== null).length < 25;
+    let path = "";
+    const few = column.filter((value) => value !== null).length < 25;
+    const joined = (place) => (column[place] ?? null) !== null && (column[place - 1] ?? null) !== null &&
+      steps[place] - steps[place - 1] <= panel.apart;  // to the point before it: no value and no step is missing between
     column.forEach((value, place) => {
       if (value === null) return;
-      path += `${pen}${x(steps[place]).toFixed(1)} ${y(value).toFixed(1)}`;
-      pen = "L";
-      if (alone) svg.append(drawn("circle", { cx: x(steps[place]), cy: y(value), r: 2.2, fill: colour(index) }));
+      path += `${joined(place) ? "L" : "M"}${x(steps[place]).toFixed(1)} ${y(value).toFixed(1)}`;
+      if (few || !(joined(place) || joined(place + 1))) svg.append(drawn("circle", { cx: x(steps[place]), cy: y(value), r: 2.2, fill: colour(index) }));
     });
     svg.append(drawn("path", { d: path, stroke: colour(index) }));
   });
@@ -181,9 +188,9 @@ function gantt(spans) {
   const low = Math.min(0, ...spans.map((span) => span[2])), high = Math.max(...spans.map((span) => span[3]));
   const x = scale(low, high, left, width - 8);
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${bottom + 18}`, role: "img", "aria-label": "timeline of the step" });
-  for (const value of ticks(low, high, 10)) {
+  for (const [value, text] of ticks(low, high, 10)) {
     svg.append(drawn("line", { class: value ? "grid" : "zero", x1: x(value), x2: x(value), y1: 2, y2: bottom }));
-    svg.append(drawn("text", { x: x(value), y: bottom + 13, "text-anchor": "middle" }, `${short(value)} s`));
+    svg.append(drawn("text", { x: x(value), y: bottom + 13, "text-anchor": "middle" }, `${text} s`));
   }
   rows.forEach(({ label, bars }, index) => {
     const top = 6 + index * row;
@@ -223,9 +230,9 @@ function shares() {
   const sums = data.seconds.map((seconds) => names.reduce((sum, name) => sum + (seconds[name] || 0), 0));
   const most = Math.max(...sums) * 1.05, y = scale(0, most, bottom, 6);
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "seconds of each step by part" });
-  for (const value of ticks(0, most)) {
+  for (const [value, text] of ticks(0, most)) {
     svg.append(drawn("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }));
-    svg.append(drawn("text", { x: left - 5, y: y(value) + 3, "text-anchor": "end" }, short(value)));
+    svg.append(drawn("text", { x: left - 5, y: y(value) + 3, "text-anchor": "end" }, text));
   }
   const slot = (width - left) / data.x.length, step = data.every > 1 ? `mean of ${data.every} steps to` : "step";
   data.seconds.forEach((seconds, place) => {
@@ -267,7 +274,6 @@ const { rows, pieces, prompts } = data.rollouts;
 for (const row of rows) {
   row.text = row.tokens.map((token) => pieces[token]).join("");
   row.length = row.tokens.length;
-  row.drift = row.ratios.reduce((sum, ratio) => sum + ratio, 0) / 100;
   [row.promptText, row.answer] = prompts[row.prompt];
 }
 const largest = rows.flatMap((row) => row.ratios).map(Math.abs).sort((a, b) => a - b);
@@ -279,7 +285,7 @@ const ORDERS = {
   reward: (a, b) => (b.reward ?? -9) - (a.reward ?? -9),
   worst: (a, b) => (a.reward ?? 9) - (b.reward ?? 9),
   length: (a, b) => b.length - a.length,
-  drift: (a, b) => Math.abs(b.drift) - Math.abs(a.drift),
+  drift: (a, b) => Math.abs(b.logratio ?? Infinity) - Math.abs(a.logratio ?? Infinity),
 };
 const form = at("filter");
 let page = 0;
@@ -332,7 +338,7 @@ function entry(row) {
   const reward = element("span", { class: "reward" }, row.reward === null ? "failed" : short(row.reward));
   reward.style.background = row.reward > 0 ? `rgba(var(--below), ${0.35 * Math.min(1, row.reward)})` : "transparent";
   const line = element("summary", {}, element("span", {}, String(row.step)), element("span", {}, reward),
-    element("span", {}, `${row.length}${row.truncated ? " cut" : ""}`), element("span", {}, short(row.drift)),
+    element("span", {}, `${row.length}${row.truncated ? " cut" : ""}`), element("span", {}, short(row.logratio)),
     element("span", { class: "cut" }, row.promptText.slice(0, 300)), element("span", { class: "cut" }, row.text.slice(0, 300)));
   const made = element("details", {}, line);
   made.addEventListener("toggle", () => { if (made.open && made.children.length === 1) made.append(inside(row)); });
@@ -448,7 +454,7 @@ charts(at("health"), data.health);
 charts(at("curves"), data.curves);
 timelines();
 const head = element("div", { id: "head" });
-for (const name of ["step", "reward", "tokens", "log-ratio", "prompt", "response"]) head.append(element("span", {}, name));
+for (const name of ["step", "reward", "tokens", "log-ratio, nats", "prompt", "response"]) head.append(element("span", {}, name));
 at("list").before(head);
 legend();
 form.addEventListener("input", filtered);

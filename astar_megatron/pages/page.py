@@ -86,18 +86,20 @@ def _charts(group: Sequence[panels.Panel], lines: Sequence[panels.Line], every: 
     for panel in group:
         drawn = panels.drawn(lines, every, panel.keys if panel.rare else ())
         if known := panels.curves(panel, drawn):
-            charts.append(_chart(panel.title, panel.note, drawn, known))
+            charts.append(_chart(panel.title, panel.note, drawn, known, every))
     return charts
 
 
 def _scores(lines: Sequence[panels.Line]) -> list[dict[str, Any]]:
     evaluated = [line for line in lines if greedy_scores(line)]
     note = "reward of greedy responses"
-    return [_chart("Evaluation", note, evaluated, panels.scores(evaluated))] if evaluated else []
+    any_apart = evaluated[-1]["step"] if evaluated else 0  # which steps are evaluated is no rule of the page's
+    return [_chart("Evaluation", note, evaluated, panels.scores(evaluated), any_apart)] if evaluated else []
 
 
-def _chart(title: str, note: str, lines: Sequence[panels.Line], curves: panels.Curves) -> dict[str, Any]:
-    return {"title": title, "note": note, "x": [line["step"] for line in lines], "curves": curves}
+def _chart(title: str, note: str, lines: Sequence[panels.Line], curves: panels.Curves, apart: int) -> dict[str, Any]:
+    """What draws one chart; points more than `apart` steps from each other are not joined."""
+    return {"title": title, "note": note, "x": [line["step"] for line in lines], "curves": curves, "apart": apart}
 
 
 def _mean_seconds(lines: Sequence[panels.Line]) -> dict[str, float]:
@@ -146,6 +148,7 @@ def _rows(
                     "version": rollout.first_version,
                     "prompt": prompts.setdefault((rollout.prompt, rollout.answer), len(prompts)),
                     "tokens": [pieces.setdefault(text, len(pieces)) for text in texts],
+                    "logratio": without_nan(sum(rollout.logratios)),
                     "ratios": _hundredths(rollout),
                 }
             )
@@ -153,7 +156,7 @@ def _rows(
 
 
 def _hundredths(rollout: Trained) -> list[int | None]:
-    """The log-ratios in units of 0.01 nats, None for what is not finite."""
+    """The tokens' log-ratios in units of 0.01 nats, for their colours alone; None for what is not finite."""
     return [round(100 * ratio) if math.isfinite(ratio) else None for ratio in rollout.logratios]
 
 

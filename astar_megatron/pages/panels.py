@@ -22,12 +22,13 @@ HEALTH = (
     Panel(
         title="Regression: slope and R²",
         keys=("slope", "r_squared"),
-        note="of the scaled log-ratio on what it should be: 0 at the start, 1 at the optimum; both should rise",
+        note="of the scaled log-ratio on what it should be: both 0 at the start; R² should rise, "
+        "the slope towards 1 with equal betas alone: with the paper's it stays near 0",
     ),
     Panel(
         title="Residual",
         keys=("residual_mean", "residual_std"),
-        note="of that line, in units of reward",
+        note="the scaled log-ratio minus what it should be, in units of reward",
     ),
     Panel(
         title="Log-ratio D of a response",
