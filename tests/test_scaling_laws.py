@@ -19,15 +19,16 @@ from astar_megatron.scaling_fit import fit as scale_fit
 from astar_megatron.studies import laws
 from astar_megatron.studies.comparison import Run
 from astar_megatron.studies.extrapolation import Extrapolation, extrapolate
-from astar_megatron.studies.laws import CONSTANT, LOG_LINEAR, SIGMOID, Points, fit, student
+from astar_megatron.studies.laws import CONSTANT, LOG_LINEAR, SIGMOID, Points, fit
 from astar_megatron.studies.score_curves import read_curves
+from astar_megatron.studies.spread import student
 from astar_megatron.studies.study import course_of
 
 START, ASYMPTOTE, MIDDLE, EXPONENT = 0.2, 0.8, 0.25, 2.0
 
 
-def sigmoid(compute: np.ndarray) -> np.ndarray:
-    return START + (ASYMPTOTE - START) / (1 + (MIDDLE / compute) ** EXPONENT)
+def sigmoid(compute: np.ndarray, middle: float = MIDDLE, exponent: float = EXPONENT) -> np.ndarray:
+    return START + (ASYMPTOTE - START) / (1 + (middle / compute) ** exponent)
 
 
 def study(
@@ -56,15 +57,33 @@ def study(
     return Points(np.tile(compute, runs), (score + noise).ravel(), np.repeat(np.arange(runs), steps))
 
 
-def coverage(studies: int, **options: Any) -> dict[str, float]:
-    """In what share of the studies the 95 % intervals hold the true asymptote, exponent and curve at twice the end."""
-    hits = {"asymptote": 0, "exponent": 0, "beyond": 0}
+def unlike_study(seed: int, *, unlike: float = 0.0, apart: float = 0.0, lengths: tuple[float, ...]) -> Points:
+    """A study whose runs go on for different shares of the compute, 40 steps for all of it.
+
+    `unlike` is the standard deviation by which the logarithms of their exponents and middles differ.
+    """
+    random = np.random.default_rng(seed)
+    runs = []
+    for length in lengths:
+        compute = np.arange(1, round(40 * length) + 1) / 40
+        middle, exponent = np.exp(unlike * random.standard_normal(2)) * (MIDDLE, EXPONENT)
+        score = sigmoid(compute, middle, exponent) + apart * random.standard_normal()
+        runs.append((compute, score + 0.01 * random.standard_normal(len(compute))))
+    compute, score = (np.concatenate(columns) for columns in zip(*runs, strict=True))
+    return Points(compute, score, np.repeat(np.arange(len(runs)), [len(run) for run, _ in runs]))
+
+
+def coverage(studies: int, drawn: Callable[..., Points] = study, **options: Any) -> dict[str, float]:
+    """In what share of the studies the 95 % intervals hold the true numbers and the curve at twice the end."""
+    hits = {"asymptote": 0, "exponent": 0, "middle": 0, "beyond": 0}
     for seed in range(studies):
-        whole = fit(SIGMOID, study(seed, **options))
+        whole = fit(SIGMOID, drawn(seed, **options))
         low, high = whole.coefficient(1)[1]
         hits["asymptote"] += low <= ASYMPTOTE <= high
         low, high = whole.shape("row")[1]
         hits["exponent"] += low <= math.log(EXPONENT) <= high
+        low, high = whole.shape("column")[1]
+        hits["middle"] += low <= math.log(MIDDLE) - whole.centre <= high
         beyond = np.array([2.0])
         low, high = whole.band(beyond)[:, 0]
         hits["beyond"] += low <= sigmoid(beyond)[0] <= high
@@ -97,6 +116,32 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 def test_95_per_cent_intervals_hold_the_truth_in_90_to_99_of_100_of_200_studies(options: dict[str, Any]) -> None:
     shares = coverage(200, **options)
     assert all(0.9 <= share <= 0.99 for share in shares.values()), shares
+
+
+UNLIKE = [
+    {"unlike": 0.2, "lengths": (1.0,) * 4},
+    {"apart": 0.02, "lengths": (1.0, 0.7, 0.5, 0.3)},
+    {"apart": 0.02, "lengths": (1.0, 0.5, 0.4)},
+    {"unlike": 0.1, "apart": 0.01, "lengths": (1.0, 1.0, 0.7, 0.7, 0.4, 0.4)},
+    {"lengths": (1.0, 0.7, 0.5, 0.3)},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", UNLIKE, ids=["shapes", "lengths", "three lengths", "all", "lengths alone"])
+def test_intervals_hold_the_truth_where_runs_differ_in_shape_and_length(options: dict[str, Any]) -> None:
+    shares = coverage(200, unlike_study, **options)
+    assert min(shares.values()) >= 0.88 and shares["middle"] <= 0.99, shares
+
+
+def test_what_runs_of_unequal_length_differ_by_is_in_the_intervals_of_each_number() -> None:
+    hits = np.zeros(2)
+    for seed in range(15):
+        whole = fit(SIGMOID, unlike_study(seed, apart=0.02, lengths=(1.0, 0.5, 0.4)))
+        for row, law in enumerate((whole.if_runs_agree(), whole)):
+            (least, most), (low, high) = law.coefficient(1)[1], law.shape("column")[1]
+            hits[row] += (least <= ASYMPTOTE <= most) and (low <= math.log(MIDDLE) - whole.centre <= high)
+    assert hits[0] <= 6 and hits[1] >= 9
 
 
 def test_without_noise_the_numbers_are_the_true_ones() -> None:
@@ -217,15 +262,27 @@ def test_an_asymptote_is_refused_where_the_sigmoid_misses_by_many_times_a_noise_
 
 
 def test_a_rise_that_hides_in_the_tolerance_is_not_called_foretold() -> None:
-    compute = np.arange(1, 41.0)
+    compute, run = np.arange(1, 41.0), np.zeros(40, int)
     rise = 0.004 + 0.017 * np.maximum(0, compute - 20) / 20
-    noise = 0.0005 * np.random.default_rng(0).standard_normal(40)
-    points = Points(compute, rise + noise, np.zeros(40, int))
+    noise = np.random.default_rng(0).standard_normal((2, 40))
+    points = Points(compute, rise + 0.0005 * noise[0], run)
     result = extrapolate("x", points, 0.02)
     assert result.verdict == "can't be told" and "lower --tolerance" in result.reason
     assert extrapolate("x", points, 0.002).verdict == "does not"
-    level = Points(compute, 0.004 + noise, points.run)
-    assert extrapolate("x", level, 0.02).verdict == "extrapolates"
+    apart = np.concatenate([rise, rise + 0.05]) + 0.0005 * noise.ravel()
+    assert extrapolate("x", Points(np.tile(compute, 2), apart, np.repeat([0, 1], 40)), 0.02).verdict == "can't be told"
+    for score in (rise + 0.01 * noise[0], 0.004 + 0.0005 * noise[0]):  # the noise explains the error, or it is small
+        assert extrapolate("x", Points(compute, score, run), 0.02).verdict == "extrapolates"
+    early_rise = np.where(compute < 5, 0.0, 0.012)  # of which the error is more than a fifth
+    assert extrapolate("x", Points(compute, early_rise + rise, run), 0.02).verdict == "can't be told"
+
+
+@pytest.mark.parametrize("score", [0.5, 1.0, 1 / 3, 100.0])
+def test_a_curve_that_never_changes_is_foretold(score: float) -> None:
+    compute, run = np.arange(1, 41.0), np.zeros(40, int)
+    a_problem_more = np.where(compute > 20, score * 1.003, score)
+    for level in (np.full(40, score), a_problem_more):
+        assert extrapolate("x", Points(compute, level, run), 0.02 * score).verdict == "extrapolates"
 
 
 def test_scores_in_per_cent_are_told_with_the_unit_of_the_tolerance() -> None:
@@ -384,7 +441,7 @@ def test_a_runs_folder_that_lost_its_rewards_says_so(tmp_path: Path) -> None:
     for step in range(4):
         tracker.log(metrics(step) | ({"reward_mean": math.nan} if step > 1 else {}))
     (curve,) = read_curves([str(tmp_path / "run")])
-    assert (curve.lost, curve.lost_at_end) == ([15, 20], 2)
+    assert (curve.lost, curve.lost_at_end) == ([10, 15], 2)
 
 
 @pytest.mark.parametrize("names", [("perf/total_num_tokens", "critic/score/mean"), ("cost", "val")])
@@ -485,7 +542,7 @@ def test_a_runs_folder_has_rewards_by_flops_and_scores_of_the_weights_that_a_ste
     for step in (0, 2):
         scores.write(tmp_path / "run", step, [evaluation(0.5, "a"), evaluation(0.7, "b")])
     (curve,) = read_curves([str(tmp_path / "run")])
-    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([5, 10, 15], [0.0, 0.1, 0.2])
+    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 5, 10], [0.0, 0.1, 0.2])
     (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens", "score")
     assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 20], [0.6, 0.6])
 
@@ -497,7 +554,7 @@ def test_the_tokens_of_a_runs_folder_are_those_of_its_metrics_with_stage_1(tmp_p
     for step in (0, 3):
         scores.write(tmp_path / "run", step, [evaluation(0.5)])
     (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens")
-    assert curve.points.compute.tolist() == [line["spent_tokens"] for line in read_metrics(tmp_path / "run")]
+    assert curve.points.compute.tolist() == [line["spent_tokens"] - 10 for line in read_metrics(tmp_path / "run")]
     (curve,) = read_curves([str(tmp_path / "run")], "spent_tokens", "score")
     assert curve.points.compute.tolist() == [700, 730]
 
@@ -523,7 +580,7 @@ def test_steps_of_a_run_that_lack_a_number_have_cost_what_they_say(tmp_path: Pat
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     scores.write(tmp_path, 2, [evaluation(0.7)])
-    for score, points in ((None, ([8], [0.5])), ("score", ([4], [0.7]))):
+    for score, points in ((None, ([4], [0.5])), ("score", ([4], [0.7]))):
         (curve,) = read_curves([str(tmp_path)], score=score)
         assert (curve.points.compute.tolist(), curve.points.score.tolist()) == points
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
@@ -553,17 +610,23 @@ def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> N
     assert (first.name, first.points.run.tolist(), second.points.run.tolist()) == ("a", [0, 1], [0, 0])
 
 
-@pytest.mark.parametrize("compute", [None, "spent_tokens"])
-def test_a_score_before_a_step_is_not_read_beside_what_the_step_has_spent_too(
-    compute: str | None, tmp_path: Path
-) -> None:
-    columns = {"method": ["a"] * 2, "seed": [0] * 2, "spent_flops": [3, 4], "reward_mean": [0, 1]}
-    columns |= {"spent_tokens": [30, 40], "score_before": [0.1, 0.2], "spent_flops_before": [0, 3]}
-    write_csv(tmp_path / "compare.csv", columns)
-    with pytest.raises(ValueError, match=f"add --compute {compute or 'spent_flops'}_before"):
-        read_curves([str(tmp_path)], compute, "score_before")
-    (curve,) = read_curves([str(tmp_path)], "spent_flops_before", "score_before")
-    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 3], [0.1, 0.2])
+@pytest.mark.parametrize("measure", ["tokens", "flops", "seconds"])
+def test_what_is_of_the_weights_before_a_step_is_read_beside_what_these_have_cost(measure: str, tmp_path: Path) -> None:
+    columns = {"method": ["a"] * 2, "seed": [0] * 2, "reward_mean": [0.3, 0.4], "score_before": [0.1, 0.2]}
+    costs = {f"spent_{each}": [3, 4] for each in ("tokens", "flops", "seconds")}
+    before = {f"{name}_before": [0, 3] for name in costs}
+    write_csv(tmp_path / "compare.csv", columns | costs)
+    with pytest.raises(ValueError, match=f"add --compute spent_{measure}_before, which"):
+        read_curves([str(tmp_path)], f"spent_{measure}", "score_before")
+    (curve,) = read_curves([str(tmp_path)], f"spent_{measure}")
+    assert curve.points.compute.tolist() == [3, 4]  # of an older version
+    write_csv(tmp_path / "compare.csv", columns | costs | before)
+    for score, values in (("reward_mean", [0.3, 0.4]), ("score_before", [0.1, 0.2])):
+        with pytest.raises(ValueError, match=f"--score {score}: .* add --compute spent_{measure}_before, which"):
+            read_curves([str(tmp_path)], f"spent_{measure}", score)
+        for compute in (f"spent_{measure}_before", None):
+            (curve,) = read_curves([str(tmp_path)], compute, score)
+            assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([0, 3], values)
 
 
 def test_a_comparisons_curves_stay_apart_under_a_name(tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from typing import Literal
 
 import numpy as np
 
-from astar_megatron.studies.laws import CONSTANT, LAWS, LEVEL, SIGMOID, Fit, Interval, Law, Points, fit
+from astar_megatron.studies.laws import CONSTANT, LAWS, SIGMOID, Fit, Interval, Law, Points, fit
+from astar_megatron.studies.spread import LEVEL
 
 NEEDED = 0.9
 EARLIER, LATER = 0.5, 0.25  # of the largest compute: up to there, and from there on
 _PARTS, _LEAST_PARTS = 10, 3
-_LARGE = 0.2  # an error, of how far the scores span
+_LARGE = 0.2  # an error, of how far the scores of a run span, and of the tolerance
 _NO_CHANGE = "a constant fits as well, within the noise: more compute, more seeds or more prompts"
+_RUNS_DIFFER = "runs differ by more than tells it: more runs, as long as the longest"
 
 type Verdict = Literal["extrapolates", "does not", "can't be told"]
 
@@ -88,10 +90,10 @@ def extrapolate(name: str, points: Points, tolerance: float, lost_at_end: int = 
     unit = _unit(points.score)
     best = min(fitted, key=lambda law: round((law.error or 0.0) / unit, 6), default=None)
     verdict, reason = _verdict(best, laws, late, split, tolerance)
-    span = float(np.ptp(points.score)) if len(points) else 0.0
-    if verdict == "extrapolates" and best and (best.error or 0.0) > max(_noise(late), _LARGE * span):
+    span = _span_of_runs(points)
+    if verdict == "extrapolates" and best and (best.error or 0.0) > max(_noise(late), _LARGE * max(span, tolerance)):
         verdict = "can't be told"
-        reason += f", but misses them by {best.error:.3g}, above their noise, where all scores span {span:.3g}: "
+        reason += f", but misses them by {best.error:.3g}, above their noise, where scores of a run span {span:.3g}: "
         reason += "lower --tolerance"
     if not len(points):
         reason = "no row has a score"
@@ -122,20 +124,28 @@ def sigmoid_numbers(whole: Fit, constant: Fit, span: float) -> dict[str, Number]
     if constant.squares.min() <= whole.limit:
         refusals = dict.fromkeys(numbers, _NO_CHANGE)
     else:
-        refusals = {}
-        if math.isinf(far) or math.isinf(low) or interval[1] - interval[0] > span:
-            words = "the scores have not levelled off, and any from {:.3g} on fits: more compute"
-            refusals["asymptote"] = words.format(interval[0] if asymptote >= start else interval[1])
-            refusals["middle"] = "the scores have not levelled off: more compute"
-        if math.isinf(near):
-            refusals["start"] = refusals["middle"] = "there is no point before the rise: evaluate earlier"
-        if math.isinf(low) or math.isinf(high):
-            slow_or_sudden = "as slow" if math.isinf(low) else "as sudden"
-            refusals["exponent"] = f"a rise {slow_or_sudden} as can be fits: more points where the scores change"
+        refusals = dict.fromkeys(_untold(whole, span), _RUNS_DIFFER) | _untold(whole.if_runs_agree(), span)
     return {
         name: replace(number, interval=None, refusal=refusals[name]) if name in refusals else number
         for name, number in numbers.items()
     }
+
+
+def _untold(whole: Fit, span: float) -> dict[str, str]:
+    """Which numbers of a sigmoid have intervals that tell nothing, and why."""
+    asymptote, interval = whole.coefficient(1)
+    (low, high), (near, far) = (whole.shape(axis)[1] for axis in ("row", "column"))
+    refusals = {}
+    if math.isinf(far) or math.isinf(low) or interval[1] - interval[0] > span:
+        words = "the scores have not levelled off, and any from {:.3g} on fits: more compute"
+        refusals["asymptote"] = words.format(interval[0] if asymptote >= whole.coefficient(0)[0] else interval[1])
+        refusals["middle"] = "the scores have not levelled off: more compute"
+    if math.isinf(near):
+        refusals["start"] = refusals["middle"] = "there is no point before the rise: evaluate earlier"
+    if math.isinf(low) or math.isinf(high):
+        slow_or_sudden = "as slow" if math.isinf(low) else "as sudden"
+        refusals["exponent"] = f"a rise {slow_or_sudden} as can be fits: more points where the scores change"
+    return refusals
 
 
 def _numbers(whole: Fit, points: Points) -> dict[str, Number]:
@@ -180,6 +190,11 @@ def _of_part(points: Points, span: float) -> Number:
         value, interval = constant.coefficient(0)
         return Number(value=value, interval=interval)
     return sigmoid_numbers(whole, constant, span)["asymptote"]
+
+
+def _span_of_runs(points: Points) -> float:
+    """Return how far the scores of a run span, at most."""
+    return max((float(np.ptp(points.score[points.run == run])) for run in np.unique(points.run)), default=0.0)
 
 
 def _unit(score: np.ndarray) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 from astar_megatron.data.files import write_atomic, write_figure
 from astar_megatron.data.table_text import csv_text, markdown_table
 from astar_megatron.studies.extrapolation import NEEDED, Extrapolation, LawResult, Number
-from astar_megatron.studies.laws import LEVEL
 from astar_megatron.studies.score_curves import Curve
+from astar_megatron.studies.spread import LEVEL
 
 FILES = ("fit.json", "fit.csv", "fit.md", "fit.png")
 _NUMBERS = ("asymptote", "exponent", "middle", "start")

@@ -7,33 +7,26 @@
 Each is linear in some numbers (R_0 and A; e^E; A) once its shape (ln B and ln C_mid; k) is given. So the sum of squares
 is computed on a grid of shapes, made finer around its least: no start values, the same result each time.
 
-An interval holds every value that some shape reaches with a sum of squares below min + W d t^2 / (n - q), for n points
-and q numbers, those of the law and the levels of the runs but one. W is the sum of squares within runs: of the best
-shape's residuals less the mean of their run. t is Student's quantile of n / d - q. d, at least 1, says that points of a
-run move together: it is 1 + twice the sum of the autocorrelations within runs, or, where that is more, (1 + r) / (1 -
-r), that of an autoregression with the first of them, r. A fit takes a part of r away: it gets (1 + q) (1 + r) / n. Runs
-differ in level, by more than their points explain: the variance of their mean is added to that of an asymptote, or of
-the curve, and the freedom of t is Satterthwaite's.
-
-Leaves out what is concluded from a fit, or refused: extrapolation.py.
+An interval holds every value that some shape reaches with a sum of squares in the room that the points' spread gives,
+and is wider by what runs differ: spread.py. Leaves out what is concluded from a fit, or refused: extrapolation.py.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from statistics import NormalDist
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-LEVEL = 0.95
+from astar_megatron.studies.spread import Spread, spread_of
+
 _EXPONENTS = (math.log(0.1), math.log(20.0))  # of the sigmoid, which is a step from there on
 _FAR = (math.log(30.0), math.log(1000.0))  # C_mid: so far below the least compute, and above the most
 _CELLS = 31  # of the grid along each axis
 # How often the grid is made finer, around its least and around all within the limit, and whether along both axes.
 _TO_LEAST, _TO_LIMIT = (False, False, True, False) * 4, (False, False, True, False, True, False)
-_MOST_TOGETHER = 0.95  # correlation of a point with the one before it that few points can tell from 1
 _MANY = 240  # points, from which on the rows of a grid are solved one by one: all at once are slower, and need memory
 _TINY = 1e-9  # of the number of points: where a shape does not tell two coefficients apart, any will do
+_STEP = 1e-4  # of a numerical derivative, along an axis of the grid
 
 type Interval = tuple[float, float]  # an end is infinite where the points set none
 
@@ -71,26 +64,6 @@ class Law:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """How far points lie around the best curve, and runs from each other."""
-
-    room: float  # by how much a sum of squares may be above the least, within LEVEL
-    freedom: float  # of the points within runs
-    between: float  # variance of the mean of the runs' levels, less what their points explain; 0 of a single run
-    runs: int
-    dependence: float  # d
-
-    def wider(self, value: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Return ends around a value, [2] or [2, n], that allow for what runs differ by; `ends` are without it."""
-        if not self.between:
-            return ends
-        points = (ends - value) ** 2 / float(student(self.freedom)) ** 2
-        freedom = (points + self.between) ** 2 / (points**2 / self.freedom + self.between**2 / (self.runs - 1))
-        reach = student(freedom) * np.sqrt(points + self.between)
-        return np.stack([value - reach[0], value + reach[1]])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
     """A law fitted to points: shapes [G] around the best, which is the last, with what goes with each."""
 
@@ -122,7 +95,8 @@ class Fit:
             reach = np.sqrt(room * ((basis @ self.inverse[inside]) * basis).sum(-1))
             least = np.minimum(least, (value - reach).min(0, initial=np.inf))
             most = np.maximum(most, (value + reach).max(0, initial=-np.inf))
-        return np.sort(self._scored(self.spread.wider(self._best(compute), np.stack([least, most]))), axis=0)
+        slopes = _slopes(self.law, _log(compute) - self.centre, self.row[-1], self.column[-1], self.coefficients[-1])
+        return np.sort(self._scored(self.spread.wider(self._best(compute), np.stack([least, most]), slopes)), axis=0)
 
     def coefficient(self, index: int) -> tuple[float, Interval]:
         """Return a coefficient of the best curve, and its interval."""
@@ -130,16 +104,31 @@ class Fit:
         value = self.coefficients[inside, index]
         reach = np.sqrt((self.limit - self.squares[inside]) * self.inverse[inside, index, index])
         best = self.coefficients[-1, index]
-        low, high = self.spread.wider(best, np.array([(value - reach).min(), (value + reach).max()]))
+        ends = np.array([(value - reach).min(), (value + reach).max()])
+        low, high = self.spread.wider(best, ends, self._only(2 + index))
         return float(best), (float(low), float(high))
 
     def shape(self, axis: str) -> tuple[float, Interval]:
         """Return the best "row" or "column", and its interval, rounded up to cells; an end of the grid is infinite."""
-        values, (low, high) = (self.row, self.row_ends) if axis == "row" else (self.column, self.column_ends)
+        is_row = axis == "row"
+        values, (low, high) = (self.row, self.row_ends) if is_row else (self.column, self.column_ends)
         slack = 1e-6 * (high - low)
-        ends = float(values[self.around].min()), float(values[self.around].max())
-        least, most = -math.inf if ends[0] <= low + slack else ends[0], math.inf if ends[1] >= high - slack else ends[1]
-        return float(values[-1]), (least, most)
+
+        def within(ends: np.ndarray) -> np.ndarray:
+            return np.array(
+                [-math.inf if ends[0] <= low + slack else ends[0], math.inf if ends[1] >= high - slack else ends[1]]
+            )
+
+        ends = within(np.array([values[self.around].min(), values[self.around].max()]))
+        least, most = within(self.spread.wider(values[-1], ends, self._only(0 if is_row else 1)))
+        return float(values[-1]), (float(least), float(most))
+
+    def if_runs_agree(self) -> "Fit":
+        """Return the fit with the intervals that it has where runs differ by their noise alone."""
+        return replace(self, spread=replace(self.spread, of_runs=np.zeros_like(self.spread.of_runs)))
+
+    def _only(self, place: int) -> np.ndarray:
+        return np.eye(2 + self.coefficients.shape[1])[place]
 
     def _best(self, compute: np.ndarray) -> np.ndarray:
         best = np.array([-1])
@@ -208,7 +197,8 @@ def fit(law: Law, points: Points) -> Fit:
 
     best = zoomed(_TO_LEAST, -math.inf, math.nan).least()
     curve = law.basis(log_compute, np.array([best.row]), np.array([best.column]))[0] @ best.coefficients
-    spread = _spread(target - curve, points, law.numbers)
+    slopes = _slopes(law, log_compute, best.row, best.column, best.coefficients)
+    spread = spread_of(target - curve, slopes, points.compute, points.run, law.numbers)
     grid = zoomed(_TO_LIMIT, best.squares + spread.room, best.row)
     inside = grid.squares <= best.squares + spread.room
     return Fit(
@@ -324,64 +314,13 @@ def _around(inside: np.ndarray) -> np.ndarray:
     return around
 
 
-def _spread(residuals: np.ndarray, points: Points, numbers: int) -> Spread:
-    """Of residuals [n]. Runs with fewer points than numbers can't tell their level: all points count as one run's."""
-    names, run = np.unique(points.run, return_inverse=True)
-    if len(points) < len(names) * (numbers + 1):
-        names, run = names[:1], np.zeros(len(points), int)
-    runs = len(names)
-    level = np.bincount(run, residuals) / np.bincount(run)
-    within = residuals - (level[run] if runs > 1 else 0.0)
-    numbers += runs - 1
-    dependence = _dependence(within, Points(points.compute, points.score, run), numbers)
-    freedom = max(1.0, len(points) / dependence - numbers)
-    variance = dependence * float((within**2).sum()) / (len(points) - numbers)
-    explained = variance / len(points)
-    return Spread(
-        room=variance * float(student(freedom)) ** 2,
-        freedom=freedom,
-        between=max(0.0, float(np.var(level, ddof=1)) / runs - explained) if runs > 1 else 0.0,
-        runs=runs,
-        dependence=dependence,
-    )
-
-
-def _dependence(residuals: np.ndarray, points: Points, numbers: int) -> float:
-    """d: residuals [n] in order of compute within each run; autocorrelations count until the first that is noise."""
-    order = np.lexsort((points.compute, points.run))
-    residuals, run = residuals[order], points.run[order]
-    total, dependence, of_autoregression = float((residuals**2).sum()), 1.0, 1.0
-    for lag in range(1, len(residuals)):
-        together = run[lag:] == run[:-lag]
-        pairs = int(together.sum())
-        if pairs < 2 or total == 0:
-            break
-        correlation = float((residuals[lag:] * residuals[:-lag])[together].sum()) / pairs / (total / len(residuals))
-        if correlation < 2 / math.sqrt(pairs):
-            break
-        if lag == 1:
-            first = min(_MOST_TOGETHER, correlation + (1 + numbers) * (1 + correlation) / len(residuals))
-            of_autoregression = (1 + first) / (1 - first)
-        dependence += 2 * correlation * pairs / len(residuals)
-    return max(dependence, of_autoregression)
-
-
-def student(freedom: np.ndarray | float) -> np.ndarray:
-    """Return t so that Student's t with so many degrees of freedom lies within -t and t in LEVEL of cases.
-
-    The series is that of Abramowitz and Stegun, 26.7.5. Below 3, where it is poor, that of 1 or 2: these are exact.
-    """
-    chance, z = 1 - LEVEL, NormalDist().inv_cdf((1 + LEVEL) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    freedom = np.maximum(1.0, freedom)
-    series = z + sum(term / freedom**power for power, term in enumerate(terms, 1))
-    exact = 1 / math.tan(chance * math.pi / 2), math.sqrt(2 / (chance * (2 - chance)) - 2)
-    return np.where(freedom < 2, exact[0], np.where(freedom < 3, exact[1], series))
+def _slopes(law: Law, log_compute: np.ndarray, row: float, column: float, coefficients: np.ndarray) -> np.ndarray:
+    """Derivatives [n, 2 + m] of a curve at compute [n] by its row, column and coefficients [m]."""
+    rows, columns = row + _STEP * np.array([1, -1, 0, 0, 0]), column + _STEP * np.array([0, 0, 1, -1, 0])
+    basis = law.basis(log_compute, rows, columns)
+    curves = basis @ coefficients
+    shape = (curves[[0, 2]] - curves[[1, 3]]) / (2 * _STEP)
+    return np.concatenate([shape.T, basis[-1]], axis=1)
 
 
 def _log(compute: np.ndarray) -> np.ndarray:

@@ -34,7 +34,8 @@ class Run:
 
 _KINDS = (
     Columns(compute="spent_flops", score="score", curve="cell", run="seed"),  # of astar scale run
-    Columns(compute="spent_flops", score="reward_mean", curve="method", run="seed"),  # of astar compare
+    Columns(compute="spent_flops_before", score="reward_mean", curve="method", run="seed"),  # of astar compare
+    Columns(compute="spent_flops", score="reward_mean", curve="method", run="seed"),  # of an older version's
     Columns(compute="spent_flops", score="reward_mean"),  # of a run's folder
     Columns(compute="perf/total_num_tokens", score="critic/score/mean", per_row=True),  # verl
     Columns(compute="train/total_num_tokens", score="train/reward", per_row=True),  # NeMo-RL
@@ -42,6 +43,7 @@ _KINDS = (
     Columns(compute="num_tokens", score="reward"),  # TRL, its own
 )
 _SPENT_AFTER = ("spent_tokens", "spent_flops", "spent_seconds")  # a step, of a comparison
+_OF_FIRST_WEIGHTS = ("score_before", "reward_mean")  # of a comparison's step
 OF_A_STEP = frozenset(kind.compute for kind in _KINDS if kind.per_row)
 _CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 
@@ -103,10 +105,13 @@ def _columns(names: Sequence[str], compute: str | None, score: str | None, *, pe
             return None
         known = Columns(compute=compute, score=score)
     own_compute, own_score = _asked(known, compute, score)
-    if own_score == "score_before" and own_compute in _SPENT_AFTER:
+    before = f"{own_compute}_before"
+    has_step = own_compute in _SPENT_AFTER and (own_score == "score_before" or before in names)
+    if has_step and own_score in _OF_FIRST_WEIGHTS:
         raise ValueError(
-            f"--score score_before: is of the weights before a step, and {own_compute} has the step too; add --compute "
-            f"{own_compute}_before, which a compare.csv of an older version lacks: fit its runs' folders, --score score"
+            f"--score {own_score}: is of the weights before a step, and {own_compute} has the step too; add --compute "
+            f"{before}, which a compare.csv of an older version lacks: fit its runs' folders, --score score, whose "
+            "FLOPs and seconds have no stage 1"
         )
     return Columns(
         compute=own_compute,

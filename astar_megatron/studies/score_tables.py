@@ -45,7 +45,7 @@ def asked_runs(path: Path) -> dict[str, int]:
 
 
 def read_rows(path: Path) -> Sequence[Row]:
-    """Return the rows of a source, by column; of a run's folder what it has spent after each, and its scores.
+    """Return the rows of a source, by column; of a run's folder what it has spent before each step.
 
     Raises ValueError, with the file, for what is no table.
     """
@@ -99,7 +99,7 @@ def _of_csv(text: str) -> list[dict[str, Any]]:
 
 
 def _of_run(path: Path) -> list[Row]:
-    """What has been spent after each step with its reward, and what before it with the score of the weights then.
+    """What has been spent before each step with its reward and its weights' score.
 
     Of stage 1 that is the tokens, as in the lines of metrics: its FLOPs and seconds are in no run's. The scores are
     those that a study has too: also of the last weights, which no line of metrics has.
@@ -112,8 +112,8 @@ def _of_run(path: Path) -> list[Row]:
     spent = Cost(tokens=max(0, (first.get("spent_tokens") or 0) - (first.get("response_tokens") or 0)))
     for line in lines:
         rows += _score(path, line["step"], spent)
-        spent += Cost.of_step(line)
         rows.append(_costs(spent) | {"reward_mean": line.get("reward_mean", "")})
+        spent += Cost.of_step(line)
     return rows + _score(path, lines[-1]["step"] + 1, spent)
 
 

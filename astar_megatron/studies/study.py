@@ -69,7 +69,7 @@ class Study:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a run had cost after so many steps, the mean reward of the last of these, and its weights' score then."""
+    """What a run had cost after so many steps, its weights' score then, and the mean reward of their own step."""
 
     steps: int
     spent: Cost
@@ -145,11 +145,11 @@ def checked_inputs(cells: Mapping[str, RunConfig], folder: Path) -> dict[str, In
 def course_of(run: Run, run_dir: Path, stage_1: Stage1Cost | None) -> list[Score]:
     """Return a finished run's rewards and scores, from the weights before its first step on. Raises ValueError."""
     steps = comparison.result_of(run, run_dir, stage_1).steps
-    course = [(0, stage_1.known if stage_1 else Cost(), None)]
-    course += [(step.step + 1, step.spent, step.reward_mean) for step in steps]
+    spent = [stage_1.known if stage_1 else Cost(), *(step.spent for step in steps)]
+    rewards = [*(step.reward_mean for step in steps), None]  # of responses of the weights before the step
     return [
-        Score(steps=number, spent=spent, reward_mean=reward, score=scores.mean_of_step(run_dir, number))
-        for number, spent, reward in course
+        Score(steps=number, spent=cost, reward_mean=reward, score=scores.mean_of_step(run_dir, number))
+        for number, (cost, reward) in enumerate(zip(spent, rewards, strict=True))
     ]
 
 
