@@ -87,10 +87,10 @@ def test_experts_go_to_megatron_and_come_back(
     ("kind", "dtype", "layout"),
     [
         ("untied_qwen2", "float32", {"data": 2, "context": 2}),
-        ("untied_qwen2", "bfloat16", {"data": 2, "tensor": 2}),
+        pytest.param("untied_qwen2", "bfloat16", {"data": 2, "tensor": 2}, marks=pytest.mark.slow),
         ("tied_llama", "float32", {"tensor": 2}),
         ("experts", "bfloat16", {"data": 2, "expert": 2}),
-        ("experts", "float32", {"data": 2, "pipeline": 2}),
+        pytest.param("experts", "float32", {"data": 2, "pipeline": 2}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("writer", ["ours", "Megatron"])

@@ -16,7 +16,6 @@ from astar_megatron.model.compute_type import ComputeType
 from astar_megatron.run.resources import checkpoint_bytes
 from conversion.families import read_model
 
-LAYOUTS = [{}, {"data": 2}, {"tensor": 2}]
 DISK_BYTES = 24 << 20  # the model's checkpoint takes 17 MB
 
 
@@ -32,8 +31,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("axes", LAYOUTS, ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "axes"),
+    [
+        ("float32", {}),
+        ("bfloat16", {"data": 2}),
+        ("float32", {"tensor": 2}),
+        pytest.param("bfloat16", {}, marks=pytest.mark.slow),
+        pytest.param("float32", {"data": 2}, marks=pytest.mark.slow),
+        pytest.param("bfloat16", {"tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_that_is_written_while_training_goes_on_is_of_the_step_it_names(
     axes: dict[str, Any], dtype: ComputeType, ranks: Any, untied_qwen2: Path, tmp_path: Path
 ) -> None:

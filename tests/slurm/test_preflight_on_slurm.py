@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from two_node_slurm import Slurm, two_node_slurm
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 # In place of Python: the program `train` is this, all else is real.
 PYTHON = f"""#!/bin/sh
@@ -59,7 +60,6 @@ def test_an_unlike_node_is_left_out_where_there_is_a_spare(run: Callable[..., tu
     assert all(measured["reports"][name]["bandwidth"] > 0 for name in ("node1", "node2"))
 
 
-@pytest.mark.slow
 def test_a_job_without_spare_nodes_ends_with_the_name_of_the_node_that_is_not_there(
     run: Callable[..., tuple[str, str, Path]],
 ) -> None:
@@ -69,7 +69,6 @@ def test_a_job_without_spare_nodes_ends_with_the_name_of_the_node_that_is_not_th
     assert "1 of 2 nodes are bad, node2, and 0 may be left out\n" in out
 
 
-@pytest.mark.slow
 def test_nodes_are_only_waited_for_without_preflight(run: Callable[..., tuple[str, str, Path]]) -> None:
     state, out, logs = run(ASTAR_PREFLIGHT="0")
     assert state == "COMPLETED", out
