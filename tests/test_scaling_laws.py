@@ -558,7 +558,8 @@ def test_a_score_before_a_step_is_not_read_beside_what_the_step_has_spent_too(
     compute: str | None, tmp_path: Path
 ) -> None:
     columns = {"method": ["a"] * 2, "seed": [0] * 2, "spent_flops": [3, 4], "reward_mean": [0, 1]}
-    columns |= {"spent_tokens": [30, 40], "spent_seconds": [5, 6], "score_before": [0.1, 0.2], "spent_flops_before": [0, 3]}
+    columns |= {"spent_tokens": [30, 40], "spent_seconds": [5, 6], "spent_flops_before": [0, 3]}
+    columns |= {"score_before": [0.1, 0.2]}
     write_csv(tmp_path / "compare.csv", columns)
     with pytest.raises(ValueError, match=f"add --compute {compute or 'spent_flops'}_before"):
         read_curves([str(tmp_path)], compute, "score_before")

@@ -709,8 +709,8 @@ def test_a_signal_in_a_setup_of_a_stage_that_runs_here_lets_none_begin(
     python = folder / "python"
     python.write_text("#!/bin/sh\ntouch begun-$3\n")
     python.chmod(0o700)
-    setup = "slurm.setup='touch begun; for _ in 1 2 3 4 5 6 7 8 9; do sleep 0.3; done'"  # which goes on without the trap
-    words = ["--set", f"slurm.env=[ASTAR_PYTHON={python}]", "--set", setup]
+    (folder / "setup").write_text("touch begun\nsleep 2\n")  # for whose end the shell waits, whatever it is sent
+    words = ["--set", f"slurm.env=[ASTAR_PYTHON={python}]", "--set", "slurm.setup=sh setup"]
     assert status_after(folder / "begun", words, send, number) == status
     assert not list(folder.glob("begun-*"))
 
