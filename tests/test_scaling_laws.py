@@ -553,13 +553,12 @@ def test_a_comparison_has_a_curve_a_method_and_a_run_a_seed(tmp_path: Path) -> N
     assert (first.name, first.points.run.tolist(), second.points.run.tolist()) == ("a", [0, 1], [0, 0])
 
 
-@pytest.mark.parametrize("compute", [None, "spent_tokens", "spent_seconds"])
+@pytest.mark.parametrize("compute", [None, "spent_tokens"])
 def test_a_score_before_a_step_is_not_read_beside_what_the_step_has_spent_too(
     compute: str | None, tmp_path: Path
 ) -> None:
     columns = {"method": ["a"] * 2, "seed": [0] * 2, "spent_flops": [3, 4], "reward_mean": [0, 1]}
-    columns |= {"spent_tokens": [30, 40], "spent_seconds": [5, 6], "spent_flops_before": [0, 3]}
-    columns |= {"score_before": [0.1, 0.2]}
+    columns |= {"spent_tokens": [30, 40], "score_before": [0.1, 0.2], "spent_flops_before": [0, 3]}
     write_csv(tmp_path / "compare.csv", columns)
     with pytest.raises(ValueError, match=f"add --compute {compute or 'spent_flops'}_before"):
         read_curves([str(tmp_path)], compute, "score_before")
