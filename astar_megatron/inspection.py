@@ -87,7 +87,7 @@ def _histogram(mean: np.ndarray) -> list[tuple[str, str]]:
     inner = mean[(mean > low) & (mean < high)]
     counts, edges = np.histogram(inner, bins=10, range=(low, high))
     counts = [int((mean <= low).sum()), *counts.tolist(), int((mean >= high).sum())]
-    ranges = [f"{start:z.1f} to {end:z.1f}" for start, end in pairwise(edges)]
+    ranges = [f"{start:.1f} to {end:.1f}" for start, end in pairwise(edges)]
     names = [f"{low} or less", *ranges, f"{high} or more"]
     most = max(counts)
     return [(name, f"{n:>8} {'#' * round(_BAR * n / most)}".rstrip()) for name, n in zip(names, counts, strict=True)]

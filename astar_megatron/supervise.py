@@ -40,7 +40,7 @@ class ChildEnd:
 
 def main(cfg: RunConfig, words: Sequence[str]) -> int:
     """Run `astar WORDS`, a training under `cfg`, until it ends for good; return the exit status of the last one."""
-    signals, screen = PassedOn(in_own_group=True), Screen()
+    signals, screen = PassedOn(), Screen()
     end, reason = supervise(cfg, lambda: run_child(words, signals), lambda: bool(signals.asked), screen)
     if reason:
         why = f"astar {' '.join(words)}\nThe last process {ended(end.status)}: {reason}."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -192,6 +193,17 @@ def test_v_star_refreshed_under_another_beta1_is_refused_before_a_policy_starts(
     assert checkpoints.restore(stream(), astar(after)) == 3 and after["0"] == before["0"] != 0.5
     with pytest.raises(ValueError, match=r"astar\.beta1: the checkpoint's V\* was refreshed with astar\.beta1 0\.5"):
         checkpoints.restore(stream(), astar(live(0.25)))
+
+
+def test_what_a_method_keeps_of_each_prompt_is_not_kept_by_the_checkpoints_too(tmp_path: Path) -> None:
+    checkpoints, uid = checkpoints_of(tmp_path), "uid of a prompt"
+    live = LiveVStar({uid: 0.5}, {uid: 4}, 0.5, 0.9)
+    live.add([(uid, 1.0)])
+    save(checkpoints, 3, astar(live))
+    assert uid in (tmp_path / "checkpoints" / "step_00000003" / "progress.json").read_text()
+    policy = cast(PolicyGroup, FakePolicy())
+    assert checkpoints.resume(policy, stream(), astar(live), print) == 3 == checkpoints.steps
+    assert uid.encode() not in pickle.dumps(checkpoints)  # all that they hold in memory
 
 
 def test_what_dither_changes_in_a_run_that_goes_on_is_said(tmp_path: Path) -> None:

@@ -271,6 +271,23 @@ def test_every_tick_of_an_axis_has_a_text_of_its_own(browser: Browser, tmp_path:
         assert len(set(of_axis)) == len(of_axis) >= 2, of_axis
         apart = [after - before for before, after in itertools.pairwise(numbers)]
         assert apart == pytest.approx([apart[0]] * len(apart)), of_axis
+    assert ["0.0", "0.1", "0.2", "0.3"] in texts  # no digit more than they need
+
+
+MEASURES = """<script>
+for (const text of document.querySelectorAll("svg text")) text.setAttribute("data-left", text.getBBox().x);
+</script>"""
+
+
+@in_a_browser
+def test_no_tick_begins_left_of_its_picture(browser: Browser, tmp_path: Path) -> None:
+    ends = {"reward_mean": (0.99901, 0.99909), "loss": (1e30, 1.0001e30), "grad_norm": (-8.525e12, -8.526e12)}
+    lines = [{"step": step, **{key: pair[step] for key, pair in ends.items()}} for step in (0, 1)]
+    file = with_metrics(tmp_path / "run", lines)
+    without_policy = re.sub("<meta http-equiv[^>]*>", "", file.read_text())  # which lets no script measure
+    file.write_text(without_policy + MEASURES)
+    lefts = re.findall('text-anchor="end" data-left="([^"]*)"', browser.dom(file, ""))
+    assert len(lefts) >= 6 and min(map(float, lefts)) >= 0
 
 
 @in_a_browser

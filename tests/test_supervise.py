@@ -109,7 +109,7 @@ PARENT = """
 import os, sys
 from astar_megatron.cluster.signals import PassedOn
 from astar_megatron.supervise import run_child
-signals = PassedOn(in_own_group=True)
+signals = PassedOn()
 end = run_child(["plan", "--config", sys.argv[1]], signals)
 print("ended", end.status, bool(signals.asked), len(end.output), flush=True)
 """

@@ -2,17 +2,19 @@
 
 At once, as on an error, so that what is half written is removed; training at the end of a step, which it saves first,
 unless the time given is too short for it. A second signal ends the process and nothing else: what it has started is
-then ended by caretaker.py. Ctrl-C is Python's own. A program that waits for another passes all of them on to it.
+then ended by caretaker.py. Ctrl-C (SIGINT) is Python's own. A program that waits for another passes all of them on to
+it, which may so hear of one twice: what comes again within a second is no second one.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 from astar_megatron.cluster.errors import ClusterError
@@ -21,15 +23,20 @@ RESUME = 75  # EX_TEMPFAIL of sysexits.h: what failed may be tried again
 LOST = 69  # EX_UNAVAILABLE: a process of the run ended by itself; the same command goes on too, if that was chance
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _UNHEEDED = (-signal.SIGTERM, -signal.SIGUSR1, 128 + signal.SIGTERM)  # the last as a shell says it
-_SAME_SECONDS = 1.0  # `timeout`, among others, sends a signal to the process and to its group: that is no second one
+_SAME_SECONDS = 1.0  # a terminal and `timeout` send to all of a group, in which one may pass it on to the other
 _END_SECONDS = 10.0  # of the time given, for the run's processes to end in
 _ends: list[SystemExit] = []  # that signals have asked for
 
 
 def heed() -> None:
-    """End this process at once, with RESUME, when a signal comes. For the command line, once, in the main thread."""
+    """End this process at once, with RESUME, when a signal comes. For the command line, once, in the main thread.
+
+    SIGINT raises KeyboardInterrupt as ever, unless it is ignored.
+    """
     _ends.clear()
     _call_on_first(_end_at_once)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once())
 
 
 class TimeIsUp(SystemExit):
@@ -103,13 +110,12 @@ class StepEnds:
 class PassedOn:
     """Passes what asks this program to end on to the process that it waits for. For the main thread.
 
-    Ctrl-C too, unless it is ignored, as in the background, and a terminal sends it to that process itself: to all that
-    is in this one's group.
+    SIGINT too, unless it is ignored, as in the background. Who has sent it can't be told: a terminal, to all of the
+    group, or another program, to this one. So that process may have had it already, and `heed`s it once.
     """
 
-    def __init__(self, *, in_own_group: bool) -> None:
+    def __init__(self) -> None:
         self.asked = 0  # the number of the last signal; 0: none has come
-        self._hears_ctrl_c = not in_own_group
         self._process: subprocess.Popen[bytes] | None = None
         for number in (*_SIGNALS, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -117,7 +123,7 @@ class PassedOn:
 
     def _hear(self, number: int, _frame: object) -> None:
         self.asked = number
-        if self._process is not None and not (self._hears_ctrl_c and number == signal.SIGINT):
+        if self._process is not None:
             self._process.send_signal(number)
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:
@@ -151,6 +157,20 @@ def _call_on_first(act: Callable[[str], None]) -> None:
 
     for number in _SIGNALS:
         signal.signal(number, hear)
+
+
+def _interrupt_once() -> Callable[[int, FrameType | None], None]:
+    """Return Python's handler of SIGINT, for which one that comes again at once is the same."""
+    last = -math.inf
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > _SAME_SECONDS:
+            last = now
+            signal.default_int_handler(number, frame)
+
+    return hear
 
 
 @contextlib.contextmanager

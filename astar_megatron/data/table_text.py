@@ -2,15 +2,19 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table in Markdown, without the end of its last line; no text of a cell ends the cell or its line."""
+    """Return a table in Markdown, without the end of its last line.
+
+    No text of a cell ends the cell or its line, and its backslashes are shown as they are.
+    """
 
     def line(cells: Sequence[Any]) -> str:
-        texts = (str(cell).replace("|", r"\|").replace("\n", "<br>") for cell in cells)
+        texts = (re.sub(r"\r\n|\r|\n", "<br>", re.sub(r"[\\|]", r"\\\g<0>", str(cell))) for cell in cells)
         return f"| {' | '.join(texts)} |"
 
     return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])

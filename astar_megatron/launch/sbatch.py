@@ -110,7 +110,7 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
         for job, words in zip(jobs, commands, strict=True):
             print(_shown(variables(job, cfg), words))
         return 0
-    signals = PassedOn(in_own_group=False)
+    signals = PassedOn()
     for job, words in zip(jobs, commands, strict=True):
         if signals.asked:
             print(f"asked to end before {job.name} has begun; the same command goes on", file=sys.stderr)

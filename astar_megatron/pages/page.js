@@ -57,7 +57,7 @@ function summary() {
   if (!data.steps) at("summary").append(element("p", {}, "No step is done yet."));
 }
 
-const LONGEST_TICK = 8;  // characters; more go beyond the axis
+const LONGEST_TICK = 8;  // characters of a number without an exponent
 
 function ticks(low, high, count = 4) {
   const rough = (high - low) / count, exponent = Math.floor(Math.log10(rough));
@@ -71,23 +71,31 @@ function ticks(low, high, count = 4) {
   return values.map((value) => [value, value === 0 ? "0" : value.toExponential(digits(largest - last))]);
 }
 
+const pen = document.createElement("canvas").getContext("2d");
+pen.font = `10px ${getComputedStyle(document.body).fontFamily}`;  // that of the ticks
+
+function axisWidth(low, high) {  // of an axis at the left, as wide as its ticks
+  return Math.max(46, 8 + Math.max(...ticks(low, high).map(([, text]) => pen.measureText(text).width)));
+}
+
 function range(values) {
   const low = Math.min(...values), high = Math.max(...values), size = Math.max(Math.abs(low), Math.abs(high));
   const margin = 0.06 * (high - low > 1e-6 * size ? high - low : size || 1);  // what differs by rounding is level
   return [low - margin, high + margin];
 }
 
-const WIDTH = 380, HEIGHT = 170, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
+const WIDTH = 380, HEIGHT = 170, RIGHT = 8, TOP = 8, BOTTOM = 20;
 
 function frame(svg, x, y, [xLow, xHigh], [yLow, yHigh]) {
+  const left = x(xLow);
   for (const [value, text] of ticks(yLow, yHigh)) {
-    svg.append(drawn("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
-    svg.append(drawn("text", { x: LEFT - 5, y: y(value) + 3, "text-anchor": "end" }, text));
+    svg.append(drawn("line", { class: "grid", x1: left, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
+    svg.append(drawn("text", { x: left - 5, y: y(value) + 3, "text-anchor": "end" }, text));
   }
   for (const [value] of ticks(xLow, xHigh, 6).filter(([value]) => Number.isInteger(value))) {
     svg.append(drawn("text", { x: x(value), y: HEIGHT - 5, "text-anchor": "middle" }, String(value)));
   }
-  if (yLow < 0 && yHigh > 0) svg.append(drawn("line", { class: "zero", x1: LEFT, x2: WIDTH - RIGHT, y1: y(0), y2: y(0) }));
+  if (yLow < 0 && yHigh > 0) svg.append(drawn("line", { class: "zero", x1: left, x2: WIDTH - RIGHT, y1: y(0), y2: y(0) }));
 }
 
 function scale(low, high, from, to) {
@@ -108,7 +116,7 @@ function chart(panel) {
   const names = Object.keys(panel.curves), columns = Object.values(panel.curves), steps = panel.x, [first, last] = data.ends;
   const numbers = columns.flat().filter((value) => value !== null);
   const xs = [first, last === first ? first + 1 : last], ys = range(numbers);
-  const x = scale(...xs, LEFT, WIDTH - RIGHT), y = scale(...ys, HEIGHT - BOTTOM, TOP);
+  const x = scale(...xs, axisWidth(...ys), WIDTH - RIGHT), y = scale(...ys, HEIGHT - BOTTOM, TOP);
   const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": panel.title });
   frame(svg, x, y, xs, ys);
   columns.forEach((column, index) => {
@@ -226,9 +234,9 @@ function timeline(step) {
 function shares() {
   const names = PARTS.filter((name) => name !== "train" && data.seconds.some((seconds) => seconds[name] > 0));
   if (!names.length) return at("shares").remove();
-  const width = 1180, height = 170, left = 46, bottom = height - 20;
+  const width = 1180, height = 170, bottom = height - 20;
   const sums = data.seconds.map((seconds) => names.reduce((sum, name) => sum + (seconds[name] || 0), 0));
-  const most = Math.max(...sums) * 1.05, y = scale(0, most, bottom, 6);
+  const most = Math.max(...sums) * 1.05, y = scale(0, most, bottom, 6), left = axisWidth(0, most);
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "seconds of each step by part" });
   for (const [value, text] of ticks(0, most)) {
     svg.append(drawn("line", { class: "grid", x1: left, x2: width, y1: y(value), y2: y(value) }));

@@ -26,7 +26,7 @@ from conversion.folders import PROGRESS_FILE, first_few
 CHECKPOINTS_FOLDER = "checkpoints"  # of a run
 _LONGEST_NAME = 100  # bytes of `latest` that are read
 type _Prompts = PromptStream | PrioritisedPrompts
-# What progress.json holds, beside the objective's and what the ranks read of it.
+# What progress.json holds, beside the objective's, which may be large, and what the ranks read of it.
 _PROGRESS = {"step": int, "prompts": dict, "in_flight": int, "dtype": str}
 _PROGRESS |= {"contract": dict, "settings": dict, "earlier": list}
 _AT_THE_START = {"optim.dither": " (master weights go on as the checkpoint has them)"}
@@ -42,7 +42,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, cfg: CheckpointConfig, contract: Contract, settings: dict[str, Any]) -> None:
         self._folder = run_dir / CHECKPOINTS_FOLDER
         self._cfg, self._contract, self._settings = cfg, contract, settings
-        self._read: tuple[Path | None, dict[str, Any]] = None, {}  # the last checkpoint whose progress was read
+        self._read: tuple[Path | None, dict[str, Any]] = None, {}  # _PROGRESS of the last checkpoint asked for
 
     @property
     def latest(self) -> Path | None:
@@ -88,7 +88,7 @@ class Checkpoints:
         folder = self.latest
         if folder is None:
             return 0
-        progress = self._progress(folder)
+        progress = self._read_progress(folder)
         self.check_method()
         self.check_prompts(prompts)
         try:
@@ -169,12 +169,13 @@ class Checkpoints:
             )
 
     def _progress(self, folder: Path) -> dict[str, Any]:
-        """What a checkpoint has in progress.json, which is large where a method keeps something of each prompt."""
+        """What a checkpoint has in progress.json beside the objective's: training keeps it in memory."""
         if folder != self._read[0]:
-            self._read = folder, self._read_progress(folder)
+            self._read_progress(folder)
         return self._read[1]
 
     def _read_progress(self, folder: Path) -> dict[str, Any]:
+        """All of it, which is large where a method keeps something of each prompt."""
         try:
             progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
             wrong = [name for name, kind in _PROGRESS.items() if type(progress.get(name)) is not kind]
@@ -187,6 +188,7 @@ class Checkpoints:
                 f"{folder}: made under another contract; choose a new run_dir or restore the settings\n  "
                 + "\n  ".join(differences)
             )
+        self._read = folder, {name: progress[name] for name in _PROGRESS}
         return progress
 
     def _damaged(self, file: Path, reason: str) -> DamagedCheckpointError:

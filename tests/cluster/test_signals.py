@@ -1,5 +1,9 @@
-"""How a program ends on SIGTERM and SIGUSR1: at once, or where a step is saved; a second signal ends it in any case."""
+"""How a program ends on SIGTERM and SIGUSR1: at once, or where a step is saved; a second signal ends it in any case.
 
+And how one that waits for another passes them, and SIGINT, on.
+"""
+
+import contextlib
 import os
 import signal
 import subprocess
@@ -50,15 +54,23 @@ PROGRAMS: dict[str, tuple[list[str], str, list[signal.Signals], float]] = {
     "a step does not fit": (["10.5"], "step 2", [signal.SIGTERM], 0.0),
     "a step takes longer": (["13", "hangs"], "step 2", [signal.SIGTERM], 0.0),
     "its processes ended too": (["0", "fails"], "step 2", [signal.SIGTERM], 0.0),
+    "interrupted twice at once": (["0", "slowly"], "step 1", [signal.SIGINT, signal.SIGINT], 0.1),
+    "interrupted again": (["0", "slowly"], "step 1", [signal.SIGINT, signal.SIGINT], 1.2),
+    "interrupted in the background": (["0", "ignores"], "step 1", [signal.SIGINT, signal.SIGTERM], 0.1),
 }
 CLEANED = ["cleans up", "has cleaned up"]
 
 type Ended = tuple[int, list[str], str]
 
 
+def env(*, ignores: bool = False) -> list[str]:
+    """What a command begins with that heeds Ctrl-C, as in the foreground, or ignores it, as tests may themselves."""
+    return ["env", f"--{'ignore' if ignores else 'default'}-signal=INT"]
+
+
 def run(arguments: list[str], after: str, signals: list[signal.Signals], pause: float) -> Ended:
     """Run STEPS, send signals once it has printed a line; return exit status, the lines after that, and stderr."""
-    command = [sys.executable, "-c", STEPS, *arguments]
+    command = [*env(ignores="ignores" in arguments), sys.executable, "-c", STEPS, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while process.stdout.readline().strip() != after:
@@ -143,6 +155,21 @@ def test_a_signal_that_has_also_ended_the_run_s_processes_is_still_one_to_go_on_
     assert "policy rank 0: the process ended" in error
 
 
+def test_ctrl_c_that_comes_again_at_once_does_not_break_off_cleaning_up(ended: Callable[[str], Ended]) -> None:
+    status, lines, error = ended("interrupted twice at once")
+    assert (status, lines) == (-signal.SIGINT, CLEANED) and "KeyboardInterrupt" in error
+
+
+def test_a_second_ctrl_c_breaks_off_cleaning_up(ended: Callable[[str], Ended]) -> None:
+    status, lines, _ = ended("interrupted again")
+    assert (status, lines) == (-signal.SIGINT, ["cleans up"])
+
+
+def test_ctrl_c_is_ignored_in_the_background(ended: Callable[[str], Ended]) -> None:
+    status, lines, _ = ended("interrupted in the background")
+    assert (status, lines) == (RESUME, ["saves 1", *CLEANED])
+
+
 def test_an_end_that_ray_has_made_another_of_is_what_the_signal_asked_for() -> None:
     """Ray raises SystemExit(1) from its C++ where a handler raises SystemExit(75)."""
     program = """
@@ -157,3 +184,46 @@ with signals.kept():
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == RESUME and "ended by SIGTERM" in done.stderr
+
+
+# --- a program that waits for another; arguments: a signal that it has before that begins (0: none), the other's words
+
+WAITS = """
+import os, subprocess, sys
+from astar_megatron.cluster.signals import PassedOn
+signals = PassedOn()
+os.kill(os.getpid(), int(sys.argv[1]))
+sys.exit(signals.exit_status(signals.wait(subprocess.Popen(sys.argv[2:]))))
+"""
+
+
+@contextlib.contextmanager
+def waiting(*words: str, early: int = 0) -> Iterator[subprocess.Popen[str]]:
+    """The waiting program, in a group with the one that it waits for; both are ended."""
+    command = [*env(), sys.executable, "-c", WAITS, str(early), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # as a program sends it, and as a terminal or `timeout` does
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, RESUME), (signal.SIGINT, 130)])
+def test_a_signal_is_passed_on_and_heeded_once_however_often_it_comes(
+    number: signal.Signals, status: int, send: Callable[[int, int], None]
+) -> None:
+    with waiting(sys.executable, "-c", STEPS, "0", "slowly") as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "step 1":
+            assert process.poll() is None
+        send(process.pid, number)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert out.splitlines() == ([] if number == signal.SIGINT else ["saves 1"]) + CLEANED
+
+
+def test_a_signal_that_comes_before_the_process_reaches_it() -> None:
+    with waiting("sleep", "60", early=signal.SIGTERM) as process:
+        assert process.wait(30) == RESUME

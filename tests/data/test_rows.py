@@ -139,8 +139,9 @@ def test_a_number_of_parquet_has_the_digits_of_its_own_type(kind: pa.DataType, t
 
 
 def test_a_number_within_an_object_of_parquet_has_the_digits_of_its_own_type(tmp_path: Path) -> None:
-    narrow = pa.list_(pa.struct({"a": pa.float32(), "b": pa.float64(), "c": pa.list_(pa.float16())}))
-    values = [[{"a": 0.1, "b": 0.1, "c": [0.5, None]}, None], None, []]
+    within = {"a": pa.float32(), "b": pa.float64(), "c": pa.large_list(pa.float16()), "d": pa.list_(pa.float32(), 2)}
+    narrow = pa.list_(pa.struct(within))
+    values = [[{"a": 0.1, "b": 0.1, "c": [0.1, None], "d": [0.1, 0.2]}, None], None, []]
     pq.write_table(pa.table({"x": pa.array(values, narrow)}), tmp_path / "x.parquet")
     assert [row.fields["x"] for row in read_rows(tmp_path / "x.parquet", Problems("x"))] == values
 

@@ -1,5 +1,6 @@
 """`astar launch` and `astar jobs` with a Slurm of scripts: what is submitted, and what is refused before it is."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -664,35 +665,54 @@ def test_stages_run_here_one_after_the_other_until_one_fails(folder: Path, capfd
     assert done.stderr == f"{named(folder)}-train ended with status 7; what comes after it is not run\n"
 
 
+def status_after(begun: Path, words: Sequence[str], send: Callable[[int, int], None], number: signal.Signals) -> int:
+    """Launch the run of the current folder here, `send` it a signal once `begun` is there; return how it ends."""
+    # What runs in the background, as tests may, ignores Ctrl-C, and so would what it starts.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", "launch", *words]
+    command += ["--config", "run.yaml", "--backend", "local"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, start_new_session=True) as launched:
+        try:
+            until = time.monotonic() + 300
+            while not begun.exists():
+                assert time.monotonic() < until and launched.poll() is None
+                time.sleep(0.1)
+            send(launched.pid, number)
+            return launched.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launched.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # as a program sends it, and as a terminal or `timeout` does
 @pytest.mark.parametrize(
     ("number", "heeds"),
     [*itertools.product([signal.SIGTERM, signal.SIGUSR1], [True, False]), (signal.SIGINT, True)],
 )
 def test_a_signal_lets_the_stage_that_runs_here_save_and_no_other_begins(
-    folder: Path, number: signal.Signals, heeds: bool
+    folder: Path, number: signal.Signals, heeds: bool, send: Callable[[int, int], None]
 ) -> None:
     python = folder / "python"
     saves = "trap 'sleep 1; touch saved; exit 75' TERM USR1 INT\n" if heeds else ""
     python.write_text(f"#!/bin/bash\n{saves}touch begun-$3\nfor _ in {{1..6000}}; do sleep 0.1; done\n")
     python.chmod(0o700)
-    words = ["--config", "run.yaml", "--backend", "local", "--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
-    # What runs in the background, as tests may, ignores Ctrl-C, and so would what it starts.
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "astar_megatron.cli", "launch", *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, start_new_session=True) as launched:
-        try:
-            until = time.monotonic() + 300
-            while not (folder / "begun-sweep").exists():
-                assert time.monotonic() < until and launched.poll() is None
-                time.sleep(0.1)
-            if number == signal.SIGINT:
-                os.killpg(launched.pid, number)  # as a terminal sends it
-            else:
-                launched.send_signal(number)
-            assert launched.wait(300) == 75
-        finally:
-            launched.kill()
+    words = ["--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
+    assert status_after(folder / "begun-sweep", words, send, number) == 75
     assert (folder / "saved").exists() == heeds and not (folder / "begun-train").exists()
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_a_setup_of_a_stage_that_runs_here_lets_none_begin(
+    folder: Path, number: signal.Signals, status: int, send: Callable[[int, int], None]
+) -> None:
+    python = folder / "python"
+    python.write_text("#!/bin/sh\ntouch begun-$3\n")
+    python.chmod(0o700)
+    (folder / "setup").write_text("touch begun\nsleep 2\n")  # for whose end the shell waits, whatever it is sent
+    words = ["--set", f"slurm.env=[ASTAR_PYTHON={python}]", "--set", "slurm.setup=sh setup"]
+    assert status_after(folder / "begun", words, send, number) == status
+    assert not list(folder.glob("begun-*"))
 
 
 def test_a_setup_of_a_stage_that_runs_here_may_use_the_terminal(folder: Path) -> None:
