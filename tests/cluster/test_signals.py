@@ -49,13 +49,13 @@ PROGRAMS: dict[str, tuple[list[str], str, list[signal.Signals], float]] = {
     "asked by SIGUSR1": (["0"], "step 1", [signal.SIGUSR1], 0.0),
     "asked behind the steps": (["0"], "evaluates", [signal.SIGTERM], 0.0),
     "asked twice at once": (["0"], "step 1", [signal.SIGTERM, signal.SIGTERM], 0.1),
-    "asked again in a step": (["0", "hangs"], "step 2", [signal.SIGUSR1, signal.SIGTERM], 1.2),
-    "asked again in cleaning up": (["0", "slowly"], "evaluates", [signal.SIGTERM, signal.SIGTERM], 1.2),
+    "asked again in a step": (["0", "hangs"], "step 2", [signal.SIGUSR1, signal.SIGTERM], 2.5),
+    "asked again in cleaning up": (["0", "slowly"], "evaluates", [signal.SIGTERM, signal.SIGTERM], 2.5),
     "a step does not fit": (["10.5"], "step 2", [signal.SIGTERM], 0.0),
     "a step takes longer": (["13", "hangs"], "step 2", [signal.SIGTERM], 0.0),
     "its processes ended too": (["0", "fails"], "step 2", [signal.SIGTERM], 0.0),
     "interrupted twice at once": (["0", "slowly"], "step 1", [signal.SIGINT, signal.SIGINT], 0.1),
-    "interrupted again": (["0", "slowly"], "step 1", [signal.SIGINT, signal.SIGINT], 1.2),
+    "interrupted again": (["0", "slowly"], "step 1", [signal.SIGINT, signal.SIGINT], 2.5),
     "interrupted in the background": (["0", "ignores"], "step 1", [signal.SIGINT, signal.SIGTERM], 0.1),
 }
 CLEANED = ["cleans up", "has cleaned up"]
