@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astar_megatron.data import tokenizer_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,13 +30,14 @@ class TokenizerError(ValueError):
 
 @functools.lru_cache(maxsize=4)
 def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of an HF folder, from local files only; kept for the process. Raises TokenizerError."""
-    from transformers import AutoTokenizer  # here, because the import takes seconds
+    """Return the tokenizer of an HF folder, as `tokenizer_folder.load` reads it; kept for the process.
 
+    Raises TokenizerError.
+    """
     if not Path(model_path).is_dir():
         raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
     try:
-        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True, trust_remote_code=False)
+        tok = tokenizer_folder.load(model_path)
     except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
         raise TokenizerError(
             f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "

@@ -1,0 +1,49 @@
+"""From which files of a model's folder its tokens are: tokenizer.json where there is one, whatever class is named.
+
+transformers 5 builds the class that tokenizer_config.json names anew, with that class's own way to split a text and to
+read tokens back, and takes vocabulary and merges alone from tokenizer.json. A class that is not the file's loses line
+ends and blanks, or splits numbers otherwise than the model was trained on.
+"""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "tokenizer.json"
+
+
+def load(model_path: str) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of an HF folder, from local files only; runs no code of the folder's own.
+
+    Without a tokenizer.json transformers builds it from the other files, by the class that is named. Raises anything.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # here, because the import takes seconds
+
+    if (Path(model_path) / FILE).exists():
+        return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
+    # mistral_format: a folder with a tekken.json would get a class that knows no chat template of the folder.
+    return AutoTokenizer.from_pretrained(
+        model_path, local_files_only=True, trust_remote_code=False, mistral_format=False
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def invented(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
+    """Return the tokens, id and text, that some setting names but no file of the folder gives an id.
+
+    transformers gives them the next ids, whose rows no training ever touched.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(tok.name_or_path) / FILE
+    own = Tokenizer.from_file(str(file)).get_vocab() if file.exists() else {}
+    listed = {(str(token), token_id) for token_id, token in tok.init_kwargs.get("added_tokens_decoder", {}).items()}
+    size = tok.vocab_size  # of the vocabulary without what was added to it
+    return {
+        token_id: text
+        for text, token_id in tok.get_added_vocab().items()
+        if token_id >= size and text not in own and (text, token_id) not in listed
+    }
