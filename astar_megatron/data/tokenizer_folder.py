@@ -6,27 +6,44 @@ ends and blanks, or splits numbers otherwise than the model was trained on.
 """
 
 import functools
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILE = "tokenizer.json"
+
+def file_of(model_path: str) -> Path:
+    """Return where the file with the tokens of a model is, if there is one."""
+    return Path(model_path) / "tokenizer.json"
+
+
+def settings(model_path: str) -> dict[str, Any]:
+    """Return what tokenizer_config.json says."""
+    file = Path(model_path) / "tokenizer_config.json"
+    return json.loads(file.read_bytes()) if file.exists() else {}
 
 
 def load(model_path: str) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of an HF folder, from local files only; runs no code of the folder's own.
+    """Return the tokenizer of an HF folder, from local files only; runs no code of the folder's own. Raises anything.
 
-    Without a tokenizer.json transformers builds it from the other files, by the class that is named. Raises anything.
+    Without a tokenizer.json transformers builds it from the other files, by the class that is named.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # here, because the import takes seconds
+    from transformers import PreTrainedTokenizerFast  # here, because the import takes seconds
 
-    if (Path(model_path) / FILE).exists():
+    if file_of(model_path).exists():
         return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
-    # mistral_format: a folder with a tekken.json would get a class that knows no chat template of the folder.
+    # A folder with a tekken.json would get a class that knows no chat template of the folder.
+    return by_class(model_path, mistral_format=False)
+
+
+def by_class(model_path: str, mistral_format: bool | None = None) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer as most serve a folder, of the class that is named; `load` otherwise. Raises anything."""
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(
-        model_path, local_files_only=True, trust_remote_code=False, mistral_format=False
+        model_path, local_files_only=True, trust_remote_code=False, mistral_format=mistral_format
     )
 
 
@@ -38,7 +55,7 @@ def invented(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
     """
     from tokenizers import Tokenizer
 
-    file = Path(tok.name_or_path) / FILE
+    file = file_of(tok.name_or_path)
     own = Tokenizer.from_file(str(file)).get_vocab() if file.exists() else {}
     listed = {(str(token), token_id) for token_id, token in tok.init_kwargs.get("added_tokens_decoder", {}).items()}
     size = tok.vocab_size  # of the vocabulary without what was added to it

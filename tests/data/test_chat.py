@@ -163,6 +163,19 @@ def test_a_template_without_the_bos_that_the_tokenizer_adds_is_told(model_folder
         assert unbegun_prompt(str(_with_bos(Path(model_folder(template=template)), adds_bos)), None) is None
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_a_setting_that_adds_a_bos_which_the_tokenizer_does_not_add_is_told(
+    said: bool, model_folder: MakeModel
+) -> None:
+    folder = _with_bos(Path(model_folder(template="{{ messages[0].content }}")), adds_bos=False)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": said}))
+    assert bare_template(str(folder)) == "{{ messages[0].content }}"  # what the tokenizer itself makes of a text
+    warning = unbegun_prompt(str(folder), None)
+    assert said == (warning is not None)
+    assert not said or "add_bos_token in tokenizer_config.json of" in str(warning)
+
+
 # --- tokens without a row in the model
 
 
