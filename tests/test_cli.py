@@ -227,14 +227,14 @@ def test_doctor_says_where_whoever_serves_the_export_would_read_other_tokens(
     astar: Any, tree: Tree, tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    said = []
+    lines = []
     for kind in ("PreTrainedTokenizerFast", "GPT2Tokenizer"):
         edit_json(Path(tree["model"]["path"]) / "tokenizer_config.json", tokenizer_class=kind)
         status, out, error = astar("doctor", "--config", tmp_path / "run.yaml")
         assert status == 0, error
-        said.append([line for line in out.splitlines() if line.startswith("model.path: transformers' AutoTokenizer ")])
-    assert not said[0]
-    assert "makes a GPT2Tokenizer of" in said[1][0] and "otherwise than this run" in said[1][0]
+        lines.append([line for line in out.splitlines() if line.startswith("model.path: transformers' AutoTokenizer ")])
+    assert not lines[0]
+    assert "makes a GPT2Tokenizer of" in lines[1][0] and "otherwise than this run" in lines[1][0]
 
 
 def test_doctor_says_that_a_login_of_the_first_prompt_is_read_and_not_shown(

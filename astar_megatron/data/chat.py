@@ -167,7 +167,7 @@ def encode(model_path: str, messages: Sequence[str], date: str | None, source: o
 def _refuse_invented(model_path: str, encoded: Sequence[Sequence[int]], source: object) -> None:
     tok = tokenizer(model_path)
     strange = tokenizer_folder.invented(tok).keys()
-    if hits := [min(held) for ids in encoded if (held := strange & set(ids))]:
+    if hits := [min(own) for ids in encoded if (own := strange & set(ids))]:
         raise TokenizerError(
             f"{source}: {len(hits)} of {len(encoded)} prompts hold {_named(tok, hits[0])}, a token that a setting of "
             f"{model_path} names but no file of its tokenizer has: the model never learnt it; repair the chat "

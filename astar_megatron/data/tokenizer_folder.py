@@ -33,7 +33,7 @@ def load(model_path: str) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast  # here, because the import takes seconds
 
     if file_of(model_path).exists():
-        return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
     # A folder with a tekken.json would get a class that knows no chat template of the folder.
     return by_class(model_path, mistral_format=False)
 
@@ -60,7 +60,7 @@ def invented(tok: "PreTrainedTokenizerBase") -> dict[int, str]:
     listed = {(str(token), token_id) for token_id, token in tok.init_kwargs.get("added_tokens_decoder", {}).items()}
     size = tok.vocab_size  # of the vocabulary without what was added to it
     return {
-        token_id: text
-        for text, token_id in tok.get_added_vocab().items()
-        if token_id >= size and text not in own and (text, token_id) not in listed
+        token_id: token.content
+        for token_id, token in tok.added_tokens_decoder.items()
+        if token_id >= size and token.content not in own and (token.content, token_id) not in listed
     }

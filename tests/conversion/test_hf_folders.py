@@ -72,8 +72,10 @@ def test_an_export_says_its_type_under_the_names_of_its_source(keys: tuple[str, 
     source = write_folder(tmp_path / "source", model, random_weights(model))
     halves = {name: tensor.bfloat16() for name, tensor in loaded(source, model).items()}
     write_export(tmp_path / "export", halves, source)
-    said = json.loads((tmp_path / "export/config.json").read_text())
-    assert {key: said[key] for key in said if key.endswith("dtype")} == dict.fromkeys(keys or ["dtype"], "bfloat16")
+    written = json.loads((tmp_path / "export/config.json").read_text())
+    assert {key: written[key] for key in written if key.endswith("dtype")} == dict.fromkeys(
+        keys or ["dtype"], "bfloat16"
+    )
     assert AutoConfig.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
 
 
