@@ -134,6 +134,20 @@ def test_a_template_whose_prompts_lack_the_bos_of_the_tokenizer_is_told(
     assert "write {{ bos_token }} at the beginning of the folder's chat_template.jinja" in warning
 
 
+def test_tokens_that_a_class_of_transformers_makes_are_told(
+    command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(tree["model"]["path"])
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps({token.replace(" ", "Ġ"): i for token, i in vocabulary.items()}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert command("doctor")[0] == 0
+    warnings = [record.getMessage() for record in caplog.records]
+    assert any("has no tokenizer.json: its tokens are what transformers' GPT2Tokenizer makes" in w for w in warnings)
+
+
 def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_out(
     refused: Refused, tree: Tree, caplog: pytest.LogCaptureFixture
 ) -> None:
