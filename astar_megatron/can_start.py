@@ -55,6 +55,8 @@ def main(cfg: RunConfig) -> None:
         )
     screen.say(words)
     screen.say(_as_read(inputs.prompts[0], cfg.model.path))
+    if words := chat.read_otherwise(cfg.model.path, [prompt.text for prompt in inputs.prompts], cfg.data.date):
+        screen.say(words)
     screen.table(placement.describe(), placement.rows())
     if shares:
         screen.say(shares.describe())

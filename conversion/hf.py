@@ -163,9 +163,10 @@ def writing(
     """A new HF folder with the configuration and tokenizer of `source_folder`, to be filled inside the `with`.
 
     What is written into the export's tensors goes to the files' pages, which the kernel writes out as it likes: a model
-    larger than memory can be filled. The dtype goes into config.json, for readers cast to what it says, and at the end
-    the digests of what the files hold into conversion.json, unless the record has them. It takes the place of what is
-    there as `folders.replacing` says.
+    larger than memory can be filled. The dtype goes into config.json, for readers cast to what it says, under the names
+    that the source has for it (older readers know `torch_dtype` alone), and at the end the digests of what the files
+    hold into conversion.json, unless the record has them. It takes the place of what is there as `folders.replacing`
+    says.
     """
     source_folder = Path(source_folder)
     model = read_model(source_folder)
@@ -173,8 +174,8 @@ def writing(
     with replacing(folder, companion_bytes(source_folder)) as new:
         copy_companions(source_folder, new)
         tensors = _mapped_weights(new, model.parameters(), dtype, max_shard_bytes)
-        config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
-        write_json(new / "config.json", config | {"dtype": name_of_dtype})
+        keys = [key for key in ("dtype", "torch_dtype") if key in model.config] or ["dtype"]
+        write_json(new / "config.json", dict(model.config) | dict.fromkeys(keys, name_of_dtype))
         record = {"source": model_name(source_folder), "dtype": name_of_dtype, "config": model.computation()}
         export = Export(new, tensors, record | {"digest_rule": DIGEST_RULE}, check(new, model.parameters()))
         yield export

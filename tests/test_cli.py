@@ -134,6 +134,20 @@ def test_a_template_whose_prompts_lack_the_bos_of_the_tokenizer_is_told(
     assert "write {{ bos_token }} at the beginning of the folder's chat_template.jinja" in warning
 
 
+def test_tokens_that_a_class_of_transformers_makes_are_told(
+    command: Command, tree: Tree, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(tree["model"]["path"])
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps({token.replace(" ", "Ġ"): i for token, i in vocabulary.items()}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert command("doctor")[0] == 0
+    warnings = [record.getMessage() for record in caplog.records]
+    assert any("has no tokenizer.json: its tokens are what transformers' GPT2Tokenizer makes" in w for w in warnings)
+
+
 def test_an_adapter_that_engines_would_load_is_refused_and_not_said_to_be_left_out(
     refused: Refused, tree: Tree, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,6 +235,20 @@ def test_doctor_shows_the_first_prompt_as_the_model_reads_it(astar: Any, tree: T
     (line,) = [line for line in out.splitlines() if line.startswith("the first prompt, ")]
     assert status == 0
     assert line == 'the first prompt, 18 tokens: "<user> W h a t   i s   1   +   1 ? + 2 <assistant>"'
+
+
+def test_doctor_says_where_whoever_serves_the_export_would_read_other_tokens(
+    astar: Any, tree: Tree, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    lines = []
+    for kind in ("PreTrainedTokenizerFast", "GPT2Tokenizer"):
+        edit_json(Path(tree["model"]["path"]) / "tokenizer_config.json", tokenizer_class=kind)
+        status, out, error = astar("doctor", "--config", tmp_path / "run.yaml")
+        assert status == 0, error
+        lines.append([line for line in out.splitlines() if line.startswith("model.path: transformers' AutoTokenizer ")])
+    assert not lines[0]
+    assert "makes a GPT2Tokenizer of" in lines[1][0] and "otherwise than this run" in lines[1][0]
 
 
 def test_doctor_says_that_a_login_of_the_first_prompt_is_read_and_not_shown(

@@ -13,11 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from astar_megatron.data import tokenizer_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENCODE_AT_ONCE = 4096  # texts a tokeniser call
 _QUESTION, _ANSWER = "A question of nobody.", "An answer of nobody."  # texts that no template writes by itself
+
+_BOS, _TEXT = "{{ bos_token }}", "{{ messages[0].content }}"  # in a chat template
+_COMPARED = 64  # prompts
 
 type Chat = list[dict[str, str]]
 
@@ -28,13 +33,14 @@ class TokenizerError(ValueError):
 
 @functools.lru_cache(maxsize=4)
 def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of an HF folder, from local files only; kept for the process. Raises TokenizerError."""
-    from transformers import AutoTokenizer  # here, because the import takes seconds
+    """Return the tokenizer of an HF folder, as `tokenizer_folder.load` reads it; kept for the process.
 
+    Raises TokenizerError.
+    """
     if not Path(model_path).is_dir():
         raise TokenizerError(f"model.path: no such folder: {model_path}; give a Hugging Face folder on this machine")
     try:
-        tok = AutoTokenizer.from_pretrained(model_path, local_files_only=True, use_fast=True, trust_remote_code=False)
+        tok = tokenizer_folder.load(model_path)
     except Exception as error:  # for a damaged file transformers raises KeyError, its Rust part bare Exceptions
         raise TokenizerError(
             f"model.path: {model_path} has no tokenizer that transformers can load: {error!r:.500}; "
@@ -50,6 +56,11 @@ def tokenizer(model_path: str) -> "PreTrainedTokenizerBase":
             f"model.path: the tokenizer of {model_path} has no EOS token, so no response could end; "
             "set eos_token in tokenizer_config.json"
         )
+    if tok.eos_token_id in tokenizer_folder.invented(tok):
+        raise TokenizerError(
+            f"model.path: no file of the tokenizer in {model_path} has the EOS token {tok.eos_token!r}, so no response "
+            "could end; set eos_token in tokenizer_config.json to the one that the model learnt"
+        )
     return tok
 
 
@@ -59,7 +70,7 @@ def bare_template(model_path: str) -> str:
 
 
 def _bare_template(tok: "PreTrainedTokenizerBase") -> str:
-    return "{{ bos_token }}" * _adds_bos(tok) + "{{ messages[0].content }}"
+    return _BOS * _adds_bos(tok) + _TEXT
 
 
 def _adds_bos(tok: "PreTrainedTokenizerBase") -> bool:
@@ -140,7 +151,8 @@ def control_tokens_in(model_path: str, texts: Sequence[str]) -> list[tuple[int, 
 def encode(model_path: str, messages: Sequence[str], date: str | None, source: object) -> list[tuple[int, ...]]:
     """Return the token ids of one user message each in the model's template, up to where the answer begins.
 
-    `date` (2026-11-28) is the day that the template may name. Raises TokenizerError.
+    `date` (2026-11-28) is the day that the template may name. Raises TokenizerError, for a token that no file of the
+    tokenizer has too.
     """
     tok, encoded = tokenizer(model_path), list[tuple[int, ...]]()
     for start in range(0, len(messages), _ENCODE_AT_ONCE):
@@ -148,7 +160,19 @@ def encode(model_path: str, messages: Sequence[str], date: str | None, source: o
         texts = _rendered(model_path, chats, date, source, answer_follows=True)
         # The template writes the special tokens itself; the tokenizer would add BOS a second time.
         encoded += [tuple(ids) for ids in tok(texts, add_special_tokens=False)["input_ids"]]  # type: ignore[arg-type]
+    _refuse_invented(model_path, encoded, source)
     return encoded
+
+
+def _refuse_invented(model_path: str, encoded: Sequence[Sequence[int]], source: object) -> None:
+    tok = tokenizer(model_path)
+    strange = tokenizer_folder.invented(tok).keys()
+    if hits := [min(own) for ids in encoded if (own := strange & set(ids))]:
+        raise TokenizerError(
+            f"{source}: {len(hits)} of {len(encoded)} prompts hold {_named(tok, hits[0])}, a token that a setting of "
+            f"{model_path} names but no file of its tokenizer has: the model never learnt it; repair the chat "
+            "template, or bos_token and its like in tokenizer_config.json"
+        )
 
 
 def unknown_in(
@@ -208,16 +232,24 @@ def unstopped_turn(model_path: str, date: str | None) -> str | None:
 def unbegun_prompt(model_path: str, date: str | None) -> str | None:
     """Return in words that prompts lack the BOS with which the tokenizer begins a text; None where they have it.
 
-    None too where the tokenizer begins none with it.
+    None too where neither the tokenizer begins one with it nor its settings say that it does.
     """
     tok = tokenizer(model_path)
-    if not _adds_bos(tok) or encode(model_path, [_QUESTION], date, "a question")[0][:1] == (tok.bos_token_id,):
+    if _adds_bos(tok):
+        why = f"the tokenizer of {model_path} begins every text with {tok.bos_token!r}"
+    elif tok.bos_token_id is not None and tokenizer_folder.settings(model_path).get("add_bos_token"):
+        why = (
+            f"add_bos_token in tokenizer_config.json of {model_path} has texts begin with {tok.bos_token!r}, which its "
+            "tokenizer.json does not do"
+        )
+    else:
+        return None
+    if encode(model_path, [_QUESTION], date, "a question")[0][:1] == (tok.bos_token_id,):
         return None
     return (
-        f"model.path: the tokenizer of {model_path} begins every text with {tok.bos_token!r}, but the "
-        "chat template does not write it, so prompts lack it. To have them as the model was trained on, write "
-        f"{{{{ bos_token }}}} at the beginning of {_template_place(model_path)} before stage 1; "
-        f"{_bare_template(tok)} asks with the text of a question alone"
+        f"model.path: {why}, but the chat template does not write it, so prompts lack it. To have them as the model "
+        f"was trained on, write {_BOS} at the beginning of {_template_place(model_path)} before stage 1; "
+        f"{_BOS}{_TEXT} asks with the text of a question alone"
     )
 
 
@@ -242,6 +274,42 @@ def unbegun_answer(model_path: str, date: str | None) -> str | None:
     )
 
 
+def without_its_file(model_path: str) -> str | None:
+    """Return in words that transformers makes the tokens by a class of its own; None where tokenizer.json has them."""
+    tok = tokenizer(model_path)
+    if tokenizer_folder.file_of(model_path).exists():
+        return None
+    return (
+        f"model.path: {model_path} has no tokenizer.json: its tokens are what transformers' {type(tok).__name__} makes "
+        "of the other files, and another version of transformers may make others; add the model's tokenizer.json"
+    )
+
+
+def read_otherwise(model_path: str, messages: Sequence[str], date: str | None) -> str | None:
+    """Return in words how many of the first messages transformers' AutoTokenizer reads otherwise; None without any.
+
+    It goes by the class that tokenizer_config.json names, and so do those who serve an export with it.
+    """
+    tok, messages = tokenizer(model_path), messages[:_COMPARED]
+    ours = [list(ids) for ids in encode(model_path, messages, date, "a prompt")]
+    chats = [[{"role": "user", "content": text}] for text in messages]
+    settings = {"strftime_now": _clock(model_path, date)} if names_the_day(model_path) else {}
+    try:
+        other: Any = tokenizer_folder.by_class(model_path)
+        theirs = other.apply_chat_template(chats, add_generation_prompt=True, return_dict=False, **settings)
+        texts = [(tok.decode(ids), other.decode(ids)) for ids in ours]
+    except Exception as error:
+        return f"model.path: transformers' AutoTokenizer can't read the tokenizer of {model_path}: {error!r:.500}"
+    count = sum(ids != there or text != its for ids, there, (text, its) in zip(ours, theirs, texts, strict=True))
+    if not count:
+        return None
+    return (
+        f"model.path: transformers' AutoTokenizer makes a {type(other).__name__} of {model_path}, which reads {count} "
+        f"of the first {len(ours)} prompts otherwise than this run, and so would who serves its export: there, let "
+        "tokenizer_class in tokenizer_config.json be PreTrainedTokenizerFast, or load it with that class"
+    )
+
+
 def _template_place(model_path: str) -> str:
     """Return in words where a model's chat template stands: a file of its own takes the place of a setting."""
     has_file = (Path(model_path) / "chat_template.jinja").exists()
@@ -262,9 +330,8 @@ def detokenizer(model_path: str) -> Callable[[Sequence[int]], str]:
     return text
 
 
-def _rendered(
-    model_path: str, chats: Sequence[Chat], date: str | None, source: object, *, answer_follows: bool
-) -> list[str]:
+def _clock(model_path: str, date: str | None) -> Callable[[str], str]:
+    """The function that a template asks for the time: it says the configured day."""
     day = None if date is None else datetime.datetime.fromisoformat(date)
 
     def strftime_now(form: str) -> str:
@@ -277,13 +344,19 @@ def _rendered(
             )
         return day.strftime(form)
 
+    return strftime_now
+
+
+def _rendered(
+    model_path: str, chats: Sequence[Chat], date: str | None, source: object, *, answer_follows: bool
+) -> list[str]:
     try:
         return list(
             tokenizer(model_path).apply_chat_template(
                 list(chats),
                 tokenize=False,
                 add_generation_prompt=answer_follows,
-                strftime_now=strftime_now,
+                strftime_now=_clock(model_path, date),
             )  # type: ignore[arg-type]
         )
     except TokenizerError:

@@ -133,7 +133,7 @@ class Engine:
         return Response(
             tag=tag,
             token_ids=token_ids,
-            truncated=completion.finish_reason == "length",
+            truncated=_was_cut(completion.finish_reason),
             token_logprobs=tuple(row[token].logprob for token, row in zip(token_ids, completion.logprobs, strict=True)),
             first_version=first_version,
             last_version=first_version + len(before),
@@ -270,6 +270,17 @@ def check_head_size(head_dim: int, *, on_gpu: bool) -> None:
             f"its attention heads have {head_dim} numbers each, and vLLM has heads on a CPU of "
             f"{', '.join(map(str, CPU_HEAD_SIZES))} alone; take another model, or a machine with a GPU"
         )
+
+
+def _was_cut(finish_reason: str | None) -> bool:
+    """Whether a response was cut by the token limit, not ended by a stop token. RuntimeError where it was neither."""
+    if finish_reason not in ("stop", "length"):
+        raise RuntimeError(
+            f"vLLM ended a response with finish_reason={finish_reason!r}, expected 'stop' or 'length': the model has "
+            "not ended it, so its reward would be of another text. The engine's log says why; start the command again, "
+            "which draws it anew"
+        )
+    return finish_reason == "length"
 
 
 def engine_arguments(options: EngineOptions) -> dict[str, Any]:

@@ -124,13 +124,15 @@ def _real(path: str | Path) -> Path:
 
 
 def _say_template(cfg: RunConfig, contract: Contract) -> None:
-    """Log what of the chat template no number shows: its day, what prompts lack, turns that end no response."""
+    """Log what of tokens and template no number shows: a class's tokens, the day, what prompts lack, unended turns."""
     if contract.date is not None:
         _LOG.warning("data.date: the chat template writes the day %s into each prompt of this run", contract.date)
     elif cfg.data.date is not None:
         _LOG.warning("data.date: %s has no effect: the chat template asks for no time", cfg.data.date)
-    for problem in (chat.unbegun_prompt, chat.unbegun_answer, chat.unstopped_turn):
-        if warning := problem(cfg.model.path, cfg.data.date):
+    problems = (chat.unbegun_prompt, chat.unbegun_answer, chat.unstopped_turn)
+    model, date = cfg.model.path, cfg.data.date
+    for warning in (chat.without_its_file(model), *(problem(model, date) for problem in problems)):
+        if warning:
             _LOG.warning("%s", warning)
 
 

@@ -64,6 +64,21 @@ def test_transformers_opens_an_export_in_the_dtype_it_was_written_in(source: Pat
     assert (tmp_path / "export/tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_an_export_says_its_type_under_the_names_of_its_source(keys: tuple[str, ...], tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    model = model_from_config(config(**dict.fromkeys(keys, "float32")))
+    source = write_folder(tmp_path / "source", model, random_weights(model))
+    halves = {name: tensor.bfloat16() for name, tensor in loaded(source, model).items()}
+    write_export(tmp_path / "export", halves, source)
+    written = json.loads((tmp_path / "export/config.json").read_text())
+    assert {key: written[key] for key in written if key.endswith("dtype")} == dict.fromkeys(
+        keys or ["dtype"], "bfloat16"
+    )
+    assert AutoConfig.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
+
+
 def test_an_export_has_the_named_templates_and_every_file_of_a_tokenizer(source: Path, tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates/tool_use.jinja").write_text("TOOLS {{ messages }}")

@@ -78,11 +78,12 @@ def test_a_tokenizer_s_own_code_never_runs(model_folder: MakeModel, kind: str, t
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": kind, "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    if kind == "Own":
-        with pytest.raises(TokenizerError, match=r"no tokenizer that transformers can load: .*trust_remote_code"):
-            tokenizer(str(folder))
-    else:
-        assert tokenizer(str(folder)).eos_token == "</s>"
+    assert tokenizer(str(folder)).eos_token == "</s>"
+    (folder / "tokenizer.json").rename(folder / "vocab.json")  # where only the class could tell
+    tokenizer.cache_clear()
+    with pytest.raises(TokenizerError, match=r"no tokenizer that transformers can load: "):
+        tokenizer(str(folder))
+    (folder / "vocab.json").rename(folder / "tokenizer.json")
     assert not mark.exists()
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # it would run
     assert mark.exists()
@@ -160,6 +161,19 @@ def test_a_template_without_the_bos_that_the_tokenizer_adds_is_told(model_folder
     assert warning is not None and "of chat_template in the folder's tokenizer_config.json before" in warning
     for template, adds_bos in ((bare, False), ("{{ bos_token }}" + bare, True), ("<u>" + bare, True)):
         assert unbegun_prompt(str(_with_bos(Path(model_folder(template=template)), adds_bos)), None) is None
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_setting_that_adds_a_bos_which_the_tokenizer_does_not_add_is_told(
+    adds: bool, model_folder: MakeModel
+) -> None:
+    folder = _with_bos(Path(model_folder(template="{{ messages[0].content }}")), adds_bos=False)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": adds}))
+    assert bare_template(str(folder)) == "{{ messages[0].content }}"  # what the tokenizer itself makes of a text
+    warning = unbegun_prompt(str(folder), None)
+    assert adds == (warning is not None)
+    assert not adds or "add_bos_token in tokenizer_config.json of" in str(warning)
 
 
 # --- tokens without a row in the model
@@ -279,6 +293,22 @@ def test_the_guides_lines_for_thinking_and_a_system_message_do_what_it_says(mode
     told = _prompt(model, "2 + 2?")
     assert told.startswith("<|im_start|>system\nAnswer with one number.<|im_end|>\n" + question)
     assert told.endswith("<think>\n\n</think>\n\n")
+
+
+def test_the_guides_line_writes_the_template_of_a_setting_to_its_file(
+    model_folder: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).resolve().parents[2] / "examples/OWN.md").read_text()
+    (code,) = re.findall(r'\npython -c "(.*)"\n', guide)
+    folder = Path(model_folder())
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    monkeypatch.chdir(folder)
+    tokenizer.cache_clear()
+    exec(code, {})
+    assert (folder / "chat_template.jinja").read_text() == template
 
 
 # --- the beginning of an answer

@@ -9,6 +9,7 @@ import samples
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from astar_megatron.data.chat import tokenizer
 from conversion import hf
 from conversion.families import read_model
 
@@ -30,6 +31,9 @@ def test_the_weights_become_a_folder_that_answers(
     assert table.num_parameters() == 134_515_008
 
     tok: Any = AutoTokenizer.from_pretrained(folder)
+    ours: Any = tokenizer(str(folder))
+    for read in (tok, ours):  # as the model was trained: a digit stands alone, and so do the blanks before it
+        assert read.tokenize("Set:\n\n1. on  25/5") == ["Set", ":", "ĊĊ", "1", ".", "Ġon", "ĠĠ", "2", "5", "/", "5"]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tok.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,19 +1,24 @@
 """What an engine is told: graphs by key or by device, the head's type, the log. vLLM itself reads the arguments."""
 
+import asyncio
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from astar_megatron.config import RolloutConfig
+from astar_megatron.config import RolloutConfig, SamplingConfig
 from astar_megatron.rollout.engine import (
     CPU_HEAD_SIZES,
+    Engine,
     EngineOptions,
+    Response,
     check_graphs,
     check_head_size,
     engine_arguments,
@@ -21,6 +26,7 @@ from astar_megatron.rollout.engine import (
     graphs_of,
 )
 from astar_megatron.rollout.start_log import PHASES, StartLog
+from astar_megatron.types import Prompt, Request
 
 
 def options(*, on_gpu: bool, model_path: str = "m", **rollout: Any) -> EngineOptions:
@@ -148,3 +154,31 @@ def test_the_installed_vllm_has_each_message_that_begins_a_phase() -> None:
     folder = Path(vllm.submodule_search_locations[0])
     text = "".join(path.read_text() for room in ("v1", "compilation") for path in (folder / room).rglob("*.py"))
     assert [message for message in PHASES if message not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "truncated"), [("stop", False), ("length", True), ("abort", None), ("repetition", None), (None, None)]
+)
+def test_a_response_that_neither_a_stop_token_nor_the_limit_ended_is_refused(
+    reason: str | None, truncated: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completion = SimpleNamespace(token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-1.0)}], finish_reason=reason)
+
+    async def generate(*_: object) -> AsyncIterator[Any]:
+        yield SimpleNamespace(outputs=[completion])
+
+    sampling: Any = SimpleNamespace(SamplingParams=dict, RequestOutputKind=SimpleNamespace(FINAL_ONLY=None))
+    monkeypatch.setitem(sys.modules, "vllm", sampling)
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling)
+    engine = Engine(options(on_gpu=False))
+    engine._llm = SimpleNamespace(generate=generate)  # pyright: ignore[reportPrivateUsage]
+
+    async def draw() -> list[Response]:
+        request = Request(prompt=Prompt(uid="u", token_ids=(1,), text="x", answer="y"), sample=0, seed=0)
+        return [response async for some in engine.generate([(0, request)], SamplingConfig()) for response in some]
+
+    if truncated is None:
+        with pytest.raises(RuntimeError, match=f"finish_reason={reason!r}, expected 'stop' or 'length'"):
+            asyncio.run(draw())
+    else:
+        assert [response.truncated for response in asyncio.run(draw())] == [truncated]
