@@ -189,3 +189,8 @@ class Trap:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self._mark),)
+
+
+def path_without(program: str) -> str:
+    """PATH without the folders that have a program."""
+    return os.pathsep.join(folder for folder in os.get_exec_path() if not (Path(folder) / program).exists())

@@ -114,7 +114,7 @@ def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_a
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | {"TMPDIR": temporary, "PATH": path_without("py-spy")},
+            env=os.environ | {"TMPDIR": temporary, "PATH": samples.path_without("py-spy")},
         ) as driver:
             assert driver.stdout is not None
             assert driver.stdout.readline() == "[42]\n"
@@ -136,10 +136,6 @@ def test_a_driver_that_is_killed_leaves_the_logs_of_its_session_and_the_stacks_a
         assert "by faulthandler" in (session_of(folder) / "logs" / "stacks.txt").read_text()
         (output,) = [path for path in session_of(folder).glob("logs/worker-*.err") if "in hang" in path.read_text()]
         assert output.name in (session_of(folder) / "logs" / "stacks.txt").read_text()
-
-
-def path_without(program: str) -> str:
-    return os.pathsep.join(folder for folder in os.get_exec_path() if not (Path(folder) / program).exists())
 
 
 def session_of(folder: Path) -> Path:

@@ -164,7 +164,10 @@ def test_a_supervised_run_is_started_again_when_its_driver_was_killed(
     check(run, whole)
 
 
-def test_what_a_restart_does_not_mend_leaves_a_bundle(write: Write, table: Path) -> None:
+def test_what_a_restart_does_not_mend_leaves_a_bundle(
+    write: Write, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", samples.path_without("py-spy"))
     file = write("broken")
     run = file.with_suffix("")
 
