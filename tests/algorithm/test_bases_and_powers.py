@@ -38,6 +38,8 @@ EQUAL = [
     (r"\{1e3,2e3\}", "1000,2000"),
     ("x^2e3", "3ex^2"),  # no power of ten, but Euler's number
     ("x2e3", "6ex"),
+    ("x1.5e3", "4.5ex"),
+    (".5e3", "500"),
 ]
 DIFFERENT = [
     ("101_{-2}", "101_{2}"),
@@ -73,7 +75,7 @@ DIFFERENT = [
     ("x/1e3", "1000x"),
     ("1/4e7", "2.6e-8"),
     ("x2e3", "2000x"),
-    ("1.52e3", "52e3"),
+    (".5e3", "5000"),
     (r"\approx 2e3", "10"),  # the library can't read the rest, and takes a number behind a blank
     (r"2e3\%", "10"),
     (r"\sqrt 2e3", "10"),

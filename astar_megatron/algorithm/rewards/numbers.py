@@ -1,11 +1,11 @@
 """Rewards whose answer is a number: `last_number` and the two GSM8K rules.
 
 Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". By `last_number` so
-is an en dash, but for a range's: that stands behind a number, its unit (a sign or TeX's braces) and what closes it ("$",
-"*", a quote or a bracket), with or without blanks. By it a minus with a gap behind it is a sign where only a sign can
-stand: behind "=" or an opening bracket ("x = - 4"), and behind a "$" that opens a formula ("$- 4$"), as one does that
-stands behind no word or number and is closed in its line. Exponents are not read: the last number of "1.5e3" is 3. An
-answer that is not one number ("1/2", "50%", "70 dollars") raises ValueError: such a reward could only ever be 0.
+is an en dash, but for a range's: that stands behind a number, its unit (a sign or TeX's braces) and what closes it
+("*", "$", a quote or a bracket), with or without blanks. By it a minus with a gap behind it is a sign where only a
+sign can stand: behind "=" or an opening bracket ("x = - 4"), and behind a "$" that opens a formula ("$- 4$"), as one
+does that stands behind no word or number and is closed in its line. Exponents are not read: the last number of "1.5e3"
+is 3. An answer that is not one number ("1/2", "50%", "70 dollars") raises ValueError: it could score 0 alone.
 
 TeX's thousands, "9{,}500", "9\\,500" and "9,\\!500", are 9500, as `boxed_integer` reads them, but for `gsm8k_strict`:
 its official rule ends at the brace or the backslash.

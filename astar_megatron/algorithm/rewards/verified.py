@@ -58,7 +58,7 @@ _WORDS = [
 ]
 _BASES = {word: str(base) for base, word in enumerate(_WORDS, start=2)}
 _POWERS_OF_TEN = [  # all, and those that can't be a sum with Euler's e, as 2e-3 can
-    re.compile(rf"(?<![\w.^])([0-9]+(?:\.[0-9]+)?)[eE]({sign}[0-9]{{1,3}})(?!\w|\s*[\^(]|\.[0-9]|\)?{_GAP}_)")
+    re.compile(rf"(?<![\w.^])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]({sign}[0-9]{{1,3}})(?!\w|\s*[\^(]|\.[0-9]|\)?{_GAP}_)")
     for sign in ("[+-]?", "")
 ]
 _SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
