@@ -30,6 +30,49 @@ NAMES = [
     for name in rewards.names()
 ]
 
+FORMULAS = [  # a gap behind the minus, and what stands around it
+    *(
+        (" $$", "$$"),
+        (" **$", "$**"),
+        (" $", "$"),
+        (":$", "$"),
+        (" ($", "$)"),
+        (",$", "$."),
+        (" $", r"\%$"),
+        (" $", " $"),
+    ),
+]
+RANGES = [  # what stands around an en dash between two numbers
+    *(("2", ""), ("2 ", ""), ("**2**", ""), ("$2$", "$"), ("$2$ ", ""), ("$2 ", "$"), ("(2)", ""), ('"2"', '"')),
+    *(("2%", "%"), ("2 %", " %"), (r"2\%", r"\%"), (r"2 \$", r"\$"), ("2\N{EURO SIGN}", ""), (r"2\,", "")),
+    *((r"2^{\circ}", ""), (r"2\text{ cm}", r"\text{ cm}"), (r"2\,\mathrm{m}^{2}", "")),
+]
+SIGNS = [  # what stands around a sign, in ASCII a hyphen
+    *(
+        ("", ""),
+        ("x = ", ""),
+        ("x:", ""),
+        ("x =", ""),
+        ("<answer>", ""),
+        ("|", "|"),
+        ("(", ")"),
+        ("**", "**"),
+        ("$", "$"),
+    ),
+    *(("\N{ALMOST EQUAL TO}", ""), ("\N{LESS-THAN OR EQUAL TO}", ""), ("<", ""), ('"', '"'), ("`", "`"), ("_", "_")),
+    *(
+        ("4,", ""),
+        ("4, ", ""),
+        ("1. ", ""),
+        ("3\n", ""),
+        ("3:", ""),
+        ("3/", ""),
+        ("2 *", ""),
+        ("5 to ", ""),
+        ("US $", ""),
+    ),
+    *(("__", "__"), (r"\text{", "}"), ("$$", "$$"), ("x = 3 = ", ""), ("5;", ""), ("\N{EURO SIGN}", "")),
+]
 LAST_NUMBER = [
     ("7", "7", 1),
     ("3 + 4 = 7.", "7", 1),
@@ -43,9 +86,21 @@ LAST_NUMBER = [
     ("10-7", "7", 1),  # a hyphen between numbers is no sign
     ("\N{MINUS SIGN}3", "-3", 1),
     *((f"It is {before}\N{EN DASH}4{after}", "-4", 1) for before, after in [("x = ", ""), ("**", "**"), ("$", "$")]),
-    *((f"It is {before}\N{EN DASH}4", "-4", 1) for before in ("x:", "<answer>", "|")),
     ("x = $- 4$", "-4", 1),
-    ("**2**\N{EN DASH}4", "4", 1),
+    *((f"It is{before}- 4{after}", "-4", 1) for before, after in FORMULAS),
+    *((f"It is{before}\N{EN DASH} 4{after}", "-4", 1) for before, after in FORMULAS),
+    ("so $x = 10 $- 4 more", "4", 1),  # what closes opens nothing
+    ("so $x = 10 $- 4 more, by $y$", "4", 1),
+    (r"so $x = 10 $- 4 more, by $\alpha$", "4", 1),
+    ("so $x = 10 $- 4 more, by $(y)$ and $-y$", "4", 1),
+    ("from 10$- 4$", "4", 1),
+    (r"\$- 4$", "4", 1),
+    ("so $x = 10 $- 4 more\nin $, not less", "4", 1),
+    ("5 $\N{EN DASH} 7", "7", 1),
+    ("the profit is = $- 5", "-5", 1),
+    ("_-5_", "-5", 1),
+    ("a_-5", "5", 1),
+    *((f"{before}\N{EN DASH}4{after}", "4", 1) for before, after in RANGES),
     ("$6$ - 4", "4", 1),
     ("2\N{EN DASH}4", "4", 1),  # a range
     ("from $5$\N{EN DASH}$10$", "10", 1),
@@ -426,6 +481,18 @@ MATH_VERIFY = [
 @pytest.mark.parametrize(("response", "answer", "expected"), LAST_NUMBER)
 def test_last_number(response: str, answer: str, expected: float) -> None:
     assert rewards.get("last_number")(response, answer) == expected
+
+
+@pytest.mark.parametrize(("before", "after"), SIGNS)
+def test_an_en_dash_is_a_minus_where_a_hyphen_is_one(before: str, after: str) -> None:
+    for sign in ("-", "\N{EN DASH}", "\N{MINUS SIGN}"):
+        assert rewards.get("last_number")(f"{before}{sign}5{after}", "-5") == 1.0, sign
+
+
+@pytest.mark.parametrize("before", ["x", "x_", "A", "5 km"])
+def test_neither_is_one_behind_a_letter(before: str) -> None:
+    for sign in ("-", "\N{EN DASH}"):
+        assert rewards.get("last_number")(f"{before}{sign}$5", "5") == 1.0, sign
 
 
 @pytest.mark.parametrize(("response", "answer", "strict", "flexible"), GSM8K)

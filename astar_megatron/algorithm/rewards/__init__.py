@@ -52,9 +52,9 @@ _NAMED: dict[str, _Named] = {
     "countdown": _Named(reward=countdown, version=2, extract=tagged_value),
     "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=4, extract=flexible_answer),
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
-    "last_number": _Named(reward=last_number, version=5, extract=number_in),
+    "last_number": _Named(reward=last_number, version=6, extract=number_in),
     "math": _Named(reward=math, version=5, extract=boxed_answer),
-    "math_verify": _Named(reward=math_verify, version=6, extract=boxed_list),
+    "math_verify": _Named(reward=math_verify, version=7, extract=boxed_list),
     "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
 }
 

@@ -1,9 +1,11 @@
 """Rewards whose answer is a number: `last_number` and the two GSM8K rules.
 
 Linear in the response's length. Only the ASCII digits count; the minus sign U+2212 is read as "-". By `last_number` so
-is an en dash that is no range's, and a minus with a gap behind it where only a sign can stand, as in "x = - 4" and
-"$- 4$". Exponents are not read: the last number of "1.5e3" is 3. An answer that is not one number ("1/2", "50%",
-"70 dollars") raises ValueError: such a reward could only ever be 0.
+is an en dash, but for a range's: that stands behind a number, its unit (a sign or TeX's braces) and what closes it
+("*", "$", a quote or a bracket), with or without blanks. By it a minus with a gap behind it is a sign where only a
+sign can stand: behind "=" or an opening bracket ("x = - 4"), and behind a "$" that opens a formula ("$- 4$"), as one
+does that stands behind no word or number and is closed in its line. Exponents are not read: the last number of "1.5e3"
+is 3. An answer that is not one number ("1/2", "50%", "70 dollars") raises ValueError: it could score 0 alone.
 
 TeX's thousands, "9{,}500", "9\\,500" and "9,\\!500", are 9500, as `boxed_integer` reads them, but for `gsm8k_strict`:
 its official rule ends at the brace or the backslash.
@@ -12,13 +14,19 @@ its official rule ends at the brace or the backslash.
 import re
 from decimal import Decimal
 
-# A sign directly behind a digit or letter is a hyphen ("5-3", "A-4"). "1,234" is one number, "1, 2" and "1,2" are two.
+# A sign directly behind a digit or letter is a hyphen ("5-3", "A-4"); behind the "_" of emphasis it is none. "1,234" is
+# one number, "1, 2" and "1,2" are two.
 _NUMBER = re.compile(
-    r"(?:(?<!\w)-\$?)?"
+    r"(?:(?<![^\W_])(?<![^\W_]_)-\$?)?"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
 )
-_GAP_BEHIND_SIGN = re.compile(r"((?:[={(\[][ \t]*|(?<!\S)\$)-)(?:[ \t]|\\[,;: ])+(?=\$?[.0-9])")
-_SIGN_BY_DASH = re.compile(r"((?:^|[\s={(\[:>|])[*$]*)\N{EN DASH}")  # elsewhere it is a range's
+_GAP = r"(?:[^\S\n]|~|\\[,;:! ])*"
+_UNIT = r"(?:\\[%$]|[%\u2030\u00b0\u00a2\u00a3\u00a5\u20ac]|\^?(?:\\[A-Za-z]+)?\{[^{}\n]*\})"  # degrees, euros, TeX's
+_DASH = re.compile(  # with the number in front of a range's
+    rf"([0-9](?:{_GAP}{_UNIT})*[$*_`'\")\]}}\u2019\u201d\u2032\u2033]*{_GAP}\u2013)|\u2013"
+)
+_CLOSED = r"(?=[^$\n]*\$(?![\w\\({+-]))"  # by a "$" that opens nothing
+_GAP_BEHIND_SIGN = re.compile(rf"((?:[={{(\[][ \t]*\$?|(?<![\w\\])\$(?=-){_CLOSED})-)(?:[ \t]|\\[,;: ])+(?=\$?[.0-9])")
 _OFFICIAL = re.compile(r"-?[0-9.,]+")
 _PLAIN = re.compile(r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")
 _OFFICIAL_STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -37,7 +45,8 @@ def last_number(response: str, answer: str) -> float:
 
 def number_in(response: str) -> str | None:
     """Return what `last_number` compares: the last number of `response`, in its shortest form ("7.50" is "7.5")."""
-    text = _GAP_BEHIND_SIGN.sub(r"\1", _SIGN_BY_DASH.sub(r"\1-", _plain(response)))
+    text = _DASH.sub(lambda dash: dash[1] or "-", _plain(response))
+    text = _GAP_BEHIND_SIGN.sub(r"\1", text)
     number = next(reversed(_NUMBER.findall(text)), None)
     return _shortest(_decimal(number)) if number is not None else None
 

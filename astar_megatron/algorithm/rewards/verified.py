@@ -12,9 +12,10 @@ Two of its verdicts are not taken. It rounds to six decimals, by which all tiny 
 must be equal to four digits too. It reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
 have the same. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
 
-What it misreads it is given in other words. It takes "1\\,000" and "1.5e3" for products: it reads 1000 and
-1.5 \\times 10^{3} in their places. "2e-3" may be 2e less 3 as well: an answer is right where it is by either reading of
-both. And it drops a number's base, so that 52_7 were 52_8: it reads the base as a factor, 52\\beta_{7}.
+What it misreads it is given in other words. It takes "1\\,000" and "1.5e3" for products: it reads 1000 and, so that it
+stays one number behind a "/" too, \\frac{1.5\\times10^{3}}{1} in their places. "2e-3" may be 2e less 3 as well: an
+answer is right where it is by either reading of both. And it drops a number's base, so that 52_7 were 52_8: it reads
+the base as a factor, \\beta with the base's name in hexadecimal digits, and 1A2_{16} as one symbol.
 """
 
 import importlib
@@ -36,19 +37,28 @@ _DIGITS = 30  # of a number's value
 _SIGN = re.compile(
     r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
 )
-_BASE = re.compile(
-    r"(?<![\^0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\)?)(?:\s|\\[,;: ])*_\s*"
-    r"([0-9]+|[A-Za-z]|(?:\\[a-z]+\s*)?\{(?:[^{}]|\{[^{}]*\})*\})"
+_GAP = r"(?:\s|~|\\[,;:! ])*"
+_IN_BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"
+_BASE = re.compile(  # number, bracket behind it, base
+    rf"(?<![\^0-9])([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]+(?:(?:[A-Za-z]+[0-9]+)+[A-Za-z]*)?)(\)?){_GAP}_\s*"
+    rf"([0-9]+|\\[A-Za-z]+(?:\s*{_IN_BRACES})?|{_IN_BRACES}|[^\s\\{{}}_])"
 )
 _TEXT_SUBSCRIPT = re.compile(r"_\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}")  # the library loses it: v_{\text{max}}
-_NO_NAME = re.compile(r"\\[A-Za-z]+|[^0-9A-Za-z]|base")  # of a base: (8), \text{ eight}
+_FONT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|sl|tt|up|normal)?|math(?:bf|it|rm|sf|tt|normal)|operatorname|[mh]box|rm|bf|it|sf|tt|"
+    r"(?:display|text|script|scriptscript)style)(?![A-Za-z])\s*(?:\{([^{}]*)\})?"
+)
+_NO_NAME = re.compile(  # of a base: blanks, and the word base
+    r"\\(?:left|right|q?quad)(?![A-Za-z])|\\[,;:! ]|[\s~$]|(?<![A-Za-z\\])[Bb]ase(?![A-Za-z])-?"
+)
+_IN_BRACKETS = re.compile(r"(?:\\?[({\[])*([^(){}\[\],;]*?)(?:\\?[)}\]])*")  # with a comma it is an interval
 _WORDS = [
     *("two", "three", "four", "five", "six", "seven", "eight", "nine"),
     *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
 ]
 _BASES = {word: str(base) for base, word in enumerate(_WORDS, start=2)}
 _POWERS_OF_TEN = [  # all, and those that can't be a sum with Euler's e, as 2e-3 can
-    re.compile(rf"(?<![\w.^])([0-9]+(?:\.[0-9]+)?)[eE]({sign}[0-9]{{1,3}})(?!\w|\s*[\^(]|\.[0-9])")
+    re.compile(rf"(?<![\w.^])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]({sign}[0-9]{{1,3}})(?!\w|\s*[\^(]|\.[0-9]|\)?{_GAP}_)")
     for sign in ("[+-]?", "")
 ]
 _SIGNS = {"<": "lt", ">": "gt", "\u2260": "ne", "\u2264": "le", "\u2265": "ge", "not": "ne"}
@@ -178,15 +188,34 @@ def _read(latex: str, powers: re.Pattern[str]) -> str:
     """The text with numbers and subscripts as the library reads them."""
     plain = TEX_THOUSANDS.sub("", latex.replace("\N{MINUS SIGN}", "-"))
     plain = _TEXT_SUBSCRIPT.sub(r"_{\1}", plain)
-    return powers.sub(r"\1 \\times 10^{\2}", _BASE.sub(_with_factor, plain))
+    # No blanks: where it can't read the rest, it takes a number behind a blank for the whole.
+    return _BASE.sub(_with_factor, powers.sub(r"\\frac{\1\\times10^{\2}}{1}", plain))
 
 
 def _with_factor(match: re.Match[str]) -> str:
-    """A number with its base as a factor, and without it where that is ten."""
-    base = _NO_NAME.sub("", match[3])
-    base = _BASES.get(base.lower(), base)
-    number = match[1].replace(",", "") + match[2]
-    return number if base == "10" else rf"{number}\beta_{{{base}}}"
+    """A number with its base as a factor, and without it where that is ten; with letters among its digits, a symbol."""
+    base = _name(match[3])
+    number = match[1].replace(",", "")
+    if base in ("", "10"):
+        return number + match[2]
+    if number.isdigit():
+        return rf"{number}{match[2]}\beta_{{{_digits(base)}}}"
+    return rf"\nu_{{{_digits(f'{number.upper()}_{base}')}}}{match[2]}"
+
+
+def _name(subscript: str) -> str:
+    """What a subscript says, without the brackets around it, blanks, fonts and the word base: 8 for "{(eight)}"."""
+    text = subscript[1:-1] if subscript.startswith("{") else subscript
+    text = _NO_NAME.sub("", _FONT.sub(r"\1 ", text))
+    text = re.sub(r"\{(\w)\}", r"\1", text)  # b^{2} is b^2
+    alone = _IN_BRACKETS.fullmatch(text)
+    name = alone[1] if alone else text
+    return _BASES.get(name.lower(), name)
+
+
+def _digits(name: str) -> str:
+    """A name, one to one, in what the library takes for a symbol's: a sign in it were lost, and its case."""
+    return name.encode("utf-8", "surrogatepass").hex()
 
 
 def _boxed(latex: str) -> str:
