@@ -14,6 +14,7 @@ from astar_megatron import config
 from astar_megatron.cli_convert import convert
 from astar_megatron.cli_data import data
 from astar_megatron.cli_options import Config, DryRun, Overrides, import_program
+from astar_megatron.cli_start import check_start
 from astar_megatron.cluster import signals
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, shown
@@ -286,6 +287,7 @@ def main() -> None:
     assert logging.lastResort is not None
     logging.lastResort.setFormatter(_Shown())
     try:
+        check_start()
         _check_logins(sys.argv)
         _check_sets(sys.argv)
         with signals.kept():

@@ -8,3 +8,9 @@ import sys
 # been imported by now, and has set it.
 if "ray" not in sys.modules:
     os.environ["RAY_RAYLET_PID"] = str(os.getpid())
+    # Below `uv run` Ray would pack the folder in which it is started for its workers, and that is the root.
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    # A hook of the user's other clusters; logs on the output, by which the caretaker would know no process; what Ray's
+    # own programs do not run with.
+    for name in ("RAY_RUNTIME_ENV_HOOK", "RAY_LOG_TO_STDERR", "PYTHONOPTIMIZE", "PYTHONWARNINGS"):
+        os.environ.pop(name, None)

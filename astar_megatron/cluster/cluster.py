@@ -33,6 +33,7 @@ from astar_megatron.cluster.failures import ERRORS, Failures, error_of
 from astar_megatron.cluster.placement import Node, Placement, Seat
 from astar_megatron.cluster.reservation import Reservation
 from astar_megatron.cluster.session import OBJECT_STORE_BYTES, SessionFolder, write_stacks
+from astar_megatron.cluster.starting import check_loopback, unstarted
 from astar_megatron.cluster.survey import Answers, answers, joined_nodes, own_node
 from astar_megatron.config import ClusterConfig
 
@@ -91,6 +92,7 @@ class Cluster:
         # machine's own address, and servers with that one listen on all interfaces.
         ray_constants.ENABLE_RAY_CLUSTER = False
         services.ConsolePopen = _OwnGroup
+        check_loopback(LOOPBACK)
         os.environ.pop("RAY_AUTH_MODE", None)  # of the user's other clusters; without it Ray asks for a token here
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into HOME
         try:
@@ -105,6 +107,8 @@ class Cluster:
                 )
         except SystemExit:  # of the handler of SIGTERM that Ray puts there first of all
             raise SystemExit(signals.RESUME) from None
+        except Exception as error:  # Ray raises Exception itself
+            raise unstarted(self._folder.ray, error) from None
 
     def _join(self, address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = True

@@ -367,6 +367,8 @@ def environment(
     common = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     # An engine's processes are all on one node, and meet on loopback: there no address changes, and nobody else comes.
     common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    # Of other uses of vLLM: the model is a folder here, and an engine is no part of a group of them.
+    common |= {"VLLM_USE_MODELSCOPE": "0", "VLLM_DP_SIZE": "1", "VLLM_DP_RANK": "0"}
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
     if gpus:

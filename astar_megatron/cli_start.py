@@ -1,0 +1,26 @@
+"""What the command line makes sure of before all else: three open streams, and a current folder that is there."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def check_start() -> None:
+    """Open the closed ones of stdin, stdout and stderr on nothing. Raises OSError where the current folder is gone.
+
+    Else the next file that is opened takes a closed one's number, and what is said on stderr goes into that.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.dup2(descriptor, number)
+            if descriptor != number:
+                os.close(descriptor)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise OSError("the current folder is gone; change to one that is there (cd)") from None
