@@ -369,6 +369,8 @@ def environment(
     common |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
+    if gpus or rollout.tensor == 1:  # without GPUs vLLM binds the threads of several workers itself
+        common |= {"OMP_PROC_BIND": "false"}
     if gpus:
         common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         # vLLM's attention in float32 is in Triton, which multiplies it as TF32 unless it is told otherwise.
