@@ -16,6 +16,7 @@ from astar_megatron.cli_data import data
 from astar_megatron.cli_options import Config, DryRun, Overrides, import_program
 from astar_megatron.cli_start import check_start
 from astar_megatron.cluster import signals
+from astar_megatron.cluster.cores import unbind
 from astar_megatron.cluster.errors import ActorLost, ClusterError
 from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, shown
 from conversion.plan import WeightMismatch
@@ -290,6 +291,7 @@ def main() -> None:
         check_start()
         _check_logins(sys.argv)
         _check_sets(sys.argv)
+        unbind()
         with signals.kept():
             raise SystemExit(app(standalone_mode=False))
     except _UsageError as error:  # of the parser of options, which repeats words

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+from astar_megatron.cluster.cgroups import group_folders, read_text
 from astar_megatron.data.files import tail
 
 _LONGEST = 1000  # characters of a cause
@@ -116,14 +117,12 @@ def cause_in(outputs: Iterable[Path]) -> str | None:
 
 
 def memory_kills(root: Path = Path("/")) -> int:
-    """Return how many processes the kernel has killed for memory: on this machine, or in this control group if more."""
+    """Return how many processes the kernel has killed for memory: on this machine, or in a control group if more."""
     counts = [0]
-    for path in ("proc/vmstat", "sys/fs/cgroup/memory.events", "sys/fs/cgroup/memory/memory.oom_control"):
-        try:
-            text = (root / path).read_text(encoding="utf-8")
-        except OSError:
-            continue
-        counts += [int(number) for number in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE)]
+    folders = group_folders("memory", root)
+    counters = (folder / name for folder in folders for name in ("memory.events", "memory.oom_control"))
+    for path in (root / "proc/vmstat", *counters):
+        counts += [int(number) for number in re.findall(r"^oom_kill (\d+)$", read_text(path), re.MULTILINE)]
     return max(counts)
 
 

@@ -286,6 +286,7 @@ def environment(
     It sees the `gpus` of these names, and `memory_share` is the part of their memory that its tensors may take.
     """
     common = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    common |= {"OMP_PROC_BIND": "false"}  # else all ranks of a node whose environment binds threads share a core
     if gpus:
         common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         # Where the switch sums (NVLS), the order may be another in each call: no two passes would be equal to the bit.

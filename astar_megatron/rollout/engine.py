@@ -371,6 +371,8 @@ def environment(
     common |= {"VLLM_USE_MODELSCOPE": "0", "VLLM_DP_SIZE": "1", "VLLM_DP_RANK": "0"}
     if socket_folder:
         common |= {"VLLM_RPC_BASE_PATH": socket_folder}
+    if gpus or rollout.tensor == 1:  # without GPUs vLLM binds the threads of several workers itself
+        common |= {"OMP_PROC_BIND": "false"}
     if gpus:
         common |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
         # vLLM's attention in float32 is in Triton, which multiplies it as TF32 unless it is told otherwise.

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.cluster import session
+from astar_megatron.cluster.cgroups import group_folders, read_text
 from astar_megatron.config import RunConfig
 from astar_megatron.model.compute_type import NUMBER_BYTES, ComputeType, compute_type
 from astar_megatron.run.local_accelerators import local_accelerators
@@ -38,6 +39,12 @@ GIB = 1 << 30
 RANK_BYTES = GIB * 3 // 4  # a Megatron process without its tensors
 ENGINE_BYTES = 2 * GIB  # an engine's actor and its core without weights and cache
 DRIVER_BYTES = GIB * 3 // 4  # the driver and Ray's own processes
+# Of control groups of version 2 and 1: the files of limit and use, the field of what is only cached. Of version 1 a
+# limit that is none is a number larger than any memory.
+_GROUP_MEMORY = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 class ResourceError(ValueError):
@@ -170,15 +177,17 @@ def measure() -> Machine:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
-    """Return the memory that new processes can have: the system's, or less where a control group limits it."""
-    system = int(_field(root / "proc/meminfo", "MemAvailable") or 0) * 1024
-    group = root / "sys/fs/cgroup"
-    limit = _text(group / "memory.max").strip()
-    if not limit.isdigit():  # "max", or no such file: no limit
-        return system
-    used = int(_text(group / "memory.current") or 0)
-    cache = int(_field(group / "memory.stat", "inactive_file") or 0)  # given back when needed
-    return min(system, max(0, int(limit) - used + cache))
+    """Return the memory that new processes can have: the system's, or less where control groups limit it."""
+    available = int(_field(root / "proc/meminfo", "MemAvailable") or 0) * 1024
+    for folder in group_folders("memory", root):
+        for limit_file, used_file, cache_field in _GROUP_MEMORY:
+            limit = read_text(folder / limit_file).strip()
+            if not limit.isdigit():  # "max", or no such file: no limit
+                continue
+            used = int(read_text(folder / used_file) or 0)
+            cache = int(_field(folder / "memory.stat", cache_field) or 0)  # given back when needed
+            available = min(available, max(0, int(limit) - used + cache))
+    return available
 
 
 def accelerator_bytes() -> int:
@@ -193,15 +202,8 @@ def free_bytes(folder: Path) -> int:
 
 def _field(path: Path, name: str) -> str | None:
     """Return what follows `name` in a file of the kernel's, such as `MemAvailable:  123 kB`; without its unit."""
-    match = re.search(rf"^{name}\s*:?[ \t]*(.*?)(?: kB)?$", _text(path), re.MULTILINE)
+    match = re.search(rf"^{name}\s*:?[ \t]*(.*?)(?: kB)?$", read_text(path), re.MULTILINE)
     return match[1] if match else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def gib(num_bytes: int) -> str:

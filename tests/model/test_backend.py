@@ -203,6 +203,11 @@ def test_sums_over_ranks_on_gpus_have_a_fixed_order() -> None:
     assert environment(gpus=["0"], **common)["NCCL_NVLS_ENABLE"] == "0"
 
 
+@pytest.mark.parametrize("gpus", [[], ["0"]])
+def test_a_rank_is_not_bound_to_a_core_by_the_environment_of_its_node(gpus: list[str]) -> None:
+    assert environment(gpus=gpus, threads=1, num_nodes=1, dtype="bfloat16")["OMP_PROC_BIND"] == "false"
+
+
 def test_a_rank_that_shares_its_gpu_may_take_its_share_and_no_more() -> None:
     common = {"threads": 1, "num_nodes": 1, "gpus": ["3"], "dtype": "bfloat16"}
     assert "per_process_memory_fraction:0.4750" in environment(**common, memory_share=0.475)["PYTORCH_CUDA_ALLOC_CONF"]

@@ -81,6 +81,16 @@ def test_an_engine_in_float32_on_gpus_multiplies_in_float32() -> None:
     assert "TRITON_F32_DEFAULT" not in of("bfloat16", ["0"]) | of("float32", [])
 
 
+def test_threads_of_an_engine_are_bound_by_vllm_or_not_at_all() -> None:
+    """vLLM binds those of several workers, each to its own cores, where there is no GPU."""
+
+    def of(tensor: int, gpus: list[str]) -> dict[str, str]:
+        return environment(RolloutConfig(tensor=tensor), gpus=gpus, threads=1, dtype="bfloat16", socket_folder=None)
+
+    assert of(1, [])["OMP_PROC_BIND"] == of(2, ["0", "1"])["OMP_PROC_BIND"] == "false"
+    assert "OMP_PROC_BIND" not in of(2, [])
+
+
 PROGRAM = """
 import json, sys
 from vllm import AsyncEngineArgs
