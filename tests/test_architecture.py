@@ -48,6 +48,7 @@ ROOMS = {
         for room in BESIDE_A_RUN
     },
     "cli_options": set(),
+    "cli_start": set(),
     "cli_data": {"cli_options", "config"},
     "cli_convert": {"cli_options"},
     "launch": {"cluster", "data", "config"},  # of them what is pure: it has neither torch nor Ray where it runs
