@@ -281,6 +281,8 @@ def test_a_rise_that_hides_in_the_tolerance_is_not_called_foretold() -> None:
 def test_a_curve_that_never_changes_is_foretold(score: float) -> None:
     compute, run = np.arange(1, 41.0), np.zeros(40, int)
     a_problem_more = np.where(compute > 20, score * 1.003, score)
+    never = extrapolate("x", Points(np.tile(compute, 3), np.full(120, score), np.repeat([0, 1, 2], 40)), 0.02)
+    assert all("a constant fits as well" in words for words in refusals(never).values()) and len(refusals(never)) == 4
     for level in (np.full(40, score), a_problem_more):
         assert extrapolate("x", Points(compute, level, run), 0.02 * score).verdict == "extrapolates"
 
@@ -327,6 +329,15 @@ def test_runs_that_lie_apart_leave_the_shape_as_known_as_a_run_and_the_asymptote
         low, high = together.coefficient(1)[1]
         assert (high - low) / 2 >= 1.9 * level
     assert np.median(widths) < 1
+
+
+def test_a_start_that_the_points_leave_open_is_refused() -> None:
+    told = []
+    for seed in range(12):
+        points = study(seed, steps=30, runs=1)
+        numbers = extrapolate("x", points.where(points.compute > 0.17), 0.02).laws[0].numbers
+        told += [np.ptp(numbers["start"].interval)] if numbers["start"].interval else []
+    assert len(told) < 12 and all(width <= 1 for width in told)
 
 
 def test_a_sudden_rise_has_no_exponent() -> None:
@@ -622,7 +633,7 @@ def test_what_is_of_the_weights_before_a_step_is_read_beside_what_these_have_cos
     assert curve.points.compute.tolist() == [3, 4]  # of an older version
     write_csv(tmp_path / "compare.csv", columns | costs | before)
     for score, values in (("reward_mean", [0.3, 0.4]), ("score_before", [0.1, 0.2])):
-        with pytest.raises(ValueError, match=f"--score {score}: .* add --compute spent_{measure}_before, which"):
+        with pytest.raises(ValueError, match=f"--score {score}: .* add --compute spent_{measure}_before$"):
             read_curves([str(tmp_path)], f"spent_{measure}", score)
         for compute in (f"spent_{measure}_before", None):
             (curve,) = read_curves([str(tmp_path)], compute, score)

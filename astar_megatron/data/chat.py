@@ -160,18 +160,24 @@ def encode(model_path: str, messages: Sequence[str], date: str | None, source: o
         texts = _rendered(model_path, chats, date, source, answer_follows=True)
         # The template writes the special tokens itself; the tokenizer would add BOS a second time.
         encoded += [tuple(ids) for ids in tok(texts, add_special_tokens=False)["input_ids"]]  # type: ignore[arg-type]
-    _refuse_invented(model_path, encoded, source)
+    _refuse_invented(model_path, messages, encoded, source)
     return encoded
 
 
-def _refuse_invented(model_path: str, encoded: Sequence[Sequence[int]], source: object) -> None:
+def _refuse_invented(
+    model_path: str, messages: Sequence[str], encoded: Sequence[Sequence[int]], source: object
+) -> None:
     tok = tokenizer(model_path)
-    strange = tokenizer_folder.invented(tok).keys()
-    if hits := [min(own) for ids in encoded if (own := strange & set(ids))]:
+    invented = tokenizer_folder.invented(tok)
+    hits = [(text, min(own)) for text, ids in zip(messages, encoded, strict=True) if (own := {*invented} & {*ids})]
+    if hits:
+        (text, token_id), repair = hits[0], "repair the chat template, or bos_token and its like in"
+        if invented[token_id] in text:
+            repair = f"the question {text!r:.100} holds its text: take it out there, or the token out of"
         raise TokenizerError(
-            f"{source}: {len(hits)} of {len(encoded)} prompts hold {_named(tok, hits[0])}, a token that a setting of "
-            f"{model_path} names but no file of its tokenizer has: the model never learnt it; repair the chat "
-            "template, or bos_token and its like in tokenizer_config.json"
+            f"{source}: {len(hits)} of {len(encoded)} prompts hold {_named(tok, token_id)}, a token that a setting of "
+            f"{model_path} names but no file of its tokenizer has: the model never learnt it; {repair} "
+            "tokenizer_config.json"
         )
 
 
@@ -239,8 +245,8 @@ def unbegun_prompt(model_path: str, date: str | None) -> str | None:
         why = f"the tokenizer of {model_path} begins every text with {tok.bos_token!r}"
     elif tok.bos_token_id is not None and tokenizer_folder.settings(model_path).get("add_bos_token"):
         why = (
-            f"add_bos_token in tokenizer_config.json of {model_path} has texts begin with {tok.bos_token!r}, which its "
-            "tokenizer.json does not do"
+            f"add_bos_token in tokenizer_config.json of {model_path} says that texts begin with {tok.bos_token!r}, "
+            "which its tokenizer.json does not do"
         )
     else:
         return None

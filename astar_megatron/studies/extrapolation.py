@@ -109,7 +109,7 @@ def extrapolate(name: str, points: Points, tolerance: float, lost_at_end: int = 
 def sigmoid_numbers(whole: Fit, constant: Fit, span: float) -> dict[str, Number]:
     """Return the numbers of a sigmoid fitted to points whose scores span so much; refuse those that these can't tell.
 
-    An asymptote whose interval is wider than all scores span is refused too.
+    An asymptote, or a start, whose interval is wider than all scores span is refused too.
     """
     start, start_interval = whole.coefficient(0)
     asymptote, interval = whole.coefficient(1)
@@ -121,7 +121,7 @@ def sigmoid_numbers(whole: Fit, constant: Fit, span: float) -> dict[str, Number]
         "middle": Number(value=_exp(log_middle + whole.centre), interval=_exps(near, far, whole.centre)),
         "start": Number(value=start, interval=start_interval),
     }
-    if constant.squares.min() <= whole.limit:
+    if span == 0 or constant.squares.min() <= whole.limit:
         refusals = dict.fromkeys(numbers, _NO_CHANGE)
     else:
         refusals = dict.fromkeys(_untold(whole, span), _RUNS_DIFFER) | _untold(whole.if_runs_agree(), span)
@@ -133,13 +133,15 @@ def sigmoid_numbers(whole: Fit, constant: Fit, span: float) -> dict[str, Number]
 
 def _untold(whole: Fit, span: float) -> dict[str, str]:
     """Which numbers of a sigmoid have intervals that tell nothing, and why."""
-    asymptote, interval = whole.coefficient(1)
+    (start, start_interval), (asymptote, interval) = whole.coefficient(0), whole.coefficient(1)
     (low, high), (near, far) = (whole.shape(axis)[1] for axis in ("row", "column"))
     refusals = {}
     if math.isinf(far) or math.isinf(low) or interval[1] - interval[0] > span:
         words = "the scores have not levelled off, and any from {:.3g} on fits: more compute"
-        refusals["asymptote"] = words.format(interval[0] if asymptote >= whole.coefficient(0)[0] else interval[1])
+        refusals["asymptote"] = words.format(interval[0] if asymptote >= start else interval[1])
         refusals["middle"] = "the scores have not levelled off: more compute"
+    if start_interval[1] - start_interval[0] > span:
+        refusals["start"] = "too few points lie before the rise: evaluate earlier"
     if math.isinf(near):
         refusals["start"] = refusals["middle"] = "there is no point before the rise: evaluate earlier"
     if math.isinf(low) or math.isinf(high):

@@ -108,10 +108,13 @@ def _columns(names: Sequence[str], compute: str | None, score: str | None, *, pe
     before = f"{own_compute}_before"
     has_step = own_compute in _SPENT_AFTER and (own_score == "score_before" or before in names)
     if has_step and own_score in _OF_FIRST_WEIGHTS:
+        lacking = (
+            ", which this compare.csv of an older version lacks: fit its runs' folders, --score score, whose FLOPs "
+        )
+        lacking += "and seconds have no stage 1"
         raise ValueError(
             f"--score {own_score}: is of the weights before a step, and {own_compute} has the step too; add --compute "
-            f"{before}, which a compare.csv of an older version lacks: fit its runs' folders, --score score, whose "
-            "FLOPs and seconds have no stage 1"
+            f"{before}{'' if before in names else lacking}"
         )
     return Columns(
         compute=own_compute,

@@ -198,6 +198,15 @@ def test_a_prompt_of_a_token_that_no_file_has_is_refused(listed: bool, tmp_path:
             encode(folder, ["x", "y"], None, "here")
 
 
+def test_a_question_with_the_text_of_a_token_that_no_file_has_is_named(tmp_path: Path) -> None:
+    folder = str(_folder(tmp_path / "model", _cl100k(), CHATML, "llama", pad_token="<pad>"))
+    words = (
+        r"1 of 2 prompts hold '<pad>' .* the question 'of <pad>' holds its text: take it out there, or the token out"
+    )
+    with pytest.raises(TokenizerError, match=words):
+        encode(folder, ["x", "of <pad>"], None, "here")
+
+
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"])
 def test_the_class_gives_a_folder_no_eos_token(kind: str, tmp_path: Path) -> None:
     folder = _folder(tmp_path / "model", _cl100k(), CHATML, "llama", tokenizer_class=kind, eos_token=None)
