@@ -16,9 +16,9 @@ class ActorLost(ClusterError):  # noqa: N818  it is what happened, not whose fau
 
 
 class NoAnswer(ActorLost):
-    """Actors that do not answer in time: they hang, or wait for others that do; `causes` has each one's, by index.
+    """Actors that do not answer in time: they hang, or wait for others that do. It is lost of the first of them.
 
-    It is lost of the first of them.
+    `causes` has each one's of that kind, by index.
     """
 
     def __init__(self, message: str, *, kind: str, causes: Mapping[int, str]) -> None:

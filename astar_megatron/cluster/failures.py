@@ -95,14 +95,17 @@ class Failures:
         actors = list(dict.fromkeys(self._caller(reference) for reference in pending))
         words_of = self._last_words([actor for *_, actor in actors])
         folders = dict.fromkeys(words_of[actor][0] for *_, actor in actors)
-        causes = {}
-        for kind, index, actor in actors:
-            causes[index] = f"{kind} {index}: {'; '.join([f'no answer in {seconds:.0f} s', *words_of[actor][1]])}"
+        silent = f"no answer in {seconds:.0f} s"
+        causes = {
+            (kind, index): f"{kind} {index}: {'; '.join([silent, *words_of[actor][1]])}"
+            for kind, index, actor in actors
+        }
         message = (
-            f"{action}: no answer in {seconds:.0f} s; raise {key} on a slow machine. The output of its processes, with "
-            f"the stacks of all threads, lies in {'\n'.join([' and '.join(folders), *causes.values()])}"
+            f"{action}: {silent}; raise {key} on a slow machine. The output of its processes, with the stacks of all "
+            f"threads, lies in {'\n'.join([' and '.join(folders), *causes.values()])}"
         )
-        return NoAnswer(message, kind=actors[0][0], causes=causes)
+        first = actors[0][0]
+        return NoAnswer(message, kind=first, causes={i: cause for (kind, i), cause in causes.items() if kind == first})
 
     def logs_of(self, actor: str) -> str:
         """Return the folder of an actor's output, with its node where there are several."""

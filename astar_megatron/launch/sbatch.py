@@ -3,16 +3,20 @@
 Jobs are known by their names, so nothing has to be kept: `status` and `cancel` ask Slurm, `logs` looks at the files.
 """
 
+import functools
 import importlib.util
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from astar_megatron.cluster.placement import counted
-from astar_megatron.cluster.signals import RESUME, PassedOn
+from astar_megatron.cluster.processes import die_with
+from astar_megatron.cluster.signals import PassedOn
 from astar_megatron.config import ConfigError, SlurmConfig, without_gpus
 from astar_megatron.launch import scripts, slurm
 from astar_megatron.launch.stages import Job
@@ -111,12 +115,13 @@ def run_here(jobs: Sequence[Job], cfg: SlurmConfig, *, dry_run: bool) -> int:
             print(_shown(variables(job, cfg), words))
         return 0
     signals = PassedOn()
+    end_with_this = functools.partial(die_with, os.getpid(), signal.SIGTERM)  # which may be killed
     for job, words in zip(jobs, commands, strict=True):
         if signals.asked:
             print(f"asked to end before {job.name} has begun; the same command goes on", file=sys.stderr)
-            return RESUME
+            return signals.exit_status(-signals.asked)
         # In this group: slurm.setup may ask at the terminal, and the terminal's end is the stage's.
-        process = subprocess.Popen(words, env=slurm.environment() | variables(job, cfg))
+        process = subprocess.Popen(words, env=slurm.environment() | variables(job, cfg), preexec_fn=end_with_this)
         if status := signals.exit_status(signals.wait(process)):
             print(f"{job.name} ended with status {status}; what comes after it is not run", file=sys.stderr)
             return status

@@ -101,6 +101,15 @@ def test_all_that_do_not_answer_are_asked_at_once(heard: Failures, monkeypatch: 
     ]
 
 
+def test_actors_of_two_kinds_and_one_index_are_both_told(heard: Failures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heard._actors, "b", ("engine", 0, None))  # type: ignore[index]
+    monkeypatch.setattr(heard, "_last_words", lambda actors: {actor: ("/logs", [actor]) for actor in actors})
+    error = heard.late("start", [Call("b"), Call("a")], 9, "key")
+    causes = ["engine 0: no answer in 9 s; b", "policy rank 0: no answer in 9 s; a"]
+    assert str(error).splitlines()[1:] == causes
+    assert (error.kind, error.causes) == ("engine", {0: causes[0]})
+
+
 def test_a_kill_for_memory_is_told_of_the_failures_that_follow_at_once(
     heard: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:

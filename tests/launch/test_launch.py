@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from samples import run_config
 
+from astar_megatron.cluster.signals import PassedOn
 from astar_megatron.config import ConfigError, load, without_gpus
-from astar_megatron.launch import checks, scripts, slurm
+from astar_megatron.launch import checks, sbatch, scripts, slurm
 from astar_megatron.launch.copies import with_copy
 from astar_megatron.launch.stages import jobs_of, title
 
@@ -713,6 +714,38 @@ def test_a_signal_in_a_setup_of_a_stage_that_runs_here_lets_none_begin(
     words = ["--set", f"slurm.env=[ASTAR_PYTHON={python}]", "--set", "slurm.setup=sh setup"]
     assert status_after(folder / "begun", words, send, number) == status
     assert not list(folder.glob("begun-*"))
+
+
+def test_the_stage_that_runs_here_ends_with_a_launcher_that_is_killed(folder: Path) -> None:
+    python = folder / "python"
+    python.write_text("#!/bin/bash\ntrap 'touch saved; exit 75' TERM\ntouch begun-$3\nsleep 600 &\nwait\n")
+    python.chmod(0o700)
+    words = ["--set", f"slurm.env=[ASTAR_PYTHON={python}]"]
+
+    def kill(launcher: int, number: int) -> None:
+        os.kill(launcher, number)
+        until = time.monotonic() + 60
+        while not (folder / "saved").exists():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    assert status_after(folder / "begun-sweep", words, kill, signal.SIGKILL) == -signal.SIGKILL
+    assert not (folder / "begun-train").exists()
+
+
+def test_ctrl_c_between_two_stages_that_run_here_is_ctrl_c(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PassedOn, "wait", lambda signals, process: signals._hear(signal.SIGINT, None) or process.wait())
+    python = folder / "python"
+    python.write_text("#!/bin/sh\ntouch begun-$3\n")
+    python.chmod(0o700)
+    cfg = load("run.yaml", ["slurm.backend=local", f"slurm.env=[ASTAR_PYTHON={python}]"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        assert sbatch.run_here(jobs_of(cfg, "run.yaml"), cfg.slurm, dry_run=False) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert [file.name for file in folder.glob("begun-*")] == ["begun-sweep"]
 
 
 def test_a_setup_of_a_stage_that_runs_here_may_use_the_terminal(folder: Path) -> None:
