@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from astar_megatron.config_secrets import shown
 from astar_megatron.run.machine import Finding, report
 
 
@@ -21,9 +22,8 @@ def show(findings: Iterable[Finding], console: Console) -> None:
     if not console.is_terminal:
         for finding in findings:
             remedy = f"; {finding.remedy}" if finding.remedy else ""
-            console.print(
-                f"{finding.level:<4}  {finding.subject}: {finding.state}{remedy}", markup=False, soft_wrap=True
-            )
+            line = f"{finding.level:<4}  {finding.subject}: {finding.state}{remedy}"
+            console.print(shown(line), markup=False, soft_wrap=True)
         return
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table("", "what", box=None)
@@ -31,5 +31,5 @@ def show(findings: Iterable[Finding], console: Console) -> None:
     table.add_column("what to do", overflow="fold")
     for finding in findings:
         level = Text(finding.level, style=colours[finding.level])
-        table.add_row(level, *map(Text, (finding.subject, finding.state, finding.remedy)))
+        table.add_row(level, *(Text(shown(cell)) for cell in (finding.subject, finding.state, finding.remedy)))
     console.print(table)

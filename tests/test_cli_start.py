@@ -26,6 +26,27 @@ def test_a_file_never_takes_the_place_of_a_closed_stream(closed: str, tmp_path: 
     assert (tmp_path / "file").read_text() == "True ''"
 
 
+SAYS = """
+from rich.console import Console
+from astar_megatron.cli_start import check_start
+from astar_megatron.doctor import show
+from astar_megatron.run.machine import Finding
+from astar_megatron.run.tracking import Screen
+check_start()
+Screen().say("\\xb1 \\udcff, at s3://me:S3cret@hub/x")
+show([Finding(subject="\\xb1", level="ok", state="\\udcff", remedy="s3://me:S3cret@hub/x")], Console())
+"""
+
+
+def test_what_an_encoding_lacks_is_said_as_an_escape_and_a_login_is_not_said(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    said = subprocess.run([sys.executable, "-c", SAYS], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout == "\\xb1 \\udcff, at s3://<login>@hub/x\nok    \\xb1: \\udcff; s3://<login>@hub/x\n"
+    command = [sys.executable, "-P", "-m", "astar_megatron.cli", "plan", "--config", os.fsdecode(b"\xff \xc2\xb1.yaml")]
+    refused = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2 and "\\udcff \\xb1.yaml" in refused.stderr
+
+
 def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     command = [

@@ -92,13 +92,6 @@ def test_a_program_goes_on_where_what_it_says_has_no_place(output: str) -> None:
     assert (process.returncode, error) == (3, b"")
 
 
-def test_what_an_encoding_lacks_is_said_as_an_escape_and_a_login_is_not_said() -> None:
-    raw = io.BytesIO()
-    screen = Screen(Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), width=200))
-    screen.say("0.5 ± 0.1 of \udc80.jsonl, at s3://me:S3cret@hub/x/y")
-    assert raw.getvalue().decode() == "0.5 \\xb1 0.1 of \\udc80.jsonl, at s3://<login>@hub/x/y\n"
-
-
 @pytest.mark.parametrize("terminal", [True, False])
 def test_control_characters_of_a_models_text_do_not_reach_the_terminal(terminal: bool) -> None:
     text, answer = io.StringIO(), "\x1b]0;title\x07a\rb\x9b2J\tc"

@@ -85,10 +85,9 @@ class Screen:
         self.console = console or _Console(highlight=False)
 
     def say(self, text: str) -> None:
-        """Show one line, as `shown` has it; what its encoding lacks is written as an escape too."""
-        text = shown(text).encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
+        """Show one line, as `shown` has it."""
         with suppress(OSError):  # the disk of a log is full
-            self.console.print(text, soft_wrap=True, markup=False)
+            self.console.print(shown(text), soft_wrap=True, markup=False)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
