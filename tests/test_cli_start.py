@@ -40,8 +40,8 @@ show([Finding(subject="\\xb1", level="ok", state="\\udcff", remedy="s3://me:S3cr
 
 def test_what_an_encoding_lacks_is_said_as_an_escape_and_a_login_is_not_said(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    said = subprocess.run([sys.executable, "-c", SAYS], env=environment, capture_output=True, text=True, check=True)
-    assert said.stdout == "\\xb1 \\udcff, at s3://<login>@hub/x\nok    \\xb1: \\udcff; s3://<login>@hub/x\n"
+    done = subprocess.run([sys.executable, "-c", SAYS], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\xb1 \\udcff, at s3://<login>@hub/x\nok    \\xb1: \\udcff; s3://<login>@hub/x\n"
     command = [sys.executable, "-P", "-m", "astar_megatron.cli", "plan", "--config", os.fsdecode(b"\xff \xc2\xb1.yaml")]
     refused = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 2 and "\\udcff \\xb1.yaml" in refused.stderr

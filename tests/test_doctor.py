@@ -1,6 +1,7 @@
 """What the doctor says about a machine, and that it refuses a run which can't fit before anything starts."""
 
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,7 +133,7 @@ def test_a_run_is_refused_one_byte_below_its_need_and_not_at_it() -> None:
     resources.check_run(cfg, SMOLLM2, enough)
     with pytest.raises(ResourceError, match=r"^memory: .* GiB .* are available.*rollout\.kv_cache_gib.*parallel\.data"):
         resources.check_run(cfg, SMOLLM2, replace(enough, memory_bytes=need.memory_bytes - 1))
-    with pytest.raises(ResourceError, match=r"^/dev/shm: this run needs .* GiB .* are free"):
+    with pytest.raises(ResourceError, match=r"^/dev/shm: this run needs .* GiB .* are free to write"):
         resources.check_run(cfg, SMOLLM2, replace(enough, shared_bytes=need.shared_bytes - 1))
 
 
@@ -251,6 +252,13 @@ def test_without_a_terminal_a_finding_is_one_plain_line() -> None:
     ]
     assert printed(findings, terminal=False) == f"ok    cores: 2\nwarn  disk: [1] GiB free, {'x' * 300}; free some\n"
     assert "free some" in printed(findings, terminal=True)
+
+
+def test_shared_memory_that_cant_be_written_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.os, "access", lambda path, mode: (str(path), mode) != ("/dev/shm", os.W_OK))
+    assert resources.measure().shared_bytes == 0
+    shared = next(finding for finding in machine_report.report() if finding.subject == "/dev/shm")
+    assert (shared.level, "make it writable" in shared.remedy) == ("fail", True)
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do() -> None:

@@ -13,11 +13,16 @@ def group_folders(controller: str, root: Path = Path("/")) -> list[Path]:
     among them: in a container that is often the process's own group, whatever the path says.
     """
     groups = root / "sys/fs/cgroup"
-    paths = {"": "/", controller: "/"}
+    own, mounted, own_in_1 = "/", controller, "/"
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, names, path = line.split(":", 2)  # 0::/system.slice/job_7, or of version 1 4:cpu,cpuacct:/docker/abc
-        paths |= dict.fromkeys(names.split(","), path)
-    return [*_upwards(groups, paths[""]), *_upwards(groups / controller, paths[controller])]
+        if not names:
+            own = path
+        elif controller in names.split(","):
+            own_in_1 = path
+            if not (groups / controller).exists():  # nobody has made a link of that name
+                mounted = names
+    return [*_upwards(groups, own), *_upwards(groups / mounted, own_in_1)]
 
 
 def read_text(path: Path) -> str:

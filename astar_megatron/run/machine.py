@@ -20,6 +20,7 @@ from astar_megatron.run.resources import (
     available_memory_bytes,
     free_bytes,
     gib,
+    shared_memory_bytes,
 )
 
 DEMO_BYTES = 10 * GIB  # `make demo` at work
@@ -59,9 +60,9 @@ def report() -> list[Finding]:
         _space("memory", available_memory_bytes(), DEMO_BYTES, "close other programs; `make demo` needs it"),
         _space(
             "/dev/shm",
-            free_bytes(Path("/dev/shm")),
+            shared_memory_bytes(),
             DEMO_SHARED_BYTES,
-            "remove old files there or enlarge it (docker run --shm-size=2g); weights reach the engines through it",
+            "remove old files there, enlarge it (docker run --shm-size=2g), make it writable; weights go through it",
         ),
         _sockets(),
         _space("disk", free_bytes(Path.cwd()), DISK_BYTES, "free some space; an environment takes 7 GiB"),

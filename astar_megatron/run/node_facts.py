@@ -12,7 +12,7 @@ from pathlib import Path
 from astar_megatron.cluster.cores import available_cores
 from astar_megatron.cluster.nodes import appears
 from astar_megatron.run import machine
-from astar_megatron.run.resources import free_bytes
+from astar_megatron.run.resources import free_bytes, shared_memory_bytes
 
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
 
@@ -50,7 +50,7 @@ def measure(folder: str, mark: str) -> NodeFacts:
         driver=lines[0].partition(", ")[2] if lines else "",
         cores=available_cores(),
         disk_bytes=free_bytes(Path(tempfile.gettempdir())),
-        shared_memory_bytes=free_bytes(Path("/dev/shm")),
+        shared_memory_bytes=shared_memory_bytes(),
         reads=appears(folder, mark),
         wrote=wrote,
     )

@@ -21,6 +21,7 @@ move here:
 Leaves out: the memory of accelerators and the time of a step, which are for `astar plan`.
 """
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ DRIVER_BYTES = GIB * 3 // 4  # the driver and Ray's own processes
 # limit that is none is a number larger than any memory.
 _GROUP_MEMORY = (
     ("memory.max", "memory.current", "inactive_file"),
+    ("memory.high", "memory.current", "inactive_file"),  # above which processes are slowed until they stand still
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
@@ -116,8 +118,8 @@ def check_run(cfg: RunConfig, model: Model, machine: Machine | None = None) -> N
     if need.shared_bytes > machine.shared_bytes:
         raise ResourceError(
             f"/dev/shm: this run needs {gib(need.shared_bytes)} (weights on their way to the engines and to disk, "
-            f"Ray's object store), {gib(machine.shared_bytes)} are free; remove old files there or enlarge it "
-            "(mount -o remount,size=..., or docker run --shm-size=...), or take a smaller model"
+            f"Ray's object store), {gib(machine.shared_bytes)} are free to write; remove old files there or "
+            "enlarge it (mount -o remount,rw,size=..., or docker run --shm-size=...), or take a smaller model"
         )
     if need.memory_bytes > machine.memory_bytes:
         raise ResourceError(
@@ -170,7 +172,7 @@ def measure() -> Machine:
     """Return what this machine has free now."""
     return Machine(
         memory_bytes=available_memory_bytes(),
-        shared_bytes=free_bytes(Path("/dev/shm")),
+        shared_bytes=shared_memory_bytes(),
         num_accelerators=len(local_accelerators() or ()),
         accelerator_bytes=accelerator_bytes(),
     )
@@ -188,6 +190,11 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
             cache = int(_field(folder / "memory.stat", cache_field) or 0)  # given back when needed
             available = min(available, max(0, int(limit) - used + cache))
     return available
+
+
+def shared_memory_bytes() -> int:
+    """Return the bytes free in /dev/shm; 0 where it is not there, or can't be written."""
+    return free_bytes(session.SHARED_MEMORY) if os.access(session.SHARED_MEMORY, os.W_OK) else 0
 
 
 def accelerator_bytes() -> int:

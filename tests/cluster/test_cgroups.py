@@ -25,10 +25,11 @@ def machine(root: Path, own: str, files: dict[str, str]) -> Path:
     return root
 
 
-def test_a_jobs_limits_hold_for_the_groups_within_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["memory.max", "memory.high"])
+def test_a_jobs_limits_hold_for_the_groups_within_it(tmp_path: Path, limit: str) -> None:
     files = {
         "sys/fs/cgroup/system.slice/memory.max": f"{6 * GIB}\n",
-        f"{JOB}/memory.max": f"{4 * GIB}\n",
+        f"{JOB}/{limit}": f"{4 * GIB}\n",
         f"{JOB}/memory.current": f"{GIB}\n",
         f"{JOB}/memory.events": "low 0\noom_kill 3\n",
         f"{JOB}/cpu.max": "50000 100000\n",
@@ -43,13 +44,14 @@ def test_a_jobs_limits_hold_for_the_groups_within_it(tmp_path: Path) -> None:
     assert memory_kills(root) == 3
 
 
+@pytest.mark.parametrize("cpu", ["cpu", "cpu,cpuacct"])  # the one is a link to the other, where somebody made it
 @pytest.mark.parametrize("folder", ["", "/job_7"])
-def test_limits_of_version_1_count(tmp_path: Path, folder: str) -> None:
+def test_limits_of_version_1_count(tmp_path: Path, folder: str, cpu: str) -> None:
     """In a container the own group is the root of what is seen; in a job it is below that, or the job is above it."""
     files = {
         "sys/fs/cgroup/memory/memory.limit_in_bytes": UNLIMITED,
-        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        f"sys/fs/cgroup/{cpu}/cpu.cfs_quota_us": "-1\n",
+        f"sys/fs/cgroup/{cpu}/cpu.cfs_period_us": "100000\n",
     }
     root = machine(tmp_path, "4:memory:/job_7/step_0\n2:cpu,cpuacct:/job_7/step_0\n0::/\n", files)
     assert (available_memory_bytes(root), available_cores(root), memory_kills(root)) == (SYSTEM, CORES, 0)
@@ -58,8 +60,8 @@ def test_limits_of_version_1_count(tmp_path: Path, folder: str) -> None:
         f"sys/fs/cgroup/memory{folder}/memory.usage_in_bytes": f"{3 * GIB}\n",
         f"sys/fs/cgroup/memory{folder}/memory.stat": f"inactive_file 0\ntotal_inactive_file {GIB}\n",
         f"sys/fs/cgroup/memory{folder}/memory.oom_control": "under_oom 0\noom_kill 2\n",
-        f"sys/fs/cgroup/cpu{folder}/cpu.cfs_quota_us": "50000\n",
-        f"sys/fs/cgroup/cpu{folder}/cpu.cfs_period_us": "100000\n",
+        f"sys/fs/cgroup/{cpu}{folder}/cpu.cfs_quota_us": "50000\n",
+        f"sys/fs/cgroup/{cpu}{folder}/cpu.cfs_period_us": "100000\n",
     }
     root = machine(tmp_path, "4:memory:/job_7/step_0\n2:cpu,cpuacct:/job_7/step_0\n0::/\n", files)
     assert (available_memory_bytes(root), available_cores(root), memory_kills(root)) == (2 * GIB, 0.5, 2)
