@@ -134,6 +134,26 @@ def test_intervals_hold_the_truth_where_runs_differ_in_shape_and_length(options:
     assert min(shares.values()) >= 0.88 and shares["middle"] <= 0.99, shares
 
 
+TWO = [{"apart": 0.03, "lengths": (1.0, 1.0)}, {"unlike": 0.1, "apart": 0.01, "lengths": (1.0, 1.0)}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", TWO, ids=["levels", "all"])
+def test_intervals_of_two_runs_that_differ_hold_the_truth(options: dict[str, Any]) -> None:
+    assert min(coverage(200, unlike_study, **options).values()) >= 0.9
+
+
+def test_two_runs_that_lie_together_may_do_so_by_chance() -> None:
+    """How far runs differ is guessed for two of them, and measured for many."""
+
+    def widened(runs: int) -> float:
+        fits = [fit(SIGMOID, study(seed, runs=runs, steps=40)) for seed in range(5)]
+        widths = [[float(np.ptp(law.coefficient(1)[1])) for law in (whole.if_runs_agree(), whole)] for whole in fits]
+        return min(all_differ / agree for agree, all_differ in widths)
+
+    assert widened(1) == 1 and widened(2) > 1.7 and widened(6) < 1.1
+
+
 def test_what_runs_of_unequal_length_differ_by_is_in_the_intervals_of_each_number() -> None:
     hits = np.zeros(2)
     for seed in range(15):

@@ -125,7 +125,7 @@ class Fit:
 
     def if_runs_agree(self) -> "Fit":
         """Return the fit with the intervals that it has where runs differ by their noise alone."""
-        return replace(self, spread=replace(self.spread, of_runs=np.zeros_like(self.spread.of_runs)))
+        return replace(self, spread=replace(self.spread, of_runs=np.zeros_like(self.spread.of_runs), runs=1))
 
     def _only(self, place: int) -> np.ndarray:
         return np.eye(2 + self.coefficients.shape[1])[place]

@@ -9,6 +9,7 @@ first of them, r. A fit takes a part of r away: it gets (1 + q) (1 + r) / n.
 Runs differ in level and in shape, and some are longer. So each in turn is left out of the fit, to first order in the
 law's numbers. Where the jackknife's variance of a number, or of the curve at some compute, is V times what the points
 within runs explain, and V above 1, an interval's ends move away by the root of V; the freedom of t is Satterthwaite's.
+Few runs may lie closer together than they do as a rule: of R runs V counts for 1 + 1 / (R - 1)^2 at least.
 """
 
 import math
@@ -40,9 +41,11 @@ class Spread:
         `slope`, [k] or [n, k], is by how much the law's numbers move the value.
         """
         of_points, of_runs = (((slope @ each) * slope).sum(-1) for each in (self.of_points, self.of_runs))
+        others = max(1, self.runs - 1)
+        least = 0.0 if self.runs == 1 else 1 / others**2
         # V - 1; of a number that the law does not have both are 0
-        more = np.maximum(0.0, np.divide(of_runs, of_points, out=np.ones_like(of_runs), where=of_points > 0) - 1)
-        freedom = (1 + more) ** 2 / (1 / self.freedom + more**2 / max(1, self.runs - 1))
+        more = np.maximum(least, np.divide(of_runs, of_points, out=np.ones_like(of_runs), where=of_points > 0) - 1)
+        freedom = (1 + more) ** 2 / (1 / self.freedom + more**2 / others)
         return value + (ends - value) * np.sqrt(1 + more) * student(freedom) / student(self.freedom)
 
 
