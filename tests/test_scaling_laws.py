@@ -140,7 +140,7 @@ TWO = [{"apart": 0.03, "lengths": (1.0, 1.0)}, {"unlike": 0.1, "apart": 0.01, "l
 @pytest.mark.slow
 @pytest.mark.parametrize("options", TWO, ids=["levels", "all"])
 def test_intervals_of_two_runs_that_differ_hold_the_truth(options: dict[str, Any]) -> None:
-    assert min(coverage(200, unlike_study, **options).values()) >= 0.9
+    assert min(coverage(200, unlike_study, **options).values()) >= 0.85
 
 
 def test_two_runs_that_lie_together_may_do_so_by_chance() -> None:
