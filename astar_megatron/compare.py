@@ -31,8 +31,8 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     inputs, screen = _checked([own for run, own in configs.items() if run not in finished] or [cfg], folder), Screen()
     settings = comparison.settings_of(cfg, inputs, limit)
     comparison.check_settings(folder, before, settings)
-    shared = SharedStage1(configs=configs, limit=limit, inputs=inputs, folder=folder)
-    costs = shared.known_costs()
+    shared = SharedStage1(limit=limit, inputs=inputs, folder=folder)
+    costs = shared.known_costs(configs)
     for run, own in configs.items():
         if run.cell in costs or not own.asks_stage_1:
             comparison.with_budget(own, [limit], costs.get(run.cell))  # refused before anything is written
@@ -41,7 +41,7 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
         if comparison_files.read(folder)[1] != finished:
             raise ValueError(f"{folder}: another comparison has just gone on there; run the same command again")
         stage_1, failures = shared.fill(
-            cfg.seed, finished, lambda own: run_shown("sweep", own, "stage 1", screen, runner)
+            configs, cfg.seed, finished, lambda own: run_shown("sweep", own, "stage 1", screen, runner)
         )
         errors = {run: failures[run.cell] for run in runs if run.cell in failures}
         runnable = {run: own for run, own in configs.items() if run not in errors}

@@ -38,7 +38,7 @@ def run(file: Path, runner: Runner = astar) -> int:
     for cfg in by_cell.values() if ends is _as_jobs else ():
         queue.check(cfg, "train")
     for cell, cfg in by_cell.items():
-        _shared(study, {Run(cell, cfg.seed): cfg}, inputs[cell]).known_costs()  # or refused, unwritten
+        _shared(study, inputs[cell]).known_costs({Run(cell, cfg.seed): cfg})  # or refused, unwritten
     make_folder(study.folder)
     with exclusive(study.folder / "scale.lock", "another study in this folder"):
         before = study_files.read(study.folder)
@@ -72,7 +72,8 @@ def _stage_1(
     study = progress.study
     for cell, cell_inputs in inputs.items():
         own = {each: cfg for each, cfg in configs.items() if each.cell == cell}
-        costs, failures = _shared(study, own, cell_inputs).fill(
+        costs, failures = _shared(study, cell_inputs).fill(
+            own,
             min(each.seed for each in own),
             finished,
             lambda cfg, cell=cell: next(ends("sweep", {f"stage 1 for {cell}": cfg}))[1],
@@ -83,8 +84,8 @@ def _stage_1(
             screen.say(f"{cell}: {reason}")
 
 
-def _shared(study: Study, configs: Mapping[Run, RunConfig], inputs: Inputs) -> SharedStage1:
-    return SharedStage1(configs=configs, limit=study.limit, inputs=inputs, folder=study.folder)
+def _shared(study: Study, inputs: Inputs) -> SharedStage1:
+    return SharedStage1(limit=study.limit, inputs=inputs, folder=study.folder)
 
 
 def _with_budgets(progress: Progress, configs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:

@@ -21,18 +21,17 @@ type Lengths = Sequence[Sequence[int]]  # of each prompt's responses, in tokens
 class SharedStage1:
     """Stage 1 of runs that share a V* table and `inputs`; `folder` is the comparison's, `limit` its largest budget."""
 
-    configs: Mapping[Run, RunConfig]
     limit: Budget
     inputs: Inputs
     folder: Path
 
-    def known_costs(self) -> dict[str, Stage1Cost]:
+    def known_costs(self, configs: Mapping[Run, RunConfig]) -> dict[str, Stage1Cost]:
         """Return by method what stage 1 has cost where its table lacks nothing; writes nothing.
 
         Raises ValueError where the budget can't be kept by a method whose table lacks something.
         """
         costs = {}
-        for method, cfg in self._readers().items():
+        for method, cfg in _readers(configs).items():
             drawn, lacking = self._lengths(cfg)
             if lacking:
                 self._check(cfg, drawn, lacking)
@@ -41,7 +40,11 @@ class SharedStage1:
         return costs
 
     def fill(
-        self, seed: int, finished: Iterable[Run], sweep: Callable[[RunConfig], CommandEnd]
+        self,
+        configs: Mapping[Run, RunConfig],
+        seed: int,
+        finished: Iterable[Run],
+        sweep: Callable[[RunConfig], CommandEnd],
     ) -> tuple[dict[str, Stage1Cost], dict[str, str]]:
         """Fill the table as each method reads it, and return by method what that cost, or why it could not be filled.
 
@@ -49,7 +52,7 @@ class SharedStage1:
         ValueError where the budget can't be kept, and where what a run of `finished` has cost is not known.
         """
         costs, failures = {}, {}
-        for method, cfg in self._readers().items():
+        for method, cfg in _readers(configs).items():
             drawn, lacking = self._lengths(cfg)
             if lacking and failures:  # of the same table
                 failures[method] = next(iter(failures.values()))
@@ -68,10 +71,6 @@ class SharedStage1:
             raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
         return costs, failures
 
-    def _readers(self) -> dict[str, RunConfig]:
-        """A configuration of each method that reads stage 1."""
-        return {run.cell: cfg for run, cfg in self.configs.items() if cfg.asks_stage_1}
-
     def _lengths(self, cfg: RunConfig) -> tuple[Lengths, int]:
         return run_lengths(cfg, self.inputs.contract, self.inputs.prompts)
 
@@ -88,3 +87,8 @@ class SharedStage1:
 
     def _seconds(self, cfg: RunConfig, drawn: Lengths) -> float | None:
         return read_stage_1_seconds(self.folder / STAGE_1, cfg.table_dir, sum(map(len, drawn)))
+
+
+def _readers(configs: Mapping[Run, RunConfig]) -> dict[str, RunConfig]:
+    """A configuration of each method that reads stage 1."""
+    return {run.cell: cfg for run, cfg in configs.items() if cfg.asks_stage_1}
