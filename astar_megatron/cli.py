@@ -13,7 +13,7 @@ import typer
 from astar_megatron import config
 from astar_megatron.cli_convert import convert
 from astar_megatron.cli_data import data
-from astar_megatron.cli_options import Config, DryRun, Overrides, import_program
+from astar_megatron.cli_options import Config, DryRun, Overrides, import_program, import_torch_program
 from astar_megatron.cli_start import check_start
 from astar_megatron.cluster import signals
 from astar_megatron.cluster.cores import unbind
@@ -44,7 +44,7 @@ def sweep(
     overrides: Overrides = None,
 ) -> None:
     """Stage 1: sample the reference, reward it, fill the V* table. Resumable; several may run at once."""
-    import_program("inspection" if inspect else "sweep").main(config.load(config_file, overrides or ()))
+    import_torch_program("inspection" if inspect else "sweep").main(config.load(config_file, overrides or ()))
 
 
 @app.command()
@@ -70,7 +70,7 @@ def train(
     if supervise and not dry_run:
         sets = [word for override in overrides or () for word in ("--set", override)]
         raise typer.Exit(import_program("supervise").main(cfg, ["train", "--config", str(config_file), *sets]))
-    import_program("can_start" if dry_run else "train").main(cfg)
+    import_torch_program("can_start" if dry_run else "train").main(cfg)
 
 
 @app.command()
@@ -84,7 +84,7 @@ def compare(
 ) -> None:
     """Train with several methods at equal cost; leaves a table, and curves with bands. Run again to continue."""
     cfg = config.load(config_file, overrides or ())
-    raise typer.Exit(import_program("compare").main(cfg, methods, budget, seeds, out))
+    raise typer.Exit(import_torch_program("compare").main(cfg, methods, budget, seeds, out))
 
 
 @scale.command(name="run")
@@ -92,7 +92,7 @@ def run_study(
     study: Annotated[Path, typer.Argument(help="YAML file of the study; examples/SCALING.md has one.")],
 ) -> None:
     """Train every cell of a grid with every seed up to equal budgets, and evaluate it there. Run again to continue."""
-    raise typer.Exit(import_program("scaling").run(study))
+    raise typer.Exit(import_torch_program("scaling").run(study))
 
 
 @scale.command(name="fit")
@@ -143,7 +143,7 @@ def evaluate(
     cfg = config.load(config_file, [*(overrides or ()), *sets])
     if folder is not None and not cfg.eval.benchmarks:
         raise config.ConfigError("--data: the folder of benchmarks; name them too, as --benchmarks gsm8k,amc23")
-    import_program("evaluate").main(cfg, model)
+    import_torch_program("evaluate").main(cfg, model)
 
 
 @app.command()
@@ -174,7 +174,7 @@ def export(
     """
     if private and push_to_hub is None:
         raise config.ConfigError("--private: of the hub's repository; name it, as --push-to-hub ORG/NAME")
-    import_program("export").main(config.load(config_file, overrides or ()), push_to_hub, private=private)
+    import_torch_program("export").main(config.load(config_file, overrides or ()), push_to_hub, private=private)
 
 
 @app.command()
@@ -238,11 +238,11 @@ def doctor(
         raise config.ConfigError(f"{of_run}: of a run; name its file, as --config configs/demo.yaml")
     cfg = config_file and config.load(config_file, overrides or ())
     if cluster is not None:
-        planned, main = cfg and (cfg, program), import_program("preflight").main
+        planned, main = cfg and (cfg, program), import_torch_program("preflight").main
         raise typer.Exit(main(cluster, nodes, spare, seconds, file, looks=not only_joined, planned=planned))
-    status = import_program("doctor").main()
+    status = import_torch_program("doctor").main()
     if cfg is not None:
-        import_program("can_start").main(cfg)
+        import_torch_program("can_start").main(cfg)
     raise typer.Exit(status)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from astar_megatron.cli_options import DryRun, import_program
+from astar_megatron.cli_options import DryRun, import_torch_program
 
 convert = typer.Typer(help="Move weights between formats.", no_args_is_help=True)
 
@@ -27,13 +27,13 @@ def hf_to_megatron(
     dry_run: DryRun = False,
 ) -> None:
     """Write a Hugging Face folder as a distributed checkpoint of Megatron, which any layout can load."""
-    import_program("convert").to_megatron(source, destination, _layout(tp, pp, ep), like=None, dry_run=dry_run)
+    import_torch_program("convert").to_megatron(source, destination, _layout(tp, pp, ep), like=None, dry_run=dry_run)
 
 
 @convert.command(name="megatron-to-hf")
 def megatron_to_hf(source: Source, destination: Destination, like: Like = None, dry_run: DryRun = False) -> None:
     """Write a distributed checkpoint, of a run or of Megatron-LM, as a Hugging Face folder."""
-    import_program("convert").to_hf(source, destination, like=like, dry_run=dry_run)
+    import_torch_program("convert").to_hf(source, destination, like=like, dry_run=dry_run)
 
 
 @convert.command()
@@ -47,7 +47,7 @@ def reshape(
     dry_run: DryRun = False,
 ) -> None:
     """Write a distributed checkpoint's weights cut and padded for another layout."""
-    import_program("convert").to_megatron(source, destination, _layout(tp, pp, ep), like=like, dry_run=dry_run)
+    import_torch_program("convert").to_megatron(source, destination, _layout(tp, pp, ep), like=like, dry_run=dry_run)
 
 
 @convert.command()
@@ -57,13 +57,13 @@ def verify(
     like: Like = None,
 ) -> None:
     """Compare the weights of two folders, number by number; names the first that differs."""
-    import_program("convert").verify(a, b, like=like)
+    import_torch_program("convert").verify(a, b, like=like)
 
 
 @convert.command()
 def inspect(path: Annotated[str, typer.Argument(help="A folder of either kind.")], like: Like = None) -> None:
     """Say what a folder holds: architecture, parameters, type, bytes, where it came from."""
-    import_program("convert").inspect(path, like=like)
+    import_torch_program("convert").inspect(path, like=like)
 
 
 def _layout(tensor: int, pipeline: int, expert: int) -> Any:

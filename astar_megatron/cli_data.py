@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from astar_megatron import config
-from astar_megatron.cli_options import Config, Overrides, import_program
+from astar_megatron.cli_options import Config, Overrides, import_program, import_torch_program
 
 data = typer.Typer(help="Prepare prompts as the JSONL that data.path reads.", no_args_is_help=True)
 
@@ -90,4 +90,4 @@ def import_stage1(
     overrides: Overrides = None,
 ) -> None:
     """Published stage-1 data of A*PO: prompts to data.path, responses to the V* table of the run."""
-    import_program("stage1_import").import_stage1(config.load(config_file, overrides or ()), source, split)
+    import_torch_program("stage1_import").import_stage1(config.load(config_file, overrides or ()), source, split)

@@ -18,7 +18,7 @@ from astar_megatron.run.training import check_before_stage_1
 from astar_megatron.studies import comparison, comparison_files
 from astar_megatron.studies.comparison import Result, Run
 from astar_megatron.studies.comparison_files import STAGE_1, Comparison
-from astar_megatron.studies.comparison_stage_1 import known_costs, stage_1_of
+from astar_megatron.studies.comparison_stage_1 import SharedStage1
 
 
 def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None, runner: Runner = astar) -> int:
@@ -31,7 +31,8 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     inputs, screen = _checked([own for run, own in configs.items() if run not in finished] or [cfg], folder), Screen()
     settings = comparison.settings_of(cfg, inputs, limit)
     comparison.check_settings(folder, before, settings)
-    costs = known_costs(configs, limit, inputs, folder)
+    shared = SharedStage1(limit=limit, inputs=inputs, folder=folder)
+    costs = shared.known_costs(configs)
     for run, own in configs.items():
         if run.cell in costs or not own.asks_stage_1:
             comparison.with_budget(own, [limit], costs.get(run.cell))  # refused before anything is written
@@ -39,14 +40,8 @@ def main(cfg: RunConfig, methods: str, budget: str, seeds: str, out: Path | None
     with exclusive(folder / "compare.lock", "another comparison of this folder"):
         if comparison_files.read(folder)[1] != finished:
             raise ValueError(f"{folder}: another comparison has just gone on there; run the same command again")
-        stage_1, failures = stage_1_of(
-            cfg.seed,
-            configs,
-            limit,
-            inputs,
-            folder,
-            finished,
-            lambda own: run_shown("sweep", own, "stage 1", screen, runner),
+        stage_1, failures = shared.fill(
+            configs, cfg.seed, finished, lambda own: run_shown("sweep", own, "stage 1", screen, runner)
         )
         errors = {run: failures[run.cell] for run in runs if run.cell in failures}
         runnable = {run: own for run, own in configs.items() if run not in errors}

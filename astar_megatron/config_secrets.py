@@ -28,9 +28,10 @@ _NO_SECRET = re.compile(  # words, numbers, and paths of files that hold secrets
     r"|(?<![a-z])(max|min|num)_([a-z]+_)?tokens|ssl_?key|passfile",
     re.IGNORECASE,
 )
+_VERSION = r"v?\d+(?:\.\d+){1,2}(?![\w-]|[.:]\w)"  # of a data set or a model, hf:set@v1.0: an address has four numbers
 _DELIMITER = r"""\s/:@"'=(,\["""
 _WITHOUT_SCHEME = re.compile(
-    rf"""(?<![^{_DELIMITER}])[^{_DELIMITER}]{{1,200}}:[^\s/@"']{{1,200}}{_AT}(?=[\w\[\]-]+(?:[/.]|:[\d/]))"""
+    rf"""(?<![^{_DELIMITER}])[^{_DELIMITER}]{{1,200}}:[^\s/@"']{{1,200}}{_AT}(?!{_VERSION})(?=[\w\[\]-]+(?:[/.]|:[\d/]))"""
 )
 # An escape sequence of a response could move the cursor, hide lines, or set a terminal's title and clipboard.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

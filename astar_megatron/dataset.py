@@ -19,7 +19,7 @@ from astar_megatron.data.benchmarks import BENCHMARKS, RENAME, Benchmark
 from astar_megatron.data.files import refusal_at
 from astar_megatron.data.nested import refuse_nested
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, without_duplicates
-from astar_megatron.data.sources import refuse_no_file, refuse_other, rows_of
+from astar_megatron.data.sources import RowSource, refuse_no_file, refuse_other, rows_of
 from astar_megatron.rollout.scoring import Scorer
 from astar_megatron.run.tracking import Screen
 from astar_megatron.types import Prompt
@@ -77,11 +77,12 @@ def prepare(
         raise PromptError(f"astar data {kind}: name the file, the folder or the data set of the hub")
     _check_out(out, source)  # before all rows are read, and tried on a reward
     problems = Problems(source)
-    rows = rows_of(kind, source, subset, split, problems, known_subset=known_subset)
+    asked = RowSource(source, kind, subset, split)
+    rows = rows_of(asked, problems, known_subset=known_subset)
     total = len(rows) + problems.count
     pairs = pairs_of(rows, question, read, problems, remedy=remedy)
     if not (pairs or known):
-        refuse_nested(rows, question, answer, source, kind, subset, split)
+        refuse_nested(rows, question, answer, asked)
     if reward:
         pairs = _readable(pairs, reward, problems)
     kept = [pairs[i] for i in without_duplicates(pairs, [pair.question for pair in pairs], problems)]

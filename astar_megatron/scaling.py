@@ -17,8 +17,8 @@ from astar_megatron.run.prepare import Inputs
 from astar_megatron.run.tracking import Screen
 from astar_megatron.studies import comparison, study_files
 from astar_megatron.studies.comparison import Run
-from astar_megatron.studies.comparison_stage_1 import known_costs, stage_1_of
-from astar_megatron.studies.study import Score, checked_inputs, course_of, read_study, settings_of
+from astar_megatron.studies.comparison_stage_1 import SharedStage1
+from astar_megatron.studies.study import Score, Study, checked_inputs, course_of, read_study, settings_of
 from astar_megatron.studies.study_files import Progress
 
 # Runs a command for each of some configurations, by a name, and yields the name and how it ended.
@@ -38,7 +38,7 @@ def run(file: Path, runner: Runner = astar) -> int:
     for cfg in by_cell.values() if ends is _as_jobs else ():
         queue.check(cfg, "train")
     for cell, cfg in by_cell.items():
-        known_costs({Run(cell, cfg.seed): cfg}, study.limit, inputs[cell], study.folder)  # or refused, unwritten
+        _shared(study, inputs[cell]).known_costs({Run(cell, cfg.seed): cfg})  # or refused, unwritten
     make_folder(study.folder)
     with exclusive(study.folder / "scale.lock", "another study in this folder"):
         before = study_files.read(study.folder)
@@ -72,12 +72,9 @@ def _stage_1(
     study = progress.study
     for cell, cell_inputs in inputs.items():
         own = {each: cfg for each, cfg in configs.items() if each.cell == cell}
-        costs, failures = stage_1_of(
-            min(each.seed for each in own),
+        costs, failures = _shared(study, cell_inputs).fill(
             own,
-            study.limit,
-            cell_inputs,
-            study.folder,
+            min(each.seed for each in own),
             finished,
             lambda cfg, cell=cell: next(ends("sweep", {f"stage 1 for {cell}": cfg}))[1],
         )
@@ -85,6 +82,10 @@ def _stage_1(
         if reason := failures.get(cell):
             progress.errors.update(dict.fromkeys(own, reason))
             screen.say(f"{cell}: {reason}")
+
+
+def _shared(study: Study, inputs: Inputs) -> SharedStage1:
+    return SharedStage1(limit=study.limit, inputs=inputs, folder=study.folder)
 
 
 def _with_budgets(progress: Progress, configs: Mapping[Run, RunConfig]) -> dict[Run, RunConfig]:

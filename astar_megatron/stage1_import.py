@@ -16,7 +16,7 @@ from astar_megatron.data.contract import contract_of
 from astar_megatron.data.files import make_folder
 from astar_megatron.data.prompts import usable_prompts
 from astar_megatron.data.rows import Problems, PromptError
-from astar_megatron.data.sources import refuse_other, rows_of
+from astar_megatron.data.sources import RowSource, refuse_other, rows_of
 from astar_megatron.data.stage1 import check_ends, rollouts_of, stage1_rows, without_suffix
 from astar_megatron.data.v_star import VStarTable
 from astar_megatron.rollout.scoring import Scorer
@@ -33,7 +33,7 @@ def import_stage1(cfg: RunConfig, source: str, split: str | None) -> None:
     """
     check_drawn_whole(cfg)
     problems = Problems(source)
-    rows = stage1_rows(rows_of("stage1", source, None, split, problems), problems)
+    rows = stage1_rows(rows_of(RowSource(source, "stage1", split=split), problems), problems)
     problems.refuse(len(rows) + problems.count)
     rows = without_suffix(rows, cfg.data.suffix, source)
     used = usable_prompts([row.pair for row in rows], cfg.data, cfg.model.path, source)

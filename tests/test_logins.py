@@ -145,13 +145,20 @@ def test_a_digest_is_no_login(text: str) -> None:
         'Is it right?\nkey="yes" Think;answer_key=A',
         "git@github.com:me/x.git",
         "http://localhost:8080 is up, and https://x.org: ask me@y.org",
+        "hf:set@v1.0, data/hf:set@1.0.12/train.jsonl: no such file. Is it in hf:set@v1.0.",
     ],
 )
 def test_what_only_looks_like_a_login_is_none(text: str) -> None:
-    assert not has_login(text)
+    assert not has_login(text) and without_logins(text) == text
     assert bundle.values_without_secrets({"suffix": [text]}) == {"suffix": [text]}
 
 
-@pytest.mark.parametrize("address", ["me:{}@ml.example.org", "me:{}@host:/jobs", "me:{}@host:6379"])
-def test_a_login_without_a_scheme_is_not_repeated(address: str) -> None:
-    assert without_logins(f"got '{address.format(SECRET)}'").startswith("got '<login>@")
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("ml.example.org", "host:/jobs", "host:6379", "10.0.0.12", "10.0.0.12/x", "v1.0.example.org", "127.1:6379"),
+        *("v1.0-a.example.org", "1.0:6379/x"),
+    ],
+)
+def test_a_login_without_a_scheme_is_not_repeated(host: str) -> None:
+    assert without_logins(f"got 'me:{SECRET}@{host}'") == f"got '<login>@{host}'"

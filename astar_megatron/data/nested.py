@@ -7,11 +7,12 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from astar_megatron.data.rows import Problems, PromptError, Row, text_of
-from astar_megatron.data.sources import rows_of
+from astar_megatron.data.sources import RowSource, rows_of
 
 _OF_VERL = ["reward_model", "ground_truth"]  # where an answer is looked for that is nowhere else
 _MESSAGES = (
@@ -20,19 +21,10 @@ _MESSAGES = (
 )
 
 
-def refuse_nested(
-    rows: Sequence[Row],
-    question: str,
-    answer: str,
-    source: str | Path,
-    kind: str = "jsonl",
-    subset: str | None = None,
-    split: str | None = None,
-) -> None:
+def refuse_nested(rows: Sequence[Row], question: str, answer: str, source: RowSource) -> None:
     """Raise PromptError where rows have messages or a deep answer, with the command that makes lines where one can be.
 
-    `question` and `answer` are the fields that were asked for; with dots ("prompt.0.content") they lead into one. The
-    rest is what `rows_of` was asked for.
+    `question` and `answer` are the fields that were asked for; with dots ("prompt.0.content") they lead into one.
     """
     refused = ""
     for row in rows:
@@ -41,26 +33,26 @@ def refuse_nested(
         if _is_messages(asked):
             problem = f"field {head!r} {_MESSAGES}"
             seen = f"at {answer!r}; the fields are {', '.join(map(repr, row.fields))}: name the right ones"
-            refused = refused or f"{source}, {row.where}: {problem}; no row has that, and a text or a number {seen}"
+            refused = (
+                refused or f"{source.place}, {row.where}: {problem}; no row has that, and a text or a number {seen}"
+            )
         elif len(place) > 1 and question in row.fields:
             problem = f"the answer is in the object {place[0]!r}, expected text in a field of its own"
         else:
             continue
         if isinstance(_question(asked), str) and _is_answer(_value(row.fields, place)):
-            command = _to_lines(head, place, kind, source, subset, split)
-            raise PromptError(f"{source}, {row.where}: {problem}; convert it: {command}")
+            command = _to_lines(head, place, source)
+            raise PromptError(f"{source.place}, {row.where}: {problem}; convert it: {command}")
     if refused:
         raise PromptError(refused)
 
 
-def print_lines(
-    question: str, place: Sequence[str], kind: str, source: str, subset: str | None, split: str | None
-) -> None:
+def print_lines(question: str, place: Sequence[str], source: RowSource) -> None:
     """Print a line of each row, its answer what lies at a `place`.
 
     What can't be used stands there as it is, for `astar data` or a run to refuse. Raises PromptError as `rows_of` does.
     """
-    rows = rows_of(kind, source, subset, split, problems := Problems(source))
+    rows = rows_of(source, problems := Problems(source.place))
     problems.refuse(len(rows) + problems.count)
     lines = [
         {"question": _question(_value(row.fields, [question])), "answer": _answer(_value(row.fields, place))}
@@ -69,13 +61,12 @@ def print_lines(
     print(*map(json.dumps, lines), sep="\n")
 
 
-def _to_lines(
-    question: str, place: Sequence[str], kind: str, source: str | Path, subset: str | None, split: str | None
-) -> str:
+def _to_lines(question: str, place: Sequence[str], source: RowSource) -> str:
     """The command that writes the rows as lines beside them; those of the hub, where it is run."""
-    path = Path(source).absolute() if Path(source).exists() else Path(source)
-    code = f"from {__name__} import print_lines; print_lines{(question, place, kind, str(path), subset, split)!r}"
-    of_which = "".join(f"_{name}" for name in (subset, split) if name)
+    path = Path(source.place).absolute() if Path(source.place).exists() else Path(source.place)
+    arguments = (question, place, replace(source, place=str(path)))
+    code = f"from {__name__} import RowSource, print_lines; print_lines{arguments!r}"
+    of_which = "".join(f"_{name}" for name in (source.subset, source.split) if name)
     beside = path.with_suffix("") if path.is_file() else path if path.is_dir() else path.name
     return f"{shlex.join([sys.executable, '-c', code])} > {shlex.quote(f'{beside}{of_which}_lines.jsonl')}"
 

@@ -16,6 +16,7 @@ from astar_megatron.config import DataConfig
 from astar_megatron.data import chat
 from astar_megatron.data.nested import refuse_nested
 from astar_megatron.data.rows import Pair, Problems, PromptError, answer_field, pairs_of, read_rows, without_duplicates
+from astar_megatron.data.sources import RowSource
 from astar_megatron.types import Prompt
 from conversion.folders import first_few
 
@@ -39,7 +40,7 @@ def read_prompts(cfg: DataConfig, model_path: str, path: str | None = None) -> l
         remedy="set data.prompt_field",
     )
     if not pairs:
-        refuse_nested(rows, cfg.prompt_field, cfg.answer_field, source)
+        refuse_nested(rows, cfg.prompt_field, cfg.answer_field, RowSource(str(source)))
     problems.refuse(len(pairs) + problems.count)
     return list(usable_prompts(pairs, cfg, model_path, source).values())
 

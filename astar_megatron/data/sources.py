@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.data.rows import Problems, PromptError, Row, data_files, hub_rows, pattern_remedy, read_rows
@@ -12,24 +13,26 @@ from conversion.folders import first_few
 _LOG = logging.getLogger(__name__)
 
 
-def rows_of(
-    kind: str,
-    source: str,
-    subset: str | None,
-    split: str | None,
-    problems: Problems,
-    *,
-    known_subset: str | None = None,
-) -> list[Row]:
-    """Return the rows of a file or folder of this machine; of the hub otherwise.
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Where a user asked for rows: a file or folder of this machine, else a data set of the hub.
 
-    `subset` and `split` are what a user asked for: of a folder, their files by the hub's naming. `known_subset` is the
-    data set's own where none is asked for. Raises PromptError.
+    `kind` is of `astar data`: jsonl is always a file. `subset` and `split` are the hub's; of a folder, their files.
     """
+
+    place: str
+    kind: str = "jsonl"
+    subset: str | None = None
+    split: str | None = None
+
+
+def rows_of(asked: RowSource, problems: Problems, *, known_subset: str | None = None) -> list[Row]:
+    """Return the rows of a source; `known_subset` is the data set's own where none is asked for. Raises PromptError."""
+    source, subset, split = asked.place, asked.subset, asked.split
     place = Path(source)
-    if kind == "jsonl" or (place.exists() and not place.is_dir()):
-        if asked := [f"--{name} {value}" for name, value in (("split", split), ("subset", subset)) if value]:
-            raise PromptError(f"{source}: {' and '.join(asked)}: one file is read whole; leave that out")
+    if asked.kind == "jsonl" or (place.exists() and not place.is_dir()):
+        if options := [f"--{name} {value}" for name, value in (("split", split), ("subset", subset)) if value]:
+            raise PromptError(f"{source}: {' and '.join(options)}: one file is read whole; leave that out")
         return read_rows(source, problems)
     if place.is_dir():
         return read_rows(source, problems, _files_of(place, subset, split, known_subset))

@@ -1,6 +1,7 @@
 """Stage 1 of a comparison: one V* table for all methods that read it, and what it cost each of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from astar_megatron.config import RunConfig
@@ -16,72 +17,78 @@ from astar_megatron.studies.comparison_files import STAGE_1
 type Lengths = Sequence[Sequence[int]]  # of each prompt's responses, in tokens
 
 
-def known_costs(configs: Mapping[Run, RunConfig], limit: Budget, inputs: Inputs, folder: Path) -> dict[str, Stage1Cost]:
-    """Return by method what stage 1 has cost where its table lacks nothing; writes nothing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedStage1:
+    """Stage 1 of runs that share a V* table and `inputs`; `folder` is the comparison's, `limit` its largest budget."""
 
-    Raises ValueError where the budget can't be kept by a method whose table lacks something.
-    """
-    costs = {}
-    for method, cfg in _readers(configs).items():
-        drawn, lacking = run_lengths(cfg, inputs.contract, inputs.prompts)
-        if lacking:
-            _check(cfg, limit, drawn, lacking, folder)
-        else:
-            costs[method] = _cost(cfg, inputs, drawn, folder)
-    return costs
+    limit: Budget
+    inputs: Inputs
+    folder: Path
 
+    def known_costs(self, configs: Mapping[Run, RunConfig]) -> dict[str, Stage1Cost]:
+        """Return by method what stage 1 has cost where its table lacks nothing; writes nothing.
 
-def stage_1_of(
-    seed: int,
-    configs: Mapping[Run, RunConfig],
-    limit: Budget,
-    inputs: Inputs,
-    folder: Path,
-    finished: Iterable[Run],
-    sweep: Callable[[RunConfig], CommandEnd],
-) -> tuple[dict[str, Stage1Cost], dict[str, str]]:
-    """Fill the V* table as each method reads it, and return by method what that cost, or why it could not be filled.
+        Raises ValueError where the budget can't be kept by a method whose table lacks something.
+        """
+        costs = {}
+        for method, cfg in _readers(configs).items():
+            drawn, lacking = self._lengths(cfg)
+            if lacking:
+                self._check(cfg, drawn, lacking)
+            else:
+                costs[method] = self._cost(cfg, drawn)
+        return costs
 
-    Nothing of a method that does not read it. `sweep` runs stage 1 of a configuration. Raises ValueError where the
-    budget can't be kept, and where what a run of `finished` has cost is not known.
-    """
-    costs, failures = {}, {}
-    for method, cfg in _readers(configs).items():
-        drawn, lacking = run_lengths(cfg, inputs.contract, inputs.prompts)
-        if lacking and failures:  # of the same table
-            failures[method] = next(iter(failures.values()))
-        elif lacking:
-            _check(cfg, limit, drawn, lacking, folder)
-            end = sweep(cfg.model_copy(update={"run_dir": str(folder / STAGE_1), "seed": seed}))
-            drawn, lacking = run_lengths(cfg, inputs.contract, inputs.prompts)
-            if end.status:
-                failures[method] = f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn"
+    def fill(
+        self,
+        configs: Mapping[Run, RunConfig],
+        seed: int,
+        finished: Iterable[Run],
+        sweep: Callable[[RunConfig], CommandEnd],
+    ) -> tuple[dict[str, Stage1Cost], dict[str, str]]:
+        """Fill the table as each method reads it, and return by method what that cost, or why it could not be filled.
+
+        Nothing of a method that does not read it. `sweep` runs stage 1 of a configuration, which gets `seed`. Raises
+        ValueError where the budget can't be kept, and where what a run of `finished` has cost is not known.
+        """
+        costs, failures = {}, {}
+        for method, cfg in _readers(configs).items():
+            drawn, lacking = self._lengths(cfg)
+            if lacking and failures:  # of the same table
+                failures[method] = next(iter(failures.values()))
             elif lacking:
-                failures[method] = f"stage 1 left {lacking} samples undrawn; run the same command again"
-        if method not in failures:
-            costs[method] = _cost(cfg, inputs, drawn, folder)
-    if lost := [run for run in finished if run.cell in failures]:
-        raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
-    return costs, failures
+                self._check(cfg, drawn, lacking)
+                end = sweep(cfg.model_copy(update={"run_dir": str(self.folder / STAGE_1), "seed": seed}))
+                drawn, lacking = self._lengths(cfg)
+                if end.status:
+                    reason = f"stage 1 failed: {end.error}; run the same command again: it keeps what was drawn"
+                    failures[method] = reason
+                elif lacking:
+                    failures[method] = f"stage 1 left {lacking} samples undrawn; run the same command again"
+            if method not in failures:
+                costs[method] = self._cost(cfg, drawn)
+        if lost := [run for run in finished if run.cell in failures]:
+            raise ValueError(f"{failures[lost[0].cell]} {lost[0].name} has finished, and what it cost is not known")
+        return costs, failures
+
+    def _lengths(self, cfg: RunConfig) -> tuple[Lengths, int]:
+        return run_lengths(cfg, self.inputs.contract, self.inputs.prompts)
+
+    def _check(self, cfg: RunConfig, drawn: Lengths, lacking: int) -> None:
+        comparison.check_tokens(cfg, self.limit, sum(map(sum, drawn)) + lacking)
+        comparison.check_seconds(cfg, self.limit, self._seconds(cfg, drawn))
+
+    def _cost(self, cfg: RunConfig, drawn: Lengths) -> Stage1Cost:
+        return Stage1Cost(
+            tokens=sum(map(sum, drawn)),
+            flops=generation_flops(self.inputs.model, zip(self.inputs.prompts, drawn, strict=True)),
+            seconds=self._seconds(cfg, drawn),
+        )
+
+    def _seconds(self, cfg: RunConfig, drawn: Lengths) -> float | None:
+        return read_stage_1_seconds(self.folder / STAGE_1, cfg.table_dir, sum(map(len, drawn)))
 
 
 def _readers(configs: Mapping[Run, RunConfig]) -> dict[str, RunConfig]:
     """A configuration of each method that reads stage 1."""
     return {run.cell: cfg for run, cfg in configs.items() if cfg.asks_stage_1}
-
-
-def _check(cfg: RunConfig, limit: Budget, drawn: Lengths, lacking: int, folder: Path) -> None:
-    comparison.check_tokens(cfg, limit, sum(map(sum, drawn)) + lacking)
-    comparison.check_seconds(cfg, limit, _seconds(cfg, drawn, folder))
-
-
-def _cost(cfg: RunConfig, inputs: Inputs, drawn: Lengths, folder: Path) -> Stage1Cost:
-    return Stage1Cost(
-        tokens=sum(map(sum, drawn)),
-        flops=generation_flops(inputs.model, zip(inputs.prompts, drawn, strict=True)),
-        seconds=_seconds(cfg, drawn, folder),
-    )
-
-
-def _seconds(cfg: RunConfig, drawn: Lengths, folder: Path) -> float | None:
-    return read_stage_1_seconds(folder / STAGE_1, cfg.table_dir, sum(map(len, drawn)))

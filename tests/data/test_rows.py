@@ -31,7 +31,7 @@ from astar_megatron.data.rows import (
     read_rows,
     without_duplicates,
 )
-from astar_megatron.data.sources import rows_of
+from astar_megatron.data.sources import RowSource, rows_of
 
 ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": "Ünï\n", "answer": "5"}]
 
@@ -333,7 +333,7 @@ def test_what_a_shell_would_expand_is_told_that_nothing_does(tmp_path: Path) -> 
         with pytest.raises(PromptError, match="patterns are not expanded: name the folder"):
             read_rows(source, Problems("x"))
         with pytest.raises(PromptError, match="patterns are not expanded: name the folder"):
-            rows_of("hf", str(source), None, None, Problems("x"))
+            rows_of(RowSource(str(source), "hf"), Problems("x"))
 
 
 @pytest.mark.parametrize("name", ["pipe.jsonl", "pipe.parquet"])
