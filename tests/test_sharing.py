@@ -83,6 +83,9 @@ def test_a_residue_that_grows_ends_the_run_and_names_who_holds_it(
 ) -> None:
     own, sign = turns(sides), 1 if side == "kept" else -1
     a_step(own)
+    if side == "kept":
+        sides.kept[index] += 5 * GIB  # what the first step takes once
+        a_step(own)
     getattr(sides, side)[index] += sign * GIB
     a_step(own)  # what may be
     getattr(sides, side)[index] += sign

@@ -199,5 +199,5 @@ def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[
 
 
 def _pins(requirements: Iterable[str], lane: str) -> list[tuple[str, str]]:
-    pattern = re.compile(rf"([\w.-]+)==([\w.]+)\s*;.*extra == ['\"]{lane}['\"]")
+    pattern = re.compile(rf"([\w.-]+)(?:\[[\w,-]+\])?==([\w.]+)\s*;.*extra == ['\"]{lane}['\"]")
     return [(match[1], match[2]) for match in map(pattern.match, requirements) if match]

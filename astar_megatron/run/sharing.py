@@ -15,7 +15,9 @@ from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import Offload
 from astar_megatron.run.resources import GIB, gib
 
-# That a residue may grow by, over a whole run: at the first publish by the two buckets of a rank, 256 MiB each at most.
+# That a residue may grow by, over a whole run. A rank's is counted from the turn after its first step: until then it
+# takes for good, once, two buckets for weights, products' workspaces and, with Transformer Engine, a stand-in for the
+# gradient of each shape of weight.
 GROWTH_BYTES = GIB
 
 
@@ -56,7 +58,7 @@ class Turns:
         self._policy, self._engines, self._say = policy, engines, say
         self._offload: Offload = offload
         self._turn: Literal["training", "publishing", "generating"] = "training"
-        self._first_kept: list[int] = []  # bytes of each rank's device, after it first gave back
+        self._first_kept: list[int] = []  # bytes of each rank's device, after it gave back what its first step took
         self._first_returned = dict(returned)
         self._kept: Sequence[int] = ()
         self._returned = dict(returned)
@@ -101,18 +103,20 @@ class Turns:
         self._turn = "training"  # even if a rank ends before it has its memory: engines don't sleep twice
 
     def _check_policy(self, given: Sequence[tuple[int, int]]) -> None:
-        kept = self._kept = [bytes_kept for _, bytes_kept in given]
-        if not self._first_kept:
-            self._first_kept = kept
+        is_first, kept = not self._kept, [bytes_kept for _, bytes_kept in given]
+        self._kept = kept
+        if is_first:
             released = " ".join(gib(bytes_released) for bytes_released, _ in given)
             self._say(
                 f"shared memory: ranks give back {released} of tensors (train.offload={self._offload}), keep "
                 f"{' '.join(map(gib, kept))} of their GPUs"
             )
+            return
+        self._first_kept = self._first_kept or kept
         for rank, (now, first) in enumerate(zip(kept, self._first_kept, strict=True)):
             if now > first + GROWTH_BYTES:
                 raise ClusterError(
-                    f"memory of shared GPUs: policy rank {rank} kept {gib(first)} when it first gave back, and keeps "
+                    f"memory of shared GPUs: policy rank {rank} kept {gib(first)} after its first step, and keeps "
                     f"{gib(now)} now, {gib(GROWTH_BYTES)} is the most that may come on top: engines would not find "
                     f"their room. Set train.offload=all (it is {self._offload}), or lower "
                     "rollout.gpu_memory_utilization, and run the same command again"
