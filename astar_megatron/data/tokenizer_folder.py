@@ -33,7 +33,10 @@ def load(model_path: str) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast  # here, because the import takes seconds
 
     if file_of(model_path).exists():
-        return PreTrainedTokenizerFast.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
+        # What its settings say of lengths is not asked: prompts are checked against the model's and the run's.
+        return PreTrainedTokenizerFast.from_pretrained(
+            model_path, local_files_only=True, trust_remote_code=False, model_max_length=None
+        )
     # A folder with a tekken.json would get a class that knows no chat template of the folder.
     return by_class(model_path, mistral_format=False)
 
@@ -43,7 +46,11 @@ def by_class(model_path: str, mistral_format: bool | None = None) -> "PreTrained
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
-        model_path, local_files_only=True, trust_remote_code=False, mistral_format=mistral_format
+        model_path,
+        local_files_only=True,
+        trust_remote_code=False,
+        model_max_length=None,
+        mistral_format=mistral_format,
     )
 
 

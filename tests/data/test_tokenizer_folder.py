@@ -84,7 +84,7 @@ def _folder(folder: Path, inner: Tokenizer, template: str, family: str, **settin
     [
         (_byte_level, "llama", {"tokenizer_class": "LlamaTokenizer"}),  # as DeepSeek's
         (_byte_level, "llama", {"tokenizer_class": "LlamaTokenizerFast"}),
-        (_byte_level, "qwen2", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        (_byte_level, "qwen2", {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "8k"}),
         (_digits, "llama", {"tokenizer_class": "GPT2Tokenizer"}),  # as SmolLM's
         (_cl100k, "qwen3", {"tokenizer_class": "GPT2TokenizerFast"}),
         (_digits, "qwen2", {"tokenizer_class": "Qwen2Tokenizer"}),
