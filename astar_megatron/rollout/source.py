@@ -290,8 +290,10 @@ class RolloutSource:
 
 def _check_logprobs(engine: int, request: Request, response: Response) -> None:
     """Raise ClusterError where a log-prob is not finite: what the engine computed is broken, and its tokens random."""
+    if math.isfinite(sum(response.token_logprobs)):  # then each is: much faster than to ask each
+        return
     broken = [place for place, logprob in enumerate(response.token_logprobs) if not math.isfinite(logprob)]
-    if broken:
+    if broken:  # none where a sum of finite numbers is too large
         raise ClusterError(
             f"engine {engine} drew {len(broken)} of {len(response.token_ids)} tokens with a log-prob that is no finite "
             f"number, the first is token {broken[0]}: {response.token_logprobs[broken[0]]} (prompt "
