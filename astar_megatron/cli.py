@@ -301,11 +301,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         _end(_words(error), 2)
     except ModuleNotFoundError as error:
-        extras = import_program("run.machine").extras_with(error.name or "")
-        if not extras:
+        remedy = import_program("run.machine").remedy_without(error.name or "")
+        if not remedy:
             raise
-        names = " or ".join(f"astar-megatron[{extra}]" for extra in extras)
-        _end(f"this needs {error.name}, which is not installed: install {names}", 2)
+        _end(f"this needs {error.name}, which is not installed: {remedy}", 2)
     except (ClusterError, WeightMismatch) as error:
         _end(str(error), signals.LOST if isinstance(error, ActorLost) else 1)
     except RuntimeError as error:

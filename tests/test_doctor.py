@@ -228,14 +228,17 @@ def test_no_lane_and_two_lanes_fail_with_what_to_do() -> None:
     assert (both.level, "cpu and gpu" in both.state) == ("fail", True)
 
 
-def test_the_extras_that_bring_a_module_are_found_by_it_and_none_for_others() -> None:
+def test_what_brings_a_module_is_the_setup_for_a_lanes_an_extra_for_others_and_nothing_for_strangers() -> None:
     requirements = [*REQUIREMENTS, "megatron-core==0.19.2; extra == 'cpu'", "transformers==5; extra == 'gpu'"]
-    assert machine_report.extras_with("vllm.envs", requirements) == ["cpu", "gpu"]
-    assert machine_report.extras_with("megatron", requirements) == ["cpu"]
-    assert machine_report.extras_with("safetensors", requirements) == ["gpu"]
-    assert (
-        machine_report.extras_with("astar_megatron", requirements) == machine_report.extras_with("", requirements) == []
-    )
+    requirements += ["math-verify>=0.9; extra == 'data'"]
+
+    def remedy(module: str) -> str:
+        return machine_report.remedy_without(module, requirements)
+
+    (of_lanes,) = {remedy("vllm.envs"), remedy("megatron"), remedy("safetensors")}
+    assert "`make setup` in a checkout" in of_lanes and "install" not in of_lanes
+    assert remedy("math_verify") == "install astar-megatron[data]"
+    assert remedy("astar_megatron") == remedy("") == ""
 
 
 # --- the report

@@ -136,7 +136,8 @@ def hub_rows(name: str, subset: str | None, split: str) -> list[Row]:
         import datasets  # pyright: ignore[reportMissingImports]  # here: optional, and its import takes seconds
     except ImportError as error:
         raise PromptError(
-            f"{name}: needs the package datasets; install it, or download the files and name their folder"
+            f"{name}: needs the package datasets; install astar-megatron[data], or download the files and name their "
+            "folder"
         ) from error
     try:
         dataset: Any = datasets.load_dataset(name, subset, split=split)

@@ -27,6 +27,7 @@ DEMO_BYTES = 10 * GIB  # `make demo` at work
 DEMO_SHARED_BYTES = GIB + session.OBJECT_STORE_BYTES
 DISK_BYTES = 10 * GIB  # an environment and a few checkpoints of a small model
 _OWN_NAME = "astar-megatron"
+_SET_UP = f"run `make setup` in a checkout of {_OWN_NAME}, and take its .venv"  # a lane asks for more than pip reads
 _BROUGHT_BY = {
     "huggingface_hub": "huggingface-hub",
     "math_verify": "math-verify",
@@ -76,14 +77,14 @@ def packages(requirements: Sequence[str], version: Callable[[str], str | None]) 
     """
     if not requirements:
         state = f"{_OWN_NAME} runs from its folder and is not installed: versions are not compared"
-        return [Finding("packages", "warn", state, "run `make setup`")]
+        return [Finding("packages", "warn", state, _SET_UP)]
     lanes = _installed_lanes(requirements, version)
     if not lanes:
         state = "no lane is installed: there is no vLLM"
-        return [Finding("packages", "fail", state, "run `make setup`, or install one extra")]
+        return [Finding("packages", "fail", state, _SET_UP)]
     if len(lanes) > 1:
         state = f"the lanes {' and '.join(lanes)} are both installed, and both own the module vllm"
-        return [Finding("packages", "fail", state, "make a fresh environment with one of them")]
+        return [Finding("packages", "fail", state, f"remove the environment, and {_SET_UP}")]
     findings = []
     for name, wanted in _pins(requirements, lanes[0]):
         got = version(name)
@@ -112,10 +113,10 @@ def _accelerator(names: list[str] | None, lanes: Sequence[str]) -> Finding:
     subject = "accelerator"
     if names is None:
         state = "not known: torch is not installed"
-        return Finding(subject, "warn", state, "run `make setup`")
+        return Finding(subject, "warn", state, _SET_UP)
     if names and lanes == ["cpu"]:
         state = f"{', '.join(names)}, but the environment is the cpu lane, whose vLLM does not use it"
-        return Finding(subject, "warn", state, "make an environment with the GPU extra")
+        return Finding(subject, "warn", state, "run `make setup` on this machine: it makes the lane of GPUs here")
     if len(names) == 1:
         state = f"{names[0]}: the only one, which one Megatron rank and one engine share in training"
         return Finding(subject, "ok", state)
@@ -187,15 +188,18 @@ def _installed_lanes(requirements: Iterable[str], version: Callable[[str], str |
     return lanes
 
 
-def extras_with(module: str, requirements: Sequence[str] | None = None) -> list[str]:
-    """Return the extras that bring a module which this project imports; none for other modules.
+def remedy_without(module: str, requirements: Sequence[str] | None = None) -> str:
+    """Return what brings a module which this project imports; "" for other modules.
 
     `requirements` as in `packages`; without it this project's own.
     """
-    top = module.partition(".")[0]
+    own, top = requirements if requirements is not None else _own_requirements(), module.partition(".")[0]
     pattern = re.compile(rf"{re.escape(_BROUGHT_BY.get(top, top))}\b.*extra == ['\"](\w+)['\"]")
-    matches = map(pattern.match, requirements if requirements is not None else _own_requirements()) if top else ()
-    return list(dict.fromkeys(match[1] for match in matches if match))
+    matches = map(pattern.match, own) if top else ()
+    extras = list(dict.fromkeys(match[1] for match in matches if match))
+    if set(extras) & set(_installed_lanes(own, str)):  # of all lanes
+        return _SET_UP
+    return " or ".join(f"install {_OWN_NAME}[{extra}]" for extra in extras)
 
 
 def _pins(requirements: Iterable[str], lane: str) -> list[tuple[str, str]]:
