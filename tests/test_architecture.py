@@ -394,14 +394,14 @@ def test_made_problems_and_problems_of_files_need_no_lane(tmp_path: Path) -> Non
     assert len((tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
 
-def test_without_a_lane_what_needs_one_says_in_a_line_which_extra_to_install() -> None:
+def test_without_a_lane_what_needs_one_says_in_a_line_how_to_get_it() -> None:
     for command in (["sweep"], ["sweep", "--inspect"], ["train"], ["eval"], ["doctor"]):
         done = python(WITHOUT_A_LANE, *command, "--config", str(ROOT / "configs" / "demo.yaml"))
         lines = done.stderr.splitlines()
         assert done.returncode == 2 and len(lines) == 1, done.stderr
         assert re.fullmatch(
             r"astar: this needs (torch|ray), which is not installed: "
-            r"install astar-megatron\[cpu\] or astar-megatron\[cuda\]",
+            r"run `make setup` in a checkout of astar-megatron, and take its \.venv",
             lines[0],
         )
 

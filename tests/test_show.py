@@ -24,6 +24,7 @@ from astar_megatron import show
 from astar_megatron.data import rollout_files
 from astar_megatron.pages import page, panels
 from astar_megatron.pages.page import aligned, page_of
+from astar_megatron.run import scores
 from astar_megatron.run.tracking import read_metrics
 from astar_megatron.types import Prompt
 
@@ -306,6 +307,19 @@ def test_a_curve_is_cut_where_a_step_or_its_value_is_missing(browser: Browser, t
         (path,) = re.findall(r'<path d="([^"]*)"', figure)
         drawn[title] = (path.count("M"), path.count("L"), figure.count("<circle"))
     assert drawn == {"Reward": (2, 48, 0), "Loss": (4, 44, 1), "Evaluation": (1, 4, 5)}
+
+
+@in_a_browser
+def test_what_the_last_weights_scored_is_drawn_behind_the_last_step(browser: Browser, tmp_path: Path) -> None:
+    run = shown_run.write_run(tmp_path / "run")  # 12 steps, evaluated before 0, 4 and 8
+    scores.write(run, 12, [samples.evaluation(0.9375, "prompts")])
+    show.main(run, None)
+    (chart,) = [chart for chart in data_of(run / show.PAGE_FILE)["curves"] if chart["title"] == "Evaluation"]
+    assert (chart["x"], chart["curves"]["prompts"][-1]) == ([0, 4, 8, 12], 0.9375)
+    figure = figure_of(browser.dom(run / show.PAGE_FILE, ""), "Evaluation")
+    at = [float(place) for place in re.findall(r'<circle cx="([0-9.]+)"', figure)]
+    assert len(at) == 4 and at[3] - at[2] == pytest.approx(at[2] - at[1])
+    assert at[3] <= float(re.findall(r'viewBox="0 0 ([0-9.]+)', figure)[0])
 
 
 @in_a_browser

@@ -1,4 +1,4 @@
-"""A built wheel in an empty environment, away from the repository: what needs no extra runs, the rest says what it needs."""
+"""A built wheel in an empty environment, away from the repository: what can runs there, the rest says what it needs."""
 
 import json
 import os

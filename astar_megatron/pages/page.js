@@ -115,7 +115,7 @@ function keysOf(names) {
 function chart(panel) {
   const names = Object.keys(panel.curves), columns = Object.values(panel.curves), steps = panel.x, [first, last] = data.ends;
   const numbers = columns.flat().filter((value) => value !== null);
-  const xs = [first, last === first ? first + 1 : last], ys = range(numbers);
+  const xs = [first, Math.max(first + 1, last, steps.at(-1))], ys = range(numbers);
   const x = scale(...xs, axisWidth(...ys), WIDTH - RIGHT), y = scale(...ys, HEIGHT - BOTTOM, TOP);
   const svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": panel.title });
   frame(svg, x, y, xs, ys);

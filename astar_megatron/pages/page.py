@@ -19,6 +19,7 @@ from astar_megatron.data import rollout_files
 from astar_megatron.data.files import without_nan
 from astar_megatron.data.rollout_files import Trained
 from astar_megatron.pages import panels
+from astar_megatron.run import scores
 from astar_megatron.run.tracking import greedy_scores
 
 MOST_ROLLOUTS, MOST_TOKENS = 10_000, 1_000_000  # in a page; more would make a browser slow
@@ -44,7 +45,7 @@ def page_of(
     most_rollouts: int = MOST_ROLLOUTS,
     most_tokens: int = MOST_TOKENS,
 ) -> Page:
-    """Return the page of a run with these lines of metrics. Raises ValueError for a damaged file of rollouts."""
+    """Return the page of a run with these lines of metrics. Raises ValueError for damaged rollouts or scores."""
     rollouts, total = _rollouts(run_dir, most_rollouts, most_tokens)
     every = math.ceil(len(lines) / _MOST_CURVE_POINTS) or 1
     groups = [lines[max(0, end - every) : end] for end in range(len(lines), 0, -every)][::-1]
@@ -54,7 +55,7 @@ def page_of(
         "ends": [line["step"] for line in (*lines[:1], *lines[-1:])],
         "every": every,
         "health": _charts(panels.HEALTH, lines, every),
-        "curves": [*_scores(lines), *_charts(panels.CURVES, lines, every)],
+        "curves": [*_scores(run_dir, lines), *_charts(panels.CURVES, lines, every)],
         "last": {key: value for key, value in (lines[-1] if lines else {}).items() if _is_number(value)},
         "x": [group[-1]["step"] for group in groups],
         "seconds": [_mean_seconds(group) for group in groups],
@@ -90,8 +91,11 @@ def _charts(group: Sequence[panels.Panel], lines: Sequence[panels.Line], every: 
     return charts
 
 
-def _scores(lines: Sequence[panels.Line]) -> list[dict[str, Any]]:
+def _scores(run_dir: Path, lines: Sequence[panels.Line]) -> list[dict[str, Any]]:
     evaluated = [line for line in lines if greedy_scores(line)]
+    end = lines[-1]["step"] + 1 if lines else 0  # what the last weights scored stands in no step's metrics
+    if lines and (sets := scores.of_step(run_dir, end)):
+        evaluated.append({"step": end, "eval": {evaluation.name: evaluation.metrics() for evaluation in sets}})
     note = "reward of greedy responses"
     any_apart = evaluated[-1]["step"] if evaluated else 0  # which steps are evaluated is no rule of the page's
     return [_chart("Evaluation", note, evaluated, panels.scores(evaluated), any_apart)] if evaluated else []

@@ -228,7 +228,8 @@ def _library() -> Any:
         library = importlib.import_module("math_verify")  # here: optional, and sympy takes a second
     except ImportError as error:
         raise ValueError(
-            "reward.name: math_verify needs the package math-verify; install astar-megatron[data], or take the reward math"
+            "reward.name: math_verify needs the package math-verify; install astar-megatron[data], or take the reward "
+            "math"
         ) from error
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it says that its own alarm is off
     return library
