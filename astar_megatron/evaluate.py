@@ -22,9 +22,10 @@ from astar_megatron.run.evaluation import evaluate, show
 from astar_megatron.run.fleet import engines_of
 from astar_megatron.run.prepare import prepare, with_room
 from astar_megatron.run.tracking import Tracker
-from conversion import hf, rewrite
+from conversion import rewrite
 from conversion.ends import End, MegatronEnd, open_end
 from conversion.folders import read_record
+from conversion.weight_files import check_engines_read
 
 
 def main(cfg: RunConfig, model_path: str | None = None) -> None:
@@ -35,7 +36,7 @@ def main(cfg: RunConfig, model_path: str | None = None) -> None:
     _check_no_run(path, cfg.export_dir.name)
     if tokenizer_digest(path) != tokenizer_digest(Path(cfg.model.path)):
         raise ValueError(f"{path}: its tokenizer is not that of model.path, {cfg.model.path}; set model.path to it")
-    hf.check_engines_read(path)  # first: what it refuses is not left out
+    check_engines_read(path)  # first: what it refuses is not left out
     end = open_end(path)
     cfg = with_room(cfg)
     inputs = prepare(cfg, for_training=False)

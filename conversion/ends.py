@@ -18,6 +18,7 @@ from conversion.folders import PROGRESS_FILE, RECORD, ModelFolderError, read_rec
 from conversion.plan import Copy, plan
 from conversion.tiles import ParallelLayout, Tile
 from conversion.torch_dist import CheckpointReader, Index
+from conversion.weight_files import PICKLES
 
 _HEAD = "output_layer.weight"
 # Where a router follows, Transformer Engine's layers keep the norm apart, and Megatron's local ones under another name.
@@ -270,7 +271,7 @@ def open_end(path: str | Path, like: str | Path | None = None, *, plan_only: boo
                 f"--like: of a checkpoint of Megatron, but {path} is a Hugging Face folder, which says itself what it "
                 "holds; leave it out"
             )
-        weights = (".safetensors", ".safetensors.index.json", *hf.PICKLES)
+        weights = (".safetensors", ".safetensors.index.json", *PICKLES)
         bare = not any(file.name.endswith(weights) for file in Path(path).iterdir())
         return ConfigEnd(path) if plan_only and bare else HuggingFaceEnd(path)
     if not Path(path).exists():

@@ -36,9 +36,8 @@ from conversion.mapping import PiecewiseFile, mapped
 from conversion.plan import WeightPlan
 from conversion.transfer.pieces import view
 from conversion.verify import DIGEST_RULE, tensor_digests
+from conversion.weight_files import INDEX, WEIGHTS, weight_files
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5e9
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED = ".rotary_emb.inv_freq"  # by transformers, as a tied head is
@@ -51,7 +50,6 @@ _ROWS = 1024  # of a tied head, compared at once
 
 _LOG = logging.getLogger(__name__)
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -72,7 +70,7 @@ def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     beside them is left out.
     """
     folder = Path(folder)
-    parameters = _check(folder, _weight_files(folder), shapes)
+    parameters = _check(folder, weight_files(folder), shapes)
     if adapters := [name for name in _ADAPTERS if (folder / name).exists()]:
         _say_left_out(folder, " and ".join(adapters))
     return {name: place for name, place in parameters.items() if name in shapes}
@@ -82,21 +80,6 @@ def check(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 def _say_left_out(folder: Path, adapters: str) -> None:
     """Once a process, however often the folder is checked."""
     _LOG.warning("%s: %s: left out; merge the adapter into the weights if it belongs to the model", folder, adapters)
-
-
-def check_engines_read(folder: str | Path) -> None:
-    """Raise ModelFolderError where vLLM would load other files of the folder than those that are read here.
-
-    Without an index it loads every *.safetensors of a folder, one after the other.
-    """
-    folder = Path(folder)
-    others = sorted(path.name for path in folder.glob("*.safetensors") if path.name != WEIGHTS)
-    if others and not (folder / INDEX).exists():
-        raise ModelFolderError(
-            f"{folder} holds {', '.join(others)} beside {WEIGHTS}, and no {INDEX} that says which are the weights: "
-            f"{WEIGHTS} alone is read here, but vLLM would load all of them over each other; move the others away "
-            "(merge an adapter first, if it belongs to the model)"
-        )
 
 
 def check_one_type(folder: Path, parameters: Mapping[str, Stored]) -> None:
@@ -126,7 +109,7 @@ def load(folder: str | Path, plan: WeightPlan, rank: int, tensors: Mapping[str, 
     checked whole, against all the parameters of the plan, before the first tensor is written.
     """
     folder = Path(folder)
-    parameters = _check(folder, _weight_files(folder), _shapes(plan))
+    parameters = _check(folder, weight_files(folder), _shapes(plan))
     for copy in plan.to_rank(rank):
         (start, stop), *columns = copy.source.index
         piece = rows(folder, parameters[copy.source.name], start, stop)
@@ -183,38 +166,6 @@ def writing(
         if "digests" not in export.record:
             export.record["digests"] = tensor_digests(tensors)
         write_json(new / RECORD, export.record)
-
-
-def _weight_files(folder: Path) -> dict[str, set[str] | None]:
-    """The weight files of a folder, each with the tensors the index says it holds (None: whatever it holds)."""
-    if not (folder / INDEX).exists():
-        if (folder / WEIGHTS).exists():
-            return {WEIGHTS: None}
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        if pickled:
-            raise ModelFolderError(f"{folder}: {pickled[0]} is a pickle checkpoint, which is refused: use safetensors")
-        raise ModelFolderError(f"{folder} has neither {WEIGHTS} nor {INDEX}: copy the weights there too")
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if wrong := [file for file in weight_map.values() if not isinstance(file, str)]:
-            raise TypeError(f"weight_map names the file {wrong[0]!r}")
-        files: dict[str, set[str] | None] = {file: set() for file in weight_map.values()}
-        for name, file in weight_map.items():
-            files[file] = (files[file] or set()) | {name}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelFolderError(f"{folder / INDEX} is no safetensors index: {error!r}; copy the file again") from error
-    for file in files:
-        if Path(file).name != file or file in ("", ".", ".."):
-            raise ModelFolderError(f"{folder / INDEX} names {file!r}, which is not a file of this folder")
-        if not (folder / file).exists():
-            raise ModelFolderError(f"{folder / INDEX} names {file}, which is missing: copy it there too")
-    if (folder / WEIGHTS).exists() and files.keys() != {WEIGHTS}:
-        raise ModelFolderError(
-            f"{folder} holds {WEIGHTS} beside {INDEX}, which names other files: transformers would read the first "
-            f"alone, vLLM those of the index; move away {WEIGHTS}, or the index with its files; or, if it is one of "
-            "the index's, give it another name, there too"
-        )
-    return files
 
 
 def _shapes(plan: WeightPlan) -> dict[str, tuple[int, ...]]:

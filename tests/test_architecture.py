@@ -67,8 +67,9 @@ CONFIGURATION = {
     "config",
 }
 WITHOUT_CONVERSION = {*CONFIGURATION, "types", "algorithm", "data", "launch"}  # rooms that know nothing of weights
-# But one rule says which files of a model's folder are its tokenizer's: the contract digests what exports copy.
-OF_CONVERSION = {"data": "folders"}
+# But one rule each says which files of a model's folder are its tokenizer's and its weights: the contract digests what
+# exports copy, and what is not there is no job's discovery.
+OF_CONVERSION = {"data": {"folders"}, "launch": {"folders", "weight_files"}}
 
 # Package -> the places that may import it.
 OWNERS = {
@@ -192,7 +193,11 @@ def upward_imports(files: list[Source]) -> Iterator[str]:
         for line, name in imports_of(source):
             top, _, rest = name.partition(".")
             room = rest.partition(".")[0]
-            if top == "conversion" and source.room in WITHOUT_CONVERSION and OF_CONVERSION.get(source.room) != room:
+            if (
+                top == "conversion"
+                and source.room in WITHOUT_CONVERSION
+                and room not in OF_CONVERSION.get(source.room, ())
+            ):
                 yield f"{source.path}:{line}: {source.room} imports conversion"
             if top != "astar_megatron" or source.room not in ROOMS or room in ("", source.room):
                 continue

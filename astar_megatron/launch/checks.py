@@ -11,7 +11,10 @@ from pathlib import Path
 from astar_megatron.config import ConfigError, RunConfig, SlurmConfig, Stage, check_drawn_whole
 from astar_megatron.data.files import refusal_at
 from astar_megatron.launch.sbatch import logs_folder
+from conversion.folders import ModelFolderError, tokenizer_files
+from conversion.weight_files import weight_files
 
+_OF_NO_TOKENS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}  # tell of a tokenizer
 _IN_MEMORY = {"tmpfs", "ramfs"}
 _ON_DISK = {"ext3", "ext4", "xfs", "btrfs", "zfs", "overlay"}  # of one machine, unless it serves them to others
 
@@ -43,7 +46,7 @@ def of_inputs(cfg: RunConfig, stages: Sequence[Stage]) -> None:
         if problem := refusal_at(folder):
             raise ConfigError(f"{key}: {folder}: {problem}; choose another place")
     if {*stages} - {"export"}:
-        _there("model.path", Path(cfg.model.path, "config.json"))
+        _model(Path(cfg.model.path))
         if {*stages} & {"sweep", "train"} or not cfg.eval.benchmarks:
             _there("data.path", Path(cfg.data.path))
         if cfg.eval.benchmarks and cfg.eval.folder:
@@ -64,6 +67,20 @@ def _there(key: str, file: Path) -> None:
             f"{key}: {file} is not here; name what is, or run sbatch slurm/train.sbatch yourself where only the nodes "
             "have it"
         )
+
+
+def _model(folder: Path) -> None:
+    """Refuse a model's folder that lacks configuration, weights or tokenizer, as a copy that did not end does."""
+    _there("model.path", folder / "config.json")
+    try:
+        files = weight_files(folder)
+        tokenizer = set(tokenizer_files(folder)) - _OF_NO_TOKENS
+    except (ModelFolderError, OSError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+    if empty := [name for name in (*files, *tokenizer) if not (folder / name).stat().st_size]:
+        raise ConfigError(f"model.path: {folder / empty[0]} is empty: copy the file again")
+    if not tokenizer:
+        raise ConfigError(f"model.path: {folder} has no tokenizer: add tokenizer.json and tokenizer_config.json")
 
 
 def of_sbatch(cfg: SlurmConfig, *, dry_run: bool) -> None:

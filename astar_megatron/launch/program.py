@@ -25,13 +25,16 @@ def launch(cfg: RunConfig, config_file: Path, overrides: Sequence[str], *, dry_r
     jobs = jobs_of(cfg, str(config_file), overrides)
     if not dry_run:
         checks.of_inputs(cfg, [job.stage for job in jobs])
-    elif cfg.slurm.packager != "git":
-        print("# Nothing is written. What --config names would be a copy of what was checked here")
     if cfg.slurm.backend == "nemo-run":
         checks.of_nemo_run(cfg, str(config_file))
+    else:
+        checks.of_sbatch(cfg.slurm, dry_run=dry_run)
+        sbatch.say_python(jobs[0], cfg.slurm)
+    if dry_run and cfg.slurm.packager != "git":
+        print("# Nothing is written. What --config names would be a copy of what was checked here")
+    if cfg.slurm.backend == "nemo-run":
         _nemo().submit(cfg, str(config_file), overrides, dry_run=dry_run)
         return 0
-    checks.of_sbatch(cfg.slurm, dry_run=dry_run)
     jobs = [with_copy(job, cfg, sbatch.copies_folder(job, cfg.slurm), dry_run=dry_run) for job in jobs]
     if cfg.slurm.backend == "local":
         return sbatch.run_here(jobs, cfg.slurm, dry_run=dry_run)

@@ -41,6 +41,16 @@ def variables(job: Job, cfg: SlurmConfig) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if value} | own
 
 
+def say_python(job: Job, cfg: SlurmConfig) -> None:
+    """Say, on stderr, that jobs run whatever python3 the nodes have, where nothing names another."""
+    if not (cfg.image or cfg.setup or "ASTAR_PYTHON" in variables(job, cfg) or Path(".venv/bin/python").exists()):
+        print(
+            "astar: jobs run the python3 of their nodes, as this environment has no torch and here is no .venv; "
+            "another is named by slurm.env=[ASTAR_PYTHON=/path/to/python]",
+            file=sys.stderr,
+        )
+
+
 def logs_folder(cfg: SlurmConfig) -> Path:
     """Return where the jobs' own output goes."""
     return Path(cfg.variables.get("ASTAR_LOGS", "logs"))

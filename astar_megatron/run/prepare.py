@@ -26,6 +26,7 @@ from astar_megatron.run.scores import OWN_PROMPTS
 from astar_megatron.types import Prompt
 from conversion import hf
 from conversion.families import Model, read_model
+from conversion.weight_files import check_engines_read
 
 _LOG = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def prepare(cfg: RunConfig, *, for_training: bool = True, known: Inputs | None =
     layouts.check(cfg.parallel, model, sequences=cfg.mini_batch_size)
     layouts.check_lengths(model, cfg.model.path, max_tokens=cfg.max_tokens)
     with naming("model.path"):
-        hf.check_engines_read(cfg.model.path)
+        check_engines_read(cfg.model.path)
         hf.check(cfg.model.path, model.parameters())
     contract = contract_of(cfg)
     if known is None:

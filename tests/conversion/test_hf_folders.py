@@ -17,6 +17,7 @@ from conversion.families import Model, model_from_config
 from conversion.hf import ModelFolderError
 from conversion.plan import plan
 from conversion.verify import tensor_digests
+from conversion.weight_files import check_engines_read
 
 MODEL = model_from_config(config())
 WEIGHTS = random_weights(MODEL)
@@ -229,13 +230,13 @@ def test_experts_in_one_tensor_are_named_and_as_transformers_saves_them_read(tmp
 @pytest.mark.parametrize("name", ["backup.safetensors", "consolidated.safetensors", "adapter_model.safetensors"])
 def test_a_file_that_vllm_would_load_too_is_refused_for_engines(name: str, source: Path, sharded: Path) -> None:
     for folder in (source, sharded):
-        hf.check_engines_read(folder)
+        check_engines_read(folder)
         save_file({"model.norm.weight": torch.zeros(48)}, folder / name)
     with pytest.raises(
         ModelFolderError, match=rf"holds {name} beside model\.safetensors, and no model.*move the other"
     ):
-        hf.check_engines_read(source)
-    hf.check_engines_read(sharded)  # vLLM reads what the index names
+        check_engines_read(source)
+    check_engines_read(sharded)  # vLLM reads what the index names
     assert_same(loaded(source), WEIGHTS)
     assert_same(loaded(sharded), WEIGHTS)
 

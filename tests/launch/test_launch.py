@@ -1,6 +1,7 @@
 """`astar launch` and `astar jobs` with a Slurm of scripts: what is submitted, and what is refused before it is."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -64,9 +65,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     (work / "run.yaml").write_text(SMALL)
-    for file in ("some.jsonl", "some/model/config.json", "some/table/header.json"):
+    model = [f"some/model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    for file in ("some.jsonl", "some/table/header.json", *model):
         (work / file).parent.mkdir(parents=True, exist_ok=True)
-        (work / file).touch()
+        (work / file).write_text("{}")
     monkeypatch.chdir(work)
     return work
 
@@ -468,6 +470,7 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         ("--set slurm.flags=['-C=gpu']", "slurm.flags: expected a long flag, as --exclusive or --constraint=gpu, got"),
         ("--set slurm.flags=[--export=NONE]", "slurm.flags: --export=NONE: jobs get the whole environment"),
         ("--backend nemo-run", "NEMORUN_HOME: not set; jobs read and write below it: set it to a folder"),
+        ("--backend nemo-run --dry-run", "NEMORUN_HOME: not set"),
         ("--backend nemo-run --set slurm.packager=git", "slurm.packager: git ships what is committed, and run.yaml is"),
     ]:
         words = words.split()
@@ -477,6 +480,46 @@ def test_what_is_wrong_is_one_message_and_nothing_is_submitted(folder: Path, ast
         assert (status, out, calls(folder)) == (2, "", []), words
         message = message.replace("{folder}", str(folder))
         assert error.startswith("astar: ") and message in error and "Traceback" not in error, (words, error)
+
+
+def test_a_model_whose_copy_did_not_end_is_refused(folder: Path, astar: Astar) -> None:
+    model = folder / "some/model"
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    for files, message in (
+        ({"model.safetensors": None}, "some/model has neither model.safetensors nor model.safetensors.index.json"),
+        ({"model.safetensors": ""}, "some/model/model.safetensors is empty: copy the file again"),
+        ({"tokenizer.json": ""}, "some/model/tokenizer.json is empty: copy the file again"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "some/model has no tokenizer: add tokenizer.json"),
+        (
+            {"model.safetensors": None, "model.safetensors.index.json": index, "model-1.safetensors": "1"},
+            "some/model/model.safetensors.index.json names model-2.safetensors, which is missing: copy it there",
+        ),
+    ):
+        shutil.copytree(model, folder / "whole")
+        for name, text in files.items():
+            (model / name).unlink() if text is None else (model / name).write_text(text)
+        for backend in ("sbatch", "local"):
+            status, out, error = astar("launch", "--config", "run.yaml", "--backend", backend)
+            assert (status, out, calls(folder)) == (2, "", []) and f"astar: model.path: {message}" in error, error
+        shutil.rmtree(model)
+        (folder / "whole").rename(model)
+    (model / "tokenizer.json").rename(model / "spiece.model")  # another library's
+    assert astar("launch", "--config", "run.yaml")[0] == 0
+
+
+def test_that_jobs_take_the_nodes_own_python_is_told(
+    folder: Path, astar: Astar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("launch", "--config", "run.yaml", "--dry-run")
+    assert astar(*words)[2] == ""  # this one has torch
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, _, error = astar(*words)
+    assert status == 0 and error.startswith("astar: jobs run the python3 of their nodes") and error.count("\n") == 1
+    for more in ("slurm.setup=module load x", "slurm.env=[ASTAR_PYTHON=/opt/python]", "slurm.image=a/b:1"):
+        assert astar(*words, "--set", more)[2] == ""
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").touch()
+    assert astar(*words)[2] == ""
 
 
 def test_what_is_exported_in_the_shell_does_not_reach_jobs_past_the_checks(
