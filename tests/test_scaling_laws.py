@@ -417,6 +417,18 @@ def test_tables_of_other_trainers_are_recognised(
     assert (curve.name, curve.points.compute.tolist(), curve.points.score.tolist()) == ("run", compute, [0.1, 0.2])
 
 
+def test_the_file_of_verls_own_logger_is_recognised(tmp_path: Path) -> None:
+    rows = [{"perf/total_num_tokens": tokens, "critic/score/mean": score} for tokens, score in ((10, 0.1), (20, 0.2))]
+    lines = [json.dumps({"step": step, "data": data}) + "\n" for step, data in enumerate(rows, 1)]
+    file = tmp_path / "run.jsonl"
+    file.write_text("".join(lines))
+    (curve,) = read_curves([str(file)])
+    assert (curve.points.compute.tolist(), curve.points.score.tolist()) == ([10, 30], [0.1, 0.2])
+    file.write_text(lines[0] + lines[0])
+    with pytest.raises(ValueError, match=r"row 2: .* in order of their steps, each once"):
+        read_curves([str(file)])
+
+
 def test_columns_can_be_named_and_rows_without_a_score_still_cost(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "x.csv", {"cost": [1, 2, 4, 8], "val": [0.1, "", "NaN", 0.3]})
     (curve,) = read_curves([path], "cost", "val", per_row=True)
@@ -544,6 +556,10 @@ def test_a_table_with_a_dash_in_a_column_is_no_chart_where_it_has_what_is_read(t
         (["Step", "a - _step"], {}, "name its columns by --compute and --score"),
         (["Step", "a - x"], {"per_row": True}, "can't be added up over a chart"),
         (["perf/total_num_tokens", "a - x"], {}, "can't be added up over a chart"),
+        (["Step", "a - x"], {}, "over Step, which is no compute; export the chart over what counts it"),
+        (["Relative Time (Process)", "a - x"], {}, "give --compute 'Relative Time (Process)' to fit over that"),
+        (["train/global_step", "a - x"], {}, "over train/global_step, which is no compute"),
+        (["Wall Time", "a - x"], {"score": "x"}, "over Wall Time, which is no compute"),
     ],
 )
 def test_what_is_no_chart_or_lacks_what_is_read_is_refused(
@@ -558,8 +574,8 @@ def test_what_is_no_chart_or_lacks_what_is_read_is_refused(
 def test_wandbs_own_metrics_in_a_chart_are_read_only_where_they_are_named(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "x.csv", {"Step": [1, 2], "a - reward": [0.1, 0.2], "a - _runtime": [3, 4]})
     for score, values in ((None, [0.1, 0.2]), ("_runtime", [3, 4])):
-        (curve,) = read_curves([path], score=score)
-        assert curve.points.score.tolist() == values
+        (curve,) = read_curves([path], "Step", score)
+        assert (curve.points.score.tolist(), curve.compute) == (values, "Step")
 
 
 def metrics(step: int) -> dict[str, Any]:

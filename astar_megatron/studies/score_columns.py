@@ -45,6 +45,7 @@ _KINDS = (
 _SPENT_AFTER = ("spent_tokens", "spent_flops", "spent_seconds")  # a step, of a comparison
 _OF_FIRST_WEIGHTS = ("score_before", "reward_mean")  # of a comparison's step
 OF_A_STEP = frozenset(kind.compute for kind in _KINDS if kind.per_row)
+_NO_COMPUTE = re.compile(r"(.*[/_])?[Ss]tep|(Wall|Relative) Time.*")  # axes that W&B offers
 _CHART = re.compile(r"(?P<run>.+) - (?P<metric>.+?)(?P<bound>__MIN|__MAX)?")
 
 
@@ -63,6 +64,12 @@ def runs_of_table(path: Path, name: str | None, compute: str | None, score: str 
             raise _unknown(path, names, compute, score)
         if per_row or runs_of_chart[0].columns.compute in OF_A_STEP:
             raise ValueError(f"{path}: compute of single steps can't be added up over a chart; give a row a step")
+        axis = runs_of_chart[0].columns.compute
+        if compute is None and _NO_COMPUTE.fullmatch(axis):
+            raise ValueError(
+                f"{path}: its runs are drawn over {axis}, which is no compute; export the chart over what counts it, "
+                f"as train/num_tokens, or give --compute '{axis}' to fit over that"
+            )
         return [replace(run, curve=name or run.curve) for run in runs_of_chart]
     if columns.curve is None:
         own_name = path.name or path.resolve().name if path.is_dir() else path.stem
@@ -86,7 +93,7 @@ def _of_chart(rows: Sequence[Row], names: Sequence[str], compute: str | None, sc
     axes = [name for name in names if not _CHART.fullmatch(name)]
     if len(axes) != 1 or compute not in (None, axes[0]):
         return []
-    runs = []
+    runs: list[Run] = []
     for match in filter(None, map(_CHART.fullmatch, names)):
         metric = match["metric"]
         if not match["bound"] and (metric == score or (score is None and not metric.startswith("_"))):

@@ -80,10 +80,17 @@ def _of_jsonl(text: str) -> list[Any]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [_unnested(json.loads(line))] if line.strip() else []
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}, character {error.colno}: {error.msg}") from None
     return rows
+
+
+def _unnested(row: Any) -> Any:
+    """What verl's logger to files has below a step as `data`, beside the step."""
+    if isinstance(row, dict) and row.keys() == {"step", "data"} and isinstance(row["data"], dict):
+        return {"step": row["step"]} | row["data"]
+    return row
 
 
 def _of_csv(text: str) -> list[dict[str, Any]]:
