@@ -176,7 +176,14 @@ def test_a_card_says_what_is_known_and_the_library_reads_it(export: Path, settin
     assert "500 response tokens, with those of stage 1 if" in words
     assert "1.5e+10 FLOPs of the model, in training and in generation, without stage 1\n" in words
     assert "| `optim.lr` | `3e-06` |" in words and r'`" a \| b, and/or\n"`' in words
-    assert "grpo" not in words and "batch_size" not in words  # another method's keys, and defaults
+    for key, value in (("astar.beta1", 0.5), ("astar.beta2", 0.001), ("sampling.temperature", 1.0)):
+        assert f"| `{key}` | `{json.dumps(value)}` |" in words
+    assert "`sweep.num_samples`" in words and "`train.batch_size`" in words
+    assert "grpo" not in words and "optim.clip_grad" not in words  # another method's keys, and defaults
+    only_groups = Training.of_run(settings | {"objective.name": "oapl"}, 5, run_dir).settings
+    assert only_groups["oapl.group_size"] == 8 and not {"sweep.num_samples", "astar.beta1"} & only_groups.keys()
+    with_table = settings | {"objective.name": "oapl", "oapl.value": "table"}
+    assert "sweep.num_samples" in Training.of_run(with_table, 5, run_dir).settings
 
 
 def test_no_path_secret_or_account_goes_into_a_card(

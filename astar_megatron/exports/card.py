@@ -103,7 +103,8 @@ def _of_training(training: Training, scored: Sequence[Scored]) -> Iterator[str]:
     yield "## Data\n"
     yield f"- Prompts: {_code(settings.get('data.path'))}"
     yield f"- Reward: {_code(settings.get('reward.name'))}\n"
-    yield "## Settings\n\nThose that differ from the defaults:\n\n| key | value |\n| --- | --- |"
+    yield "## Settings\n\nThose of method and sampling, and others that differ from the defaults:\n"
+    yield "| key | value |\n| --- | --- |"
     for key, value in settings.items():
         if key not in _DATA:
             yield _row(key, value)

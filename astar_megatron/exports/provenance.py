@@ -31,6 +31,8 @@ _NOT_TOLD = (
     *("run_dir", "sweep.table", "eval.folder", "model.path"),
     *config.NO_RESULTS,
 )
+# Keys that are told as defaults too, beside the method's own: whoever reads them does not know the defaults.
+_ALWAYS_TOLD = ("sampling.", "train.batch_size", "optim.lr")
 _FILES = ("data.path", "data.eval_path")
 _TEXTS = ("data.suffix",)  # part of the prompt, word for word: a slash in it makes it no path
 _LICENCE = ("license", "license_name", "license_link")  # of a card of the hub's
@@ -45,7 +47,7 @@ class Earlier(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How a model was trained. `settings` are the keys that differ from their defaults.
+    """How a model was trained. `settings` are those of method and sampling, and those that differ from their defaults.
 
     `earlier` are the values that some had before: {"until": 6, "settings": {"optim.lr": 0.001}}.
     """
@@ -156,15 +158,25 @@ def run_dir_of(checkpoint: Path) -> Path | None:
 
 
 def _told(settings: Mapping[str, Any], method: str, *, defaults: bool = False) -> dict[str, Any]:
-    """The settings that may be told and are not the defaults, or these too."""
+    """The settings that may be told: the method's and sampling's, and which are not the defaults, or these too."""
     others = tuple(f"{name}." for name in PAPERS if name != method)
+    always = (f"{method}.", *_ALWAYS_TOLD, *(("sweep.num_samples",) if _reads_table(settings, method) else ()))
     told = {}
     for key, value in settings.items():
         if not key.startswith((*_NOT_TOLD, *others)):
             value = list(value) if isinstance(value, tuple) else value
-            if defaults or value != _default(key):
+            if defaults or value != _default(key) or key.startswith(always):
                 told[key] = _as_told(key, value)
     return told
+
+
+def _reads_table(settings: Mapping[str, Any], method: str) -> bool:
+    """Whether a method of this version, set so, reads stage 1."""
+    if method not in config.RunConfig.model_fields:
+        return False
+    own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{method}.")}
+    section: Any = config.RunConfig.model_fields[method].annotation
+    return section.model_construct(**own).reads_table
 
 
 def _default(key: str) -> Any:
