@@ -22,7 +22,6 @@ from astar_megatron.config_secrets import LOGIN_REFUSED, has_login, shown
 from conversion.plan import WeightMismatch
 
 app = typer.Typer(
-    help="A*PO on Megatron-Core with vLLM rollouts.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -32,6 +31,24 @@ app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
 scale = typer.Typer(help="Scaling laws: scores against compute.", no_args_is_help=True)
 app.add_typer(scale, name="scale")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        versions = import_program("run.machine").versions()
+        typer.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="The versions of what is here.")
+    ] = False,
+) -> None:
+    """A*PO on Megatron-Core with vLLM rollouts."""
+
+
 _UsageError: Any = typer.BadParameter.__base__  # for which typer has no name of its own
 
 

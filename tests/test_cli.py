@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def command(tree: Tree, tmp_path: Path, astar: Any, monkeypatch: pytest.MonkeyPa
         return status, error
 
     return run
+
+
+def test_the_versions_of_what_is_here_are_told(astar: Any) -> None:
+    status, out, _ = astar("--version")
+    assert status == 0 and out.count("\n") == 1
+    for name in ("astar-megatron", "megatron-core", "ray", "torch"):
+        assert f"{name} {version(name).partition('+')[0]}" in out
+    assert f"python {sys.version.split()[0]}" in out
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from email.message import Message
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def printed(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.slow
 def test_what_needs_no_extra_runs_from_a_wheel(astar: Run) -> None:
+    assert printed(astar("--version")).rstrip().endswith(f"astar-megatron {version('astar-megatron')}")
     help_text = printed(astar("--help"))
     assert all(name in help_text for name in ("sweep", "train", "plan", "data", "export", "launch"))
     folder = Path(str(astar("--help").args[0])).parents[2]
@@ -74,8 +76,9 @@ def test_what_needs_no_extra_runs_from_a_wheel(astar: Run) -> None:
         yaml.safe_dump(samples.run_tree(model={"path": "model"}, data={"path": "x.jsonl"}))
     )
     assert "policy rank 0" in printed(astar("plan", "--config", "run.yaml", "--gpu", "H200"))
-    submitted = printed(astar("launch", "--dry-run", "--config", "demo.yaml"))
-    assert "site-packages/astar_megatron/slurm/train.sbatch" in submitted and str(ROOT) not in submitted
+    done = astar("launch", "--dry-run", "--config", "demo.yaml")
+    assert done.returncode == 0 and done.stderr.startswith("astar: jobs run the python3 of their nodes")
+    assert "site-packages/astar_megatron/slurm/train.sbatch" in done.stdout and str(ROOT) not in done.stdout
 
 
 @pytest.mark.slow
