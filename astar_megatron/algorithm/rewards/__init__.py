@@ -54,7 +54,7 @@ _NAMED: dict[str, _Named] = {
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),
     "last_number": _Named(reward=last_number, version=6, extract=number_in),
     "math": _Named(reward=math, version=5, extract=boxed_answer),
-    "math_verify": _Named(reward=math_verify, version=7, extract=boxed_list),
+    "math_verify": _Named(reward=math_verify, version=8, extract=boxed_list),
     "multiply": _Named(reward=multiply, version=1, extract=tagged_integer),
 }
 

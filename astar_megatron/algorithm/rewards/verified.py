@@ -12,10 +12,11 @@ Two of its verdicts are not taken. It rounds to six decimals, by which all tiny 
 must be equal to four digits too. It reads past a sign of inequality in front, so that "\\neq 5" is 5: the answer must
 have the same. Numbers within sets and tuples are compared as the library does, and so are those that take too long.
 
-What it misreads it is given in other words. It takes "1\\,000" and "1.5e3" for products: it reads 1000 and, so that it
-stays one number behind a "/" too, \\frac{1.5\\times10^{3}}{1} in their places. "2e-3" may be 2e less 3 as well: an
-answer is right where it is by either reading of both. And it drops a number's base, so that 52_7 were 52_8: it reads
-the base as a factor, \\beta with the base's name in hexadecimal digits, and 1A2_{16} as one symbol.
+What it misreads it is given in other words, first of all without what changes its looks alone (dressing.py): "5.",
+"= 5", "\\approx 5" and "\\boldsymbol{5}" were no 5. It takes "1\\,000" and "1.5e3" for products: it reads 1000 and,
+so that it stays one number behind a "/" too, \\frac{1.5\\times10^{3}}{1} in their places. "2e-3" may be 2e less 3 as
+well: an answer is right where it is by either reading of both. And it drops a number's base, so that 52_7 were 52_8: it
+reads the base as a factor, \\beta with the base's name in hexadecimal digits, and 1A2_{16} as one symbol.
 """
 
 import importlib
@@ -27,6 +28,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
+from astar_megatron.algorithm.rewards.dressing import undressed
 from astar_megatron.algorithm.rewards.latex import filled_boxes, last_boxed
 from astar_megatron.algorithm.rewards.numbers import TEX_THOUSANDS
 
@@ -38,6 +40,7 @@ _SIGN = re.compile(
     r"(?:[\s{]|\\[;,: ])*(?:\\(neq?|not|notin|[gl](?:t|eq?|eqq|eqslant))(?![A-Za-z])|([<>\u2260\u2264\u2265]))"
 )
 _GAP = r"(?:\s|~|\\[,;:! ])*"
+_NUMBER_IN_BRACES = re.compile(r"(?<![\^\w}\]])\{([0-9A-Za-z]+)\}(?=\s*_)")  # with a base behind it
 _IN_BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"
 _BASE = re.compile(  # number, bracket behind it, base
     rf"(?<![\^0-9])([0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]+(?:(?:[A-Za-z]+[0-9]+)+[A-Za-z]*)?)(\)?){_GAP}_\s*"
@@ -186,8 +189,8 @@ def _value(expression: Any) -> Any:
 
 def _read(latex: str, powers: re.Pattern[str]) -> str:
     """The text with numbers and subscripts as the library reads them."""
-    plain = TEX_THOUSANDS.sub("", latex.replace("\N{MINUS SIGN}", "-"))
-    plain = _TEXT_SUBSCRIPT.sub(r"_{\1}", plain)
+    plain = TEX_THOUSANDS.sub("", undressed(latex.replace("\N{MINUS SIGN}", "-")))
+    plain = _NUMBER_IN_BRACES.sub(r"\1", _TEXT_SUBSCRIPT.sub(r"_{\1}", plain))
     # No blanks: where it can't read the rest, it takes a number behind a blank for the whole.
     return _BASE.sub(_with_factor, powers.sub(r"\\frac{\1\\times10^{\2}}{1}", plain))
 
