@@ -1,4 +1,4 @@
-"""What math_verify takes off an answer before the library reads it: what changes its looks, nothing that it says."""
+"""What math_verify and boxed_integer take off an answer before they read it: its looks, and nothing that it says."""
 
 import pytest
 
@@ -19,13 +19,23 @@ AROUND = [
 ]
 
 
-@pytest.mark.parametrize("dress", [*(f"{words}%" for words in IN_FRONT), *(f"%{words}" for words in BEHIND), *AROUND])
+DRESSES = [*(f"{words}%" for words in IN_FRONT), *(f"%{words}" for words in BEHIND), *AROUND]
+
+
+@pytest.mark.parametrize("dress", DRESSES)
 def test_what_changes_the_looks_alone_changes_no_verdict(dress: str) -> None:
     pytest.importorskip("math_verify", reason="needs the package math-verify")
     reward = rewards.get("math_verify")
     for answer, other in zip(ANSWERS, [*ANSWERS[1:], ANSWERS[0]], strict=True):
         box = rf"\boxed{{{dress.replace('%', answer)}}}"
         assert (reward(box, answer), reward(box, other)) == (1.0, 0.0), (box, answer)
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_an_integer_is_one_in_any_dress(dress: str) -> None:
+    reward = rewards.get("boxed_integer")
+    box = rf"\boxed{{{dress.replace('%', '204')}}}"
+    assert (reward(box, "204"), reward(box, "203")) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

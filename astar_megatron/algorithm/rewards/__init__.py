@@ -48,7 +48,7 @@ class _Named:
 
 _NAMED: dict[str, _Named] = {
     "arithmetic": _Named(reward=multiply, version=1, extract=tagged_integer),  # the same rule for other data
-    "boxed_integer": _Named(reward=boxed_integer, version=6, extract=integer_in),
+    "boxed_integer": _Named(reward=boxed_integer, version=7, extract=integer_in),
     "countdown": _Named(reward=countdown, version=2, extract=tagged_value),
     "gsm8k_flexible": _Named(reward=gsm8k_flexible, version=4, extract=flexible_answer),
     "gsm8k_strict": _Named(reward=gsm8k_strict, version=2, extract=strict_answer),

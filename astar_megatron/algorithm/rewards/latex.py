@@ -8,13 +8,15 @@ Math signs around the whole (`$27$`, `\\(27\\)`) go. And without a \\boxed the l
 finds it too, but takes only a \\boxed apart, so that \\fbox{5} is 0 there and 1 here. No end-of-text string is asked
 for. The minus sign U+2212 is read as "-". Linear in the response.
 
-`boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159; braces, bold,
-`\\text`, thin spaces, a unit behind it and the "m+n =" in front of it go. "25 \\text{ or } 27" is no
-integer, nor is "25 \\text{ million}". An empty box is no answer, so the one before it counts.
+`boxed_integer` is for contests whose answers are integers: "025", "27.0" and "3,159" are 25, 27 and 3159; what changes
+the looks alone (dressing.py), braces, `\\text`, a unit behind it and the "m+n =" in front of it go. No integer is in
+"25 \\text{ or } 27" or "25 \\text{ million}". An empty box is no answer, so the one before it counts.
 """
 
 import re
 from typing import NamedTuple
+
+from astar_megatron.algorithm.rewards.dressing import undressed
 
 _REMOVED = ("\n", "\\!", "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$", "\\%")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped character counts as none
@@ -100,7 +102,7 @@ def _integer(latex: str) -> str | None:
     """The integer that LaTeX writes, in its shortest form; None where it writes none."""
     if len(latex) > _LONGEST:
         return None
-    text = _THOUSANDS.sub("", latex.replace("\\!", ""))
+    text = _THOUSANDS.sub("", undressed(latex).replace("\\!", ""))
     if _NO_INTEGER.search(text) or _TWO_NUMBERS.search(text):
         return None
     # Without fonts: of a \text{ the normal form would cut off all that follows.
