@@ -342,13 +342,27 @@ def test_what_was_drawn_ahead_is_not_drawn_again_by_a_resumed_run(source_of: Any
     assert len(resumed.asked) + len(drawn) == 4 * 7
 
 
-def test_what_was_drawn_ahead_by_weights_that_are_too_old_now_is_drawn_again(source_of: Any) -> None:
+def test_a_run_that_is_resumed_twice_still_has_what_the_first_one_drew_ahead(source_of: Any) -> None:
     pool, resumed = engines(), engines()
     batches = training(source_of(pool), max_staleness=3)
     batches.take(0, untimed)
     wait_for(lambda: len(batches.in_flight()) == 3 * 7)
+    drawn = batches.in_flight()
     resumed.version = 1
-    again = training(source_of(resumed), batches.state(), first=1, max_staleness=1, drawn=batches.in_flight())
+    again = training(source_of(resumed), batches.state(), first=1, max_staleness=3, drawn=drawn)
+    assert again.take(1, untimed) == drawn[:7]
+    assert again.in_flight()[: 2 * 7] == drawn[7:]
+
+
+@pytest.mark.parametrize("last_version", [0, 1])  # 1: weights were published while it was drawn
+def test_what_was_drawn_ahead_by_weights_that_are_too_old_now_is_drawn_again(source_of: Any, last_version: int) -> None:
+    pool, resumed = engines(), engines()
+    batches = training(source_of(pool), max_staleness=3)
+    batches.take(0, untimed)
+    wait_for(lambda: len(batches.in_flight()) == 3 * 7)
+    drawn = [dataclasses.replace(rollout, last_version=last_version) for rollout in batches.in_flight()]
+    resumed.version = 1
+    again = training(source_of(resumed), batches.state(), first=1, max_staleness=1, drawn=drawn)
     assert {rollout.first_version for rollout in again.take(1, untimed)} == {0}
     wait_for(lambda: len(resumed.asked) == 7)  # batch 2: version 0 is two behind
 
