@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -436,6 +437,22 @@ def test_a_budget_that_stage_1_will_reach_is_refused_before_the_sweep(
     ):
         compare(runner, "grpo,astar", f"tokens={least}", **own)
     assert runner.calls == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("samples_there", [0, 4])
+def test_flops_that_stage_1_will_reach_are_refused_before_the_sweep(
+    samples_there: int, compare: Any, cfg: RunConfig, tmp_path: Path
+) -> None:
+    if samples_there:
+        fill_table(cfg)
+    runner, own = Astar(), {"sweep": {"num_samples": samples_there + 1}}
+    with pytest.raises(ValueError, match=r"stage 1 alone, which astar reads, will cost \S+ .*FLOPs or") as error:
+        compare(runner, "grpo,astar", "flops=1", **own)
+    assert runner.calls == [] and not (tmp_path / "out").exists()
+    least = float(re.findall(r"will cost (\S+) ", str(error.value))[0])
+    with pytest.raises(ValueError, match="stage 1 alone, which astar reads, costs"):  # responses of 2 and 3 tokens
+        compare(runner, "grpo,astar", f"flops={1.001 * least}", **own)
+    assert runner.calls == [("sweep", "stage-1")]
 
 
 def test_what_any_method_is_refused_for_is_said_before_anything_starts(compare: Any) -> None:

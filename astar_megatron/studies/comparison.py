@@ -201,12 +201,13 @@ def with_budget(cfg: RunConfig, budgets: Sequence[Budget], stage_1: Stage1Cost |
     return config.validate(cfg.model_dump() | {"budget": {budget.measure: amounts}})
 
 
-def check_tokens(cfg: RunConfig, budget: Budget, least: int) -> None:
-    """Raise ValueError where the tokens of stage 1, which are `least` at least, are as many as the budget or more."""
-    if budget.measure == "tokens" and least >= budget.amount:
+def check_least(cfg: RunConfig, budget: Budget, least: Cost) -> None:
+    """Raise ValueError where stage 1, which costs `least` at least, takes all of the budget."""
+    amount = least.by(budget.measure)
+    if amount >= budget.amount:
         raise ValueError(
-            f"budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, will cost {least} response "
-            "tokens or more; give more, lower sweep.num_samples, or leave the method out"
+            f"budget: {budget}, but stage 1 alone, which {cfg.objective.name} reads, will cost {amount:.12g} "
+            f"{UNITS[budget.measure]} or more; give more, lower sweep.num_samples, or leave the method out"
         )
 
 

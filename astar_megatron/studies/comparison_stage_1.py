@@ -8,7 +8,7 @@ from astar_megatron.config import RunConfig
 from astar_megatron.data.allocation import run_lengths
 from astar_megatron.run.commands import CommandEnd
 from astar_megatron.run.prepare import Inputs
-from astar_megatron.run.spending import generation_flops
+from astar_megatron.run.spending import Cost, generation_flops
 from astar_megatron.run.tracking import read_stage_1_seconds
 from astar_megatron.studies import comparison
 from astar_megatron.studies.comparison import Budget, Run, Stage1Cost
@@ -75,15 +75,19 @@ class SharedStage1:
         return run_lengths(cfg, self.inputs.contract, self.inputs.prompts)
 
     def _check(self, cfg: RunConfig, drawn: Lengths, lacking: int) -> None:
-        comparison.check_tokens(cfg, self.limit, sum(map(sum, drawn)) + lacking)
+        """Raise ValueError for what is known of the cost before the sweep: each response has a token at least."""
+        shortest = min(self.inputs.prompts, key=lambda prompt: len(prompt.token_ids))
+        undrawn = Cost(tokens=lacking, flops=generation_flops(self.inputs.model, [(shortest, [1] * lacking)]))
+        comparison.check_least(cfg, self.limit, self._drawing(drawn) + undrawn)
         comparison.check_seconds(cfg, self.limit, self._seconds(cfg, drawn))
 
     def _cost(self, cfg: RunConfig, drawn: Lengths) -> Stage1Cost:
-        return Stage1Cost(
-            tokens=sum(map(sum, drawn)),
-            flops=generation_flops(self.inputs.model, zip(self.inputs.prompts, drawn, strict=True)),
-            seconds=self._seconds(cfg, drawn),
-        )
+        cost = self._drawing(drawn)
+        return Stage1Cost(tokens=cost.tokens, flops=cost.flops, seconds=self._seconds(cfg, drawn))
+
+    def _drawing(self, drawn: Lengths) -> Cost:
+        flops = generation_flops(self.inputs.model, zip(self.inputs.prompts, drawn, strict=True))
+        return Cost(tokens=sum(map(sum, drawn)), flops=flops)
 
     def _seconds(self, cfg: RunConfig, drawn: Lengths) -> float | None:
         return read_stage_1_seconds(self.folder / STAGE_1, cfg.table_dir, sum(map(len, drawn)))
