@@ -353,3 +353,21 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> dict[str, type
         else:
             sections[prefix + name] = section
     return sections
+
+
+def default(key: str) -> Any:
+    """Return the default of a key path, as JSON has it; an ellipsis for a key that has none, or is not known here."""
+    section, name = keys().get(key), key.rpartition(".")[2]
+    if section is None or section.model_fields[name].is_required():
+        return ...
+    value = section.model_fields[name].get_default(call_default_factory=True)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by key path the values that settings had in a record, where they have others now.
+
+    A key that the record lacks, of a version that did not know it, had its default.
+    """
+    was = {key: before.get(key, default(key)) for key in now} if before else {}
+    return {key: value for key, value in was.items() if value not in (..., now[key])}

@@ -215,6 +215,19 @@ def test_what_dither_changes_in_a_run_that_goes_on_is_said(tmp_path: Path) -> No
     assert changed({"optim.dither": False}, {"optim.dither": True}) == [f"optim.dither False -> True {as_saved}"]
     assert changed({"optim.dither": True}, {"optim.dither": False}) == [f"optim.dither True -> False {as_saved}"]
     assert changed({"optim.dither": True, "seed": 1}, {"seed": 2, "optim.dither": True}) == ["seed 1 -> 2"]
+    later = {"seed": 1, "grpo.kl_coef": 0.5, "optim.clip_grad": 1.0}  # the second is not the default, the third is
+    assert changed({"seed": 1}, later) == ["grpo.kl_coef 0.001 -> 0.5"]
+
+
+def test_a_checkpoint_of_a_version_that_knew_less_is_not_called_damaged(tmp_path: Path) -> None:
+    save(checkpoints_of(tmp_path), 3)
+    file = tmp_path / "checkpoints" / "step_00000003" / "progress.json"
+    whole = json.loads(file.read_text())
+    for key in ("earlier", "dtype", "settings"):
+        file.write_text(json.dumps({name: value for name, value in whole.items() if name != key}))
+        with pytest.raises(ValueError, match=rf"has no {key}: another version wrote the checkpoint") as error:
+            checkpoints_of(tmp_path).restore(stream(), FIXED)
+        assert "begin a new run_dir from an export" in str(error.value) and "damaged" not in str(error.value)
 
 
 def test_the_newest_checkpoint_of_a_run_is_known_by_its_folder_alone(tmp_path: Path) -> None:

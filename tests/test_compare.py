@@ -454,6 +454,14 @@ def test_flops_that_stage_1_will_reach_are_refused_before_the_sweep(
     assert runner.calls[0] == ("sweep", "stage-1")
 
 
+def test_a_key_that_a_comparison_s_record_does_not_know_had_its_default(tmp_path: Path) -> None:
+    digests = dict.fromkeys(("prompts of data.path", "held-out problems", "model, tokenizer and reward"), "a")
+    before = digests | {"train.batch_size": 8, "--budget": "tokens=5"}
+    comparison.check_settings(tmp_path, before, before | {"grpo.kl_coef": 0.001})
+    with pytest.raises(ValueError, match=r"grpo\.kl_coef: 0\.001 there, 0\.5 now"):
+        comparison.check_settings(tmp_path, before, before | {"grpo.kl_coef": 0.5})
+
+
 def test_what_any_method_is_refused_for_is_said_before_anything_starts(compare: Any) -> None:
     runner = Astar()
     changes = {"train": {"num_steps": 50, "batch_size": 16}}

@@ -165,7 +165,7 @@ def _told(settings: Mapping[str, Any], method: str, *, defaults: bool = False) -
     for key, value in settings.items():
         if not key.startswith((*_NOT_TOLD, *others)):
             value = list(value) if isinstance(value, tuple) else value
-            if defaults or value != _default(key) or key.startswith(always):
+            if defaults or value != config.default(key) or key.startswith(always):
                 told[key] = _as_told(key, value)
     return told
 
@@ -177,15 +177,6 @@ def _reads_table(settings: Mapping[str, Any], method: str) -> bool:
     own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{method}.")}
     section: Any = config.RunConfig.model_fields[method].annotation
     return section.model_construct(**own).reads_table
-
-
-def _default(key: str) -> Any:
-    """The default of a key, as JSON has it; an ellipsis for a key that has none, or that no version here knows."""
-    section, name = config.keys().get(key), key.rpartition(".")[2]
-    if section is None or section.model_fields[name].is_required():
-        return ...
-    default = section.model_fields[name].get_default(call_default_factory=True)
-    return list(default) if isinstance(default, tuple) else default
 
 
 def _as_told(key: str, value: Any) -> Any:

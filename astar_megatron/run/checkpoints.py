@@ -11,7 +11,7 @@ from typing import Any
 
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.config import CheckpointConfig
+from astar_megatron.config import CheckpointConfig, changes
 from astar_megatron.data import rollout_files
 from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.manifest import MANIFEST_FILE, problems, strangers
@@ -137,7 +137,7 @@ class Checkpoints:
         """The values that settings had in the run that wrote the newest checkpoint, where they have others now."""
         folder = self.latest
         before = self._progress(folder)["settings"] if folder else {}
-        return {key: before[key] for key, new in self._settings.items() if before.get(key, new) != new}
+        return changes(before, self._settings)
 
     def check_type(self, dtype: ComputeType) -> None:
         """Raise ValueError where the newest checkpoint was trained in another type: its weights would be others.
@@ -178,9 +178,15 @@ class Checkpoints:
         """All of it, which is large where a method keeps something of each prompt."""
         try:
             progress: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+            lacking = [name for name in _PROGRESS if progress.get(name, ...) is ...]
             wrong = [name for name, kind in _PROGRESS.items() if type(progress.get(name)) is not kind]
         except (OSError, ValueError, AttributeError, RecursionError) as error:
-            wrong = [f"{type(error).__name__}: {error}"]
+            wrong, lacking = [f"{type(error).__name__}: {error}"], []
+        if lacking:
+            raise ValueError(
+                f"{folder / PROGRESS_FILE}: has no {', '.join(lacking)}: another version wrote the checkpoint, or "
+                "somebody changed it; go on with that version, or begin a new run_dir from an export"
+            )
         if wrong or progress["step"] < 0:
             raise self._damaged(folder / PROGRESS_FILE, ", ".join(wrong) or "step")
         if differences := self._contract.difference(progress["contract"], ("this run", "the checkpoint")):
@@ -248,7 +254,7 @@ def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
 
 
 def _method(settings: dict[str, Any]) -> str:
-    return settings["objective.name"]
+    return settings.get("objective.name", "")
 
 
 def _copies(settings: dict[str, Any]) -> bool:

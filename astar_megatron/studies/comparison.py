@@ -236,9 +236,7 @@ def settings_of(cfg: RunConfig, inputs: Inputs, budget: Budget) -> dict[str, Any
 
 def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ValueError, field by field, where a folder holds a comparison of other settings."""
-    changed = [
-        f"{key}: {before[key]} there, {now[key]} now" for key in now if key in before and before[key] != now[key]
-    ]
+    changed = [f"{key}: {was} there, {now[key]} now" for key, was in config.changes(before, now).items()]
     changed += [
         f"{key}: not known there, an older version wrote it and alone can go on with it"
         for key in (_CONTENTS if before else ())
