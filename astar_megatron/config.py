@@ -371,3 +371,17 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
     """
     was = {key: before.get(key, default(key)) for key in now} if before else {}
     return {key: value for key, value in was.items() if value not in (..., now[key])}
+
+
+def method_of(settings: Mapping[str, Any]) -> Method:
+    """Return the section of the method that settings name, one value a key path, unchecked: they may be older.
+
+    One that is not known here is a method without keys.
+    """
+    name = str(settings.get("objective.name"))
+    field = RunConfig.model_fields.get(name)
+    kind = field.annotation if field else None
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        return Method()
+    prefix = f"{name}."
+    return kind.model_construct(**{key[len(prefix) :]: settings[key] for key in settings if key.startswith(prefix)})

@@ -160,7 +160,7 @@ def run_dir_of(checkpoint: Path) -> Path | None:
 def _told(settings: Mapping[str, Any], method: str, *, defaults: bool = False) -> dict[str, Any]:
     """The settings that may be told: the method's and sampling's, and which are not the defaults, or these too."""
     others = tuple(f"{name}." for name in PAPERS if name != method)
-    always = (f"{method}.", *_ALWAYS_TOLD, *(("sweep.num_samples",) if _reads_table(settings, method) else ()))
+    always = (f"{method}.", *_ALWAYS_TOLD, *(("sweep.num_samples",) if config.method_of(settings).reads_table else ()))
     told = {}
     for key, value in settings.items():
         if not key.startswith((*_NOT_TOLD, *others)):
@@ -168,15 +168,6 @@ def _told(settings: Mapping[str, Any], method: str, *, defaults: bool = False) -
             if defaults or value != config.default(key) or key.startswith(always):
                 told[key] = _as_told(key, value)
     return told
-
-
-def _reads_table(settings: Mapping[str, Any], method: str) -> bool:
-    """Whether a method of this version, set so, reads stage 1."""
-    if method not in config.RunConfig.model_fields:
-        return False
-    own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{method}.")}
-    section: Any = config.RunConfig.model_fields[method].annotation
-    return section.model_construct(**own).reads_table
 
 
 def _as_told(key: str, value: Any) -> Any:

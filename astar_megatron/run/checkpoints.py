@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from astar_megatron import config
 from astar_megatron.algorithm.objective import Objective
 from astar_megatron.cluster.policy_group import PolicyGroup
-from astar_megatron.config import CheckpointConfig, changes
+from astar_megatron.config import CheckpointConfig
 from astar_megatron.data import rollout_files
 from astar_megatron.data.contract import Contract, ContractError
 from astar_megatron.data.manifest import MANIFEST_FILE, problems, strangers
@@ -137,7 +138,7 @@ class Checkpoints:
         """The values that settings had in the run that wrote the newest checkpoint, where they have others now."""
         folder = self.latest
         before = self._progress(folder)["settings"] if folder else {}
-        return changes(before, self._settings)
+        return config.changes(before, self._settings)
 
     def check_type(self, dtype: ComputeType) -> None:
         """Raise ValueError where the newest checkpoint was trained in another type: its weights would be others.
@@ -156,16 +157,17 @@ class Checkpoints:
         """Raise ValueError where another method has trained: each keeps what it learns, and its reference, its way."""
         folder = self.latest
         before = self._progress(folder)["settings"] if folder else self._settings
-        was, now = ((_method(settings), _copies(settings)) for settings in (before, self._settings))
-        if was[0] != now[0]:
+        was, now = (settings.get("objective.name") for settings in (before, self._settings))
+        if was != now:
             raise ValueError(
-                f"objective.name: {now[0]}, but {folder} was trained with {was[0]}; set it to {was[0]}, or choose a "
-                "new run_dir"
+                f"objective.name: {now}, but {folder} was trained with {was}; set it to {was}, or choose a new run_dir"
             )
-        if was[1] != now[1]:
+        if config.method_of(before).copies_reference != config.method_of(self._settings).copies_reference:
+            others = config.changes(before, self._settings).items()
+            keys = " and ".join(f"{key}={value}" for key, value in others if key.startswith(f"{now}."))
             raise ValueError(
-                f"oapl.refresh_steps: {folder} was trained with {before['oapl.refresh_steps']}, and its reference "
-                "is that of such a run; set it as it was, or choose a new run_dir"
+                f"{folder} was trained with {keys}, and its reference is that of such a run; set that as it was, or "
+                "choose a new run_dir"
             )
 
     def _progress(self, folder: Path) -> dict[str, Any]:
@@ -251,11 +253,3 @@ def _error(checkpoints: Path, culprit: str, bad: str) -> DamagedCheckpointError:
     else:
         remedy = f"{whole} is whole: write its name into {pointer} and run the same command again"
     return DamagedCheckpointError(f"{culprit}; {remedy}")
-
-
-def _method(settings: dict[str, Any]) -> str:
-    return settings.get("objective.name", "")
-
-
-def _copies(settings: dict[str, Any]) -> bool:
-    return _method(settings) == "oapl" and settings["oapl.refresh_steps"] is not None

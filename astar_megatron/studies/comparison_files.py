@@ -131,7 +131,7 @@ def as_markdown(comparison: Comparison) -> str:
         markdown_table(_COLUMNS, map(_row, comparison.summaries)),
         "",
         "Score: greedy, of the last weights, mean over the finished runs ± its standard error. KL: to the reference, "
-        "nats a response token, at the last step; empty where it is to a copy of the policy (oapl.refresh_steps). "
+        "nats a response token, at the last step; empty where it is to a copy of the policy. "
         "Memory: of the rank that has most. The rest are means over the runs.",
     ]
     for method, cost in comparison.stage_1.items():
