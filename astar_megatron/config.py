@@ -218,9 +218,10 @@ class RunConfig(Section):
                 f"take a divisor of it, for example {nearest_divisor(mini, self.parallel.data)}"
             )
         if mini % self.group_size:
+            key = ".group_size" if "group_size" in type(self.method).model_fields else ""
             raise ValueError(
-                f"{self.objective.name}: groups of {self.group_size} responses to a prompt don't divide the {mini} "
-                "sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
+                f"{self.objective.name}{key}: groups of {self.group_size} responses to a prompt don't divide the "
+                f"{mini} sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
                 f"{self.group_size}"
             )
         if self.rollout.max_staleness and (reason := self.method.on_policy):
@@ -235,7 +236,7 @@ class RunConfig(Section):
         needed = self.optim.warmup_steps + (self.optim.decay_steps or 0)
         if needed >= self.optimizer_steps:
             raise ValueError(
-                f"optim.warmup_steps: with optim.decay_steps {needed}, which leave nothing of the "
+                f"optim.warmup_steps: {needed} with optim.decay_steps, which leave nothing of the "
                 f"{self.optimizer_steps} optimiser steps of the run (train.num_steps * batch_size / mini_batch_size); "
                 "lower them"
             )
