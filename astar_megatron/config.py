@@ -221,8 +221,8 @@ class RunConfig(Section):
             key = ".group_size" if "group_size" in type(self.method).model_fields else ""
             raise ValueError(
                 f"{self.objective.name}{key}: groups of {self.group_size} responses to a prompt don't divide the "
-                f"{mini} sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples of "
-                f"{self.group_size}"
+                f"{mini} sequences of an optimiser step; set train.batch_size and train.mini_batch_size to multiples "
+                f"of {self.group_size}"
             )
         if self.rollout.max_staleness and (reason := self.method.on_policy):
             raise ValueError(
