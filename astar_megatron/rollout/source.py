@@ -216,11 +216,15 @@ class RolloutSource:
         """Thread: hand out, take back, give to the reward's processes."""
         try:
             while streams := self._streams_of_work():
-                for stream, responses in self._engines.responses(list(streams), _POLL_SECONDS):
-                    if responses is not None:
-                        self._take(streams[stream], responses)
-                    else:
-                        self._end(stream)
+                taken: list[tuple[int, Rollout]] = []  # tag and rollout
+                try:
+                    for stream, responses in self._engines.responses(list(streams), _POLL_SECONDS):
+                        if responses is not None:
+                            taken += self._take(streams[stream], responses)
+                        else:
+                            self._end(stream)
+                finally:
+                    self._score(taken)  # together: a thousand engines answer with a few responses each
         except Exception as error:  # of an engine, as a rule: it is the driver's to raise
             with self._changed:
                 self._error = error
@@ -252,17 +256,25 @@ class RolloutSource:
                 "look for what ends an engine in the lines above, or leave the prompt out"
             )
 
-    def _take(self, handed: _Handed, responses: Sequence[Response]) -> None:
-        by_draw: defaultdict[Draw, Indexed] = defaultdict(list)
+    def _take(self, handed: _Handed, responses: Sequence[Response]) -> list[tuple[int, Rollout]]:
+        """Return what an engine has answered, by tag, and give it what it has room for now."""
         with self._changed:
             for response in responses:
                 del handed.unanswered[response.tag]
             requests = [self._feed.answered(handed.engine, response.tag) for response in responses]
             self._hand_out()
-            places = [self._draws[response.tag] for response in responses]
-        for request, response, (draw, number) in zip(requests, responses, places, strict=True):
+        for request, response in zip(requests, responses, strict=True):
             _check_logprobs(handed.engine, request, response)
-            by_draw[draw].append((number, self._rollout(request, response)))
+        pairs = zip(requests, responses, strict=True)
+        return [(response.tag, self._rollout(request, response)) for request, response in pairs]
+
+    def _score(self, taken: Sequence[tuple[int, Rollout]]) -> None:
+        """Give rollouts, by tag, to the reward's processes, those of a draw together."""
+        by_draw: defaultdict[Draw, Indexed] = defaultdict(list)
+        with self._changed:
+            places = [self._draws[tag] for tag, _ in taken]
+        for (draw, number), (_, rollout) in zip(places, taken, strict=True):
+            by_draw[draw].append((number, rollout))
         for draw, pairs in by_draw.items():
             self._scorer.submit(pairs).when_done(draw.hear)
             with self._changed:
@@ -270,8 +282,8 @@ class RolloutSource:
                 self._changed.notify_all()
             draw.hear(None)
         with self._changed:
-            for response in responses:  # only now: whoever still waits for one hears of an error
-                del self._draws[response.tag]
+            for tag, _ in taken:  # only now: whoever still waits for one hears of an error
+                del self._draws[tag]
 
     def _rollout(self, request: Request, response: Response) -> Rollout:
         return Rollout(

@@ -1,10 +1,9 @@
 """Writes the tables of slurm/SCALE.md: what is measured of the driver, and what follows for 64, 1,024 and 8,192 GPUs.
 
-    python tests/benchmarks/scale.py [--before CHECKOUT] [--page]
+    python tests/benchmarks/scale.py [--page]
 
-The driver's work is measured by scale_driver.py and scale_calls.py, in a process each; with --before that of another
-checkout too, in turns. Everything goes to results/scale.json, and the page's tables are made of that file; --page
-makes them without measuring.
+The driver's work is measured by scale_driver.py and scale_calls.py, in a process each. Everything goes to
+results/scale.json, and the page's tables are made of that file; --page makes them without measuring.
 """
 
 import argparse
@@ -30,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS, PAGE = HERE / "results" / "scale.json", ROOT / "slurm" / "SCALE.md"
 BEGIN, END = "<!-- made by tests/benchmarks/scale.py -->\n", "<!-- end of what it made -->\n"
-RANKS, RANKS_BEFORE = (64, 256, 1024, 4096, 8192), (64, 256, 1024)
+RANKS = (64, 256, 1024, 4096, 8192)
 GPUS, GPUS_A_NODE = (64, 1024, 8192), 8
 LINKS, WRITER, FILE_SYSTEM = (25e9, 50e9), 2e9, 100e9  # bytes a second: of a GPU's network card; of a rank; of all
 WIRE_BYTES, SAVED_BYTES = 2, 14  # a parameter in bfloat16; with its master weight and Adam's moments in float32
@@ -39,27 +38,19 @@ WIRE_BYTES, SAVED_BYTES = 2, 14  # a parameter in bfloat16; with its master weig
 # --- measuring and computing
 
 
-def run(program: str, checkout: Path, *arguments: object) -> Any:
-    """Return what a program of this folder prints of the code in a checkout."""
-    env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def run(program: str, *arguments: object) -> Any:
+    """Return what a program of this folder prints."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{program}: {done.stderr[-2000:]}")
     print(done.stdout, file=sys.stderr, end="")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(before: Path | None) -> dict[str, Any]:
-    results: dict[str, Any] = {"driver": [], "driver_before": []}
-    for ranks in RANKS:
-        results["driver"].append(run("scale_driver.py", ROOT, ranks))
-        if before and ranks in RANKS_BEFORE:
-            results["driver_before"].append(run("scale_driver.py", before, ranks))
-    results["calls"] = run("scale_calls.py", ROOT)
-    if before:
-        results["calls_before"] = run("scale_calls.py", before)
-    return results
+def measured() -> dict[str, Any]:
+    return {"driver": [run("scale_driver.py", ranks) for ranks in RANKS], "calls": run("scale_calls.py")}
 
 
 def publish(name: str, gpus: int) -> dict[str, Any]:
@@ -137,7 +128,7 @@ def _gb(num_bytes: float) -> str:
 
 
 def _driver(results: dict[str, Any]) -> Iterator[str]:
-    reports, before = results["driver"], results["driver_before"]
+    reports = results["driver"]
     of_step = "Processor seconds, all threads; a sequence a rank. `in the end`: between the two largest sizes."
     for heading, kind, rule in (
         ("The driver's own work in a step", "step", of_step),
@@ -146,14 +137,12 @@ def _driver(results: dict[str, Any]) -> Iterator[str]:
         yield from (f"## {heading}\n", rule, "")
         names = [*reports[0][kind], *(["all"] if kind == "step" else [])]
         columns = [f"{report['ranks']:,} ranks, {report['engines']:,} engines" for report in reports]
-        last = f", {before[-1]['ranks']:,} ranks" if before else ""
         rows = []
         for name in names:
-            values, olds = _part(reports, kind, name), _part(before, kind, name)
+            values = _part(reports, kind, name)
             growths = _growth(reports, values), _growth(reports[-2:], values[-2:], fewest=2)
-            old = _seconds(olds[-1]) if olds else ""
-            rows.append([name, *map(_seconds, values), *growths, old, _growth(before, olds)])
-        columns += ["grows as ranks^", "in the end", f"before{last}", "grew as ranks^"]
+            rows.append([name, *map(_seconds, values), *growths])
+        columns += ["grows as ranks^", "in the end"]
         yield from _table(["part", *columns], rows)
 
 
@@ -168,18 +157,15 @@ def _growth(reports: Sequence[dict[str, Any]], values: Sequence[float], fewest: 
 
 
 def _calls(results: dict[str, Any]) -> Iterator[str]:
-    calls, before = results["calls"]["seconds"], results.get("calls_before", {}).get("seconds", {})
+    calls = results["calls"]["seconds"]
     yield from (
         "## What Ray adds to a call\n",
         "Processor seconds of the driver for calls made at once and waited for.",
         "",
     )
-    rows = [
-        (label, *(_seconds(of.get(size, math.nan)) for size in calls), f"{slope([*map(int, of)], [*of.values()]):.2f}")
-        for label, of in (("now", calls), ("before", before))
-        if of
-    ]
-    yield from _table(["", *(f"{int(size):,} calls" for size in calls), "grows as calls^"], rows)
+    growth = slope([*map(int, calls)], [*calls.values()])
+    columns = [*(f"{int(size):,} calls" for size in calls), "grows as calls^"]
+    yield from _table(columns, [[*map(_seconds, calls.values()), f"{growth:.2f}"]])
 
 
 def _head(results: dict[str, Any]) -> Iterator[str]:
@@ -283,11 +269,10 @@ def _files(results: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path)
     parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args()
     if not arguments.page:
-        results = {"machine": machine(), "load": [os.getloadavg()[0]]} | measured(arguments.before)
+        results = {"machine": machine(), "load": [os.getloadavg()[0]]} | measured()
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         results["publish"] = {name: {str(gpus): publish(name, gpus) for gpus in GPUS} for name in SIZES}
         results["load"].append(os.getloadavg()[0])

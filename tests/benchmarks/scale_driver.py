@@ -5,7 +5,7 @@
 The code is the real one: rollout source and feed, scoring, batch, metrics and files, placement, plan, publish with its
 proof. Simulated are the far ends: an engine answers at once, a rank has digests and statistics and computes nothing.
 scale_calls.py measures what Ray adds. There is an engine a 8.192 ranks, and a sequence a rank: a prompt of 128 tokens
-and a response of 256. Seconds are the processor's, of all threads of this process; of a step the least of three, after
+and a response of 256. Seconds are the processor's, of all threads of this process; of a step the least of seven, after
 a first.
 """
 
@@ -53,7 +53,7 @@ from conversion.transfer.route import Place
 from conversion.verify import Part
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 256
-STEPS = 4
+STEPS = 8
 STREAMS_AT_ONCE = 20  # what comes in the 0.05 s that the pool waits: 8,192 responses in 20 s
 MODEL, SPREAD = model_named("7B"), SIZES["7B"]
 

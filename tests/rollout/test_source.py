@@ -19,6 +19,7 @@ from astar_megatron.algorithm.rewards import RewardError
 from astar_megatron.cluster.errors import ClusterError
 from astar_megatron.config import RewardConfig, RolloutConfig, SamplingConfig
 from astar_megatron.data.prompts import PromptStream
+from astar_megatron.rollout.scoring import Indexed, Pending, Scorer
 from astar_megatron.rollout.source import RolloutSource
 from astar_megatron.rollout.training import TrainingRollouts
 from astar_megatron.types import Prompt, Request, Rollout
@@ -113,6 +114,26 @@ def test_engines_do_not_wait_for_a_slow_reward(source_of: Any, tmp_path: Path, m
     stream = source_of(pool, "slow:reward").stream(request(index) for index in range(200))
     assert next(stream)
     assert len(pool.answered) > 190  # all but what is on its way, by the time that the first is scored
+
+
+def test_what_several_engines_answer_at_once_is_scored_together(
+    source_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a thousand engines a step would be thousands of small parts for the reward's processes."""
+    sizes, submit = [], Scorer.submit
+
+    def counted(scorer: Scorer, rollouts: Indexed) -> Pending:
+        sizes.append(len(rollouts))
+        return submit(scorer, rollouts)
+
+    monkeypatch.setattr(Scorer, "submit", counted)
+    pool = engines(num_engines=3, at_once=2, streams_at_once=3, max_num_seqs=2)
+    source = source_of(pool)
+    with source.drained():  # so that all three have something when they are asked
+        drawn = source.ask(request(index) for index in range(6))
+    rollouts = list(drawn.rollouts())
+    assert [rollout.reward for rollout in rollouts] == [1.0] * 6
+    assert sizes == [6] and len({stream for stream, _ in pool.answered}) == 3
 
 
 def test_a_stream_ends_with_its_requests_and_yields_each_once(source_of: Any) -> None:
