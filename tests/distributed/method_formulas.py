@@ -55,6 +55,11 @@ def _oapl(batch: Sequence[Tokens], columns: dict[str, Any]) -> Tensor:
     return torch.stack([(0.05 * (tokens.now.sum() - engine) - advantage) ** 2 for tokens, engine, advantage in pairs])
 
 
+def _oapl_of_the_copy(batch: Sequence[Tokens], columns: dict[str, Any]) -> Tensor:
+    shifts = (tokens.now.sum() - tokens.ref.sum() for tokens in batch)
+    return torch.stack([(0.05 * shift - gain) ** 2 for shift, gain in zip(shifts, columns["advantage"], strict=True)])
+
+
 def _rebel(batch: Sequence[Tokens], columns: dict[str, Any]) -> Tensor:
     losses = []
     for i in range(0, len(batch), 2):
@@ -79,6 +84,11 @@ def _grpo(batch: Sequence[Tokens], columns: dict[str, Any]) -> Tensor:
     return torch.stack([_surrogate(each, [a] * len(each.now), w, each.old, 0.1) for each, a, w in rows])
 
 
+def _of_the_policy(batch: Sequence[Tokens], columns: dict[str, Any]) -> Tensor:
+    rows = zip(batch, columns["token_advantage"], columns["token_weight"], strict=True)
+    return torch.stack([_surrogate(each, a, w, each.old, 0.1) for each, a, w in rows])
+
+
 def _of_the_engine(batch: Sequence[Tokens], columns: dict[str, Any]) -> Tensor:
     rows = zip(batch, columns["token_advantage"], columns["token_weight"], columns["engine_logprob"], strict=True)
     return torch.stack([_surrogate(each, a, w, old, 0.0) for each, a, w, old in rows])
@@ -88,7 +98,9 @@ _CLIPS: dict[str, Any] = {"clip_low": 0.05, "clip_high": 0.08}
 METHODS = {
     "astar": Method(AstarLoss(beta2=0.05, importance_cap=1.5), _astar, ("reward", "v_star", "rollout_logprob")),
     "oapl": Method(OaplLoss(beta2=0.05), _oapl, ("advantage", "engine_logprob")),
+    "oapl of a copy": Method(OaplLoss(beta2=0.05, against_copy=True), _oapl_of_the_copy, ("advantage",)),
     "grpo": Method(ClippedLoss(**_CLIPS, kl_coef=0.1), _grpo, ("advantage", "token_weight")),
+    "ppo": Method(ClippedLoss(**_CLIPS, kl_coef=0.1), _of_the_policy, ("token_weight",), ("token_advantage",)),
     "tokens": Method(
         ClippedLoss(**_CLIPS, kl_coef=0.0, old_from_engine=True),
         _of_the_engine,
