@@ -31,6 +31,9 @@ TOKENIZERS_OWN = [
     *("tekken.json", "qwen.tiktoken", "tiktoken.model", "dict.txt", "bpe.codes"),
 ]
 
+# What launching looks for in a model's folder; it reads none of them.
+LAUNCHED = ("config.json", "model.safetensors", "tokenizer.json")
+
 CONTRACT = Contract(
     model_digest="a" * 64,
     tokenizer_digest="b" * 64,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from samples import run_config
+from samples import LAUNCHED, run_config
 
 from astar_megatron.cluster.signals import PassedOn
 from astar_megatron.config import ConfigError, load, without_gpus
@@ -65,8 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     (work / "run.yaml").write_text(SMALL)
-    model = [f"some/model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")]
-    for file in ("some.jsonl", "some/table/header.json", *model):
+    for file in ("some.jsonl", "some/table/header.json", *(f"some/model/{name}" for name in LAUNCHED)):
         (work / file).parent.mkdir(parents=True, exist_ok=True)
         (work / file).write_text("{}")
     monkeypatch.chdir(work)

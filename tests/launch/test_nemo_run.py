@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from samples import run_config
+from samples import LAUNCHED, run_config
 
 from astar_megatron.config import load
 from astar_megatron.launch.stages import title
@@ -35,9 +35,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     if (nemorun := shutil.which("nemorun")) is None:
         pytest.skip("no nemorun on PATH: pip install '.[launch]' in an environment of its own")
     (tmp_path / "run.yaml").write_text(RUN)
-    for file in ("some.jsonl", "some/model/config.json", "some/table/header.json"):
+    for file in ("some.jsonl", "some/table/header.json", *(f"some/model/{name}" for name in LAUNCHED)):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
+        (tmp_path / file).write_text("{}")
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\n')
     python.chmod(0o700)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from samples import LAUNCHED
 from two_node_slurm import SECONDS, Slurm, two_node_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +53,8 @@ def astar(request: pytest.FixtureRequest, slurm: Slurm, tmp_path: Path) -> Astar
         python = str(Path(nemorun).parent / "python")
     (tmp_path / "run.yaml").write_text(RUN.format(backend=request.param, python=STAND_IN))
     (tmp_path / "m").mkdir()
-    for file in ("d", "m/config.json"):
-        (tmp_path / file).touch()
+    for file in ("d", *(f"m/{name}" for name in LAUNCHED)):
+        (tmp_path / file).write_text("{}")
     environment = {"PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo")}
 
     def run(*words: str) -> str:
