@@ -111,6 +111,18 @@ def test_ranks_that_take_the_place_of_dead_ones_start_while_engines_sleep(
     assert sides.done[:2] == ["release optimizer", "wake weights"]
 
 
+def test_what_the_first_step_of_new_ranks_takes_is_no_growth(sides: Sides) -> None:
+    own = turns(sides)
+    a_step(own)  # the first publish; in the step after it a rank ends
+    own.restart_policy()
+    a_step(own)
+    sides.kept = [kept + 2 * GIB for kept in sides.kept]  # what a first step takes for good
+    a_step(own)
+    sides.kept = [kept + 2 * GIB for kept in sides.kept]
+    with pytest.raises(ClusterError, match="policy rank 0 kept"):
+        a_step(own)
+
+
 @pytest.mark.parametrize("dies_in", ["release optimizer", "resume"])
 def test_engines_that_sleep_when_a_rank_ends_in_its_turn_are_not_asked_to_again(dies_in: str) -> None:
     class Dying(Sides):

@@ -89,6 +89,7 @@ class Turns:
         if self._turn == "generating":
             self._put_engines_to_sleep()
         self._policy.restart()
+        self._kept, self._first_kept = (), []  # these have not taken a first step yet
 
     def measured(self) -> dict[str, object]:
         """Return what a step's metrics say of memory: bytes that ranks kept and engines gave back, in their last turn.
